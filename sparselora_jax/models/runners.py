@@ -1,0 +1,47 @@
+"""Runners: how a tower's stacked blocks are executed. The seam that training, generation and pruning share.
+
+A runner is `run(tower, block, weights, x, ctx, cache=None) -> (x, cache)`, where `weights` are the stacked block weights
+and `block(w, x, ctx, cache) -> (x, cache)` is one of them. `ctx` is what blocks only read; the leading axis of each of
+its arrays is the batch (or 1).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Block = Callable[[dict, Any, dict, Any], tuple[Any, Any]]
+
+
+def scan_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cache: Any = None) -> tuple[Any, Any]:
+    """One traced block, scanned over the layers."""
+    del tower
+
+    def body(x, layer):
+        w, layer_cache = layer
+        return block(w, x, ctx, layer_cache)
+
+    return jax.lax.scan(body, x, (weights, cache))
+
+
+def remat_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cache: Any = None) -> tuple[Any, Any]:
+    """`scan_blocks` that keeps only each block's input for the backward, and computes the rest again."""
+    return scan_blocks(tower, jax.checkpoint(block), weights, x, ctx, cache)
+
+
+def unrolled_blocks(
+    tower: str, block: Block, weights: tuple[dict, ...], x: Any, ctx: dict, cache: tuple | None = None
+) -> tuple[Any, Any]:
+    """Blocks one after the other, each with its own weights and cache: nothing is sliced or stacked per token."""
+    del tower
+    caches = []
+    for index, w in enumerate(weights):
+        x, layer_cache = block(w, x, ctx, None if cache is None else cache[index])
+        caches.append(layer_cache)
+    return x, tuple(caches)
+
+
+def unstack(tree: Any) -> tuple[Any, ...]:
+    """A tree stacked along its leading axis -> one tree per layer."""
+    layers = jax.tree.leaves(tree)[0].shape[0]
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(layers))

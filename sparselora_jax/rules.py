@@ -1,0 +1,66 @@
+"""Ordered (regex, value) rules over the paths of a pytree.
+
+Everything said per weight (pattern, rank, sharding) is such a list. `re.fullmatch`, first match wins; a kernel that no
+rule matches and a rule that matches nothing are errors, so a typo never silently leaves a tower dense.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from flax import traverse_util
+
+
+class RuleError(ValueError):
+    """A rule list that does not fit the tree it is applied to."""
+
+
+def flatten(tree: dict) -> dict[str, Any]:
+    """Nested dict -> {'language/blocks/attn/q/kernel': leaf}. Non-dict containers (Lora, arrays) are leaves."""
+    return traverse_util.flatten_dict(tree, sep='/')
+
+
+def unflatten(flat: dict[str, Any]) -> dict:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def is_kernel(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a matrix that the library may prune or adapt: named `kernel`, of rank 2 or more."""
+    return path.rsplit('/', 1)[-1] == 'kernel' and getattr(leaf, 'ndim', 0) >= 2
+
+
+def kernels(params: dict) -> dict[str, Any]:
+    """The kernels of a params tree, by path."""
+    return {path: leaf for path, leaf in flatten(params).items() if is_kernel(path, leaf)}
+
+
+def match(rules: Sequence[tuple[str, Any]], paths: Iterable[str]) -> dict[str, Any]:
+    """The value of each path: {path: value of the first rule whose regex matches the whole path}.
+
+    Raises:
+      RuleError: a path that no rule matches, a rule whose regex matches no path at all, or a regex that does not
+        compile. A final catch-all `'.*'` may be shadowed completely by the rules before it.
+
+    >>> match([('.*/q/kernel', '2:4'), ('.*', 'dense')], ['attn/q/kernel', 'head/kernel'])
+    {'attn/q/kernel': '2:4', 'head/kernel': 'dense'}
+    """
+    paths = list(paths)
+    compiled = []
+    for pattern, value in rules:
+        try:
+            compiled.append((re.compile(pattern), value))
+        except re.error as error:
+            raise RuleError(f'rule {pattern!r} is not a regular expression: {error}') from None
+    for regex, _ in compiled:
+        if regex.pattern != '.*' and not any(regex.fullmatch(path) for path in paths):
+            raise RuleError(f'rule {regex.pattern!r} matches none of the {len(paths)} kernels, e.g. {paths[:3]}')
+    values = {}
+    for path in paths:
+        for regex, value in compiled:
+            if regex.fullmatch(path):
+                values[path] = value
+                break
+        else:
+            raise RuleError(f'no rule matches kernel {path!r}; end the list with a (".*", ...) rule')
+    return values
