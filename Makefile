@@ -1,0 +1,25 @@
+# `make test` on a machine with Python 3.11, git and make needs nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+
+.PHONY: test lint clean
+
+$(VENV)/installed: requirements.txt requirements-assets.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	$(VENV)/bin/pip install --quiet --no-deps --require-hashes -r requirements-assets.txt
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+	$(VENV)/bin/pip install --quiet -r requirements-test.txt
+	touch $@
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs

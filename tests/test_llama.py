@@ -1,0 +1,69 @@
+"""Parity with torch transformers on SmolLM2's real weights: logits to 1e-3, greedy generation token for token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparselora_jax import generate
+from sparselora_jax.models import gguf, llama
+
+PROMPTS = np.array([[504, 3575, 282, 4649, 314], [1348, 2443, 2744, 253, 4461]])  # any ten words of the vocabulary
+
+
+@pytest.fixture(scope='module')
+def model(smollm2_file):
+    return gguf.load_llama(smollm2_file)
+
+
+@pytest.fixture(scope='module')
+def oracle(smollm2_file):
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
+    ).eval()
+
+
+def test_logits_equal_torch(model, oracle):
+    cfg, w = model
+    tokens = jnp.asarray(PROMPTS, jnp.int32)
+
+    @jax.jit
+    def logits(w, tokens):
+        x = llama.embed_tokens(w, tokens)
+        return llama.head(w, llama.forward(w, cfg, x, jnp.ones(tokens.shape, bool)))
+
+    with torch.no_grad():
+        want = oracle(torch.asarray(PROMPTS)).logits.numpy()
+    np.testing.assert_allclose(logits(w, tokens), want, atol=1e-3)
+
+
+def test_greedy_generation_equals_torch(model, oracle):
+    cfg, w = model
+    padded = jnp.asarray(np.pad(PROMPTS, ((0, 0), (3, 0))), jnp.int32)  # left pads must change nothing
+    valid = jnp.arange(8)[None] >= jnp.array([3, 3])[:, None]
+    new = generate.greedy(w, cfg, llama.embed_tokens(w, padded), valid, max_new_tokens=12, eos=2)
+    with torch.no_grad():
+        want = oracle.generate(torch.asarray(PROMPTS), max_new_tokens=12, do_sample=False, eos_token_id=2)
+    np.testing.assert_array_equal(new, want[:, PROMPTS.shape[1] :])
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(gguf.AssetError, match='absent.gguf: no such file'):
+        gguf.load_llama(tmp_path / 'absent.gguf')
+
+
+def test_truncated_file_is_named(tmp_path, smollm2_file):
+    path = tmp_path / 'cut.gguf'
+    with smollm2_file.open('rb') as source:
+        path.write_bytes(source.read(10_000_000))
+    with pytest.raises(gguf.AssetError, match='cut.gguf: not a complete GGUF file'):
+        gguf.load_llama(path)
+
+
+def test_other_format_is_named(tmp_path):
+    path = tmp_path / 'text.gguf'
+    path.write_text('not a model' * 100)
+    with pytest.raises(gguf.AssetError, match='text.gguf: not a complete GGUF file'):
+        gguf.load_llama(path)
