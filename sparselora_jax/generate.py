@@ -46,8 +46,8 @@ def greedy(
             return llama.block(w, cfg, x, ctx, cache)
 
         x, caches = unrolled_blocks('language', block, blocks, x, ctx, caches)
-        logits = llama.head(w, llama.finish(w, cfg, x[:, -1]))
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
+        logits = llama.head(w, llama.finish(w, cfg, x[:, -1:]))
+        return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), caches
 
     token, caches = advance(x, positions, caches)
     output = jnp.full((batch, max_new_tokens), eos, jnp.int32).at[:, 0].set(token)

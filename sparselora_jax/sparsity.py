@@ -88,16 +88,18 @@ def keep_largest(scores: Float[Array, '... group'], num_zeros: int | Integer[Arr
     return jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, kept, axis=-1, inplace=False)
 
 
-def keep_n_of_m(scores: Float[Array, '*layers inputs outputs'], n: int, m: int) -> Bool[Array, '*layers inputs outputs']:
+def keep_n_of_m(
+    scores: Float[Array, '*layers inputs outputs'], n: int, m: int
+) -> Bool[Array, '*layers inputs outputs']:
     """The N:M mask: in each run of `m` inputs, the `n` largest scores are kept; ties prune the earlier."""
     *layers, inputs, outputs = scores.shape
     groups = scores.reshape(*layers, inputs // m, m, outputs)
     # The rank of an entry is the number of entries that are pruned before it: m*m comparisons beat a sort for small m.
-    rank = sum(
-        (groups[..., j : j + 1, :] < groups)
-        | ((groups[..., j : j + 1, :] == groups) & (jnp.arange(m) > j)[:, None])
+    before = (
+        (groups[..., j : j + 1, :] < groups) | ((groups[..., j : j + 1, :] == groups) & (jnp.arange(m) > j)[:, None])
         for j in range(m)
     )
+    rank = sum(entry.astype(jnp.int32) for entry in before)
     return (rank >= m - n).reshape(scores.shape)
 
 
@@ -150,7 +152,9 @@ def density(masks: dict) -> dict[str, float]:
     flat = rules_lib.flatten(masks)
     kept = {path: int(jnp.count_nonzero(mask)) for path, mask in flat.items()}
     total = sum(mask.size for mask in flat.values())
-    return {path: kept[path] / flat[path].size for path in flat} | {'total': sum(kept.values()) / total if total else 1.0}
+    return {path: kept[path] / flat[path].size for path in flat} | {
+        'total': sum(kept.values()) / total if total else 1.0
+    }
 
 
 def violations(mask: Bool[Array, '*layers inputs outputs'], pattern: Pattern, group: str = 'output') -> np.ndarray:
@@ -202,4 +206,3 @@ def check_sparse(params: dict, masks: dict) -> None:
             layer = np.argwhere(np.atleast_1d(leaks))[0].tolist()
             count = np.atleast_1d(leaks)[tuple(layer)]
             raise PatternError(f'{path}, layer {layer}: {count} weights are non-zero outside the mask')
-

@@ -1,7 +1,7 @@
 """What a model's kernel can be, and the trees that make it: params, masks, lora -> bind / merge.
 
-`effective_weight` is the method's one formula, `(W + s*A*B) * M` (arXiv 2404.02424); forward and merge both call it, so a
-merged weight equals the one trained with, bit for bit.
+`effective_weight` is the method's one formula, `(W + s*A*B) * M` (arXiv 2404.02424); forward and merge both call it, so
+a merged weight equals the one trained with, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ class LoraSpec(NamedTuple):
 class Lora:
     """A low-rank update `scale * a @ b`. The scale lives here so that bind and merge cannot disagree."""
 
-    a: Float[Array, '*layers inputs rank']
-    b: Float[Array, '*layers rank outputs']
+    a: Any  # [*layers, in, rank]; JAX unflattens placeholders into the fields, so they carry no shape check
+    b: Any  # [*layers, rank, out]
     scale: float = field(metadata={'static': True})
 
 
@@ -37,8 +37,8 @@ class Lora:
 class Masked:
     """A pruned kernel: reads as `where(mask, kernel, 0)`."""
 
-    kernel: Float[Array, '*layers inputs outputs']
-    mask: Bool[Array, '*layers inputs outputs']
+    kernel: Any  # [*layers, in, out]
+    mask: Any  # bool, the same shape
 
 
 @jax.tree_util.register_dataclass
@@ -50,9 +50,9 @@ class Adapted:
     ordinary LoRA, `where(mask, W, 0) + s*A*B`, whose merge is dense; kept for comparison.
     """
 
-    kernel: Float[Array, '*layers inputs outputs']
-    mask: Bool[Array, '*layers inputs outputs'] | None
-    lora: Lora
+    kernel: Any  # [*layers, in, out]
+    mask: Any  # bool, the same shape, or None
+    lora: Any  # Lora
     gradient: str = field(default='exact', metadata={'static': True})
 
 
@@ -140,7 +140,7 @@ def merge(
 ) -> dict:
     """Folds `lora` into `params` under the masks: plain arrays, exact zeros where the mask is False.
 
-    Differentiable in `lora`, so it also trains a model that is not ours: `loss(model.apply(merge(params, masks, lora)))`.
+    Differentiable in `lora`, so it also trains a model that is not ours: `loss(apply(merge(params, masks, lora)))`.
 
     Args:
       dtype: of the merged kernels; each kernel's own by default.

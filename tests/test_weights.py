@@ -106,11 +106,9 @@ def test_rules_select_what_is_adapted():
 @pytest.mark.parametrize('tree', ['masks', 'lora'])
 def test_tree_that_does_not_fit_is_refused_by_path(tree):
     params, masks, lora = make()
-    other = {'masks': masks, 'lora': lora}[tree]
-    wrong = jax.tree.map(lambda leaf: leaf[..., :1, :], other)
-    trees = {'masks': None, 'lora': None} | {tree: wrong}
-    if tree == 'lora':
-        trees['lora'] = {'blocks': {'k': lora['blocks']['q']}}
+    cut = {'blocks': {'q': {'kernel': masks['blocks']['q']['kernel'][:, :4]}}}
+    moved = {'blocks': {'k': lora['blocks']['q']}}
+    trees = {'masks': None, 'lora': None} | {tree: {'masks': cut, 'lora': moved}[tree]}
     with pytest.raises(ValueError, match='blocks/.*/kernel'):
         sl.merge(params, trees['masks'], trees['lora'])
 

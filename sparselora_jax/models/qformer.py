@@ -1,4 +1,4 @@
-"""Q-Former of BLIP-2 (arXiv 2301.12597): learned queries through a post-norm BERT that reads the image every other layer.
+"""Q-Former of BLIP-2 (arXiv 2301.12597): learned queries through a BERT that reads the image every other layer.
 
 The stacked unit is a *pair* of layers: the first attends to the image, the second does not.
 """
@@ -42,7 +42,7 @@ def _mlp(w: dict, cfg: QFormerConfig, x: Array) -> Array:
 
 
 def block(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch queries dim'], ctx: dict, cache: None):
-    """A pair: self-attention, cross-attention to the image, MLP; then self-attention, MLP. Norms come after the sums."""
+    """A pair: self-attention, cross-attention to the image, MLP; then self-attention, MLP. Norms follow the sums."""
     first, second = w['first'], w['second']
     x = _attention(first['self'], cfg, x, x)
     x = _attention(first['cross'], cfg, x, ctx['cross'])

@@ -1,6 +1,6 @@
 """Runners: how a tower's stacked blocks are executed. The seam that training, generation and pruning share.
 
-A runner is `run(tower, block, weights, x, ctx, cache=None) -> (x, cache)`, where `weights` are the stacked block weights
+A runner is `run(tower, block, weights, x, ctx, cache=None) -> (x, cache)`, where `weights` are the stacked weights
 and `block(w, x, ctx, cache) -> (x, cache)` is one of them. `ctx` is what blocks only read; the leading axis of each of
 its arrays is the batch (or 1).
 """
