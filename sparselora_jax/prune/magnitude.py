@@ -1,0 +1,39 @@
+"""Pruning without data: by magnitude, and at random (the floor that every method is compared with)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparselora_jax.sparsity import Pattern, mask_from_scores
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Score `|W|`."""
+
+    group: str = 'output'
+
+    def __call__(
+        self, kernel: Float[Array, 'inputs outputs'], statistic: None, pattern: Pattern
+    ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
+        """The kernel with its zeros, and the mask."""
+        mask = mask_from_scores(jnp.abs(kernel.astype(jnp.float32)), pattern, group=self.group)
+        return jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), mask
+
+
+@dataclass(frozen=True)
+class Random:
+    """A uniform random score; the same `seed` and shape give the same mask."""
+
+    seed: int = 0
+    group: str = 'output'
+
+    def __call__(
+        self, kernel: Float[Array, 'inputs outputs'], statistic: None, pattern: Pattern
+    ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
+        """The kernel with its zeros, and the mask."""
+        scores = jax.random.uniform(jax.random.key(self.seed), kernel.shape)
+        mask = mask_from_scores(scores, pattern, group=self.group)
+        return jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), mask

@@ -1,0 +1,104 @@
+"""SparseGPT (arXiv 2301.00774): prune column by column of the input axis, and let the rest make up for it."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparselora_jax.sparsity import Pattern, PatternError, keep_largest, keep_n_of_m
+
+
+def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float) -> Float[Array, 'inputs inputs']:
+    """Upper Cholesky factor of the damped Hessian's inverse; `damp` is a share of the mean diagonal."""
+    n = hessian.shape[0]
+    hessian = hessian + damp * jnp.mean(jnp.diagonal(hessian)) * jnp.eye(n, dtype=hessian.dtype)
+    lower = jnp.linalg.cholesky(hessian)
+    inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(n, dtype=hessian.dtype))
+    return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """Its statistic is the Hessian `X^T X` over all calibration tokens, `[in, in]`, in fp32.
+
+    Attributes:
+      damp: added to the diagonal, as a share of its mean.
+      block: inputs whose mask is chosen at once (unstructured) and whose updates are applied lazily; divides `in`.
+      group: unstructured only: `'output'` compares a block's inputs within one output; `'block'` the whole
+        `[block, out]` slab, as the source does.
+    """
+
+    damp: float = 0.01
+    block: int = 128
+    group: str = 'output'
+
+    def __call__(
+        self, kernel: Float[Array, 'inputs outputs'], statistic: Float[Array, 'inputs inputs'], pattern: Pattern
+    ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
+        """The kernel with its zeros and its kept weights updated, and the mask.
+
+        Raises:
+          PatternError: `block` does not divide the inputs, M does not divide `block`, or an unknown group.
+        """
+        inputs, outputs = kernel.shape
+        size = min(self.block, inputs)
+        if inputs % size or (pattern.structured and size % pattern.m):
+            raise PatternError(f'SparseGPT block {size} does not fit {inputs} inputs and pattern {pattern}')
+        if self.group not in ('output', 'block'):
+            raise PatternError(f"SparseGPT group {self.group!r}: expected 'output' or 'block'")
+        dtype = statistic.dtype
+        # An input that is always zero says nothing: its weights are set to zero and it must not make H singular.
+        dead = jnp.diagonal(statistic) == 0
+        weights = jnp.where(dead[:, None], 0.0, kernel.astype(dtype))
+        factor = inverse_factor(statistic + jnp.diag(dead.astype(dtype)), self.damp)
+
+        def prune_block(index, state):
+            weights, mask = state
+            start = index * size
+            w = jax.lax.dynamic_slice_in_dim(weights, start, size)
+            u = jax.lax.dynamic_slice(factor, (start, start), (size, size))
+            pruned, kept, errors = _prune_slab(w, u, pattern, self.group)
+            # Inputs after the block: rows of the factor are zero before the diagonal, so earlier ones are untouched.
+            rows = jax.lax.dynamic_slice_in_dim(factor, start, size)
+            later = (jnp.arange(inputs) >= start + size)[None]
+            weights = weights - jnp.matmul(jnp.where(later, rows, 0.0).T, errors, precision='highest')
+            write = jax.lax.dynamic_update_slice_in_dim
+            return write(weights, pruned, start, 0), write(mask, kept, start, 0)
+
+        state = (weights, jnp.ones((inputs, outputs), bool))
+        weights, mask = jax.lax.fori_loop(0, inputs // size, prune_block, state)
+        return weights.astype(kernel.dtype), mask
+
+
+def _saliency(w: Array, u: Array) -> Array:
+    return (w / jnp.diagonal(u)[:, None]) ** 2
+
+
+def _prune_slab(w: Array, u: Array, pattern: Pattern, group: str) -> tuple[Array, Array, Array]:
+    """One slab of inputs, top to bottom: (pruned weights, mask, errors to pass on)."""
+    size, outputs = w.shape
+    if pattern.structured:
+        mask = jnp.ones(w.shape, bool)  # chosen M inputs at a time, on the weights as updated so far
+    elif group == 'output':
+        mask = keep_largest(_saliency(w, u).T, pattern.zeros(size)).T
+    else:
+        mask = keep_largest(_saliency(w, u).reshape(-1), pattern.zeros(w.size)).reshape(w.shape)
+    rows = jnp.arange(size)
+
+    def prune_input(i, state):
+        w, mask, errors = state
+        if pattern.structured:
+            m = pattern.m
+
+            def choose(mask):
+                scores = jax.lax.dynamic_slice_in_dim(_saliency(w, u), i, m)
+                return jax.lax.dynamic_update_slice_in_dim(mask, keep_n_of_m(scores, pattern.n, m), i, 0)
+
+            mask = jax.lax.cond(i % m == 0, choose, lambda mask: mask, mask)
+        quantised = jnp.where(mask[i], w[i], 0.0)
+        error = (w[i] - quantised) / u[i, i]
+        w = w - jnp.where(rows > i, u[i], 0.0)[:, None] * error[None]
+        return w.at[i].set(quantised), mask, errors.at[i].set(error)
+
+    return jax.lax.fori_loop(0, size, prune_input, (w, mask, jnp.zeros_like(w)))

@@ -1,0 +1,112 @@
+"""Masks and updates against plain numpy in float64, written from the papers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparselora_jax import prune, sparsity
+
+
+def data(inputs=32, outputs=12, tokens=200):
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(inputs, inputs)) / inputs**0.5 + np.eye(inputs)
+    return rng.normal(size=(inputs, outputs)), rng.normal(size=(tokens, inputs)) @ mixing
+
+
+def lowest(scores, zeros):
+    mask = np.ones(scores.size, bool)
+    mask[np.argsort(scores.reshape(-1), kind='stable')[:zeros]] = False
+    return mask.reshape(scores.shape)
+
+
+def numpy_sparsegpt(kernel, hessian, pattern, block, group, damp=0.01):
+    """Algorithm 1 of arXiv 2301.00774, weights as [out, in], one column after the other."""
+    w, n = kernel.T.copy(), len(hessian)
+    inverse = np.linalg.inv(hessian + damp * np.mean(np.diag(hessian)) * np.eye(n))
+    u = np.linalg.cholesky(inverse).T
+    mask = np.ones(w.shape, bool)
+    for j in range(n):
+        if pattern.structured and j % pattern.m == 0:
+            for row in range(len(w)):
+                part = slice(j, j + pattern.m)
+                mask[row, part] = lowest(w[row, part] ** 2 / np.diag(u)[part] ** 2, pattern.m - pattern.n)
+        if not pattern.structured and j % block == 0:
+            part = slice(j, j + block)
+            scores = w[:, part] ** 2 / np.diag(u)[part] ** 2
+            if group == 'output':
+                mask[:, part] = np.stack([lowest(s, pattern.zeros(block)) for s in scores])
+            else:
+                mask[:, part] = lowest(scores.T, pattern.zeros(scores.size)).T
+        error = np.where(mask[:, j], 0, w[:, j]) / u[j, j]
+        w[:, j:] -= np.outer(error, u[j, j:])
+        w[~mask[:, j], j] = 0
+    return w.T, mask.T
+
+
+@pytest.mark.parametrize('pattern', ['2:4', '4:8', '0.5', '0.7'])
+@pytest.mark.parametrize('group', ['output', 'block'])
+def test_sparsegpt_equals_numpy_in_float64(pattern, group):
+    pattern = sparsity.parse_pattern(pattern)
+    kernel, x = data()
+    with jax.enable_x64(True):
+        method = prune.SparseGPT(block=16, group=group)
+        ours, mask = method(jnp.asarray(kernel), jnp.asarray(x.T @ x), pattern)
+        ours, mask = np.asarray(ours), np.asarray(mask)
+    want, want_mask = numpy_sparsegpt(kernel, x.T @ x, pattern, 16, group)
+    np.testing.assert_array_equal(mask, want_mask)
+    np.testing.assert_allclose(ours, want, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize('pattern', ['2:4', '0.5'])
+def test_sparsegpt_in_fp32_agrees_and_reconstructs(pattern):
+    pattern = sparsity.parse_pattern(pattern)
+    kernel, x = data(inputs=128, outputs=64, tokens=1000)
+    fp32 = jnp.asarray(kernel, jnp.float32), jnp.asarray(x.T @ x, jnp.float32)
+    ours, mask = prune.SparseGPT(block=32)(*fp32, pattern)
+    want, want_mask = numpy_sparsegpt(kernel, x.T @ x, pattern, 32, 'output')
+    assert np.mean(np.asarray(mask) == want_mask) >= 0.995
+
+    def error(w):
+        return np.linalg.norm(x @ (w - kernel)) / np.linalg.norm(x @ kernel)
+
+    assert abs(error(np.asarray(ours)) - error(want)) < 1e-3
+    magnitude, _ = prune.Magnitude()(fp32[0], None, pattern)
+    assert error(np.asarray(ours)) < error(np.asarray(magnitude))
+
+
+@pytest.mark.parametrize('group', ['output', 'matrix'])
+def test_wanda_equals_numpy(group):
+    kernel, x = data()
+    pattern = sparsity.parse_pattern(0.5)
+    with jax.enable_x64(True):
+        squares = jnp.asarray(np.sum(x**2, axis=0), jnp.float32)
+        pruned, mask = prune.Wanda(group=group)(jnp.asarray(kernel, jnp.float32), squares, pattern)
+    scores = np.abs(kernel) * np.linalg.norm(x, axis=0)[:, None]
+    columns = np.stack([lowest(s, 16) for s in scores.T], axis=1)
+    np.testing.assert_array_equal(mask, columns if group == 'output' else lowest(scores, scores.size // 2))
+    np.testing.assert_array_equal(pruned, np.where(mask, kernel, 0).astype(np.float32))
+
+
+def test_dead_inputs_neither_survive_nor_break_the_hessian():
+    kernel, x = data()
+    x[:, 5] = 0
+    ours, mask = prune.SparseGPT(block=16)(
+        jnp.asarray(kernel, jnp.float32), jnp.asarray(x.T @ x, jnp.float32), sparsity.parse_pattern('2:4')
+    )
+    assert np.isfinite(ours).all()
+    assert not np.asarray(ours)[5].any()
+    assert not sparsity.violations(mask, sparsity.parse_pattern('2:4'))
+
+
+def test_random_is_reproducible_and_exact():
+    kernel = jnp.ones((16, 4))
+    masks = [prune.Random(seed)(kernel, None, sparsity.parse_pattern('2:4'))[1] for seed in (0, 0, 1)]
+    assert jnp.array_equal(masks[0], masks[1])
+    assert not jnp.array_equal(masks[0], masks[2])
+    assert not sparsity.violations(masks[2], sparsity.parse_pattern('2:4'))
+
+
+def test_block_that_does_not_fit_is_refused():
+    with pytest.raises(sparsity.PatternError, match='block 12 does not fit 32 inputs'):
+        prune.SparseGPT(block=12)(jnp.ones((32, 4)), jnp.eye(32), sparsity.parse_pattern(0.5))
