@@ -1,0 +1,128 @@
+"""Statistics of the inputs of each linear, streamed over calibration batches; a model needs no hook.
+
+`bind`-like: every kernel is replaced by a `Calibrating` one, whose `observe` adds to an accumulator (`jax.new_ref`: a
+`+=` that is correct under jit and scan) and hands the plain kernel on.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparselora_jax import rules as rules_lib
+
+
+class CalibrationError(ValueError):
+    """A calibration set that says nothing, or activations that are not finite."""
+
+
+def squares(x: Float[Array, 'tokens inputs']) -> Float[Array, ' inputs']:
+    """Wanda's statistic: the sum of squares of each input, in fp32."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0)
+
+
+def hessian(x: Float[Array, 'tokens inputs']) -> Float[Array, 'inputs inputs']:
+    """SparseGPT's statistic: `x^T x`, in fp32."""
+    x = x.astype(jnp.float32)
+    return jnp.matmul(x.T, x, precision='highest')
+
+
+class Recorder:
+    """Accumulators of one kernel (all its layers) while a forward is traced; compared by identity."""
+
+    def __init__(self, stat: Callable, layers: int, inputs: int, valid: Bool[Array, ' tokens'] | None):
+        """Zeroed accumulators; `valid` marks the rows of x, flattened, that are no pads."""
+        shape = jax.eval_shape(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32)).shape
+        self.stat, self.valid = stat, valid
+        self.total = jax.new_ref(jnp.zeros((layers, *shape), jnp.float32))
+        self.tokens = jax.new_ref(jnp.zeros(layers, jnp.int32))
+
+    def add(self, layer: Array, x: Float[Array, '*batch inputs']) -> None:
+        """Adds the statistic of one call's input, pads left out where the mask fits its rows."""
+        rows = x.reshape(-1, x.shape[-1])
+        count = jnp.asarray(rows.shape[0], jnp.int32)
+        if self.valid is not None:
+            rows = jnp.where(self.valid.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
+            count = jnp.sum(self.valid, dtype=jnp.int32)
+        self.total[layer] += self.stat(rows)
+        self.tokens[layer] += count
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Calibrating:
+    """A kernel that reports its input before it is used; `layer` is sliced by scan together with the kernel."""
+
+    kernel: Any
+    layer: Any
+    recorder: Recorder = field(metadata={'static': True})
+
+    def observe(self, x: Float[Array, '*batch inputs']) -> Any:
+        """Records x; returns the kernel to multiply with."""
+        self.recorder.add(self.layer, x)
+        return self.kernel
+
+
+def collect(
+    forward: Callable[[dict, Any], Any],
+    params: dict,
+    batches: Iterable[Any],
+    *,
+    stat: Callable[[Array], Array] = squares,
+    valid: Callable[[Any], Bool[Array, '...']] | None = None,
+    select: Callable[[str], bool] = lambda path: True,
+) -> dict[str, tuple[Array, Array]]:
+    """Runs `forward` over the batches and sums the statistic of every linear's input.
+
+    Args:
+      forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.
+      stat: `squares` or `hessian`, or any sum over tokens `[tokens, in] -> array`.
+      valid: batch -> True for the tokens that count; only for a forward whose every linear sees these tokens.
+      select: which kernel paths to watch; a Hessian of each may not fit.
+
+    Returns:
+      {path: (sum, tokens)}, each with a leading layers axis where the kernel has one.
+
+    Raises:
+      CalibrationError: no batch, a kernel that the forward never used, or non-finite activations.
+
+    >>> from sparselora_jax.linear import linear
+    >>> params = {'q': {'kernel': jnp.ones((2, 3))}}
+    >>> stats = collect(lambda w, x: linear(x, w['q']['kernel']), params, [jnp.array([[1.0, 2.0], [3.0, 4.0]])])
+    >>> stats['q/kernel'][0].tolist(), int(stats['q/kernel'][1])
+    ([10.0, 20.0], 2)
+    """
+    watched = {path: leaf for path, leaf in rules_lib.kernels(params).items() if select(path)}
+
+    @jax.jit
+    def one_batch(params, batch):
+        flat = rules_lib.flatten(params)
+        recorders = {}
+        for path, leaf in watched.items():
+            layers = leaf.shape[0] if leaf.ndim == 3 else 1
+            mask = None if valid is None else valid(batch).reshape(-1)
+            recorders[path] = Recorder(stat, layers, leaf.shape[-2], mask)
+            index = jnp.arange(layers) if leaf.ndim == 3 else jnp.zeros((), jnp.int32)
+            flat[path] = Calibrating(flat[path], index, recorders[path])
+        forward(rules_lib.unflatten(flat), batch)
+        return {path: (r.total[...], r.tokens[...]) for path, r in recorders.items()}
+
+    sums = None
+    for batch in batches:
+        new = one_batch(params, batch)
+        sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+    if sums is None:
+        raise CalibrationError('the calibration set is empty: no batch arrived')
+    return {path: _checked(path, watched[path].ndim == 3, *value) for path, value in sums.items()}
+
+
+def _checked(path: str, stacked: bool, total: Array, tokens: Array) -> tuple[Array, Array]:
+    if not tokens.all():
+        raise CalibrationError(f'{path}: no token reached it during calibration')
+    bad = ~jnp.isfinite(total.reshape(total.shape[0], -1)).all(axis=1)
+    if bad.any():
+        raise CalibrationError(f'{path}, layer {int(jnp.argmax(bad))}: activations are not finite during calibration')
+    return (total, tokens) if stacked else (total[0], tokens[0])
