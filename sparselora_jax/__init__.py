@@ -4,7 +4,9 @@ Three trees, kept apart: `params` (base weights), `masks` (True = kept), `lora` 
 together for a model to read, `merge` folds them into plain arrays with exact zeros.
 """
 
+from sparselora_jax.calibrate import CalibrationError, collect, hessian, squares
 from sparselora_jax.linear import linear
+from sparselora_jax.prune import Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
 from sparselora_jax.rules import RuleError
 from sparselora_jax.sparsity import (
     Pattern,
@@ -21,20 +23,31 @@ __version__ = '0.1.0'
 
 __all__ = [
     'Adapted',
+    'CalibrationError',
     'Lora',
     'LoraSpec',
+    'Magnitude',
     'Masked',
     'Pattern',
     'PatternError',
+    'PruneResult',
+    'Random',
     'RuleError',
+    'SparseGPT',
+    'Wanda',
     'bind',
     'check_masks',
     'check_sparse',
+    'collect',
     'density',
     'effective_weight',
+    'hessian',
     'init_lora',
     'linear',
     'mask_from_scores',
     'merge',
     'parse_pattern',
+    'prune',
+    'prune_tree',
+    'squares',
 ]

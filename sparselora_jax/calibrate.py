@@ -66,13 +66,57 @@ class Calibrating:
         return self.kernel
 
 
+def make_observer(
+    forward: Callable[[dict, Any], Any],
+    *,
+    stat: Callable[[Array], Array],
+    valid: Callable[[Any], Any] | None = None,
+    select: Callable[[str], bool] = lambda path: True,
+) -> Callable[[dict, Any], dict[str, tuple[Array, Array]]]:
+    """A jitted `(params, batch) -> {path: (sum, tokens)}` of one batch; see `collect` for the arguments."""
+
+    @jax.jit
+    def observe(params, batch):
+        flat = rules_lib.flatten(params)
+        mask = None if valid is None else valid(batch)
+        mask = None if mask is None else mask.reshape(-1)
+        recorders = {}
+        for path, leaf in rules_lib.kernels(params).items():
+            if not select(path):
+                continue
+            layers = leaf.shape[0] if leaf.ndim == 3 else 1
+            recorders[path] = Recorder(stat, layers, leaf.shape[-2], mask)
+            index = jnp.arange(layers) if leaf.ndim == 3 else jnp.zeros((), jnp.int32)
+            flat[path] = Calibrating(leaf, index, recorders[path])
+        forward(rules_lib.unflatten(flat), batch)
+        return {path: (r.total[...], r.tokens[...]) for path, r in recorders.items()}
+
+    return observe
+
+
+def total(observe: Callable, params: dict, batches: Iterable[Any]) -> dict[str, tuple[Array, Array]]:
+    """Sums an observer's statistics over batches; one layer's leading axis is dropped for an unstacked kernel.
+
+    Raises:
+      CalibrationError: no batch, a kernel that the forward never used, or non-finite activations.
+    """
+    sums = None
+    for batch in batches:
+        new = observe(params, batch)
+        sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+    if sums is None:
+        raise CalibrationError('the calibration set is empty: no batch arrived')
+    shapes = rules_lib.kernels(params)
+    return {path: _checked(path, shapes[path].ndim == 3, *value) for path, value in sums.items()}
+
+
 def collect(
     forward: Callable[[dict, Any], Any],
     params: dict,
     batches: Iterable[Any],
     *,
     stat: Callable[[Array], Array] = squares,
-    valid: Callable[[Any], Bool[Array, '...']] | None = None,
+    valid: Callable[[Any], Any] | None = None,
     select: Callable[[str], bool] = lambda path: True,
 ) -> dict[str, tuple[Array, Array]]:
     """Runs `forward` over the batches and sums the statistic of every linear's input.
@@ -80,7 +124,7 @@ def collect(
     Args:
       forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.
       stat: `squares` or `hessian`, or any sum over tokens `[tokens, in] -> array`.
-      valid: batch -> True for the tokens that count; only for a forward whose every linear sees these tokens.
+      valid: batch -> True for the tokens that count, or None (all do); every linear must see these tokens.
       select: which kernel paths to watch; a Hessian of each may not fit.
 
     Returns:
@@ -95,28 +139,7 @@ def collect(
     >>> stats['q/kernel'][0].tolist(), int(stats['q/kernel'][1])
     ([10.0, 20.0], 2)
     """
-    watched = {path: leaf for path, leaf in rules_lib.kernels(params).items() if select(path)}
-
-    @jax.jit
-    def one_batch(params, batch):
-        flat = rules_lib.flatten(params)
-        recorders = {}
-        for path, leaf in watched.items():
-            layers = leaf.shape[0] if leaf.ndim == 3 else 1
-            mask = None if valid is None else valid(batch).reshape(-1)
-            recorders[path] = Recorder(stat, layers, leaf.shape[-2], mask)
-            index = jnp.arange(layers) if leaf.ndim == 3 else jnp.zeros((), jnp.int32)
-            flat[path] = Calibrating(flat[path], index, recorders[path])
-        forward(rules_lib.unflatten(flat), batch)
-        return {path: (r.total[...], r.tokens[...]) for path, r in recorders.items()}
-
-    sums = None
-    for batch in batches:
-        new = one_batch(params, batch)
-        sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
-    if sums is None:
-        raise CalibrationError('the calibration set is empty: no batch arrived')
-    return {path: _checked(path, watched[path].ndim == 3, *value) for path, value in sums.items()}
+    return total(make_observer(forward, stat=stat, valid=valid, select=select), params, batches)
 
 
 def _checked(path: str, stacked: bool, total: Array, tokens: Array) -> tuple[Array, Array]:

@@ -1,6 +1,7 @@
 """Pruning without data: by magnitude, and at random (the floor that every method is compared with)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ class Magnitude:
     """Score `|W|`."""
 
     group: str = 'output'
+    statistic: ClassVar[None] = None
 
     def __call__(
         self, kernel: Float[Array, 'inputs outputs'], statistic: None, pattern: Pattern
@@ -29,6 +31,7 @@ class Random:
 
     seed: int = 0
     group: str = 'output'
+    statistic: ClassVar[None] = None
 
     def __call__(
         self, kernel: Float[Array, 'inputs outputs'], statistic: None, pattern: Pattern

@@ -1,11 +1,13 @@
 """SparseGPT (arXiv 2301.00774): prune column by column of the input axis, and let the rest make up for it."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparselora_jax import calibrate
 from sparselora_jax.sparsity import Pattern, PatternError, keep_largest, keep_n_of_m
 
 
@@ -32,6 +34,7 @@ class SparseGPT:
     damp: float = 0.01
     block: int = 128
     group: str = 'output'
+    statistic: ClassVar = staticmethod(calibrate.hessian)
 
     def __call__(
         self, kernel: Float[Array, 'inputs outputs'], statistic: Float[Array, 'inputs inputs'], pattern: Pattern

@@ -1,10 +1,12 @@
 """Wanda (arXiv 2306.11695): score `|W_ij| * ||x_i||_2`, one shot, kept weights untouched."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparselora_jax import calibrate
 from sparselora_jax.sparsity import Pattern, mask_from_scores
 
 
@@ -13,6 +15,7 @@ class Wanda:
     """Its statistic is the sum of squares of each input over all calibration tokens, `[in]`, in fp32."""
 
     group: str = 'output'
+    statistic: ClassVar = staticmethod(calibrate.squares)
 
     def __call__(
         self,

@@ -1,0 +1,161 @@
+"""Walks a model's layers and prunes each with a method; the method knows one kernel, the walker knows the layers."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sparselora_jax import calibrate
+from sparselora_jax import rules as rules_lib
+from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
+
+
+class PruneResult(NamedTuple):
+    """Pruned params (zeros in place), their masks, and the tokens that each pruned kernel was calibrated on."""
+
+    params: dict
+    masks: dict
+    tokens: dict[str, int]
+
+
+@functools.partial(jax.jit, static_argnames=('method', 'pattern'))
+def _prune_kernel(kernel: Array, statistic: Any, *, method: Any, pattern: Pattern) -> tuple[Array, Array]:
+    if kernel.ndim == 2:
+        return method(kernel, statistic, pattern)
+    return jax.lax.map(lambda layer: method(layer[0], layer[1], pattern), (kernel, statistic))
+
+
+def _patterns(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pattern]:
+    """The pattern of every kernel that is not dense; what does not fit is named before any work is done."""
+    found = rules_lib.kernels(params)
+    patterns = {path: parse_pattern(text) for path, text in rules_lib.match(rules, found).items()}
+    for path, pattern in patterns.items():
+        try:
+            pattern.zeros(found[path].shape[-2])
+        except PatternError as error:
+            raise PatternError(f'{path}: {error}') from None
+    return {path: pattern for path, pattern in patterns.items() if not pattern.dense}
+
+
+def prune_tree(
+    params: dict, stats: dict[str, tuple[Array, Array]] | None, rules: Sequence[tuple[str, Any]], *, method: Any
+) -> tuple[dict, dict]:
+    """Prunes any nested dict of kernels in one shot.
+
+    Args:
+      stats: what `collect` returned; None for a method without a statistic.
+      rules: `(regex, pattern)` in order; every kernel must match.
+      method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`.
+
+    Returns:
+      (params with zeros in place, masks).
+
+    Raises:
+      PatternError: a pattern that does not fit its kernel. RuleError: see `rules.match`.
+      CalibrationError: a kernel without the statistic that its method needs.
+
+    >>> from sparselora_jax.prune import Magnitude
+    >>> params = {'q': {'kernel': jnp.array([[1.0], [-2.0]])}}
+    >>> pruned, masks = prune_tree(params, None, [('.*', 0.5)], method=Magnitude())
+    >>> pruned['q']['kernel'].tolist()
+    [[0.0], [-2.0]]
+    """
+    flat, masks = rules_lib.flatten(params), {}
+    for path, pattern in _patterns(params, rules).items():
+        statistic = None
+        if method.statistic is not None:
+            if path not in (stats or {}):
+                raise calibrate.CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
+            statistic = stats[path][0]
+        flat[path], masks[path] = _prune_kernel(flat[path], statistic, method=method, pattern=pattern)
+    return rules_lib.unflatten(flat), rules_lib.unflatten(masks)
+
+
+def prune(
+    forward: Callable[..., Any],
+    params: dict,
+    batches: Iterable[dict],
+    rules: Sequence[tuple[str, Any]],
+    *,
+    method: Any,
+    chunk: int = 8,
+    progress: Callable[[str, int, int], None] = lambda tower, layer, layers: None,
+) -> PruneResult:
+    """Prunes a model block by block: a block's statistics come from the outputs of the blocks already pruned.
+
+    `forward` runs once over the whole calibration set; its stacks of blocks are run here, `chunk` samples at a time, so
+    memory holds the samples' hidden states and one block's statistics. A block is compiled once for all its layers.
+
+    Args:
+      forward: `forward(weights, batch, run)` that hands its blocks to `run` (see `models.runners`).
+      params: a tree whose stacked blocks lie under `<tower>/blocks`, with the tower's name as `forward` gives it.
+      batches: dicts of arrays of one shape, samples first.
+      rules: `(regex, pattern)`; only kernels inside blocks can be pruned.
+      chunk: samples a time.
+      progress: called before each block.
+
+    Raises:
+      CalibrationError: no batch, or non-finite activations. PatternError, RuleError: see `prune_tree`.
+    """
+    batches = list(batches)
+    if not batches:
+        raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
+    samples = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
+    patterns = _patterns(params, rules)
+    flat, masks, tokens = rules_lib.flatten(params), {}, {}
+
+    def run(tower, block, weights, x, ctx, cache=None):
+        prefix = f'{tower}/blocks/'
+        here = {path[len(prefix) :]: pattern for path, pattern in patterns.items() if path.startswith(prefix)}
+        if not here:
+            return scan_blocks(tower, block, weights, x, ctx, cache)
+        observe = calibrate.make_observer(
+            lambda w, inputs: block(w, *inputs, None),
+            stat=method.statistic or calibrate.squares,
+            valid=lambda inputs: inputs[1].get('valid'),
+            select=here.__contains__,
+        )
+        step = jax.jit(lambda w, x, ctx: block(w, x, ctx, None)[0])
+        chunks = _split(x, ctx, chunk)
+        layers = jax.tree.leaves(weights)[0].shape[0]
+        kernels = {name: [] for name in here}
+        kept = {name: [] for name in here}
+        for layer in range(layers):
+            progress(tower, layer, layers)
+            w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights))
+            try:
+                stats = calibrate.total(observe, rules_lib.unflatten(w), chunks)
+            except calibrate.CalibrationError as error:
+                raise calibrate.CalibrationError(f'{prefix}, layer {layer}: {error}') from None
+            for name, pattern in here.items():
+                statistic = stats[name][0] if method.statistic else None
+                w[name], mask = _prune_kernel(w[name], statistic, method=method, pattern=pattern)
+                kernels[name].append(w[name])
+                kept[name].append(mask)
+                tokens[prefix + name] = int(stats[name][1])
+            w = rules_lib.unflatten(w)
+            chunks = [(step(w, x, ctx), ctx) for x, ctx in chunks]
+        for name in here:
+            flat[prefix + name], masks[prefix + name] = jnp.stack(kernels[name]), jnp.stack(kept[name])
+        return jnp.concatenate([x for x, _ in chunks]), cache
+
+    forward(params, samples, run)
+    if missed := sorted(patterns.keys() - masks.keys()):
+        raise rules_lib.RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
+    return PruneResult(rules_lib.unflatten(flat), rules_lib.unflatten(masks), tokens)
+
+
+def _split(x: Array, ctx: dict, chunk: int) -> list[tuple[Array, dict]]:
+    """Chunks of samples; arrays of `ctx` have the batch, or 1, as their leading axis."""
+    batch = x.shape[0]
+
+    def part(leaf, first):
+        return leaf if leaf.shape[0] == 1 and batch > 1 else leaf[first : first + chunk]
+
+    starts = np.arange(0, batch, chunk).tolist()
+    return [(x[i : i + chunk], jax.tree.map(lambda leaf, i=i: part(leaf, i), ctx)) for i in starts]
