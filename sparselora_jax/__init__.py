@@ -6,7 +6,8 @@ together for a model to read, `merge` folds them into plain arrays with exact ze
 
 from sparselora_jax.calibrate import CalibrationError, collect, hessian, squares
 from sparselora_jax.linear import linear
-from sparselora_jax.prune import Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
+from sparselora_jax.pruning import Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
+from sparselora_jax.restore import Frozen, State, init_state, make_train_step, paper_optimizer
 from sparselora_jax.rules import RuleError
 from sparselora_jax.sparsity import (
     Pattern,
@@ -24,6 +25,7 @@ __version__ = '0.1.0'
 __all__ = [
     'Adapted',
     'CalibrationError',
+    'Frozen',
     'Lora',
     'LoraSpec',
     'Magnitude',
@@ -34,6 +36,7 @@ __all__ = [
     'Random',
     'RuleError',
     'SparseGPT',
+    'State',
     'Wanda',
     'bind',
     'check_masks',
@@ -43,9 +46,12 @@ __all__ = [
     'effective_weight',
     'hessian',
     'init_lora',
+    'init_state',
     'linear',
+    'make_train_step',
     'mask_from_scores',
     'merge',
+    'paper_optimizer',
     'parse_pattern',
     'prune',
     'prune_tree',

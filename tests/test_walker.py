@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sparselora_jax import calibrate, prune, rules, sparsity
+from sparselora_jax import calibrate, pruning, rules, sparsity
 from sparselora_jax.models import blip2, llama
 
 CFG = llama.LlamaConfig(vocab=11, width=16, depth=3, heads=4, kv_heads=2, mlp_width=24)
@@ -21,13 +21,13 @@ def setup():
     return params, {'x': jax.random.normal(jax.random.key(1), (4, 6, 16)), 'valid': valid}
 
 
-@pytest.mark.parametrize('method', [prune.Wanda(), prune.SparseGPT(block=8), prune.Magnitude()])
+@pytest.mark.parametrize('method', [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.Magnitude()])
 def test_sequential_pruning_gives_the_pattern_and_one_trace_a_block(method, monkeypatch):
     params, batch = setup()
     traces = []
     block = llama.block
     monkeypatch.setattr(llama, 'block', lambda *args: traces.append(1) or block(*args))
-    result = prune.prune(forward, params, [batch], RULES, method=method, chunk=2)
+    result = pruning.prune(forward, params, [batch], RULES, method=method, chunk=2)
     assert len(traces) == 2  # the observing block and the pruned one, whatever the number of layers
     sparsity.check_masks(result.masks, RULES)
     sparsity.check_sparse(result.params, result.masks)
@@ -37,7 +37,7 @@ def test_sequential_pruning_gives_the_pattern_and_one_trace_a_block(method, monk
 
 def test_a_block_is_calibrated_on_the_output_of_the_pruned_ones():
     params, batch = setup()
-    result = prune.prune(forward, params, [batch], RULES, method=prune.Wanda())
+    result = pruning.prune(forward, params, [batch], RULES, method=pruning.Wanda())
 
     def statistics(params):
         return calibrate.collect(
@@ -51,30 +51,30 @@ def test_a_block_is_calibrated_on_the_output_of_the_pruned_ones():
     path = 'language/blocks/attn/q/kernel'
     stats = statistics(result.params)[path][0]
     original = rules.flatten(params)[path]
-    _, mask = prune.Wanda()(original[-1], stats[-1], sparsity.parse_pattern('2:4'))
+    _, mask = pruning.Wanda()(original[-1], stats[-1], sparsity.parse_pattern('2:4'))
     assert jnp.array_equal(mask, rules.flatten(result.masks)[path][-1])
 
 
 def test_chunks_and_batches_change_nothing():
     params, batch = setup()
     halves = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 2], batch) for i in (0, 2)]
-    whole = prune.prune(forward, params, [batch], RULES, method=prune.Wanda(), chunk=4)
-    parts = prune.prune(forward, params, halves, RULES, method=prune.Wanda(), chunk=1)
+    whole = pruning.prune(forward, params, [batch], RULES, method=pruning.Wanda(), chunk=4)
+    parts = pruning.prune(forward, params, halves, RULES, method=pruning.Wanda(), chunk=1)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.masks, parts.masks))
 
 
 def test_pads_change_nothing():
     params, batch = setup()
     other = batch | {'x': jnp.where(batch['valid'][..., None], batch['x'], 7.0)}
-    runs = [prune.prune(forward, params, [b], RULES, method=prune.Wanda()) for b in (batch, other)]
+    runs = [pruning.prune(forward, params, [b], RULES, method=pruning.Wanda()) for b in (batch, other)]
     assert jax.tree.all(jax.tree.map(jnp.array_equal, runs[0].masks, runs[1].masks))
 
 
 def test_one_shot_prunes_any_tree():
     params = {'fc': {'kernel': jax.random.normal(jax.random.key(0), (3, 8, 4))}, 'head': {'kernel': jnp.ones((8, 2))}}
     stats = {'fc/kernel': (jnp.ones((3, 8)), jnp.ones(3, jnp.int32))}
-    pruned, masks = prune.prune_tree(params, stats, [('fc/.*', 0.5), ('.*', 'dense')], method=prune.Wanda())
-    magnitude, _ = prune.prune_tree(params, None, [('fc/.*', 0.5), ('.*', 'dense')], method=prune.Magnitude())
+    pruned, masks = pruning.prune_tree(params, stats, [('fc/.*', 0.5), ('.*', 'dense')], method=pruning.Wanda())
+    magnitude, _ = pruning.prune_tree(params, None, [('fc/.*', 0.5), ('.*', 'dense')], method=pruning.Magnitude())
     assert list(rules.flatten(masks)) == ['fc/kernel']
     assert jnp.array_equal(pruned['fc']['kernel'], magnitude['fc']['kernel'])
 
@@ -82,11 +82,11 @@ def test_one_shot_prunes_any_tree():
 def test_what_does_not_fit_is_named_before_any_work():
     params, batch = setup()
     with pytest.raises(sparsity.PatternError, match='language/blocks/attn/k/kernel: pattern 3:5'):
-        prune.prune(forward, params, [batch], [('.*/k/kernel', '3:5'), ('.*', 'dense')], method=prune.Wanda())
+        pruning.prune(forward, params, [batch], [('.*/k/kernel', '3:5'), ('.*', 'dense')], method=pruning.Wanda())
     with pytest.raises(calibrate.CalibrationError, match='empty'):
-        prune.prune(forward, params, [], RULES, method=prune.Wanda())
+        pruning.prune(forward, params, [], RULES, method=pruning.Wanda())
     with pytest.raises(calibrate.CalibrationError, match='no statistic'):
-        prune.prune_tree(params, None, RULES, method=prune.Wanda())
+        pruning.prune_tree(params, None, RULES, method=pruning.Wanda())
     params['other'] = {'kernel': jnp.ones((4, 4))}
     with pytest.raises(rules.RuleError, match='other/kernel: not inside the blocks'):
-        prune.prune(forward, params, [batch], [('.*', '2:4')], method=prune.Wanda())
+        pruning.prune(forward, params, [batch], [('.*', '2:4')], method=pruning.Wanda())

@@ -59,7 +59,7 @@ def prune_tree(
       PatternError: a pattern that does not fit its kernel. RuleError: see `rules.match`.
       CalibrationError: a kernel without the statistic that its method needs.
 
-    >>> from sparselora_jax.prune import Magnitude
+    >>> from sparselora_jax.pruning import Magnitude
     >>> params = {'q': {'kernel': jnp.array([[1.0], [-2.0]])}}
     >>> pruned, masks = prune_tree(params, None, [('.*', 0.5)], method=Magnitude())
     >>> pruned['q']['kernel'].tolist()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparselora_jax import prune, sparsity
+from sparselora_jax import pruning, sparsity
 
 
 def data(inputs=32, outputs=12, tokens=200):
@@ -50,7 +50,7 @@ def test_sparsegpt_equals_numpy_in_float64(pattern, group):
     pattern = sparsity.parse_pattern(pattern)
     kernel, x = data()
     with jax.enable_x64(True):
-        method = prune.SparseGPT(block=16, group=group)
+        method = pruning.SparseGPT(block=16, group=group)
         ours, mask = method(jnp.asarray(kernel), jnp.asarray(x.T @ x), pattern)
         ours, mask = np.asarray(ours), np.asarray(mask)
     want, want_mask = numpy_sparsegpt(kernel, x.T @ x, pattern, 16, group)
@@ -63,7 +63,7 @@ def test_sparsegpt_in_fp32_agrees_and_reconstructs(pattern):
     pattern = sparsity.parse_pattern(pattern)
     kernel, x = data(inputs=128, outputs=64, tokens=1000)
     fp32 = jnp.asarray(kernel, jnp.float32), jnp.asarray(x.T @ x, jnp.float32)
-    ours, mask = prune.SparseGPT(block=32)(*fp32, pattern)
+    ours, mask = pruning.SparseGPT(block=32)(*fp32, pattern)
     want, want_mask = numpy_sparsegpt(kernel, x.T @ x, pattern, 32, 'output')
     assert np.mean(np.asarray(mask) == want_mask) >= 0.995
 
@@ -71,7 +71,7 @@ def test_sparsegpt_in_fp32_agrees_and_reconstructs(pattern):
         return np.linalg.norm(x @ (w - kernel)) / np.linalg.norm(x @ kernel)
 
     assert abs(error(np.asarray(ours)) - error(want)) < 1e-3
-    magnitude, _ = prune.Magnitude()(fp32[0], None, pattern)
+    magnitude, _ = pruning.Magnitude()(fp32[0], None, pattern)
     assert error(np.asarray(ours)) < error(np.asarray(magnitude))
 
 
@@ -81,7 +81,7 @@ def test_wanda_equals_numpy(group):
     pattern = sparsity.parse_pattern(0.5)
     with jax.enable_x64(True):
         squares = jnp.asarray(np.sum(x**2, axis=0), jnp.float32)
-        pruned, mask = prune.Wanda(group=group)(jnp.asarray(kernel, jnp.float32), squares, pattern)
+        pruned, mask = pruning.Wanda(group=group)(jnp.asarray(kernel, jnp.float32), squares, pattern)
     scores = np.abs(kernel) * np.linalg.norm(x, axis=0)[:, None]
     columns = np.stack([lowest(s, 16) for s in scores.T], axis=1)
     np.testing.assert_array_equal(mask, columns if group == 'output' else lowest(scores, scores.size // 2))
@@ -91,7 +91,7 @@ def test_wanda_equals_numpy(group):
 def test_dead_inputs_neither_survive_nor_break_the_hessian():
     kernel, x = data()
     x[:, 5] = 0
-    ours, mask = prune.SparseGPT(block=16)(
+    ours, mask = pruning.SparseGPT(block=16)(
         jnp.asarray(kernel, jnp.float32), jnp.asarray(x.T @ x, jnp.float32), sparsity.parse_pattern('2:4')
     )
     assert np.isfinite(ours).all()
@@ -101,7 +101,7 @@ def test_dead_inputs_neither_survive_nor_break_the_hessian():
 
 def test_random_is_reproducible_and_exact():
     kernel = jnp.ones((16, 4))
-    masks = [prune.Random(seed)(kernel, None, sparsity.parse_pattern('2:4'))[1] for seed in (0, 0, 1)]
+    masks = [pruning.Random(seed)(kernel, None, sparsity.parse_pattern('2:4'))[1] for seed in (0, 0, 1)]
     assert jnp.array_equal(masks[0], masks[1])
     assert not jnp.array_equal(masks[0], masks[2])
     assert not sparsity.violations(masks[2], sparsity.parse_pattern('2:4'))
@@ -109,4 +109,4 @@ def test_random_is_reproducible_and_exact():
 
 def test_block_that_does_not_fit_is_refused():
     with pytest.raises(sparsity.PatternError, match='block 12 does not fit 32 inputs'):
-        prune.SparseGPT(block=12)(jnp.ones((32, 4)), jnp.eye(32), sparsity.parse_pattern(0.5))
+        pruning.SparseGPT(block=12)(jnp.ones((32, 4)), jnp.eye(32), sparsity.parse_pattern(0.5))

@@ -1,0 +1,140 @@
+"""Restoration: the SparseLoRA loss, its schedule and its train step (arXiv 2404.02424).
+
+`step(state, frozen, batch)`: `state` holds what is trained and is donated; `frozen` (params, masks, teacher) is an
+argument. Only `lora` is ever differentiated, so base and masks are bit-identical after any number of steps.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from sparselora_jax.weights import bind
+
+
+class State(NamedTuple):
+    """What a step changes."""
+
+    lora: dict
+    optimizer: Any
+    step: Int[Array, '']
+
+
+class Frozen(NamedTuple):
+    """What a step only reads. `teacher` is a params tree of its own, or None: the unmasked `params` (shared)."""
+
+    params: dict
+    masks: dict | None
+    teacher: dict | None = None
+
+
+def paper_optimizer(
+    steps: int,
+    *,
+    peak: float = 1e-4,
+    warmup: int = 1000,
+    start: float = 1e-6,
+    end: float = 1e-5,
+    weight_decay: float = 0.05,
+    clip: float | None = None,
+) -> optax.GradientTransformation:
+    """AdamW with the paper's schedule: linear warm-up over `warmup` steps, then cosine to `end` at `steps`."""
+    schedule = optax.warmup_cosine_decay_schedule(start, peak, min(warmup, max(steps - 1, 0)), steps, end)
+    adamw = optax.adamw(schedule, weight_decay=weight_decay)
+    return adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
+
+
+def distillation_loss(
+    student: Float[Array, '*batch vocab'],
+    teacher: Float[Array, '*batch vocab'] | None,
+    targets: Int[Array, '*batch'],
+    answer: Bool[Array, '*batch'],
+    *,
+    kd: float = 0.1,
+    temperature: float = 2.0,
+) -> tuple[Float[Array, ''], dict[str, Array]]:
+    """`(1 - kd) * CE + kd * KL(teacher || student)`, token means over answer positions; no T^2 factor, as in the paper.
+
+    Args:
+      answer: True where `targets` is a token of the answer.
+      teacher: None drops the KL, and `kd` with it.
+    """
+    count = jnp.maximum(jnp.sum(answer), 1).astype(jnp.float32)
+
+    def mean(values):
+        return jnp.sum(jnp.where(answer, values, 0.0)) / count
+
+    ce = mean(optax.softmax_cross_entropy_with_integer_labels(student, targets))
+    if teacher is None:
+        return ce, {'loss': ce, 'ce': ce}
+    log_student = jax.nn.log_softmax(student / temperature)
+    log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
+    kl = mean(jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1))
+    loss = (1 - kd) * ce + kd * kl
+    return loss, {'loss': loss, 'ce': ce, 'kl': kl}
+
+
+def init_state(lora: dict, tx: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    return State(lora, tx.init(lora), jnp.zeros((), jnp.int32))
+
+
+def make_train_step(
+    forward: Callable[[dict, dict], Array],
+    tx: optax.GradientTransformation,
+    *,
+    kd: float = 0.1,
+    temperature: float = 2.0,
+    gradient: str = 'exact',
+    accumulate: int = 1,
+) -> Callable[[State, Frozen, dict], tuple[State, dict[str, Array]]]:
+    """The jitted step, `(state, frozen, batch) -> (state, metrics)`.
+
+    Args:
+      forward: `forward(weights, batch)` -> logits `[batch, tokens, vocab]` that predict `batch['targets']`.
+      kd: weight of the distillation; 0 runs no teacher.
+      gradient: see `weights.Adapted`.
+      accumulate: micro-batches a step; must divide the batch. Each weighs the same.
+
+    Returns:
+      The step. `batch` holds `targets` and `answer` besides what `forward` reads; metrics are `loss`, `ce`, `kl`,
+      `grad_norm`.
+    """
+
+    def loss_of(lora, frozen, batch):
+        student = forward(bind(frozen.params, frozen.masks, lora, gradient=gradient), batch)
+        teacher = None
+        if kd:
+            teacher = forward(frozen.params if frozen.teacher is None else frozen.teacher, batch)
+        return distillation_loss(student, teacher, batch['targets'], batch['answer'], kd=kd, temperature=temperature)
+
+    def gradients(lora, frozen, batch):
+        grads, metrics = jax.grad(loss_of, has_aux=True)(lora, frozen, batch)
+        return grads, metrics
+
+    def accumulated(lora, frozen, batch):
+        if accumulate == 1:
+            return gradients(lora, frozen, batch)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(gradients, lora, frozen, jax.tree.map(lambda leaf: leaf[0], parts)),
+        )
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradients(lora, frozen, part)), None
+
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+
+    def step(state, frozen, batch):
+        grads, metrics = accumulated(state.lora, frozen, batch)
+        with jax.numpy_dtype_promotion('standard'):  # optax's Adam multiplies its integer counter with floats
+            updates, optimizer = tx.update(grads, state.optimizer, state.lora)
+        metrics['grad_norm'] = optax.tree.norm(grads)
+        return State(optax.apply_updates(state.lora, updates), optimizer, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,98 @@
+"""Contracts of the train step: it compiles once, leaves the base alone, restores, and merges exactly sparse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sparselora_jax as sl
+from sparselora_jax import restore
+from sparselora_jax.models import blip2, llama
+
+CFG = llama.LlamaConfig(vocab=13, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
+
+
+def forward(w, batch):
+    x = llama.embed_tokens(w, batch['tokens'])
+    return llama.head(w, llama.forward(w, CFG, x, jnp.ones(batch['tokens'].shape, bool)))
+
+
+def setup():
+    params = blip2.init(jax.random.key(0), llama.shapes(CFG), std=1.0)
+    _, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
+    lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(4, 8))])
+    tokens = jax.random.randint(jax.random.key(2), (4, 6), 0, 13)
+    batch = {'tokens': tokens, 'targets': tokens, 'answer': jnp.ones((4, 6), bool)}
+    return params, masks, lora, batch
+
+
+@pytest.mark.parametrize('gradient', ['exact', 'straight_through'])
+def test_steps_restore_compile_once_and_leave_the_base_alone(gradient):
+    params, masks, lora, batch = setup()
+    before = jax.tree.map(np.array, (params, masks))
+    traces = []
+
+    def counted(w, batch):
+        traces.append(1)
+        return forward(w, batch)
+
+    tx = optax.adamw(1e-2)
+    step = restore.make_train_step(counted, tx, gradient=gradient)
+    state, losses = restore.init_state(lora, tx), []
+    for _ in range(30):
+        state, metrics = step(state, restore.Frozen(params, masks), batch)
+        losses.append(float(metrics['loss']))
+    assert len(traces) == 2  # student and teacher
+    assert losses[-1] < 0.5 * losses[0]
+    assert int(state.step) == 30
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, (params, masks)))
+    merged = sl.merge(params, masks, state.lora)
+    sl.check_sparse(merged, masks)
+    bound = forward(sl.bind(params, masks, state.lora), batch)
+    assert jnp.allclose(bound, forward(merged, batch), atol=1e-4)
+
+
+def test_micro_batches_change_nothing_beyond_rounding():
+    params, masks, lora, batch = setup()
+    tx = optax.sgd(1e-1)
+    results = []
+    for accumulate in (1, 2):
+        step = restore.make_train_step(forward, tx, accumulate=accumulate)
+        state = restore.init_state(jax.tree.map(jnp.copy, lora), tx)
+        results.append(step(state, restore.Frozen(params, masks), batch)[0].lora)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+
+
+def test_loss_equals_numpy():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 3, 5, 7)).astype(np.float32)
+    targets, answer = rng.integers(0, 7, (3, 5)), rng.random((3, 5)) < 0.5
+
+    def log_softmax(x):
+        return x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
+
+    ce = -np.take_along_axis(log_softmax(student), targets[..., None], -1)[..., 0]
+    p, q = log_softmax(teacher / 2), log_softmax(student / 2)
+    kl = np.sum(np.exp(p) * (p - q), axis=-1)
+    want = 0.9 * ce[answer].mean() + 0.1 * kl[answer].mean()
+    arrays = [jnp.asarray(a) for a in (student, teacher, targets.astype(np.int32), answer)]
+    np.testing.assert_allclose(restore.distillation_loss(*arrays)[0], want, rtol=1e-5)
+
+
+def test_teacher_of_its_own_is_used():
+    params, masks, lora, batch = setup()
+    tx = optax.sgd(0.0)
+    step = restore.make_train_step(forward, tx, kd=1.0)
+    student = sl.merge(params, masks)
+    frozen = restore.Frozen(student, masks, teacher=student)
+    _, metrics = step(restore.init_state(lora, tx), frozen, batch)
+    assert abs(float(metrics['kl'])) < 1e-6
+
+
+def test_paper_schedule():
+    tx = restore.paper_optimizer(100, warmup=10)
+    params = {'w': jnp.ones(3)}
+    with jax.numpy_dtype_promotion('standard'):
+        updates, _ = tx.update({'w': jnp.ones(3)}, tx.init(params), params)
+    np.testing.assert_allclose(updates['w'], -1e-6 * (1 + 0.05), rtol=1e-3)
