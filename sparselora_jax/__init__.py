@@ -18,6 +18,7 @@ from sparselora_jax.sparsity import (
     mask_from_scores,
     parse_pattern,
 )
+from sparselora_jax.storage import StorageError, load_safetensors, save_safetensors
 from sparselora_jax.weights import Adapted, Lora, LoraSpec, Masked, bind, effective_weight, init_lora, merge
 
 __version__ = '0.1.0'
@@ -37,6 +38,7 @@ __all__ = [
     'RuleError',
     'SparseGPT',
     'State',
+    'StorageError',
     'Wanda',
     'bind',
     'check_masks',
@@ -48,6 +50,7 @@ __all__ = [
     'init_lora',
     'init_state',
     'linear',
+    'load_safetensors',
     'make_train_step',
     'mask_from_scores',
     'merge',
@@ -55,5 +58,6 @@ __all__ = [
     'parse_pattern',
     'prune',
     'prune_tree',
+    'save_safetensors',
     'squares',
 ]

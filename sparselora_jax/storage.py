@@ -1,0 +1,58 @@
+"""Any of the three trees as one safetensors file: no pickle, names are paths."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from sparselora_jax import rules
+from sparselora_jax.weights import Lora
+
+
+class StorageError(ValueError):
+    """A file that is missing, truncated or not what it should be."""
+
+
+def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] | None = None) -> None:
+    """Writes params, masks or lora; the file appears whole or not at all.
+
+    Args:
+      metadata: strings kept in the header, e.g. the config that made the tree.
+    """
+    arrays, scales = {}, {}
+    for name, leaf in rules.flatten(tree).items():
+        if isinstance(leaf, Lora):
+            arrays[f'{name}/a'], arrays[f'{name}/b'], scales[name] = leaf.a, leaf.b, leaf.scale
+        else:
+            arrays[name] = leaf
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + '.partial')
+    header = (metadata or {}) | ({'lora_scales': json.dumps(scales)} if scales else {})
+    save_file({name: jnp.asarray(array) for name, array in arrays.items()}, partial, metadata=header)
+    partial.replace(path)
+
+
+def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
+    """Reads a tree back, bit for bit.
+
+    Returns:
+      (tree, metadata).
+
+    Raises:
+      StorageError: the file is missing, truncated or not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StorageError(f'{path}: no such file')
+    try:
+        with safe_open(path, framework='flax') as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise StorageError(f'{path}: not a complete safetensors file ({error})') from None
+    for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
+        flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
+    return rules.unflatten(flat), metadata

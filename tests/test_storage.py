@@ -1,0 +1,31 @@
+"""Any tree comes back bit for bit; a file that is not whole is named."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sparselora_jax as sl
+
+
+def test_each_tree_comes_back_bit_for_bit(tmp_path):
+    params = {'a': {'kernel': jax.random.normal(jax.random.key(0), (2, 8, 4), jnp.bfloat16)}, 'n': jnp.ones(3)}
+    _, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
+    lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(2, 3))])
+    for name, tree in {'params': params, 'masks': masks, 'lora': lora}.items():
+        path = tmp_path / 'new' / f'{name}.safetensors'
+        sl.save_safetensors(path, tree, metadata={'made': 'here'})
+        back, metadata = sl.load_safetensors(path)
+        assert metadata == {'made': 'here'}
+        assert jax.tree.structure(back) == jax.tree.structure(tree)
+        assert jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and jnp.array_equal(x, y), back, tree))
+    assert [path.suffix for path in (tmp_path / 'new').iterdir()] == ['.safetensors'] * 3
+
+
+def test_missing_and_truncated_files_are_named(tmp_path):
+    path = tmp_path / 'w.safetensors'
+    with pytest.raises(sl.StorageError, match='w.safetensors: no such file'):
+        sl.load_safetensors(path)
+    sl.save_safetensors(path, {'a': jnp.ones(100)})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(sl.StorageError, match='w.safetensors: not a complete'):
+        sl.load_safetensors(path)
