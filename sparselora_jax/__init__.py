@@ -7,7 +7,7 @@ together for a model to read, `merge` folds them into plain arrays with exact ze
 from sparselora_jax.calibrate import CalibrationError, collect, hessian, squares
 from sparselora_jax.linear import linear
 from sparselora_jax.pruning import Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
-from sparselora_jax.restore import Frozen, State, init_state, make_train_step, paper_optimizer
+from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
 from sparselora_jax.rules import RuleError
 from sparselora_jax.sparsity import (
     Pattern,
@@ -19,6 +19,7 @@ from sparselora_jax.sparsity import (
     parse_pattern,
 )
 from sparselora_jax.storage import StorageError, load_safetensors, save_safetensors
+from sparselora_jax.train import State, init_state
 from sparselora_jax.weights import Adapted, Lora, LoraSpec, Masked, bind, effective_weight, init_lora, merge
 
 __version__ = '0.1.0'

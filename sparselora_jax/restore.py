@@ -5,22 +5,15 @@ argument. Only `lora` is ever differentiated, so base and masks are bit-identica
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from sparselora_jax.train import State, make_step
 from sparselora_jax.weights import bind
-
-
-class State(NamedTuple):
-    """What a step changes."""
-
-    lora: dict
-    optimizer: Any
-    step: Int[Array, '']
 
 
 class Frozen(NamedTuple):
@@ -77,11 +70,6 @@ def distillation_loss(
     return loss, {'loss': loss, 'ce': ce, 'kl': kl}
 
 
-def init_state(lora: dict, tx: optax.GradientTransformation) -> State:
-    """The state before the first step."""
-    return State(lora, tx.init(lora), jnp.zeros((), jnp.int32))
-
-
 def make_train_step(
     forward: Callable[[dict, dict], Array],
     tx: optax.GradientTransformation,
@@ -111,30 +99,4 @@ def make_train_step(
             teacher = forward(frozen.params if frozen.teacher is None else frozen.teacher, batch)
         return distillation_loss(student, teacher, batch['targets'], batch['answer'], kd=kd, temperature=temperature)
 
-    def gradients(lora, frozen, batch):
-        grads, metrics = jax.grad(loss_of, has_aux=True)(lora, frozen, batch)
-        return grads, metrics
-
-    def accumulated(lora, frozen, batch):
-        if accumulate == 1:
-            return gradients(lora, frozen, batch)
-        parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradients, lora, frozen, jax.tree.map(lambda leaf: leaf[0], parts)),
-        )
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradients(lora, frozen, part)), None
-
-        total, _ = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda leaf: leaf / accumulate, total)
-
-    def step(state, frozen, batch):
-        grads, metrics = accumulated(state.lora, frozen, batch)
-        with jax.numpy_dtype_promotion('standard'):  # optax's Adam multiplies its integer counter with floats
-            updates, optimizer = tx.update(grads, state.optimizer, state.lora)
-        metrics['grad_norm'] = optax.tree.norm(grads)
-        return State(optax.apply_updates(state.lora, updates), optimizer, state.step + 1), metrics
-
-    return jax.jit(step, donate_argnums=0)
+    return make_step(loss_of, tx, accumulate=accumulate)

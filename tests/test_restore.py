@@ -39,7 +39,7 @@ def test_steps_restore_compile_once_and_leave_the_base_alone(gradient):
 
     tx = optax.adamw(1e-2)
     step = restore.make_train_step(counted, tx, gradient=gradient)
-    state, losses = restore.init_state(lora, tx), []
+    state, losses = sl.init_state(lora, tx), []
     for _ in range(30):
         state, metrics = step(state, restore.Frozen(params, masks), batch)
         losses.append(float(metrics['loss']))
@@ -47,9 +47,9 @@ def test_steps_restore_compile_once_and_leave_the_base_alone(gradient):
     assert losses[-1] < 0.5 * losses[0]
     assert int(state.step) == 30
     assert jax.tree.all(jax.tree.map(np.array_equal, before, (params, masks)))
-    merged = sl.merge(params, masks, state.lora)
+    merged = sl.merge(params, masks, state.trained)
     sl.check_sparse(merged, masks)
-    bound = forward(sl.bind(params, masks, state.lora), batch)
+    bound = forward(sl.bind(params, masks, state.trained), batch)
     assert jnp.allclose(bound, forward(merged, batch), atol=1e-4)
 
 
@@ -59,8 +59,8 @@ def test_micro_batches_change_nothing_beyond_rounding():
     results = []
     for accumulate in (1, 2):
         step = restore.make_train_step(forward, tx, accumulate=accumulate)
-        state = restore.init_state(jax.tree.map(jnp.copy, lora), tx)
-        results.append(step(state, restore.Frozen(params, masks), batch)[0].lora)
+        state = sl.init_state(jax.tree.map(jnp.copy, lora), tx)
+        results.append(step(state, restore.Frozen(params, masks), batch)[0].trained)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
 
 
@@ -86,7 +86,7 @@ def test_teacher_of_its_own_is_used():
     step = restore.make_train_step(forward, tx, kd=1.0)
     student = sl.merge(params, masks)
     frozen = restore.Frozen(student, masks, teacher=student)
-    _, metrics = step(restore.init_state(lora, tx), frozen, batch)
+    _, metrics = step(sl.init_state(lora, tx), frozen, batch)
     assert abs(float(metrics['kl'])) < 1e-6
 
 

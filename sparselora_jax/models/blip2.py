@@ -4,6 +4,8 @@ A batch is a dict: `image` [batch, height, width, 3] (normalised), `tokens` [bat
 tokens that are no pads). The language model sees [queries | text].
 """
 
+import dataclasses
+import json
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +21,21 @@ class Blip2Config:
     vision: vit.ViTConfig
     qformer: qformer.QFormerConfig
     language: llama.LlamaConfig
+
+
+def to_json(cfg: Blip2Config) -> str:
+    """The config as text, kept in the header of a model's file."""
+    return json.dumps(dataclasses.asdict(cfg))
+
+
+def from_json(text: str) -> Blip2Config:
+    """The inverse of `to_json`."""
+    parts = json.loads(text)
+    return Blip2Config(
+        vision=vit.ViTConfig(**parts['vision']),
+        qformer=qformer.QFormerConfig(**parts['qformer']),
+        language=llama.LlamaConfig(**parts['language']),
+    )
 
 
 def prefix(w: dict, cfg: Blip2Config, images: Array, run=scan_blocks) -> Float[Array, 'batch queries dim']:

@@ -1,0 +1,136 @@
+"""Makes the bridge of the embedded model, stage by stage; each stage resumes, and is skipped once it is done.
+
+python launch/pretrain.py --config=configs/demo_pretrain.py --workdir=runs/pretrain
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+import sparselora_jax as sl
+from sparselora_jax import pretrain
+from sparselora_jax.checkpoint import Checkpoints
+from sparselora_jax.data import easy_vqa, pipeline
+from sparselora_jax.evaluation import vqa
+from sparselora_jax.models import blip2, embedded, gguf, qformer, vit
+from sparselora_jax.progress import Log, Progress
+from sparselora_jax.train import fit, make_step
+
+_CONFIG = config_flags.DEFINE_config_file('config', 'configs/demo_pretrain.py')
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'where checkpoints, logs and the result go')
+
+
+def image_batches(source, texts, *, batch: int, seed: int, words=None):
+    """Images with their facts (and caption words), flipped and turned at random: neither changes shape or colour."""
+    facts = easy_vqa.image_facts(texts)
+    first = {image_id: index for index, (_, _, image_id) in reversed(list(enumerate(texts)))}
+    told = [first[i] for i, fact in sorted(facts.items()) if words is None or min(fact) >= 0]
+
+    def transform(record):
+        fact = facts[int(record['image_id'])]
+        example = {'image': pipeline.normalise(record['image']), 'facts': np.asarray(fact, np.int32)}
+        return example if words is None else example | {'words': words(fact)}
+
+    def turn(example, rng):
+        image = np.rot90(example['image'], rng.integers(4))
+        return example | {'image': np.ascontiguousarray(image[:, :: rng.choice([-1, 1])])}
+
+    return pipeline.batches(source, transform, batch=batch, seed=seed, groups=[told], shares=(1,), augment=turn)
+
+
+def main(argv):
+    """Runs the stages in order."""
+    del argv
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    log, key = Log(workdir), jax.random.key(config.seed)
+    path = embedded.language_model_file()
+    tokenizer = embedded.load_tokenizer()
+    language_cfg, language = gguf.load_llama(path)
+    cfg = blip2.Blip2Config(
+        vision=vit.ViTConfig(**config.vision),
+        qformer=qformer.QFormerConfig(image_width=config.vision.width, **config.qformer),
+        language=language_cfg,
+    )
+    builder = easy_vqa.prepare(config.data_dir)
+    train, test = builder.as_data_source('train'), builder.as_data_source('test')
+    texts = pipeline.read_texts(builder, 'train')
+    text = pipeline.TextFormat()
+    params = pretrain.init(key, cfg)
+
+    def questions(batch, seed):
+        groups = pipeline.groups_by_kind(texts)
+        transform = pipeline.vqa_transform(tokenizer, text)
+        return pipeline.batches(train, transform, batch=batch, seed=seed, groups=groups, shares=config.shares)
+
+    def stage(name, loss, trained, frozen, batches):
+        """Trains `trained`, and returns it as it is after the last step."""
+        knobs = config[name].to_dict()
+        steps = knobs.pop('steps')
+        knobs.pop('batch')
+        tx = pretrain.optimizer(steps=steps, **knobs)
+        progress = Progress(name, steps)
+
+        def note(step, metrics):
+            log.scalars(name, step, metrics)
+            progress(step, ' '.join(f'{key} {value:.3f}' for key, value in metrics.items()))
+
+        step = make_step(functools.partial(loss, cfg=cfg), tx)
+        checkpoints = Checkpoints(workdir / name)
+        state = sl.init_state(trained, tx)
+        state = fit(
+            step, state, frozen, batches, steps=steps, checkpoints=checkpoints, every=config.checkpoint_every, log=note
+        )
+        return state.trained
+
+    def scores(name, weights, **options):
+        """Accuracy on the test questions, kept in `<name>.json`."""
+        file = workdir / f'{name}.json'
+        if not file.exists():
+            indices = vqa.sample(config.eval_questions, len(test), seed=config.seed)
+            progress = Progress(f'evaluate {name}', len(indices))
+            answers = vqa.evaluate(weights, cfg, test, indices, tokenizer, text, progress=progress, **options)
+            file.write_text(json.dumps(answers.accuracy(), indent=1))
+        print(name, file.read_text())
+
+    trained = stage(
+        'facts',
+        pretrain.facts_loss,
+        params,
+        None,
+        image_batches(train, texts, batch=config.facts.batch, seed=config.seed),
+    )
+    frozen = {'vision': trained['vision'], 'language': language}
+    words = functools.partial(pretrain.caption_words, tokenizer, queries=cfg.qformer.queries)
+    bridge = {name: params[name] for name in ('qformer', 'projection')}
+    bridge = stage(
+        'words',
+        pretrain.words_loss,
+        bridge,
+        frozen,
+        image_batches(train, texts, batch=config.words.batch, seed=config.seed, words=words),
+    )
+    bridge = stage('answers', pretrain.answers_loss, bridge, frozen, questions(config.answers.batch, config.seed))
+    scores('frozen', frozen | bridge)
+    rules = [('language/blocks/.*', sl.LoraSpec(config.lora_rank, config.lora_alpha)), ('.*', None)]
+    lora = sl.init_lora(jax.random.fold_in(key, 1), {'language': language}, rules)
+    trained = stage(
+        'lora', pretrain.answers_loss, bridge | {'lora': lora}, frozen, questions(config.lora.batch, config.seed + 10)
+    )
+    result = trained | {'vision': frozen['vision']}
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), result)
+    file = workdir / embedded.BRIDGE.name
+    sl.save_safetensors(file, half, metadata={'config': blip2.to_json(cfg)})
+    print(f'{file}: {file.stat().st_size / 1e6:.1f} MB')
+    cfg, weights = embedded.load(file)
+    scores('trained', weights)
+    scores('shuffled', weights, shuffle_images=True)
+
+
+if __name__ == '__main__':
+    app.run(main)

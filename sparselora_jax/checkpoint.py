@@ -1,0 +1,74 @@
+"""Checkpoints by Orbax, each with a manifest of hashes: what is read back is what was written, or is not used.
+
+A process killed while it writes leaves a folder without a manifest, which is never read.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+MANIFEST = 'manifest.json'
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written."""
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class Checkpoints:
+    """The newest `keep` states of one job in a folder, named by step."""
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, warn: Callable[[str], None] | None = None):
+        """`warn` is told of a damaged checkpoint; stderr by default."""
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self.warn = warn or (lambda message: print(message, file=sys.stderr))
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        return sorted(int(path.parent.name) for path in self.folder.glob(f'*/{MANIFEST}'))
+
+    def save(self, step: int, tree: Any) -> None:
+        """Writes a state, then its manifest; older ones beyond `keep` go afterwards.
+
+        Raises:
+          CheckpointError: the disk is too full. What was there before stays.
+        """
+        target = self.folder / str(step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self.folder).free
+        if free < 1.1 * need:
+            raise CheckpointError(
+                f'{target}: {need / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free on this disk'
+            )
+        if target.exists():
+            shutil.rmtree(target)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(target, tree)
+        (target / (MANIFEST + '.partial')).write_text(json.dumps(_hashes(target)))
+        (target / (MANIFEST + '.partial')).replace(target / MANIFEST)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.folder / str(old))
+
+    def restore(self, like: Any) -> Any | None:
+        """The newest state whose hashes hold, shaped and sharded as `like`; None if there is none."""
+        for step in reversed(self.steps()):
+            folder = self.folder / str(step)
+            if json.loads((folder / MANIFEST).read_text()) != _hashes(folder):
+                self.warn(f'{folder}: the checkpoint is damaged (hashes differ); falling back to the one before')
+                continue
+            with ocp.StandardCheckpointer() as checkpointer:
+                return checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+        return None

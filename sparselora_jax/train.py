@@ -1,0 +1,136 @@
+"""A train step from a loss, and the loop that runs it: logged, checkpointed, interruptible, resumable bit for bit."""
+
+import math
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from sparselora_jax.checkpoint import Checkpoints
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or a gradient that is not finite; the last good checkpoint is kept."""
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C: the state was saved, the same command goes on from there."""
+
+
+class State(NamedTuple):
+    """What a step changes."""
+
+    trained: Any
+    optimizer: Any
+    step: Int[Array, '']
+
+
+def init_state(trained: Any, tx: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    return State(trained, tx.init(trained), jnp.zeros((), jnp.int32))
+
+
+def make_step(
+    loss: Callable[[Any, Any, dict], tuple[Array, dict[str, Array]]],
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+) -> Callable[[State, Any, dict], tuple[State, dict[str, Array]]]:
+    """The jitted step, `(state, frozen, batch) -> (state, metrics)`; only `state` is donated.
+
+    Args:
+      loss: `loss(trained, frozen, batch) -> (loss, metrics)`, differentiated in `trained`.
+      accumulate: micro-batches a step; must divide the batch. Each weighs the same.
+    """
+
+    def gradients(trained, frozen, batch):
+        return jax.grad(loss, has_aux=True)(trained, frozen, batch)
+
+    def accumulated(trained, frozen, batch):
+        if accumulate == 1:
+            return gradients(trained, frozen, batch)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch)
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradients, trained, frozen, first)
+        )
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradients(trained, frozen, part)), None
+
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+
+    def step(state, frozen, batch):
+        grads, metrics = accumulated(state.trained, frozen, batch)
+        with jax.numpy_dtype_promotion('standard'):  # optax's Adam multiplies its integer counter with floats
+            updates, optimizer = tx.update(grads, state.optimizer, state.trained)
+        metrics['grad_norm'] = optax.tree.norm(grads)
+        return State(optax.apply_updates(state.trained, updates), optimizer, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+@contextmanager
+def stop_signal():
+    """Yields a function that tells whether SIGTERM or Ctrl-C has arrived; a second Ctrl-C ends at once."""
+    arrived = []
+
+    def note(number, frame):
+        if arrived and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        arrived.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    step: Callable[[State, Any, dict], tuple[State, dict[str, Array]]],
+    state: State,
+    frozen: Any,
+    batches: Any,
+    *,
+    steps: int,
+    checkpoints: Checkpoints,
+    every: int = 100,
+    log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+) -> State:
+    """Runs `step` up to global step `steps`, from the newest checkpoint if there is one.
+
+    Args:
+      batches: `batches[i]` is the batch of global step i, whatever ran before.
+      every: steps between checkpoints; a killed process loses at most these.
+      log: called with the number of steps done and the metrics of the last.
+
+    Raises:
+      NonFiniteLoss: names the step. Interrupted: the state was saved first.
+    """
+    state = checkpoints.restore(state) or state
+    with stop_signal() as stopped:
+        for index in range(int(state.step), steps):
+            state, metrics = step(state, frozen, batches[index])
+            values = {name: float(value) for name, value in metrics.items()}
+            bad = [name for name, value in values.items() if not math.isfinite(value)]
+            if bad:
+                last = checkpoints.steps()[-1:] or ['the start']
+                raise NonFiniteLoss(
+                    f'step {index}: {bad[0]} is {values[bad[0]]}; the last good state is that of {last[0]}'
+                )
+            log(index + 1, values)
+            if (index + 1) % every == 0 or index + 1 == steps or stopped():
+                checkpoints.save(index + 1, state)
+            if stopped():
+                raise Interrupted(
+                    f'stopped after step {index + 1} of {steps}, saved; the same command goes on from there'
+                )
+    return state
