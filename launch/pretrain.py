@@ -7,11 +7,10 @@ import functools
 import json
 from pathlib import Path
 
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 
 import sparselora_jax as sl
 from sparselora_jax import pretrain
@@ -22,8 +21,8 @@ from sparselora_jax.models import blip2, embedded, gguf, qformer, vit
 from sparselora_jax.progress import Log, Progress
 from sparselora_jax.train import fit, make_step
 
-_CONFIG = config_flags.DEFINE_config_file('config', 'configs/demo_pretrain.py')
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'where checkpoints, logs and the result go')
+DEFAULT = 'configs/demo_pretrain.py'
+CONFIG, WORKDIR = cli.define_config(DEFAULT, 'runs/pretrain')
 
 
 def image_batches(source, texts, *, batch: int, seed: int, words=None):
@@ -47,7 +46,7 @@ def image_batches(source, texts, *, batch: int, seed: int, words=None):
 def main(argv):
     """Runs the stages in order."""
     del argv
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    config, workdir = CONFIG.value, Path(WORKDIR.value)
     log, key = Log(workdir), jax.random.key(config.seed)
     path = embedded.language_model_file()
     tokenizer = embedded.load_tokenizer()
@@ -101,7 +100,7 @@ def main(argv):
     trained = stage(
         'facts',
         pretrain.facts_loss,
-        params,
+        {name: params[name] for name in ('vision', 'facts')},
         None,
         image_batches(train, texts, batch=config.facts.batch, seed=config.seed),
     )
@@ -133,4 +132,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main, default=DEFAULT)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax import rules as rules_lib
+from sparselora_jax.errors import SparseloraError
 
 
-class CalibrationError(ValueError):
+class CalibrationError(SparseloraError, ValueError):
     """A calibration set that says nothing, or activations that are not finite."""
 
 

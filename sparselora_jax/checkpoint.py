@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from sparselora_jax.errors import SparseloraError
+
 MANIFEST = 'manifest.json'
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(SparseloraError, RuntimeError):
     """A checkpoint that cannot be written."""
 
 
@@ -66,7 +68,7 @@ class Checkpoints:
         """The newest state whose hashes hold, shaped and sharded as `like`; None if there is none."""
         for step in reversed(self.steps()):
             folder = self.folder / str(step)
-            if json.loads((folder / MANIFEST).read_text()) != _hashes(folder):
+            if (folder / MANIFEST).read_text() != json.dumps(_hashes(folder)):
                 self.warn(f'{folder}: the checkpoint is damaged (hashes differ); falling back to the one before')
                 continue
             with ocp.StandardCheckpointer() as checkpointer:

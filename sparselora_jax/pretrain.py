@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.models import blip2, layers, vit
@@ -68,15 +68,10 @@ def words_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Conf
     return loss, metrics | {'loss': loss}
 
 
-def answer_logits(weights: dict, cfg: blip2.Blip2Config, batch: dict) -> Float[Array, 'batch answer vocab']:
-    """Logits of the answer positions alone: the head is the largest matrix of a small language model."""
-    return blip2.head(weights, blip2.forward(weights, cfg, batch)[:, -batch['targets'].shape[1] :])
-
-
 def answers_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Config) -> tuple[Array, dict]:
     """Cross-entropy of the answer through the language model; `trained['lora']`, if there, adapts that model."""
     params = frozen | {name: tree for name, tree in trained.items() if name != 'lora'}
-    logits = answer_logits(bind(params, lora=trained.get('lora')), cfg, batch)
+    logits = blip2.answer_logits(bind(params, lora=trained.get('lora')), cfg, batch)
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
     answer = batch['answer']
     loss = jnp.sum(jnp.where(answer, ce, 0.0)) / jnp.maximum(jnp.sum(answer), 1).astype(jnp.float32)

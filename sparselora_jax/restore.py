@@ -48,13 +48,21 @@ def distillation_loss(
     *,
     kd: float = 0.1,
     temperature: float = 2.0,
+    kl_reduction: str = 'token',
 ) -> tuple[Float[Array, ''], dict[str, Array]]:
     """`(1 - kd) * CE + kd * KL(teacher || student)`, token means over answer positions; no T^2 factor, as in the paper.
 
     Args:
       answer: True where `targets` is a token of the answer.
       teacher: None drops the KL, and `kd` with it.
+      kl_reduction: `'token'`: the mean over answer tokens; `'sequence'`: their sum over the batch size, as the public
+        code has it: `kd` weighs more on longer answers.
+
+    Raises:
+      ValueError: an unknown `kl_reduction`.
     """
+    if kl_reduction not in ('token', 'sequence'):
+        raise ValueError(f"kl_reduction {kl_reduction!r}: expected 'token' or 'sequence'")
     count = jnp.maximum(jnp.sum(answer), 1).astype(jnp.float32)
 
     def mean(values):
@@ -66,6 +74,8 @@ def distillation_loss(
     log_student = jax.nn.log_softmax(student / temperature)
     log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
     kl = mean(jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1))
+    if kl_reduction == 'sequence':
+        kl = kl * count / answer.shape[0]
     loss = (1 - kd) * ce + kd * kl
     return loss, {'loss': loss, 'ce': ce, 'kl': kl}
 
@@ -76,6 +86,7 @@ def make_train_step(
     *,
     kd: float = 0.1,
     temperature: float = 2.0,
+    kl_reduction: str = 'token',
     gradient: str = 'exact',
     accumulate: int = 1,
 ) -> Callable[[State, Frozen, dict], tuple[State, dict[str, Array]]]:
@@ -84,6 +95,7 @@ def make_train_step(
     Args:
       forward: `forward(weights, batch)` -> logits `[batch, tokens, vocab]` that predict `batch['targets']`.
       kd: weight of the distillation; 0 runs no teacher.
+      temperature, kl_reduction: see `distillation_loss`.
       gradient: see `weights.Adapted`.
       accumulate: micro-batches a step; must divide the batch. Each weighs the same.
 
@@ -97,6 +109,7 @@ def make_train_step(
         teacher = None
         if kd:
             teacher = forward(frozen.params if frozen.teacher is None else frozen.teacher, batch)
-        return distillation_loss(student, teacher, batch['targets'], batch['answer'], kd=kd, temperature=temperature)
+        knobs = {'kd': kd, 'temperature': temperature, 'kl_reduction': kl_reduction}
+        return distillation_loss(student, teacher, batch['targets'], batch['answer'], **knobs)
 
     return make_step(loss_of, tx, accumulate=accumulate)

@@ -10,8 +10,10 @@ from typing import Any
 
 from flax import traverse_util
 
+from sparselora_jax.errors import SparseloraError
 
-class RuleError(ValueError):
+
+class RuleError(SparseloraError, ValueError):
     """A rule list that does not fit the tree it is applied to."""
 
 
@@ -55,12 +57,16 @@ def match(rules: Sequence[tuple[str, Any]], paths: Iterable[str]) -> dict[str, A
     for regex, _ in compiled:
         if regex.pattern != '.*' and not any(regex.fullmatch(path) for path in paths):
             raise RuleError(f'rule {regex.pattern!r} matches none of the {len(paths)} kernels, e.g. {paths[:3]}')
-    values = {}
-    for path in paths:
-        for regex, value in compiled:
-            if regex.fullmatch(path):
-                values[path] = value
-                break
-        else:
-            raise RuleError(f'no rule matches kernel {path!r}; end the list with a (".*", ...) rule')
-    return values
+    return {path: first_match(rules, path) for path in paths}
+
+
+def first_match(rules: Sequence[tuple[str, Any]], path: str) -> Any:
+    """The value of the first rule whose regex matches the whole path.
+
+    Raises:
+      RuleError: none does.
+    """
+    for pattern, value in rules:
+        if re.fullmatch(pattern, path):
+            return value
+    raise RuleError(f'no rule matches kernel {path!r}; end the list with a (".*", ...) rule')

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from sparselora_jax import rules as rules_lib
+from sparselora_jax.errors import SparseloraError
 
 
-class PatternError(ValueError):
+class PatternError(SparseloraError, ValueError):
     """A pattern that does not parse or does not fit an array."""
 
 

@@ -8,10 +8,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from sparselora_jax import rules
+from sparselora_jax.errors import SparseloraError
 from sparselora_jax.weights import Lora
 
 
-class StorageError(ValueError):
+class StorageError(SparseloraError, ValueError):
     """A file that is missing, truncated or not what it should be."""
 
 
@@ -56,3 +57,12 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
     for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
     return rules.unflatten(flat), metadata
+
+
+def check_shapes(path: str | Path, tree: dict, shapes: dict) -> None:
+    """Raises `StorageError` unless `tree`, read from `path`, has exactly the arrays that `shapes` (of tuples) names."""
+    have = {name: tuple(leaf.shape) for name, leaf in rules.flatten(tree).items()}
+    want = rules.flatten(shapes)
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise StorageError(f'{path}: {name} has shape {have.get(name)}, its config asks for {want.get(name)}')

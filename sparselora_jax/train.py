@@ -12,13 +12,14 @@ import optax
 from jaxtyping import Array, Int
 
 from sparselora_jax.checkpoint import Checkpoints
+from sparselora_jax.errors import SparseloraError
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(SparseloraError, RuntimeError):
     """A loss or a gradient that is not finite; the last good checkpoint is kept."""
 
 
-class Interrupted(Exception):
+class Interrupted(SparseloraError):
     """SIGTERM or Ctrl-C: the state was saved, the same command goes on from there."""
 
 

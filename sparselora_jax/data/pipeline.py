@@ -5,16 +5,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 from sparselora_jax.data import easy_vqa
+from sparselora_jax.errors import SparseloraError
 
 
-class DataError(ValueError):
+class DataError(SparseloraError, ValueError):
     """A question, an answer or an image that cannot be processed."""
 
 
@@ -30,6 +33,21 @@ class TextFormat:
 def normalise(image: UInt8[np.ndarray, 'height width 3']) -> Float[np.ndarray, 'height width 3']:
     """Pixels 0..255 -> -1..1."""
     return image.astype(np.float32) / 127.5 - 1.0
+
+
+def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, 'size size 3']:
+    """An image file as RGB pixels, resized to a square.
+
+    Raises:
+      DataError: the file is missing or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC))
+    except FileNotFoundError:
+        raise DataError(f'{path}: no such file') from None
+    except OSError as error:
+        raise DataError(f'{path}: not a readable image ({error})') from None
 
 
 def encode(tokenizer: Any, text: TextFormat, question: str, answer: str = '') -> dict[str, np.ndarray]:

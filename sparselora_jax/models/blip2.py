@@ -67,6 +67,11 @@ def head(w: dict, hidden: Float[Array, '*batch dim']) -> Float[Array, '*batch vo
     return llama.head(w['language'], hidden)
 
 
+def answer_logits(w: dict, cfg: Blip2Config, batch: dict, run=scan_blocks) -> Float[Array, 'batch answer vocab']:
+    """Logits that predict `batch['targets']`: the last positions alone, since the head is the largest matrix."""
+    return head(w, forward(w, cfg, batch, run)[:, -batch['targets'].shape[1] :])
+
+
 def bridge_shapes(cfg: Blip2Config) -> dict:
     """Shapes of everything but the language model."""
     return {

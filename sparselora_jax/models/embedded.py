@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from sparselora_jax.models import blip2, gguf
-from sparselora_jax.storage import load_safetensors
+from sparselora_jax.storage import check_shapes, load_safetensors
 from sparselora_jax.weights import merge
 
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
+
+
+IMAGE_SIZE = 64  # pixels a side
 
 
 def language_model_file() -> Path:
@@ -46,4 +49,6 @@ def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[blip2.Blip2
     _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     lora = tree.pop('lora', None)
     params = tree | {'language': language}
-    return blip2.from_json(metadata['config']), merge(params, None, lora)
+    cfg, params = blip2.from_json(metadata['config']), merge(params, None, lora)
+    check_shapes(bridge, params, blip2.shapes(cfg))
+    return cfg, params

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparselora_jax import rules
+from sparselora_jax.errors import SparseloraError
 from sparselora_jax.models import llama
 
 _BLOCK_KERNELS = {
@@ -19,7 +20,7 @@ _BLOCK_KERNELS = {
 }
 
 
-class AssetError(ValueError):
+class AssetError(SparseloraError, ValueError):
     """A file that is missing, truncated or not what it should be."""
 
 

@@ -1,0 +1,17 @@
+"""Pruning vision and language of BLIP-2 alike, at 2:4 by Wanda, restored by SparseLoRA (arXiv 2404.02424, 'both').
+
+  python launch/train.py --config=configs/blip2_both.py --workdir=runs/both
+
+Everything else is as in `blip2_lang_only.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import blip2_lang_only
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """See `blip2_lang_only.get_config`."""
+    config = blip2_lang_only.get_config(arg)
+    config.prune.pattern.vision = '2:4'
+    return config

@@ -1,0 +1,63 @@
+"""Language-only pruning of BLIP-2 at 2:4 by Wanda, restored by SparseLoRA (arXiv 2404.02424, 'language only').
+
+  python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
+
+The embedded model (SmolLM2-135M-Instruct and a bridge trained on easy-VQA). Cost and scores: see the README's table,
+which `report.json` of this run reproduces. Any field can be overridden: `--config.restore.steps=300`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: `model=<directory or hub id>` names another model."""
+    config = ConfigDict()
+    config.model = 'embedded'
+    config.seed = 42
+    config.data_dir = 'runs/data'
+
+    # Pruning: a pattern per tower (dense | 0.5 | 2:4 | 4:8), over the kernels of its blocks.
+    config.prune = ConfigDict()
+    config.prune.method = 'wanda'  # random | magnitude | wanda | sparsegpt
+    config.prune.pattern = ConfigDict(dict(vision='dense', qformer='dense', language='2:4'))
+    config.prune.samples = 128
+    config.prune.chunk = 32  # samples at a time
+    config.prune.damp = 0.01  # SparseGPT only, as is `block`
+    config.prune.block = 64
+
+    # LoRA: the paper's ranks; rank 0 leaves a tower alone. The scale is alpha / rank.
+    config.lora = ConfigDict()
+    config.lora.rank = ConfigDict(dict(vision=4, qformer=2, language=8))
+    config.lora.alpha = ConfigDict(dict(vision=8.0, qformer=4.0, language=16.0))
+
+    # Restoration. The paper: one epoch of 25k pairs at batch 32, 1000 warm-up steps to 1e-4. This run is ten times
+    # shorter, so its peak is higher.
+    config.restore = ConfigDict()
+    config.restore.steps = 150
+    config.restore.batch = 16
+    config.restore.shares = (2, 1, 1)  # yes/no, shape, colour
+    config.restore.peak = 1e-3
+    config.restore.warmup = 10
+    config.restore.start = 1e-6
+    config.restore.end = 1e-5
+    config.restore.weight_decay = 0.05
+    config.restore.clip = 1.0
+    config.restore.kd = 0.1
+    config.restore.temperature = 2.0
+    config.restore.kl_reduction = 'token'  # token | sequence
+    config.restore.gradient = 'exact'  # exact | straight_through | plain (LoRA beside the mask, cut at the merge)
+    config.restore.accumulate = 1
+    config.restore.checkpoint_every = 25
+    # True: train the same LoRA budget on the dense model too, to tell restoring from more training.
+    config.restore.control = False
+
+    config.evaluate = ConfigDict()
+    config.evaluate.questions = 1000  # of 9,673
+    config.evaluate.batch = 50
+
+    if arg is not None:
+        name, _, value = arg.partition('=')
+        if name != 'model' or not value:
+            raise ValueError(f'config argument {arg!r}: expected model=<directory or hub id>')
+        config.model = value
+    return config

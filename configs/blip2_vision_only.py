@@ -1,0 +1,18 @@
+"""Vision-only pruning of BLIP-2 at 2:4 by Wanda, restored by SparseLoRA (arXiv 2404.02424, its setting 'vision only').
+
+  python launch/train.py --config=configs/blip2_vision_only.py --workdir=runs/vision_only
+
+Everything else is as in `blip2_lang_only.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import blip2_lang_only
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """See `blip2_lang_only.get_config`."""
+    config = blip2_lang_only.get_config(arg)
+    config.prune.pattern.vision = '2:4'
+    config.prune.pattern.language = 'dense'
+    return config

@@ -1,0 +1,73 @@
+"""What the scripts share: the repository on the path, flags, and errors as one line with an exit code."""
+
+import difflib
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from sparselora_jax.errors import SparseloraError
+from sparselora_jax.recipe import ConfigError
+from sparselora_jax.train import Interrupted
+
+
+def define_config(default: str = 'configs/blip2_lang_only.py', workdir: str = 'runs/demo') -> tuple:
+    """The flags `--config` and `--workdir`."""
+    config = config_flags.DEFINE_config_file('config', default, 'a file of configs/, then :argument')
+    return config, flags.DEFINE_string('workdir', workdir, 'where results, logs and checkpoints go')
+
+
+def check_config(argv: list[str], default: str) -> None:
+    """Names a config file that is missing, and an override of a field that does not exist, with the nearest one."""
+    values = {arg.partition('=')[0].lstrip('-'): arg.partition('=')[2] for arg in argv if arg.startswith('--')}
+    path, _, argument = values.get('config', default).partition(':')
+    if not Path(path).is_file():
+        nearest = difflib.get_close_matches(path, [str(p) for p in Path('configs').glob('*.py')], 1)
+        raise ConfigError(f'{path}: no such config' + (f'; did you mean {nearest[0]}?' if nearest else ''))
+    try:
+        config = runpy.run_path(path)['get_config'](argument or None)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f'{path}: {error}') from None
+    fields = list(_fields(config))
+    for name in values:
+        field = name.removeprefix('config.')
+        if name.startswith('config.') and field not in fields:
+            nearest = difflib.get_close_matches(field, fields, 1, cutoff=0.0)
+            raise ConfigError(f'config has no field {field!r}; did you mean {nearest[0]!r}?')
+
+
+def _fields(config: ConfigDict, prefix: str = ''):
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f'{prefix}{name}.')
+
+
+def run(main: Callable[[list[str]], None], *, default: str | None = None) -> None:
+    """Runs `main(positional arguments)`; what a user can act on ends as one line, not as a traceback."""
+
+    def guarded(argv):
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main(argv[1:])
+        except SparseloraError as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            _fail(Interrupted('stopped; finished stages are kept, the same command goes on'))
+
+    try:
+        if default is not None:
+            check_config(sys.argv[1:], default)
+    except SparseloraError as error:
+        _fail(error)
+    app.run(guarded)
+
+
+def _fail(error: Exception) -> None:
+    print(f'{"stopped" if isinstance(error, Interrupted) else "error"}: {error}', file=sys.stderr)
+    sys.exit(130 if isinstance(error, Interrupted) else 1)

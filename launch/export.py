@@ -1,0 +1,23 @@
+"""Merges what a workdir's restoration has learnt and exports it, once `train.py` has restored it there.
+
+python launch/export.py --config=configs/blip2_lang_only.py --workdir=runs/demo
+"""
+
+import cli
+
+from sparselora_jax.job import Job
+
+DEFAULT = 'configs/blip2_lang_only.py'
+CONFIG, WORKDIR = cli.define_config(DEFAULT)
+
+
+def main(argv):
+    """The stage `export`."""
+    del argv
+    job = Job(CONFIG.value, WORKDIR.value)
+    print(job.export())
+    print(f'exported: {job.workdir}/exported/')
+
+
+if __name__ == '__main__':
+    cli.run(main, default=DEFAULT)

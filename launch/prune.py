@@ -1,0 +1,23 @@
+"""Calibrates and prunes, nothing more: writes the masks into the workdir.
+
+python launch/prune.py --config=configs/blip2_lang_only.py --workdir=runs/demo
+"""
+
+import cli
+
+from sparselora_jax.job import Job
+
+DEFAULT = 'configs/blip2_lang_only.py'
+CONFIG, WORKDIR = cli.define_config(DEFAULT)
+
+
+def main(argv):
+    """The stage `prune`."""
+    del argv
+    job = Job(CONFIG.value, WORKDIR.value)
+    print(job.prune())
+    print(f'masks: {job.workdir}/masks.safetensors')
+
+
+if __name__ == '__main__':
+    cli.run(main, default=DEFAULT)

@@ -1,0 +1,26 @@
+"""The main job: evaluate, prune, restore, merge, verify, export, report. Resumes, and skips what is done.
+
+python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
+"""
+
+import cli
+
+from sparselora_jax.evaluation import report
+from sparselora_jax.job import Job
+
+DEFAULT = 'configs/blip2_lang_only.py'
+CONFIG, WORKDIR = cli.define_config(DEFAULT)
+
+
+def main(argv):
+    """Every stage, in order."""
+    del argv
+    job = Job(CONFIG.value, WORKDIR.value)
+    job.run()
+    report.write(job)
+    print((job.workdir / 'report.json').read_text())
+    print(f'complete: {job.workdir}/report.html, {job.workdir}/exported/')
+
+
+if __name__ == '__main__':
+    cli.run(main, default=DEFAULT)

@@ -1,0 +1,5 @@
+"""The base of every error that a user can act on: scripts print it as one line and exit with a code that is not 0."""
+
+
+class SparseloraError(Exception):
+    """What was wrong, where, and what to do."""

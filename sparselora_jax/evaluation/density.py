@@ -1,0 +1,40 @@
+"""What a finished model's kernels say about themselves: density, pattern, violations; no mask is believed."""
+
+import jax.numpy as jnp
+
+from sparselora_jax import rules
+from sparselora_jax.sparsity import parse_pattern, violations
+
+
+def _block_kernels(params: dict, tower: str) -> dict:
+    return {path: k for path, k in rules.kernels(params).items() if path.startswith(f'{tower}/blocks/')}
+
+
+def tower_sparsity(params: dict, tower: str, pattern: str | float) -> dict:
+    """Density of a tower's block kernels, counted, and the comparison groups that hold fewer zeros than promised.
+
+    A kept weight that happens to be zero would count as a violation too: none is expected.
+    """
+    found, parsed = _block_kernels(params, tower), parse_pattern(pattern)
+    kept = sum(int(jnp.count_nonzero(kernel)) for kernel in found.values())
+    size = sum(kernel.size for kernel in found.values())
+    wrong = 0 if parsed.dense else sum(int(violations(kernel != 0, parsed).sum()) for kernel in found.values())
+    return {'pattern': str(pattern), 'density': kept / size, 'violations': wrong}
+
+
+def layer_density(params: dict, tower: str) -> dict[str, list[float]]:
+    """{kernel path: density of each layer} of a tower's blocks."""
+    found = _block_kernels(params, tower)
+    return {path: (jnp.count_nonzero(k, axis=(1, 2)) / k[0].size).tolist() for path, k in found.items()}
+
+
+def plain_lora_density(params: dict, masks: dict, lora: dict) -> float:
+    """Density of the pruned kernels if `lora` were merged outside the mask, `W * M + s*A*B`, as plain LoRA does."""
+    flat, factors = rules.flatten(params), rules.flatten(lora)
+    kept = size = 0
+    for path, mask in rules.flatten(masks).items():
+        kernel = jnp.where(mask, flat[path], 0.0)
+        if path in factors:
+            kernel = kernel + factors[path].scale * jnp.matmul(factors[path].a, factors[path].b)
+        kept, size = kept + int(jnp.count_nonzero(kernel)), size + kernel.size
+    return kept / size if size else 1.0

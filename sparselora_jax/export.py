@@ -1,0 +1,82 @@
+"""A model for others to read: a Hugging Face directory of the language tower, and the whole model as safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from sparselora_jax import rules, storage
+from sparselora_jax.models import blip2, llama
+
+# Ours -> Hugging Face's LLaMA, of one layer; kernels are transposed to [out, in] there.
+_LAYER_NAMES = {
+    **{f'attn/{name}/kernel': f'self_attn.{name}_proj.weight' for name in 'qkvo'},
+    **{f'mlp/{name}/kernel': f'mlp.{name}_proj.weight' for name in ('gate', 'up', 'down')},
+    'norm1/scale': 'input_layernorm.weight',
+    'norm2/scale': 'post_attention_layernorm.weight',
+}
+
+
+def llama_state_dict(params: dict) -> dict[str, np.ndarray]:
+    """Params of `models.llama` under Hugging Face's names: layers unstacked, kernels [out, in]."""
+    flat = {path: np.asarray(leaf) for path, leaf in rules.flatten(params).items()}
+    state = {'model.embed_tokens.weight': flat['embed'], 'model.norm.weight': flat['norm/scale']}
+    if 'head/kernel' in flat:
+        state['lm_head.weight'] = np.ascontiguousarray(flat['head/kernel'].T)
+    for ours, theirs in _LAYER_NAMES.items():
+        for layer, leaf in enumerate(flat[f'blocks/{ours}']):
+            state[f'model.layers.{layer}.{theirs}'] = np.ascontiguousarray(leaf.T)
+    return state
+
+
+def save_llama(folder: str | Path, cfg: llama.LlamaConfig, params: dict, tokenizer: Any = None) -> None:
+    """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads: same logits, same zeros."""
+    from transformers import GenerationConfig, LlamaConfig
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    eos = {} if tokenizer is None else {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
+    config = LlamaConfig(
+        architectures=['LlamaForCausalLM'],
+        vocab_size=cfg.vocab,
+        hidden_size=cfg.width,
+        num_hidden_layers=cfg.depth,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.kv_heads,
+        head_dim=cfg.head_dim,
+        intermediate_size=cfg.mlp_width,
+        rope_parameters={'rope_type': 'default', 'rope_theta': cfg.rope_base},
+        rms_norm_eps=cfg.norm_eps,
+        max_position_embeddings=cfg.max_positions,
+        tie_word_embeddings='head' not in params,
+        dtype=jnp.dtype(params['embed'].dtype).name,
+        **eos,
+    )
+    config.save_pretrained(folder)
+    GenerationConfig(**eos).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    save_file(llama_state_dict(params), folder / 'model.safetensors', metadata={'format': 'pt'})
+
+
+def save_model(path: str | Path, cfg: blip2.Blip2Config, params: dict) -> None:
+    """The whole model as one safetensors file; the config lies in its header."""
+    storage.save_safetensors(path, params, metadata={'config': blip2.to_json(cfg)})
+
+
+def load_model(path: str | Path) -> tuple[blip2.Blip2Config, dict]:
+    """What `save_model` wrote.
+
+    Raises:
+      StorageError: the file is missing, truncated, without a config, or lacks a parameter of that config.
+    """
+    params, metadata = storage.load_safetensors(path)
+    try:
+        cfg = blip2.from_json(metadata['config'])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise storage.StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
+    storage.check_shapes(path, params, blip2.shapes(cfg))
+    return cfg, params

@@ -1,0 +1,71 @@
+"""Contracts of checkpoints: read back bit for bit, damage falls back, a full disk loses nothing."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sparselora_jax as sl
+from sparselora_jax.checkpoint import CheckpointError, Checkpoints
+
+
+def state(value):
+    lora = {'q': {'kernel': sl.Lora(jnp.full((3, 2), value), jnp.ones((2, 4)), 2.0)}}
+    return sl.init_state(lora, optax.adamw(1e-3))
+
+
+def test_read_back_bit_for_bit_and_only_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.restore(state(0.0)) is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step / 3))
+    assert checkpoints.steps() == [2, 3]
+    got = checkpoints.restore(state(0.0))
+    assert got.trained['q']['kernel'].scale == 2.0
+    np.testing.assert_array_equal(got.trained['q']['kernel'].a, state(1.0).trained['q']['kernel'].a)
+
+
+def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path):
+    said = []
+    checkpoints = Checkpoints(tmp_path, warn=said.append)
+    for step in (1, 2):
+        checkpoints.save(step, state(float(step)))
+    victim = max((p for p in (tmp_path / '2').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    assert float(checkpoints.restore(state(0.0)).trained['q']['kernel'].a[0, 0]) == 1.0
+    assert len(said) == 1 and '2: the checkpoint is damaged' in said[0]
+
+
+def test_an_unfinished_checkpoint_is_not_read(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, state(float(step)))
+    (tmp_path / '2' / 'manifest.json').unlink()
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, state(5.0))  # and is written over
+    assert float(checkpoints.restore(state(0.0)).trained['q']['kernel'].a[0, 0]) == 5.0
+
+
+def test_a_truncated_manifest_counts_as_damage(tmp_path):
+    said = []
+    checkpoints = Checkpoints(tmp_path, warn=said.append)
+    for step in (1, 2):
+        checkpoints.save(step, state(float(step)))
+    manifest = tmp_path / '2' / 'manifest.json'
+    manifest.write_text(json.dumps({})[:1])
+    assert float(checkpoints.restore(state(0.0)).trained['q']['kernel'].a[0, 0]) == 1.0
+    assert said
+
+
+def test_a_full_disk_is_named_and_keeps_what_was_there(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1.0))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    with pytest.raises(CheckpointError, match='0 MiB free on this disk'):
+        checkpoints.save(2, state(2.0))
+    assert checkpoints.steps() == [1]

@@ -1,0 +1,65 @@
+"""Four devices equal one: the train step and the pruner under data, fsdp and tensor sharding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sparselora_jax as sl
+from sparselora_jax import restore, sharding
+from sparselora_jax.models import blip2, llama
+
+CFG = llama.LlamaConfig(vocab=16, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
+
+
+def logits(w, batch):
+    x = llama.embed_tokens(w['language'], batch['tokens'])
+    valid = jnp.ones(batch['tokens'].shape, bool)
+    return llama.head(w['language'], llama.forward(w['language'], CFG, x, valid))
+
+
+def setup():
+    params = blip2.init(jax.random.key(0), {'language': llama.shapes(CFG)}, std=1.0)
+    _, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
+    lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(4, 8))])
+    lora = jax.tree.map(lambda leaf: leaf + 0.01, lora)
+    tokens = jax.random.randint(jax.random.key(2), (8, 6), 0, 16)
+    return params, masks, lora, {'tokens': tokens, 'targets': tokens, 'answer': jnp.ones((8, 6), bool)}
+
+
+@pytest.mark.parametrize('axes', [{'data': 4}, {'fsdp': 4}, {'data': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}])
+def test_the_train_step_equals_one_device(axes):
+    params, masks, lora, batch = setup()
+    tx = optax.sgd(0.1)
+    step = restore.make_train_step(logits, tx)
+    want, metrics = step(sl.init_state(jax.tree.map(jnp.copy, lora), tx), restore.Frozen(params, masks), batch)
+    mesh = sharding.make_mesh(**axes)
+    frozen = restore.Frozen(sharding.shard(params, mesh), sharding.shard(masks, mesh))
+    state = sl.init_state(sharding.shard(lora, mesh), tx)
+    got, sharded = step(state, frozen, sharding.shard_batch(batch, mesh))
+    np.testing.assert_allclose(sharded['loss'], metrics['loss'], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.trained, want.trained)
+    if 'fsdp' in axes or 'tensor' in axes:
+        kernel = frozen.params['language']['blocks']['mlp']['up']['kernel']
+        assert kernel.addressable_shards[0].data.size == kernel.size // (axes.get('fsdp', 1) * axes.get('tensor', 1))
+
+
+def test_the_pruner_equals_one_device():
+    params, _, _, batch = setup()
+
+    def forward(w, batch, run):
+        x = llama.embed_tokens(w['language'], batch['tokens'])
+        return llama.forward(w['language'], CFG, x, jnp.ones(batch['tokens'].shape, bool), run)
+
+    rules = [('language/blocks/.*', '2:4'), ('.*', 'dense')]
+    want = sl.prune(forward, params, [batch], rules, method=sl.Wanda())
+    mesh = sharding.make_mesh(data=2, tensor=2)
+    got = sl.prune(forward, sharding.shard(params, mesh), [sharding.shard_batch(batch, mesh)], rules, method=sl.Wanda())
+    agree = jax.tree.map(lambda a, b: float(np.mean(np.asarray(a) == np.asarray(b))), got.masks, want.masks)
+    assert min(jax.tree.leaves(agree)) >= 0.995
+
+
+def test_a_mesh_that_does_not_fit_is_named():
+    with pytest.raises(sharding.MeshError, match='needs 3 devices, there are 4'):
+        sharding.make_mesh(data=3)
