@@ -1,8 +1,8 @@
-# `make test` on a machine with Python 3.11, git and make needs nothing else.
+# `make demo` and `make test` on a machine with Python 3.11, git and make need nothing else.
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: test lint clean
+.PHONY: demo test lint clean
 
 $(VENV)/installed: requirements.txt requirements-assets.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +13,9 @@ $(VENV)/installed: requirements.txt requirements-assets.txt
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(VENV)/bin/pip install --quiet -r requirements-test.txt
 	touch $@
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Restoration. The paper: one epoch of 25k pairs at batch 32, 1000 warm-up steps to 1e-4. This run is ten times
     # shorter, so its peak is higher.
     config.restore = ConfigDict()
-    config.restore.steps = 150
+    config.restore.steps = 80
     config.restore.batch = 16
     config.restore.shares = (2, 1, 1)  # yes/no, shape, colour
     config.restore.peak = 1e-3

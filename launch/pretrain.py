@@ -73,14 +73,14 @@ def main(argv):
         steps = knobs.pop('steps')
         knobs.pop('batch')
         tx = pretrain.optimizer(steps=steps, **knobs)
-        progress = Progress(name, steps)
+        checkpoints = Checkpoints(workdir / name)
+        progress = Progress(name, steps, first=(checkpoints.steps() or [0])[-1])
 
         def note(step, metrics):
             log.scalars(name, step, metrics)
             progress(step, ' '.join(f'{key} {value:.3f}' for key, value in metrics.items()))
 
         step = make_step(functools.partial(loss, cfg=cfg), tx)
-        checkpoints = Checkpoints(workdir / name)
         state = sl.init_state(trained, tx)
         state = fit(
             step, state, frozen, batches, steps=steps, checkpoints=checkpoints, every=config.checkpoint_every, log=note

@@ -6,7 +6,6 @@ when it is there; restoration resumes from its newest checkpoint.
 
 import functools
 import json
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from sparselora_jax.evaluation import vqa
 from sparselora_jax.evaluation.density import layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.models import blip2, embedded
-from sparselora_jax.progress import Log, Progress
+from sparselora_jax.progress import Log, Progress, peak_memory
 from sparselora_jax.recipe import TOWERS, ConfigError, claim, lora_rules, make_method, prune_rules
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
 from sparselora_jax.sparsity import check_masks, check_sparse
@@ -96,6 +95,7 @@ class Job:
         self.restore('restore', lambda: self.frozen)
         self.evaluate('restored', self.merged)
         self.export()
+        self.floor()
         if self.config.restore.control:
             self.restore('control', lambda: Frozen(self.model[1], None))
             self.evaluate('control', lambda: merge(self.model[1], None, self.trained('control')))
@@ -117,6 +117,16 @@ class Job:
             return {'accuracy': accuracy, 'perplexity': ppl, 'indices': indices} | answers._asdict()
 
         return self.stage(f'evaluate_{name}', compute)
+
+    def floor(self) -> dict:
+        """What a model that never sees an image can reach on the same questions."""
+
+        def compute():
+            train, test = (pipeline.read_texts(self.builder, split) for split in ('train', 'test'))
+            indices = vqa.sample(self.config.evaluate.questions, len(test), seed=self.config.seed)
+            return {'accuracy': vqa.blind_floor(train, [test[index] for index in indices]).accuracy()}
+
+        return self.stage('floor', compute)
 
     def prune(self) -> dict:
         """Calibrates and prunes; writes `masks.safetensors`, and `pruned.safetensors` if kept weights changed."""
@@ -182,7 +192,9 @@ class Job:
                 gradient=knobs.gradient,
                 accumulate=knobs.accumulate,
             )
-            progress, last = Progress(name, knobs.steps), [time.monotonic()]
+            checkpoints = Checkpoints(self.workdir / 'checkpoints' / name)
+            progress = Progress(name, knobs.steps, first=(checkpoints.steps() or [0])[-1])
+            last = [time.monotonic()]
 
             def note(index, metrics):
                 now = time.monotonic()
@@ -190,7 +202,6 @@ class Job:
                 last[0] = now
                 progress(index, f'loss {metrics["loss"]:.4f}')
 
-            checkpoints = Checkpoints(self.workdir / 'checkpoints' / name)
             batches, state = self.batches(knobs.batch, self.config.seed), init_state(lora, tx)
             last[0] = time.monotonic()
             every = knobs.checkpoint_every
@@ -234,8 +245,3 @@ class Job:
             }
 
         return self.stage('export', compute)
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes (Linux counts KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

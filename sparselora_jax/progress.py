@@ -1,6 +1,7 @@
 """What a long job tells: a line with rate and ETA, a JSONL log, tensorboard scalars."""
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -33,17 +34,15 @@ class Log:
 class Progress:
     """Prints `name done/total | rate | ETA`: in place in a terminal, else a line every `interval` seconds."""
 
-    def __init__(self, name: str, total: int, *, interval: float = 10.0, file=None):
-        """`interval`: seconds between plain lines."""
+    def __init__(self, name: str, total: int, *, first: int = 0, interval: float = 10.0, file=None):
+        """`first`: done before, by the run that is resumed; `interval`: seconds between plain lines."""
         self.name, self.total, self.interval, self.file = name, total, interval, file or sys.stderr
         self.started = self.printed = time.monotonic()
-        self.first = None
+        self.first = first
 
     def __call__(self, done: int, note: str = '') -> None:
         """`done` of `total` are done."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = done - 1  # a resumed job starts in the middle
         tty, ended = self.file.isatty(), done >= self.total
         if not (ended or now - self.printed >= (0.1 if tty else self.interval)):
             return
@@ -55,3 +54,8 @@ class Progress:
             f'{self.name} {done}/{self.total} | {rate} | ETA {left // 60}:{left % 60:02d}{" | " if note else ""}{note}'
         )
         print(('\r\x1b[K' if tty else '') + line, end='' if tty and not ended else '\n', file=self.file, flush=True)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes (Linux counts KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -31,11 +31,8 @@ def language_model_file() -> Path:
 
 
 def load_tokenizer() -> Any:
-    """SmolLM2's tokenizer, through transformers (no torch)."""
-    from transformers import AutoTokenizer
-
-    path = language_model_file()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    """SmolLM2's tokenizer."""
+    return gguf.load_tokenizer(language_model_file())
 
 
 def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[blip2.Blip2Config, dict]:

@@ -1,6 +1,8 @@
-"""Reads a LLaMA language model from a GGUF file into a params tree."""
+"""Reads a LLaMA language model and its tokenizer from a GGUF file."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,17 +32,9 @@ def _unpermute(kernel: np.ndarray, heads: int) -> np.ndarray:
     return kernel.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfig, dict]:
-    """Dequantises a GGUF file of the LLaMA architecture.
-
-    Returns:
-      The model's config and its params tree; kernels are `[layers, in, out]`.
-
-    Raises:
-      AssetError: the file is missing, truncated, not GGUF, not of the LLaMA architecture, or lacks a tensor.
-    """
-    # Imported here: the reader is needed by the asset only, not by a researcher who imports the functions.
-    from gguf import GGUFReader, dequantize
+def _open(path: str | Path) -> tuple[Any, Callable[[str], Any]]:
+    """The file's reader, and a function from a header's key to its value."""
+    from gguf import GGUFReader
 
     path = Path(path)
     if not path.is_file():
@@ -52,9 +46,50 @@ def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfi
 
     def value(key: str):
         if key not in reader.fields:
-            raise AssetError(f'{path}: the header has no {key!r}; expected a model of the LLaMA architecture')
+            raise AssetError(f'{path}: the header has no {key!r}')
         return reader.fields[key].contents()
 
+    return reader, value
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The byte-level BPE tokenizer of a GGUF file, as one of transformers' (which itself reads GGUF only with torch).
+
+    Raises:
+      AssetError: the file is missing, truncated, or its tokenizer is of another kind.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    _, value = _open(path)
+    if value('tokenizer.ggml.model') != 'gpt2':
+        raise AssetError(f'{path}: tokenizer {value("tokenizer.ggml.model")!r}, expected byte-level BPE (gpt2)')
+    tokens = value('tokenizer.ggml.tokens')
+    merges = [tuple(merge.split(' ')) for merge in value('tokenizer.ggml.merges')]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    split = [pre_tokenizers.Digits(individual_digits=True)] if value('tokenizer.ggml.pre') == 'smollm' else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, value('tokenizer.ggml.token_type'), strict=True) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    names = {'bos_token': 'bos', 'eos_token': 'eos', 'unk_token': 'unknown', 'pad_token': 'padding'}
+    special = {ours: tokens[value(f'tokenizer.ggml.{theirs}_token_id')] for ours, theirs in names.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfig, dict]:
+    """Dequantises a GGUF file of the LLaMA architecture.
+
+    Returns:
+      The model's config and its params tree; kernels are `[layers, in, out]`.
+
+    Raises:
+      AssetError: the file is missing, truncated, not GGUF, not of the LLaMA architecture, or lacks a tensor.
+    """
+    # Imported here: a researcher who only imports the functions needs no reader.
+    from gguf import dequantize
+
+    reader, value = _open(path)
     if value('general.architecture') != 'llama':
         raise AssetError(f'{path}: architecture {value("general.architecture")!r}, expected llama')
     tensors = {tensor.name: tensor for tensor in reader.tensors}
