@@ -40,42 +40,55 @@ def paper_optimizer(
     return adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
-def distillation_loss(
-    student: Float[Array, '*batch vocab'],
-    teacher: Float[Array, '*batch vocab'] | None,
-    targets: Int[Array, '*batch'],
-    answer: Bool[Array, '*batch'],
-    *,
-    kd: float = 0.1,
-    temperature: float = 2.0,
-    kl_reduction: str = 'token',
-) -> tuple[Float[Array, ''], dict[str, Array]]:
-    """`(1 - kd) * CE + kd * KL(teacher || student)`, token means over answer positions; no T^2 factor, as in the paper.
+class TokenWeights(NamedTuple):
+    """What each position counts in the two sums of the loss. They are shared out over a whole batch, so the losses of
+    its micro-batches add up to the loss of the batch."""
+
+    ce: Float[Array, 'batch tokens']
+    kl: Float[Array, 'batch tokens']
+
+
+def token_weights(answer: Bool[Array, 'batch tokens'], *, kl_reduction: str = 'token') -> TokenWeights:
+    """Only answer positions count.
 
     Args:
-      answer: True where `targets` is a token of the answer.
-      teacher: None drops the KL, and `kd` with it.
+      answer: True where the target is a token of the answer.
       kl_reduction: `'token'`: the mean over answer tokens; `'sequence'`: their sum over the batch size, as the public
-        code has it: `kd` weighs more on longer answers.
+        code has it: distillation weighs more on longer answers.
 
     Raises:
       ValueError: an unknown `kl_reduction`.
+
+    >>> token_weights(jnp.array([[True, True], [True, False]]), kl_reduction='sequence').kl.tolist()
+    [[0.5, 0.5], [0.5, 0.0]]
     """
     if kl_reduction not in ('token', 'sequence'):
         raise ValueError(f"kl_reduction {kl_reduction!r}: expected 'token' or 'sequence'")
-    count = jnp.maximum(jnp.sum(answer), 1).astype(jnp.float32)
+    counts = answer.astype(jnp.float32)
+    mean = counts / jnp.maximum(jnp.sum(counts), 1.0)
+    return TokenWeights(ce=mean, kl=mean if kl_reduction == 'token' else counts / answer.shape[0])
 
-    def mean(values):
-        return jnp.sum(jnp.where(answer, values, 0.0)) / count
 
-    ce = mean(optax.softmax_cross_entropy_with_integer_labels(student, targets))
+def distillation_loss(
+    student: Float[Array, 'batch tokens vocab'],
+    teacher: Float[Array, 'batch tokens vocab'] | None,
+    targets: Int[Array, 'batch tokens'],
+    weights: TokenWeights,
+    *,
+    kd: float = 0.1,
+    temperature: float = 2.0,
+) -> tuple[Float[Array, ''], dict[str, Array]]:
+    """`(1 - kd) * CE + kd * KL(teacher || student)` at a temperature, with no T^2 factor (the paper's loss).
+
+    Args:
+      teacher: logits; None drops the KL, and `kd` with it.
+    """
+    ce = jnp.sum(weights.ce * optax.softmax_cross_entropy_with_integer_labels(student, targets))
     if teacher is None:
         return ce, {'loss': ce, 'ce': ce}
     log_student = jax.nn.log_softmax(student / temperature)
     log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
-    kl = mean(jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1))
-    if kl_reduction == 'sequence':
-        kl = kl * count / answer.shape[0]
+    kl = jnp.sum(weights.kl * jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1))
     loss = (1 - kd) * ce + kd * kl
     return loss, {'loss': loss, 'ce': ce, 'kl': kl}
 
@@ -94,22 +107,24 @@ def make_train_step(
 
     Args:
       forward: `forward(weights, batch)` -> logits `[batch, tokens, vocab]` that predict `batch['targets']`.
-      kd: weight of the distillation; 0 runs no teacher.
-      temperature, kl_reduction: see `distillation_loss`.
+      kd, temperature: see `distillation_loss`; `kd=0` runs no teacher.
+      kl_reduction: see `token_weights`.
       gradient: see `weights.Adapted`.
-      accumulate: micro-batches a step; must divide the batch. Each weighs the same.
+      accumulate: micro-batches a step; must divide the batch; changes nothing beyond rounding.
 
     Returns:
       The step. `batch` holds `targets` and `answer` besides what `forward` reads; metrics are `loss`, `ce`, `kl`,
       `grad_norm`.
     """
 
-    def loss_of(lora, frozen, batch):
+    def prepare(batch):
+        return batch | {'weights': token_weights(batch['answer'], kl_reduction=kl_reduction)}
+
+    def loss(lora, frozen, batch):
         student = forward(bind(frozen.params, frozen.masks, lora, gradient=gradient), batch)
         teacher = None
         if kd:
             teacher = forward(frozen.params if frozen.teacher is None else frozen.teacher, batch)
-        knobs = {'kd': kd, 'temperature': temperature, 'kl_reduction': kl_reduction}
-        return distillation_loss(student, teacher, batch['targets'], batch['answer'], **knobs)
+        return distillation_loss(student, teacher, batch['targets'], batch['weights'], kd=kd, temperature=temperature)
 
-    return make_step(loss_of, tx, accumulate=accumulate)
+    return make_step(loss, tx, accumulate=accumulate, prepare=prepare)

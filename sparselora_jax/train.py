@@ -41,12 +41,16 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    prepare: Callable[[dict], dict] = lambda batch: batch,
 ) -> Callable[[State, Any, dict], tuple[State, dict[str, Array]]]:
     """The jitted step, `(state, frozen, batch) -> (state, metrics)`; only `state` is donated.
 
     Args:
       loss: `loss(trained, frozen, batch) -> (loss, metrics)`, differentiated in `trained`.
-      accumulate: micro-batches a step; must divide the batch. Each weighs the same.
+      accumulate: micro-batches a step; must divide the batch. Their losses, metrics and gradients are *added*, so the
+        loss of a part must be its share of the whole batch's.
+      prepare: applied to the whole batch before it is divided: what makes such a loss possible, e.g. the weight of each
+        token, which depends on how many there are.
     """
 
     def gradients(trained, frozen, batch):
@@ -64,11 +68,10 @@ def make_step(
         def add(total, part):
             return jax.tree.map(jnp.add, total, gradients(trained, frozen, part)), None
 
-        total, _ = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+        return jax.lax.scan(add, zeros, parts)[0]
 
     def step(state, frozen, batch):
-        grads, metrics = accumulated(state.trained, frozen, batch)
+        grads, metrics = accumulated(state.trained, frozen, prepare(batch))
         with jax.numpy_dtype_promotion('standard'):  # optax's Adam multiplies its integer counter with floats
             updates, optimizer = tx.update(grads, state.optimizer, state.trained)
         metrics['grad_norm'] = optax.tree.norm(grads)
@@ -121,12 +124,10 @@ def fit(
         for index in range(int(state.step), steps):
             state, metrics = step(state, frozen, batches[index])
             values = {name: float(value) for name, value in metrics.items()}
-            bad = [name for name, value in values.items() if not math.isfinite(value)]
-            if bad:
-                last = checkpoints.steps()[-1:] or ['the start']
-                raise NonFiniteLoss(
-                    f'step {index}: {bad[0]} is {values[bad[0]]}; the last good state is that of {last[0]}'
-                )
+            if bad := [name for name in sorted(values, key='loss'.__ne__) if not math.isfinite(values[name])]:
+                saved = checkpoints.steps()
+                last = f'that of step {saved[-1]}' if saved else 'the start'
+                raise NonFiniteLoss(f'step {index}: {bad[0]} is {values[bad[0]]}; the last good state is {last}')
             log(index + 1, values)
             if (index + 1) % every == 0 or index + 1 == steps or stopped():
                 checkpoints.save(index + 1, state)
