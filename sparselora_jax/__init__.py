@@ -2,6 +2,30 @@
 
 Three trees, kept apart: `params` (base weights), `masks` (True = kept), `lora` (low-rank factors). `bind` puts them
 together for a model to read, `merge` folds them into plain arrays with exact zeros.
+
+Everything works on any nested dict of kernels. A Flax model that is not ours, pruned and won back:
+
+>>> import flax.linen as nn
+>>> import optax
+>>> import sparselora_jax as sl
+>>> model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(4)])
+>>> x = jax.random.normal(jax.random.key(0), (256, 16))
+>>> params = model.init(jax.random.key(1), x)['params']
+>>> y = model.apply({'params': params}, x)
+>>> def error(params):
+...     return jnp.mean((model.apply({'params': params}, x) - y) ** 2)
+>>> pruned, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
+>>> lora = sl.init_lora(jax.random.key(2), params, [('.*', sl.LoraSpec(rank=4, alpha=8))])
+>>> def loss(lora, frozen, batch):  # merge is differentiable, so the model needs to know nothing of it
+...     return error(sl.merge(frozen.params, frozen.masks, lora)), {}
+>>> tx = optax.adam(1e-2)
+>>> step, state = sl.make_step(loss, tx), sl.init_state(lora, tx)
+>>> for _ in range(300):
+...     state, metrics = step(state, sl.Frozen(params, masks), None)
+>>> restored = sl.merge(params, masks, state.trained)
+>>> sl.check_sparse(restored, masks)  # raises if a zero was filled
+>>> bool(error(restored) < error(pruned) / 3), sl.density(masks)['total']
+(True, 0.5)
 """
 
 from sparselora_jax.calibrate import CalibrationError, collect, hessian, squares
@@ -19,7 +43,7 @@ from sparselora_jax.sparsity import (
     parse_pattern,
 )
 from sparselora_jax.storage import StorageError, load_safetensors, save_safetensors
-from sparselora_jax.train import State, init_state
+from sparselora_jax.train import State, init_state, make_step
 from sparselora_jax.weights import Adapted, Lora, LoraSpec, Masked, bind, effective_weight, init_lora, merge
 
 __version__ = '0.1.0'
@@ -52,6 +76,7 @@ __all__ = [
     'init_state',
     'linear',
     'load_safetensors',
+    'make_step',
     'make_train_step',
     'mask_from_scores',
     'merge',
