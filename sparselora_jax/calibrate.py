@@ -70,11 +70,15 @@ class Calibrating:
 def make_observer(
     forward: Callable[[dict, Any], Any],
     *,
-    stat: Callable[[Array], Array],
+    stats: Callable[[str], Callable[[Array], Array] | None],
     valid: Callable[[Any], Any] | None = None,
-    select: Callable[[str], bool] = lambda path: True,
 ) -> Callable[[dict, Any], dict[str, tuple[Array, Array]]]:
-    """A jitted `(params, batch) -> {path: (sum, tokens)}` of one batch; see `collect` for the arguments."""
+    """A jitted `(params, batch) -> {path: (sum, tokens)}` of one batch.
+
+    Args:
+      stats: the statistic of a kernel's path, or None: it is not watched.
+      forward, valid: see `collect`.
+    """
 
     @jax.jit
     def observe(params, batch):
@@ -83,7 +87,7 @@ def make_observer(
         mask = None if mask is None else mask.reshape(-1)
         recorders = {}
         for path, leaf in rules_lib.kernels(params).items():
-            if not select(path):
+            if (stat := stats(path)) is None:
                 continue
             layers = leaf.shape[0] if leaf.ndim == 3 else 1
             recorders[path] = Recorder(stat, layers, leaf.shape[-2], mask)
@@ -140,7 +144,8 @@ def collect(
     >>> stats['q/kernel'][0].tolist(), int(stats['q/kernel'][1])
     ([10.0, 20.0], 2)
     """
-    return total(make_observer(forward, stat=stat, valid=valid, select=select), params, batches)
+    observe = make_observer(forward, stats=lambda path: stat if select(path) else None, valid=valid)
+    return total(observe, params, batches)
 
 
 def _checked(path: str, stacked: bool, total: Array, tokens: Array) -> tuple[Array, Array]:

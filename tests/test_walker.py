@@ -79,6 +79,23 @@ def test_one_shot_prunes_any_tree():
     assert jnp.array_equal(pruned['fc']['kernel'], magnitude['fc']['kernel'])
 
 
+def test_rules_choose_a_method_for_each_kernel():
+    params, batch = setup()
+    methods = [('.*/attn/.*', pruning.Wanda()), ('.*/mlp/.*', pruning.SparseGPT(block=8)), ('.*', pruning.Magnitude())]
+    mixed = pruning.prune(forward, params, [batch], RULES, method=methods)
+    wanda = pruning.prune(forward, params, [batch], RULES, method=pruning.Wanda())
+    q, down = (rules.flatten(mixed.masks)[f'language/blocks/{name}/kernel'] for name in ('attn/q', 'mlp/down'))
+    assert jnp.array_equal(q[0], rules.flatten(wanda.masks)['language/blocks/attn/q/kernel'][0])
+    assert not jnp.array_equal(down[0], rules.flatten(wanda.masks)['language/blocks/mlp/down/kernel'][0])
+    # Only SparseGPT changes the weights that it keeps.
+    kept = [
+        jnp.where(mixed.masks['language']['blocks'][a][b]['kernel'], p['language']['blocks'][a][b]['kernel'], 0)
+        for p in (params, mixed.params)
+        for a, b in (('attn', 'q'), ('mlp', 'down'))
+    ]
+    assert jnp.array_equal(kept[0], kept[2]) and not jnp.array_equal(kept[1], kept[3])
+
+
 def test_what_does_not_fit_is_named_before_any_work():
     params, batch = setup()
     with pytest.raises(sparsity.PatternError, match='language/blocks/attn/k/kernel: pattern 3:5'):

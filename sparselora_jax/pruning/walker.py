@@ -30,8 +30,12 @@ def _prune_kernel(kernel: Array, statistic: Any, *, method: Any, pattern: Patter
     return jax.lax.map(lambda layer: method(layer[0], layer[1], pattern), (kernel, statistic))
 
 
-def _patterns(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pattern]:
-    """The pattern of every kernel that is not dense; what does not fit is named before any work is done."""
+def patterns_of(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pattern]:
+    """The pattern of every kernel that is not dense; what does not fit is named before any work is done.
+
+    Raises:
+      PatternError, RuleError: see `prune_tree`.
+    """
     found = rules_lib.kernels(params)
     patterns = {path: parse_pattern(text) for path, text in rules_lib.match(rules, found).items()}
     for path, pattern in patterns.items():
@@ -42,6 +46,12 @@ def _patterns(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Patte
     return {path: pattern for path, pattern in patterns.items() if not pattern.dense}
 
 
+def _methods_of(params: dict, method: Any) -> dict[str, Any]:
+    """The method of every kernel, from one for all or from rules."""
+    rules = method if isinstance(method, Sequence) else [('.*', method)]
+    return rules_lib.match(rules, rules_lib.kernels(params))
+
+
 def prune_tree(
     params: dict, stats: dict[str, tuple[Array, Array]] | None, rules: Sequence[tuple[str, Any]], *, method: Any
 ) -> tuple[dict, dict]:
@@ -50,7 +60,7 @@ def prune_tree(
     Args:
       stats: what `collect` returned; None for a method without a statistic.
       rules: `(regex, pattern)` in order; every kernel must match.
-      method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`.
+      method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, or rules `(regex, method)`, where towers differ.
 
     Returns:
       (params with zeros in place, masks).
@@ -65,9 +75,9 @@ def prune_tree(
     >>> pruned['q']['kernel'].tolist()
     [[0.0], [-2.0]]
     """
-    flat, masks = rules_lib.flatten(params), {}
-    for path, pattern in _patterns(params, rules).items():
-        statistic = None
+    flat, masks, methods = rules_lib.flatten(params), {}, _methods_of(params, method)
+    for path, pattern in patterns_of(params, rules).items():
+        statistic, method = None, methods[path]
         if method.statistic is not None:
             if path not in (stats or {}):
                 raise calibrate.CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
@@ -96,6 +106,7 @@ def prune(
       params: a tree whose stacked blocks lie under `<tower>/blocks`, with the tower's name as `forward` gives it.
       batches: dicts of arrays of one shape, samples first.
       rules: `(regex, pattern)`; only kernels inside blocks can be pruned.
+      method: see `prune_tree`.
       chunk: samples a time.
       progress: called before each block.
 
@@ -106,7 +117,7 @@ def prune(
     if not batches:
         raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
     samples = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
-    patterns = _patterns(params, rules)
+    patterns, methods = patterns_of(params, rules), _methods_of(params, method)
     flat, masks, tokens = rules_lib.flatten(params), {}, {}
 
     def run(tower, block, weights, x, ctx, cache=None):
@@ -116,9 +127,8 @@ def prune(
             return scan_blocks(tower, block, weights, x, ctx, cache)
         observe = calibrate.make_observer(
             lambda w, inputs: block(w, *inputs, None),
-            stat=method.statistic or calibrate.squares,
+            stats=lambda name: (methods[prefix + name].statistic or calibrate.squares) if name in here else None,
             valid=lambda inputs: inputs[1].get('valid'),
-            select=here.__contains__,
         )
         step = jax.jit(lambda w, x, ctx: block(w, x, ctx, None)[0])
         chunks = _split(x, ctx, chunk)
@@ -133,6 +143,7 @@ def prune(
             except calibrate.CalibrationError as error:
                 raise calibrate.CalibrationError(f'{prefix}, layer {layer}: {error}') from None
             for name, pattern in here.items():
+                method = methods[prefix + name]
                 statistic = stats[name][0] if method.statistic else None
                 w[name], mask = _prune_kernel(w[name], statistic, method=method, pattern=pattern)
                 kernels[name].append(w[name])
