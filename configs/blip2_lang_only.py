@@ -15,11 +15,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = 'embedded'
     config.seed = 42
     config.data_dir = 'runs/data'
+    config.dtype = 'float32'  # of the base weights; LoRA, optimiser and statistics are always float32
+    config.text = ConfigDict(dict(prompt='Question: {} Short answer:', prompt_tokens=16, answer_tokens=3))
 
     # Pruning: a pattern per tower (dense | 0.5 | 2:4 | 4:8), over the kernels of its blocks.
     config.prune = ConfigDict()
     config.prune.method = 'wanda'  # random | magnitude | wanda | sparsegpt
     config.prune.pattern = ConfigDict(dict(vision='dense', qformer='dense', language='2:4'))
+    # Unstructured patterns compare the weights of one output, or of the whole matrix (the paper's ViT); SparseGPT goes
+    # block by block and takes 'matrix' as the whole block.
+    config.prune.group = ConfigDict(dict(vision='matrix', qformer='output', language='output'))
     config.prune.samples = 128
     config.prune.chunk = 32  # samples at a time
     config.prune.damp = 0.01  # SparseGPT only, as is `block`
@@ -29,6 +34,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = ConfigDict(dict(vision=4, qformer=2, language=8))
     config.lora.alpha = ConfigDict(dict(vision=8.0, qformer=4.0, language=16.0))
+    # Which kernels of a tower's blocks, by regex over the rest of the path, e.g. 'attn/[qv]/kernel'.
+    config.lora.targets = ConfigDict(dict(vision='.*', qformer='.*', language='.*'))
 
     # Restoration. The paper: one epoch of 25k pairs at batch 32, 1000 warm-up steps to 1e-4. This run is ten times
     # shorter, so its peak is higher.
@@ -54,6 +61,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.questions = 1000  # of 9,673
     config.evaluate.batch = 50
+    config.evaluate.max_new_tokens = 4  # greedy
 
     if arg is not None:
         name, _, value = arg.partition('=')

@@ -2,6 +2,7 @@
 
 import difflib
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(main: Callable[[list[str]], None], *, default: str | None = None) -> Non
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         try:
             main(argv[1:])
         except SparseloraError as error:

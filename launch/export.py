@@ -5,6 +5,7 @@ python launch/export.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
 import cli
 
+from sparselora_jax import stages
 from sparselora_jax.job import Job
 
 DEFAULT = 'configs/blip2_lang_only.py'
@@ -15,7 +16,7 @@ def main(argv):
     """The stage `export`."""
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
-    print(job.export())
+    print(stages.export(job))
     print(f'exported: {job.workdir}/exported/')
 
 

@@ -5,6 +5,7 @@ python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
 import cli
 
+from sparselora_jax import stages
 from sparselora_jax.evaluation import report
 from sparselora_jax.job import Job
 
@@ -16,7 +17,7 @@ def main(argv):
     """Every stage, in order."""
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
-    job.run()
+    stages.run(job)
     report.write(job)
     print((job.workdir / 'report.json').read_text())
     print(f'complete: {job.workdir}/report.html, {job.workdir}/exported/')

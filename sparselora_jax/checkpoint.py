@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from sparselora_jax.errors import SparseloraError
+from sparselora_jax.storage import write_text
 
 MANIFEST = 'manifest.json'
 
@@ -59,8 +60,7 @@ class Checkpoints:
             shutil.rmtree(target)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(target, tree)
-        (target / (MANIFEST + '.partial')).write_text(json.dumps(_hashes(target)))
-        (target / (MANIFEST + '.partial')).replace(target / MANIFEST)
+        write_text(target / MANIFEST, json.dumps(_hashes(target)))
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / str(old))
 

@@ -16,6 +16,13 @@ class StorageError(SparseloraError, ValueError):
     """A file that is missing, truncated or not what it should be."""
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    partial = path.with_name(path.name + '.partial')
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] | None = None) -> None:
     """Writes params, masks or lora; the file appears whole or not at all.
 

@@ -10,15 +10,15 @@ def _block_kernels(params: dict, tower: str) -> dict:
     return {path: k for path, k in rules.kernels(params).items() if path.startswith(f'{tower}/blocks/')}
 
 
-def tower_sparsity(params: dict, tower: str, pattern: str | float) -> dict:
-    """Density of a tower's block kernels, counted, and the comparison groups that hold fewer zeros than promised.
+def tower_sparsity(params: dict, tower: str, pattern: str | float, *, group: str = 'output') -> dict:
+    """Density of a tower's block kernels, counted, and the comparison groups without exactly the promised zeros.
 
     A kept weight that happens to be zero would count as a violation too: none is expected.
     """
     found, parsed = _block_kernels(params, tower), parse_pattern(pattern)
     kept = sum(int(jnp.count_nonzero(kernel)) for kernel in found.values())
     size = sum(kernel.size for kernel in found.values())
-    wrong = 0 if parsed.dense else sum(int(violations(kernel != 0, parsed).sum()) for kernel in found.values())
+    wrong = 0 if parsed.dense else sum(int(violations(kernel != 0, parsed, group).sum()) for kernel in found.values())
     return {'pattern': str(pattern), 'density': kept / size, 'violations': wrong}
 
 

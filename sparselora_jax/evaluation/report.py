@@ -11,6 +11,7 @@ import numpy as np
 
 from sparselora_jax.evaluation import bootstrap, vqa
 from sparselora_jax.recipe import TOWERS
+from sparselora_jax.storage import write_text
 
 MODELS = ('dense', 'pruned', 'restored')
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -53,8 +54,8 @@ def build(job: Any) -> dict:
 def write(job: Any) -> dict:
     """Builds the report and writes both files into the workdir."""
     report = build(job)
-    (job.workdir / 'report.json').write_text(json.dumps(report, indent=1))
-    (job.workdir / 'report.html').write_text(_page(job, report))
+    write_text(job.workdir / 'report.html', _page(job, report))
+    write_text(job.workdir / 'report.json', json.dumps(report, indent=1))
     return report
 
 

@@ -1,6 +1,8 @@
 """Accuracy on visual questions: answers are generated, then compared as text."""
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +60,9 @@ def evaluate(
     text: pipeline.TextFormat,
     *,
     batch: int = 50,
+    max_new_tokens: int = 4,
     shuffle_images: bool = False,
+    kept: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Answers:
     """Answers the questions `indices` of `source`.
@@ -66,12 +70,13 @@ def evaluate(
     Args:
       shuffle_images: each question gets the image of the question half the list further on; what is then still right
         is the image-blind floor.
+      kept: a file of the answers so far, a line each: an evaluation that was cut off goes on after them.
     """
     transform = pipeline.vqa_transform(tokenizer, text)
-    predicted, true = [], []
-    for first in range(0, len(indices), batch):
+    true = [source[index]['answer'].decode() for index in indices]
+    predicted = _read_answers(kept, batch)
+    for first in range(len(predicted), len(indices), batch):
         records = [source[index] for index in indices[first : first + batch]]
-        true += [record['answer'].decode() for record in records]
         if shuffle_images:
             others = [indices[(first + i + len(indices) // 2) % len(indices)] for i in range(len(records))]
             records = [r | {'image': source[other]['image']} for r, other in zip(records, others, strict=True)]
@@ -79,10 +84,24 @@ def evaluate(
         rows = [transform(record) for record in records]
         rows += rows[-1:] * (batch - len(rows))
         stacked = {name: np.stack([row[name] for row in rows]) for name in ('image', 'tokens', 'valid')}
-        new = generate_answers(weights, cfg, stacked, tokenizer, prompt_tokens=text.prompt_tokens)
-        predicted += new[: len(records)]
+        shape = {'prompt_tokens': text.prompt_tokens, 'max_new_tokens': max_new_tokens}
+        new = generate_answers(weights, cfg, stacked, tokenizer, **shape)[: len(records)]
+        predicted += new
+        if kept is not None:
+            with kept.open('a') as file:
+                file.writelines(json.dumps(answer) + '\n' for answer in new)
         progress(len(predicted))
     return Answers(predicted, true)
+
+
+def _read_answers(kept: Path | None, batch: int) -> list[str]:
+    """The whole batches of answers in a file; what a killed process left behind them is cut off."""
+    if kept is None or not kept.exists():
+        return []
+    lines = [line for line in kept.read_text().splitlines(keepends=True) if line.endswith('\n')]
+    lines = lines[: len(lines) // batch * batch]
+    kept.write_text(''.join(lines))
+    return [json.loads(line) for line in lines]
 
 
 def blind_floor(train: Sequence[tuple[str, str, int]], test: Sequence[tuple[str, str, int]]) -> Answers:

@@ -2,7 +2,7 @@
 
 from sparselora_jax.pruning.magnitude import Magnitude, Random
 from sparselora_jax.pruning.sparsegpt import SparseGPT
-from sparselora_jax.pruning.walker import PruneResult, prune, prune_tree
+from sparselora_jax.pruning.walker import PruneResult, patterns_of, prune, prune_tree
 from sparselora_jax.pruning.wanda import Wanda
 
-__all__ = ['Magnitude', 'PruneResult', 'Random', 'SparseGPT', 'Wanda', 'prune', 'prune_tree']
+__all__ = ['Magnitude', 'PruneResult', 'Random', 'SparseGPT', 'Wanda', 'patterns_of', 'prune', 'prune_tree']
