@@ -53,7 +53,7 @@ def run(main: Callable[[list[str]], None], *, default: str | None = None) -> Non
     """Runs `main(positional arguments)`; what a user can act on ends as one line, not as a traceback."""
 
     def guarded(argv):
-        logging.set_verbosity(logging.WARNING)
+        logging.set_verbosity(logging.ERROR)  # of the data libraries; ours are raised or printed
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         try:
             main(argv[1:])

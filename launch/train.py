@@ -18,8 +18,7 @@ def main(argv):
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     stages.run(job)
-    report.write(job)
-    print((job.workdir / 'report.json').read_text())
+    print(report.summary(report.write(job)))
     print(f'complete: {job.workdir}/report.html, {job.workdir}/exported/')
 
 

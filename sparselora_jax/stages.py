@@ -32,7 +32,8 @@ TEXT = Path(__file__).parents[1] / 'assets' / 'heldout.txt'
 
 def run(job: Job) -> None:
     """Every stage, in order."""
-    check(job)
+    if not (job.workdir / 'prune.json').exists():
+        check(job)
     evaluate(job, 'dense', lambda: job.model[1])
     prune(job)
     evaluate(job, 'pruned', lambda: merge(job.frozen.params, job.frozen.masks))
