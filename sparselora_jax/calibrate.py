@@ -37,12 +37,13 @@ class Recorder:
     def __init__(self, stat: Callable, layers: int, inputs: int, valid: Bool[Array, ' tokens'] | None):
         """Zeroed accumulators; `valid` marks the rows of x, flattened, that are no pads."""
         shape = jax.eval_shape(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32)).shape
-        self.stat, self.valid = stat, valid
+        self.stat, self.valid, self.inputs = stat, valid, []
         self.total = jax.new_ref(jnp.zeros((layers, *shape), jnp.float32))
         self.tokens = jax.new_ref(jnp.zeros(layers, jnp.int32))
 
     def add(self, layer: Array, x: Float[Array, '*batch inputs']) -> None:
-        """Adds the statistic of one call's input, pads left out where the mask fits its rows."""
+        """Adds the statistic of one call's input, pads left out."""
+        self.inputs.append(x)
         rows = x.reshape(-1, x.shape[-1])
         count = jnp.asarray(rows.shape[0], jnp.int32)
         if self.valid is not None:
@@ -72,13 +73,16 @@ def make_observer(
     *,
     stats: Callable[[str], Callable[[Array], Array] | None],
     valid: Callable[[Any], Any] | None = None,
-) -> Callable[[dict, Any], dict[str, tuple[Array, Array]]]:
-    """A jitted `(params, batch) -> {path: (sum, tokens)}` of one batch.
+) -> Callable[[dict, Iterable[Any]], dict[str, tuple[Array, Array]]]:
+    """`(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
+
+    Kernels that read the very same array (q, k and v) have one accumulator, and the very same result.
 
     Args:
       stats: the statistic of a kernel's path, or None: it is not watched.
-      forward, valid: see `collect`.
+      forward, valid: see `collect`, as for what is raised.
     """
+    leaders: dict[str, str] = {}
 
     @jax.jit
     def observe(params, batch):
@@ -94,25 +98,30 @@ def make_observer(
             index = jnp.arange(layers) if leaf.ndim == 3 else jnp.zeros((), jnp.int32)
             flat[path] = Calibrating(leaf, index, recorders[path])
         forward(rules_lib.unflatten(flat), batch)
-        return {path: (r.total[...], r.tokens[...]) for path, r in recorders.items()}
+        leaders.update(_leaders(recorders))
+        return {path: (r.total[...], r.tokens[...]) for path, r in recorders.items() if leaders[path] == path}
 
-    return observe
+    def total(params, batches):
+        sums = None
+        for batch in batches:
+            new = observe(params, batch)
+            sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+        if sums is None:
+            raise CalibrationError('the calibration set is empty: no batch arrived')
+        shapes = rules_lib.kernels(params)
+        checked = {path: _checked(path, shapes[path].ndim == 3, *value) for path, value in sums.items()}
+        return {path: checked[leader] for path, leader in leaders.items()}
+
+    return total
 
 
-def total(observe: Callable, params: dict, batches: Iterable[Any]) -> dict[str, tuple[Array, Array]]:
-    """Sums an observer's statistics over batches; one layer's leading axis is dropped for an unstacked kernel.
-
-    Raises:
-      CalibrationError: no batch, a kernel that the forward never used, or non-finite activations.
-    """
-    sums = None
-    for batch in batches:
-        new = observe(params, batch)
-        sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
-    if sums is None:
-        raise CalibrationError('the calibration set is empty: no batch arrived')
-    shapes = rules_lib.kernels(params)
-    return {path: _checked(path, shapes[path].ndim == 3, *value) for path, value in sums.items()}
+def _leaders(recorders: dict[str, Recorder]) -> dict[str, str]:
+    """{path: the first path that read the same array}; a kernel that was read more than once stands for itself."""
+    first: dict[Any, str] = {}
+    return {
+        path: first.setdefault((id(r.inputs[0]), r.stat) if len(r.inputs) == 1 else path, path)
+        for path, r in recorders.items()
+    }
 
 
 def collect(
@@ -145,7 +154,7 @@ def collect(
     ([10.0, 20.0], 2)
     """
     observe = make_observer(forward, stats=lambda path: stat if select(path) else None, valid=valid)
-    return total(observe, params, batches)
+    return observe(params, batches)
 
 
 def _checked(path: str, stacked: bool, total: Array, tokens: Array) -> tuple[Array, Array]:

@@ -54,6 +54,22 @@ def test_a_tower_of_ours_needs_no_hook():
     }
     assert all(tokens.tolist() == [9, 9] for _, tokens in stats.values())
     assert jnp.array_equal(stats['blocks/attn/q/kernel'][0], stats['blocks/attn/v/kernel'][0])
+    assert not jnp.array_equal(stats['blocks/attn/q/kernel'][0], stats['blocks/attn/o/kernel'][0])
+
+
+def test_kernels_that_share_an_input_share_its_statistic():
+    params = {name: {'kernel': jnp.eye(4)} for name in ('q', 'k', 'twice')}
+
+    def forward(w, x):
+        y = linear(x, w['q']['kernel']) + linear(x, w['k']['kernel'])
+        return linear(linear(y, w['twice']['kernel']), w['twice']['kernel'])
+
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    stats = calibrate.collect(forward, params, [x])
+    assert stats['q/kernel'][0] is stats['k/kernel'][0]
+    # A kernel that is read twice counts both inputs: here 2x each.
+    np.testing.assert_allclose(stats['twice/kernel'][0], 8 * stats['q/kernel'][0], rtol=1e-6)
+    assert int(stats['twice/kernel'][1]) == 6
 
 
 def test_empty_set_is_refused():

@@ -79,6 +79,30 @@ def test_one_shot_prunes_any_tree():
     assert jnp.array_equal(pruned['fc']['kernel'], magnitude['fc']['kernel'])
 
 
+@pytest.mark.parametrize(
+    'method', [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.SparseGPT(block=8, group='block')]
+)
+@pytest.mark.parametrize('pattern', ['2:4', '0.5'])
+def test_kernels_that_share_an_input_are_pruned_as_if_alone(method, pattern):
+    params, batch = setup()
+    rules_of_first = [('language/blocks/.*', pattern)]
+    together = pruning.prune(forward, params, [batch], rules_of_first, method=method)
+    first = jax.tree.map(lambda leaf: leaf[0], params['language']['blocks'])
+    x, ctx = llama.embed(CFG, batch['x'], batch['valid'])
+    stats = calibrate.collect(
+        lambda w, x: llama.block(w, CFG, x, ctx, None),
+        first,
+        [x],
+        stat=method.statistic,
+        valid=lambda x: batch['valid'],
+    )
+    alone, masks = pruning.prune_tree(first, stats, [('.*', pattern)], method=method)
+    for path, mask in rules.flatten(masks).items():
+        assert jnp.array_equal(mask, rules.flatten(together.masks)[f'language/blocks/{path}'][0])
+        joint = rules.flatten(together.params)[f'language/blocks/{path}'][0]
+        assert jnp.allclose(joint, rules.flatten(alone)[path], atol=1e-5)
+
+
 def test_rules_choose_a_method_for_each_kernel():
     params, batch = setup()
     methods = [('.*/attn/.*', pruning.Wanda()), ('.*/mlp/.*', pruning.SparseGPT(block=8)), ('.*', pruning.Magnitude())]

@@ -139,17 +139,15 @@ def prune(
             progress(tower, layer, layers)
             w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights))
             try:
-                stats = calibrate.total(observe, rules_lib.unflatten(w), chunks)
+                stats = observe(rules_lib.unflatten(w), chunks)
             except calibrate.CalibrationError as error:
                 raise calibrate.CalibrationError(f'{prefix}, layer {layer}: {error}') from None
-            for name, pattern in here.items():
-                method = methods[prefix + name]
-                statistic = stats[name][0] if method.statistic else None
-                w[name], mask = _prune_kernel(w[name], statistic, method=method, pattern=pattern)
-                kernels[name].append(w[name])
-                kept[name].append(mask)
+            pruned, block_masks = _prune_block(w, stats, here, {name: methods[prefix + name] for name in here})
+            for name in here:
+                kernels[name].append(pruned[name])
+                kept[name].append(block_masks[name])
                 tokens[prefix + name] = int(stats[name][1])
-            w = rules_lib.unflatten(w)
+            w = rules_lib.unflatten(w | pruned)
             chunks = [(step(w, x, ctx), ctx) for x, ctx in chunks]
         for name in here:
             flat[prefix + name], masks[prefix + name] = jnp.stack(kernels[name]), jnp.stack(kept[name])
@@ -159,6 +157,31 @@ def prune(
     if missed := sorted(patterns.keys() - masks.keys()):
         raise rules_lib.RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
     return PruneResult(rules_lib.unflatten(flat), rules_lib.unflatten(masks), tokens)
+
+
+def _prune_block(
+    w: dict[str, Array], stats: dict[str, tuple[Array, Array]], patterns: dict[str, Pattern], methods: dict[str, Any]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """One block's pruned kernels and their masks.
+
+    Kernels that share their statistic (q, k and v) are pruned as one where outputs don't compete with each other: one
+    Hessian is inverted for them, and one loop runs over their inputs.
+    """
+    groups: dict[Any, list[str]] = {}
+    for name, pattern in patterns.items():
+        method, statistic = methods[name], stats[name][0]
+        together = method.statistic is not None and (pattern.structured or method.group == 'output')
+        groups.setdefault((id(statistic), method, pattern, w[name].dtype) if together else name, []).append(name)
+    pruned, masks = {}, {}
+    for names in groups.values():
+        method, pattern = methods[names[0]], patterns[names[0]]
+        statistic = stats[names[0]][0] if method.statistic else None
+        joined = jnp.concatenate([w[name] for name in names], axis=-1)
+        results = _prune_kernel(joined, statistic, method=method, pattern=pattern)
+        ends = np.cumsum([w[name].shape[-1] for name in names])[:-1].tolist()
+        for into, result in zip((pruned, masks), results, strict=True):
+            into.update(zip(names, jnp.split(result, ends, axis=-1), strict=True))
+    return pruned, masks
 
 
 def _split(x: Array, ctx: dict, chunk: int) -> list[tuple[Array, dict]]:
