@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Restoration. The paper: one epoch of 25k pairs at batch 32, 1000 warm-up steps to 1e-4. This run is ten times
     # shorter, so its peak is higher.
     config.restore = ConfigDict()
-    config.restore.steps = 80
+    config.restore.steps = 100
     config.restore.batch = 16
     config.restore.shares = (2, 1, 1)  # yes/no, shape, colour
     config.restore.peak = 1e-3
@@ -53,7 +53,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.restore.temperature = 2.0
     config.restore.kl_reduction = 'token'  # token | sequence
     config.restore.gradient = 'exact'  # exact | straight_through | plain (LoRA beside the mask, cut at the merge)
-    config.restore.accumulate = 1
+    config.restore.accumulate = 1  # micro-batches a step
+    config.restore.remat = False  # True: a block's activations are computed again in the backward, less memory
     config.restore.checkpoint_every = 25
     # True: train the same LoRA budget on the dense model too, to tell restoring from more training.
     config.restore.control = False

@@ -20,6 +20,7 @@ from sparselora_jax.evaluation.density import layer_density, plain_lora_density,
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.job import Job
 from sparselora_jax.models import blip2
+from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.progress import Progress
 from sparselora_jax.recipe import TOWERS, lora_rules, prune_methods, prune_rules
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
@@ -139,7 +140,8 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
         schedule = {key: knobs[key] for key in ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')}
         tx = paper_optimizer(knobs.steps, **schedule)
         loss = {key: knobs[key] for key in ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate')}
-        step = make_train_step(lambda w, batch: blip2.answer_logits(w, cfg, batch), tx, **loss)
+        run = remat_blocks if knobs.remat else scan_blocks
+        step = make_train_step(lambda w, batch: blip2.answer_logits(w, cfg, batch, run), tx, **loss)
         checkpoints = Checkpoints(job.workdir / 'checkpoints' / name)
         progress = Progress(name, knobs.steps, first=(checkpoints.steps() or [0])[-1])
         last = [time.monotonic()]
