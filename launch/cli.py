@@ -25,7 +25,11 @@ def define_config(default: str = 'configs/blip2_lang_only.py', workdir: str = 'r
 
 def check_config(argv: list[str], default: str) -> None:
     """Names a config file that is missing, and an override of a field that does not exist, with the nearest one."""
-    values = {arg.partition('=')[0].lstrip('-'): arg.partition('=')[2] for arg in argv if arg.startswith('--')}
+    values = {}
+    for arg, after in zip(argv, [*argv[1:], ''], strict=True):
+        if arg.startswith('--'):
+            name, equals, value = arg.lstrip('-').partition('=')
+            values[name] = value if equals else after
     path, _, argument = values.get('config', default).partition(':')
     if not Path(path).is_file():
         nearest = difflib.get_close_matches(path, [str(p) for p in Path('configs').glob('*.py')], 1)
