@@ -73,7 +73,7 @@ def encode(tokenizer: Any, text: TextFormat, question: str, answer: str = '') ->
     valid = np.arange(len(padded) - 1)
     return {
         'tokens': np.asarray(padded[:-1], np.int32),
-        'valid': (valid >= before) & (valid < text.prompt_tokens + len(target) - 1),
+        'valid': (valid >= before) & (valid < text.prompt_tokens + max(len(target) - 1, 0)),
         'targets': np.asarray(padded[text.prompt_tokens :], np.int32),
         'answer': np.arange(text.answer_tokens) < len(target),
     }
