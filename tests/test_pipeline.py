@@ -93,6 +93,58 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
             pipeline.read_image(tmp_path / name, 8)
 
 
+GROUPS = (range(0, 40), range(40, 52), range(52, 59))
+
+
+def numbers(seed=0, batch=16, groups=GROUPS, **options):
+    """Batches of records that are their own index."""
+    source = [{'index': np.int32(index)} for index in range(59)]
+    return pipeline.batches(source, dict, batch=batch, seed=seed, groups=groups, shares=(2, 1, 1), **options)
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    in_order = [numbers()[step]['index'] for step in range(12)]
+    fresh = numbers()
+    for step in (11, 3, 7, 3, 0):
+        np.testing.assert_array_equal(fresh[step]['index'], in_order[step])
+    assert not np.array_equal(numbers(seed=1)[0]['index'], in_order[0])
+    assert not np.array_equal(in_order[0], in_order[1])
+
+
+def test_steps_go_on_past_the_end_of_the_data():
+    assert numbers()[10_000]['index'].shape == (16,)
+
+
+def test_each_group_has_its_share_of_every_batch():
+    data = numbers()
+    for step in range(20):
+        kinds = np.searchsorted([40, 52], data[step]['index'], side='right')
+        assert np.bincount(kinds, minlength=3).tolist() == [8, 4, 4]
+
+
+def test_a_group_comes_whole_and_in_another_order_every_epoch():
+    drawn = np.concatenate([numbers()[step]['index'] for step in range(10)])
+    drawn = drawn[drawn < 40]
+    first, second = drawn[:40], drawn[40:80]
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert not np.array_equal(first, second) and not np.array_equal(first, np.arange(40))
+
+
+def test_augmentation_is_a_function_of_seed_and_position():
+    def jitter(example, rng):
+        return example | {'noise': rng.normal()}
+
+    data, again, other = (numbers(seed, augment=jitter) for seed in (0, 0, 1))
+    for step in (5, 0, 2):
+        np.testing.assert_array_equal(data[step]['noise'], again[step]['noise'])
+    assert len(set(np.concatenate([data[0]['noise'], data[1]['noise'], other[0]['noise']]))) == 48
+
+
+def test_an_empty_group_is_named():
+    with pytest.raises(pipeline.DataError, match=r'empty; sizes \[40, 0, 7\]'):
+        numbers(groups=(GROUPS[0], (), GROUPS[2]))
+
+
 def test_groups_hold_every_question_once_by_kind(easy_vqa_builder):
     texts = pipeline.read_texts(easy_vqa_builder, 'test')
     groups = pipeline.groups_by_kind(texts)

@@ -105,7 +105,7 @@ def batches(
     batch: int,
     seed: int,
     groups: Sequence[Sequence[int]],
-    shares: Sequence[float],
+    shares: Sequence[int | float],
     augment: Callable[[dict, np.random.Generator], dict] | None = None,
 ) -> grain.MapDataset:
     """An endless dataset whose item `step` is the batch of that step, stacked.
