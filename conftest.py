@@ -8,6 +8,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
@@ -40,3 +41,33 @@ def easy_vqa_builder(tmp_path_factory):
     from sparselora_jax.data import easy_vqa
 
     return easy_vqa.prepare(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='session')
+def random_params():
+    """`random_params(shapes, std)`: like `blip2.init`, but by numpy (no compilation), no scale or bias trivial."""
+    from sparselora_jax import rules
+
+    def draw(shapes, std=0.2):
+        rng = np.random.default_rng(0)
+
+        def leaf(path, shape):
+            scale = shape[-2] ** -0.5 if path.endswith('kernel') else std
+            return jax.numpy.asarray(path.endswith('scale') + scale * rng.normal(size=shape), jax.numpy.float32)
+
+        return rules.unflatten({path: leaf(path, shape) for path, shape in rules.flatten(shapes).items()})
+
+    return draw
+
+
+@pytest.fixture(scope='session')
+def tiny_blip2(random_params):
+    """(cfg, params) of a random model that reads the real images and words, small enough to run a whole job on."""
+    from sparselora_jax.models import blip2, llama, qformer, vit
+
+    cfg = blip2.Blip2Config(
+        vision=vit.ViTConfig(image_size=64, patch_size=16, width=16, depth=2, heads=2, mlp_width=32),
+        qformer=qformer.QFormerConfig(queries=2, width=16, pairs=1, heads=2, mlp_width=32, image_width=16),
+        language=llama.LlamaConfig(vocab=49152, width=16, depth=2, heads=4, kv_heads=2, mlp_width=32),
+    )
+    return cfg, random_params(blip2.shapes(cfg))

@@ -24,14 +24,15 @@ HF_NAMES = {f'attn/{letter}': f'self_attn.{letter}_proj' for letter in 'qkvo'} |
 }
 
 
-def sparse_language(tied=True, dtype=jnp.float32):
-    """(params with zeros in place, masks); scales of norms differ, as trained ones do."""
-    params = blip2.init(jax.random.key(0), llama.shapes(LANGUAGE, tied), std=0.5)
-    flat = rules.flatten(params)
-    for index, path in enumerate(path for path in flat if path.endswith('scale')):
-        flat[path] = jax.random.uniform(jax.random.key(index), flat[path].shape, minval=0.5, maxval=2.0)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), rules.unflatten(flat))
-    return sl.prune_tree(params, None, [('blocks/.*', '2:4'), ('.*', 'dense')], method=sl.Magnitude())
+@pytest.fixture(scope='module')
+def sparse_language(random_params):
+    """`sparse_language(tied, dtype)`: (params with zeros in place, masks)."""
+
+    def make(tied=True, dtype=jnp.float32):
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(llama.shapes(LANGUAGE, tied), std=0.5))
+        return sl.prune_tree(params, None, [('blocks/.*', '2:4'), ('.*', 'dense')], method=sl.Magnitude())
+
+    return make
 
 
 def logits(params, tokens):
@@ -47,7 +48,7 @@ def load_in_torch(folder):
 
 
 @pytest.mark.parametrize('tied', [True, False])
-def test_torch_reads_the_same_logits_and_zeros(tmp_path, tied):
+def test_torch_reads_the_same_logits_and_zeros(tmp_path, sparse_language, tied):
     params, masks = sparse_language(tied)
     export.save_llama(tmp_path, LANGUAGE, params)
     model = load_in_torch(tmp_path)
@@ -65,7 +66,7 @@ def test_torch_reads_the_same_logits_and_zeros(tmp_path, tied):
             np.testing.assert_array_equal(weight.T != 0, mask[layer])
 
 
-def test_half_precision_arrives_as_half_precision(tmp_path):
+def test_half_precision_arrives_as_half_precision(tmp_path, sparse_language):
     params, _ = sparse_language(dtype=jnp.bfloat16)
     export.save_llama(tmp_path, LANGUAGE, params)
     model = load_in_torch(tmp_path)
@@ -74,7 +75,7 @@ def test_half_precision_arrives_as_half_precision(tmp_path):
     np.testing.assert_array_equal(embed.detach().float().numpy(), params['embed'].astype(jnp.float32))
 
 
-def test_the_tokenizer_lies_beside_the_model(tmp_path, tokenizer):
+def test_the_tokenizer_lies_beside_the_model(tmp_path, sparse_language, tokenizer):
     params, _ = sparse_language()
     export.save_llama(tmp_path, LANGUAGE, params, tokenizer)
     text = 'Question: what color is the circle? Short answer: teal'
@@ -84,12 +85,12 @@ def test_the_tokenizer_lies_beside_the_model(tmp_path, tokenizer):
 
 
 @pytest.fixture(scope='module')
-def whole_model():
-    return blip2.init(jax.random.key(0), blip2.shapes(CFG))
+def whole_model(random_params):
+    return random_params(blip2.shapes(CFG))
 
 
 @pytest.mark.parametrize('tied', [True, False])
-def test_a_whole_model_comes_back_bit_for_bit(tmp_path, whole_model, tied):
+def test_a_whole_model_comes_back_bit_for_bit(tmp_path, sparse_language, whole_model, tied):
     params = whole_model | {'language': sparse_language(tied, jnp.bfloat16)[0]}
     export.save_model(tmp_path / 'model.safetensors', CFG, params)
     cfg, back = export.load_model(tmp_path / 'model.safetensors')
