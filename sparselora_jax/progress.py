@@ -34,7 +34,7 @@ class Log:
 class Progress:
     """Prints `name done/total | rate | ETA`: in place in a terminal, else a line every `interval` seconds."""
 
-    def __init__(self, name: str, total: int, *, first: int = 0, interval: float = 10.0, file=None):
+    def __init__(self, name: str, total: int, *, first: int = 0, interval: int | float = 10, file=None):
         """`first`: done before, by the run that is resumed; `interval`: seconds between plain lines."""
         self.name, self.total, self.interval, self.file = name, total, interval, file or sys.stderr
         self.started = self.printed = time.monotonic()

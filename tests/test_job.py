@@ -1,0 +1,210 @@
+"""The main job end to end on a tiny model: every stage leaves its file, nothing is computed twice, figures agree."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from configs import blip2_lang_only
+from sparselora_jax import export, rules, sparsity, stages, storage
+from sparselora_jax.data import easy_vqa
+from sparselora_jax.evaluation import report
+from sparselora_jax.job import Job
+from sparselora_jax.models import blip2, embedded
+from sparselora_jax.recipe import ConfigError
+
+STAGES = ('evaluate_dense', 'prune', 'evaluate_pruned', 'restore', 'evaluate_restored', 'export', 'floor')
+MODELS = ('dense', 'pruned', 'restored')
+
+
+class FewQuestions:
+    """The data set's first questions: reading them all takes seconds, several times a job."""
+
+    def __init__(self, builder):
+        """`builder`: the whole data set's."""
+        self.builder = builder
+
+    def as_data_source(self, split, **options):
+        return self.builder.as_data_source(f'{split}[:200]', **options)
+
+
+def tiny_config(**fields):
+    config = blip2_lang_only.get_config()
+    config.data_dir = 'not read'
+    small = {'prune.samples': 8, 'prune.chunk': 4, 'evaluate.questions': 14, 'evaluate.batch': 8}
+    restore = {'restore.steps': 3, 'restore.batch': 4, 'restore.warmup': 1, 'restore.checkpoint_every': 2}
+    config.update_from_flattened_dict(small | restore | fields)
+    return config
+
+
+@pytest.fixture(scope='module')
+def world(tiny_blip2, easy_vqa_builder, tokenizer):
+    """What a job loads, made tiny; counts how often the model is loaded."""
+    loads = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, 'load', lambda *args, **kw: loads.append(1) or tiny_blip2)
+        patch.setattr(embedded, 'load_tokenizer', lambda: tokenizer)
+        patch.setattr(easy_vqa, 'prepare', lambda data_dir: FewQuestions(easy_vqa_builder))
+        yield loads
+
+
+def run(workdir, **fields):
+    config = tiny_config(**fields)
+    job = Job(config, workdir)
+    stages.run(job)
+    report.write(job)
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def wanda(world, tmp_path_factory):
+    """The workdir of the default recipe's run."""
+    return run(tmp_path_factory.mktemp('wanda'))
+
+
+@pytest.fixture(scope='module')
+def sparsegpt(world, tmp_path_factory):
+    """The workdir of a run that edits kept weights, prunes vision too, restores language alone, and has the control."""
+    fields = {'prune.method': 'sparsegpt', 'prune.pattern.vision': '0.5', 'lora.rank.vision': 0, 'lora.rank.qformer': 0}
+    return run(tmp_path_factory.mktemp('sparsegpt'), **fields, **{'restore.control': True})
+
+
+def read(workdir, name):
+    return json.loads((workdir / f'{name}.json').read_text())
+
+
+def test_every_stage_leaves_its_file(wanda):
+    for name in STAGES:
+        assert read(wanda, name)['seconds'] >= 0
+    for name in (
+        'masks.safetensors',
+        'restore.safetensors',
+        'exported/model.safetensors',
+        'exported/language/config.json',
+    ):
+        assert (wanda / name).is_file()
+
+
+def test_a_second_run_computes_nothing(wanda, world):
+    def state():
+        files = [file for file in wanda.rglob('*') if file.suffix in ('.json', '.safetensors', '.jsonl')]
+        return {file: file.read_bytes() for file in files}
+
+    before, loaded = state(), len(world)
+    run(wanda)
+    assert state() == before
+    assert len(world) == loaded  # not even the model was read
+
+
+def test_the_report_holds_every_figure(wanda):
+    got = read(wanda, 'report')
+    assert got['scores'].keys() == got['perplexity'].keys() == set(MODELS)
+    assert got['intervals'].keys() == {'pruned - dense', 'restored - dense'}
+    assert {'lora_merged_density', 'image_blind'} <= got['baselines'].keys()
+    assert got['sparsity'].keys() == {'vision', 'qformer', 'language'}
+    assert all(tower.keys() >= {'pattern', 'density', 'violations'} for tower in got['sparsity'].values())
+    assert {'evaluate', 'prune', 'restore', 'export'} <= got['time_s'].keys()
+    assert all(seconds >= 0 for seconds in got['time_s'].values())
+    assert 0 < got['step_s'] <= got['time_s']['restore']
+    assert got['peak_memory_bytes'] > 2**20
+    assert got['bytes'].keys() >= {'dense', 'exported'}
+    assert got['config']['prune']['pattern'] == {'vision': 'dense', 'qformer': 'dense', 'language': '2:4'}
+    assert got['versions']['jax'] == jax.__version__
+
+
+def test_scores_are_those_of_the_answers(wanda):
+    got = read(wanda, 'report')
+    assert got['questions'] == 14
+    for name in MODELS:
+        stage = read(wanda, f'evaluate_{name}')
+        right = [said == true for said, true in zip(stage['predicted'], stage['true'], strict=True)]
+        assert got['scores'][name] == np.mean(right)
+        assert got['perplexity'][name] == stage['perplexity'] > 1
+    assert len({tuple(read(wanda, f'evaluate_{name}')['true']) for name in MODELS}) == 1
+    for name, (low, high) in got['intervals'].items():
+        model, base = name.split(' - ')
+        assert low <= got['scores'][model] - got['scores'][base] <= high
+
+
+def test_the_exported_language_tower_is_exactly_half_zeros(wanda):
+    got = read(wanda, 'report')
+    _, params = export.load_model(wanda / 'exported' / 'model.safetensors')
+    masks, _ = storage.load_safetensors(wanda / 'masks.safetensors')
+    sparsity.check_sparse(params, masks)
+    kernels = {p: k for p, k in rules.kernels(params).items() if p.startswith('language/blocks/')}
+    assert rules.flatten(masks).keys() == kernels.keys()
+    for kernel in kernels.values():
+        groups = np.moveaxis(np.asarray(kernel), 1, -1).reshape(-1, 4)
+        assert (np.count_nonzero(groups, axis=1) == 2).all()
+    assert got['sparsity']['language'] == {'pattern': '2:4', 'density': 0.5, 'violations': 0}
+    for tower in ('vision', 'qformer'):
+        assert got['sparsity'][tower] == {'pattern': 'dense', 'density': 1.0, 'violations': 0}
+    assert got['baselines']['lora_merged_density'] > 0.9
+    assert got['bytes']['exported'] == (wanda / 'exported' / 'model.safetensors').stat().st_size
+    assert got['bytes']['dense'] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def test_the_base_is_untouched_and_restoring_changed_what_it_adapts(wanda, tiny_blip2, random_params):
+    cfg, params = tiny_blip2
+    fresh = rules.flatten(random_params(blip2.shapes(cfg)))
+    assert all(np.array_equal(leaf, fresh[path]) for path, leaf in rules.flatten(params).items())
+    masks = rules.flatten(storage.load_safetensors(wanda / 'masks.safetensors')[0])
+    restored = rules.flatten(export.load_model(wanda / 'exported' / 'model.safetensors')[1])
+    for path, leaf in restored.items():
+        changed = not np.array_equal(leaf, np.where(masks.get(path, True), fresh[path], 0))
+        assert changed == ('/blocks/' in path and path.endswith('kernel')), path
+
+
+def test_the_control_is_reported_only_if_asked_for(wanda, sparsegpt):
+    control, stage = read(sparsegpt, 'report')['baselines']['dense_control'], read(sparsegpt, 'evaluate_control')
+    assert control['overall'] == stage['accuracy']['overall'] and control['perplexity'] == stage['perplexity']
+    assert 'dense_control' not in read(wanda, 'report')['baselines']
+    assert not (wanda / 'control.json').exists()
+
+
+def test_sparsegpt_edits_kept_weights_and_learns_from_the_dense_teacher(sparsegpt, tiny_blip2):
+    dense = rules.flatten(tiny_blip2[1])
+    masks = rules.flatten(storage.load_safetensors(sparsegpt / 'masks.safetensors')[0])
+    pruned = rules.flatten(storage.load_safetensors(sparsegpt / 'pruned.safetensors')[0])
+    assert {path.split('/')[0] for path in masks} == {'vision', 'language'}
+    for path, mask in masks.items():
+        assert not pruned[path][~mask].any()
+        if '/o/' in path:
+            assert not np.array_equal(pruned[path][mask], dense[path][mask])
+    # Before the first update the student is the pruned model: a teacher of the same weights would be at distance 0.
+    records = [json.loads(line) for line in (sparsegpt / 'log.jsonl').read_text().splitlines()]
+    assert next(r['kl'] for r in records if r['stage'] == 'restore' and r['step'] == 1) > 1e-4
+    sparse = read(sparsegpt, 'report')['sparsity']
+    assert {tower: (s['density'], s['violations']) for tower, s in sparse.items()} == {
+        'vision': (0.5, 0),
+        'qformer': (1.0, 0),
+        'language': (0.5, 0),
+    }
+
+
+def test_the_workdir_of_another_config_is_refused_and_the_field_named(wanda):
+    before = (wanda / 'config.json').read_bytes()
+    with pytest.raises(ConfigError, match=r'restore\.steps is 4 here and 3 there'):
+        Job(tiny_config(**{'restore.steps': 4}), wanda)
+    assert (wanda / 'config.json').read_bytes() == before
+
+
+def test_a_method_or_a_model_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="prune.method 'wandas': expected one of random, magnitude, wanda, sparsegpt"):
+        Job(tiny_config(**{'prune.method': 'wandas'}), tmp_path / 'a')
+    with pytest.raises(ConfigError, match="model 'some/dir'"):
+        Job(tiny_config(model='some/dir'), tmp_path / 'b')
+    assert not list(tmp_path.iterdir())  # nothing is claimed for a config that cannot run
+
+
+def test_the_page_shows_scores_and_examples_and_loads_nothing_from_elsewhere(wanda):
+    page, got = (wanda / 'report.html').read_text(), read(wanda, 'report')
+    for name in MODELS:
+        assert f'{got["scores"][name]:.1%}' in re.sub(r'<[^>]*>', ' ', page)
+    assert len(re.findall(r'class="example"', page)) == 12
+    linked = re.findall(r'\b(?:src|href|srcset|action|data)\s*=\s*["\']?([^"\'\s>]*)', page)
+    assert linked and all(target.startswith(('data:', '#')) for target in linked)
+    assert not re.search(r'@import|url\(\s*["\']?(?!#)|<script|<link|<iframe', page)
+    assert page.count('<svg') >= 2  # curves and densities
