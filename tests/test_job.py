@@ -43,11 +43,13 @@ def tiny_config(**fields):
 def world(tiny_blip2, easy_vqa_builder, tokenizer):
     """What a job loads, made tiny; counts how often the model is loaded."""
     loads = []
+    jax.config.update('jax_disable_most_optimizations', True)  # many programs, each run a few times
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, 'load', lambda *args, **kw: loads.append(1) or tiny_blip2)
         patch.setattr(embedded, 'load_tokenizer', lambda: tokenizer)
         patch.setattr(easy_vqa, 'prepare', lambda data_dir: FewQuestions(easy_vqa_builder))
         yield loads
+    jax.config.update('jax_disable_most_optimizations', False)
 
 
 def run(workdir, **fields):
