@@ -1,6 +1,5 @@
 """A model for others to read: a Hugging Face directory of the language tower, and the whole model as safetensors."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +73,7 @@ def load_model(path: str | Path) -> tuple[blip2.Blip2Config, dict]:
       StorageError: the file is missing, truncated, without a config, or lacks a parameter of that config.
     """
     params, metadata = storage.load_safetensors(path)
-    try:
-        cfg = blip2.from_json(metadata['config'])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise storage.StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
+    cfg = blip2.from_header(path, metadata)
     tied = 'language/head/kernel' not in rules.flatten(params)
     storage.check_shapes(path, params, blip2.bridge_shapes(cfg) | {'language': llama.shapes(cfg.language, tied)})
     return cfg, params

@@ -7,6 +7,7 @@ tokens that are no pads). The language model sees [queries | text].
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.models import layers, llama, qformer, vit
 from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.storage import StorageError
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,18 @@ def from_json(text: str) -> Blip2Config:
         qformer=qformer.QFormerConfig(**parts['qformer']),
         language=llama.LlamaConfig(**parts['language']),
     )
+
+
+def from_header(path: str | Path, metadata: dict[str, str]) -> Blip2Config:
+    """The config in the header of a model's file.
+
+    Raises:
+      StorageError: names the file, which holds none.
+    """
+    try:
+        return from_json(metadata['config'])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
 
 
 def prefix(w: dict, cfg: Blip2Config, images: Array, run=scan_blocks) -> Float[Array, 'batch queries dim']:

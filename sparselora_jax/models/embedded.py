@@ -39,13 +39,14 @@ def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[blip2.Blip2
     """The whole model; LoRA factors that were shipped with the bridge are merged into the language model.
 
     Raises:
-      AssetError, StorageError: a file is missing or truncated.
+      AssetError, StorageError: a file is missing or truncated, or the bridge does not fit its config.
     """
     tree, metadata = load_safetensors(bridge)
+    cfg = blip2.from_header(bridge, metadata)
     tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-    _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     lora = tree.pop('lora', None)
+    check_shapes(bridge, tree, blip2.bridge_shapes(cfg))
+    _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     params = tree | {'language': language}
-    cfg, params = blip2.from_json(metadata['config']), merge(params, None, lora)
     check_shapes(bridge, params, blip2.shapes(cfg))
-    return cfg, params
+    return cfg, merge(params, None, lora)
