@@ -18,7 +18,11 @@ from sparselora_jax.train import Interrupted
 
 
 def define_config(default: str = 'configs/blip2_lang_only.py', workdir: str = 'runs/demo') -> tuple:
-    """The flags `--config` and `--workdir`."""
+    """The flags `--config` and `--workdir`; a config that does not exist ends the script here."""
+    try:  # before the flag is defined, which reads the config and the overrides on the command line at once
+        check_config(sys.argv[1:], default)
+    except SparseloraError as error:
+        _fail(error)
     config = config_flags.DEFINE_config_file('config', default, 'a file of configs/, then :argument')
     return config, flags.DEFINE_string('workdir', workdir, 'where results, logs and checkpoints go')
 
@@ -36,7 +40,7 @@ def check_config(argv: list[str], default: str) -> None:
         raise ConfigError(f'{path}: no such config' + (f'; did you mean {nearest[0]}?' if nearest else ''))
     try:
         config = runpy.run_path(path)['get_config'](argument or None)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, SyntaxError) as error:
         raise ConfigError(f'{path}: {error}') from None
     fields = list(_fields(config))
     for name in values:
@@ -53,7 +57,7 @@ def _fields(config: ConfigDict, prefix: str = ''):
             yield from _fields(value, f'{prefix}{name}.')
 
 
-def run(main: Callable[[list[str]], None], *, default: str | None = None) -> None:
+def run(main: Callable[[list[str]], None]) -> None:
     """Runs `main(positional arguments)`; what a user can act on ends as one line, not as a traceback."""
 
     def guarded(argv):
@@ -61,16 +65,11 @@ def run(main: Callable[[list[str]], None], *, default: str | None = None) -> Non
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         try:
             main(argv[1:])
-        except SparseloraError as error:
+        except (SparseloraError, OSError) as error:
             _fail(error)
         except KeyboardInterrupt:
-            _fail(Interrupted('stopped; finished stages are kept, the same command goes on'))
+            _fail(Interrupted('finished stages are kept, the same command goes on'))
 
-    try:
-        if default is not None:
-            check_config(sys.argv[1:], default)
-    except SparseloraError as error:
-        _fail(error)
     app.run(guarded)
 
 

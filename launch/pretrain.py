@@ -21,8 +21,7 @@ from sparselora_jax.models import blip2, embedded, gguf, qformer, vit
 from sparselora_jax.progress import Log, Progress
 from sparselora_jax.train import fit, make_step
 
-DEFAULT = 'configs/demo_pretrain.py'
-CONFIG, WORKDIR = cli.define_config(DEFAULT, 'runs/pretrain')
+CONFIG, WORKDIR = cli.define_config('configs/demo_pretrain.py', 'runs/pretrain')
 
 
 def image_batches(source, texts, *, batch: int, seed: int, words=None):
@@ -132,4 +131,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    cli.run(main, default=DEFAULT)
+    cli.run(main)

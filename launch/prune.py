@@ -8,8 +8,7 @@ import cli
 from sparselora_jax import stages
 from sparselora_jax.job import Job
 
-DEFAULT = 'configs/blip2_lang_only.py'
-CONFIG, WORKDIR = cli.define_config(DEFAULT)
+CONFIG, WORKDIR = cli.define_config()
 
 
 def main(argv):
@@ -21,4 +20,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    cli.run(main, default=DEFAULT)
+    cli.run(main)

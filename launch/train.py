@@ -9,8 +9,7 @@ from sparselora_jax import stages
 from sparselora_jax.evaluation import report
 from sparselora_jax.job import Job
 
-DEFAULT = 'configs/blip2_lang_only.py'
-CONFIG, WORKDIR = cli.define_config(DEFAULT)
+CONFIG, WORKDIR = cli.define_config()
 
 
 def main(argv):
@@ -23,4 +22,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    cli.run(main, default=DEFAULT)
+    cli.run(main)
