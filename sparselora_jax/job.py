@@ -10,45 +10,58 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from sparselora_jax import storage
+from sparselora_jax import pruning, storage
 from sparselora_jax.data import easy_vqa, pipeline
 from sparselora_jax.models import blip2, embedded
 from sparselora_jax.progress import Log, peak_memory
-from sparselora_jax.recipe import ConfigError, claim, prune_methods, prune_rules, text_format
+from sparselora_jax.recipe import check_values, claim, lora_rules, prune_rules, refuse_other, text_format
 from sparselora_jax.restore import Frozen
 from sparselora_jax.sparsity import check_sparse
-from sparselora_jax.weights import merge
+from sparselora_jax.weights import init_lora, merge
 
 
 class Job:
     """A config, its workdir, and what is expensive to load."""
 
     def __init__(self, config: Any, workdir: str | Path):
-        """Claims the workdir for this config.
+        """Nothing is loaded or written yet.
 
         Raises:
-          ConfigError: the workdir holds the run of another config (names the fields), or the model, the method or a
-            group is unknown. PatternError: a pattern does not parse.
+          ConfigError: the workdir holds the run of another config (names the fields), or a field's value cannot work.
         """
         self.config, self.workdir = config, Path(workdir)
-        if config.model != 'embedded':
-            raise ConfigError(f"model {config.model!r}: only 'embedded' can be loaded today (see the README's table)")
-        prune_methods(config)
-        prune_rules(config)
-        claim(self.workdir, config)
-        self.log = Log(self.workdir)
+        check_values(config)
+        refuse_other(self.workdir, config)
 
     def stage(self, name: str, compute: Callable[[], dict]) -> dict:
         """The result of a stage: read from `<name>.json`, or computed and written there with its time and memory."""
         file = self.workdir / f'{name}.json'
         if not file.exists():
+            self.check()
+            claim(self.workdir, self.config)
             print(f'-- {name}', flush=True)
             started = time.monotonic()
             result = compute() | {'seconds': time.monotonic() - started, 'peak_memory_bytes': peak_memory()}
             storage.write_text(file, json.dumps(result))
         return json.loads(file.read_text())
+
+    def check(self) -> None:
+        """Names what does not fit the model, before any long work.
+
+        Raises:
+          PatternError, RuleError: see `prune_tree` and `init_lora`.
+        """
+        _, params = self.model
+        pruning.patterns_of(params, prune_rules(self.config))
+        jax.eval_shape(lambda key: init_lora(key, params, lora_rules(self.config)), jax.random.key(0))
+
+    @functools.cached_property
+    def log(self) -> Log:
+        """Scalars, in the workdir."""
+        return Log(self.workdir)
 
     @functools.cached_property
     def model(self) -> tuple[blip2.Blip2Config, dict]:

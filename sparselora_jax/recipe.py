@@ -7,15 +7,34 @@ from typing import Any
 from sparselora_jax import pruning
 from sparselora_jax.data.pipeline import TextFormat
 from sparselora_jax.errors import SparseloraError
-from sparselora_jax.sparsity import Pattern, parse_pattern
+from sparselora_jax.restore import KL_REDUCTIONS
+from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
 from sparselora_jax.storage import write_text
-from sparselora_jax.weights import LoraSpec
+from sparselora_jax.weights import GRADIENTS, LoraSpec
 
 TOWERS = ('vision', 'qformer', 'language')
 
 
 class ConfigError(SparseloraError, ValueError):
     """A config that asks for what does not exist, or that is not the workdir's own."""
+
+
+def check_values(config: Any) -> None:
+    """Names what cannot work whatever the model, before anything is loaded.
+
+    Raises:
+      ConfigError, PatternError: the field, its value and what is expected.
+    """
+    if config.model != 'embedded':
+        raise ConfigError(f"model {config.model!r}: only 'embedded' can be loaded today (see the README's table)")
+    prune_methods(config)
+    prune_rules(config)
+    restore = config.restore
+    for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS}.items():
+        if restore[field] not in values:
+            raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
+    if restore.accumulate < 1 or restore.batch % restore.accumulate:
+        raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
 
 
 def prune_methods(config: Any) -> list[tuple[str, Any]]:
@@ -48,8 +67,13 @@ def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
     Raises:
       PatternError: a pattern that does not parse.
     """
-    patterns = [(f'{tower}/blocks/.*', parse_pattern(config.prune.pattern[tower])) for tower in TOWERS]
-    return [*patterns, ('.*', Pattern())]
+    rules = []
+    for tower in TOWERS:
+        try:
+            rules.append((f'{tower}/blocks/.*', parse_pattern(config.prune.pattern[tower])))
+        except PatternError as error:
+            raise PatternError(f'prune.pattern.{tower}: {error}') from None
+    return [*rules, ('.*', Pattern())]
 
 
 def lora_rules(config: Any) -> list[tuple[str, LoraSpec | None]]:
@@ -75,14 +99,18 @@ def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
     return found
 
 
-def claim(workdir: Path, config: Any) -> None:
-    """Makes the workdir this config's, or checks that it is.
+def refuse_other(workdir: Path, config: Any) -> None:
+    """Checks that a workdir is this config's, or nobody's yet.
 
     Raises:
       ConfigError: it holds the run of another config; names the fields that differ.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    kept, ours = workdir / 'config.json', json.loads(config.to_json())
-    if kept.exists() and (found := _differences(ours, json.loads(kept.read_text()))):
+    kept = workdir / 'config.json'
+    if kept.exists() and (found := _differences(json.loads(config.to_json()), json.loads(kept.read_text()))):
         raise ConfigError(f'{workdir} holds the run of another config ({"; ".join(found)}); use another workdir')
-    write_text(kept, json.dumps(ours, indent=1))
+
+
+def claim(workdir: Path, config: Any) -> None:
+    """Makes the workdir this config's."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(workdir / 'config.json', json.dumps(json.loads(config.to_json()), indent=1))

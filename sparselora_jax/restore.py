@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sparselora_jax.train import State, make_step
 from sparselora_jax.weights import bind
 
+KL_REDUCTIONS = ('token', 'sequence')
+
 
 class Frozen(NamedTuple):
     """What a step only reads. `teacher` is a params tree of its own, or None: the unmasked `params` (shared)."""
@@ -62,8 +64,8 @@ def token_weights(answer: Bool[Array, 'batch tokens'], *, kl_reduction: str = 't
     >>> token_weights(jnp.array([[True, True], [True, False]]), kl_reduction='sequence').kl.tolist()
     [[0.5, 0.5], [0.5, 0.0]]
     """
-    if kl_reduction not in ('token', 'sequence'):
-        raise ValueError(f"kl_reduction {kl_reduction!r}: expected 'token' or 'sequence'")
+    if kl_reduction not in KL_REDUCTIONS:
+        raise ValueError(f'kl_reduction {kl_reduction!r}: expected one of {", ".join(KL_REDUCTIONS)}')
     counts = answer.astype(jnp.float32)
     mean = counts / jnp.maximum(jnp.sum(counts), 1.0)
     return TokenWeights(ce=mean, kl=mean if kl_reduction == 'token' else counts / answer.shape[0])

@@ -33,8 +33,6 @@ TEXT = Path(__file__).parents[1] / 'assets' / 'heldout.txt'
 
 def run(job: Job) -> None:
     """Every stage, in order."""
-    if not (job.workdir / 'prune.json').exists():
-        check(job)
     evaluate(job, 'dense', lambda: job.model[1])
     prune(job)
     evaluate(job, 'pruned', lambda: merge(job.frozen.params, job.frozen.masks))
@@ -45,17 +43,6 @@ def run(job: Job) -> None:
     if job.config.restore.control:
         restore(job, 'control', lambda: Frozen(job.model[1], None))
         evaluate(job, 'control', lambda: merge(job.model[1], None, job.trained('control')))
-
-
-def check(job: Job) -> None:
-    """Names what does not fit the model before any long work.
-
-    Raises:
-      PatternError, RuleError: see `prune_tree` and `init_lora`.
-    """
-    _, params = job.model
-    pruning.patterns_of(params, prune_rules(job.config))
-    jax.eval_shape(lambda key: init_lora(key, params, lora_rules(job.config)), jax.random.key(0))
 
 
 def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:

@@ -71,5 +71,8 @@ def check_shapes(path: str | Path, tree: dict, shapes: dict) -> None:
     have = {name: tuple(leaf.shape) for name, leaf in rules.flatten(tree).items()}
     want = rules.flatten(shapes)
     for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
-            raise StorageError(f'{path}: {name} has shape {have.get(name)}, its config asks for {want.get(name)}')
+        if name not in have:
+            raise StorageError(f'{path}: {name} is missing, its config asks for shape {want[name]}')
+        if have[name] != want.get(name):
+            asked = f'for {want[name]}' if name in want else 'for no such parameter'
+            raise StorageError(f'{path}: {name} has shape {have[name]}, its config asks {asked}')

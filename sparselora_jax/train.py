@@ -132,7 +132,5 @@ def fit(
             if (index + 1) % every == 0 or index + 1 == steps or stopped():
                 checkpoints.save(index + 1, state)
             if stopped():
-                raise Interrupted(
-                    f'stopped after step {index + 1} of {steps}, saved; the same command goes on from there'
-                )
+                raise Interrupted(f'step {index + 1} of {steps} is saved; the same command goes on from there')
     return state

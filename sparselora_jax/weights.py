@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from sparselora_jax import rules as rules_lib
 
+GRADIENTS = ('exact', 'straight_through', 'plain')
+
 
 class LoraSpec(NamedTuple):
     """Rank of a low-rank update and its numerator `alpha`; the scale is `alpha / rank`."""
@@ -123,8 +125,8 @@ def bind(
     Raises:
       ValueError: a mask or a factor whose path or shape is not that of a kernel, or an unknown `gradient`.
     """
-    if gradient not in ('exact', 'straight_through', 'plain'):
-        raise ValueError(f"gradient {gradient!r}: expected 'exact', 'straight_through' or 'plain'")
+    if gradient not in GRADIENTS:
+        raise ValueError(f'gradient {gradient!r}: expected one of {", ".join(GRADIENTS)}')
     flat = rules_lib.flatten(params)
     masks, lora = rules_lib.flatten(masks or {}), rules_lib.flatten(lora or {})
     _check_fit(flat, masks, lora)

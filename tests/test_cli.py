@@ -117,13 +117,11 @@ def test_lora_targets_that_match_nothing_are_named_before_any_work(refused, tiny
     assert "rule 'language/blocks/attn/z/.*' matches none" in err
 
 
-@pytest.mark.xfail(strict=True, reason='Job claims the workdir before stages.check: the corrected config is refused')
 def test_a_workdir_is_not_claimed_by_a_config_that_cannot_run(refused, tiny_model, tmp_path):
     refused('train.py', '--config.prune.pattern.language=2:7')
     assert not (tmp_path / 'run' / 'config.json').exists()
 
 
-@pytest.mark.xfail(strict=True, reason='checked by make_train_step alone, which comes after evaluating and pruning')
 @pytest.mark.parametrize('field', ['gradient=inexact', 'kl_reduction=tokens', 'accumulate=3'])
 def test_a_knob_of_restoring_that_cannot_work_is_named_before_any_work(refused, tiny_model, field):
     assert field.partition('=')[0] in refused('train.py', f'--config.restore.{field}')

@@ -4,8 +4,10 @@
 TensorFlow: the records are array_record files, read through `builder.as_data_source(split)`.
 """
 
+import contextlib
 import importlib.util
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,7 +56,8 @@ def prepare(data_dir: str | Path) -> tfds.core.DatasetBuilder:
     """The builder, its records written under `data_dir` unless they are there (5 seconds)."""
     builder = EasyVqa(data_dir=str(data_dir), file_format='array_record')
     tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for a script's result
+        builder.download_and_prepare()
     return builder
 
 

@@ -86,8 +86,11 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def _svg(figure: Any) -> str:
+    import matplotlib
+
     file = io.StringIO()
-    figure.savefig(file, format='svg', bbox_inches='tight')
+    with matplotlib.rc_context({'svg.hashsalt': 'sparselora'}):  # the same run writes the same page
+        figure.savefig(file, format='svg', bbox_inches='tight', metadata={'Date': None})
     text = file.getvalue()
     return text[text.index('<svg') :]
 
