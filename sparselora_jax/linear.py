@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from sparselora_jax.weights import Adapted, Lora, Masked, effective_weight
@@ -31,7 +32,7 @@ def linear(
         return linear(x, kernel.observe(x), bias)
     else:
         raise TypeError(f'linear does not know a kernel of kind {type(kernel).__name__}')
-    return y if bias is None else y + bias.astype(y.dtype)
+    return checkpoint_name(y if bias is None else y + bias.astype(y.dtype), 'linear')
 
 
 def _adapted(x: Float[Array, '*batch inputs'], weight: Adapted) -> Float[Array, '*batch outputs']:
