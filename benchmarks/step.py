@@ -1,16 +1,18 @@
 """One restoration step on SmolLM2's real weights: SparseLoRA exact, straight-through, plain LoRA; and the same in torch.
 
-    python benchmarks/step.py
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/step.py
 
-Every variant runs the same work: 2:4 magnitude masks, LoRA of rank 8 on every kernel of the blocks, KD 0.1 against the
+Every variant does the same work: 2:4 magnitude masks, LoRA of rank 8 on every kernel of the blocks, KD 0.1 against the
 unmasked base, AdamW, 16x32 tokens, the head at the last `--answers` positions. JAX is the library's own
 `make_train_step`; torch is written below, with the same formula. Before anything is timed, losses and gradient norms of
-both are compared over two steps. Variants are timed round-robin in one process; a time is the median of the rounds.
+the two are compared over two steps. Then every round times a step of each variant and the matmuls of each library, in
+turn; a figure is the median of the rounds. The matmul rate is the better of the two shapes printed (the model's most
+frequent `x @ W`, and a large one), and a share is analytic FLOPs / seconds / the rate of the same library.
 
-The matmul rate is the best of `x @ W` over the shapes printed, measured in the same run, one for each library; a share
-is analytic FLOPs / seconds / that rate. Exit code 1 when a goal is missed.
+The tunable gives both libraries' large temporaries huge pages: without it a fifth of a step goes to page faults.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +37,7 @@ BATCH = flags.DEFINE_integer('batch', 16, 'sequences')
 TOKENS = flags.DEFINE_integer('tokens', 32, 'tokens a sequence')
 ANSWERS = flags.DEFINE_integer('answers', 32, 'last positions of a sequence that reach the head')
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'timed steps of each variant')
+THREADS = len(os.sched_getaffinity(0))
 RANK, SCALE, KD, TEMPERATURE, LR = 8, 2.0, 0.1, 2.0, 1e-4
 GRADIENTS = ('plain', 'straight_through', 'exact')
 
@@ -154,12 +157,16 @@ def torch_forward(gradient: str | None, cfg, params, masks, lora, tokens, answer
 
 def torch_variant(gradient: str, cfg, params, masks, lora, batch) -> Callable[[], tuple[float, float]]:
     """A function that runs the same step in torch and returns (loss, gradient norm)."""
-    params, masks = ({path: torch.from_dlpack(leaf) for path, leaf in rules.flatten(t).items()} for t in (params, masks))
+    params, masks = (
+        {path: torch.from_dlpack(leaf) for path, leaf in rules.flatten(t).items()} for t in (params, masks)
+    )
     masks = {path: mask.float() for path, mask in masks.items()}
     tokens, targets = (torch.from_dlpack(batch[name]).long() for name in ('tokens', 'targets'))
     # One leaf a layer and factor, as a torch module has them.
     leaves = {
-        path: [tuple(torch.tensor(np.asarray(f[i])).requires_grad_() for f in (leaf.a, leaf.b)) for i in range(cfg.depth)]
+        path: [
+            tuple(torch.tensor(np.asarray(f[i])).requires_grad_() for f in (leaf.a, leaf.b)) for i in range(cfg.depth)
+        ]
         for path, leaf in rules.flatten(lora).items()
     }
     trained = [leaf for layers in leaves.values() for pair in layers for leaf in pair]
@@ -189,29 +196,63 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def matmul_rates(shapes: list[tuple[int, int, int]], rounds: int = 5) -> dict[str, dict[tuple, float]]:
-    """FLOP/s of `x @ W` in each library: for each shape the median of some repetitions of about 40 GFLOP."""
-    rates = {'jax': {}, 'torch': {}}
-    for m, k, n in shapes:
-        rng = np.random.default_rng(0)
-        x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((m, k), (k, n)))
-        calls = max(1, int(4e10 / (2 * m * k * n)))
-        jx, jw, tx, tw, dot = jnp.asarray(x), jnp.asarray(w), torch.tensor(x), torch.tensor(w), jax.jit(jnp.matmul)
-        runs = {
-            'jax': lambda n=calls, x=jx, w=jw, dot=dot: jax.block_until_ready([dot(x, w) for _ in range(n)]),
-            'torch': lambda n=calls, x=tx, w=tw: [x @ w for _ in range(n)],
-        }
-        for library, run in runs.items():
-            run()
-            rates[library][m, k, n] = calls * 2 * m * k * n / np.median([seconds(run) for _ in range(rounds)])
-    return rates
+def matmul_runs(shape: tuple[int, int, int]) -> dict[str, tuple[Callable[[], object], float]]:
+    """For each library: a function that repeats one `x @ W`, and the FLOPs of a call (about 20 G)."""
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=size).astype(np.float32) for size in ((m, k), (k, n)))
+    repeats = max(1, round(2e10 / (2 * m * k * n)))
+    jx, jw, tx, tw, dot = jnp.asarray(x), jnp.asarray(w), torch.tensor(x), torch.tensor(w), jax.jit(jnp.matmul)
+    flops = repeats * 2 * m * k * n
+    return {
+        'jax': (lambda: jax.block_until_ready([dot(jx, jw) for _ in range(repeats)]), flops),
+        'torch': (lambda: [tx @ tw for _ in range(repeats)], flops),
+    }
+
+
+def goals(
+    flops: dict[str, float], times: dict[tuple, float], share: dict[tuple, float]
+) -> list[tuple[str, float, float]]:
+    """(what, figure, limit); the figure must not exceed the limit. Both are negative for a lower bound."""
+    plain, through, exact = (times['jax', g] for g in GRADIENTS)
+    ratio = flops['exact'] / flops['plain']
+    return [
+        ('exact / plain, over the FLOP ratio', exact / plain / ratio, 1.05),
+        ('straight-through / plain', through / plain, 1.08),
+        ('exact: torch / jax', -times['torch', 'exact'] / exact, -1.1),
+        ('straight-through: torch / jax', -times['torch', 'straight_through'] / through, -1.1),
+        *((f'{g}: share of the matmul rate', -share['jax', g], -0.85) for g in GRADIENTS),
+    ]
+
+
+def report(cfg: llama.LlamaConfig, times: dict[tuple, list[float]], rates: dict[tuple, list[float]]) -> None:
+    """Prints the matmul rates, the table, and whether each goal holds."""
+    best = {}
+    for (library, shape), values in rates.items():
+        rate = float(np.median(values))
+        best[library] = max(rate, best.get(library, 0))
+        print(f'matmul {library:5} {"x".join(map(str, shape)):14} {rate / 1e9:6.0f} GFLOP/s')
+    flops = {g: sum(count(cfg, BATCH.value, TOKENS.value, ANSWERS.value, g)) for g in GRADIENTS}
+    median = {variant: float(np.median(values)) for variant, values in times.items()}
+    share = {(library, g): flops[g] / t / best[library] for (library, g), t in median.items()}
+    print('\n| step | seconds (min to max) | / plain | FLOPs / plain | torch / jax | share of matmul rate |')
+    print('|---|---|---|---|---|---|')
+    for (library, g), t in median.items():
+        spread = f'{t:.2f} ({min(times[library, g]):.2f} to {max(times[library, g]):.2f})'
+        faster = f'{median["torch", g] / t:.2f}' if library == 'jax' else ''
+        plain = f'{t / median[library, "plain"]:.2f} | {flops[g] / flops["plain"]:.2f}'
+        print(f'| {library} {g} | {spread} | {plain} | {faster} | {share[library, g]:.0%} |')
+    print()
+    for what, figure, limit in goals(flops, median, share):
+        verdict = 'holds' if figure <= limit else f'missed by {abs(figure / limit - 1):.1%}'
+        print(f'{what}: {abs(figure):.3f}, goal {abs(limit):.3f}: {verdict}')
 
 
 def main(argv):
-    """Checks that both libraries agree, times every variant in turn, prints the table and the goals."""
+    """Checks that both libraries agree, then times every variant and the matmuls in turn."""
     del argv
+    torch.set_num_threads(THREADS)
     cfg, params = gguf.load_llama(embedded.language_model_file())
-    threads = len(jax.devices()) and torch.get_num_threads()
     _, masks = sl.prune_tree(params, None, [('blocks/.*', '2:4')], method=sl.Magnitude())
     lora = sl.init_lora(jax.random.key(0), params, [('blocks/.*', (RANK, SCALE * RANK))])
     lora = jax.tree.map(lambda x: x + 1e-3 * jax.random.normal(jax.random.key(1), x.shape), lora)  # B not zero
@@ -219,32 +260,29 @@ def main(argv):
     targets = tokens[:, -ANSWERS.value :]
     batch = {'tokens': tokens[:, :-1], 'targets': targets, 'answer': jnp.ones(targets.shape, bool)}
     makers = {'jax': jax_variant, 'torch': torch_variant}
-    runs = {(lib, g): make(g, cfg, params, masks, lora, batch) for g in GRADIENTS for lib, make in makers.items()}
+    runs = {(lib, g): make(g, cfg, params, masks, lora, batch) for lib, make in makers.items() for g in GRADIENTS}
     for gradient in GRADIENTS:
-        for _ in range(2):
+        for step in range(2):
             ours, theirs = runs['jax', gradient](), runs['torch', gradient]()
-            print(f'{gradient}: (loss, gradient norm) jax {ours}, torch {theirs}')
-            np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, err_msg=f'{gradient}, step {step}: jax, torch')
+            print(
+                f'{gradient}, step {step}: loss {ours[0]:.4f} = {theirs[0]:.4f}, gradient {ours[1]:.4f} = {theirs[1]:.4f}'
+            )
 
-    rows = BATCH.value * TOKENS.value
-    rates = matmul_rates([(rows, cfg.width, cfg.mlp_width), (rows, cfg.mlp_width, cfg.width), (2048, 2048, 2048)])
-    times = {variant: [] for variant in runs}
+    shapes = [(BATCH.value * TOKENS.value, cfg.width, cfg.mlp_width), (2048, 2048, 2048)]
+    matmuls = {(library, shape): run for shape in shapes for library, run in matmul_runs(shape).items()}
+    for run, _ in matmuls.values():
+        run()
+    times, rates = {variant: [] for variant in runs}, {matmul: [] for matmul in matmuls}
     for _ in range(ROUNDS.value):
         for variant, run in runs.items():
             times[variant].append(seconds(run))
-    print_table(cfg, rates, times, threads)
-
-
-def print_table(cfg, rates, times, threads):
-    print(threads, rates)
-    flops = {g: sum(count(cfg, BATCH.value, TOKENS.value, ANSWERS.value, g)) for g in GRADIENTS}
-    best = {lib: max(r.values()) for lib, r in rates.items()}
-    med = {v: float(np.median(t)) for v, t in times.items()}
-    for (lib, g), t in times.items():
-        m = med[lib, g]
-        print(
-            f'{lib:6s}{g:18s}{m:8.3f} s [{min(t):.3f}, {max(t):.3f}] ratio {m / med[lib, "plain"]:.3f} flop ratio {flops[g] / flops["plain"]:.3f} torch/this {med["torch", g] / m:.2f} GF/s {flops[g] / m / 1e9:.0f} share {flops[g] / m / best[lib]:.3f}'
-        )
+        for matmul, (run, flops) in matmuls.items():
+            rates[matmul].append(flops / seconds(run))
+    print(
+        f'{BATCH.value}x{TOKENS.value} tokens, {THREADS} cores, {os.environ.get("GLIBC_TUNABLES", "no GLIBC_TUNABLES")}'
+    )
+    report(cfg, times, rates)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ Block = Callable[[dict, Any, dict, Any], tuple[Any, Any]]
 
 
 def scan_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cache: Any = None) -> tuple[Any, Any]:
-    """One traced block, scanned over the layers. A backward keeps each `linear`'s output and computes the rest again."""
+    """One traced block, scanned over the layers. The backward keeps each `linear`'s output and recomputes the rest."""
     return _scan(block, weights, x, ctx, cache, jax.checkpoint_policies.save_only_these_names('linear'))
 
 
