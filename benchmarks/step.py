@@ -1,15 +1,15 @@
-"""One restoration step on SmolLM2's real weights: SparseLoRA exact, straight-through, plain LoRA; and the same in torch.
+"""One restoration step on SmolLM2: SparseLoRA exact, straight-through, plain LoRA; and the same formula in torch.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/step.py
 
-Every variant does the same work: 2:4 magnitude masks, LoRA of rank 8 on every kernel of the blocks, KD 0.1 against the
-unmasked base, AdamW, 16x32 tokens, the head at the last `--answers` positions. JAX is the library's own
-`make_train_step`; torch is written below, with the same formula. Before anything is timed, losses and gradient norms of
-the two are compared over two steps. Then every round times a step of each variant and the matmuls of each library, in
-turn; a figure is the median of the rounds. The matmul rate is the better of the two shapes printed (the model's most
-frequent `x @ W`, and a large one), and a share is analytic FLOPs / seconds / the rate of the same library.
+Every variant does the same work: SmolLM2's real weights, 2:4 magnitude masks, LoRA of rank 8 on every kernel of the
+blocks, KD 0.1 against the unmasked base, AdamW, 16x32 tokens, the head at the last `--answers` positions. JAX is the
+library's own `make_train_step`; torch is in `step_torch.py`. Before anything is timed, losses and gradient norms of the
+two are compared over two steps. Then every round times a step of each variant and the matmuls of each library, in turn;
+a figure is the median of the rounds. The matmul rate is the better of the two shapes printed (the model's most frequent
+`x @ W`, and a large one), and a share is analytic FLOPs / seconds / the rate of the same library.
 
-The tunable gives both libraries' large temporaries huge pages: without it a fifth of a step goes to page faults.
+The tunable lets both libraries' large temporaries have huge pages (see docs/performance.md).
 """
 
 import os
@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-import torch.nn.functional as F
 from absl import app, flags
+from step_torch import KD, LR, SCALE, TEMPERATURE, WEIGHT_DECAY, torch_variant
 
 import sparselora_jax as sl
-from sparselora_jax import restore, rules
+from sparselora_jax import restore
 from sparselora_jax.models import embedded, gguf, llama
 
 BATCH = flags.DEFINE_integer('batch', 16, 'sequences')
@@ -38,7 +38,7 @@ TOKENS = flags.DEFINE_integer('tokens', 32, 'tokens a sequence')
 ANSWERS = flags.DEFINE_integer('answers', 32, 'last positions of a sequence that reach the head')
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'timed steps of each variant')
 THREADS = len(os.sched_getaffinity(0))
-RANK, SCALE, KD, TEMPERATURE, LR = 8, 2.0, 0.1, 2.0, 1e-4
+RANK = 8
 GRADIENTS = ('plain', 'straight_through', 'exact')
 
 
@@ -82,7 +82,7 @@ def jax_variant(gradient: str, cfg, params, masks, lora, batch) -> Callable[[], 
         hidden = llama.forward(w, cfg, x, jnp.ones(batch['tokens'].shape, bool))
         return llama.head(w, hidden[:, -answers:])
 
-    tx = optax.adamw(LR, weight_decay=0.05)
+    tx = optax.adamw(LR, weight_decay=WEIGHT_DECAY)
     step = restore.make_train_step(forward, tx, kd=KD, temperature=TEMPERATURE, gradient=gradient)
     state = sl.init_state(jax.tree.map(jnp.copy, lora), tx)
     frozen = restore.Frozen(params, masks)
@@ -91,100 +91,6 @@ def jax_variant(gradient: str, cfg, params, masks, lora, batch) -> Callable[[], 
         nonlocal state
         state, metrics = step(state, frozen, batch)
         return float(metrics['loss']), float(metrics['grad_norm'])
-
-    return run
-
-
-class StraightThrough(torch.autograd.Function):
-    """torch: forward and dx with the masked weight, gradients of A and B as if the mask were all ones."""
-
-    @staticmethod
-    def forward(ctx, x, w, m, a, b):
-        """x @ ((W + s * A @ B) * M)."""
-        weight = torch.addmm(w, a, b, alpha=SCALE) * m
-        ctx.save_for_backward(x, weight, a, b)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx, g):
-        """dx, dA, dB."""
-        x, weight, a, b = ctx.saved_tensors
-        x2, g2 = x.flatten(0, -2), g.flatten(0, -2)
-        return g @ weight.T, None, None, SCALE * (x2.T @ (g2 @ b.T)), SCALE * ((x2 @ a).T @ g2)
-
-
-def torch_linear(gradient: str | None, x, kernel, mask, factors):
-    """One adapted linear of the student, or of the teacher (`gradient` None)."""
-    if gradient is None:
-        return x @ kernel
-    a, b = factors
-    if gradient == 'plain':
-        return x @ (kernel * mask) + SCALE * ((x @ a) @ b)
-    if gradient == 'straight_through':
-        return StraightThrough.apply(x, kernel, mask, a, b)
-    return x @ (torch.addmm(kernel, a, b, alpha=SCALE) * mask)
-
-
-def torch_forward(gradient: str | None, cfg, params, masks, lora, tokens, answers):
-    """LLaMA in torch, with its own fused norms and attention: logits at the last positions."""
-    x = params['embed'][tokens]
-    batch, length, width = x.shape
-    frequencies = cfg.rope_base ** (-torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
-    angles = torch.arange(length)[:, None] * frequencies
-    cos, sin = torch.cos(angles), torch.sin(angles)
-
-    def heads(x, rotated):
-        x = x.view(batch, length, -1, cfg.head_dim).transpose(1, 2)
-        if not rotated:
-            return x
-        left, right = x.chunk(2, dim=-1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-
-    for i in range(cfg.depth):
-
-        def dense(name, x, i=i):
-            path = f'blocks/{name}/kernel'
-            return torch_linear(gradient, x, params[path][i], masks[path][i], lora[path][i])
-
-        h = F.rms_norm(x, (width,), params['blocks/norm1/scale'][i], cfg.norm_eps)
-        q, k, v = (heads(dense(f'attn/{name}', h), name != 'v') for name in 'qkv')
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + dense('attn/o', h.transpose(1, 2).reshape(batch, length, width))
-        h = F.rms_norm(x, (width,), params['blocks/norm2/scale'][i], cfg.norm_eps)
-        x = x + dense('mlp/down', F.silu(dense('mlp/gate', h)) * dense('mlp/up', h))
-    return F.rms_norm(x[:, -answers:], (width,), params['norm/scale'], cfg.norm_eps) @ params['embed'].T
-
-
-def torch_variant(gradient: str, cfg, params, masks, lora, batch) -> Callable[[], tuple[float, float]]:
-    """A function that runs the same step in torch and returns (loss, gradient norm)."""
-    params, masks = (
-        {path: torch.from_dlpack(leaf) for path, leaf in rules.flatten(t).items()} for t in (params, masks)
-    )
-    masks = {path: mask.float() for path, mask in masks.items()}
-    tokens, targets = (torch.from_dlpack(batch[name]).long() for name in ('tokens', 'targets'))
-    # One leaf a layer and factor, as a torch module has them.
-    leaves = {
-        path: [
-            tuple(torch.tensor(np.asarray(f[i])).requires_grad_() for f in (leaf.a, leaf.b)) for i in range(cfg.depth)
-        ]
-        for path, leaf in rules.flatten(lora).items()
-    }
-    trained = [leaf for layers in leaves.values() for pair in layers for leaf in pair]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.05)
-
-    def run():
-        optimizer.zero_grad()
-        with torch.no_grad():
-            teacher = torch_forward(None, cfg, params, masks, leaves, tokens, targets.shape[1])
-        student = torch_forward(gradient, cfg, params, masks, leaves, tokens, targets.shape[1])
-        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
-        log_student, log_teacher = (F.log_softmax(t / TEMPERATURE, dim=-1) for t in (student, teacher))
-        kl = F.kl_div(log_student, log_teacher, reduction='batchmean', log_target=True)
-        loss = (1 - KD) * F.cross_entropy(student, targets.flatten()) + KD * kl
-        loss.backward()
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([leaf.grad for leaf in trained])))
-        optimizer.step()
-        return loss.item(), norm.item()
 
     return run
 
@@ -265,9 +171,7 @@ def main(argv):
         for step in range(2):
             ours, theirs = runs['jax', gradient](), runs['torch', gradient]()
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, err_msg=f'{gradient}, step {step}: jax, torch')
-            print(
-                f'{gradient}, step {step}: loss {ours[0]:.4f} = {theirs[0]:.4f}, gradient {ours[1]:.4f} = {theirs[1]:.4f}'
-            )
+            print(f'{gradient}, step {step}: (loss, gradient norm) jax {ours}, torch {theirs}')
 
     shapes = [(BATCH.value * TOKENS.value, cfg.width, cfg.mlp_width), (2048, 2048, 2048)]
     matmuls = {(library, shape): run for shape in shapes for library, run in matmul_runs(shape).items()}
@@ -279,9 +183,8 @@ def main(argv):
             times[variant].append(seconds(run))
         for matmul, (run, flops) in matmuls.items():
             rates[matmul].append(flops / seconds(run))
-    print(
-        f'{BATCH.value}x{TOKENS.value} tokens, {THREADS} cores, {os.environ.get("GLIBC_TUNABLES", "no GLIBC_TUNABLES")}'
-    )
+    malloc = os.environ.get('GLIBC_TUNABLES', 'no GLIBC_TUNABLES')
+    print(f'{BATCH.value}x{TOKENS.value} tokens, {THREADS} cores, {malloc}')
     report(cfg, times, rates)
 
 
