@@ -73,23 +73,38 @@ def count(cfg: llama.LlamaConfig, batch: int, tokens: int, answers: int, gradien
     return Flops(base + attention, base + attention, base + 2 * attention, head, lora, dw)
 
 
-def jax_variant(gradient: str, cfg, params, masks, lora, batch) -> Callable[[], tuple[float, float]]:
-    """A function that runs the library's step once and returns (loss, gradient norm)."""
-    answers = batch['targets'].shape[1]
+def setup() -> tuple[llama.LlamaConfig, dict, dict, dict, dict]:
+    """(cfg, params, masks, lora, batch). B is not zero, or A would have no gradient to compare."""
+    cfg, params = gguf.load_llama(embedded.language_model_file())
+    _, masks = sl.prune_tree(params, None, [('blocks/.*', '2:4')], method=sl.Magnitude())
+    lora = sl.init_lora(jax.random.key(0), params, [('blocks/.*', (RANK, SCALE * RANK))])
+    lora = jax.tree.map(lambda x: x + 1e-3 * jax.random.normal(jax.random.key(1), x.shape), lora)
+    tokens = jax.random.randint(jax.random.key(2), (BATCH.value, TOKENS.value + 1), 0, cfg.vocab)
+    targets = tokens[:, -ANSWERS.value :]
+    batch = {'tokens': tokens[:, :-1], 'targets': targets, 'answer': jnp.ones(targets.shape, bool)}
+    return cfg, params, masks, lora, batch
+
+
+def jax_step(gradient: str, cfg: llama.LlamaConfig, lora: dict) -> tuple[Callable, sl.State]:
+    """The library's step and its first state."""
 
     def forward(w, batch):
         x = llama.embed_tokens(w, batch['tokens'])
         hidden = llama.forward(w, cfg, x, jnp.ones(batch['tokens'].shape, bool))
-        return llama.head(w, hidden[:, -answers:])
+        return llama.head(w, hidden[:, -batch['targets'].shape[1] :])
 
     tx = optax.adamw(LR, weight_decay=WEIGHT_DECAY)
     step = restore.make_train_step(forward, tx, kd=KD, temperature=TEMPERATURE, gradient=gradient)
-    state = sl.init_state(jax.tree.map(jnp.copy, lora), tx)
-    frozen = restore.Frozen(params, masks)
+    return step, sl.init_state(jax.tree.map(jnp.copy, lora), tx)
+
+
+def jax_variant(gradient: str, cfg, params, masks, lora, batch) -> Callable[[], tuple[float, float]]:
+    """A function that runs the library's step once and returns (loss, gradient norm)."""
+    step, state = jax_step(gradient, cfg, lora)
 
     def run():
         nonlocal state
-        state, metrics = step(state, frozen, batch)
+        state, metrics = step(state, restore.Frozen(params, masks), batch)
         return float(metrics['loss']), float(metrics['grad_norm'])
 
     return run
@@ -158,21 +173,16 @@ def main(argv):
     """Checks that both libraries agree, then times every variant and the matmuls in turn."""
     del argv
     torch.set_num_threads(THREADS)
-    cfg, params = gguf.load_llama(embedded.language_model_file())
-    _, masks = sl.prune_tree(params, None, [('blocks/.*', '2:4')], method=sl.Magnitude())
-    lora = sl.init_lora(jax.random.key(0), params, [('blocks/.*', (RANK, SCALE * RANK))])
-    lora = jax.tree.map(lambda x: x + 1e-3 * jax.random.normal(jax.random.key(1), x.shape), lora)  # B not zero
-    tokens = jax.random.randint(jax.random.key(2), (BATCH.value, TOKENS.value + 1), 0, cfg.vocab)
-    targets = tokens[:, -ANSWERS.value :]
-    batch = {'tokens': tokens[:, :-1], 'targets': targets, 'answer': jnp.ones(targets.shape, bool)}
+    model = setup()
     makers = {'jax': jax_variant, 'torch': torch_variant}
-    runs = {(lib, g): make(g, cfg, params, masks, lora, batch) for lib, make in makers.items() for g in GRADIENTS}
+    runs = {(lib, g): make(g, *model) for lib, make in makers.items() for g in GRADIENTS}
     for gradient in GRADIENTS:
         for step in range(2):
             ours, theirs = runs['jax', gradient](), runs['torch', gradient]()
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, err_msg=f'{gradient}, step {step}: jax, torch')
             print(f'{gradient}, step {step}: (loss, gradient norm) jax {ours}, torch {theirs}')
 
+    cfg = model[0]
     shapes = [(BATCH.value * TOKENS.value, cfg.width, cfg.mlp_width), (2048, 2048, 2048)]
     matmuls = {(library, shape): run for shape in shapes for library, run in matmul_runs(shape).items()}
     for run, _ in matmuls.values():
