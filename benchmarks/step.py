@@ -5,10 +5,10 @@
 Every variant does the same work: SmolLM2's real weights, 2:4 magnitude masks, LoRA of rank 8 on every kernel of the
 blocks, KD 0.1 against the unmasked base, AdamW, 16x32 tokens, the head at the last `--answers` positions. JAX is the
 library's own `make_train_step`; torch is in `step_torch.py`. Before anything is timed, losses and gradient norms of the
-two are compared over two steps. Then every round times a step of each variant (after one that is not timed) and the
-matmuls of each library, in turn; a figure is the median of the rounds. The matmul rate is the better of the two shapes
-printed (the model's most frequent `x @ W`, and a large one), and a share is analytic FLOPs / seconds / the rate of the
-same library.
+two are compared over two steps. Then every round times a step of each variant and the matmuls of each library, in turn,
+each after a call that is not timed; a figure is the median of the rounds. The matmul rate is the better of the two
+shapes printed (the model's most frequent `x @ W`, and a large one), and a share is analytic FLOPs / seconds / the rate
+of the same library.
 
 The tunable lets both libraries' large temporaries have huge pages (see docs/performance.md).
 """
@@ -186,14 +186,13 @@ def main(argv):
     cfg = model[0]
     shapes = [(BATCH.value * TOKENS.value, cfg.width, cfg.mlp_width), (2048, 2048, 2048)]
     matmuls = {(library, shape): run for shape in shapes for library, run in matmul_runs(shape).items()}
-    for run, _ in matmuls.values():
-        run()
     times, rates = {variant: [] for variant in runs}, {matmul: [] for matmul in matmuls}
     for _ in range(ROUNDS.value):
         for variant, run in runs.items():
             run()  # the step after another library's pays for the memory that one gave back
             times[variant].append(seconds(run))
         for matmul, (run, flops) in matmuls.items():
+            run()
             rates[matmul].append(flops / seconds(run))
     malloc = os.environ.get('GLIBC_TUNABLES', 'no GLIBC_TUNABLES')
     print(f'{BATCH.value}x{TOKENS.value} tokens, {THREADS} cores, {malloc}')
