@@ -14,8 +14,12 @@ Block = Callable[[dict, Any, dict, Any], tuple[Any, Any]]
 
 
 def scan_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cache: Any = None) -> tuple[Any, Any]:
-    """One traced block, scanned over the layers."""
-    del tower
+    """One traced block, scanned over the layers. The backward keeps each `linear`'s output and recomputes the rest."""
+    return _scan(block, weights, x, ctx, cache, jax.checkpoint_policies.save_only_these_names('linear'))
+
+
+def _scan(block: Block, weights: dict, x: Any, ctx: dict, cache: Any, policy: Any) -> tuple[Any, Any]:
+    block = jax.checkpoint(block, prevent_cse=False, policy=policy)  # a scan's body needs no barrier against CSE
 
     def body(x, layer):
         w, layer_cache = layer
@@ -25,8 +29,8 @@ def scan_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cach
 
 
 def remat_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cache: Any = None) -> tuple[Any, Any]:
-    """`scan_blocks` that keeps only each block's input for the backward, and computes the rest again."""
-    return scan_blocks(tower, jax.checkpoint(block), weights, x, ctx, cache)
+    """`scan_blocks` that keeps only each block's input for the backward."""
+    return _scan(block, weights, x, ctx, cache, None)
 
 
 def unrolled_blocks(
