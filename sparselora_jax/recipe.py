@@ -7,7 +7,7 @@ from typing import Any
 from sparselora_jax import pruning
 from sparselora_jax.data.pipeline import TextFormat
 from sparselora_jax.errors import SparseloraError
-from sparselora_jax.restore import KL_REDUCTIONS
+from sparselora_jax.losses import KL_REDUCTIONS
 from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
 from sparselora_jax.storage import write_text
 from sparselora_jax.weights import GRADIENTS, LoraSpec
