@@ -1,6 +1,6 @@
 """One restoration step on SmolLM2: SparseLoRA exact, straight-through, plain LoRA; and the same formula in torch.
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/step.py
+    python benchmarks/step.py
 
 Every variant does the same work: SmolLM2's real weights, 2:4 magnitude masks, LoRA of rank 8 on every kernel of the
 blocks, KD 0.1 against the unmasked base, AdamW, 16x32 tokens, the head at the last `--answers` positions. JAX is the
@@ -9,8 +9,6 @@ two are compared over two steps. Then every round times a step of each variant a
 each after a call that is not timed; a figure is the median of the rounds. The matmul rate is the better of the two
 shapes printed (the model's most frequent `x @ W`, and a large one), and a share is analytic FLOPs / seconds / the rate
 of the same library.
-
-The tunable lets both libraries' large temporaries have huge pages (see docs/performance.md).
 """
 
 import os
