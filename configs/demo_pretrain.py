@@ -1,6 +1,8 @@
 """The bridge of the embedded model: a small vision encoder and Q-Former on SmolLM2-135M-Instruct, trained on easy-VQA.
 
 python launch/pretrain.py --config=configs/demo_pretrain.py --workdir=runs/pretrain
+
+Under an hour on 2 CPU cores; 99.4 % of 1,000 test questions (assets/README.md has the log and the scores).
 """
 
 from ml_collections import ConfigDict
