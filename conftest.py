@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import runpy
+import signal
+import sys
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -71,3 +74,30 @@ def tiny_blip2(random_params):
         language=llama.LlamaConfig(vocab=49152, width=16, depth=2, heads=4, kv_heads=2, mlp_width=32),
     )
     return cfg, random_params(blip2.shapes(cfg))
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """`script(name, *arguments)` runs launch/<name> in this process: (code, stdout, stderr); imports cost seconds."""
+    from absl import app, flags
+    from array_record.python import array_record_data_source
+
+    assert app, array_record_data_source  # define flags of their own: before a script's flags are told apart
+    root = Path(__file__).parent
+    monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(root / 'launch')
+
+    def run(name, *arguments):
+        before, handler = set(flags.FLAGS), signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as end:
+                runpy.run_path(str(root / 'launch' / name), run_name='__main__')
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            for flag in set(flags.FLAGS) - before:
+                delattr(flags.FLAGS, flag)
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run

@@ -2,15 +2,12 @@
 
 import functools
 import re
-import runpy
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import app, flags
 from PIL import Image
 
 from sparselora_jax import export
@@ -20,29 +17,6 @@ from sparselora_jax.models import embedded
 
 ROOT = Path(__file__).parents[1]
 QUESTION = 'what color is the circle?'
-assert app  # defines flags of its own once: before a script's flags are told apart
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """`script(name, *arguments)` runs launch/<name> in this process: (code, stdout, stderr); imports cost seconds."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT / 'launch')
-
-    def run(name, *arguments):
-        before, handler = set(flags.FLAGS), signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            with pytest.raises(SystemExit) as end:
-                runpy.run_path(str(ROOT / 'launch' / name), run_name='__main__')
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-            for flag in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, flag)
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
