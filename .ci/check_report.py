@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 report = json.loads(Path(sys.argv[1]).read_text())
-scores, kinds, language = report['scores'], report['scores_by_kind']['dense'], report['sparsity']['language']
+scores, intervals = report['scores'], report['intervals']
+kinds, language = report['scores_by_kind']['dense'], report['sparsity']['language']
+KEYS = 'scores intervals perplexity baselines sparsity time_s step_s peak_memory_bytes bytes config versions'.split()
 checks = {
+    'every key is there': report.keys() >= set(KEYS) and report['time_s'].keys() >= {'evaluate', 'prune', 'restore'},
+    'what restoring wins is sure': intervals['restored - dense'][0] > intervals['pruned - dense'][1],
     'dense accuracy >= 95 %': scores['dense'] >= 0.95,
     'dense accuracy of each kind >= 90 %': min(kinds.values()) >= 0.90,
     '1000 questions or more': report['questions'] >= 1000,

@@ -37,10 +37,12 @@ def render(job: Any, report: dict) -> str:
         for name in MODELS
     )
     kinds = list(report['scores_by_kind']['dense'])
+    baselines = {'image_blind': 'image-blind floor', 'dense_control': 'dense, same LoRA budget'}
+    baselines = {key: name for key, name in baselines.items() if key in report['baselines']}
     by_kind = _table(
         ['model', *kinds],
         [[name, *(f'{report["scores_by_kind"][name][kind]:.1%}' for kind in kinds)] for name in MODELS]
-        + [['image-blind floor', *(f'{report["baselines"]["image_blind"][kind]:.1%}' for kind in kinds)]],
+        + [[name, *(f'{report["baselines"][key][kind]:.1%}' for kind in kinds)] for key, name in baselines.items()],
     )
     intervals = _table(
         ['difference', '95 % interval (paired bootstrap)'],
