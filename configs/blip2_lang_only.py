@@ -2,8 +2,12 @@
 
   python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
-The embedded model (SmolLM2-135M-Instruct and a bridge trained on easy-VQA). Cost and scores: see the README's table,
-which `report.json` of this run reproduces. Any field can be overridden: `--config.restore.steps=300`.
+The embedded model (SmolLM2-135M-Instruct and a bridge trained on easy-VQA). Any field can be overridden, e.g.
+`--config.restore.steps=300`.
+
+Cost: 6 to 8 minutes on 2 CPU cores (restoring 4), 3.7 GiB. Accuracy on 1,000 test questions, dense 99.4 %, pruned 51.2 %,
+restored 99.6 %; perplexity of the language tower 38, 424, 433. With `--config.restore.control=True` (3 minutes more) the
+same LoRA budget on the dense model: 99.6 %.
 """
 
 from ml_collections import ConfigDict
@@ -37,8 +41,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Which kernels of a tower's blocks, by regex over the rest of the path, e.g. 'attn/[qv]/kernel'.
     config.lora.targets = ConfigDict(dict(vision='.*', qformer='.*', language='.*'))
 
-    # Restoration. The paper: one epoch of 25k pairs at batch 32, 1000 warm-up steps to 1e-4. This run is ten times
-    # shorter, so its peak is higher.
+    # Restoration. The paper: one epoch of 25k pairs at batch 32, 1000 warm-up steps to 1e-4. This run is shorter
+    # (100 steps of 16), so its peak is higher.
     config.restore = ConfigDict()
     config.restore.steps = 100
     config.restore.batch = 16
