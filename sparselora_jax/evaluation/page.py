@@ -21,7 +21,7 @@ tr { border-bottom: 1px solid #ddd } .scores { display: flex; flex-wrap: wrap; g
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem }
 .example { border: 1px solid #ddd; border-radius: .5rem; padding: .6rem; font-size: .9rem }
 .example img { width: 96px; image-rendering: pixelated } .right { color: #16733a } .wrong { color: #b3261e }
-.wide { overflow-x: auto } table + table { margin-top: 1rem }
+.wide { overflow-x: auto } table + table, .wide + table { margin-top: 1.2rem }
 @media (max-width: 32rem) {
   td, th { padding: .2rem .25rem; font-size: .85rem } .score b { font-size: 1.4rem }
   .score { flex-basis: 5rem; padding: .5rem .2rem; font-size: .8rem }
