@@ -40,8 +40,9 @@ def check_config(argv: list[str], default: str) -> None:
         raise ConfigError(f'{path}: no such config' + (f'; did you mean {nearest[0]}?' if nearest else ''))
     try:
         config = runpy.run_path(path)['get_config'](argument or None)
-    except (ValueError, KeyError, SyntaxError) as error:
-        raise ConfigError(f'{path}: {error}') from None
+    except (ValueError, KeyError, SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
+        kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+        raise ConfigError(f'{path}: {kind}{error}') from None
     fields = list(_fields(config))
     for name in values:
         field = name.removeprefix('config.')

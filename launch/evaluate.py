@@ -10,7 +10,7 @@ from absl import flags
 
 from sparselora_jax.data import easy_vqa, pipeline
 from sparselora_jax.evaluation import vqa
-from sparselora_jax.export import load_model
+from sparselora_jax.export import load_model, load_text_format
 from sparselora_jax.models import embedded
 from sparselora_jax.progress import Progress
 
@@ -25,7 +25,7 @@ def main(argv):
     """Prints accuracy, and the floor of a model that never sees an image."""
     del argv
     cfg, params = embedded.load() if MODEL.value is None else load_model(MODEL.value)
-    tokenizer, text = embedded.load_tokenizer(), pipeline.TextFormat()
+    tokenizer, text = embedded.load_tokenizer(), load_text_format(MODEL.value or embedded.BRIDGE)
     builder = easy_vqa.prepare(DATA.value)
     test = pipeline.read_texts(builder, 'test')
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)

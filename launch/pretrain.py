@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparselora_jax as sl
-from sparselora_jax import pretrain
+from sparselora_jax import pretrain, recipe, storage
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.data import easy_vqa, pipeline
 from sparselora_jax.evaluation import vqa
@@ -46,6 +46,8 @@ def main(argv):
     """Runs the stages in order."""
     del argv
     config, workdir = CONFIG.value, Path(WORKDIR.value)
+    recipe.refuse_other(workdir, config)
+    recipe.claim(workdir, config)
     log, key = Log(workdir), jax.random.key(config.seed)
     path = embedded.language_model_file()
     tokenizer = embedded.load_tokenizer()
@@ -93,7 +95,7 @@ def main(argv):
             indices = vqa.sample(config.eval_questions, len(test), seed=config.seed)
             progress = Progress(f'evaluate {name}', len(indices))
             answers = vqa.evaluate(weights, cfg, test, indices, tokenizer, text, progress=progress, **options)
-            file.write_text(json.dumps(answers.accuracy(), indent=1))
+            storage.write_text(file, json.dumps(answers.accuracy(), indent=1))
         print(name, file.read_text())
 
     trained = stage(

@@ -162,5 +162,6 @@ def _checked(path: str, stacked: bool, total: Array, tokens: Array) -> tuple[Arr
         raise CalibrationError(f'{path}: no token reached it during calibration')
     bad = ~jnp.isfinite(total.reshape(total.shape[0], -1)).all(axis=1)
     if bad.any():
-        raise CalibrationError(f'{path}, layer {int(jnp.argmax(bad))}: activations are not finite during calibration')
+        layer = f', layer {int(jnp.argmax(bad))}' if stacked else ''
+        raise CalibrationError(f'{path}{layer}: activations are not finite during calibration')
     return (total, tokens) if stacked else (total[0], tokens[0])

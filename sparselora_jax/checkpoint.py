@@ -70,6 +70,7 @@ class Checkpoints:
             folder = self.folder / str(step)
             if (folder / MANIFEST).read_text() != json.dumps(_hashes(folder)):
                 self.warn(f'{folder}: the checkpoint is damaged (hashes differ); falling back to the one before')
+                (folder / MANIFEST).unlink()  # it no longer counts, so it displaces no good one
                 continue
             with ocp.StandardCheckpointer() as checkpointer:
                 return checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))

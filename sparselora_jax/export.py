@@ -1,13 +1,16 @@
 """A model for others to read: a Hugging Face directory of the language tower, and the whole model as safetensors."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from sparselora_jax import rules, storage
+from sparselora_jax.data.pipeline import TextFormat
 from sparselora_jax.models import blip2, llama
 
 # Ours -> Hugging Face's LLaMA, of one layer; kernels are transposed to [out, in] there.
@@ -61,9 +64,33 @@ def save_llama(folder: str | Path, cfg: llama.LlamaConfig, params: dict, tokeniz
     save_file(llama_state_dict(params), folder / 'model.safetensors', metadata={'format': 'pt'})
 
 
-def save_model(path: str | Path, cfg: blip2.Blip2Config, params: dict) -> None:
-    """The whole model as one safetensors file; the config lies in its header."""
-    storage.save_safetensors(path, params, metadata={'config': blip2.to_json(cfg)})
+def check_llama(folder: str | Path, params: dict) -> None:
+    """Reads the weights of `save_llama` back.
+
+    Raises:
+      StorageError: they are not `params`, bit for bit.
+    """
+    file, want = Path(folder) / 'model.safetensors', llama_state_dict(params)
+    read = load_file(file)
+    for name in sorted(want.keys() | read.keys()):
+        if name not in want or name not in read or not np.array_equal(want[name], read[name]):
+            raise storage.StorageError(f'{file}: {name}, read back, is not what was written')
+
+
+def save_model(path: str | Path, cfg: blip2.Blip2Config, params: dict, text: TextFormat | None = None) -> None:
+    """The whole model as one safetensors file; its config, and how its questions are written, lie in the header."""
+    header = json.loads(blip2.to_json(cfg)) | ({} if text is None else {'text': dataclasses.asdict(text)})
+    storage.save_safetensors(path, params, metadata={'config': json.dumps(header)})
+
+
+def load_text_format(path: str | Path) -> TextFormat:
+    """How the questions of a saved model are written; the default where its file does not say.
+
+    Raises:
+      StorageError: the file is missing, truncated or without a config.
+    """
+    header = storage.read_metadata(path).get('config', '{}')
+    return TextFormat(**json.loads(header).get('text', {}))
 
 
 def load_model(path: str | Path) -> tuple[blip2.Blip2Config, dict]:

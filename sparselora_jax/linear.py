@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -22,7 +23,7 @@ def linear(
     >>> linear(jnp.ones((1, 2)), jnp.ones((2, 3))).tolist()
     [[2.0, 2.0, 2.0]]
     """
-    if isinstance(kernel, jax.Array):
+    if isinstance(kernel, jax.Array | np.ndarray):
         y = x @ kernel.astype(x.dtype)
     elif isinstance(kernel, Masked):
         y = x @ effective_weight(kernel.kernel, kernel.mask, dtype=x.dtype)

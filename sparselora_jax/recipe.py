@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselora_jax import pruning
+from sparselora_jax.data.easy_vqa import KINDS
 from sparselora_jax.data.pipeline import TextFormat
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.losses import KL_REDUCTIONS
@@ -12,6 +13,7 @@ from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
 from sparselora_jax.storage import write_text
 from sparselora_jax.weights import GRADIENTS, LoraSpec
 
+DTYPES = ('float32', 'bfloat16', 'float16')
 TOWERS = ('vision', 'qformer', 'language')
 
 
@@ -33,6 +35,21 @@ def check_values(config: Any) -> None:
     for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS}.items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
+    counts = {'prune': ('chunk', 'block'), 'evaluate': ('questions', 'batch', 'max_new_tokens')}
+    counts |= {'restore': ('steps', 'batch', 'checkpoint_every'), 'text': ('prompt_tokens', 'answer_tokens')}
+    for part, fields in counts.items():
+        for field in fields:
+            if config[part][field] < 1:
+                raise ConfigError(f'{part}.{field} {config[part][field]}: expected 1 or more')
+    for tower in TOWERS:
+        if config.lora.rank[tower] < 0:
+            raise ConfigError(f'lora.rank.{tower} {config.lora.rank[tower]}: expected 0 (leave it alone) or more')
+    if config.dtype not in DTYPES:
+        raise ConfigError(f'dtype {config.dtype!r}: expected one of {", ".join(DTYPES)}')
+    if config.text.prompt.replace('{}', '', 1).count('{') or '{}' not in config.text.prompt:
+        raise ConfigError(f'text.prompt {config.text.prompt!r}: expected one {{}}, for the question')
+    if len(restore.shares) != len(KINDS) or min(restore.shares) < 0 or not sum(restore.shares):
+        raise ConfigError(f'restore.shares {restore.shares}: expected a share of each kind: {", ".join(KINDS)}')
     if restore.accumulate < 1 or restore.batch % restore.accumulate:
         raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
 

@@ -59,8 +59,8 @@ def make_train_step(
       accumulate: micro-batches a step; must divide the batch; changes nothing beyond rounding.
 
     Returns:
-      The step. `batch` holds `targets` and `answer` besides what `forward` reads; metrics are `loss`, `ce`, `kl`,
-      `grad_norm`.
+      The step. `batch` holds `targets` and `answer` besides what `forward` reads; metrics are `loss`, `ce`,
+      `grad_norm`, and `kl` where there is a teacher.
     """
 
     def prepare(batch):

@@ -1,5 +1,6 @@
 """Where arrays live on many devices: a mesh of axes data, fsdp, tensor, and ordered rules path -> PartitionSpec."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,12 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequenc
 def _fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
     """The spec, but for axes that don't divide evenly (few key/value heads): those are replicated."""
     spec = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
-    kept = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)]
+
+    def fits(axis: str | tuple[str, ...] | None, size: int) -> bool:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    kept = [axis if fits(axis, size) else None for axis, size in zip(spec, shape, strict=True)]
     return NamedSharding(mesh, PartitionSpec(*kept))
 
 

@@ -85,7 +85,8 @@ def keep_largest(scores: Float[Array, '... group'], num_zeros: int | Integer[Arr
     `num_zeros` may be traced, so one compilation serves every ratio.
     """
     order = jnp.argsort(scores, axis=-1, stable=True)
-    kept = jnp.broadcast_to(jnp.arange(scores.shape[-1]) >= num_zeros, scores.shape)
+    position = jnp.arange(scores.shape[-1])
+    kept = jnp.broadcast_to(position >= jnp.asarray(num_zeros, position.dtype), scores.shape)
     return jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, kept, axis=-1, inplace=False)
 
 
@@ -183,9 +184,8 @@ def check_masks(masks: dict, rules: Sequence[tuple[str, Any]], *, group: str = '
       PatternError: names the path, the first offending layer and how many groups are wrong.
     """
     flat = rules_lib.flatten(masks)
-    values = rules_lib.match([*rules, ('.*', 'dense')], flat) if flat else {}
     for path, mask in flat.items():
-        pattern = parse_pattern(values[path])
+        pattern = parse_pattern(rules_lib.first_match([*rules, ('.*', 'dense')], path))
         count = np.atleast_1d(violations(mask, pattern, group))
         if count.any():
             layer = np.argwhere(count)[0].tolist()

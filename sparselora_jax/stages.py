@@ -157,7 +157,8 @@ def export(job: Job) -> dict:
         cfg, merged = job.model[0], job.merged()
         folder = job.workdir / 'exported'
         export_lib.save_llama(folder / 'language', cfg.language, merged['language'], job.tokenizer)
-        export_lib.save_model(folder / 'model.safetensors', cfg, merged)
+        export_lib.check_llama(folder / 'language', merged['language'])
+        export_lib.save_model(folder / 'model.safetensors', cfg, merged, job.text)
         _, read = export_lib.load_model(folder / 'model.safetensors')
         if not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), merged, read)):
             raise storage.StorageError(f'{folder}/model.safetensors: read back, it is not what was written')

@@ -1,7 +1,10 @@
 """Any of the three trees as one safetensors file: no pickle, names are paths."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from safetensors import SafetensorError, safe_open
@@ -43,6 +46,33 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     partial.replace(path)
 
 
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+      StorageError: it is missing, truncated or not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StorageError(f'{path}: no such file')
+    try:
+        with safe_open(path, framework='flax') as file:
+            yield file
+    except SafetensorError as error:
+        raise StorageError(f'{path}: not a complete safetensors file ({error})') from None
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The strings in a file's header; nothing else is read.
+
+    Raises:
+      StorageError: see `load_safetensors`.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
 def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
     """Reads a tree back, bit for bit.
 
@@ -52,15 +82,9 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
     Raises:
       StorageError: the file is missing, truncated or not safetensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise StorageError(f'{path}: no such file')
-    try:
-        with safe_open(path, framework='flax') as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise StorageError(f'{path}: not a complete safetensors file ({error})') from None
+    with _opened(path) as file:
+        flat = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = dict(file.metadata() or {})
     for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
     return rules.unflatten(flat), metadata

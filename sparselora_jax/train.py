@@ -127,7 +127,7 @@ def fit(
             if bad := [name for name in sorted(values, key='loss'.__ne__) if not math.isfinite(values[name])]:
                 saved = checkpoints.steps()
                 last = f'that of step {saved[-1]}' if saved else 'the start'
-                raise NonFiniteLoss(f'step {index}: {bad[0]} is {values[bad[0]]}; the last good state is {last}')
+                raise NonFiniteLoss(f'step {index + 1}: {bad[0]} is {values[bad[0]]}; the last good state is {last}')
             log(index + 1, values)
             if (index + 1) % every == 0 or index + 1 == steps or stopped():
                 checkpoints.save(index + 1, state)

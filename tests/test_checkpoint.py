@@ -41,6 +41,17 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path):
     assert len(said) == 1 and '2: the checkpoint is damaged' in said[0]
 
 
+def test_damaged_checkpoints_never_displace_a_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, warn=lambda message: None)
+    for step in (75, 100):
+        checkpoints.save(step, state(1.0))
+        (tmp_path / str(step) / 'manifest.json').write_text('{}')
+    assert checkpoints.restore(state(0.0)) is None
+    checkpoints.save(25, state(2.0))
+    assert checkpoints.steps() == [25]
+    assert float(checkpoints.restore(state(0.0)).trained['q']['kernel'].a[0, 0]) == 2.0
+
+
 def test_an_unfinished_checkpoint_is_not_read(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):

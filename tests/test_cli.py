@@ -101,6 +101,22 @@ def test_a_knob_of_restoring_that_cannot_work_is_named_before_any_work(refused, 
     assert field.partition('=')[0] in refused('train.py', f'--config.restore.{field}')
 
 
+@pytest.mark.parametrize(
+    'field',
+    [
+        'dtype=floaty',
+        'lora.rank.language=-1',
+        'prune.chunk=0',
+        'restore.checkpoint_every=0',
+        'evaluate.questions=0',
+        'text.prompt=Question:',
+        'restore.shares=(1,2)',
+    ],
+)
+def test_a_value_that_cannot_work_is_named_before_any_work(refused, field):
+    assert field.partition('=')[0] in refused('train.py', f'--config.{field}')
+
+
 def test_a_workdir_that_cannot_be_one_is_named(script):
     code, _, err = script('prune.py', '--workdir=README.md')
     assert code == 1 and err.count('\n') == 1 and 'README.md' in err

@@ -15,7 +15,7 @@ def test_the_bridge_fits_the_repository():
 
 def test_the_model_loads_whole_and_fits_its_config():
     cfg, params = embedded.load()
-    assert cfg.vision.image_size == embedded.IMAGE_SIZE
+    assert cfg.vision.image_size == 64
     language = cfg.language
     assert (language.vocab, language.width, language.depth, language.kv_heads) == (49152, 576, 30, 3)
     have = {path: leaf.shape for path, leaf in rules.flatten(params).items()}

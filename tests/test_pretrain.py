@@ -76,7 +76,7 @@ def test_the_script_makes_a_bridge_that_loads_and_resumes(
     flags = ['--config=configs/demo_pretrain.py', f'--workdir={tmp_path}']
     flags += [f'--config.{name}={value}' for name, value in knobs.items()]
     code, out, err = script('pretrain.py', *flags)
-    assert code == 0, err
+    assert code == 0 and 'facts 2/2' in err, err
     file = tmp_path / embedded.BRIDGE.name
     cfg, params = embedded.load(file)
     assert cfg == CFG
@@ -85,6 +85,8 @@ def test_the_script_makes_a_bridge_that_loads_and_resumes(
     written, _ = sl.load_safetensors(file)
     code, out, err = script('pretrain.py', *flags)
     assert code == 0, err
-    assert 'facts 1/2' not in err  # every stage is taken from its checkpoint
+    assert 'facts 2/2' not in err  # every stage is taken from its checkpoint
+    code, out, err = script('pretrain.py', *flags, '--config.seed=1')
+    assert code == 1 and 'seed is 1 here and 42 there' in err
     again, _ = sl.load_safetensors(file)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, written, again))

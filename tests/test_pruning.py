@@ -35,16 +35,18 @@ def numpy_sparsegpt(kernel, hessian, pattern, block, group, damp=0.01):
             part = slice(j, j + block)
             scores = w[:, part] ** 2 / np.diag(u)[part] ** 2
             if group == 'output':
-                mask[:, part] = np.stack([lowest(s, pattern.zeros(block)) for s in scores])
+                zeros = pattern.zeros(j + block) - pattern.zeros(j)  # slabs share one exact total
+                mask[:, part] = np.stack([lowest(s, zeros) for s in scores])
             else:
-                mask[:, part] = lowest(scores.T, pattern.zeros(scores.size)).T
+                zeros = pattern.zeros((j + block) * len(w)) - pattern.zeros(j * len(w))
+                mask[:, part] = lowest(scores.T, zeros).T
         error = np.where(mask[:, j], 0, w[:, j]) / u[j, j]
         w[:, j:] -= np.outer(error, u[j, j:])
         w[~mask[:, j], j] = 0
     return w.T, mask.T
 
 
-@pytest.mark.parametrize('pattern', ['2:4', '4:8', '0.5', '0.7'])
+@pytest.mark.parametrize('pattern', ['2:4', '4:8', '0.5', '0.6', '0.7'])
 @pytest.mark.parametrize('group', ['output', 'block'])
 def test_sparsegpt_equals_numpy_in_float64(pattern, group):
     pattern = sparsity.parse_pattern(pattern)
@@ -56,6 +58,9 @@ def test_sparsegpt_equals_numpy_in_float64(pattern, group):
     want, want_mask = numpy_sparsegpt(kernel, x.T @ x, pattern, 16, group)
     np.testing.assert_array_equal(mask, want_mask)
     np.testing.assert_allclose(ours, want, rtol=1e-8, atol=1e-10)
+    sparsity.check_masks(
+        {'kernel': jnp.asarray(mask)}, [('.*', pattern)], group='matrix' if group == 'block' else group
+    )
 
 
 @pytest.mark.parametrize('pattern', ['2:4', '0.5'])
@@ -75,17 +80,31 @@ def test_sparsegpt_in_fp32_agrees_and_reconstructs(pattern):
     assert error(np.asarray(ours)) < error(np.asarray(magnitude))
 
 
+def numpy_mask(scores, pattern, group):
+    if group == 'matrix' and not pattern.structured:
+        return lowest(scores, pattern.zeros(scores.size))
+    size = pattern.m or len(scores)
+    return np.stack(
+        [np.concatenate([lowest(p, pattern.zeros(size)) for p in s.reshape(-1, size)]) for s in scores.T], axis=1
+    )
+
+
+@pytest.mark.parametrize('pattern', ['2:4', '4:8', '0.5', '0.7'])
 @pytest.mark.parametrize('group', ['output', 'matrix'])
-def test_wanda_equals_numpy(group):
+@pytest.mark.parametrize('name', ['wanda', 'magnitude'])
+def test_wanda_and_magnitude_equal_numpy(name, pattern, group):
     kernel, x = data()
-    pattern = sparsity.parse_pattern(0.5)
+    pattern = sparsity.parse_pattern(pattern)
+    method = pruning.Wanda(group=group) if name == 'wanda' else pruning.Magnitude(group=group)
+    scores = np.abs(kernel) * (np.linalg.norm(x, axis=0)[:, None] if name == 'wanda' else 1)
+    want = numpy_mask(scores, pattern, group)
+    squares = np.sum(x**2, axis=0)
     with jax.enable_x64(True):
-        squares = jnp.asarray(np.sum(x**2, axis=0), jnp.float32)
-        pruned, mask = pruning.Wanda(group=group)(jnp.asarray(kernel, jnp.float32), squares, pattern)
-    scores = np.abs(kernel) * np.linalg.norm(x, axis=0)[:, None]
-    columns = np.stack([lowest(s, 16) for s in scores.T], axis=1)
-    np.testing.assert_array_equal(mask, columns if group == 'output' else lowest(scores, scores.size // 2))
-    np.testing.assert_array_equal(pruned, np.where(mask, kernel, 0).astype(np.float32))
+        pruned, mask = method(jnp.asarray(kernel), jnp.asarray(squares) if name == 'wanda' else None, pattern)
+        np.testing.assert_array_equal(mask, want)
+        np.testing.assert_array_equal(pruned, np.where(want, kernel, 0))
+    fp32 = jnp.asarray(kernel, jnp.float32), jnp.asarray(squares, jnp.float32) if name == 'wanda' else None
+    assert np.mean(np.asarray(method(*fp32, pattern)[1]) == want) >= 0.995
 
 
 def test_dead_inputs_neither_survive_nor_break_the_hessian():
@@ -100,10 +119,12 @@ def test_dead_inputs_neither_survive_nor_break_the_hessian():
 
 
 def test_random_is_reproducible_and_exact():
-    kernel = jnp.ones((16, 4))
+    kernel = jnp.arange(64.0).reshape(16, 4)
     masks = [pruning.Random(seed)(kernel, None, sparsity.parse_pattern('2:4'))[1] for seed in (0, 0, 1)]
     assert jnp.array_equal(masks[0], masks[1])
     assert not jnp.array_equal(masks[0], masks[2])
+    other_layer = pruning.Random(0)(kernel + 1, None, sparsity.parse_pattern('2:4'))[1]
+    assert not jnp.array_equal(masks[0], other_layer)
     assert not sparsity.violations(masks[2], sparsity.parse_pattern('2:4'))
 
 

@@ -81,7 +81,7 @@ def test_zeros_are_counted_on_the_host_in_decimal():
 
 def test_check_masks_names_path_layer_and_count():
     mask = sparsity.mask_from_scores(jax.random.uniform(jax.random.key(0), (3, 8, 4)), '2:4')
-    sparsity.check_masks({'q': {'kernel': mask}}, [('.*', '2:4')])
+    sparsity.check_masks({'q': {'kernel': mask}}, [('vision/.*', 'dense'), ('.*', '2:4')])  # a dense tower has no masks
     broken = mask.at[1, :, 2].set(True)
     with pytest.raises(sparsity.PatternError, match=r'q/kernel, layer \[1\]: 2 groups break pattern 2:4'):
         sparsity.check_masks({'q': {'kernel': broken}}, [('.*', '2:4')])

@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_state(tmp_p
     batches = [jnp.ones(2), jnp.ones(2), jnp.full(2, jnp.nan)]
     tx = optax.sgd(0.1)
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(NonFiniteLoss, match='step 2: loss is nan; the last good state is that of step 2'):
+    with pytest.raises(NonFiniteLoss, match='step 3: loss is nan; the last good state is that of step 2'):
         fit(make_step(loss, tx), init_state(jnp.ones(2), tx), None, batches, steps=3, checkpoints=checkpoints, every=1)
     assert checkpoints.steps() == [1, 2]
 

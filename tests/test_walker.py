@@ -120,6 +120,43 @@ def test_rules_choose_a_method_for_each_kernel():
     assert jnp.array_equal(kept[0], kept[2]) and not jnp.array_equal(kept[1], kept[3])
 
 
+def test_a_dense_tower_is_run_in_chunks_too(monkeypatch):
+    params, batch = setup()
+    params['vision'] = params['language']
+    seen = []
+    block = llama.block
+    monkeypatch.setattr(llama, 'block', lambda w, cfg, x, *rest: seen.append(len(x)) or block(w, cfg, x, *rest))
+
+    def both(w, batch, run):
+        def as_vision(tower, *args):
+            return run('vision', *args)
+
+        x = llama.forward(w['vision'], CFG, batch['x'], batch['valid'], as_vision)
+        return llama.forward(w['language'], CFG, x, batch['valid'], run)
+
+    rules_of_both = [('language/blocks/.*', '2:4'), ('.*', 'dense')]
+    pruning.prune(both, params, [batch], rules_of_both, method=pruning.Wanda(), chunk=2)
+    assert set(seen) == {2}
+
+
+def test_activations_that_are_not_finite_name_path_and_layer():
+    params, batch = setup()
+    down = params['language']['blocks']['mlp']['down']
+    down['kernel'] = down['kernel'].at[0].set(jnp.nan)
+    with pytest.raises(
+        calibrate.CalibrationError, match=r'language/blocks/attn/[qkv]/kernel: .* not finite .* \(layer 1\)'
+    ):
+        pruning.prune(forward, params, [batch], [('.*/attn/.*', '2:4'), ('.*', 'dense')], method=pruning.Wanda())
+
+
+def test_a_singular_hessian_is_named():
+    kernel = {'fc': {'kernel': jnp.ones((8, 4))}}
+    x = jnp.ones((1, 8))
+    stats = {'fc/kernel': (x.T @ x, jnp.ones((), jnp.int32))}
+    with pytest.raises(calibrate.CalibrationError, match='fc/kernel: pruned weights are not finite'):
+        pruning.prune_tree(kernel, stats, [('.*', '2:4')], method=pruning.SparseGPT(damp=0.0))
+
+
 def test_what_does_not_fit_is_named_before_any_work():
     params, batch = setup()
     with pytest.raises(sparsity.PatternError, match='language/blocks/attn/k/kernel: pattern 3:5'):

@@ -70,7 +70,7 @@ def render(job: Any, report: dict) -> str:
 <div class="scores">{scores}</div>
 <h2>Accuracy by kind of answer</h2><div class="wide">{by_kind}</div>{intervals}
 <h2>Sparsity of the exported model</h2><div class="wide">{sparsity}</div>
-<p>Merged the plain LoRA way, outside the mask, the pruned kernels would have density {merged:.3f}.</p>
+<p>Merged as plain LoRA is, outside the mask, these factors would leave the pruned kernels at density {merged:.3f}.</p>
 <h2>Restoration</h2>{_curves(job)}
 <h2>Density per layer</h2>{_densities(job)}
 <h2>What they answer</h2><div class="examples">{_examples(job)}</div>

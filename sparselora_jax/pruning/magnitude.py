@@ -21,13 +21,13 @@ class Magnitude:
         self, kernel: Float[Array, 'inputs outputs'], statistic: None, pattern: Pattern
     ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
         """The kernel with its zeros, and the mask."""
-        mask = mask_from_scores(jnp.abs(kernel.astype(jnp.float32)), pattern, group=self.group)
+        mask = mask_from_scores(jnp.abs(kernel), pattern, group=self.group)
         return jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), mask
 
 
 @dataclass(frozen=True)
 class Random:
-    """A uniform random score; the same `seed` and shape give the same mask."""
+    """A uniform random score; the same `seed` and kernel give the same mask, another layer another one."""
 
     seed: int = 0
     group: str = 'output'
@@ -37,6 +37,7 @@ class Random:
         self, kernel: Float[Array, 'inputs outputs'], statistic: None, pattern: Pattern
     ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
         """The kernel with its zeros, and the mask."""
-        scores = jax.random.uniform(jax.random.key(self.seed), kernel.shape)
+        bits = jnp.sum(jax.lax.bitcast_convert_type(kernel.astype(jnp.float32), jnp.uint32), dtype=jnp.uint32)
+        scores = jax.random.uniform(jax.random.fold_in(jax.random.key(self.seed), bits), kernel.shape)
         mask = mask_from_scores(scores, pattern, group=self.group)
         return jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), mask

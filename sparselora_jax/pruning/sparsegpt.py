@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax import calibrate
@@ -28,7 +29,7 @@ class SparseGPT:
       damp: added to the diagonal, as a share of its mean.
       block: inputs whose mask is chosen at once (unstructured) and whose updates are applied lazily; divides `in`.
       group: unstructured only: `'output'` compares a block's inputs within one output; `'block'` the whole
-        `[block, out]` slab, as the source does.
+        `[block, out]` slab, as the source does. Slab counts are shares of one total, so the kernel's count is exact.
     """
 
     damp: float = 0.01
@@ -55,13 +56,16 @@ class SparseGPT:
         dead = jnp.diagonal(statistic) == 0
         weights = jnp.where(dead[:, None], 0.0, kernel.astype(dtype))
         factor = inverse_factor(statistic + jnp.diag(dead.astype(dtype)), self.damp)
+        compared = outputs if self.group == 'block' else 1
+        so_far = [0 if pattern.structured else pattern.zeros(end * compared) for end in range(0, inputs + 1, size)]
+        zeros = jnp.asarray(np.diff(so_far), jnp.int32)  # of each slab
 
         def prune_block(index, state):
             weights, mask = state
             start = index * size
             w = jax.lax.dynamic_slice_in_dim(weights, start, size)
             u = jax.lax.dynamic_slice(factor, (start, start), (size, size))
-            pruned, kept, errors = _prune_slab(w, u, pattern, self.group)
+            pruned, kept, errors = _prune_slab(w, u, pattern, self.group, zeros[index])
             # Inputs after the block: rows of the factor are zero before the diagonal, so earlier ones are untouched.
             rows = jax.lax.dynamic_slice_in_dim(factor, start, size)
             later = (jnp.arange(inputs) >= start + size)[None]
@@ -78,15 +82,15 @@ def _saliency(w: Array, u: Array) -> Array:
     return (w / jnp.diagonal(u)[:, None]) ** 2
 
 
-def _prune_slab(w: Array, u: Array, pattern: Pattern, group: str) -> tuple[Array, Array, Array]:
+def _prune_slab(w: Array, u: Array, pattern: Pattern, group: str, zeros: Array) -> tuple[Array, Array, Array]:
     """One slab of inputs, top to bottom: (pruned weights, mask, errors to pass on)."""
     size, outputs = w.shape
     if pattern.structured:
         mask = jnp.ones(w.shape, bool)  # chosen M inputs at a time, on the weights as updated so far
     elif group == 'output':
-        mask = keep_largest(_saliency(w, u).T, pattern.zeros(size)).T
+        mask = keep_largest(_saliency(w, u).T, zeros).T
     else:
-        mask = keep_largest(_saliency(w, u).reshape(-1), pattern.zeros(w.size)).reshape(w.shape)
+        mask = keep_largest(_saliency(w, u).reshape(-1), zeros).reshape(w.shape)
     rows = jnp.arange(size)
 
     def prune_input(i, state):

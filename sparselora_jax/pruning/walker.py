@@ -83,6 +83,7 @@ def prune_tree(
                 raise calibrate.CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
             statistic = stats[path][0]
         flat[path], masks[path] = _prune_kernel(flat[path], statistic, method=method, pattern=pattern)
+        _check_finite(path, flat[path])
     return rules_lib.unflatten(flat), rules_lib.unflatten(masks)
 
 
@@ -99,7 +100,8 @@ def prune(
     """Prunes a model block by block: a block's statistics come from the outputs of the blocks already pruned.
 
     `forward` runs once over the whole calibration set; its stacks of blocks are run here, `chunk` samples at a time, so
-    memory holds the samples' hidden states and one block's statistics. A block is compiled once for all its layers.
+    memory holds the samples' hidden states and one block's statistics. A block is compiled once for all its layers
+    (twice where `chunk` does not divide the samples).
 
     Args:
       forward: `forward(weights, batch, run)` that hands its blocks to `run` (see `models.runners`).
@@ -124,7 +126,8 @@ def prune(
         prefix = f'{tower}/blocks/'
         here = {path[len(prefix) :]: pattern for path, pattern in patterns.items() if path.startswith(prefix)}
         if not here:
-            return scan_blocks(tower, block, weights, x, ctx, cache)
+            whole = jax.jit(lambda w, x, ctx: scan_blocks(tower, block, w, x, ctx)[0])
+            return jnp.concatenate([whole(weights, x, ctx) for x, ctx in _split(x, ctx, chunk)]), cache
         observe = calibrate.make_observer(
             lambda w, inputs: block(w, *inputs, None),
             stats=lambda name: (methods[prefix + name].statistic or calibrate.squares) if name in here else None,
@@ -140,9 +143,9 @@ def prune(
             w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights))
             try:
                 stats = observe(rules_lib.unflatten(w), chunks)
+                pruned, block_masks = _prune_block(w, stats, here, {name: methods[prefix + name] for name in here})
             except calibrate.CalibrationError as error:
-                raise calibrate.CalibrationError(f'{prefix}, layer {layer}: {error}') from None
-            pruned, block_masks = _prune_block(w, stats, here, {name: methods[prefix + name] for name in here})
+                raise calibrate.CalibrationError(f'{prefix}{error} (layer {layer})') from None
             for name in here:
                 kernels[name].append(pruned[name])
                 kept[name].append(block_masks[name])
@@ -157,6 +160,13 @@ def prune(
     if missed := sorted(patterns.keys() - masks.keys()):
         raise rules_lib.RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
     return PruneResult(rules_lib.unflatten(flat), rules_lib.unflatten(masks), tokens)
+
+
+def _check_finite(path: str, pruned: Array) -> None:
+    if not jnp.isfinite(pruned).all():
+        raise calibrate.CalibrationError(
+            f'{path}: pruned weights are not finite; a singular Hessian needs more damping or more samples'
+        )
 
 
 def _prune_block(
@@ -178,6 +188,7 @@ def _prune_block(
         statistic = stats[names[0]][0] if method.statistic else None
         joined = jnp.concatenate([w[name] for name in names], axis=-1)
         results = _prune_kernel(joined, statistic, method=method, pattern=pattern)
+        _check_finite(names[0], results[0])
         ends = np.cumsum([w[name].shape[-1] for name in names])[:-1].tolist()
         for into, result in zip((pruned, masks), results, strict=True):
             into.update(zip(names, jnp.split(result, ends, axis=-1), strict=True))

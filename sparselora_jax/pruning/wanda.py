@@ -30,6 +30,6 @@ class Wanda:
         >>> mask[:, 0].tolist()
         [False, True, False, True]
         """
-        scores = jnp.abs(kernel.astype(jnp.float32)) * jnp.sqrt(statistic)[:, None]
+        scores = jnp.abs(kernel.astype(statistic.dtype)) * jnp.sqrt(statistic)[:, None]
         mask = mask_from_scores(scores, pattern, group=self.group)
         return jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), mask
