@@ -2,8 +2,9 @@
 
   python launch/train.py --config=configs/blip2_both.py --workdir=runs/both
 
-Everything else is as in `blip2_lang_only.py`. Cost: 5 minutes on 2 CPU cores. Accuracy on 1,000 test questions: dense
-99.4 %, pruned 47.5 %, restored 98.9 %; perplexity 38, 501, 503.
+Everything else is as in `blip2_lang_only.py`.
+
+Cost: 5 minutes on 2 CPU cores, 4 GiB. Accuracy on 1,000 test questions: dense 99.4 %, pruned 47.5 %, restored 98.9 %; perplexity 38, 501, 503.
 """
 
 from ml_collections import ConfigDict
