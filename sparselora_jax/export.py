@@ -89,8 +89,9 @@ def load_text_format(path: str | Path) -> TextFormat:
     Raises:
       StorageError: the file is missing, truncated or without a config.
     """
-    header = storage.read_metadata(path).get('config', '{}')
-    return TextFormat(**json.loads(header).get('text', {}))
+    metadata = storage.read_metadata(path)
+    blip2.from_header(path, metadata)  # names a header that holds no config
+    return TextFormat(**json.loads(metadata['config']).get('text', {}))
 
 
 def load_model(path: str | Path) -> tuple[blip2.Blip2Config, dict]:

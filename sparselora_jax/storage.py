@@ -19,11 +19,18 @@ class StorageError(SparseloraError, ValueError):
     """A file that is missing, truncated or not what it should be."""
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place at the end: `path` appears whole or not at all."""
+    partial = path.with_name(path.name + '.partial')
+    yield partial
+    partial.replace(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
-    partial = path.with_name(path.name + '.partial')
-    partial.write_text(text)
-    partial.replace(path)
+    with _whole(path) as partial:
+        partial.write_text(text)
 
 
 def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] | None = None) -> None:
@@ -40,10 +47,9 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
             arrays[name] = leaf
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + '.partial')
     header = (metadata or {}) | ({'lora_scales': json.dumps(scales)} if scales else {})
-    save_file({name: jnp.asarray(array) for name, array in arrays.items()}, partial, metadata=header)
-    partial.replace(path)
+    with _whole(path) as partial:
+        save_file({name: jnp.asarray(array) for name, array in arrays.items()}, partial, metadata=header)
 
 
 @contextmanager

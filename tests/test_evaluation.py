@@ -80,6 +80,24 @@ def test_answers_do_not_depend_on_the_batch(tiny_blip2, source, tokenizer):
     assert done == [2, 4, 5, 3, 5]
 
 
+def test_an_evaluation_that_was_cut_off_goes_on_after_its_last_whole_batch(tiny_blip2, source, tokenizer, tmp_path):
+    cfg, params = tiny_blip2
+    text, kept, done = pipeline.TextFormat(), tmp_path / 'answers.jsonl', []
+
+    def evaluate(file):
+        return vqa.evaluate(params, cfg, source, INDICES, tokenizer, text, batch=2, kept=file, progress=done.append)
+
+    whole = evaluate(None)
+    assert evaluate(kept) == whole
+    lines = kept.read_text().splitlines(keepends=True)
+    assert len(lines) == 5
+    kept.write_text(''.join(lines[:3]) + lines[3][:-2])  # killed while the second batch was being written
+    done.clear()
+    assert evaluate(kept) == whole
+    assert done == [4, 5]
+    assert kept.read_text() == ''.join(lines)
+
+
 def test_shuffled_images_are_those_of_the_questions_half_the_list_on(tiny_blip2, source, tokenizer):
     cfg, params = tiny_blip2
     moved = [source[a] | {'image': source[b]['image']} for a, b in zip(INDICES, INDICES[2:] + INDICES[:2], strict=True)]

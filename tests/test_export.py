@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparselora_jax as sl
 from sparselora_jax import export, rules
+from sparselora_jax.data.pipeline import TextFormat
 from sparselora_jax.models import blip2, llama, qformer, vit
 
 LANGUAGE = llama.LlamaConfig(
@@ -115,8 +116,17 @@ def test_a_missing_or_truncated_model_is_named(tmp_path, whole_model):
 def test_a_file_without_the_config_of_a_model_is_named(tmp_path, whole_model, config):
     path = tmp_path / 'model.safetensors'
     sl.save_safetensors(path, whole_model, metadata={} if config is None else {'config': config})
-    with pytest.raises(sl.StorageError, match='model.safetensors: the header holds no config'):
-        export.load_model(path)
+    for load in (export.load_model, export.load_text_format):
+        with pytest.raises(sl.StorageError, match='model.safetensors: the header holds no config'):
+            load(path)
+
+
+def test_a_model_keeps_how_its_questions_are_written(tmp_path, whole_model):
+    path, text = tmp_path / 'model.safetensors', TextFormat(prompt='Q: {} A:', prompt_tokens=9, answer_tokens=2)
+    export.save_model(path, CFG, whole_model, text)
+    assert export.load_text_format(path) == text
+    export.save_model(path, CFG, whole_model)
+    assert export.load_text_format(path) == TextFormat()
 
 
 def misshapen(flat):

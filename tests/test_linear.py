@@ -40,7 +40,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind):
 
 def test_the_activations_decide_the_dtype():
     kernel, mask, lora, x = parts(jnp.bfloat16)
-    for weight in (kernel, sl.Masked(kernel, mask), sl.Adapted(kernel, mask, lora)):
+    for weight in (kernel, np.asarray(kernel), sl.Masked(kernel, mask), sl.Adapted(kernel, mask, lora)):
         assert sl.linear(x, weight).dtype == jnp.bfloat16
     grads = jax.grad(lambda lora: jnp.sum(sl.linear(x, sl.Adapted(kernel, mask, lora)).astype(jnp.float32)))(lora)
     assert grads.a.dtype == grads.b.dtype == jnp.float32

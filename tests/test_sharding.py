@@ -60,6 +60,15 @@ def test_the_pruner_equals_one_device():
     assert min(jax.tree.leaves(agree)) >= 0.995
 
 
+def test_a_dimension_over_two_axes_is_split_by_both_or_by_none():
+    mesh = sharding.make_mesh(data=2, tensor=2)
+    rules = [('.*', jax.sharding.PartitionSpec(None, ('data', 'tensor')))]
+    tree = {'fits': jnp.ones((2, 8)), 'does_not': jnp.ones((2, 6))}
+    placed = sharding.shard(tree, mesh, rules)
+    assert placed['fits'].addressable_shards[0].data.shape == (2, 2)
+    assert placed['does_not'].addressable_shards[0].data.shape == (2, 6)
+
+
 def test_a_mesh_that_does_not_fit_is_named():
     with pytest.raises(sharding.MeshError, match='needs 3 devices, there are 4'):
         sharding.make_mesh(data=3)

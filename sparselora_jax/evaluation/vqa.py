@@ -11,6 +11,7 @@ import numpy as np
 from sparselora_jax.data import easy_vqa, pipeline
 from sparselora_jax.generate import greedy
 from sparselora_jax.models import blip2
+from sparselora_jax.storage import write_text
 
 
 class Answers(NamedTuple):
@@ -73,10 +74,11 @@ def evaluate(
       kept: a file of the answers so far, a line each: an evaluation that was cut off goes on after them.
     """
     transform = pipeline.vqa_transform(tokenizer, text)
-    true = [source[index]['answer'].decode() for index in indices]
     predicted = _read_answers(kept, batch)
+    true = [source[index]['answer'].decode() for index in indices[: len(predicted)]]
     for first in range(len(predicted), len(indices), batch):
         records = [source[index] for index in indices[first : first + batch]]
+        true += [record['answer'].decode() for record in records]
         if shuffle_images:
             others = [indices[(first + i + len(indices) // 2) % len(indices)] for i in range(len(records))]
             records = [r | {'image': source[other]['image']} for r, other in zip(records, others, strict=True)]
@@ -100,7 +102,7 @@ def _read_answers(kept: Path | None, batch: int) -> list[str]:
         return []
     lines = [line for line in kept.read_text().splitlines(keepends=True) if line.endswith('\n')]
     lines = lines[: len(lines) // batch * batch]
-    kept.write_text(''.join(lines))
+    write_text(kept, ''.join(lines))
     return [json.loads(line) for line in lines]
 
 
