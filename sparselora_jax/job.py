@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax import pruning, storage
-from sparselora_jax.data import easy_vqa, pipeline
-from sparselora_jax.models import blip2, embedded
+from sparselora_jax import pruning, sharding, storage
+from sparselora_jax.data import easy_vqa, folder, pipeline, processing
+from sparselora_jax.data.dataset import Dataset
+from sparselora_jax.models import embedded, hf
+from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
 from sparselora_jax.recipe import check_values, claim, lora_rules, prune_rules, refuse_other, text_format
 from sparselora_jax.restore import Frozen
@@ -64,14 +66,34 @@ class Job:
         return Log(self.workdir)
 
     @functools.cached_property
-    def model(self) -> tuple[blip2.Blip2Config, dict]:
-        """(cfg, params) of the dense model."""
-        return embedded.load(dtype=jnp.dtype(self.config.dtype))
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh that the config asks for; None: one device."""
+        axes = self.config.mesh.to_dict()
+        return None if set(axes.values()) == {1} else sharding.make_mesh(**axes)
+
+    def shard(self, tree: dict) -> dict:
+        """Params, masks or lora on the mesh."""
+        return tree if self.mesh is None else sharding.shard(tree, self.mesh)
+
+    def shard_batch(self, batch: dict) -> dict:
+        """A batch on the mesh."""
+        return batch if self.mesh is None else sharding.shard_batch(batch, self.mesh)
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
-        """The language model's tokenizer."""
-        return embedded.load_tokenizer()
+    def model(self) -> tuple[Model, dict]:
+        """(model, params), dense."""
+        dtype = jnp.dtype(self.config.dtype)
+        if self.config.model == 'embedded':
+            model, params = embedded.load(dtype=dtype)
+            return model, self.shard(params)
+        return hf.load_model(self.config.model, dtype=dtype, mesh=self.mesh)
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """Images and text -> what the model reads, and tokens -> text."""
+        if self.config.model == 'embedded':
+            return embedded.load_processor(self.model[0].cfg)
+        return processing.load_processor(self.model[0].source)
 
     @functools.cached_property
     def text(self) -> pipeline.TextFormat:
@@ -79,26 +101,30 @@ class Job:
         return text_format(self.config)
 
     @functools.cached_property
-    def builder(self) -> Any:
-        """The data set, prepared."""
-        return easy_vqa.prepare(self.config.data_dir)
+    def dataset(self) -> Dataset:
+        """What is trained on and evaluated with."""
+        if self.config.data == 'easy_vqa':
+            return easy_vqa.load(self.config.data_dir)
+        return folder.load(self.config.data)
 
     def batches(self, batch: int, seed: int) -> Any:
         """Training batches by step."""
-        source = self.builder.as_data_source('train')
-        groups = pipeline.groups_by_kind(pipeline.read_texts(self.builder, 'train'))
-        transform = pipeline.vqa_transform(self.tokenizer, self.text)
-        shares = self.config.restore.shares
-        return pipeline.batches(source, transform, batch=batch, seed=seed, groups=groups, shares=shares)
+        train, shares = self.dataset.train, self.config.restore.shares
+        groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
+        transform = pipeline.vqa_transform(self.processor, self.text)
+        drawn = pipeline.batches(
+            train.source, transform, batch=batch, seed=seed, groups=groups, shares=shares or (1,)
+        )
+        return drawn if self.mesh is None else drawn.map(self.shard_batch)
 
     @functools.cached_property
     def frozen(self) -> Frozen:
         """Params, masks and teacher, as restoration reads them: the teacher shares W unless kept weights changed."""
         _, params = self.model
-        masks, _ = storage.load_safetensors(self.workdir / 'masks.safetensors')
+        masks = self.shard(storage.load_safetensors(self.workdir / 'masks.safetensors')[0])
         edited = self.workdir / 'pruned.safetensors'
         if edited.exists():
-            return Frozen(storage.load_safetensors(edited)[0], masks, teacher=params)
+            return Frozen(self.shard(storage.load_safetensors(edited)[0]), masks, teacher=params)
         return Frozen(params, masks)
 
     def trained(self, name: str) -> dict:

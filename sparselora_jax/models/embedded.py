@@ -1,17 +1,21 @@
 """The embedded default: SmolLM2-135M-Instruct with a small vision encoder and bridge of our own (assets/)."""
 
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax.models import blip2, gguf
-from sparselora_jax.storage import check_shapes, load_safetensors
+from sparselora_jax.models import blip2, gguf, llama, qformer, vit
+from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.storage import StorageError, check_shapes, load_safetensors
 from sparselora_jax.weights import merge
 
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
+GENERATION = Generation(eos=(2,), pad=2, bos=1)
 
 
 def language_model_file() -> Path:
@@ -32,18 +36,35 @@ def load_tokenizer() -> Any:
     return gguf.load_tokenizer(language_model_file())
 
 
-def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[blip2.Blip2Config, dict]:
+def to_json(cfg: blip2.Blip2Config) -> str:
+    """The config as text, kept in the header of the bridge's file."""
+    return json.dumps(dataclasses.asdict(cfg))
+
+
+def _from_header(path: str | Path, metadata: dict[str, str]) -> blip2.Blip2Config:
+    try:
+        parts = json.loads(metadata['config'])
+        return blip2.Blip2Config(
+            vision=vit.ViTConfig(**parts['vision']),
+            qformer=qformer.QFormerConfig(**parts['qformer']),
+            language=llama.LlamaConfig(**parts['language']),
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
+
+
+def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict]:
     """The whole model; LoRA factors that were shipped with the bridge are merged into the language model.
 
     Raises:
       AssetError, StorageError: a file is missing or truncated, or the bridge does not fit its config.
     """
     tree, metadata = load_safetensors(bridge)
-    cfg = blip2.from_header(bridge, metadata)
+    cfg = _from_header(bridge, metadata)
     lora = tree.pop('lora', None)  # summed in fp32 when it is merged, whatever the dtype
     tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
     check_shapes(bridge, tree, blip2.bridge_shapes(cfg))
     _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     params = tree | {'language': language}
     check_shapes(bridge, params, blip2.shapes(cfg))
-    return cfg, merge(params, None, lora)
+    return Model(cfg, GENERATION), merge(params, None, lora)
