@@ -7,7 +7,6 @@ embedding of one word of a caption), and then `answers` (through the language mo
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,6 +14,7 @@ from jaxtyping import Array, Int
 
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.models import blip2, embedded, layers, vit
+from sparselora_jax.models.init import init_params
 from sparselora_jax.models.model import Model
 from sparselora_jax.weights import bind
 
@@ -89,17 +89,4 @@ def optimizer(*, steps: int, peak: float, warmup: int, clip: float, weight_decay
 
 def init(key: Array, cfg: blip2.Blip2Config) -> dict:
     """The bridge and the heads of the first stage, untrained."""
-    return random_params(key, blip2.bridge_shapes(cfg) | {'facts': facts_shapes(cfg)})
-
-
-def random_params(key: Array, shapes: dict, *, std: float = 0.02, dtype=jnp.float32) -> dict:
-    """Random parameters of the given shapes: kernels scaled by 1/sqrt(in), scales one, biases zero, tables `std`."""
-    leaves, treedef = jax.tree.flatten_with_path(shapes, is_leaf=lambda s: isinstance(s, tuple))
-
-    def leaf(index: int, name: str, shape: tuple[int, ...]) -> Array:
-        if name in ('scale', 'bias'):
-            return jnp.full(shape, float(name == 'scale'), dtype)
-        scale = shape[-2] ** -0.5 if name == 'kernel' else std
-        return scale * jax.random.truncated_normal(jax.random.fold_in(key, index), -2.0, 2.0, shape, dtype)
-
-    return treedef.unflatten([leaf(i, path[-1].key, shape) for i, (path, shape) in enumerate(leaves)])
+    return init_params(key, blip2.bridge_shapes(cfg) | {'facts': facts_shapes(cfg)})
