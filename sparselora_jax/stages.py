@@ -68,7 +68,7 @@ def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
         )
         accuracy, scores = answers.accuracy(job.dataset.kind_of), {}
         if not model.encoder_decoder:
-            held_out = np.asarray(job.processor.encode(TEXT.read_text()))
+            held_out = np.asarray(job.processor.hf.tokenizer(TEXT.read_text())['input_ids'])
             scores['perplexity'] = perplexity(w['language'], model.cfg.language, held_out)
         job.log.scalars(f'evaluate_{name}', 0, accuracy | scores)
         return {'accuracy': accuracy, 'indices': indices} | scores | answers._asdict()
