@@ -155,7 +155,7 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
 
 
 def export(job: Job) -> dict:
-    """Writes `exported/`, a Hugging Face directory of the merged model, and `adapter/`, the LoRA factors; reads back."""
+    """Writes `exported/`, a Hugging Face directory of the merged model, and `adapter/`, LoRA alone; reads back."""
 
     def compute():
         model, merged = job.model[0], job.merged()
