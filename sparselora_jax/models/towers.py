@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from sparselora_jax.models import llama
+from sparselora_jax.models import llama, opt, t5
 
 
 class Prompt(NamedTuple):
@@ -19,7 +19,7 @@ class Prompt(NamedTuple):
     prefix: Bool[Array, 'batch tokens'] | None = None
 
 
-LANGUAGE: dict[type, ModuleType] = {llama.LlamaConfig: llama}
+LANGUAGE: dict[type, ModuleType] = {llama.LlamaConfig: llama, opt.OptConfig: opt, t5.T5Config: t5}
 
 
 def language(cfg: Any) -> ModuleType:
