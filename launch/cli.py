@@ -31,7 +31,9 @@ def define_config(default: str = 'configs/blip2_lang_only.py', workdir: str = 'r
 def define_model() -> None:
     """The flags of scripts that read a model and decode with it."""
     flags.DEFINE_string('model', None, 'a Hugging Face directory or hub id; by default the embedded dense model')
-    flags.DEFINE_string('prompt', None, "how a question is written, with {} in its place; by default the model's own way")
+    flags.DEFINE_string(
+        'prompt', None, "how a question is written, with {} in its place; by default the model's own way"
+    )
     flags.DEFINE_integer('prompt_tokens', None, 'a prompt is padded to so many', lower_bound=1)
     flags.DEFINE_string('dtype', 'float32', 'of the weights')
     flags.DEFINE_integer('num_beams', 1, '1: greedy', lower_bound=1)

@@ -20,9 +20,7 @@ def main(argv):
         raise pipeline.DataError('the question is empty')
     image = pipeline.read_image(path)  # what is no image is named before the model is loaded
     model, params, processor, text = cli.load_model()
-    print(
-        vqa.generate_answers(model, params, processor, text, [image], [question], **cli.generation_settings())[0]
-    )
+    print(vqa.generate_answers(model, params, processor, text, [image], [question], **cli.generation_settings())[0])
 
 
 if __name__ == '__main__':

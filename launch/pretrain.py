@@ -33,7 +33,10 @@ def image_batches(source, texts, processor, *, batch: int, seed: int, words=None
 
     def transform(record):
         fact = facts[int(record['image_id'])]
-        example = {'pixel_values': processor.pixels(record['image']), 'facts': np.asarray(fact, np.int32)}
+        example = {
+            'pixel_values': processor.prompt([record['image']], ['-'])['pixel_values'][0],
+            'facts': np.asarray(fact, np.int32),
+        }
         return example if words is None else example | {'words': words(fact)}
 
     def turn(example, rng):

@@ -112,9 +112,7 @@ class Job:
         train, shares = self.dataset.train, self.config.restore.shares
         groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
         transform = pipeline.vqa_transform(self.processor, self.text)
-        drawn = pipeline.batches(
-            train.source, transform, batch=batch, seed=seed, groups=groups, shares=shares or (1,)
-        )
+        drawn = pipeline.batches(train.source, transform, batch=batch, seed=seed, groups=groups, shares=shares or (1,))
         return drawn if self.mesh is None else drawn.map(self.shard_batch)
 
     @functools.cached_property

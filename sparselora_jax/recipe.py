@@ -29,7 +29,9 @@ def check_values(config: Any) -> None:
     """
     for part in (config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
         if odd := set(part) ^ set(towers(config)):
-            raise ConfigError(f'tower {sorted(odd)[0]!r}: named in one of prune.pattern, prune.group, lora.*, not in all')
+            raise ConfigError(
+                f'tower {sorted(odd)[0]!r}: named in one of prune.pattern, prune.group, lora.*, not in all'
+            )
     prune_methods(config)
     prune_rules(config)
     restore = config.restore

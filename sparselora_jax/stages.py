@@ -68,7 +68,7 @@ def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
         )
         accuracy, scores = answers.accuracy(job.dataset.kind_of), {}
         if not model.encoder_decoder:
-            held_out = np.asarray(job.processor.encode(TEXT.read_text()))
+            held_out = np.asarray(job.processor.hf.tokenizer(TEXT.read_text())['input_ids'])
             scores['perplexity'] = perplexity(w['language'], model.cfg.language, held_out)
         job.log.scalars(f'evaluate_{name}', 0, accuracy | scores)
         return {'accuracy': accuracy, 'indices': indices} | scores | answers._asdict()
@@ -155,7 +155,7 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
 
 
 def export(job: Job) -> dict:
-    """Writes `exported/`, a Hugging Face directory of the merged model, and `adapter/`, the LoRA factors; reads back."""
+    """Writes `exported/`, a Hugging Face directory of the merged model, and `adapter/`, LoRA alone; reads back."""
 
     def compute():
         model, merged = job.model[0], job.merged()

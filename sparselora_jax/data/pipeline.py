@@ -45,7 +45,7 @@ def load_text_format(folder: str | Path) -> TextFormat:
         return TextFormat()
     try:
         return TextFormat(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError) as error:
         raise DataError(f'{path}: not a text format ({error})') from None
 
 

@@ -13,7 +13,11 @@ def _block_kernels(params: dict, tower: str) -> dict:
 
 def block_count(params: dict) -> int:
     """How many blocks all towers have together."""
-    stacks = {path.split('/blocks/')[0]: kernel.shape[0] for path, kernel in rules.kernels(params).items() if '/blocks/' in path}
+    stacks = {
+        path.split('/blocks/')[0]: kernel.shape[0]
+        for path, kernel in rules.kernels(params).items()
+        if '/blocks/' in path
+    }
     return sum(stacks.values())
 
 

@@ -47,14 +47,16 @@ def generate_answers(
       text: how a question is written; prompts are padded to its `prompt_tokens`, so that one shape is compiled.
       settings: of `generate`: num_beams, max_new_tokens, ...
     """
+    size = {'prompt_tokens': text.prompt_tokens, 'answer_tokens': 1}  # room for no token of an answer
     rows = [
-        processor.question(image, text.prompt.format(question), prompt_tokens=text.prompt_tokens)
+        processor.example(image, text.prompt.format(question), **size)
         for image, question in zip(images, questions, strict=True)
     ]
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    read = rows[0].keys() - {'targets', 'answer', 'decoder_input_ids'}
+    batch = {name: np.stack([row[name] for row in rows]) for name in read}
     new = generate(model, weights, batch, **settings)
     start = 1 if model.encoder_decoder else batch['input_ids'].shape[1]
-    return [answer.strip() for answer in processor.decode(new[:, start:])]
+    return processor.decode(new[:, start:])
 
 
 def evaluate(

@@ -36,6 +36,22 @@ def load_tokenizer() -> Any:
     return gguf.load_tokenizer(language_model_file())
 
 
+def load_processor(cfg: blip2.Blip2Config) -> Any:
+    """What BLIP-2's processor is to this model: images scaled to -1..1, SmolLM2's tokens, image placeholders first."""
+    from transformers import Blip2Processor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    from sparselora_jax.data.processing import Processor
+
+    tokenizer, half = load_tokenizer(), [0.5] * 3
+    tokenizer.add_special_tokens({'image_token': tokenizer.convert_ids_to_tokens(cfg.image_token)})
+    tokenizer.padding_side = 'left'
+    size = {'height': cfg.vision.image_size, 'width': cfg.vision.image_size}
+    images = BlipImageProcessorPil(size=size, image_mean=half, image_std=half)
+    processor = Blip2Processor(images, tokenizer, num_query_tokens=cfg.qformer.queries)
+    return Processor('blip-2', processor, cfg.qformer.queries, GENERATION.eos[0], None)
+
+
 def to_json(cfg: blip2.Blip2Config) -> str:
     """The config as text, kept in the header of the bridge's file."""
     return json.dumps(dataclasses.asdict(cfg))

@@ -112,8 +112,8 @@ def prune(
       rules: `(regex, pattern)`; only kernels inside blocks can be pruned.
       method: see `prune_tree`.
       chunk: samples a time.
-      keep: `keep(path, layer, kernel, mask)` is handed every pruned layer at once, and the result holds `params` as they
-        came and no masks: for a model that memory does not hold.
+      keep: `keep(path, layer, kernel, mask)` is handed every pruned layer at once, and the result holds `params` as
+        they came and no masks: for a model that memory does not hold.
       progress: called before each block.
 
     Raises:
