@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.models import keys as names
-from sparselora_jax.models import layers, llama
+from sparselora_jax.models import layers, llama, opt, t5
 
 
 class Prompt(NamedTuple):
@@ -25,8 +25,14 @@ class Prompt(NamedTuple):
     prefix: Bool[Array, 'batch tokens'] | None = None
 
 
-LANGUAGE: dict[type, ModuleType] = {llama.LlamaConfig: llama}
-MODEL_TYPES: dict[str, ModuleType] = {'llama': llama, 'mistral': llama, 'gemma': llama}  # by transformers' names
+LANGUAGE: dict[type, ModuleType] = {llama.LlamaConfig: llama, opt.OptConfig: opt, t5.T5Config: t5}
+MODEL_TYPES: dict[str, ModuleType] = {  # by transformers' names
+    'llama': llama,
+    'mistral': llama,
+    'gemma': llama,
+    'opt': opt,
+    't5': t5,
+}
 
 
 def language(cfg: Any) -> ModuleType:
