@@ -11,7 +11,7 @@ class GenerationError(SparseloraError, ValueError):
     """Arguments, a batch or a generation_config.json that nothing can be generated from."""
 
 
-# Entries of a generation_config.json that change what greedy and beam search choose, with the values that change nothing.
+# Entries of a generation_config.json that change what these searches choose, and the values that change nothing.
 UNSUPPORTED = {
     'bad_words_ids': None,
     'begin_suppress_tokens': None,
