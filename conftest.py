@@ -64,6 +64,51 @@ def random_params():
 
 
 @pytest.fixture(scope='session')
+def from_torch():
+    """`from_torch(state_dict, keys, shapes, prefix='')`: our params from a torch module's, as the key table says."""
+    from sparselora_jax import rules
+    from sparselora_jax.models.keys import Part
+
+    def matrix(tensor):  # [out, in], or a convolution over patches [out, channels, rows, columns] -> [in, out]
+        return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
+
+    def convert(state, keys, shapes, prefix=''):
+        flat = rules.flatten(shapes)
+        assert keys.keys() == flat.keys()
+
+        def one(path, part, layer):
+            name = prefix + part.name.format(i=layer, even=2 * layer, odd=2 * layer + 1)
+            tensor = np.split(state[name].detach().float().numpy(), part.of)[part.index]
+            return matrix(tensor) if path.split('/')[-1] == 'kernel' else tensor
+
+        def leaf(path, shape):
+            part = keys[path] if isinstance(keys[path], Part) else Part(keys[path], 0, 1)
+            stacked = '{' in part.name
+            value = np.stack([one(path, part, i) for i in range(shape[0])]) if stacked else one(path, part, 0)
+            assert [n for n in value.shape if n > 1] == [n for n in shape if n > 1], (path, value.shape, shape)
+            return jax.numpy.asarray(value.reshape(shape))
+
+        return rules.unflatten({path: leaf(path, shape) for path, shape in flat.items()})
+
+    return convert
+
+
+@pytest.fixture(scope='session')
+def perturbed():
+    """`perturbed(module)`: a torch module, 0.3 * noise on every parameter, since biases and scales start at 0 and 1."""
+    import torch
+
+    def perturb(module, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return module.eval()
+
+    return perturb
+
+
+@pytest.fixture(scope='session')
 def tiny_blip2(random_params):
     """(cfg, params) of a random model that reads the real images and words, small enough to run a whole job on."""
     from sparselora_jax.models import blip2, llama, qformer, vit

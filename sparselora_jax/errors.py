@@ -7,3 +7,7 @@ class SparseloraError(Exception):
 
 class UnsupportedModel(SparseloraError, ValueError):
     """A model, or a field of its config, that no family here knows."""
+
+
+class BatchError(SparseloraError, ValueError):
+    """A batch that does not fit the model it is given to."""

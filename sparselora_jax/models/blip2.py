@@ -6,11 +6,20 @@ InstructBLIP (arXiv 2305.06500) is the same, but for a Q-Former that reads the i
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, qformer, towers, vit
 from sparselora_jax.models.runners import scan_blocks
+
+RENAMES: list[tuple[str, str]] = []  # published names are the modules' own
+IGNORED = [
+    r'.*\.position_ids',
+    r'.*\.rotary_emb\.inv_freq',
+    r'language_model\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
+    r'language_model\.(encoder|decoder)\.embed_tokens\.weight',  # T5's: copies of language_model.shared
+]
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,7 @@ def bridge(w: dict, cfg: Blip2Config, image: Float[Array, 'batch patches dim'], 
 
 def prompt(w: dict, cfg: Blip2Config, batch: dict, run=scan_blocks) -> towers.Prompt:
     """The language model's input: words, with the soft words in the places of the image tokens."""
-    words = towers.embed_tokens(w['language'], cfg.language, batch['input_ids'])
-    soft = soft_words(w, cfg, batch | {'pixel_values': batch['pixel_values'].astype(words.dtype)}, run)
-    x = layers.scatter_images(words, soft, batch['input_ids'] == cfg.image_token)
-    return towers.Prompt(x, batch['attention_mask'].astype(bool))
+    return towers.prompt(w, cfg, batch, lambda batch: soft_words(w, cfg, batch, run))
 
 
 def bridge_shapes(cfg: Blip2Config) -> dict:
@@ -52,3 +58,27 @@ def bridge_shapes(cfg: Blip2Config) -> dict:
 def shapes(cfg: Blip2Config) -> dict:
     """The shape of every parameter, as a params tree of tuples."""
     return bridge_shapes(cfg) | {'language': towers.shapes(cfg.language)}
+
+
+def keys(cfg: Blip2Config) -> names.Keys:
+    """Our path -> transformers' name in `Blip2ForConditionalGeneration` or InstructBLIP's."""
+    table = names.nested(vit.keys(cfg.vision), 'vision/', 'vision_model.')
+    table |= names.nested(qformer.keys(cfg.qformer), 'qformer/', '')
+    table |= names.dense('projection', 'language_projection')
+    return table | towers.keys(cfg.language, 'language_model.model.', 'language_model.')
+
+
+def from_hf(hf: Any) -> Blip2Config:
+    """The config of a transformers `Blip2Config` or `InstructBlipConfig`.
+
+    Raises:
+      UnsupportedModel: names the field whose value is not supported.
+    """
+    if hf.image_token_id is None:
+        raise UnsupportedModel(f'{hf.model_type} without image_token_index: say in config.json which token is an image')
+    return Blip2Config(
+        vision=vit.from_hf(hf.vision_config),
+        qformer=qformer.from_hf(hf.qformer_config, hf.num_query_tokens),
+        language=towers.from_hf(hf.text_config),
+        image_token=hf.image_token_id,
+    )

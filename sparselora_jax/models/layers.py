@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.linear import linear
 
 
@@ -143,6 +144,17 @@ ACTIVATIONS = {  # by the names that Hugging Face's configs use
     'relu': jax.nn.relu,
     'silu': jax.nn.silu,
 }
+
+
+def known_activation(name: str, owner: str) -> str:
+    """The name itself.
+
+    Raises:
+      UnsupportedModel: it is none of `ACTIVATIONS`; the error names `owner`, the part of a model that asks for it.
+    """
+    if name not in ACTIVATIONS:
+        raise UnsupportedModel(f'activation {name!r} of {owner}: expected one of {", ".join(ACTIVATIONS)}')
+    return name
 
 
 def scatter_images(

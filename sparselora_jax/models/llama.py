@@ -192,7 +192,7 @@ def from_hf(hf: Any) -> LlamaConfig:
     if hf.hidden_act not in layers.ACTIVATIONS:
         raise UnsupportedModel(f'hidden_act {hf.hidden_act!r} of {hf.model_type} is not known')
     names = {'factor', 'low_freq_factor', 'high_freq_factor'}
-    llama3 = {name: rope[name] for name in names} if kind == 'llama3' else None
+    llama3 = {name: float(rope[name]) for name in names} if kind == 'llama3' else None
     gemma = hf.model_type == 'gemma'
     return LlamaConfig(
         vocab=hf.vocab_size,
@@ -208,7 +208,7 @@ def from_hf(hf: Any) -> LlamaConfig:
         tied=hf.tie_word_embeddings,
         attention_bias=getattr(hf, 'attention_bias', False),
         mlp_bias=getattr(hf, 'mlp_bias', False),
-        # Gemma's first configs said 'gelu' and meant its tanh form; transformers reads hidden_act as it stands.
+        # Gemma's first configs say 'gelu' and mean its tanh form: transformers' GemmaConfig has already corrected it.
         activation=hf.hidden_act,
         rope_linear=float(rope['factor']) if kind == 'linear' else 1.0,
         rope_llama3=llama3 and Llama3Rope(original_max_positions=rope['original_max_position_embeddings'], **llama3),

@@ -13,10 +13,37 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparselora_jax.models import blip2, towers
+from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.models import blip2, causal, llava, paligemma, towers
 from sparselora_jax.models.runners import scan_blocks
 
-FAMILIES: dict[type, ModuleType] = {blip2.Blip2Config: blip2}
+FAMILIES: dict[type, ModuleType] = {
+    blip2.Blip2Config: blip2,
+    causal.CausalConfig: causal,
+    llava.LlavaConfig: llava,
+    paligemma.PaliGemmaConfig: paligemma,
+}
+FAMILY_OF: dict[str, ModuleType] = {  # by transformers' model_type
+    'blip-2': blip2,
+    'instructblip': blip2,
+    'llava': llava,
+    'paligemma': paligemma,
+    'llama': causal,
+    'mistral': causal,
+    'gemma': causal,
+    'opt': causal,
+}
+
+
+def from_hf(hf: Any) -> Any:
+    """The family's config from transformers' config.
+
+    Raises:
+      UnsupportedModel: no family knows the model, or a field's value.
+    """
+    if hf.model_type not in FAMILY_OF:
+        raise UnsupportedModel(f'model_type {hf.model_type!r}: expected one of {", ".join(FAMILY_OF)}')
+    return FAMILY_OF[hf.model_type].from_hf(hf)
 
 
 @dataclass(frozen=True)
@@ -61,7 +88,7 @@ class Model:
 
     def prompt(self, weights: dict, batch: dict, run=scan_blocks) -> towers.Prompt:
         """What the language tower reads."""
-        batch = dict(batch)
+        batch = {name: jnp.asarray(array) for name, array in batch.items()}
         batch.setdefault('attention_mask', jnp.ones_like(batch['input_ids']))
         return self.family.prompt(weights, self.cfg, batch, run)
 

@@ -1,11 +1,17 @@
 """Which module runs a language tower, by the class of its config; and what a tower is given to read."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sparselora_jax.models import llama
+from sparselora_jax.errors import BatchError, UnsupportedModel
+from sparselora_jax.models import keys as names
+from sparselora_jax.models import layers, llama
 
 
 class Prompt(NamedTuple):
@@ -20,6 +26,7 @@ class Prompt(NamedTuple):
 
 
 LANGUAGE: dict[type, ModuleType] = {llama.LlamaConfig: llama}
+MODEL_TYPES: dict[str, ModuleType] = {'llama': llama, 'mistral': llama, 'gemma': llama}  # by transformers' names
 
 
 def language(cfg: Any) -> ModuleType:
@@ -35,3 +42,55 @@ def embed_tokens(w: dict, cfg: Any, tokens: Any) -> Float[Array, 'batch tokens d
 def shapes(cfg: Any) -> dict:
     """The shape of every parameter of a language tower."""
     return language(cfg).shapes(cfg)
+
+
+def keys(cfg: Any, model: str, head: str) -> names.Keys:
+    """The key table of a language tower, its paths under `language/`.
+
+    Args:
+      model: the prefix of transformers' model without its head, e.g. 'model.'.
+      head: the prefix of the head's name and of an encoder-decoder's stacks.
+    """
+    table = names.nested(language(cfg).keys(cfg), 'language/', model)
+    untied = 'head' in shapes(cfg)
+    return table | ({'language/head/kernel': f'{head}lm_head.weight'} if untied else {})
+
+
+def from_hf(hf: Any) -> Any:
+    """The config of a language tower from transformers' config of it.
+
+    Raises:
+      UnsupportedModel: no module here runs that kind, or a field's value is not supported.
+    """
+    if hf.model_type not in MODEL_TYPES:
+        raise UnsupportedModel(f'language model {hf.model_type!r}: expected one of {", ".join(MODEL_TYPES)}')
+    return MODEL_TYPES[hf.model_type].from_hf(hf)
+
+
+def prompt(w: dict, cfg: Any, batch: dict, soft_words: Callable[[dict], Array]) -> Prompt:
+    """Word embeddings, with an image's soft words in the places of its image tokens.
+
+    Args:
+      w: params of a whole model.
+      cfg: its config: `language` and `image_token` are read.
+      batch: see `models.model`; one image a row.
+      soft_words: what makes them of such a batch.
+
+    Raises:
+      BatchError: not one image a row, or (where values are known: not under jit) a row with other than one image token
+        a soft word; rows of nothing but pads are not looked at.
+    """
+    tokens, mask = batch['input_ids'], batch['attention_mask'].astype(bool)
+    if (images := batch['pixel_values']).shape[0] != tokens.shape[0]:
+        raise BatchError(f'{images.shape[0]} pixel_values for {tokens.shape[0]} input_ids: expected one image a row')
+    here = tokens == cfg.image_token
+    # A token that stands for an image may lie outside the vocabulary (PaliGemma's first configs).
+    words = embed_tokens(w['language'], cfg.language, jnp.where(here, 0, tokens))
+    soft = soft_words(batch | {'pixel_values': images.astype(words.dtype)})
+    if not isinstance(here, jax.core.Tracer):
+        counts = np.asarray(here.sum(axis=1))
+        wrong = np.flatnonzero((counts != soft.shape[1]) & np.asarray(mask.any(axis=1)))
+        if wrong.size:
+            found = f'row {wrong[0]} of input_ids has {counts[wrong[0]]} image tokens ({cfg.image_token})'
+            raise BatchError(f'{found}: expected {soft.shape[1]}, one for each soft word of an image')
+    return Prompt(layers.scatter_images(words, soft, here), mask)
