@@ -17,6 +17,7 @@ Other fields and blank lines are passed over. A line that cannot be used is left
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -24,6 +25,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from PIL import Image, ImageOps
 
+from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.data.pipeline import DataError
 
 FIELDS = ('image', 'prompt', 'answer')
@@ -215,3 +217,27 @@ def _short(text: str) -> str:
 def _hashed(name: str, test_share: float) -> str:
     digest = hashlib.sha256(name.encode()).digest()
     return SPLITS[int.from_bytes(digest[:8]) < test_share * 2**64]
+
+
+def kind_of(answer: str) -> str:
+    """The kind of an answer, as VQA's evaluation tells them apart.
+
+    >>> kind_of('Yes'), kind_of('12'), kind_of('a cat')
+    ('yes/no', 'number', 'other')
+    """
+    return 'yes/no' if answer.lower() in ('yes', 'no') else 'number' if answer.isdigit() else 'other'
+
+
+def load(path: str | Path) -> Dataset:
+    """The folder as a data set; says on stderr what was left out.
+
+    Raises:
+      DataError: see `read_folder`; or one of the two splits is empty.
+    """
+    found = read_folder(path)
+    print(found.summary(), file=sys.stderr)
+
+    def split(name: str) -> Split:
+        return Split(found.as_data_source(name), lambda: [text[:2] for text in found.texts(name)])
+
+    return Dataset(split('train'), split('test'), ('yes/no', 'number', 'other'), kind_of)
