@@ -240,6 +240,9 @@ def test_an_example_is_the_prompt_and_the_answer_but_its_last_token(made, kind, 
         # The prompt ends where generation starts, and every target comes after what it is predicted from.
         assert example['attention_mask'][width - 1] and example['input_ids'][width - 1] == alone['input_ids'][0, -1]
         assert example['input_ids'][-count:][1 : len(target)].tolist() == target[:-1]
+    # All the rest is pads; where the processor pads the text alone, they come after the image.
+    assert set(example['input_ids'][example['attention_mask'] == 0]) == {hf.tokenizer.pad_token_id}
+    assert example['attention_mask'][: processor.image_tokens].all() == ('blip' in kind)
     np.testing.assert_array_equal(example['pixel_values'], alone['pixel_values'][0])
     assert ('token_type_ids' in example) == (kind == 'paligemma')
     for name in ('qformer_input_ids', 'qformer_attention_mask') if 'instruct' in kind else ():
