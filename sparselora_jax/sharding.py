@@ -67,7 +67,7 @@ def shardings(tree: dict, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]
         if isinstance(leaf, Lora):
             layers, inputs, outputs = [*spec, None, None, None][:3]
             a, b = PartitionSpec(layers, inputs, None), PartitionSpec(layers, None, outputs)
-            return Lora(fitting(mesh, a, leaf.a.shape), _fitting(mesh, b, leaf.b.shape), leaf.scale)
+            return Lora(fitting(mesh, a, leaf.a.shape), fitting(mesh, b, leaf.b.shape), leaf.scale)
         return fitting(mesh, spec, leaf.shape)
 
     return rules_lib.unflatten({path: of(path, leaf) for path, leaf in flat.items()})

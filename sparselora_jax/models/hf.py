@@ -29,14 +29,22 @@ def load_model(dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | Non
       StorageError: files are missing, damaged, pickled, or do not fit their config.
       UnsupportedModel: a kind of model, or a field of its config, that is not known here.
     """
+    model, pieces = open_model(dir_or_hub_id)
+    return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
+
+
+def open_model(dir_or_hub_id: str | Path) -> tuple[Model, list[layout.Piece]]:
+    """A model and where each of its weights lies, everything checked; no weight is read (but a doubtful head).
+
+    Raises:
+      StorageError, UnsupportedModel: see `load_model`.
+    """
     folder = find_directory(dir_or_hub_id)
     checkpoint = checkpoint_files.open_checkpoint(folder)
     hf = read_config(folder)
     family = FAMILY_OF[hf.model_type]
     cfg = layout.follow_head(family, family.from_hf(hf), checkpoint)
-    pieces = layout.pieces(family, cfg, checkpoint)
-    model = Model(cfg, read_generation(folder, hf), str(folder))
-    return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
+    return Model(cfg, read_generation(folder, hf), str(folder)), layout.pieces(family, cfg, checkpoint)
 
 
 def find_directory(dir_or_hub_id: str | Path) -> Path:
