@@ -154,7 +154,9 @@ def compare(ours: dict, theirs: dict, mask: np.ndarray | None) -> None:
     """Raises unless both libraries compute the same."""
     a, b = ours['forward'](), theirs['forward']()
     np.testing.assert_allclose(a if mask is None else a[mask], b if mask is None else b[mask], atol=1e-3)
-    np.testing.assert_allclose([ours['LoRA step']() for _ in range(2)], [theirs['LoRA step']() for _ in range(2)], rtol=1e-3)
+    np.testing.assert_allclose(
+        [ours['LoRA step']() for _ in range(2)], [theirs['LoRA step']() for _ in range(2)], rtol=1e-3
+    )
     for name in ('greedy', 'beams'):
         same = np.mean(ours[name]() == theirs[name]())
         print(f'{name}: {same:.1%} of the tokens are the same')
@@ -184,7 +186,9 @@ def measure(family: str) -> None:
             rates.setdefault(library, []).append(flops / seconds(run))
     rate = {library: float(np.median(values)) for library, values in rates.items()}
     print(f'matmul GFLOP/s: jax {rate["jax"] / 1e9:.0f}, torch {rate["torch"] / 1e9:.0f}')
-    print('| what | ours, s (min to max) | torch, s (min to max) | torch / ours | per matmul | goal |\n|---|---|---|---|---|---|')
+    print(
+        '| what | ours, s (min to max) | torch, s (min to max) | torch / ours | per matmul | goal |\n|---|---|---|---|---|---|'
+    )
     for name, goal in GOALS.items():
         middle = {library: float(np.median(times[library, name])) for library in runs}
         cells = [f'{middle[lib]:.2f} ({min(times[lib, name]):.2f} to {max(times[lib, name]):.2f})' for lib in runs]

@@ -9,11 +9,13 @@ a config of configs/, whose own model is taken. Without --config the recipe is t
 """
 
 import sys
+from pathlib import Path
 
 import cli
 
 from sparselora_jax import inspection, memory, recipe, rules
 from sparselora_jax.models import embedded, published
+from sparselora_jax.models.hf import open_model
 
 USAGE = 'python launch/inspect.py MODEL [--config=configs/NAME.py:ARGUMENT]'
 GIB = 2**30
@@ -31,6 +33,8 @@ def main(argv):
     name = argv[0] if argv else config.model
     hf = None if name == 'embedded' else published.find_config(name, others=cli.recipes())
     cfg = embedded.load_config() if hf is None else published.model_config(hf)
+    if any(Path(name).glob('*.safetensors')):  # the files say whether the head is tied
+        cfg = open_model(name)[0].cfg
     family = inspection.family_name(cfg)
     print_model(name, family, hf, cfg)
     if config is None and family != 'causal':

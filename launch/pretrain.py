@@ -54,7 +54,6 @@ def main(argv):
     recipe.claim(workdir, config)
     log, key = Log(workdir), jax.random.key(config.seed)
     path = embedded.language_model_file()
-    tokenizer = embedded.load_tokenizer()
     language_cfg, language = gguf.load_llama(path)
     cfg = blip2.Blip2Config(
         vision=vit.ViTConfig(**config.vision),
@@ -62,6 +61,7 @@ def main(argv):
         language=language_cfg,
     )
     model, processor = Model(cfg, embedded.GENERATION), embedded.load_processor(cfg)
+    tokenizer = processor.hf.tokenizer
     dataset = easy_vqa.load(config.data_dir)
     train = dataset.train.source
     texts = easy_vqa.read_texts(easy_vqa.prepare(config.data_dir), 'train')

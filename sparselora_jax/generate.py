@@ -1,68 +1,151 @@
-"""Greedy generation with a key/value cache."""
+"""Greedy and beam search, token for token as transformers 5.23's `generate`: arguments, defaults and prompts."""
 
-import functools
+import numpy as np
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
-from sparselora_jax.models import layers, llama
-from sparselora_jax.models.runners import unrolled_blocks, unstack
+from sparselora_jax.errors import SparseloraError
+from sparselora_jax.generation import decode, search
+from sparselora_jax.models.model import Model
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'max_new_tokens', 'eos'))
-def greedy(
-    w: dict,
-    cfg: llama.LlamaConfig,
-    x: Float[Array, 'batch slots dim'],
-    valid: Bool[Array, 'batch slots'],
+class GenerationError(SparseloraError, ValueError):
+    """Arguments, a batch or a generation_config.json that nothing can be generated from."""
+
+
+# Entries of a generation_config.json that change what these searches choose, and the values that change nothing.
+UNSUPPORTED = {
+    'bad_words_ids': None,
+    'begin_suppress_tokens': None,
+    'diversity_penalty': 0.0,
+    'encoder_no_repeat_ngram_size': 0,
+    'encoder_repetition_penalty': 1.0,
+    'exponential_decay_length_penalty': None,
+    'forced_bos_token_id': None,
+    'forced_eos_token_id': None,
+    'no_repeat_ngram_size': 0,
+    'num_beam_groups': 1,
+    'penalty_alpha': None,
+    'repetition_penalty': 1.0,
+    'sequence_bias': None,
+    'stop_strings': None,
+    'suppress_tokens': None,
+}
+
+
+def generate(
+    model: Model,
+    weights: dict,
+    batch: dict,
     *,
-    max_new_tokens: int,
-    eos: int,
-) -> Int[Array, 'batch new']:
-    """The most likely continuation, token by token; stops when every row has ended, then fills with `eos`.
+    num_beams: int | None = None,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    min_length: int | None = None,
+    length_penalty: float | None = None,
+    early_stopping: bool | str | None = None,
+) -> np.ndarray:
+    """The most likely continuation of each prompt, by greedy search (one beam) or beam search; never sampled.
+
+    An argument that is None is what the model's generation_config.json says, or transformers' default: one beam,
+    20 new tokens, no minimum, length_penalty 1, early_stopping False. Compiled once per shape of `batch` and settings.
 
     Args:
-      w: weights of the language model (any kind of kernel).
-      x: embedded prompt, e.g. `[queries | text]`; pads anywhere but at the end.
-      valid: True for slots that are no pads; the last slot must be valid.
-      max_new_tokens: an upper bound; compiled once per shape and bound.
+      weights: params, or what `bind` made of them.
+      batch: see `models.model`; without `input_ids` the prompt is the image and the BOS token. An encoder-decoder's
+        `decoder_input_ids` are the beginning of what it generates.
+      max_length: in tokens, those of the prompt (or of `decoder_input_ids`) included; so is `min_length`.
+      max_new_tokens: without the prompt; goes before `max_length`.
+      length_penalty: a beam's score is its summed log-probabilities / length ** length_penalty.
+      early_stopping: True: stop when there are `num_beams` finished beams; False: when the best running one scores less
+        than they do at its present length; 'never': at its best length.
 
     Returns:
-      Token ids `[batch, max_new_tokens]`.
+      Token ids `[batch, tokens]`: prompt and continuation (an encoder-decoder: start token and continuation), those
+      that end early filled up with pads; as long as the longest one.
+
+    Raises:
+      GenerationError: a value out of range; a prompt that is as long as `max_length`; an image without `input_ids` for
+        a model that has no BOS token; an entry of generation_config.json that is not supported.
     """
-    batch, prompt, _ = x.shape
-    slots = prompt + max_new_tokens
-    positions = llama.positions_of(valid)
-    slot_valid = jnp.concatenate([valid, jnp.ones((batch, max_new_tokens), bool)], axis=1)
-    blocks = unstack(w['blocks'])
-    empty = jnp.zeros((batch, slots, cfg.kv_heads, cfg.head_dim), x.dtype)
-    caches = tuple(layers.KVCache(empty, empty, jnp.zeros((), jnp.int32)) for _ in blocks)
+    batch = _with_prompt(model, batch)
+    given = {
+        'num_beams': num_beams,
+        'max_length': max_length,
+        'max_new_tokens': max_new_tokens,
+        'min_length': min_length,
+        'length_penalty': length_penalty,
+        'early_stopping': early_stopping,
+    }
+    prompt = np.asarray(batch['decoder_input_ids' if model.encoder_decoder else 'input_ids'])
+    settings = _settings(model, {k: v for k, v in given.items() if v is not None}, prompt.shape[1])
+    tokens, length = decode.decode(model, settings, weights, batch)
+    return np.concatenate([prompt, np.asarray(tokens)[:, : int(length)]], axis=1)
 
-    def advance(x, positions, caches):
-        ctx = {'key_valid': slot_valid, 'rope': layers.rope_table(positions, cfg.head_dim, cfg.rope_base)}
 
-        def block(w, x, ctx, cache):
-            return llama.block(w, cfg, x, ctx, cache)
+def _settings(model: Model, given: dict, prompt: int) -> search.Settings:
+    """Arguments, then the model's own defaults, then transformers'; lengths are turned into numbers of new tokens."""
+    own = {name: value for name, value in model.generation.options if value is not None}
+    for name in own.keys() & UNSUPPORTED.keys():
+        if own[name] != UNSUPPORTED[name]:
+            where = model.source or 'Model.generation.options'
+            raise GenerationError(f'{where}: {name} = {own[name]!r} is not supported; remove it from the options')
+    options = {'num_beams': 1, 'min_length': 0, 'length_penalty': 1.0, 'early_stopping': False} | own | given
+    new = options.get('max_new_tokens')
+    if new is None:
+        limit = getattr(model.cfg.language, 'max_positions', prompt + 20)
+        new = options.get('max_length', min(prompt + 20, limit)) - prompt
+    if new < 1:
+        raise GenerationError(
+            f'the prompt has {prompt} tokens and max_length (or max_new_tokens) leaves room for {new} more: raise it'
+        )
+    if options['num_beams'] < 1:
+        raise GenerationError(f'num_beams {options["num_beams"]}: expected 1 or more')
+    if options['early_stopping'] not in (True, False, 'never'):
+        raise GenerationError(f"early_stopping {options['early_stopping']!r}: expected True, False or 'never'")
+    pad, eos = model.generation.pad, model.generation.eos
+    if options['num_beams'] > 1:  # transformers' beam search takes a pad of 0 for none
+        pad = (pad or eos[0]) if eos else -1
+    return search.Settings(
+        beams=options['num_beams'],
+        new=new,
+        min_new=max(options.get('min_new_tokens', options['min_length'] - prompt), 0),
+        length_penalty=float(options['length_penalty']),
+        early_stopping=options['early_stopping'],
+        eos=eos,
+        pad=pad,
+    )
 
-        x, caches = unrolled_blocks('language', block, blocks, x, ctx, caches)
-        logits = llama.head(w, llama.finish(w, cfg, x[:, -1:]))
-        return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), caches
 
-    token, caches = advance(x, positions, caches)
-    output = jnp.full((batch, max_new_tokens), eos, jnp.int32).at[:, 0].set(token)
+def _with_prompt(model: Model, batch: dict) -> dict:
+    """The batch with what transformers adds to it: a prompt, its mask, the decoder's first token."""
+    batch, generation = dict(batch), model.generation
+    images = batch.get('pixel_values')
+    if batch.get('input_ids') is None:
+        if images is None or generation.bos is None or not hasattr(model.cfg, 'qformer'):
+            raise GenerationError('the batch has no input_ids, and this model has no prompt of its own: add them')
+        row = [model.cfg.image_token] * model.cfg.qformer.queries + [generation.bos]
+        batch['input_ids'] = np.tile(np.array(row, np.int32), (len(images), 1))
+    tokens = np.asarray(batch['input_ids'])
+    if batch.get('attention_mask') is None:
+        # A language model tells pads by their id, unless it is also that of an end; BLIP-2 takes all for words.
+        told = not hasattr(model.cfg, 'qformer') and generation.pad not in generation.eos
+        batch['attention_mask'] = (tokens != generation.pad) if told else np.ones_like(tokens)
+    if model.encoder_decoder:
+        batch |= _decoder_prompt(generation.start, len(tokens), batch)
+    return batch
 
-    def unfinished(state):
-        step, token, *_ = state
-        return (step < max_new_tokens) & jnp.any(token != eos)
 
-    def decode(state):
-        step, token, caches, output = state
-        ended = token == eos
-        position = positions[:, -1:] + step
-        token, caches = advance(llama.embed_tokens(w, token[:, None]).astype(x.dtype), position, caches)
-        token = jnp.where(ended, eos, token)
-        return step + 1, token, caches, output.at[:, step].set(token)
-
-    state = (jnp.ones((), jnp.int32), token, caches, output)
-    return jax.lax.while_loop(unfinished, decode, state)[-1]
+def _decoder_prompt(start: int | None, rows: int, batch: dict) -> dict:
+    """What a decoder begins with: the start token, put before the given ones where they all lack it."""
+    if start is None:
+        raise GenerationError('an encoder-decoder without a decoder start token: set Model.generation.start')
+    first = np.full((rows, 1), start, np.int32)
+    if batch.get('decoder_input_ids') is None:
+        return {'decoder_input_ids': first, 'decoder_attention_mask': np.ones_like(first)}
+    tokens = np.asarray(batch['decoder_input_ids'])
+    mask = batch.get('decoder_attention_mask')
+    mask = np.ones_like(tokens) if mask is None else np.asarray(mask)
+    if np.all(tokens[:, 0] != start):
+        tokens, mask = (
+            np.concatenate([ours, theirs], axis=1) for ours, theirs in ((first, tokens), (first * 0 + 1, mask))
+        )
+    return {'decoder_input_ids': tokens, 'decoder_attention_mask': mask}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from sparselora_jax import pruning, sharding, storage
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
-from sparselora_jax.models import embedded, hf
+from sparselora_jax.models import embedded, hf, on_disk, streaming
 from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
 from sparselora_jax.recipe import check_values, claim, lora_rules, prune_rules, refuse_other, text_format
@@ -56,9 +56,13 @@ class Job:
         Raises:
           PatternError, RuleError: see `prune_tree` and `init_lora`.
         """
-        _, params = self.model
-        pruning.patterns_of(params, prune_rules(self.config))
-        jax.eval_shape(lambda key: init_lora(key, params, lora_rules(self.config)), jax.random.key(0))
+        like = jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+            self.model.shapes(),
+            is_leaf=lambda shape: isinstance(shape, tuple),
+        )
+        pruning.patterns_of(like, prune_rules(self.config))
+        jax.eval_shape(lambda key: init_lora(key, like, lora_rules(self.config)), jax.random.key(0))
 
     @functools.cached_property
     def log(self) -> Log:
@@ -80,20 +84,40 @@ class Job:
         return batch if self.mesh is None else sharding.shard_batch(batch, self.mesh)
 
     @functools.cached_property
-    def model(self) -> tuple[Model, dict]:
-        """(model, params), dense."""
-        dtype = jnp.dtype(self.config.dtype)
+    def _opened(self) -> tuple[Model, Any]:
+        """(model, params) of the embedded model; of another one (model, where its weights lie)."""
         if self.config.model == 'embedded':
-            model, params = embedded.load(dtype=dtype)
-            return model, self.shard(params)
-        return hf.load_model(self.config.model, dtype=dtype, mesh=self.mesh)
+            return embedded.load(dtype=self.dtype)
+        return hf.open_model(self.config.model)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the base weights."""
+        return jnp.dtype(self.config.dtype)
+
+    @property
+    def model(self) -> Model:
+        """The model, without its weights."""
+        return self._opened[0]
+
+    @functools.cached_property
+    def params(self) -> dict:
+        """The dense weights."""
+        model, found = self._opened
+        if self.config.model == 'embedded':
+            return self.shard(found)
+        return streaming.read_params(model.shapes(), found, self.dtype, self.mesh)
+
+    def params_on_disk(self) -> dict:
+        """The dense weights, their blocks to be read when they are needed."""
+        return on_disk.params_on_disk(*self._opened, self.dtype)
 
     @functools.cached_property
     def processor(self) -> Any:
         """Images and text -> what the model reads, and tokens -> text."""
         if self.config.model == 'embedded':
-            return embedded.load_processor(self.model[0].cfg)
-        return processing.load_processor(self.model[0].source)
+            return embedded.load_processor(self.model.cfg)
+        return processing.load_processor(self.model.source)
 
     @functools.cached_property
     def text(self) -> pipeline.TextFormat:
@@ -118,12 +142,14 @@ class Job:
     @functools.cached_property
     def frozen(self) -> Frozen:
         """Params, masks and teacher, as restoration reads them: the teacher shares W unless kept weights changed."""
-        _, params = self.model
         masks = self.shard(storage.load_safetensors(self.workdir / 'masks.safetensors')[0])
         edited = self.workdir / 'pruned.safetensors'
         if edited.exists():
-            return Frozen(self.shard(storage.load_safetensors(edited)[0]), masks, teacher=params)
-        return Frozen(params, masks)
+            return Frozen(self.shard(storage.load_safetensors(edited)[0]), masks, teacher=self.params)
+        if (self.workdir / 'pruned').exists() and self.config.prune.method == 'sparsegpt':
+            pruned = hf.load_model(self.workdir / 'pruned', dtype=self.dtype, mesh=self.mesh)[1]
+            return Frozen(pruned, masks, teacher=self.params)
+        return Frozen(self.params, masks)
 
     def trained(self, name: str) -> dict:
         """The LoRA factors that the stage `name` has trained."""

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from sparselora_jax import calibrate, pruning, sharding
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.inspection import structs
+from sparselora_jax.models.layout import PIECE
 from sparselora_jax.recipe import lora_rules, prune_methods, prune_rules
 from sparselora_jax.tracing import Stack, batch_of, nbytes, stacks
 from sparselora_jax.weights import init_lora
@@ -86,7 +87,9 @@ def _only(made: Recipe, keep: Callable[[str], bool]) -> int:
 
 def load(made: Recipe) -> Stage:
     """Reading the model."""
-    return Stage({'params': on_device(made.params, made.mesh)}, {})
+    piece = min(PIECE, max(nbytes(leaf) for leaf in jax.tree.leaves(made.params)))
+    moments = {'placing a piece of a tensor': {'as it was read, and in our layout': 2 * piece}}
+    return Stage({'params': on_device(made.params, made.mesh)}, moments)
 
 
 def prune(made: Recipe) -> Stage:

@@ -34,7 +34,7 @@ TEXT = Path(__file__).parents[1] / 'assets' / 'heldout.txt'
 
 def run(job: Job) -> None:
     """Every stage, in order."""
-    evaluate(job, 'dense', lambda: job.model[1])
+    evaluate(job, 'dense', lambda: job.params)
     prune(job)
     evaluate(job, 'pruned', lambda: merge(job.frozen.params, job.frozen.masks))
     restore(job, 'restore', lambda: job.frozen)
@@ -42,15 +42,15 @@ def run(job: Job) -> None:
     export(job)
     floor(job)
     if job.config.restore.control:
-        restore(job, 'control', lambda: Frozen(job.model[1], None))
-        evaluate(job, 'control', lambda: merge(job.model[1], None, job.trained('control')))
+        restore(job, 'control', lambda: Frozen(job.params, None))
+        evaluate(job, 'control', lambda: merge(job.params, None, job.trained('control')))
 
 
 def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
     """Answers, accuracy per kind, and perplexity of a decoder-only language tower."""
 
     def compute():
-        model, w = job.model[0], weights()
+        model, w = job.model, weights()
         knobs = job.config.evaluate.to_dict()
         count, batch = knobs.pop('questions'), knobs.pop('batch')
         indices = vqa.sample(count, len(job.dataset.test.source), seed=job.config.seed)
@@ -92,7 +92,8 @@ def prune(job: Job) -> dict:
     """Calibrates and prunes; writes `masks.safetensors`, and `pruned.safetensors` if kept weights changed."""
 
     def compute():
-        config, (model, params) = job.config, job.model
+        config, model = job.config, job.model
+        params = job.params_on_disk() if config.stream else job.params
         calibration = [job.batches(config.prune.samples, config.seed + 1)[0]] if config.prune.samples > 0 else []
         progress = Progress('prune', block_count(params), interval=5)
         done = []
@@ -126,7 +127,7 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
     """Trains LoRA under the masks; writes `<name>.safetensors`."""
 
     def compute():
-        model, knobs, base = job.model[0], job.config.restore, frozen()
+        model, knobs, base = job.model, job.config.restore, frozen()
         lora = job.shard(init_lora(jax.random.key(job.config.seed), base.params, lora_rules(job.config)))
         schedule = {key: knobs[key] for key in ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')}
         tx = paper_optimizer(knobs.steps, **schedule)
@@ -158,7 +159,7 @@ def export(job: Job) -> dict:
     """Writes `exported/`, a Hugging Face directory of the merged model, and `adapter/`, LoRA alone; reads back."""
 
     def compute():
-        model, merged = job.model[0], job.merged()
+        model, merged = job.model, job.merged()
         folder = job.workdir / 'exported'
         if model.source is None:
             embedded.save(folder, model, merged, job.processor)
@@ -173,7 +174,7 @@ def export(job: Job) -> dict:
             'layer_density': {tower: layer_density(merged, tower) for tower in pattern},
             'lora_merged_density': plain_lora_density(frozen.params, frozen.masks, job.trained('restore')),
             'bytes': {
-                'dense': sum(leaf.nbytes for leaf in jax.tree.leaves(job.model[1])),
+                'dense': sum(leaf.nbytes for leaf in jax.tree.leaves(job.params)),
                 'exported': sum(file.stat().st_size for file in folder.glob('*.safetensors')),
             },
         }

@@ -41,8 +41,9 @@ def test_the_processor_puts_the_image_first_and_scales_pixels_from_minus_one_to_
     assert ids[: cfg.qformer.queries].tolist() == [cfg.image_token] * cfg.qformer.queries
     tokens = processor.hf.tokenizer('Question: is it? Short answer: teal')['input_ids']
     assert ids[cfg.qformer.queries :].tolist() == tokens
-    assert example['targets'][example['answer']].tolist() == [tokens[-1], 2]
-    assert processor.decode(example['targets'][None, :1]) == ['teal']
+    answer = example['targets'][example['answer']]
+    assert answer.tolist() == [*tokens[-(len(answer) - 1) :], 2]
+    assert processor.decode(example['targets'][None]) == ['teal']
 
 
 def test_a_missing_or_truncated_bridge_is_named(tmp_path):

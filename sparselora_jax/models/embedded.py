@@ -31,11 +31,6 @@ def language_model_file() -> Path:
     return files[0]
 
 
-def load_tokenizer() -> Any:
-    """SmolLM2's tokenizer."""
-    return gguf.load_tokenizer(language_model_file())
-
-
 def load_processor(cfg: blip2.Blip2Config) -> Any:
     """What BLIP-2's processor is to this model: images scaled to -1..1, SmolLM2's tokens, image placeholders first."""
     from transformers import Blip2Processor
@@ -43,9 +38,7 @@ def load_processor(cfg: blip2.Blip2Config) -> Any:
 
     from sparselora_jax.data.processing import Processor
 
-    tokenizer, half = load_tokenizer(), [0.5] * 3
-    tokenizer.add_special_tokens({'image_token': tokenizer.convert_ids_to_tokens(cfg.image_token)})
-    tokenizer.padding_side = 'left'
+    tokenizer, half = gguf.load_tokenizer(language_model_file(), cfg.image_token), [0.5] * 3
     size = {'height': cfg.vision.image_size, 'width': cfg.vision.image_size}
     images = BlipImageProcessorPil(size=size, image_mean=half, image_std=half)
     processor = Blip2Processor(images, tokenizer, num_query_tokens=cfg.qformer.queries)

@@ -21,8 +21,8 @@ class KVCache(NamedTuple):
 class View(NamedTuple):
     """Where the tokens of one run of blocks stand, and which slots each of them may read.
 
-    Without a cache the slots are the tokens themselves. With one, a run may hold any tokens: the prompt, the next token,
-    or the next token of every beam, since `mask` says who reads whom.
+    Without a cache the slots are the tokens themselves. With one, a run may hold any tokens: the prompt, the next
+    token, or the next token of every beam, since `mask` says who reads whom.
     """
 
     positions: Int[Array, 'batch tokens']
@@ -85,16 +85,18 @@ def attend(
     """
     batch, heads, queries, head_dim = q.shape
     kv_heads = k.shape[1]
-    q = q.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
-    logits = jnp.einsum('bkgqd,bksd->bkgqs', q, k, preferred_element_type=jnp.float32)
+    # Plain batched matmuls over [batch, kv_heads]: with the group as an axis of its own XLA transposes what they read.
+    q = q.reshape(batch, kv_heads, -1, head_dim)
+    logits = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, kv_heads, -1, queries, k.shape[2])
     logits = logits * (head_dim**-0.5 if scale is None else scale)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32).reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum('bkgqs,bksd->bqkgd', weights, v)
-    return mixed.reshape(batch, queries, heads * head_dim)
+    mixed = jnp.matmul(weights.reshape(batch, kv_heads, -1, k.shape[2]), v)
+    return mixed.reshape(batch, heads, queries, head_dim).swapaxes(1, 2).reshape(batch, queries, -1)
 
 
 def rope_table(
@@ -145,10 +147,10 @@ ACTIVATIONS = {  # by the names that Hugging Face's configs use
 
 
 def known_activation(name: str, owner: str) -> str:
-    """The name itself.
+    """`name`, if it is one of `ACTIVATIONS`.
 
     Raises:
-      UnsupportedModel: it is none of `ACTIVATIONS`; the error names `owner`, the part of a model that asks for it.
+      UnsupportedModel: it is not; the error names `owner`, the part of a model that asks for it.
     """
     if name not in ACTIVATIONS:
         raise UnsupportedModel(f'activation {name!r} of {owner}: expected one of {", ".join(ACTIVATIONS)}')

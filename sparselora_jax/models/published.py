@@ -18,7 +18,6 @@ Vicuna's 32001, PaliGemma's sizes, and that BLIP-2's FlanT5 takes the exact GELU
 """
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import model, t5
+from sparselora_jax.models.hf import read_config
 from sparselora_jax.storage import StorageError
 
 _OPT = {'model_type': 'opt', 'vocab_size': 50304, 'num_attention_heads': 32, 'num_hidden_layers': 32}
@@ -116,7 +116,9 @@ def find_config(name: str, *, others: Sequence[str] = ()) -> Any:
       UnsupportedModel: no family knows its kind.
     """
     if Path(name).is_dir():
-        return _read_config(Path(name))
+        if not (Path(name) / 'config.json').is_file():
+            raise StorageError(f'{name}: holds no config.json; give the directory of one model')
+        return read_config(Path(name))
     if name in CONFIGS:
         return config_of(name)
     if (file := _from_hub(name)) is None:
@@ -126,7 +128,7 @@ def find_config(name: str, *, others: Sequence[str] = ()) -> Any:
             f'{name}: no such directory, none of the published checkpoints known here, nor is its config.json to be had '
             f'from the hub (owner/name){hint}'
         )
-    return _read_config(file.parent)
+    return read_config(file.parent)
 
 
 def _from_hub(name: str) -> Path | None:
@@ -144,28 +146,12 @@ def _from_hub(name: str) -> Path | None:
         return None
 
 
-def _read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    file = folder / 'config.json'
-    try:
-        kind = json.loads(file.read_text()).get('model_type')
-    except (OSError, ValueError, AttributeError) as error:
-        raise StorageError(f'{file}: not a model config ({error})') from None
-    if kind not in model.FAMILY_OF:
-        raise UnsupportedModel(f'{file}: model_type {kind!r}: expected one of {", ".join(model.FAMILY_OF)}')
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise StorageError(f'{file}: transformers does not read it ({error})') from None
-
-
 def _copied(value: Any) -> Any:
     return {name: _copied(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
 def model_config(hf: Any) -> Any:
-    """Our config of a transformers config without its weights: a T5 1.1's head is taken to be its own.
+    """Our config of a transformers config without its weights: the head of a T5 1.1 is taken to be its own.
 
     Raises:
       UnsupportedModel: no family knows the model, or a field's value.
