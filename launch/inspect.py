@@ -66,10 +66,8 @@ def print_rules(made):
     config = made.config
     mesh = ' '.join(f'{axis}={size}' for axis, size in config.mesh.items())
     prune, restore = config.prune, config.restore
-    print(
-        f'\nrecipe: {config.dtype} on a mesh of {mesh}; pruning by {prune.method} with {prune.samples} samples in chunks'
-    )
-    print(f'of {prune.chunk}; restoring in batches of {restore.batch}, accumulated from {restore.accumulate}')
+    print(f'\nrecipe: {config.dtype} on a mesh of {mesh}; pruning by {prune.method}, {prune.samples} samples,')
+    print(f'{prune.chunk} at a time; restoring in batches of {restore.batch} in {restore.accumulate} parts')
     lists = {'prune rule': recipe.prune_rules(config), 'LoRA rule': recipe.lora_rules(config)}
     for title, listed in lists.items():
         rows = [

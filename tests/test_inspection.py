@@ -176,6 +176,27 @@ def test_the_script_takes_a_directory(script, tmp_path):
     code, out, err = script('inspect.py', tmp_path)
     assert code == 0, err
     assert '134,515,008' in out and 'no recipe for a language model alone' in out
+    code, _, err = script('inspect.py', tmp_path.parent)
+    assert code == 1 and 'holds no config.json' in err
+
+
+def test_a_directorys_own_files_say_whether_the_head_is_tied(script, tmp_path):
+    """T5 1.1 is saved with a head of its own, or with none: transformers' config says the same of both."""
+    vision = {'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+    bridge = {'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 2}
+    text = {'model_type': 't5', 'vocab_size': 64, 'd_model': 16, 'd_kv': 8, 'd_ff': 32, 'num_layers': 1, 'num_heads': 2}
+    hf = transformers.Blip2Config(
+        vision_config=vision | {'image_size': 28},
+        qformer_config=bridge,
+        text_config=text | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False},
+        image_token_index=60,
+    )
+    model = transformers.Blip2ForConditionalGeneration(hf)
+    model.save_pretrained(tmp_path)
+    unique = sum({id(p): p.numel() for p in model.parameters()}.values())
+    code, out, err = script('inspect.py', tmp_path)
+    assert code == 0, err
+    assert re.search(rf'^total +4 +{unique:,}$', out, re.M), out
 
 
 @pytest.mark.parametrize(

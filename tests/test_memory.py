@@ -5,17 +5,13 @@ import jax.numpy as jnp
 import pytest
 
 from configs import blip2_both
-from sparselora_jax import calibrate, memory, rules, sharding, storage, tracing
+from sparselora_jax import calibrate, memory, rules, sharding, tracing
 from sparselora_jax.models import blip2, llama, qformer, t5, vit
-from sparselora_jax.models.init import init_params
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
-from sparselora_jax.recipe import lora_rules
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
 from sparselora_jax.train import init_state
-from sparselora_jax.weights import init_lora
 
-assert storage
 VISION = vit.ViTConfig(image_size=28, patch_size=7, width=64, depth=2, heads=4, mlp_width=128)
 QFORMER = qformer.QFormerConfig(queries=8, width=64, pairs=1, heads=4, mlp_width=128, image_width=64)
 LLAMA = llama.LlamaConfig(vocab=256, width=128, depth=3, heads=4, kv_heads=2, mlp_width=256, tied=False)
@@ -32,10 +28,9 @@ def config():
 
 
 def arrays(made):
-    """Real params, masks and LoRA of a recipe."""
-    params = init_params(jax.random.key(0), blip2.shapes(made.cfg), dtype=jnp.dtype(made.config.dtype))
-    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), made.masks)
-    return params, masks, init_lora(jax.random.key(0), params, lora_rules(made.config))
+    """Params, masks and LoRA of a recipe, as arrays."""
+    trees = made.params, made.masks, made.lora
+    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), trees)
 
 
 def on_first_device(tree):

@@ -125,8 +125,8 @@ def find_config(name: str, *, others: Sequence[str] = ()) -> Any:
         nearest = difflib.get_close_matches(name, [*CONFIGS, *others], 1)
         hint = f'; did you mean {nearest[0]}?' if nearest else ''
         raise StorageError(
-            f'{name}: no such directory, none of the published checkpoints known here, nor is its config.json to be had '
-            f'from the hub (owner/name){hint}'
+            f'{name}: no such directory, none of the published checkpoints known here, and its config.json is not to '
+            f'be had from the hub (owner/name){hint}'
         )
     return read_config(file.parent)
 
