@@ -1,6 +1,5 @@
 """Hugging Face directories of every family: what is read equals what the saved processor makes, and lies in place."""
 
-import json
 import pickle
 import shutil
 import subprocess
@@ -9,119 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tiny_processors import KINDS, LAYOUT, PICTURES, SIDE, TEXTS, edit, make, prompts
+from tokenizers import processors
 
 from sparselora_jax.data.pipeline import DataError
 from sparselora_jax.data.processing import Processor, load_processor
-from sparselora_jax.errors import UnsupportedModel
-
-CORPUS = ['Question: what is the colour of the cat? Short answer: teal', 'USER: is it a red circle? ASSISTANT: yes'] * 9
-SIDE, PATCH = 28, 14
-RNG = np.random.default_rng(0)
-PICTURES = [
-    Image.fromarray(RNG.integers(0, 256, (40, 61, 3), np.uint8)),
-    Image.fromarray(RNG.integers(0, 256, (70, 31), np.uint8)),
-    Image.fromarray(RNG.integers(0, 256, (30, 30, 4), np.uint8)),
-]
-TEXTS = ['Question: what is the colour of the cat? Short answer:', 'is it red?', 'a cat of the colour teal']
-LAYOUT = {'prompt_tokens': 40, 'answer_tokens': 8}
-
-
-def bpe(bos, eos, pad, *, image, template=None, spaces='bytes'):
-    """A tokenizer like OPT's (`bytes`: a space belongs to its word) or LLaMA's (`first`: one is put in front)."""
-    tokenizer = Tokenizer(models.BPE(unk_token='<unk>'))
-    if spaces == 'bytes':
-        tokenizer.pre_tokenizer, tokenizer.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            decoders.ByteLevel(),
-        )
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces)
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme=spaces)
-        alphabet = list('\n')
-    special = list(dict.fromkeys([pad, bos, eos, '<unk>', *(['<image>'] if image else [])]))
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    ids = [(token, tokenizer.token_to_id(token)) for token in (bos, eos)]
-    if template:
-        pair = template + ' $B'
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=ids)
-    tokens = dict(bos_token=bos, eos_token=eos, pad_token=pad, unk_token='<unk>')
-    names = ['input_ids', 'attention_mask']
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **tokens)
-
-
-def opt_tokenizer():
-    return bpe('</s>', '</s>', '<pad>', image=False, template='</s> $A')
-
-
-def t5_tokenizer():
-    return bpe('<s>', '</s>', '<pad>', image=False, template='$A </s>', spaces='always')
-
-
-def llama_tokenizer(image=True):
-    return bpe('<s>', '</s>', '<pad>', image=image, template='<s> $A', spaces='first')
-
-
-def bert_tokenizer():
-    words = ['[PAD]', '[CLS]', '[SEP]', '[UNK]', *sorted({w for line in CORPUS for w in line.lower().split()})]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token='[UNK]'))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
-    ids = [('[CLS]', 1), ('[SEP]', 2)]
-    tokenizer.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=ids)
-    tokens = dict(cls_token='[CLS]', sep_token='[SEP]', pad_token='[PAD]', unk_token='[UNK]')
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
-
-
-def square():
-    return {'height': SIDE, 'width': SIDE}
-
-
-def make(name, folder):
-    """A directory of the kind, as transformers saves it; the processor that it holds."""
-    vision = {'image_size': SIDE, 'patch_size': PATCH}
-    if name.startswith(('blip2', 'instructblip')):
-        instruct, language = name.startswith('instructblip'), name.rsplit('-')[-1]
-        blip = transformers.BlipImageProcessorPil(size=square())
-        tokenizer = {'opt': opt_tokenizer, 't5': t5_tokenizer, 'llama': lambda: llama_tokenizer(False)}[language]()
-        if instruct:
-            hf = transformers.InstructBlipProcessor(blip, tokenizer, bert_tokenizer(), num_query_tokens=5)
-        else:
-            hf = transformers.Blip2Processor(blip, tokenizer, num_query_tokens=5)
-        kind = transformers.InstructBlipConfig if instruct else transformers.Blip2Config
-        text = {'model_type': language, 'eos_token_id': tokenizer.eos_token_id}
-        text |= {'decoder_start_token_id': 0} if language == 't5' else {}
-        image = tokenizer.convert_tokens_to_ids('<image>')
-        config = kind(vision_config=vision, text_config=text, num_query_tokens=5, image_token_index=image)
-    elif name.startswith('llava'):
-        clip = transformers.CLIPImageProcessorPil(size={'shortest_edge': SIDE}, crop_size=square())
-        tokenizer, strategy = llama_tokenizer(), name.rsplit('-')[-1]
-        settings = {'patch_size': PATCH, 'num_additional_image_tokens': 1, 'vision_feature_select_strategy': strategy}
-        hf = transformers.LlavaProcessor(clip, tokenizer, **settings)
-        text = {'model_type': 'llama', 'eos_token_id': tokenizer.eos_token_id}
-        vision |= {'model_type': 'clip_vision_model'}
-        image = {'image_token_index': hf.image_token_id, 'vision_feature_select_strategy': strategy}
-        config = transformers.LlavaConfig(vision_config=vision, text_config=text, **image)
-    else:
-        siglip = transformers.SiglipImageProcessorPil(size=square(), image_seq_length=4)
-        tokenizer = bpe('<bos>', '<eos>', '<pad>', image=False, spaces='never')
-        hf = transformers.PaliGemmaProcessor(siglip, tokenizer)
-        text = {'model_type': 'gemma', 'eos_token_id': tokenizer.eos_token_id}
-        vision |= {'model_type': 'siglip_vision_model'}
-        config = transformers.PaliGemmaConfig(
-            vision_config=vision, text_config=text, image_token_index=hf.image_token_id
-        )
-    hf.save_pretrained(folder)
-    config.save_pretrained(folder)
-    return hf
-
-
-KINDS = ['blip2-opt', 'blip2-t5', 'instructblip-llama', 'instructblip-t5', 'llava-default', 'llava-full', 'paligemma']
 
 
 @pytest.fixture(scope='module')
@@ -129,10 +21,6 @@ def made(tmp_path_factory):
     """{kind: (directory, its transformers processor)}"""
     folder = tmp_path_factory.mktemp('models')
     return {kind: (folder / kind, make(kind, folder / kind)) for kind in KINDS}
-
-
-def prompts(kind):
-    return [f'USER: <image>\n{text} ASSISTANT:' for text in TEXTS] if kind.startswith('llava') else TEXTS
 
 
 def oracle(kind, hf, images, texts):
@@ -240,6 +128,9 @@ def test_an_example_is_the_prompt_and_the_answer_but_its_last_token(made, kind, 
         # The prompt ends where generation starts, and every target comes after what it is predicted from.
         assert example['attention_mask'][width - 1] and example['input_ids'][width - 1] == alone['input_ids'][0, -1]
         assert example['input_ids'][-count:][1 : len(target)].tolist() == target[:-1]
+    # All the rest is pads; where the processor pads the text alone, they come after the image.
+    assert set(example['input_ids'][example['attention_mask'] == 0]) == {hf.tokenizer.pad_token_id}
+    assert example['attention_mask'][: processor.image_tokens].all() == ('blip' in kind)
     np.testing.assert_array_equal(example['pixel_values'], alone['pixel_values'][0])
     assert ('token_type_ids' in example) == (kind == 'paligemma')
     for name in ('qformer_input_ids', 'qformer_attention_mask') if 'instruct' in kind else ():
@@ -308,79 +199,6 @@ def test_a_processor_can_be_sent_to_a_data_worker(made):
     assert isinstance(again, Processor)
     want, got = (p.prompt(PICTURES[:1], prompts('llava')[:1])['input_ids'] for p in (processor, again))
     np.testing.assert_array_equal(got, want)
-
-
-def edit(file, change):
-    settings = json.loads(file.read_text())
-    change(settings)
-    file.write_text(json.dumps(settings))
-
-
-def test_settings_that_old_directories_lack_come_from_config(made, tmp_path):
-    """Their image settings lie in preprocessor_config.json, and the model itself made room for the image."""
-    for kind in ('blip2-opt', 'llava-default', 'llava-full'):
-        folder = tmp_path / kind
-        shutil.copytree(made[kind][0], folder)
-        settings = json.loads((folder / 'processor_config.json').read_text())
-        (folder / 'processor_config.json').unlink()
-        images = settings['image_processor'] | {'processor_class': settings['processor_class']}
-        (folder / 'preprocessor_config.json').write_text(json.dumps(images))
-        got, want = (load_processor(f).prompt(PICTURES, prompts(kind)) for f in (folder, made[kind][0]))
-        for name in want:
-            np.testing.assert_array_equal(got[name], want[name])
-
-
-def test_answers_end_with_what_generation_stops_at(made, tmp_path):
-    for kind, want in (('blip2-opt', 7), ('paligemma', 9)):
-        folder = tmp_path / kind
-        shutil.copytree(made[kind][0], folder)
-        edit(folder / 'config.json', lambda d: d['text_config'].update(eos_token_id=7))
-        (folder / 'generation_config.json').write_text('{"eos_token_id": [9, 8]}')
-        example = load_processor(folder).example(PICTURES[0], TEXTS[0], 'teal', **LAYOUT)
-        assert example['targets'][example['answer']][-1] == want
-
-
-@pytest.mark.parametrize(
-    'kind, damage, message',
-    [
-        ('blip2-opt', lambda f: (f / 'config.json').unlink(), 'no config.json'),
-        ('blip2-opt', lambda f: (f / 'config.json').write_text('{'), 'config.json cannot be read'),
-        ('blip2-opt', lambda f: (f / 'tokenizer.json').unlink(), 'no tokenizer .none of tokenizer.json'),
-        ('blip2-opt', lambda f: (f / 'tokenizer.json').write_text('{}'), 'its processor cannot be read'),
-        ('blip2-opt', lambda f: (f / 'processor_config.json').unlink(), 'no preprocessor_config.json'),
-        ('blip2-opt', lambda f: (f / 'processor_config.json').write_text('{}'), 'no preprocessor_config.json'),
-        ('instructblip-t5', lambda f: shutil.rmtree(f / 'qformer_tokenizer'), 'qformer_tokenizer: no tokenizer'),
-        (
-            'llava-default',
-            lambda f: edit(f / 'config.json', lambda d: d.update(image_token_index=32000)),
-            '<image> is 4 to the tokenizer, 32000 in config.json',
-        ),
-        (
-            'llava-default',
-            lambda f: edit(f / 'processor_config.json', lambda d: d.update(num_additional_image_tokens=0)),
-            r'makes 3 image tokens of 28x28 pixels, the model reads\s+4 of 28x28',
-        ),
-        (
-            'paligemma',
-            lambda f: edit(f / 'processor_config.json', lambda d: d['image_processor']['size'].update(height=14)),
-            'makes 4 image tokens of 14x28 pixels',
-        ),
-        ('llava-default', lambda f: llama_tokenizer(False).save_pretrained(f), 'no image token'),
-    ],
-)
-def test_a_directory_that_cannot_work_is_named_with_the_reason(made, tmp_path, kind, damage, message):
-    folder = tmp_path / 'broken'
-    shutil.copytree(made[kind][0], folder)
-    damage(folder)
-    with pytest.raises(DataError, match=message) as caught:
-        load_processor(folder)
-    assert str(folder) in str(caught.value)
-
-
-def test_another_family_is_refused(tmp_path):
-    transformers.LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="no image processing for model_type 'llama'"):
-        load_processor(tmp_path)
 
 
 WITHOUT_TORCH = """

@@ -19,7 +19,7 @@ from sparselora_jax.models.checkpoint_files import Checkpoint, Entry
 from sparselora_jax.models.keys import Part
 from sparselora_jax.storage import StorageError
 
-PIECE = 64 * 2**20  # bytes; larger tensors are read and written in runs of rows
+PIECE = 32 * 2**20  # bytes; larger tensors are read and written in runs of rows
 HEAD, EMBED = 'language/head/kernel', 'language/embed'
 
 
