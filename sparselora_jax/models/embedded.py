@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sparselora_jax.models import blip2, gguf, hf_configs, hf_export, llama, qformer, vit
 from sparselora_jax.models.model import Generation, Model
-from sparselora_jax.storage import StorageError, check_shapes, load_safetensors
+from sparselora_jax.storage import StorageError, check_shapes, load_safetensors, read_metadata
 from sparselora_jax.weights import merge
 
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
@@ -60,6 +60,15 @@ def _from_header(path: str | Path, metadata: dict[str, str]) -> blip2.Blip2Confi
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
+
+
+def load_config(bridge: str | Path = BRIDGE) -> blip2.Blip2Config:
+    """The config alone.
+
+    Raises:
+      StorageError: the file is missing or truncated, or holds no config.
+    """
+    return _from_header(bridge, read_metadata(bridge))
 
 
 def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict]:
