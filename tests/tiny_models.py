@@ -27,7 +27,7 @@ CLASSES = {
 
 
 def save(kind, folder, **options):
-    """Writes a directory of that kind (see `tiny_processors`); returns the torch model. `options`: of save_pretrained."""
+    """Writes a directory of that kind (see `tiny_processors`); returns torch's model. `options`: of saving."""
     processor = make(kind, folder)
     whole = transformers.AutoConfig.from_pretrained(folder).to_dict()
     text = whole['text_config']['model_type']

@@ -89,7 +89,7 @@ def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict
 
 
 def save(folder: str | Path, model: Model, params: dict) -> None:
-    """Writes the model as a Hugging Face directory that torch's `Blip2ForConditionalGeneration` loads, processor included.
+    """Writes a Hugging Face directory that torch's `Blip2ForConditionalGeneration` loads, processor included.
 
     Raises:
       StorageError: see `hf_export.write_new`.

@@ -38,8 +38,8 @@ def export_model(folder: str | Path, model: Model, params: dict, *, source: str 
     it has ended, the folder has no config.json.
 
     Args:
-      params: plain arrays, merged, or stacks that give a layer when they are indexed (`on_disk`); cast to the dtype that
-        each tensor has in its file.
+      params: plain arrays, merged, or stacks that give a layer when they are indexed (`on_disk`); cast to the dtype
+        that each tensor has in its file.
       source: the directory to follow; `model.source` by default.
 
     Raises:

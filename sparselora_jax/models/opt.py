@@ -1,4 +1,4 @@
-"""OPT (arXiv 2205.01068): LayerNorm, learned positions, ReLU MLP, tied or untied head; norms before or (OPT-350m) after."""
+"""OPT (arXiv 2205.01068): LayerNorm, learned positions, ReLU MLP; norms before or (OPT-350m) after."""
 
 from dataclasses import dataclass
 from typing import Any
