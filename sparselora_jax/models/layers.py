@@ -21,8 +21,8 @@ class KVCache(NamedTuple):
 class View(NamedTuple):
     """Where the tokens of one run of blocks stand, and which slots each of them may read.
 
-    Without a cache the slots are the tokens themselves. With one, a run may hold any tokens: the prompt, the next token,
-    or the next token of every beam, since `mask` says who reads whom.
+    Without a cache the slots are the tokens themselves. With one, a run may hold any tokens: the prompt, the next
+    token, or the next token of every beam, since `mask` says who reads whom.
     """
 
     positions: Int[Array, 'batch tokens']
@@ -147,10 +147,10 @@ ACTIVATIONS = {  # by the names that Hugging Face's configs use
 
 
 def known_activation(name: str, owner: str) -> str:
-    """The name itself.
+    """`name`, if it is one of `ACTIVATIONS`.
 
     Raises:
-      UnsupportedModel: it is none of `ACTIVATIONS`; the error names `owner`, the part of a model that asks for it.
+      UnsupportedModel: it is not; the error names `owner`, the part of a model that asks for it.
     """
     if name not in ACTIVATIONS:
         raise UnsupportedModel(f'activation {name!r} of {owner}: expected one of {", ".join(ACTIVATIONS)}')

@@ -1,4 +1,4 @@
-"""PaliGemma (arXiv 2407.07726): SigLIP -> one linear layer -> soft words of Gemma, whose prompt reads itself both ways."""
+"""PaliGemma (arXiv 2407.07726): SigLIP -> a linear layer -> soft words of Gemma, whose prompt is read both ways."""
 
 from dataclasses import dataclass, replace
 from typing import Any

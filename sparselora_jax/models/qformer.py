@@ -89,7 +89,7 @@ def finish(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim']) -> Fl
 def forward(
     w: dict, cfg: QFormerConfig, image: Float[Array, 'batch patches image_dim'], batch: dict, run=scan_blocks
 ) -> Float[Array, 'batch queries dim']:
-    """Image tokens (and `batch`'s instruction, where `cfg.vocab` says that it is read) -> the queries' hidden states."""
+    """Image tokens (and the instruction of `batch`, if `cfg.vocab` says so) -> the queries' hidden states."""
     x, ctx = embed(w, cfg, image, batch)
     x, _ = run('qformer', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)

@@ -1,7 +1,7 @@
 """Vision transformer (arXiv 2010.11929): patches, learned positions, pre-norm blocks.
 
-EVA-CLIP's ViT-g, as BLIP-2 has it: class token, exact GELU, a final norm over all tokens. CLIP: a norm before the blocks
-as well, no bias on the patches, quick GELU; LLaVA reads the input of its last layer, so that layer and the final norm
+EVA-CLIP's ViT-g, as BLIP-2 has it: class token, exact GELU, a final norm over all tokens. CLIP: a norm before the
+blocks, no bias on the patches, quick GELU; LLaVA reads the input of its last layer, so that layer and the final norm
 are no part of it here. SigLIP: no class token, tanh GELU.
 """
 
