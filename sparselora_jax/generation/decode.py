@@ -106,13 +106,17 @@ def _view(
 
 
 def _grow(caches: Any, slots: int) -> Any:
-    """Caches with room for `slots` more tokens."""
+    """Key/value caches with room for `slots` more tokens; other leaves as they are."""
+    room = ((0, 0), (0, 0), (0, slots), (0, 0))
 
-    def grow(cache):
-        room = ((0, 0), (0, 0), (0, slots), (0, 0))
-        return cache._replace(k=jnp.pad(cache.k, room), v=jnp.pad(cache.v, room))
+    def grow(leaf):
+        return leaf._replace(k=jnp.pad(leaf.k, room), v=jnp.pad(leaf.v, room)) if _is_cache(leaf) else leaf
 
-    return jax.tree.map(grow, caches, is_leaf=lambda leaf: isinstance(leaf, layers.KVCache))
+    return jax.tree.map(grow, caches, is_leaf=_is_cache)
+
+
+def _is_cache(leaf: Any) -> bool:
+    return isinstance(leaf, layers.KVCache)
 
 
 def _is_bound(leaf: Any) -> bool:
