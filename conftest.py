@@ -95,14 +95,14 @@ def from_torch():
 
 @pytest.fixture(scope='session')
 def perturbed():
-    """`perturbed(module)`: a torch module, 0.3 * noise on every parameter, since biases and scales start at 0 and 1."""
+    """`perturbed(module)`: a torch module with noise on every parameter, since biases and scales start at 0 and 1."""
     import torch
 
-    def perturb(module, seed=0):
+    def perturb(module, scale=0.3, seed=0):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
         return module.eval()
 
     return perturb

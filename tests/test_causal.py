@@ -40,6 +40,7 @@ CONFIGS = {
 @pytest.mark.parametrize('name', CONFIGS)
 def test_logits_equal_torch(name, perturbed, from_torch):
     hf = CONFIGS[name]
+    torch.manual_seed(0)
     module, model = perturbed(AutoModelForCausalLM.from_config(hf)), Model(from_hf(hf), Generation(eos=(1,), pad=0))
     params = from_torch(module.state_dict(), causal.keys(model.cfg), model.shapes())
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(p.numel() for p in module.parameters())

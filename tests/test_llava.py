@@ -42,6 +42,7 @@ def config(**changes):
 
 def oracle(hf, perturbed, from_torch):
     """(torch's model, ours, our params)."""
+    torch.manual_seed(0)
     module = perturbed(LlavaForConditionalGeneration(hf))
     model = Model(from_hf(hf), Generation(eos=(2,), pad=0))
     return module, model, from_torch(module.state_dict(), llava.keys(model.cfg), model.shapes())

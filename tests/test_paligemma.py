@@ -43,6 +43,7 @@ def build(image_token, perturbed, from_torch, attention='sdpa'):
         hidden_size=32,
         attn_implementation=attention,
     )
+    torch.manual_seed(0)
     module = perturbed(PaliGemmaForConditionalGeneration(hf))
     model = Model(from_hf(hf), Generation(eos=(1,), pad=0))
     return module, model, from_torch(module.state_dict(), paligemma.keys(model.cfg), model.shapes())

@@ -46,6 +46,10 @@ def from_hf(hf: Any) -> Any:
     return FAMILY_OF[hf.model_type].from_hf(hf)
 
 
+def _arrays(batch: dict) -> dict:
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
 @dataclass(frozen=True)
 class Generation:
     """What decoding needs to know of a model: its special tokens, and the defaults that its directory names."""
@@ -88,7 +92,7 @@ class Model:
 
     def prompt(self, weights: dict, batch: dict, run=scan_blocks) -> towers.Prompt:
         """What the language tower reads."""
-        batch = {name: jnp.asarray(array) for name, array in batch.items()}
+        batch = _arrays(batch)
         batch.setdefault('attention_mask', jnp.ones_like(batch['input_ids']))
         return self.family.prompt(weights, self.cfg, batch, run)
 
@@ -97,6 +101,7 @@ class Model:
 
         `run`: the runner (see `models.runners`).
         """
+        batch = _arrays(batch)
         prompt, w, cfg = self.prompt(weights, batch, run), weights['language'], self.cfg.language
         if not self.encoder_decoder:
             return self.language.forward(w, cfg, prompt.x, prompt.valid, run, prefix=prompt.prefix)

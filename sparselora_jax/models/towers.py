@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.models import keys as names
-from sparselora_jax.models import layers, llama
+from sparselora_jax.models import layers, llama, opt, t5
 
 
 class Prompt(NamedTuple):
@@ -25,8 +25,14 @@ class Prompt(NamedTuple):
     prefix: Bool[Array, 'batch tokens'] | None = None
 
 
-LANGUAGE: dict[type, ModuleType] = {llama.LlamaConfig: llama}
-MODEL_TYPES: dict[str, ModuleType] = {'llama': llama, 'mistral': llama, 'gemma': llama}  # by transformers' names
+LANGUAGE: dict[type, ModuleType] = {llama.LlamaConfig: llama, opt.OptConfig: opt, t5.T5Config: t5}
+MODEL_TYPES: dict[str, ModuleType] = {  # by transformers' model_type
+    'llama': llama,
+    'mistral': llama,
+    'gemma': llama,
+    'opt': opt,
+    't5': t5,
+}
 
 
 def language(cfg: Any) -> ModuleType:
@@ -49,9 +55,11 @@ def keys(cfg: Any, model: str, head: str) -> names.Keys:
 
     Args:
       model: the prefix of transformers' model without its head, e.g. 'model.'.
-      head: the prefix of the head's name and of an encoder-decoder's stacks.
+      head: the prefix of the head's name, and of T5's embedding and stacks.
     """
-    table = names.nested(language(cfg).keys(cfg), 'language/', model)
+    module = language(cfg)
+    prefix = {opt: f'{model}decoder.', t5: head}.get(module, model)
+    table = names.nested(module.keys(cfg), 'language/', prefix)
     untied = 'head' in shapes(cfg)
     return table | ({'language/head/kernel': f'{head}lm_head.weight'} if untied else {})
 
