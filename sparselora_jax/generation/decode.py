@@ -54,7 +54,9 @@ def decode(
         x, caches = run(language.embed_tokens(w, cfg, tokens), view, caches)
         return index + 1, caches, search.step(rules, state, index, logits(x))
 
-    carry = (jnp.ones((), jnp.int32), _grow(caches, beams * new), state)
+    # A barrier, or XLA moves what made a cache (T5's cross-attention: a transpose) into the loop that reads it.
+    caches = jax.lax.optimization_barrier(_grow(caches, beams * new))
+    carry = (jnp.ones((), jnp.int32), caches, state)
     _, _, state = jax.lax.while_loop(lambda carry: carry[2].unfinished, advance, carry)
     return state.finished[:, 0], jnp.max(state.lengths[:, 0])
 
