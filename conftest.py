@@ -48,7 +48,7 @@ def easy_vqa_builder(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def random_params():
-    """`random_params(shapes, std)`: like `blip2.init`, but by numpy (no compilation), no scale or bias trivial."""
+    """`random_params(shapes, std)`: like `init_params`, but by numpy (no compilation), no scale or bias trivial."""
     from sparselora_jax import rules
 
     def draw(shapes, std=0.2):
@@ -110,15 +110,16 @@ def perturbed():
 
 @pytest.fixture(scope='session')
 def tiny_blip2(random_params):
-    """(cfg, params) of a random model that reads the real images and words, small enough to run a whole job on."""
-    from sparselora_jax.models import blip2, llama, qformer, vit
+    """(model, params) of a random model that reads the real images and words, small enough to run a whole job on."""
+    from sparselora_jax.models import blip2, embedded, llama, qformer, vit
+    from sparselora_jax.models.model import Model
 
     cfg = blip2.Blip2Config(
         vision=vit.ViTConfig(image_size=64, patch_size=16, width=16, depth=2, heads=2, mlp_width=32),
         qformer=qformer.QFormerConfig(queries=2, width=16, pairs=1, heads=2, mlp_width=32, image_width=16),
         language=llama.LlamaConfig(vocab=49152, width=16, depth=2, heads=4, kv_heads=2, mlp_width=32),
     )
-    return cfg, random_params(blip2.shapes(cfg))
+    return Model(cfg, embedded.GENERATION), random_params(blip2.shapes(cfg))
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def measure(method: str, pattern: str, sequences: int, length: int) -> dict[str,
     batch = {'tokens': tokens, 'valid': jnp.ones(tokens.shape, bool)}
 
     def forward(w, batch, run=None):
-        x = llama.embed_tokens(w['language'], batch['tokens'])
+        x = llama.embed_tokens(w['language'], cfg, batch['tokens'])
         return llama.forward(w['language'], cfg, x, batch['valid'], *([] if run is None else [run]))
 
     whole = jax.jit(lambda w, b: forward(w, b)[:, -1])

@@ -13,7 +13,6 @@ of the same library.
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ import optax
 import torch
 from absl import app, flags
 from step_torch import KD, LR, SCALE, TEMPERATURE, WEIGHT_DECAY, torch_variant
+from timing import matmul_runs, seconds
 
 import sparselora_jax as sl
 from sparselora_jax import restore
@@ -88,9 +88,9 @@ def jax_step(gradient: str, cfg: llama.LlamaConfig, lora: dict) -> tuple[Callabl
     """The library's step and its first state."""
 
     def forward(w, batch):
-        x = llama.embed_tokens(w, batch['tokens'])
+        x = llama.embed_tokens(w, cfg, batch['tokens'])
         hidden = llama.forward(w, cfg, x, jnp.ones(batch['tokens'].shape, bool))
-        return llama.head(w, hidden[:, -batch['targets'].shape[1] :])
+        return llama.head(w, cfg, hidden[:, -batch['targets'].shape[1] :])
 
     tx = optax.adamw(LR, weight_decay=WEIGHT_DECAY)
     step = restore.make_train_step(forward, tx, kd=KD, temperature=TEMPERATURE, gradient=gradient)
@@ -107,27 +107,6 @@ def jax_variant(gradient: str, cfg, params, masks, lora, batch) -> Callable[[], 
         return float(metrics['loss']), float(metrics['grad_norm'])
 
     return run
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def matmul_runs(shape: tuple[int, int, int]) -> dict[str, tuple[Callable[[], object], float]]:
-    """For each library: a function that repeats one `x @ W`, and the FLOPs of a call (about 20 G)."""
-    m, k, n = shape
-    rng = np.random.default_rng(0)
-    x, w = (rng.normal(size=size).astype(np.float32) for size in ((m, k), (k, n)))
-    repeats = max(1, round(2e10 / (2 * m * k * n)))
-    jx, jw, tx, tw, dot = jnp.asarray(x), jnp.asarray(w), torch.tensor(x), torch.tensor(w), jax.jit(jnp.matmul)
-    flops = repeats * 2 * m * k * n
-    return {
-        'jax': (lambda: jax.block_until_ready([dot(jx, jw) for _ in range(repeats)]), flops),
-        'torch': (lambda: [tx @ tw for _ in range(repeats)], flops),
-    }
 
 
 def goals(

@@ -10,11 +10,9 @@ Accuracy on 1,000 test questions: dense 99.4 %, pruned 47.5 %, restored 98.9 %; 
 
 from ml_collections import ConfigDict
 
-from configs import blip2_lang_only
+from configs import arguments, blip2_lang_only
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """See `blip2_lang_only.get_config`."""
-    config = blip2_lang_only.get_config(arg)
-    config.prune.pattern.vision = '2:4'
-    return config
+    """`arg`: see `configs/arguments.py`."""
+    return arguments.apply(blip2_lang_only.base(), arg, pruned=('vision', 'language'))

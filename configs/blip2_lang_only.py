@@ -12,14 +12,24 @@ more) the same LoRA budget on the dense model: 99.6 %.
 
 from ml_collections import ConfigDict
 
+from configs import arguments
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: `model=<directory or hub id>` names another model."""
+    """`arg`: see `configs/arguments.py`."""
+    return arguments.apply(base(), arg, pruned=('language',))
+
+
+def base() -> ConfigDict:
+    """Every field, language only."""
     config = ConfigDict()
-    config.model = 'embedded'
+    config.model = 'embedded'  # or a Hugging Face directory, or a hub id
+    config.data = 'easy_vqa'  # or a folder of images with a data.jsonl (sparselora_jax/data/folder.py)
+    config.data_dir = 'runs/data'  # where easy-VQA is prepared
     config.seed = 42
-    config.data_dir = 'runs/data'
     config.dtype = 'float32'  # of the base weights; LoRA, optimiser and statistics are always float32
+    config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))  # devices along each axis
+    config.stream = False  # True: prune block by block from disk, for a model that memory does not hold
     config.text = ConfigDict(dict(prompt='Question: {} Short answer:', prompt_tokens=16, answer_tokens=3))
 
     # Pruning: a pattern per tower (dense | 0.5 | 2:4 | 4:8), over the kernels of its blocks.
@@ -46,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.restore = ConfigDict()
     config.restore.steps = 100
     config.restore.batch = 16
-    config.restore.shares = (2, 1, 1)  # yes/no, shape, colour
+    config.restore.shares = (2, 1, 1)  # yes/no, shape, colour; (): records as they come
     config.restore.peak = 1e-3
     config.restore.warmup = 10
     config.restore.start = 1e-6
@@ -66,11 +76,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.questions = 1000  # of 9,673
     config.evaluate.batch = 50
-    config.evaluate.max_new_tokens = 4  # greedy
+    # Of generate; the paper: 5 beams, length penalty -1 (short answers) or 1 (captions).
+    config.evaluate.num_beams = 1
+    config.evaluate.max_new_tokens = 4
+    config.evaluate.min_length = 0
+    config.evaluate.length_penalty = 1.0
 
-    if arg is not None:
-        name, _, value = arg.partition('=')
-        if name != 'model' or not value:
-            raise ValueError(f'config argument {arg!r}: expected model=<directory or hub id>')
-        config.model = value
     return config

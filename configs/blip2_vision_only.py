@@ -11,12 +11,9 @@ this small encoder has little to lose at 2:4.
 
 from ml_collections import ConfigDict
 
-from configs import blip2_lang_only
+from configs import arguments, blip2_lang_only
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """See `blip2_lang_only.get_config`."""
-    config = blip2_lang_only.get_config(arg)
-    config.prune.pattern.vision = '2:4'
-    config.prune.pattern.language = 'dense'
-    return config
+    """`arg`: see `configs/arguments.py`."""
+    return arguments.apply(blip2_lang_only.base(), arg, pruned=('vision',))

@@ -5,6 +5,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,6 +26,40 @@ def define_config(default: str = 'configs/blip2_lang_only.py', workdir: str = 'r
         _fail(error)
     config = config_flags.DEFINE_config_file('config', default, 'a file of configs/, then :argument')
     return config, flags.DEFINE_string('workdir', workdir, 'where results, logs and checkpoints go')
+
+
+def define_model() -> None:
+    """The flags of scripts that read a model and decode with it."""
+    flags.DEFINE_string('model', None, 'a Hugging Face directory or hub id; by default the embedded dense model')
+    flags.DEFINE_string(
+        'prompt', None, "how a question is written, with {} in its place; by default the model's own way"
+    )
+    flags.DEFINE_integer('prompt_tokens', None, 'a prompt is padded to so many', lower_bound=1)
+    flags.DEFINE_string('dtype', 'float32', 'of the weights')
+    flags.DEFINE_integer('num_beams', 1, '1: greedy', lower_bound=1)
+    flags.DEFINE_integer('max_new_tokens', 4, 'the longest answer', lower_bound=1)
+    flags.DEFINE_float('length_penalty', 1.0, 'beams: above 0 favours long answers, below 0 short ones')
+
+
+def load_model() -> tuple:
+    """(model, params, processor, text format) of `--model`."""
+    from sparselora_jax.data import pipeline, processing
+    from sparselora_jax.models import embedded, hf
+
+    values = flags.FLAGS
+    if values.model is None:
+        model, params = embedded.load(dtype=values.dtype)
+        processor, text = embedded.load_processor(model.cfg), pipeline.TextFormat()
+    else:
+        model, params = hf.load_model(values.model, dtype=values.dtype)
+        processor, text = processing.load_processor(model.source), pipeline.load_text_format(model.source)
+    own = {name: getattr(values, name) for name in ('prompt', 'prompt_tokens')}
+    return model, params, processor, replace(text, **{name: value for name, value in own.items() if value is not None})
+
+
+def generation_settings() -> dict:
+    """Arguments of `generate`, from the flags."""
+    return {name: getattr(flags.FLAGS, name) for name in ('num_beams', 'max_new_tokens', 'length_penalty')}
 
 
 def check_config(argv: list[str], default: str) -> None:

@@ -1,6 +1,6 @@
-"""Accuracy of a model on the easy-VQA test questions.
+"""Accuracy of a model on visual questions: easy-VQA's, or those of a folder.
 
-python launch/evaluate.py --model=runs/demo/exported/model.safetensors [--questions=1000] [--shuffle_images]
+python launch/evaluate.py --model=runs/demo/exported [--questions=1000] [--data=FOLDER] [--shuffle_images]
 """
 
 import json
@@ -8,32 +8,41 @@ import json
 import cli
 from absl import flags
 
-from sparselora_jax.data import easy_vqa, pipeline
+from sparselora_jax.data import easy_vqa, folder
 from sparselora_jax.evaluation import vqa
-from sparselora_jax.export import load_model, load_text_format
-from sparselora_jax.models import embedded
 from sparselora_jax.progress import Progress
 
-MODEL = flags.DEFINE_string('model', None, 'a model.safetensors of an export; by default the embedded dense model')
-QUESTIONS = flags.DEFINE_integer('questions', 1000, 'how many of the 9,673')
+cli.define_model()
+QUESTIONS = flags.DEFINE_integer('questions', 1000, 'how many of the test questions')
+BATCH = flags.DEFINE_integer('batch', 50, 'questions at a time')
 SEED = flags.DEFINE_integer('seed', 42, 'which ones')
 SHUFFLE = flags.DEFINE_bool('shuffle_images', False, "give each question another question's image")
-DATA = flags.DEFINE_string('data_dir', 'runs/data', 'where the data set is prepared')
+DATA = flags.DEFINE_string('data', 'easy_vqa', 'easy_vqa, or a folder with a data.jsonl')
+DATA_DIR = flags.DEFINE_string('data_dir', 'runs/data', 'where easy-VQA is prepared')
 
 
 def main(argv):
     """Prints accuracy, and the floor of a model that never sees an image."""
     del argv
-    cfg, params = embedded.load() if MODEL.value is None else load_model(MODEL.value)
-    tokenizer, text = embedded.load_tokenizer(), load_text_format(MODEL.value or embedded.BRIDGE)
-    builder = easy_vqa.prepare(DATA.value)
-    test = pipeline.read_texts(builder, 'test')
+    model, params, processor, text = cli.load_model()
+    dataset = easy_vqa.load(DATA_DIR.value) if DATA.value == 'easy_vqa' else folder.load(DATA.value)
+    train, test = (split.read_texts() for split in (dataset.train, dataset.test))
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
-    source, progress = builder.as_data_source('test'), Progress('evaluate', len(indices))
-    shuffle = SHUFFLE.value
-    answers = vqa.evaluate(params, cfg, source, indices, tokenizer, text, shuffle_images=shuffle, progress=progress)
-    floor = vqa.blind_floor(pipeline.read_texts(builder, 'train'), [test[index] for index in indices])
-    print(json.dumps({'accuracy': answers.accuracy(), 'image_blind_floor': floor.accuracy()}, indent=1))
+    answers = vqa.evaluate(
+        model,
+        params,
+        processor,
+        text,
+        dataset.test,
+        indices,
+        batch=BATCH.value,
+        shuffle_images=SHUFFLE.value,
+        progress=Progress('evaluate', len(indices)),
+        **cli.generation_settings(),
+    )
+    floor = vqa.blind_floor(train, [test[index] for index in indices])
+    scores = {'accuracy': answers, 'image_blind_floor': floor}
+    print(json.dumps({name: found.accuracy(dataset.kind_of) for name, found in scores.items()}, indent=1))
 
 
 if __name__ == '__main__':

@@ -1,18 +1,14 @@
 """Answers one question about one image.
 
-python launch/generate.py IMAGE "what color is the shape?" [--model=runs/demo/exported/model.safetensors]
+python launch/generate.py IMAGE "what color is the shape?" [--model=runs/demo/exported] [--num_beams=5]
 """
 
 import cli
-import numpy as np
-from absl import flags
 
 from sparselora_jax.data import pipeline
 from sparselora_jax.evaluation import vqa
-from sparselora_jax.export import load_model, load_text_format
-from sparselora_jax.models import embedded
 
-MODEL = flags.DEFINE_string('model', None, 'a model.safetensors of an export; by default the embedded dense model')
+cli.define_model()
 
 
 def main(argv):
@@ -22,14 +18,9 @@ def main(argv):
     path, question = argv
     if not question.strip():
         raise pipeline.DataError('the question is empty')
-    pipeline.read_image(path, 1)  # what is no image is named before the model is loaded
-    text = load_text_format(MODEL.value or embedded.BRIDGE)
-    cfg, params = embedded.load() if MODEL.value is None else load_model(MODEL.value)
-    tokenizer = embedded.load_tokenizer()
-    pixels = pipeline.read_image(path, cfg.vision.image_size)
-    example = pipeline.encode(tokenizer, text, question) | {'image': pipeline.normalise(pixels)}
-    batch = {name: np.asarray(example[name])[None] for name in ('image', 'tokens', 'valid')}
-    print(vqa.generate_answers(params, cfg, batch, tokenizer, prompt_tokens=text.prompt_tokens)[0])
+    image = pipeline.read_image(path)  # what is no image is named before the model is loaded
+    model, params, processor, text = cli.load_model()
+    print(vqa.generate_answers(model, params, processor, text, [image], [question], **cli.generation_settings())[0])
 
 
 if __name__ == '__main__':

@@ -18,13 +18,14 @@ from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.data import easy_vqa, pipeline
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.models import blip2, embedded, gguf, qformer, vit
+from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, Progress
 from sparselora_jax.train import fit, make_step
 
 CONFIG, WORKDIR = cli.define_config('configs/demo_pretrain.py', 'runs/pretrain')
 
 
-def image_batches(source, texts, *, batch: int, seed: int, words=None):
+def image_batches(source, texts, processor, *, batch: int, seed: int, words=None):
     """Images with their facts (and caption words), flipped and turned at random: neither changes shape or colour."""
     facts = easy_vqa.image_facts(texts)
     first = {image_id: index for index, (_, _, image_id) in reversed(list(enumerate(texts)))}
@@ -32,12 +33,15 @@ def image_batches(source, texts, *, batch: int, seed: int, words=None):
 
     def transform(record):
         fact = facts[int(record['image_id'])]
-        example = {'image': pipeline.normalise(record['image']), 'facts': np.asarray(fact, np.int32)}
+        example = {
+            'pixel_values': processor.prompt([record['image']], ['-'])['pixel_values'][0],
+            'facts': np.asarray(fact, np.int32),
+        }
         return example if words is None else example | {'words': words(fact)}
 
     def turn(example, rng):
-        image = np.rot90(example['image'], rng.integers(4))
-        return example | {'image': np.ascontiguousarray(image[:, :: rng.choice([-1, 1])])}
+        image = np.rot90(example['pixel_values'], rng.integers(4), axes=(1, 2))
+        return example | {'pixel_values': np.ascontiguousarray(image[:, :, :: rng.choice([-1, 1])])}
 
     return pipeline.batches(source, transform, batch=batch, seed=seed, groups=[told], shares=(1,), augment=turn)
 
@@ -50,22 +54,23 @@ def main(argv):
     recipe.claim(workdir, config)
     log, key = Log(workdir), jax.random.key(config.seed)
     path = embedded.language_model_file()
-    tokenizer = embedded.load_tokenizer()
     language_cfg, language = gguf.load_llama(path)
     cfg = blip2.Blip2Config(
         vision=vit.ViTConfig(**config.vision),
         qformer=qformer.QFormerConfig(image_width=config.vision.width, **config.qformer),
         language=language_cfg,
     )
-    builder = easy_vqa.prepare(config.data_dir)
-    train, test = builder.as_data_source('train'), builder.as_data_source('test')
-    texts = pipeline.read_texts(builder, 'train')
+    model, processor = Model(cfg, embedded.GENERATION), embedded.load_processor(cfg)
+    tokenizer = processor.hf.tokenizer
+    dataset = easy_vqa.load(config.data_dir)
+    train = dataset.train.source
+    texts = easy_vqa.read_texts(easy_vqa.prepare(config.data_dir), 'train')
     text = pipeline.TextFormat()
     params = pretrain.init(key, cfg)
 
     def questions(batch, seed):
-        groups = pipeline.groups_by_kind(texts)
-        transform = pipeline.vqa_transform(tokenizer, text)
+        groups = pipeline.groups_by_kind(dataset.train, dataset)
+        transform = pipeline.vqa_transform(processor, text)
         return pipeline.batches(train, transform, batch=batch, seed=seed, groups=groups, shares=config.shares)
 
     def stage(name, loss, trained, frozen, batches):
@@ -92,10 +97,10 @@ def main(argv):
         """Accuracy on the test questions, kept in `<name>.json`."""
         file = workdir / f'{name}.json'
         if not file.exists():
-            indices = vqa.sample(config.eval_questions, len(test), seed=config.seed)
-            progress = Progress(f'evaluate {name}', len(indices))
-            answers = vqa.evaluate(weights, cfg, test, indices, tokenizer, text, progress=progress, **options)
-            storage.write_text(file, json.dumps(answers.accuracy(), indent=1))
+            indices = vqa.sample(config.eval_questions, len(dataset.test.source), seed=config.seed)
+            options |= {'max_new_tokens': 4, 'progress': Progress(f'evaluate {name}', len(indices))}
+            answers = vqa.evaluate(model, weights, processor, text, dataset.test, indices, **options)
+            storage.write_text(file, json.dumps(answers.accuracy(dataset.kind_of), indent=1))
         print(name, file.read_text())
 
     trained = stage(
@@ -103,7 +108,7 @@ def main(argv):
         pretrain.facts_loss,
         {name: params[name] for name in ('vision', 'facts')},
         None,
-        image_batches(train, texts, batch=config.facts.batch, seed=config.seed),
+        image_batches(train, texts, processor, batch=config.facts.batch, seed=config.seed),
     )
     frozen = {'vision': trained['vision'], 'language': language}
     words = functools.partial(pretrain.caption_words, tokenizer, queries=cfg.qformer.queries)
@@ -113,7 +118,7 @@ def main(argv):
         pretrain.words_loss,
         bridge,
         frozen,
-        image_batches(train, texts, batch=config.words.batch, seed=config.seed, words=words),
+        image_batches(train, texts, processor, batch=config.words.batch, seed=config.seed, words=words),
     )
     bridge = stage('answers', pretrain.answers_loss, bridge, frozen, questions(config.answers.batch, config.seed))
     scores('frozen', frozen | bridge)
@@ -125,9 +130,9 @@ def main(argv):
     result = trained | {'vision': frozen['vision']}
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), result)
     file = workdir / embedded.BRIDGE.name
-    sl.save_safetensors(file, half, metadata={'config': blip2.to_json(cfg)})
+    sl.save_safetensors(file, half, metadata={'config': embedded.to_json(cfg)})
     print(f'{file}: {file.stat().st_size / 1e6:.1f} MB')
-    cfg, weights = embedded.load(file)
+    _, weights = embedded.load(file)
     scores('trained', weights)
     scores('shuffled', weights, shuffle_images=True)
 

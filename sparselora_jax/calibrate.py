@@ -72,7 +72,7 @@ def make_observer(
     forward: Callable[[dict, Any], Any],
     *,
     stats: Callable[[str], Callable[[Array], Array] | None],
-    valid: Callable[[Any], Any] | None = None,
+    valid: Callable[[str, Any], Any] = lambda path, batch: None,
 ) -> Callable[[dict, Iterable[Any]], dict[str, tuple[Array, Array]]]:
     """`(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
 
@@ -80,20 +80,20 @@ def make_observer(
 
     Args:
       stats: the statistic of a kernel's path, or None: it is not watched.
-      forward, valid: see `collect`, as for what is raised.
+      valid: (path, batch) -> True for the rows of that kernel's input that count, or None (all do).
+      forward: see `collect`, as for what is raised.
     """
     leaders: dict[str, str] = {}
 
     @jax.jit
     def observe(params, batch):
         flat = rules_lib.flatten(params)
-        mask = None if valid is None else valid(batch)
-        mask = None if mask is None else mask.reshape(-1)
         recorders = {}
         for path, leaf in rules_lib.kernels(params).items():
             if (stat := stats(path)) is None:
                 continue
-            layers = leaf.shape[0] if leaf.ndim == 3 else 1
+            layers, mask = leaf.shape[0] if leaf.ndim == 3 else 1, valid(path, batch)
+            mask = None if mask is None else mask.reshape(-1)
             recorders[path] = Recorder(stat, layers, leaf.shape[-2], mask)
             index = jnp.arange(layers) if leaf.ndim == 3 else jnp.zeros((), jnp.int32)
             flat[path] = Calibrating(leaf, index, recorders[path])
@@ -153,7 +153,8 @@ def collect(
     >>> stats['q/kernel'][0].tolist(), int(stats['q/kernel'][1])
     ([10.0, 20.0], 2)
     """
-    observe = make_observer(forward, stats=lambda path: stat if select(path) else None, valid=valid)
+    rows = (lambda path, batch: None) if valid is None else (lambda path, batch: valid(batch))
+    observe = make_observer(forward, stats=lambda path: stat if select(path) else None, valid=rows)
     return observe(params, batches)
 
 

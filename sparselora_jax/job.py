@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax import pruning, storage
-from sparselora_jax.data import easy_vqa, pipeline
-from sparselora_jax.models import blip2, embedded
+from sparselora_jax import pruning, sharding, storage
+from sparselora_jax.data import easy_vqa, folder, pipeline, processing
+from sparselora_jax.data.dataset import Dataset
+from sparselora_jax.models import embedded, hf, on_disk, streaming
+from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
 from sparselora_jax.recipe import check_values, claim, lora_rules, prune_rules, refuse_other, text_format
 from sparselora_jax.restore import Frozen
@@ -54,9 +56,13 @@ class Job:
         Raises:
           PatternError, RuleError: see `prune_tree` and `init_lora`.
         """
-        _, params = self.model
-        pruning.patterns_of(params, prune_rules(self.config))
-        jax.eval_shape(lambda key: init_lora(key, params, lora_rules(self.config)), jax.random.key(0))
+        like = jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+            self.model.shapes(),
+            is_leaf=lambda shape: isinstance(shape, tuple),
+        )
+        pruning.patterns_of(like, prune_rules(self.config))
+        jax.eval_shape(lambda key: init_lora(key, like, lora_rules(self.config)), jax.random.key(0))
 
     @functools.cached_property
     def log(self) -> Log:
@@ -64,14 +70,54 @@ class Job:
         return Log(self.workdir)
 
     @functools.cached_property
-    def model(self) -> tuple[blip2.Blip2Config, dict]:
-        """(cfg, params) of the dense model."""
-        return embedded.load(dtype=jnp.dtype(self.config.dtype))
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh that the config asks for; None: one device."""
+        axes = self.config.mesh.to_dict()
+        return None if set(axes.values()) == {1} else sharding.make_mesh(**axes)
+
+    def shard(self, tree: dict) -> dict:
+        """Params, masks or lora on the mesh."""
+        return tree if self.mesh is None else sharding.shard(tree, self.mesh)
+
+    def shard_batch(self, batch: dict) -> dict:
+        """A batch on the mesh."""
+        return batch if self.mesh is None else sharding.shard_batch(batch, self.mesh)
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
-        """The language model's tokenizer."""
-        return embedded.load_tokenizer()
+    def _opened(self) -> tuple[Model, Any]:
+        """(model, params) of the embedded model; of another one (model, where its weights lie)."""
+        if self.config.model == 'embedded':
+            return embedded.load(dtype=self.dtype)
+        return hf.open_model(self.config.model)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the base weights."""
+        return jnp.dtype(self.config.dtype)
+
+    @property
+    def model(self) -> Model:
+        """The model, without its weights."""
+        return self._opened[0]
+
+    @functools.cached_property
+    def params(self) -> dict:
+        """The dense weights."""
+        model, found = self._opened
+        if self.config.model == 'embedded':
+            return self.shard(found)
+        return streaming.read_params(model.shapes(), found, self.dtype, self.mesh)
+
+    def params_on_disk(self) -> dict:
+        """The dense weights, their blocks to be read when they are needed."""
+        return on_disk.params_on_disk(*self._opened, self.dtype)
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """Images and text -> what the model reads, and tokens -> text."""
+        if self.config.model == 'embedded':
+            return embedded.load_processor(self.model.cfg)
+        return processing.load_processor(self.model.source)
 
     @functools.cached_property
     def text(self) -> pipeline.TextFormat:
@@ -79,27 +125,31 @@ class Job:
         return text_format(self.config)
 
     @functools.cached_property
-    def builder(self) -> Any:
-        """The data set, prepared."""
-        return easy_vqa.prepare(self.config.data_dir)
+    def dataset(self) -> Dataset:
+        """What is trained on and evaluated with."""
+        if self.config.data == 'easy_vqa':
+            return easy_vqa.load(self.config.data_dir)
+        return folder.load(self.config.data)
 
     def batches(self, batch: int, seed: int) -> Any:
         """Training batches by step."""
-        source = self.builder.as_data_source('train')
-        groups = pipeline.groups_by_kind(pipeline.read_texts(self.builder, 'train'))
-        transform = pipeline.vqa_transform(self.tokenizer, self.text)
-        shares = self.config.restore.shares
-        return pipeline.batches(source, transform, batch=batch, seed=seed, groups=groups, shares=shares)
+        train, shares = self.dataset.train, self.config.restore.shares
+        groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
+        transform = pipeline.vqa_transform(self.processor, self.text)
+        drawn = pipeline.batches(train.source, transform, batch=batch, seed=seed, groups=groups, shares=shares or (1,))
+        return drawn if self.mesh is None else drawn.map(self.shard_batch)
 
     @functools.cached_property
     def frozen(self) -> Frozen:
         """Params, masks and teacher, as restoration reads them: the teacher shares W unless kept weights changed."""
-        _, params = self.model
-        masks, _ = storage.load_safetensors(self.workdir / 'masks.safetensors')
+        masks = self.shard(storage.load_safetensors(self.workdir / 'masks.safetensors')[0])
         edited = self.workdir / 'pruned.safetensors'
         if edited.exists():
-            return Frozen(storage.load_safetensors(edited)[0], masks, teacher=params)
-        return Frozen(params, masks)
+            return Frozen(self.shard(storage.load_safetensors(edited)[0]), masks, teacher=self.params)
+        if (self.workdir / 'pruned').exists() and self.config.prune.method == 'sparsegpt':
+            pruned = hf.load_model(self.workdir / 'pruned', dtype=self.dtype, mesh=self.mesh)[1]
+            return Frozen(pruned, masks, teacher=self.params)
+        return Frozen(self.params, masks)
 
     def trained(self, name: str) -> dict:
         """The LoRA factors that the stage `name` has trained."""

@@ -13,7 +13,9 @@ import optax
 from jaxtyping import Array, Int
 
 from sparselora_jax.data import easy_vqa
-from sparselora_jax.models import blip2, layers, vit
+from sparselora_jax.models import blip2, embedded, layers, vit
+from sparselora_jax.models.init import init_params
+from sparselora_jax.models.model import Model
 from sparselora_jax.weights import bind
 
 
@@ -26,7 +28,7 @@ def facts_shapes(cfg: blip2.Blip2Config) -> dict:
 def facts_loss(trained: dict, frozen: None, batch: dict, *, cfg: blip2.Blip2Config) -> tuple[Array, dict]:
     """Colour and shape from the class token; `batch['facts']` [batch, 2], -1 where the questions don't tell."""
     del frozen
-    hidden = vit.forward(trained['vision'], cfg.vision, batch['image'])[:, 0]
+    hidden = vit.forward(trained['vision'], cfg.vision, batch['pixel_values'])[:, 0]
     metrics = {}
     for index, name in enumerate(('colour', 'shape')):
         target = batch['facts'][:, index]
@@ -52,8 +54,8 @@ def caption_words(tokenizer: Any, facts: tuple[int, int], queries: int) -> Int[n
 
 def words_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Config) -> tuple[Array, dict]:
     """Projected query k -> the embedding of caption word k: cross-entropy over distances, plus regression."""
-    image = vit.forward(frozen['vision'], cfg.vision, batch['image'])
-    soft = blip2.bridge(trained, cfg, image)
+    image = vit.forward(frozen['vision'], cfg.vision, batch['pixel_values'])
+    soft = blip2.bridge(trained, cfg, image, batch)
     table = frozen['language']['embed']
     squared = (
         jnp.sum(soft**2, axis=-1, keepdims=True)
@@ -71,7 +73,7 @@ def words_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Conf
 def answers_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Config) -> tuple[Array, dict]:
     """Cross-entropy of the answer through the language model; `trained['lora']`, if there, adapts that model."""
     params = frozen | {name: tree for name, tree in trained.items() if name != 'lora'}
-    logits = blip2.answer_logits(bind(params, lora=trained.get('lora')), cfg, batch)
+    logits = Model(cfg, embedded.GENERATION).answer_logits(bind(params, lora=trained.get('lora')), batch)
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
     answer = batch['answer']
     loss = jnp.sum(jnp.where(answer, ce, 0.0)) / jnp.maximum(jnp.sum(answer), 1).astype(jnp.float32)
@@ -87,4 +89,4 @@ def optimizer(*, steps: int, peak: float, warmup: int, clip: float, weight_decay
 
 def init(key: Array, cfg: blip2.Blip2Config) -> dict:
     """The bridge and the heads of the first stage, untrained."""
-    return blip2.init(key, blip2.bridge_shapes(cfg) | {'facts': facts_shapes(cfg)})
+    return init_params(key, blip2.bridge_shapes(cfg) | {'facts': facts_shapes(cfg)})

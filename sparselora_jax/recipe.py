@@ -14,7 +14,7 @@ from sparselora_jax.storage import write_text
 from sparselora_jax.weights import GRADIENTS, LoraSpec
 
 DTYPES = ('float32', 'bfloat16', 'float16')
-TOWERS = ('vision', 'qformer', 'language')
+BLOCKS = '(.*/)?blocks/'  # below a tower's name: T5 has an encoder's and a decoder's
 
 
 class ConfigError(SparseloraError, ValueError):
@@ -27,31 +27,41 @@ def check_values(config: Any) -> None:
     Raises:
       ConfigError, PatternError: the field, its value and what is expected.
     """
-    if config.model != 'embedded':
-        raise ConfigError(f"model {config.model!r}: only 'embedded' can be loaded today (see the README's table)")
+    for part in (config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
+        if odd := set(part) ^ set(towers(config)):
+            raise ConfigError(
+                f'tower {sorted(odd)[0]!r}: named in one of prune.pattern, prune.group, lora.*, not in all'
+            )
     prune_methods(config)
     prune_rules(config)
     restore = config.restore
     for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS}.items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
-    counts = {'prune': ('chunk', 'block'), 'evaluate': ('questions', 'batch', 'max_new_tokens')}
+    counts = {'prune': ('chunk', 'block'), 'evaluate': ('questions', 'batch', 'max_new_tokens', 'num_beams')}
     counts |= {'restore': ('steps', 'batch', 'checkpoint_every'), 'text': ('prompt_tokens', 'answer_tokens')}
     for part, fields in counts.items():
         for field in fields:
             if config[part][field] < 1:
                 raise ConfigError(f'{part}.{field} {config[part][field]}: expected 1 or more')
-    for tower in TOWERS:
+    for tower in towers(config):
         if config.lora.rank[tower] < 0:
             raise ConfigError(f'lora.rank.{tower} {config.lora.rank[tower]}: expected 0 (leave it alone) or more')
     if config.dtype not in DTYPES:
         raise ConfigError(f'dtype {config.dtype!r}: expected one of {", ".join(DTYPES)}')
     if config.text.prompt.replace('{}', '', 1).count('{') or '{}' not in config.text.prompt:
         raise ConfigError(f'text.prompt {config.text.prompt!r}: expected one {{}}, for the question')
-    if len(restore.shares) != len(KINDS) or min(restore.shares) < 0 or not sum(restore.shares):
-        raise ConfigError(f'restore.shares {restore.shares}: expected a share of each kind: {", ".join(KINDS)}')
+    shares, kinds = restore.shares, KINDS if config.data == 'easy_vqa' else ()
+    if shares and (len(shares) != len(kinds) or min(shares) < 0 or not sum(shares)):
+        expected = f'a share of each kind: {", ".join(kinds)}' if kinds else 'none, () (only easy_vqa has kinds)'
+        raise ConfigError(f'restore.shares {shares}: expected {expected}')
     if restore.accumulate < 1 or restore.batch % restore.accumulate:
         raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
+
+
+def towers(config: Any) -> tuple[str, ...]:
+    """The towers that the config speaks of."""
+    return tuple(config.prune.pattern)
 
 
 def prune_methods(config: Any) -> list[tuple[str, Any]]:
@@ -71,11 +81,12 @@ def prune_methods(config: Any) -> list[tuple[str, Any]]:
     }
     if prune.method not in methods:
         raise ConfigError(f'prune.method {prune.method!r}: expected one of {", ".join(methods)}')
-    for tower in TOWERS:
+    for tower in towers(config):
         if prune.group[tower] not in ('output', 'matrix'):
             raise ConfigError(f"prune.group.{tower} {prune.group[tower]!r}: expected 'output' or 'matrix'")
     make = methods[prune.method]
-    return [(f'{tower}/blocks/.*', make(prune.group[tower])) for tower in TOWERS] + [('.*', make('output'))]
+    groups = [(f'{tower}/{BLOCKS}.*', make(prune.group[tower])) for tower in towers(config)]
+    return [*groups, ('.*', make('output'))]
 
 
 def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
@@ -85,9 +96,9 @@ def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
       PatternError: a pattern that does not parse.
     """
     rules = []
-    for tower in TOWERS:
+    for tower in towers(config):
         try:
-            rules.append((f'{tower}/blocks/.*', parse_pattern(config.prune.pattern[tower])))
+            rules.append((f'{tower}/{BLOCKS}.*', parse_pattern(config.prune.pattern[tower])))
         except PatternError as error:
             raise PatternError(f'prune.pattern.{tower}: {error}') from None
     return [*rules, ('.*', Pattern())]
@@ -96,8 +107,8 @@ def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
 def lora_rules(config: Any) -> list[tuple[str, LoraSpec | None]]:
     """(regex, LoraSpec) of each tower's blocks; everything else is left alone."""
     lora = config.lora
-    specs = {tower: LoraSpec(lora.rank[tower], lora.alpha[tower]) if lora.rank[tower] else None for tower in TOWERS}
-    return [(f'{tower}/blocks/{lora.targets[tower]}', specs[tower]) for tower in TOWERS] + [('.*', None)]
+    specs = {tower: LoraSpec(rank, lora.alpha[tower]) if rank else None for tower, rank in lora.rank.items()}
+    return [(f'{tower}/{BLOCKS}{lora.targets[tower]}', specs[tower]) for tower in towers(config)] + [('.*', None)]
 
 
 def text_format(config: Any) -> TextFormat:

@@ -42,7 +42,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequenc
     return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), AXES)
 
 
-def _fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
+def fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
     """The spec, but for axes that don't divide evenly (few key/value heads): those are replicated."""
     spec = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
 
@@ -67,8 +67,8 @@ def shardings(tree: dict, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]
         if isinstance(leaf, Lora):
             layers, inputs, outputs = [*spec, None, None, None][:3]
             a, b = PartitionSpec(layers, inputs, None), PartitionSpec(layers, None, outputs)
-            return Lora(_fitting(mesh, a, leaf.a.shape), _fitting(mesh, b, leaf.b.shape), leaf.scale)
-        return _fitting(mesh, spec, leaf.shape)
+            return Lora(fitting(mesh, a, leaf.a.shape), fitting(mesh, b, leaf.b.shape), leaf.scale)
+        return fitting(mesh, spec, leaf.shape)
 
     return rules_lib.unflatten({path: of(path, leaf) for path, leaf in flat.items()})
 

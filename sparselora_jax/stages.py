@@ -4,6 +4,8 @@ A stage whose result lies in the workdir is skipped; evaluation goes on after it
 newest checkpoint.
 """
 
+import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +13,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sparselora_jax import export as export_lib
 from sparselora_jax import pruning, storage
 from sparselora_jax.checkpoint import Checkpoints
-from sparselora_jax.data import pipeline
+from sparselora_jax.data.pipeline import TEXT_FORMAT
 from sparselora_jax.evaluation import vqa
-from sparselora_jax.evaluation.density import layer_density, plain_lora_density, tower_sparsity
+from sparselora_jax.evaluation.density import block_count, layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.job import Job
-from sparselora_jax.models import blip2
+from sparselora_jax.models import embedded, hf_export, peft_adapter
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.progress import Progress
-from sparselora_jax.recipe import TOWERS, lora_rules, prune_methods, prune_rules
+from sparselora_jax.recipe import BLOCKS, lora_rules, prune_methods, prune_rules
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
 from sparselora_jax.sparsity import check_masks, check_sparse
 from sparselora_jax.train import fit, init_state
@@ -33,7 +34,7 @@ TEXT = Path(__file__).parents[1] / 'assets' / 'heldout.txt'
 
 def run(job: Job) -> None:
     """Every stage, in order."""
-    evaluate(job, 'dense', lambda: job.model[1])
+    evaluate(job, 'dense', lambda: job.params)
     prune(job)
     evaluate(job, 'pruned', lambda: merge(job.frozen.params, job.frozen.masks))
     restore(job, 'restore', lambda: job.frozen)
@@ -41,32 +42,34 @@ def run(job: Job) -> None:
     export(job)
     floor(job)
     if job.config.restore.control:
-        restore(job, 'control', lambda: Frozen(job.model[1], None))
-        evaluate(job, 'control', lambda: merge(job.model[1], None, job.trained('control')))
+        restore(job, 'control', lambda: Frozen(job.params, None))
+        evaluate(job, 'control', lambda: merge(job.params, None, job.trained('control')))
 
 
 def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
-    """Answers, accuracy per kind and perplexity of a model."""
+    """Answers, accuracy per kind, and perplexity of a decoder-only language tower."""
 
     def compute():
-        cfg, w = job.model[0], weights()
-        knobs, source = job.config.evaluate, job.builder.as_data_source('test')
-        indices = vqa.sample(knobs.questions, len(source), seed=job.config.seed)
+        model, w = job.model, weights()
+        knobs = job.config.evaluate.to_dict()
+        count, batch = knobs.pop('questions'), knobs.pop('batch')
+        indices = vqa.sample(count, len(job.dataset.test.source), seed=job.config.seed)
         answers = vqa.evaluate(
+            model,
             w,
-            cfg,
-            source,
-            indices,
-            job.tokenizer,
+            job.processor,
             job.text,
-            batch=knobs.batch,
-            max_new_tokens=knobs.max_new_tokens,
+            job.dataset.test,
+            indices,
+            batch=batch,
             kept=job.workdir / f'answers_{name}.jsonl',
             progress=Progress(f'evaluate {name}', len(indices)),
+            **knobs,  # of generate
         )
-        accuracy = answers.accuracy()
-        held_out = np.asarray(job.tokenizer(TEXT.read_text())['input_ids'])
-        scores = {'perplexity': perplexity(w['language'], cfg.language, held_out)}
+        accuracy, scores = answers.accuracy(job.dataset.kind_of), {}
+        if not model.encoder_decoder:
+            held_out = np.asarray(job.processor.hf.tokenizer(TEXT.read_text())['input_ids'])
+            scores['perplexity'] = perplexity(w['language'], model.cfg.language, held_out)
         job.log.scalars(f'evaluate_{name}', 0, accuracy | scores)
         return {'accuracy': accuracy, 'indices': indices} | scores | answers._asdict()
 
@@ -77,9 +80,10 @@ def floor(job: Job) -> dict:
     """What a model that never sees an image can reach on the same questions."""
 
     def compute():
-        train, test = (pipeline.read_texts(job.builder, split) for split in ('train', 'test'))
+        train, test = (split.read_texts() for split in (job.dataset.train, job.dataset.test))
         indices = vqa.sample(job.config.evaluate.questions, len(test), seed=job.config.seed)
-        return {'accuracy': vqa.blind_floor(train, [test[index] for index in indices]).accuracy()}
+        floor = vqa.blind_floor(train, [test[index] for index in indices])
+        return {'accuracy': floor.accuracy(job.dataset.kind_of)}
 
     return job.stage('floor', compute)
 
@@ -88,9 +92,10 @@ def prune(job: Job) -> dict:
     """Calibrates and prunes; writes `masks.safetensors`, and `pruned.safetensors` if kept weights changed."""
 
     def compute():
-        config, (cfg, params) = job.config, job.model
+        config, model = job.config, job.model
+        params = job.params_on_disk() if config.stream else job.params
         calibration = [job.batches(config.prune.samples, config.seed + 1)[0]] if config.prune.samples > 0 else []
-        progress = Progress('prune', sum((cfg.vision.depth, cfg.qformer.pairs, cfg.language.depth)), interval=5)
+        progress = Progress('prune', block_count(params), interval=5)
         done = []
 
         def tick(tower, layer, layers):
@@ -98,7 +103,7 @@ def prune(job: Job) -> dict:
             progress(len(done), f'{tower} layer {layer + 1} of {layers}')
 
         result = pruning.prune(
-            lambda w, batch, run: blip2.forward(w, cfg, batch, run),
+            lambda w, batch, run: model.hidden(w, batch, run),
             params,
             calibration,
             prune_rules(config),
@@ -107,7 +112,7 @@ def prune(job: Job) -> dict:
             progress=tick,
         )
         for tower, masks in result.masks.items():
-            blocks = [(f'{tower}/blocks/.*', config.prune.pattern[tower])]
+            blocks = [(f'{tower}/{BLOCKS}.*', config.prune.pattern[tower])]
             check_masks({tower: masks}, blocks, group=config.prune.group[tower])
         check_sparse(result.params, result.masks)
         if config.prune.method == 'sparsegpt':
@@ -122,13 +127,13 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
     """Trains LoRA under the masks; writes `<name>.safetensors`."""
 
     def compute():
-        cfg, knobs, base = job.model[0], job.config.restore, frozen()
-        lora = init_lora(jax.random.key(job.config.seed), base.params, lora_rules(job.config))
+        model, knobs, base = job.model, job.config.restore, frozen()
+        lora = job.shard(init_lora(jax.random.key(job.config.seed), base.params, lora_rules(job.config)))
         schedule = {key: knobs[key] for key in ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')}
         tx = paper_optimizer(knobs.steps, **schedule)
         loss = {key: knobs[key] for key in ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate')}
         run = remat_blocks if knobs.remat else scan_blocks
-        step = make_train_step(lambda w, batch: blip2.answer_logits(w, cfg, batch, run), tx, **loss)
+        step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss)
         checkpoints = Checkpoints(job.workdir / 'checkpoints' / name)
         progress = Progress(name, knobs.steps, first=(checkpoints.steps() or [0])[-1])
         last = [time.monotonic()]
@@ -151,25 +156,26 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
 
 
 def export(job: Job) -> dict:
-    """Writes `exported/`: the Hugging Face directory of the language tower, and the whole model; reads it back."""
+    """Writes `exported/`, a Hugging Face directory of the merged model, and `adapter/`, LoRA alone; reads back."""
 
     def compute():
-        cfg, merged = job.model[0], job.merged()
+        model, merged = job.model, job.merged()
         folder = job.workdir / 'exported'
-        export_lib.save_llama(folder / 'language', cfg.language, merged['language'], job.tokenizer)
-        export_lib.check_llama(folder / 'language', merged['language'])
-        export_lib.save_model(folder / 'model.safetensors', cfg, merged, job.text)
-        _, read = export_lib.load_model(folder / 'model.safetensors')
-        if not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), merged, read)):
-            raise storage.StorageError(f'{folder}/model.safetensors: read back, it is not what was written')
+        if model.source is None:
+            embedded.save(folder, model, merged, job.processor)
+        else:
+            hf_export.export_model(folder, model, merged)
+        storage.write_text(folder / TEXT_FORMAT, json.dumps(dataclasses.asdict(job.text), indent=1))
+        peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'))
+        hf_export.check_export(folder, model, merged)
         frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group
         return {
-            'sparsity': {t: tower_sparsity(read, t, pattern[t], group=group[t]) for t in TOWERS},
-            'layer_density': {tower: layer_density(read, tower) for tower in TOWERS},
+            'sparsity': {t: tower_sparsity(merged, t, pattern[t], group=group[t]) for t in pattern},
+            'layer_density': {tower: layer_density(merged, tower) for tower in pattern},
             'lora_merged_density': plain_lora_density(frozen.params, frozen.masks, job.trained('restore')),
             'bytes': {
-                'dense': sum(leaf.nbytes for leaf in jax.tree.leaves(job.model[1])),
-                'exported': (folder / 'model.safetensors').stat().st_size,
+                'dense': sum(leaf.nbytes for leaf in jax.tree.leaves(job.params)),
+                'exported': sum(file.stat().st_size for file in folder.glob('*.safetensors')),
             },
         }
 

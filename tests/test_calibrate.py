@@ -7,7 +7,8 @@ import pytest
 
 from sparselora_jax import calibrate
 from sparselora_jax.linear import linear
-from sparselora_jax.models import blip2, llama
+from sparselora_jax.models import llama
+from sparselora_jax.models.init import init_params
 
 PARAMS = {'blocks': {'fc': {'kernel': 0.3 * jax.random.normal(jax.random.key(0), (3, 8, 8))}}}
 
@@ -43,7 +44,7 @@ def test_pads_do_not_count():
 
 def test_a_tower_of_ours_needs_no_hook():
     cfg = llama.LlamaConfig(vocab=11, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
-    params = blip2.init(jax.random.key(0), llama.shapes(cfg))
+    params = init_params(jax.random.key(0), llama.shapes(cfg))
     valid = jnp.arange(6)[None] >= jnp.array([0, 3])[:, None]
     batch = {'x': jax.random.normal(jax.random.key(1), (2, 6, 16)), 'valid': valid}
     stats = calibrate.collect(

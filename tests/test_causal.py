@@ -58,3 +58,10 @@ def test_files_without_the_head_are_renamed(name, base):
     whole = set(AutoModelForCausalLM.from_config(CONFIGS[name]).state_dict()) - {'lm_head.weight'}
     assert {re.sub(pattern, replacement, key) for key in base(CONFIGS[name]).state_dict()} == whole
     assert {re.sub(pattern, replacement, key) for key in whole} == whole
+
+
+def test_an_absent_mask_is_ones(random_params):
+    model = Model(from_hf(CONFIGS['llama']), Generation(eos=(1,), pad=0))
+    params, ids = random_params(model.shapes()), np.random.default_rng(0).integers(3, 40, (3, 8))
+    got = model.logits(params, {'input_ids': ids})
+    np.testing.assert_array_equal(got, model.logits(params, {'input_ids': ids, 'attention_mask': np.ones_like(ids)}))

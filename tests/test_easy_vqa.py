@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparselora_jax.data import easy_vqa, pipeline
+from sparselora_jax.data import easy_vqa
 
 PALETTE = {
     'black': (0, 0, 0),
@@ -32,7 +32,7 @@ print(data[0]['image'].shape, [name for name in sys.modules if name.split('.')[0
 
 @pytest.fixture(scope='module')
 def texts(easy_vqa_builder):
-    return pipeline.read_texts(easy_vqa_builder, 'test')
+    return easy_vqa.read_texts(easy_vqa_builder, 'test')
 
 
 @pytest.mark.parametrize('split, count', [('train', 38575), ('test', 9673)])
@@ -56,6 +56,15 @@ def test_a_record_holds_the_image_and_its_question(easy_vqa_builder):
         assert record['image'].dtype == np.uint8
         want = np.asarray(Image.open(files[image_ids[index]]).convert('RGB'))
         np.testing.assert_array_equal(record['image'], want)
+
+
+def test_the_data_set_is_two_splits_of_records_with_text_as_text(easy_vqa_builder):
+    dataset = easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1])
+    questions, answers, _ = package.get_test_questions()
+    assert len(dataset.test.source) == len(questions) and len(dataset.train.source) == 38575
+    record = dataset.test.source[5]
+    assert (record['question'], record['answer']) == (questions[5], answers[5]) == dataset.test.read_texts()[5]
+    assert {dataset.kind_of(answer) for answer in answers} == set(dataset.kinds)
 
 
 def test_preparing_again_reuses_the_records(easy_vqa_builder):

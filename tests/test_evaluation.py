@@ -1,18 +1,20 @@
 """The figures of a report against plain numpy and torch: accuracy, intervals, floors, densities, perplexity."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparselora_jax as sl
-from sparselora_jax import export
-from sparselora_jax.data import pipeline
+from sparselora_jax.data import easy_vqa, pipeline
+from sparselora_jax.data.dataset import Split
 from sparselora_jax.evaluation import bootstrap, density, vqa
 from sparselora_jax.evaluation.perplexity import perplexity
-from sparselora_jax.models import llama
+from sparselora_jax.models import embedded, llama
 
 
 def answers_with(rate, seed):
@@ -40,15 +42,18 @@ def test_accuracy_is_of_whole_answers_overall_and_per_kind():
     answers = vqa.Answers(
         ['yes', 'no', 'circle', 'red', 'yes', 'circles'], ['yes', 'yes', 'circle', 'blue', 'no', 'circle']
     )
-    assert answers.accuracy() == {'overall': 2 / 6, 'yes/no': 1 / 3, 'shape': 1 / 2, 'colour': 0}
-    assert vqa.Answers(['yes'], ['yes']).accuracy() == {'overall': 1, 'yes/no': 1}  # no kind that was not asked
+    assert answers.accuracy(easy_vqa.kind_of) == {'overall': 2 / 6, 'yes/no': 1 / 3, 'shape': 1 / 2, 'colour': 0}
+    assert vqa.Answers(['Yes'], ['yes']).accuracy(easy_vqa.kind_of) == {
+        'overall': 1,
+        'yes/no': 1,
+    }  # no kind that was not asked
 
 
 def test_the_blind_floor_answers_as_training_mostly_did():
-    train = [('what?', a, 0) for a in ('red', 'blue', 'blue')] + [('is it?', 'no', 0), ('which?', 'teal', 0)]
-    test = [('what?', 'red', 1), ('what?', 'blue', 2), ('is it?', 'no', 3), ('never asked?', 'yes', 4)]
+    train = [('what?', a) for a in ('red', 'blue', 'blue')] + [('is it?', 'no'), ('which?', 'teal')]
+    test = [('what?', 'red'), ('what?', 'blue'), ('is it?', 'no'), ('never asked?', 'yes')]
     floor = vqa.blind_floor(train, test)
-    assert floor.predicted[:3] == ['blue', 'blue', 'no']
+    assert floor.predicted == ['blue', 'blue', 'no', 'blue']
     assert floor.true == ['red', 'blue', 'no', 'yes']
 
 
@@ -59,51 +64,53 @@ def test_a_sample_is_the_same_for_every_model():
     assert vqa.sample(50, 20, seed=3) == list(range(20))
 
 
-@pytest.fixture(scope='module')
-def source(easy_vqa_builder):
-    return easy_vqa_builder.as_data_source('test')
-
-
 INDICES = [3, 500, 4000, 9000, 7777]
 
 
-def test_answers_do_not_depend_on_the_batch(tiny_blip2, source, tokenizer):
-    cfg, params = tiny_blip2
-    text, done = pipeline.TextFormat(), []
-    two, three = (
-        vqa.evaluate(params, cfg, source, INDICES, tokenizer, text, batch=batch, progress=done.append)
-        for batch in (2, 3)
-    )
+@pytest.fixture(scope='module')
+def evaluate(tiny_blip2, easy_vqa_builder):
+    """`evaluate(indices, records=..., **options)` of the tiny model; `evaluate.source` are the test records."""
+    model, params = tiny_blip2
+    processor, text = embedded.load_processor(model.cfg), pipeline.TextFormat()
+    source = easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1]).test.source
+
+    def run(indices, records=source, **options):
+        split = Split(records, lambda: [])
+        return vqa.evaluate(model, params, processor, text, split, indices, max_new_tokens=4, **options)
+
+    run.source = source
+    return run
+
+
+def test_answers_do_not_depend_on_the_batch(evaluate):
+    done = []
+    two, three = (evaluate(INDICES, batch=batch, progress=done.append) for batch in (2, 3))
     assert two == three
     assert len(set(two.predicted)) > 1
-    assert two.true == [source[index]['answer'].decode() for index in INDICES]
+    assert two.true == [evaluate.source[index]['answer'] for index in INDICES]
     assert done == [2, 4, 5, 3, 5]
 
 
-def test_an_evaluation_that_was_cut_off_goes_on_after_its_last_whole_batch(tiny_blip2, source, tokenizer, tmp_path):
-    cfg, params = tiny_blip2
-    text, kept, done = pipeline.TextFormat(), tmp_path / 'answers.jsonl', []
-
-    def evaluate(file):
-        return vqa.evaluate(params, cfg, source, INDICES, tokenizer, text, batch=2, kept=file, progress=done.append)
-
-    whole = evaluate(None)
-    assert evaluate(kept) == whole
+def test_an_evaluation_that_was_cut_off_goes_on_after_its_last_whole_batch(evaluate, tmp_path):
+    kept, done = tmp_path / 'answers.jsonl', []
+    whole = evaluate(INDICES, batch=2)
+    assert evaluate(INDICES, batch=2, kept=kept) == whole
     lines = kept.read_text().splitlines(keepends=True)
     assert len(lines) == 5
     kept.write_text(''.join(lines[:3]) + lines[3][:-2])  # killed while the second batch was being written
-    done.clear()
-    assert evaluate(kept) == whole
+    assert evaluate(INDICES, batch=2, kept=kept, progress=done.append) == whole
     assert done == [4, 5]
     assert kept.read_text() == ''.join(lines)
 
 
-def test_shuffled_images_are_those_of_the_questions_half_the_list_on(tiny_blip2, source, tokenizer):
-    cfg, params = tiny_blip2
-    moved = [source[a] | {'image': source[b]['image']} for a, b in zip(INDICES, INDICES[2:] + INDICES[:2], strict=True)]
-    text = pipeline.TextFormat()
-    shuffled = vqa.evaluate(params, cfg, source, INDICES, tokenizer, text, batch=3, shuffle_images=True)
-    assert shuffled == vqa.evaluate(params, cfg, moved, range(5), tokenizer, text, batch=3)
+def test_shuffled_images_are_those_of_the_questions_half_the_list_on(evaluate):
+    source, others = evaluate.source, INDICES[2:] + INDICES[:2]
+    moved = [source[a] | {'image': source[b]['image']} for a, b in zip(INDICES, others, strict=True)]
+    assert evaluate(INDICES, batch=3, shuffle_images=True) == evaluate(range(5), moved, batch=3)
+
+
+def test_beams_answer_too(evaluate):
+    assert len(evaluate(INDICES[:2], batch=2, num_beams=3, length_penalty=-1.0).predicted) == 2
 
 
 def sparse_tree():
@@ -144,12 +151,23 @@ def test_plain_lora_would_fill_the_zeros_of_the_kernels_it_adapts():
     assert density.plain_lora_density(params, {}, {}) == 1
 
 
-def test_perplexity_equals_torch(tmp_path, random_params):
+def test_perplexity_equals_torch(from_torch, perturbed):
     cfg = llama.LlamaConfig(vocab=48, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
-    params = random_params(llama.shapes(cfg), std=0.5)
     tokens = np.random.default_rng(0).integers(0, 48, 55)
-    export.save_llama(tmp_path, cfg, params)
-    oracle = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    oracle = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=48,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=24,
+            rms_norm_eps=cfg.norm_eps,
+            tie_word_embeddings=True,
+        )
+    )
+    oracle = perturbed(oracle)
+    params = from_torch(oracle.state_dict(), llama.keys(cfg), llama.shapes(cfg), 'model.')
     windows = torch.asarray(tokens[:48].reshape(3, 16))  # the last seven tokens fill no window
     with torch.no_grad():
         want = float(torch.exp(oracle(windows, labels=windows).loss))

@@ -31,8 +31,8 @@ def test_logits_equal_torch(model, oracle):
 
     @jax.jit
     def logits(w, tokens):
-        x = llama.embed_tokens(w, tokens)
-        return llama.head(w, llama.forward(w, cfg, x, jnp.ones(tokens.shape, bool)))
+        x = llama.embed_tokens(w, cfg, tokens)
+        return llama.head(w, cfg, llama.forward(w, cfg, x, jnp.ones(tokens.shape, bool)))
 
     with torch.no_grad():
         want = oracle(torch.asarray(PROMPTS)).logits.numpy()

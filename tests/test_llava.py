@@ -15,6 +15,7 @@ from sparselora_jax.models import llava
 from sparselora_jax.models.model import Generation, Model, from_hf
 
 IMAGE, PATCHES = 38, 16
+LOGITS = jax.jit(Model.logits, static_argnums=0)
 
 
 def config(**changes):
@@ -40,12 +41,17 @@ def config(**changes):
     return LlavaConfig(**defaults | changes)
 
 
-def oracle(hf, perturbed, from_torch):
+def build(hf, perturbed, from_torch):
     """(torch's model, ours, our params)."""
     torch.manual_seed(0)
     module = perturbed(LlavaForConditionalGeneration(hf))
     model = Model(from_hf(hf), Generation(eos=(2,), pad=0))
     return module, model, from_torch(module.state_dict(), llava.keys(model.cfg), model.shapes())
+
+
+@pytest.fixture(scope='module')
+def oracle(perturbed, from_torch):
+    return build(config(), perturbed, from_torch)
 
 
 def batch(images=PATCHES):
@@ -82,22 +88,22 @@ def left_padded(given, *pads):
     ],
 )
 def test_logits_equal_torch(changes, tokens, perturbed, from_torch):
-    module, model, params = oracle(config(**changes), perturbed, from_torch)
+    module, model, params = build(config(**changes), perturbed, from_torch)
     given = batch(tokens)
-    np.testing.assert_allclose(model.logits(params, given), logits(module, given), atol=1e-4)
+    np.testing.assert_allclose(LOGITS(model, params, given), logits(module, given), atol=1e-4)
 
 
-def test_logits_of_padded_rows_equal_torch(perturbed, from_torch):
-    module, model, params = oracle(config(), perturbed, from_torch)
+def test_logits_of_padded_rows_equal_torch(oracle):
+    module, model, params = oracle
     given = left_padded(batch(), 0, 3, 5)
     valid = given['attention_mask'] == 1
-    np.testing.assert_allclose(model.logits(params, given)[valid], logits(module, given)[valid], atol=1e-4)
+    np.testing.assert_allclose(LOGITS(model, params, given)[valid], logits(module, given)[valid], atol=1e-4)
     given['attention_mask'][2] = 0
-    assert bool(jnp.isfinite(model.logits(params, given)).all())
+    assert bool(jnp.isfinite(LOGITS(model, params, given)).all())
 
 
-def test_every_parameter_is_accounted_for(perturbed, from_torch):
-    module, _, params = oracle(config(), perturbed, from_torch)
+def test_every_parameter_is_accounted_for(oracle):
+    module, _, params = oracle
     unused = [n for n in module.state_dict() if re.search(r'vision_tower\.(encoder\.layers\.2|post_layernorm)\.', n)]
     unread = sum(module.state_dict()[name].numel() for name in unused)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) + unread == sum(p.numel() for p in module.parameters())
@@ -122,8 +128,8 @@ def test_older_names_become_the_modules_own(name, module_name):
         assert given == module_name
 
 
-def test_a_saved_file_is_renamed_to_what_the_table_names(tmp_path, perturbed, from_torch):
-    module, *_ = oracle(config(), perturbed, from_torch)
+def test_a_saved_file_is_renamed_to_what_the_table_names(tmp_path, oracle):
+    module, *_ = oracle
     for original in (True, False):
         module.save_pretrained(tmp_path / str(original), save_original_format=original)
         with safe_open(tmp_path / str(original) / 'model.safetensors', 'numpy') as file:
@@ -133,8 +139,8 @@ def test_a_saved_file_is_renamed_to_what_the_table_names(tmp_path, perturbed, fr
         assert set(stored) == set(module.state_dict())
 
 
-def test_images_and_their_tokens_must_fit(perturbed, from_torch):
-    _, model, params = oracle(config(), perturbed, from_torch)
+def test_images_and_their_tokens_must_fit(oracle):
+    _, model, params = oracle
     given = batch()
     given['input_ids'][1, 4] = 5
     with pytest.raises(BatchError, match=r'row 1 of input_ids has 15 image tokens \(38\): expected 16'):

@@ -1,86 +1,65 @@
 """From records to batches: where tokens, targets and masks lie; a batch is a function of seed and step alone."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from sparselora_jax.data import easy_vqa, pipeline
+from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.models import embedded
 
 TEXT = pipeline.TextFormat()
 
 
-@pytest.mark.parametrize('answer', ['yes', 'teal', 'rectangle'])
-def test_valid_tokens_are_prompt_and_answer_and_targets_are_the_next_ones(tokenizer, answer):
-    example = pipeline.encode(tokenizer, TEXT, 'what is the blue shape?', answer)
-    prompt = tokenizer('Question: what is the blue shape? Short answer:')['input_ids']
-    target = [*tokenizer(' ' + answer)['input_ids'], tokenizer.eos_token_id]
-    assert example['tokens'][example['valid']].tolist() == prompt + target[:-1]
-    assert example['targets'][example['answer']].tolist() == target
-    # The prompt ends at its slot whatever its length, and the last positions predict the answer.
-    assert example['tokens'].shape == (TEXT.prompt_tokens + TEXT.answer_tokens - 1,)
-    assert example['valid'][TEXT.prompt_tokens - len(prompt) : TEXT.prompt_tokens].all()
-    assert not example['valid'][: TEXT.prompt_tokens - len(prompt)].any()
-    inputs = example['tokens'][-TEXT.answer_tokens :]
-    assert inputs[0] == prompt[-1]
-    np.testing.assert_array_equal(inputs[1:], example['targets'][:-1])
+@pytest.fixture(scope='module')
+def processor(tiny_blip2):
+    return embedded.load_processor(tiny_blip2[0].cfg)
 
 
-def test_a_question_alone_has_the_same_prompt_and_no_answer(tokenizer):
-    alone, answered = (pipeline.encode(tokenizer, TEXT, 'is there a circle?', *answer) for answer in ([], ['yes']))
-    for name in ('tokens', 'valid'):
-        np.testing.assert_array_equal(alone[name][: TEXT.prompt_tokens], answered[name][: TEXT.prompt_tokens])
-    assert not alone['answer'].any() and not alone['valid'][TEXT.prompt_tokens :].any()
-
-
-def test_every_question_and_answer_of_the_data_fits(tokenizer, easy_vqa_builder):
-    pairs = {(q, a) for split in ('train', 'test') for q, a, _ in pipeline.read_texts(easy_vqa_builder, split)}
+def test_every_question_and_answer_of_the_data_fits(processor, easy_vqa_builder):
+    pairs = {(q, a) for split in ('train', 'test') for q, a, _ in easy_vqa.read_texts(easy_vqa_builder, split)}
     assert len(pairs) > 200
-    for question, answer in pairs:
-        pipeline.encode(tokenizer, TEXT, question, answer)
+    transform = pipeline.vqa_transform(processor, TEXT)
+    for question, answer in sorted(pairs)[::3]:
+        transform({'image': np.zeros((64, 64, 3), np.uint8), 'question': question, 'answer': answer})
 
 
-@pytest.mark.parametrize('question', ['', '  ', '\n'])
-def test_an_empty_question_is_an_error(tokenizer, question):
-    with pytest.raises(pipeline.DataError, match='the question is empty'):
-        pipeline.encode(tokenizer, TEXT, question)
-
-
-def test_what_does_not_fit_is_named_with_its_length(tokenizer):
-    with pytest.raises(pipeline.DataError, match=r'question of \d\d tokens, at most 16 fit: .*circle'):
-        pipeline.encode(tokenizer, TEXT, 'is there a circle ' * 5, 'yes')
-    with pytest.raises(pipeline.DataError, match=r'answer of \d+ tokens, at most 3 fit: .*anticonstitution'):
-        pipeline.encode(tokenizer, TEXT, 'what is it?', 'anticonstitutionnellement')
-
-
-def test_a_record_becomes_pixels_from_minus_one_to_one_and_an_encoded_question(tokenizer):
-    pixels = np.array([[[0, 255, 51]]], np.uint8)
-    record = {'image': pixels, 'question': b'is there a circle?', 'answer': b'no', 'image_id': 3}
-    example = pipeline.vqa_transform(tokenizer, TEXT)(record)
-    np.testing.assert_allclose(example.pop('image'), [[[-1, 1, -0.6]]], atol=1e-6)
-    want = pipeline.encode(tokenizer, TEXT, 'is there a circle?', 'no')
+def test_a_record_becomes_an_example_with_its_question_written_as_the_format_says(processor):
+    record = {'image': np.full((64, 64, 3), 51, np.uint8), 'question': 'is there a circle?', 'answer': 'no'}
+    example = pipeline.vqa_transform(processor, TEXT)(record)
+    prompt = 'Question: is there a circle? Short answer:'
+    want = processor.example(record['image'], prompt, 'no', prompt_tokens=16, answer_tokens=3)
     assert example.keys() == want.keys()
     assert all(np.array_equal(example[name], want[name]) for name in want)
 
 
+def test_a_text_format_lies_beside_an_exported_model(tmp_path):
+    assert pipeline.load_text_format(tmp_path) == pipeline.TextFormat()
+    file, text = tmp_path / pipeline.TEXT_FORMAT, pipeline.TextFormat('Q: {}', 9, 2)
+    file.write_text(json.dumps(dataclasses.asdict(text)))
+    assert pipeline.load_text_format(tmp_path) == text
+    for damaged in ('', '[]', '{"prompts": 1}'):
+        file.write_text(damaged)
+        with pytest.raises(pipeline.DataError, match=f'{file.name}: not a text format'):
+            pipeline.load_text_format(tmp_path)
+
+
 @pytest.mark.parametrize('mode, suffix', [('RGB', 'png'), ('RGBA', 'png'), ('L', 'png'), ('P', 'gif'), ('RGB', 'jpg')])
-def test_an_image_of_any_kind_becomes_square_rgb(tmp_path, mode, suffix):
+def test_an_image_of_any_kind_becomes_rgb(tmp_path, mode, suffix):
     path = tmp_path / f'image.{suffix}'
     Image.new('RGB', (30, 20), (255, 0, 0)).convert(mode).save(path)
-    pixels = pipeline.read_image(path, 8)
-    assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+    pixels = pipeline.read_image(path)
+    assert pixels.shape == (20, 30, 3) and pixels.dtype == np.uint8
     want = (76, 76, 76) if mode == 'L' else (255, 0, 0)
-    np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(want, (8, 8, 3)), atol=2)
-
-
-def test_an_image_of_the_right_size_keeps_its_pixels(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / 'image.png')
-    np.testing.assert_array_equal(pipeline.read_image(tmp_path / 'image.png', 8), pixels)
+    np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(want, (20, 30, 3)), atol=2)
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     with pytest.raises(pipeline.DataError, match='absent.png: no such file'):
-        pipeline.read_image(tmp_path / 'absent.png', 8)
+        pipeline.read_image(tmp_path / 'absent.png')
     (tmp_path / 'text.png').write_text('no image')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / 'whole.png')
     (tmp_path / 'cut.png').write_bytes((tmp_path / 'whole.png').read_bytes()[:5000])
@@ -90,7 +69,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / 'broken.png').write_bytes(broken)
     for name in ('text.png', 'cut.png', 'folder.png', 'broken.png'):
         with pytest.raises(pipeline.DataError, match=f'{name}: not a readable image'):
-            pipeline.read_image(tmp_path / name, 8)
+            pipeline.read_image(tmp_path / name)
 
 
 GROUPS = (range(0, 40), range(40, 52), range(52, 59))
@@ -146,8 +125,9 @@ def test_an_empty_group_is_named():
 
 
 def test_groups_hold_every_question_once_by_kind(easy_vqa_builder):
-    texts = pipeline.read_texts(easy_vqa_builder, 'test')
-    groups = pipeline.groups_by_kind(texts)
+    texts = [text[:2] for text in easy_vqa.read_texts(easy_vqa_builder, 'test')]
+    split = Split(None, lambda: texts)
+    groups = pipeline.groups_by_kind(split, Dataset(split, split, easy_vqa.KINDS, easy_vqa.kind_of))
     assert sorted(sum(groups, [])) == list(range(len(texts)))
     for kind, group in zip(easy_vqa.KINDS, groups, strict=True):
         assert {easy_vqa.kind_of(texts[index][1]) for index in group} == {kind}

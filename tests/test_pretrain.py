@@ -18,13 +18,13 @@ CFG = blip2.Blip2Config(
 
 
 def images(count):
-    return jax.random.normal(jax.random.key(1), (count, 64, 64, 3))
+    return jax.random.normal(jax.random.key(1), (count, 3, 64, 64))
 
 
 def test_facts_that_the_questions_do_not_tell_do_not_count():
     params = pretrain.init(jax.random.key(0), CFG)
     facts = np.array([[3, 1], [-1, 2], [5, -1]])
-    loss, metrics = pretrain.facts_loss(params, None, {'image': images(3), 'facts': jnp.asarray(facts)}, cfg=CFG)
+    loss, metrics = pretrain.facts_loss(params, None, {'pixel_values': images(3), 'facts': jnp.asarray(facts)}, cfg=CFG)
     hidden = vit.forward(params['vision'], CFG.vision, images(3))[:, 0]
     for column, name in enumerate(('colour', 'shape')):
         logits = np.asarray(layers.dense(params['facts'][name], hidden), np.float64)
@@ -44,9 +44,9 @@ def test_a_caption_names_colour_and_shape_and_fills_every_query(tokenizer):
 def test_queries_that_are_words_have_no_regression_loss(random_params):
     params = random_params(blip2.shapes(CFG), std=1.0)
     frozen = {'vision': params['vision'], 'language': params['language']}
-    soft = blip2.prefix(params, CFG, images(1))[0]
+    soft = blip2.soft_words(params, CFG, {'pixel_values': images(1)})[0]
     frozen['language'] = params['language'] | {'embed': jnp.asarray(params['language']['embed']).at[:8].set(soft)}
-    batch = {'image': images(1), 'words': jnp.arange(8, dtype=jnp.int32)[None]}
+    batch = {'pixel_values': images(1), 'words': jnp.arange(8, dtype=jnp.int32)[None]}
     bridge = {name: params[name] for name in ('qformer', 'projection')}
     _, metrics = pretrain.words_loss(bridge, frozen, batch, cfg=CFG)
     assert float(metrics['regression']) < 1e-6
@@ -78,8 +78,8 @@ def test_the_script_makes_a_bridge_that_loads_and_resumes(
     code, out, err = script('pretrain.py', *flags)
     assert code == 0 and 'facts 2/2' in err, err
     file = tmp_path / embedded.BRIDGE.name
-    cfg, params = embedded.load(file)
-    assert cfg == CFG
+    model, params = embedded.load(file)
+    assert model.cfg == CFG
     changed = rules.flatten(params)['language/blocks/attn/q/kernel'] != language['blocks']['attn']['q']['kernel']
     assert bool(jnp.any(changed))  # the shipped factors are merged
     written, _ = sl.load_safetensors(file)

@@ -8,18 +8,19 @@ import pytest
 
 import sparselora_jax as sl
 from sparselora_jax import restore
-from sparselora_jax.models import blip2, llama
+from sparselora_jax.models import llama
+from sparselora_jax.models.init import init_params
 
 CFG = llama.LlamaConfig(vocab=13, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
 
 
 def forward(w, batch):
-    x = llama.embed_tokens(w, batch['tokens'])
-    return llama.head(w, llama.forward(w, CFG, x, jnp.ones(batch['tokens'].shape, bool)))
+    x = llama.embed_tokens(w, CFG, batch['tokens'])
+    return llama.head(w, CFG, llama.forward(w, CFG, x, jnp.ones(batch['tokens'].shape, bool)))
 
 
 def setup():
-    params = blip2.init(jax.random.key(0), llama.shapes(CFG), std=1.0)
+    params = init_params(jax.random.key(0), llama.shapes(CFG), std=1.0)
     _, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
     lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(4, 8))])
     tokens = jax.random.randint(jax.random.key(2), (4, 6), 0, 13)
@@ -73,15 +74,15 @@ def test_the_compiled_step_holds_no_second_copy_of_the_kernels():
 
     def temporary(depth):
         cfg = llama.LlamaConfig(vocab=16, width=128, depth=depth, heads=4, kv_heads=4, mlp_width=512)
-        params = blip2.init(jax.random.key(0), llama.shapes(cfg))
+        params = init_params(jax.random.key(0), llama.shapes(cfg))
         _, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
         lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(2, 4))])
         tokens = jnp.zeros((1, 2), jnp.int32)
         batch = {'tokens': tokens, 'targets': tokens, 'answer': jnp.ones((1, 2), bool)}
 
         def logits(w, batch):
-            x = llama.embed_tokens(w, batch['tokens'])
-            return llama.head(w, llama.forward(w, cfg, x, jnp.ones(batch['tokens'].shape, bool)))
+            x = llama.embed_tokens(w, CFG, batch['tokens'])
+            return llama.head(w, cfg, llama.forward(w, cfg, x, jnp.ones(batch['tokens'].shape, bool)))
 
         tx = optax.adamw(1e-3)
         step = restore.make_train_step(logits, tx)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparselora_jax.models import blip2, llama, runners
+from sparselora_jax.models import layers, llama, runners
+from sparselora_jax.models.init import init_params
 
 CFG = llama.LlamaConfig(vocab=11, width=32, depth=8, heads=4, kv_heads=2, mlp_width=64)
-PARAMS = blip2.init(jax.random.key(0), llama.shapes(CFG))
+PARAMS = init_params(jax.random.key(0), llama.shapes(CFG))
 X, VALID = jax.random.normal(jax.random.key(1), (2, 64, 32)), jnp.ones((2, 64), bool)
 
 
@@ -23,7 +24,7 @@ def test_remat_has_the_gradients_of_scan_and_needs_less_memory():
 
 
 def test_unrolled_blocks_have_the_output_of_scan():
-    x, ctx = llama.embed(CFG, X, VALID)
+    x, ctx = llama.embed({}, CFG, X, layers.causal_view(VALID))
 
     def block(w, x, ctx, cache):
         return llama.block(w, CFG, x, ctx, cache)

@@ -8,19 +8,20 @@ import pytest
 
 import sparselora_jax as sl
 from sparselora_jax import restore, sharding
-from sparselora_jax.models import blip2, llama
+from sparselora_jax.models import llama
+from sparselora_jax.models.init import init_params
 
 CFG = llama.LlamaConfig(vocab=16, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
 
 
 def logits(w, batch):
-    x = llama.embed_tokens(w['language'], batch['tokens'])
+    x = llama.embed_tokens(w['language'], CFG, batch['tokens'])
     valid = jnp.ones(batch['tokens'].shape, bool)
-    return llama.head(w['language'], llama.forward(w['language'], CFG, x, valid))
+    return llama.head(w['language'], CFG, llama.forward(w['language'], CFG, x, valid))
 
 
 def setup():
-    params = blip2.init(jax.random.key(0), {'language': llama.shapes(CFG)}, std=1.0)
+    params = init_params(jax.random.key(0), {'language': llama.shapes(CFG)}, std=1.0)
     _, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
     lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(4, 8))])
     lora = jax.tree.map(lambda leaf: leaf + 0.01, lora)
@@ -49,7 +50,7 @@ def test_the_pruner_equals_one_device():
     params, _, _, batch = setup()
 
     def forward(w, batch, run):
-        x = llama.embed_tokens(w['language'], batch['tokens'])
+        x = llama.embed_tokens(w['language'], CFG, batch['tokens'])
         return llama.forward(w['language'], CFG, x, jnp.ones(batch['tokens'].shape, bool), run)
 
     rules = [('language/blocks/.*', '2:4'), ('.*', 'dense')]

@@ -20,11 +20,12 @@ import sys, time
 import jax, jax.numpy as jnp, numpy as np
 import sparselora_jax as sl
 from sparselora_jax.checkpoint import Checkpoints
-from sparselora_jax.models import blip2, llama
+from sparselora_jax.models import llama
+from sparselora_jax.models.init import init_params
 from sparselora_jax.train import Interrupted, fit
 
 cfg = llama.LlamaConfig(vocab=16, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
-params = blip2.init(jax.random.key(0), llama.shapes(cfg), std=1.0)
+params = init_params(jax.random.key(0), llama.shapes(cfg), std=1.0)
 _, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
 lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(4, 8))])
 class Batches:
@@ -32,8 +33,8 @@ class Batches:
         tokens = jnp.asarray(np.random.default_rng(step).integers(0, 16, (4, 6)), jnp.int32)
         return {'tokens': tokens, 'targets': tokens, 'answer': jnp.ones((4, 6), bool)}
 def forward(w, batch):
-    x = llama.embed_tokens(w, batch['tokens'])
-    return llama.head(w, llama.forward(w, cfg, x, jnp.ones(batch['tokens'].shape, bool)))
+    x = llama.embed_tokens(w, cfg, batch['tokens'])
+    return llama.head(w, cfg, llama.forward(w, cfg, x, jnp.ones(batch['tokens'].shape, bool)))
 def log(step, metrics):
     print(step, flush=True)
     time.sleep(float(sys.argv[2]))

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from sparselora_jax import calibrate, pruning, rules, sparsity
-from sparselora_jax.models import blip2, llama
+from sparselora_jax.models import layers, llama
+from sparselora_jax.models.init import init_params
 
 CFG = llama.LlamaConfig(vocab=11, width=16, depth=3, heads=4, kv_heads=2, mlp_width=24)
 RULES = [('language/blocks/.*/kernel', '2:4')]
@@ -16,7 +17,7 @@ def forward(w, batch, run):
 
 
 def setup():
-    params = {'language': blip2.init(jax.random.key(0), llama.shapes(CFG))}
+    params = {'language': init_params(jax.random.key(0), llama.shapes(CFG))}
     valid = jnp.arange(6)[None] >= jnp.array([0, 3, 1, 2])[:, None]
     return params, {'x': jax.random.normal(jax.random.key(1), (4, 6, 16)), 'valid': valid}
 
@@ -88,7 +89,7 @@ def test_kernels_that_share_an_input_are_pruned_as_if_alone(method, pattern):
     rules_of_first = [('language/blocks/.*', pattern)]
     together = pruning.prune(forward, params, [batch], rules_of_first, method=method)
     first = jax.tree.map(lambda leaf: leaf[0], params['language']['blocks'])
-    x, ctx = llama.embed(CFG, batch['x'], batch['valid'])
+    x, ctx = llama.embed({}, CFG, batch['x'], layers.causal_view(batch['valid']))
     stats = calibrate.collect(
         lambda w, x: llama.block(w, CFG, x, ctx, None),
         first,

@@ -5,14 +5,18 @@ TensorFlow: the records are array_record files, read through `builder.as_data_so
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from sparselora_jax.data.dataset import Dataset, Split
 
 COLOURS = ('black', 'gray', 'red', 'green', 'blue', 'yellow', 'teal', 'brown')
 SHAPES = ('rectangle', 'circle', 'triangle')
@@ -59,6 +63,39 @@ def prepare(data_dir: str | Path) -> tfds.core.DatasetBuilder:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for a script's result
         builder.download_and_prepare()
     return builder
+
+
+class _Records:
+    """The builder's records with text as text."""
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.source[index]
+        return record | {name: record[name].decode() for name in ('question', 'answer')}
+
+
+def read_texts(builder: Any, split: str) -> list[tuple[str, str, int]]:
+    """(question, answer, image_id) of every record, images not decoded."""
+    from tensorflow_datasets import decode
+
+    records = _Records(builder.as_data_source(split, decoders={'image': decode.SkipDecoding()}))
+    return [(r['question'], r['answer'], int(r['image_id'])) for r in (records[i] for i in range(len(records)))]
+
+
+def load(data_dir: str | Path) -> Dataset:
+    """The data set, its records written under `data_dir` unless they are there."""
+    builder = prepare(data_dir)
+
+    def split(name: str) -> Split:
+        texts = functools.cache(lambda: [text[:2] for text in read_texts(builder, name)])
+        return Split(_Records(builder.as_data_source(name)), texts)
+
+    return Dataset(split('train'), split('test'), KINDS, kind_of)
 
 
 def kind_of(answer: str) -> str:

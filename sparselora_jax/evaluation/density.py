@@ -7,7 +7,18 @@ from sparselora_jax.sparsity import parse_pattern, violations
 
 
 def _block_kernels(params: dict, tower: str) -> dict:
-    return {path: k for path, k in rules.kernels(params).items() if path.startswith(f'{tower}/blocks/')}
+    found = rules.kernels(params).items()
+    return {path: kernel for path, kernel in found if path.startswith(f'{tower}/') and '/blocks/' in path}
+
+
+def block_count(params: dict) -> int:
+    """How many blocks all towers have together."""
+    stacks = {
+        path.split('/blocks/')[0]: kernel.shape[0]
+        for path, kernel in rules.kernels(params).items()
+        if '/blocks/' in path
+    }
+    return sum(stacks.values())
 
 
 def tower_sparsity(params: dict, tower: str, pattern: str | float, *, group: str = 'output') -> dict:

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from sparselora_jax.recipe import TOWERS
-
 MODELS = ('dense', 'pruned', 'restored')
 
 _STYLE = """
@@ -115,16 +113,18 @@ def _curves(job: Any) -> str:
 
 
 def _densities(job: Any) -> str:
-    layers = json.loads((job.workdir / 'export.json').read_text())['layer_density']
+    towers = json.loads((job.workdir / 'export.json').read_text())['layer_density']
+    stacks: dict[str, dict[str, list[float]]] = {}  # a tower may hold two, an encoder and a decoder
+    for path, layers in (item for kernels in towers.values() for item in kernels.items()):
+        stack, name = path.removesuffix('/kernel').split('/blocks/')
+        stacks.setdefault(stack, {})[name] = layers
     parts = []
-    for tower in TOWERS:
-        kernels = layers[tower]
+    for stack, kernels in stacks.items():
         figure, axes = _figure(height=0.6 + 0.2 * len(kernels))
         picture = axes.imshow(np.array(list(kernels.values())), vmin=0, vmax=1, aspect='auto', cmap='viridis')
-        names = [path.removeprefix(f'{tower}/blocks/').removesuffix('/kernel') for path in kernels]
-        axes.set_yticks(range(len(kernels)), names)
+        axes.set_yticks(range(len(kernels)), list(kernels))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel='layer', title=f'{tower}: share of weights kept')
+        axes.set(xlabel='layer', title=f'{stack}: share of weights kept')
         figure.colorbar(picture)
         parts.append(_svg(figure))
     return ''.join(parts)
@@ -132,19 +132,19 @@ def _densities(job: Any) -> str:
 
 def _examples(job: Any, count: int = 12) -> str:
     results = {name: json.loads((job.workdir / f'evaluate_{name}.json').read_text()) for name in MODELS}
-    source, indices = job.builder.as_data_source('test'), results['dense']['indices']
+    source, indices = job.dataset.test.source, results['dense']['indices']
     cards = []
     for position in np.linspace(0, len(indices) - 1, count).astype(int):
         record, true = source[indices[position]], results['dense']['true'][position]
         answers = ''
         for name in MODELS:
             said = results[name]['predicted'][position]
-            kind = 'right' if said == true else 'wrong'
+            kind = 'right' if said.lower() == true.lower() else 'wrong'
             answers += f'<div>{name}: <span class="{kind}">{html.escape(said) or "(nothing)"}</span></div>'
-        question = html.escape(record['question'].decode())
+        question = html.escape(record['question'])
         picture = _png(record['image'])
         cards.append(
-            f'<div class="example"><img alt="" src="{picture}"><p>{question}<br>true: {true}</p>{answers}</div>'
+            f'<div class="example"><img alt="" src="{picture}"><p>{question}<br>true: {html.escape(true)}</p>{answers}</div>'
         )
     return ''.join(cards)
 
@@ -152,6 +152,7 @@ def _examples(job: Any, count: int = 12) -> str:
 def _png(pixels: np.ndarray) -> str:
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format='png')
+    file, picture = io.BytesIO(), Image.fromarray(pixels)
+    picture.thumbnail((160, 160))
+    picture.save(file, format='png')
     return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()

@@ -1,6 +1,7 @@
 """Perplexity of a language tower on a text: what pruning and restoring do to plain language."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +9,22 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from sparselora_jax.models import llama
+from sparselora_jax.models import towers
 
 
 @functools.partial(jax.jit, static_argnames='cfg')
 def _losses(w, cfg, tokens):
-    x = llama.embed_tokens(w, tokens)
-    logits = llama.head(w, llama.forward(w, cfg, x, jnp.ones(tokens.shape, bool)))
+    language = towers.language(cfg)
+    hidden = language.forward(w, cfg, language.embed_tokens(w, cfg, tokens), jnp.ones(tokens.shape, bool))
+    logits = language.head(w, cfg, hidden)
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
 
 
-def perplexity(w: dict, cfg: llama.LlamaConfig, tokens: Int[np.ndarray, ' tokens'], *, window: int = 128) -> float:
+def perplexity(w: dict, cfg: Any, tokens: Int[np.ndarray, ' tokens'], *, window: int = 128) -> float:
     """exp(mean loss per predicted token) over windows of `window` tokens; a last, shorter window is left out.
 
     Args:
-      w: weights of the language model (any kind of kernel).
+      w: weights of a decoder-only language tower (any kind of kernel).
 
     Raises:
       ValueError: fewer tokens than a window.

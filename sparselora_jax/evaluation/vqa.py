@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from sparselora_jax.data import easy_vqa, pipeline
-from sparselora_jax.generate import greedy
-from sparselora_jax.models import blip2
+from sparselora_jax.data.dataset import Split
+from sparselora_jax.data.pipeline import TextFormat
+from sparselora_jax.generate import generate
+from sparselora_jax.models.model import Model
 from sparselora_jax.storage import write_text
 
 
@@ -22,72 +22,77 @@ class Answers(NamedTuple):
 
     @property
     def correct(self) -> np.ndarray:
-        """True where the whole answer is right."""
-        return np.array([p == t for p, t in zip(self.predicted, self.true, strict=True)])
+        """True where the whole answer is right; upper and lower case are the same."""
+        return np.array([p.lower() == t.lower() for p, t in zip(self.predicted, self.true, strict=True)])
 
-    def accuracy(self) -> dict[str, float]:
-        """Share of right answers: overall and per kind of answer."""
-        kinds = np.array([easy_vqa.kind_of(answer) for answer in self.true])
-        by_kind = {kind: float(self.correct[kinds == kind].mean()) for kind in easy_vqa.KINDS if (kinds == kind).any()}
+    def accuracy(self, kind_of: Callable[[str], str]) -> dict[str, float]:
+        """Share of right answers: overall and per kind of true answer, in the order in which kinds appear."""
+        kinds = np.array([kind_of(answer) for answer in self.true])
+        by_kind = {str(kind): float(self.correct[kinds == kind].mean()) for kind in dict.fromkeys(kinds)}
         return {'overall': float(self.correct.mean())} | by_kind
 
 
-_embed = jax.jit(blip2.embed, static_argnames='cfg')
-
-
 def generate_answers(
+    model: Model,
     weights: dict,
-    cfg: blip2.Blip2Config,
-    batch: dict,
-    tokenizer: Any,
-    *,
-    prompt_tokens: int,
-    max_new_tokens: int = 4,
+    processor: Any,
+    text: TextFormat,
+    images: Sequence[Any],
+    questions: Sequence[str],
+    **settings: Any,
 ) -> list[str]:
-    """Greedy answers to a batch of `image`, `tokens`, `valid`; only the first `prompt_tokens` slots are read."""
-    prompt = {'image': batch['image']} | {name: batch[name][:, :prompt_tokens] for name in ('tokens', 'valid')}
-    x, valid = _embed(weights, cfg, prompt)
-    eos = tokenizer.eos_token_id
-    new = greedy(weights['language'], cfg.language, x, valid, max_new_tokens=max_new_tokens, eos=eos)
-    return [text.strip() for text in tokenizer.batch_decode(np.asarray(new), skip_special_tokens=True)]
+    """Answers to questions about images.
+
+    Args:
+      text: how a question is written; prompts are padded to its `prompt_tokens`, so that one shape is compiled.
+      settings: of `generate`: num_beams, max_new_tokens, ...
+    """
+    size = {'prompt_tokens': text.prompt_tokens, 'answer_tokens': 1}  # room for no token of an answer
+    rows = [
+        processor.example(image, text.prompt.format(question), **size)
+        for image, question in zip(images, questions, strict=True)
+    ]
+    read = rows[0].keys() - {'targets', 'answer', 'decoder_input_ids'}
+    batch = {name: np.stack([row[name] for row in rows]) for name in read}
+    new = generate(model, weights, batch, **settings)
+    start = 1 if model.encoder_decoder else batch['input_ids'].shape[1]
+    return processor.decode(new[:, start:])
 
 
 def evaluate(
+    model: Model,
     weights: dict,
-    cfg: blip2.Blip2Config,
-    source: Any,
+    processor: Any,
+    text: TextFormat,
+    split: Split,
     indices: Sequence[int],
-    tokenizer: Any,
-    text: pipeline.TextFormat,
     *,
     batch: int = 50,
-    max_new_tokens: int = 4,
     shuffle_images: bool = False,
     kept: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    **settings: Any,
 ) -> Answers:
-    """Answers the questions `indices` of `source`.
+    """Answers the questions `indices` of a split.
 
     Args:
       shuffle_images: each question gets the image of the question half the list further on; what is then still right
         is the image-blind floor.
       kept: a file of the answers so far, a line each: an evaluation that was cut off goes on after them.
+      settings: of `generate`.
     """
-    transform = pipeline.vqa_transform(tokenizer, text)
+    source = split.source
     predicted = _read_answers(kept, batch)
-    true = [source[index]['answer'].decode() for index in indices[: len(predicted)]]
+    true = [source[index]['answer'] for index in indices[: len(predicted)]]
     for first in range(len(predicted), len(indices), batch):
         records = [source[index] for index in indices[first : first + batch]]
-        true += [record['answer'].decode() for record in records]
+        true += [record['answer'] for record in records]
         if shuffle_images:
             others = [indices[(first + i + len(indices) // 2) % len(indices)] for i in range(len(records))]
             records = [r | {'image': source[other]['image']} for r, other in zip(records, others, strict=True)]
-        # The last batch is filled up, so that one shape is compiled.
-        rows = [transform(record) for record in records]
-        rows += rows[-1:] * (batch - len(rows))
-        stacked = {name: np.stack([row[name] for row in rows]) for name in ('image', 'tokens', 'valid')}
-        shape = {'prompt_tokens': text.prompt_tokens, 'max_new_tokens': max_new_tokens}
-        new = generate_answers(weights, cfg, stacked, tokenizer, **shape)[: len(records)]
+        rows = records + records[-1:] * (batch - len(records))  # the last batch is filled up: one shape is compiled
+        images, questions = ([row[name] for row in rows] for name in ('image', 'question'))
+        new = generate_answers(model, weights, processor, text, images, questions, **settings)[: len(records)]
         predicted += new
         if kept is not None:
             with kept.open('a') as file:
@@ -106,14 +111,17 @@ def _read_answers(kept: Path | None, batch: int) -> list[str]:
     return [json.loads(line) for line in lines]
 
 
-def blind_floor(train: Sequence[tuple[str, str, int]], test: Sequence[tuple[str, str, int]]) -> Answers:
-    """What a model that never sees an image can reach: the most frequent training answer of each question."""
+def blind_floor(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Answers:
+    """What a model that never sees an image can reach: the most frequent training answer of each (question, answer)."""
     counts: dict[str, dict[str, int]] = {}
-    for question, answer, _ in train:
+    overall: dict[str, int] = {}
+    for question, answer in train:
         of_question = counts.setdefault(question, {})
         of_question[answer] = of_question.get(answer, 0) + 1
+        overall[answer] = overall.get(answer, 0) + 1
+    most_frequent = max(sorted(overall), key=overall.get)
     guess = {question: max(sorted(answers), key=answers.get) for question, answers in counts.items()}
-    return Answers([guess.get(question, 'yes') for question, _, _ in test], [answer for _, answer, _ in test])
+    return Answers([guess.get(question, most_frequent) for question, _ in test], [answer for _, answer in test])
 
 
 def sample(count: int, total: int, *, seed: int) -> list[int]:

@@ -1,17 +1,21 @@
 """The embedded default: SmolLM2-135M-Instruct with a small vision encoder and bridge of our own (assets/)."""
 
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax.models import blip2, gguf
-from sparselora_jax.storage import check_shapes, load_safetensors
+from sparselora_jax.models import blip2, gguf, llama, qformer, vit
+from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.storage import StorageError, check_shapes, load_safetensors
 from sparselora_jax.weights import merge
 
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
+GENERATION = Generation(eos=(2,), pad=2, bos=1)
 
 
 def language_model_file() -> Path:
@@ -27,23 +31,49 @@ def language_model_file() -> Path:
     return files[0]
 
 
-def load_tokenizer() -> Any:
-    """SmolLM2's tokenizer."""
-    return gguf.load_tokenizer(language_model_file())
+def load_processor(cfg: blip2.Blip2Config) -> Any:
+    """What BLIP-2's processor is to this model: images scaled to -1..1, SmolLM2's tokens, image placeholders first."""
+    from transformers import Blip2Processor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    from sparselora_jax.data.processing import Processor
+
+    tokenizer, half = gguf.load_tokenizer(language_model_file(), cfg.image_token), [0.5] * 3
+    size = {'height': cfg.vision.image_size, 'width': cfg.vision.image_size}
+    images = BlipImageProcessorPil(size=size, image_mean=half, image_std=half)
+    processor = Blip2Processor(images, tokenizer, num_query_tokens=cfg.qformer.queries)
+    return Processor('blip-2', processor, cfg.qformer.queries, GENERATION.eos[0], None)
 
 
-def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[blip2.Blip2Config, dict]:
+def to_json(cfg: blip2.Blip2Config) -> str:
+    """The config as text, kept in the header of the bridge's file."""
+    return json.dumps(dataclasses.asdict(cfg))
+
+
+def _from_header(path: str | Path, metadata: dict[str, str]) -> blip2.Blip2Config:
+    try:
+        parts = json.loads(metadata['config'])
+        return blip2.Blip2Config(
+            vision=vit.ViTConfig(**parts['vision']),
+            qformer=qformer.QFormerConfig(**parts['qformer']),
+            language=llama.LlamaConfig(**parts['language']),
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
+
+
+def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict]:
     """The whole model; LoRA factors that were shipped with the bridge are merged into the language model.
 
     Raises:
       AssetError, StorageError: a file is missing or truncated, or the bridge does not fit its config.
     """
     tree, metadata = load_safetensors(bridge)
-    cfg = blip2.from_header(bridge, metadata)
+    cfg = _from_header(bridge, metadata)
     lora = tree.pop('lora', None)  # summed in fp32 when it is merged, whatever the dtype
     tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
     check_shapes(bridge, tree, blip2.bridge_shapes(cfg))
     _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     params = tree | {'language': language}
     check_shapes(bridge, params, blip2.shapes(cfg))
-    return cfg, merge(params, None, lora)
+    return Model(cfg, GENERATION), merge(params, None, lora)

@@ -52,8 +52,11 @@ def _open(path: str | Path) -> tuple[Any, Callable[[str], Any]]:
     return reader, value
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, image_token: int | None = None) -> Any:
     """The byte-level BPE tokenizer of a GGUF file, as one of transformers' (which itself reads GGUF only with torch).
+
+    Args:
+      image_token: which of its special tokens is called '<image>' here, as BLIP-2's processor has it.
 
     Raises:
       AssetError: the file is missing, truncated, or its tokenizer is of another kind.
@@ -64,7 +67,9 @@ def load_tokenizer(path: str | Path) -> Any:
     _, value = _open(path)
     if value('tokenizer.ggml.model') != 'gpt2':
         raise AssetError(f'{path}: tokenizer {value("tokenizer.ggml.model")!r}, expected byte-level BPE (gpt2)')
-    tokens = value('tokenizer.ggml.tokens')
+    tokens = list(value('tokenizer.ggml.tokens'))
+    if image_token is not None:
+        tokens[image_token] = '<image>'
     merges = [tuple(merge.split(' ')) for merge in value('tokenizer.ggml.merges')]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     split = [pre_tokenizers.Digits(individual_digits=True)] if value('tokenizer.ggml.pre') == 'smollm' else []
@@ -74,7 +79,7 @@ def load_tokenizer(path: str | Path) -> Any:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     names = {'bos_token': 'bos', 'eos_token': 'eos', 'unk_token': 'unknown', 'pad_token': 'padding'}
     special = {ours: tokens[value(f'tokenizer.ggml.{theirs}_token_id')] for ours, theirs in names.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side='left', **special)
 
 
 def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfig, dict]:

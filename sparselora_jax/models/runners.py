@@ -5,6 +5,7 @@ and `block(w, x, ctx, cache) -> (x, cache)` is one of them. `ctx` is what blocks
 its arrays is the batch (or 1).
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -49,3 +50,17 @@ def unstack(tree: Any) -> tuple[Any, ...]:
     """A tree stacked along its leading axis -> one tree per layer."""
     layers = jax.tree.leaves(tree)[0].shape[0]
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(layers))
+
+
+def valid_rows(name: str, ctx: dict) -> Any:
+    """Which rows of the input of kernel `name` (its path within a block) are no pads; None: all of them.
+
+    `ctx['valid']` speaks of the block's own rows. Cross-attention's keys and values read others (`cross_valid`), and
+    where a Q-Former reads text too, so do its cross-attention, `mlp` (`query_valid`) and `text_mlp` (`text_valid`).
+    """
+    if re.fullmatch(r'(.*/)?cross/[kv]/kernel', name):
+        return ctx.get('cross_valid')
+    for regex, mask in ((r'(.*/)?(cross/[qo]|mlp/.*)/kernel', 'query_valid'), (r'(.*/)?text_mlp/.*', 'text_valid')):
+        if mask in ctx and re.fullmatch(regex, name):
+            return ctx[mask]
+    return ctx.get('valid')

@@ -27,7 +27,8 @@ class SparseGPT:
 
     Attributes:
       damp: added to the diagonal, as a share of its mean.
-      block: inputs whose mask is chosen at once (unstructured) and whose updates are applied lazily; divides `in`.
+      block: inputs whose mask is chosen at once (unstructured) and whose updates are applied lazily. Where it does not
+        divide `in`, the last block is smaller.
       group: unstructured only: `'output'` compares a block's inputs within one output; `'block'` the whole
         `[block, out]` slab, as the source does. Slab counts are shares of one total, so the kernel's count is exact.
     """
@@ -43,11 +44,11 @@ class SparseGPT:
         """The kernel with its zeros and its kept weights updated, and the mask.
 
         Raises:
-          PatternError: `block` does not divide the inputs, M does not divide `block`, or an unknown group.
+          PatternError: M divides neither `block` nor the inputs, or an unknown group.
         """
         inputs, outputs = kernel.shape
         size = min(self.block, inputs)
-        if inputs % size or (pattern.structured and size % pattern.m):
+        if pattern.structured and (inputs % pattern.m or size % pattern.m):
             raise PatternError(f'SparseGPT block {size} does not fit {inputs} inputs and pattern {pattern}')
         if self.group not in ('output', 'block'):
             raise PatternError(f"SparseGPT group {self.group!r}: expected 'output' or 'block'")
@@ -57,40 +58,51 @@ class SparseGPT:
         weights = jnp.where(dead[:, None], 0.0, kernel.astype(dtype))
         factor = inverse_factor(statistic + jnp.diag(dead.astype(dtype)), self.damp)
         compared = outputs if self.group == 'block' else 1
-        so_far = [0 if pattern.structured else pattern.zeros(end * compared) for end in range(0, inputs + 1, size)]
-        zeros = jnp.asarray(np.diff(so_far), jnp.int32)  # of each slab
+        ends = [min(end, inputs) for end in range(0, inputs + size, size)]
+        so_far = [0 if pattern.structured else pattern.zeros(end * compared) for end in ends]
+        # The last slab is filled up with inputs that don't exist: they are pruned first, beside its own zeros.
+        padding = -inputs % size
+        zeros = np.diff(so_far)
+        zeros[-1] += 0 if pattern.structured else padding * compared
+        zeros = jnp.asarray(zeros, jnp.int32)
+        weights = jnp.pad(weights, ((0, padding), (0, 0)))
+        factor = jnp.pad(factor, (0, padding)) + jnp.diag((jnp.arange(inputs + padding) >= inputs).astype(dtype))
 
         def prune_block(index, state):
             weights, mask = state
             start = index * size
             w = jax.lax.dynamic_slice_in_dim(weights, start, size)
             u = jax.lax.dynamic_slice(factor, (start, start), (size, size))
-            pruned, kept, errors = _prune_slab(w, u, pattern, self.group, zeros[index])
+            real = start + jnp.arange(size) < inputs
+            pruned, kept, errors = _prune_slab(w, u, pattern, self.group, zeros[index], real)
             # Inputs after the block: rows of the factor are zero before the diagonal, so earlier ones are untouched.
             rows = jax.lax.dynamic_slice_in_dim(factor, start, size)
-            later = (jnp.arange(inputs) >= start + size)[None]
+            later = (jnp.arange(inputs + padding) >= start + size)[None]
             weights = weights - jnp.matmul(jnp.where(later, rows, 0.0).T, errors, precision='highest')
             write = jax.lax.dynamic_update_slice_in_dim
             return write(weights, pruned, start, 0), write(mask, kept, start, 0)
 
-        state = (weights, jnp.ones((inputs, outputs), bool))
-        weights, mask = jax.lax.fori_loop(0, inputs // size, prune_block, state)
-        return weights.astype(kernel.dtype), mask
+        state = (weights, jnp.ones(weights.shape, bool))
+        weights, mask = jax.lax.fori_loop(0, len(ends) - 1, prune_block, state)
+        return weights[:inputs].astype(kernel.dtype), mask[:inputs]
 
 
 def _saliency(w: Array, u: Array) -> Array:
     return (w / jnp.diagonal(u)[:, None]) ** 2
 
 
-def _prune_slab(w: Array, u: Array, pattern: Pattern, group: str, zeros: Array) -> tuple[Array, Array, Array]:
-    """One slab of inputs, top to bottom: (pruned weights, mask, errors to pass on)."""
+def _prune_slab(
+    w: Array, u: Array, pattern: Pattern, group: str, zeros: Array, real: Array
+) -> tuple[Array, Array, Array]:
+    """One slab of inputs, top to bottom: (pruned weights, mask, errors to pass on); `real`: inputs that exist."""
     size, outputs = w.shape
+    saliency = jnp.where(real[:, None], _saliency(w, u), -1.0)
     if pattern.structured:
         mask = jnp.ones(w.shape, bool)  # chosen M inputs at a time, on the weights as updated so far
     elif group == 'output':
-        mask = keep_largest(_saliency(w, u).T, zeros).T
+        mask = keep_largest(saliency.T, zeros).T
     else:
-        mask = keep_largest(_saliency(w, u).reshape(-1), zeros).reshape(w.shape)
+        mask = keep_largest(saliency.reshape(-1), zeros).reshape(w.shape)
     rows = jnp.arange(size)
 
     def prune_input(i, state):

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from sparselora_jax import calibrate
 from sparselora_jax import rules as rules_lib
-from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
 
 
@@ -95,6 +95,7 @@ def prune(
     *,
     method: Any,
     chunk: int = 8,
+    keep: Callable[[str, int, Array, Array], None] | None = None,
     progress: Callable[[str, int, int], None] = lambda tower, layer, layers: None,
 ) -> PruneResult:
     """Prunes a model block by block: a block's statistics come from the outputs of the blocks already pruned.
@@ -105,11 +106,14 @@ def prune(
 
     Args:
       forward: `forward(weights, batch, run)` that hands its blocks to `run` (see `models.runners`).
-      params: a tree whose stacked blocks lie under `<tower>/blocks`, with the tower's name as `forward` gives it.
+      params: a tree whose stacked blocks lie under `<tower>/blocks`, with the tower's name as `forward` gives it. A
+        block's leaves may be anything with a shape that gives a layer's array when it is indexed: weights on disk.
       batches: dicts of arrays of one shape, samples first.
       rules: `(regex, pattern)`; only kernels inside blocks can be pruned.
       method: see `prune_tree`.
       chunk: samples a time.
+      keep: `keep(path, layer, kernel, mask)` is handed every pruned layer at once, and the result holds `params` as
+        they came and no masks: for a model that memory does not hold.
       progress: called before each block.
 
     Raises:
@@ -120,45 +124,45 @@ def prune(
         raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
     samples = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
     patterns, methods = patterns_of(params, rules), _methods_of(params, method)
-    flat, masks, tokens = rules_lib.flatten(params), {}, {}
+    pruned, masks, tokens = {}, {}, {}
+
+    def collect(path, layer, kernel, mask):
+        pruned.setdefault(path, []).append(kernel)
+        masks.setdefault(path, []).append(mask)
 
     def run(tower, block, weights, x, ctx, cache=None):
         prefix = f'{tower}/blocks/'
         here = {path[len(prefix) :]: pattern for path, pattern in patterns.items() if path.startswith(prefix)}
-        if not here:
-            whole = jax.jit(lambda w, x, ctx: scan_blocks(tower, block, w, x, ctx)[0])
-            return jnp.concatenate([whole(weights, x, ctx) for x, ctx in _split(x, ctx, chunk)]), cache
+        of_block = {name: methods[prefix + name] for name in here}
         observe = calibrate.make_observer(
             lambda w, inputs: block(w, *inputs, None),
-            stats=lambda name: (methods[prefix + name].statistic or calibrate.squares) if name in here else None,
-            valid=lambda inputs: inputs[1].get('valid'),
+            stats=lambda name: (of_block[name].statistic or calibrate.squares) if name in here else None,
+            valid=lambda name, inputs: valid_rows(name, inputs[1]),
         )
         step = jax.jit(lambda w, x, ctx: block(w, x, ctx, None)[0])
         chunks = _split(x, ctx, chunk)
         layers = jax.tree.leaves(weights)[0].shape[0]
-        kernels = {name: [] for name in here}
-        kept = {name: [] for name in here}
         for layer in range(layers):
             progress(tower, layer, layers)
             w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights))
-            try:
-                stats = observe(rules_lib.unflatten(w), chunks)
-                pruned, block_masks = _prune_block(w, stats, here, {name: methods[prefix + name] for name in here})
-            except calibrate.CalibrationError as error:
-                raise calibrate.CalibrationError(f'{prefix}{error} (layer {layer})') from None
-            for name in here:
-                kernels[name].append(pruned[name])
-                kept[name].append(block_masks[name])
-                tokens[prefix + name] = int(stats[name][1])
-            w = rules_lib.unflatten(w | pruned)
-            chunks = [(step(w, x, ctx), ctx) for x, ctx in chunks]
-        for name in here:
-            flat[prefix + name], masks[prefix + name] = jnp.stack(kernels[name]), jnp.stack(kept[name])
+            if here:
+                try:
+                    stats = observe(rules_lib.unflatten(w), chunks)
+                    new, kept = _prune_block(w, stats, here, of_block)
+                except calibrate.CalibrationError as error:
+                    raise calibrate.CalibrationError(f'{prefix}{error} (layer {layer})') from None
+                for name in here:
+                    (keep or collect)(prefix + name, layer, new[name], kept[name])
+                    tokens[prefix + name] = int(stats[name][1])
+                w |= new
+            chunks = [(step(rules_lib.unflatten(w), x, ctx), ctx) for x, ctx in chunks]
         return jnp.concatenate([x for x, _ in chunks]), cache
 
     forward(params, samples, run)
-    if missed := sorted(patterns.keys() - masks.keys()):
+    if missed := sorted(patterns.keys() - tokens.keys()):
         raise rules_lib.RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
+    flat = rules_lib.flatten(params) | {path: jnp.stack(layers) for path, layers in pruned.items()}
+    masks = {path: jnp.stack(layers) for path, layers in masks.items()}
     return PruneResult(rules_lib.unflatten(flat), rules_lib.unflatten(masks), tokens)
 
 

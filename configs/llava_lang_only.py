@@ -1,0 +1,30 @@
+"""Language-only pruning of LLaVA-1.5 at 2:4 by Wanda, restored by SparseLoRA (arXiv 2404.02424).
+
+  python launch/train.py --config=configs/llava_lang_only.py:data=FOLDER --workdir=runs/llava_lang_only
+
+FOLDER holds images and a `data.jsonl`; another model of the family: `:model=DIRECTORY,data=FOLDER`.
+Fields that are not set here are as in `blip2_lang_only.py`. Not yet run on published weights.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import arguments, blip2_lang_only
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: see `configs/arguments.py`."""
+    return arguments.apply(base(), arg, pruned=('language',))
+
+
+def base() -> ConfigDict:
+    """The fields of `blip2_lang_only`, with what LLaVA-1.5 differs in."""
+    config = blip2_lang_only.base()
+    config.model = 'llava-hf/llava-1.5-7b-hf'
+    config.data = 'data'
+    config.text = ConfigDict(dict(prompt='USER: <image>\n{} ASSISTANT:', prompt_tokens=64, answer_tokens=8))
+    config.restore.shares = ()
+    config.evaluate.num_beams = 5
+    config.evaluate.length_penalty = -1.0
+    for part in (config.prune.pattern, config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
+        del part['qformer']  # there is none
+    return config
