@@ -20,10 +20,15 @@ UNSUPPORTED = {
     'encoder_repetition_penalty': 1.0,
     'exponential_decay_length_penalty': None,
     'forced_bos_token_id': None,
+    'force_words_ids': None,
     'forced_eos_token_id': None,
+    'guidance_scale': None,
+    'max_time': None,
     'no_repeat_ngram_size': 0,
     'num_beam_groups': 1,
+    'num_return_sequences': 1,
     'penalty_alpha': None,
+    'renormalize_logits': False,
     'repetition_penalty': 1.0,
     'sequence_bias': None,
     'stop_strings': None,
@@ -46,7 +51,8 @@ def generate(
     """The most likely continuation of each prompt, by greedy search (one beam) or beam search; never sampled.
 
     An argument that is None is what the model's generation_config.json says, or transformers' default: one beam,
-    20 new tokens, no minimum, length_penalty 1, early_stopping False. Compiled once per shape of `batch`, number of beams and of new tokens.
+    20 new tokens, no minimum, length_penalty 1, early_stopping False. Compiled once per shape of `batch` and numbers of
+    beams and of new tokens.
 
     Args:
       weights: params, or what `bind` made of them.
