@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax.models import blip2, gguf, llama, qformer, vit
+from sparselora_jax.models import blip2, gguf, hf_configs, hf_new, llama, qformer, vit
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.storage import StorageError, check_shapes, load_safetensors
 from sparselora_jax.weights import merge
@@ -77,3 +77,19 @@ def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict
     params = tree | {'language': language}
     check_shapes(bridge, params, blip2.shapes(cfg))
     return Model(cfg, GENERATION), merge(params, None, lora)
+
+
+def save(
+    folder: str | Path, model: Model, params: dict, processor: Any, *, texts: dict[str, str] | None = None
+) -> None:
+    """Writes a Hugging Face directory of it: torch's `Blip2ForConditionalGeneration` reads it, and so does `hf`.
+
+    Args:
+      processor: as `load_processor` makes it.
+      texts: more files to write, by name.
+
+    Raises:
+      StorageError: see `hf_new.write_new`.
+    """
+    config = hf_configs.blip2_config(model.cfg, model.generation)
+    hf_new.write_new(folder, config, model, params, processor=processor.hf, texts=texts)

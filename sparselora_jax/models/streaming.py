@@ -43,10 +43,14 @@ def read_params(shapes: dict, pieces: list[Piece], dtype: Any = None, mesh: Mesh
 
 def read_block(array: Any, piece: Piece) -> Shaped[np.ndarray, '...']:
     """What a checkpoint should hold of one of our arrays: a piece in its layout and dtype."""
-    starts = np.asarray(piece.starts, np.int32)
-    block = _take(array, starts, piece.sizes, piece.file_shape, layout.is_kernel(piece.path))
+    kernel = layout.is_kernel(piece.path)
+    if isinstance(array, np.ndarray):
+        block = array[tuple(slice(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True))]
+        block = layout.to_checkpoint(block, piece.file_shape, kernel=kernel)
+    else:
+        block = _take(array, np.asarray(piece.starts, np.int32), piece.sizes, piece.file_shape, kernel)
     # Cast on the host: devices have no fp64.
-    return np.asarray(block).astype(piece.entry.dtype)
+    return np.asarray(block).astype(piece.entry.dtype, copy=False)
 
 
 def _dtypes(pieces: list[Piece]) -> dict[str, Any]:
