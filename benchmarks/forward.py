@@ -2,10 +2,10 @@
 
     python benchmarks/forward.py [--families=blip2_opt,blip2_t5,llava]
 
-Random models of the real classes, 130 to 240 million parameters, made by torch, saved as Hugging Face directories and read by
-`sl.load_model`; batch 8, an image and 32 tokens each, fp32. The step is plain LoRA (rank 8, the language model's linears)
-with AdamW on the cross-entropy of the last 16 tokens; torch's is `peft`. Decoding makes 32 tokens a prompt, one beam or
-five, no end. Logits, losses and tokens of the two are compared before anything is timed. Then every round times each
+Random models of the real classes, 130 to 240 million parameters, made by torch, saved as Hugging Face directories and
+read by `sl.load_model`; batch 8, an image and 32 tokens each, fp32. The step is plain LoRA (rank 8, the language
+model's linears) with AdamW on the cross-entropy of the last 16 tokens; torch's is `peft`. Decoding makes 32 tokens a
+prompt, one beam or five, no end. Logits, losses and tokens of the two are compared before anything is timed. Then every round times each
 library in turn, after a call that is not timed; a figure is the median of the rounds. `per matmul` divides
 each library's time by what its own matmul rate (2048x2048x2048, same rounds) would take for the same work.
 """
@@ -186,9 +186,8 @@ def measure(family: str) -> None:
             rates.setdefault(library, []).append(flops / seconds(run))
     rate = {library: float(np.median(values)) for library, values in rates.items()}
     print(f'matmul GFLOP/s: jax {rate["jax"] / 1e9:.0f}, torch {rate["torch"] / 1e9:.0f}')
-    print(
-        '| what | ours, s (min to max) | torch, s (min to max) | torch / ours | per matmul | goal |\n|---|---|---|---|---|---|'
-    )
+    print('| what | ours, s (min to max) | torch, s (min to max) | torch / ours | per matmul | goal |')
+    print('|---|---|---|---|---|---|')
     for name, goal in GOALS.items():
         middle = {library: float(np.median(times[library, name])) for library in runs}
         cells = [f'{middle[lib]:.2f} ({min(times[lib, name]):.2f} to {max(times[lib, name]):.2f})' for lib in runs]

@@ -1,14 +1,19 @@
 """What the scripts share: the repository on the path, flags, and errors as one line with an exit code."""
 
+import os
+import sys
+
+# The repository first and this folder last, before anything else is imported: Python's own `inspect` is not ours.
+sys.path.sort(key=lambda path: os.path.abspath(path) == os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import difflib
 import runpy
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -20,12 +25,17 @@ from sparselora_jax.train import Interrupted
 
 def define_config(default: str = 'configs/blip2_lang_only.py', workdir: str = 'runs/demo') -> tuple:
     """The flags `--config` and `--workdir`; a config that does not exist ends the script here."""
+    config = define_recipe(default)
+    return config, flags.DEFINE_string('workdir', workdir, 'where results, logs and checkpoints go')
+
+
+def define_recipe(default: str | None) -> Any:
+    """The flag `--config` alone."""
     try:  # before the flag is defined, which reads the config and the overrides on the command line at once
         check_config(sys.argv[1:], default)
     except SparseloraError as error:
         _fail(error)
-    config = config_flags.DEFINE_config_file('config', default, 'a file of configs/, then :argument')
-    return config, flags.DEFINE_string('workdir', workdir, 'where results, logs and checkpoints go')
+    return config_flags.DEFINE_config_file('config', default, 'a file of configs/, then :argument')
 
 
 def define_model() -> None:
@@ -62,19 +72,41 @@ def generation_settings() -> dict:
     return {name: getattr(flags.FLAGS, name) for name in ('num_beams', 'max_new_tokens', 'length_penalty')}
 
 
-def check_config(argv: list[str], default: str) -> None:
+def recipes() -> list[str]:
+    """The names of the files in configs/."""
+    return sorted(path.stem for path in Path('configs').glob('*.py'))
+
+
+def find_recipe(name: str) -> str | None:
+    """The path (and argument) of a config that is named by its path or by its name alone; None: it is no config's."""
+    path, colon, argument = name.partition(':')
+    if path.endswith('.py'):
+        return name
+    return f'configs/{path}.py{colon}{argument}' if Path(f'configs/{path}.py').is_file() else None
+
+
+def read_config(path: str, argument: str | None = None) -> ConfigDict:
+    """What a file of configs/ says."""
+    return runpy.run_path(path)['get_config'](argument)
+
+
+def check_config(argv: list[str], default: str | None) -> None:
     """Names a config file that is missing, and an override of a field that does not exist, with the nearest one."""
     values = {}
-    for arg, after in zip(argv, [*argv[1:], ''], strict=True):
+    for arg, after in zip(argv, [*argv[1:], ''], strict=False):
         if arg.startswith('--'):
             name, equals, value = arg.lstrip('-').partition('=')
             values[name] = value if equals else after
-    path, _, argument = values.get('config', default).partition(':')
+    if (chosen := values.get('config', default)) is None:
+        if overrides := [name for name in values if name.startswith('config.')]:
+            raise ConfigError(f'--{overrides[0]} without --config=...: which recipe is it a field of?')
+        return
+    path, _, argument = chosen.partition(':')
     if not Path(path).is_file():
         nearest = difflib.get_close_matches(path, [str(p) for p in Path('configs').glob('*.py')], 1)
         raise ConfigError(f'{path}: no such config' + (f'; did you mean {nearest[0]}?' if nearest else ''))
     try:
-        config = runpy.run_path(path)['get_config'](argument or None)
+        config = read_config(path, argument or None)
     except (ValueError, KeyError, SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
         raise ConfigError(f'{path}: {kind}{error}') from None

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax import pruning, sharding, storage
+from sparselora_jax import pruning, rules, sharding, storage
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
 from sparselora_jax.models import embedded, hf, on_disk, streaming
@@ -23,6 +23,8 @@ from sparselora_jax.recipe import check_values, claim, lora_rules, prune_rules, 
 from sparselora_jax.restore import Frozen
 from sparselora_jax.sparsity import check_sparse
 from sparselora_jax.weights import init_lora, merge
+
+MASKS, KERNELS = 'masks.safetensors', 'kernels.safetensors'  # what pruning leaves; the second if kept weights changed
 
 
 class Job:
@@ -142,14 +144,12 @@ class Job:
     @functools.cached_property
     def frozen(self) -> Frozen:
         """Params, masks and teacher, as restoration reads them: the teacher shares W unless kept weights changed."""
-        masks = self.shard(storage.load_safetensors(self.workdir / 'masks.safetensors')[0])
-        edited = self.workdir / 'pruned.safetensors'
-        if edited.exists():
-            return Frozen(self.shard(storage.load_safetensors(edited)[0]), masks, teacher=self.params)
-        if (self.workdir / 'pruned').exists() and self.config.prune.method == 'sparsegpt':
-            pruned = hf.load_model(self.workdir / 'pruned', dtype=self.dtype, mesh=self.mesh)[1]
-            return Frozen(pruned, masks, teacher=self.params)
-        return Frozen(self.params, masks)
+        masks = self.shard(storage.load_safetensors(self.workdir / MASKS)[0])
+        if not (self.workdir / KERNELS).exists():
+            return Frozen(self.params, masks)
+        edited = self.shard(storage.load_safetensors(self.workdir / KERNELS)[0])
+        pruned = rules.unflatten(rules.flatten(self.params) | rules.flatten(edited))
+        return Frozen(pruned, masks, teacher=self.params)
 
     def trained(self, name: str) -> dict:
         """The LoRA factors that the stage `name` has trained."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.errors import SparseloraError
@@ -42,7 +42,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequenc
     return Mesh(np.asarray(devices).reshape(data, fsdp, tensor), AXES)
 
 
-def fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
+def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
     """The spec, but for axes that don't divide evenly (few key/value heads): those are replicated."""
     spec = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
 
@@ -54,7 +54,7 @@ def fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSha
     return NamedSharding(mesh, PartitionSpec(*kept))
 
 
-def shardings(tree: dict, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> dict:
+def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> dict:
     """A NamedSharding for every array of params, masks or lora; the factors of a `Lora` follow their kernel.
 
     Raises:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -19,12 +20,13 @@ from sparselora_jax.data.pipeline import TEXT_FORMAT
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.evaluation.density import block_count, layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.evaluation.perplexity import perplexity
-from sparselora_jax.job import Job
-from sparselora_jax.models import embedded, hf_export, peft_adapter
+from sparselora_jax.job import KERNELS, MASKS, Job
+from sparselora_jax.models import embedded, hf_export, on_disk, peft_adapter
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.progress import Progress
-from sparselora_jax.recipe import BLOCKS, lora_rules, prune_methods, prune_rules
+from sparselora_jax.recipe import lora_rules, prune_methods, prune_rules
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
+from sparselora_jax.rules import flatten
 from sparselora_jax.sparsity import check_masks, check_sparse
 from sparselora_jax.train import fit, init_state
 from sparselora_jax.weights import init_lora, merge
@@ -89,12 +91,18 @@ def floor(job: Job) -> dict:
 
 
 def prune(job: Job) -> dict:
-    """Calibrates and prunes; writes `masks.safetensors`, and `pruned.safetensors` if kept weights changed."""
+    """Calibrates and prunes; writes `masks.safetensors`, and `kernels.safetensors` if kept weights changed.
+
+    With `config.stream`, blocks are read from disk when their turn comes, and what was pruned is written at once; the
+    pruned model then lies in `pruned/`, a Hugging Face directory.
+    """
 
     def compute():
         config, model = job.config, job.model
         params = job.params_on_disk() if config.stream else job.params
         calibration = [job.batches(config.prune.samples, config.seed + 1)[0]] if config.prune.samples > 0 else []
+        rules, methods = prune_rules(config), prune_methods(config)
+        flat, patterns = flatten(params), pruning.patterns_of(params, rules)
         progress = Progress('prune', block_count(params), interval=5)
         done = []
 
@@ -102,22 +110,27 @@ def prune(job: Job) -> dict:
             done.append(layer)
             progress(len(done), f'{tower} layer {layer + 1} of {layers}')
 
-        result = pruning.prune(
-            lambda w, batch, run: model.hidden(w, batch, run),
-            params,
-            calibration,
-            prune_rules(config),
-            method=prune_methods(config),
-            chunk=config.prune.chunk,
-            progress=tick,
-        )
-        for tower, masks in result.masks.items():
-            blocks = [(f'{tower}/{BLOCKS}.*', config.prune.pattern[tower])]
-            check_masks({tower: masks}, blocks, group=config.prune.group[tower])
-        check_sparse(result.params, result.masks)
-        if config.prune.method == 'sparsegpt':
-            storage.save_safetensors(job.workdir / 'pruned.safetensors', result.params)
-        storage.save_safetensors(job.workdir / 'masks.safetensors', result.masks)
+        masks_like = {path: jax.ShapeDtypeStruct(flat[path].shape, bool) for path in patterns}
+        kernels_like = {path: flat[path] for path in patterns} if config.prune.method == 'sparsegpt' else {}
+        with ExitStack() as files:
+            write_mask = files.enter_context(storage.layer_writer(job.workdir / MASKS, masks_like))
+            if kernels_like:
+                write_kernel = files.enter_context(storage.layer_writer(job.workdir / KERNELS, kernels_like))
+
+            def keep(path, layer, kernel, mask):
+                tower = path.split('/')[0]
+                check_masks({path: mask}, [('.*', patterns[path])], group=config.prune.group[tower])
+                check_sparse({path: kernel}, {path: mask})
+                write_mask(path, layer, mask)
+                if kernels_like:
+                    write_kernel(path, layer, kernel)
+
+            chunk = config.prune.chunk
+            knobs = {'method': methods, 'chunk': chunk, 'keep': keep, 'progress': tick}
+            result = pruning.prune(model.hidden, params, calibration, rules, **knobs)
+        if config.stream:
+            pruned = on_disk.pruned_on_disk(params, job.workdir / MASKS, job.workdir / KERNELS)
+            hf_export.export_model(job.workdir / 'pruned', model, pruned)
         return {'tokens': result.tokens}
 
     return job.stage('prune', compute)
@@ -163,7 +176,7 @@ def export(job: Job) -> dict:
         folder = job.workdir / 'exported'
         texts = {TEXT_FORMAT: json.dumps(dataclasses.asdict(job.text), indent=1)}
         if model.source is None:
-            embedded.save(folder, model, merged, job.processor, texts=texts)
+            embedded.save(folder, model, merged, texts=texts)
         else:
             hf_export.export_model(folder, model, merged, texts=texts)
         peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'))

@@ -1,12 +1,14 @@
 """Any of the three trees as one safetensors file: no pickle, names are paths."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
@@ -50,6 +52,39 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     header = (metadata or {}) | ({'lora_scales': json.dumps(scales)} if scales else {})
     with whole(path) as partial:
         save_file({name: jnp.asarray(array) for name, array in arrays.items()}, partial, metadata=header)
+
+
+@contextmanager
+def layer_writer(path: str | Path, like: dict[str, Any]) -> Iterator[Callable[[str, int, Any], None]]:
+    """A file of stacked arrays that is written a layer at a time, in any order; it appears whole or not at all.
+
+    Args:
+      like: path -> anything with the stacked array's `shape` and `dtype`.
+
+    Yields:
+      `write(path, layer, array)`.
+    """
+    names = {'bool': 'BOOL', 'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
+    header, starts, end = {}, {}, 0
+    for name, leaf in like.items():
+        dtype = np.dtype(leaf.dtype)
+        starts[name], size = end, math.prod(leaf.shape) * dtype.itemsize
+        header[name] = {'dtype': names[dtype.name], 'shape': leaf.shape, 'data_offsets': [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial, partial.open('wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        file.truncate(8 + len(text) + end)
+
+        def write(name, layer, array):
+            data = np.ascontiguousarray(np.asarray(array, like[name].dtype)).reshape(-1).view(np.uint8)
+            file.seek(8 + len(text) + starts[name] + layer * data.size)
+            file.write(data)
+
+        yield write
 
 
 @contextmanager

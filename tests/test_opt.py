@@ -124,7 +124,6 @@ def test_a_fully_padded_row_is_finite(model):
 def test_what_is_not_known_is_named():
     for options in (
         {'layer_norm_elementwise_affine': False},
-        {'tie_word_embeddings': False},
         {'activation_function': 'mish'},
     ):
         with pytest.raises(UnsupportedModel, match=f'{next(iter(options))} .*of opt'):

@@ -143,9 +143,8 @@ def _examples(job: Any, count: int = 12) -> str:
             answers += f'<div>{name}: <span class="{kind}">{html.escape(said) or "(nothing)"}</span></div>'
         question = html.escape(record['question'])
         picture = _png(record['image'])
-        cards.append(
-            f'<div class="example"><img alt="" src="{picture}"><p>{question}<br>true: {html.escape(true)}</p>{answers}</div>'
-        )
+        said = f'<p>{question}<br>true: {html.escape(true)}</p>{answers}'
+        cards.append(f'<div class="example"><img alt="" src="{picture}">{said}</div>')
     return ''.join(cards)
 
 

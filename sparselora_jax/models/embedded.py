@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sparselora_jax.models import blip2, gguf, hf_configs, hf_new, llama, qformer, vit
 from sparselora_jax.models.model import Generation, Model
-from sparselora_jax.storage import StorageError, check_shapes, load_safetensors
+from sparselora_jax.storage import StorageError, check_shapes, load_safetensors, read_metadata
 from sparselora_jax.weights import merge
 
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
@@ -62,6 +62,15 @@ def _from_header(path: str | Path, metadata: dict[str, str]) -> blip2.Blip2Confi
         raise StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
 
 
+def load_config(bridge: str | Path = BRIDGE) -> blip2.Blip2Config:
+    """The config alone.
+
+    Raises:
+      StorageError: the file is missing or truncated, or holds no config.
+    """
+    return _from_header(bridge, read_metadata(bridge))
+
+
 def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict]:
     """The whole model; LoRA factors that were shipped with the bridge are merged into the language model.
 
@@ -79,17 +88,14 @@ def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict
     return Model(cfg, GENERATION), merge(params, None, lora)
 
 
-def save(
-    folder: str | Path, model: Model, params: dict, processor: Any, *, texts: dict[str, str] | None = None
-) -> None:
-    """Writes a Hugging Face directory of it: torch's `Blip2ForConditionalGeneration` reads it, and so does `hf`.
+def save(folder: str | Path, model: Model, params: dict, *, texts: dict[str, str] | None = None) -> None:
+    """Writes a Hugging Face directory that torch's `Blip2ForConditionalGeneration` loads, processor included.
 
     Args:
-      processor: as `load_processor` makes it.
       texts: more files to write, by name.
 
     Raises:
       StorageError: see `hf_new.write_new`.
     """
     config = hf_configs.blip2_config(model.cfg, model.generation)
-    hf_new.write_new(folder, config, model, params, processor=processor.hf, texts=texts)
+    hf_new.write_new(folder, config, model, params, processor=load_processor(model.cfg).hf, texts=texts)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
@@ -40,7 +41,8 @@ def export_model(
     it has ended, the folder has no config.json.
 
     Args:
-      params: plain arrays, merged; cast to the dtype that each tensor has in its file.
+      params: plain arrays, merged, or stacks that give a layer when they are indexed (`on_disk`); cast to the dtype
+        that each tensor has in its file.
       source: the directory to follow; `model.source` by default.
       texts: more files to write, by name.
 
@@ -143,7 +145,10 @@ def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
 
 def _block(flat: dict[str, Any], piece: Piece) -> Shaped[np.ndarray, '...']:
     """What a piece of a file is to hold."""
-    block = streaming.read_block(flat[piece.path], piece)
+    array = flat[piece.path]
+    if not isinstance(array, jax.Array | np.ndarray):  # lies on disk
+        array, piece = array[piece.starts[0]][None], piece._replace(starts=(0, *piece.starts[1:]))
+    block = streaming.read_block(array, piece)
     if piece.entry.dtype == np.float16 and not np.isfinite(block).all():
         raise StorageError(f'{piece.path}: numbers too large for float16, the dtype of {piece.entry.name} in its file')
     return block

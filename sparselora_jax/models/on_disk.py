@@ -1,14 +1,17 @@
 """Weights that stay in their checkpoint and are read a layer at a time: how a model larger than memory is pruned."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sparselora_jax import rules
-from sparselora_jax.models import streaming
-from sparselora_jax.models.layout import HEAD, Piece
+from sparselora_jax.models import checkpoint_files, streaming
+from sparselora_jax.models.checkpoint_files import Entry
+from sparselora_jax.models.layout import Piece
 from sparselora_jax.models.model import Model
+from sparselora_jax.weights import effective_weight
 
 
 class OnDisk:
@@ -27,8 +30,36 @@ class OnDisk:
         return rules.flatten(streaming.read_params(shapes, self._layers[layer], self.dtype))[self.path]
 
 
+class Pruned:
+    """An `OnDisk` kernel with its zeros, from a file of masks and, where kept weights changed, one of kernels."""
+
+    def __init__(self, dense: OnDisk, mask: Entry, kernel: Entry | None):
+        """`mask`, `kernel`: where the stacked arrays lie."""
+        self.dense, self.mask, self.kernel = dense, mask, kernel
+        self.shape, self.dtype, self.ndim = dense.shape, dense.dtype, dense.ndim
+
+    def __getitem__(self, layer: int) -> jax.Array:
+        rows = (layer, layer + 1)
+        mask = jnp.asarray(checkpoint_files.read(self.mask, rows)[0])
+        kernel = self.dense[layer] if self.kernel is None else checkpoint_files.read(self.kernel, rows)[0]
+        return effective_weight(jnp.asarray(kernel), mask)
+
+
+def pruned_on_disk(params: dict, masks: Path, kernels: Path) -> dict:
+    """`params_on_disk` with the kernels that were pruned in the places of the dense ones.
+
+    Args:
+      masks, kernels: files of `storage.layer_writer`; the second need not exist.
+    """
+    flat = rules.flatten(params)
+    edited = {entry.name: entry for entry in checkpoint_files.read_header(kernels)} if kernels.exists() else {}
+    for entry in checkpoint_files.read_header(masks):
+        flat[entry.name] = Pruned(flat[entry.name], entry, edited.get(entry.name))
+    return rules.unflatten(flat)
+
+
 def params_on_disk(model: Model, pieces: list[Piece], dtype: Any) -> dict:
-    """A params tree whose blocks are `OnDisk`, and whose untied head, which no block needs, is missing.
+    """A params tree whose blocks are `OnDisk`.
 
     Args:
       pieces: of the whole model, as `hf.open_model` finds them.
@@ -38,7 +69,7 @@ def params_on_disk(model: Model, pieces: list[Piece], dtype: Any) -> dict:
     for piece in pieces:
         by_path.setdefault(piece.path, []).append(piece)
     stacked = {path for path in shapes if '/blocks/' in path}
-    whole = {path: shape for path, shape in shapes.items() if path not in stacked and path != HEAD}
+    whole = {path: shape for path, shape in shapes.items() if path not in stacked}
     read = [piece for path in whole for piece in by_path[path]]
     flat = rules.flatten(streaming.read_params(rules.unflatten(whole), read, dtype))
     return rules.unflatten(flat | {path: OnDisk(path, shapes[path], dtype, by_path[path]) for path in stacked})

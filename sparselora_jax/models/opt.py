@@ -1,4 +1,4 @@
-"""OPT (arXiv 2205.01068): LayerNorm, learned positions, ReLU MLP, tied head; norms before or (OPT-350m) after."""
+"""OPT (arXiv 2205.01068): LayerNorm, learned positions, ReLU MLP; norms before or (OPT-350m) after."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.linear import linear
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
 
@@ -27,6 +28,7 @@ class OptConfig:
     pre_norm: bool = True  # False: a norm follows each residual sum
     final_norm: bool = True
     activation: str = 'relu'
+    tied: bool = True  # the head is the word embedding
 
     def __post_init__(self):
         if not self.word_width:
@@ -77,7 +79,8 @@ def finish(w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim']) -> Floa
 
 def head(w: dict, cfg: OptConfig, hidden: Float[Array, '*batch words']) -> Float[Array, '*batch vocab']:
     """Logits, in fp32."""
-    del cfg
+    if not cfg.tied:
+        return linear(hidden, w['head']['kernel']).astype(jnp.float32)
     return jnp.einsum('...d,vd->...v', hidden, w['embed'].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
@@ -124,7 +127,7 @@ def shapes(cfg: OptConfig) -> dict:
         tree['norm'] = {'scale': (d,), 'bias': (d,)}
     if cfg.word_width != d:
         tree |= {'project_in': {'kernel': (cfg.word_width, d)}, 'project_out': {'kernel': (d, cfg.word_width)}}
-    return tree
+    return tree if cfg.tied else tree | {'head': {'kernel': (cfg.word_width, cfg.vocab)}}
 
 
 def keys(cfg: OptConfig) -> dict[str, str]:
@@ -153,12 +156,11 @@ def from_hf(hf: Any) -> OptConfig:
     """
     if not hf.layer_norm_elementwise_affine:
         raise UnsupportedModel('layer_norm_elementwise_affine False of opt: only norms with scale and bias are known')
-    if not hf.tie_word_embeddings:
-        raise UnsupportedModel('tie_word_embeddings False of opt: only a head that is the word embedding is known')
     if hf.activation_function not in layers.ACTIVATIONS:
         raise UnsupportedModel(f'activation_function {hf.activation_function!r} of opt is not known')
     return OptConfig(
         vocab=hf.vocab_size,
+        tied=hf.tie_word_embeddings,
         width=hf.hidden_size,
         depth=hf.num_hidden_layers,
         heads=hf.num_attention_heads,

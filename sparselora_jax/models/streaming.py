@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from sparselora_jax import rules, sharding
@@ -57,7 +57,8 @@ def _dtypes(pieces: list[Piece]) -> dict[str, Any]:
     found = {}
     for path, dtype in {(piece.path, piece.entry.dtype) for piece in pieces}:
         dtype = jax.dtypes.canonicalize_dtype(dtype)
-        found[path] = jnp.promote_types(found.get(path, dtype), dtype)
+        with jax.numpy_dtype_promotion('standard'):
+            found[path] = jnp.promote_types(found.get(path, dtype), dtype)
     return found
 
 
@@ -79,7 +80,8 @@ def _source_sharding(target: NamedSharding, piece: Piece) -> NamedSharding:
     shape, spec = piece.file_shape, [*target.spec, *[None] * (len(piece.sizes) - len(target.spec))][-2:]
     if len(shape) != 2:
         spec = []
-    return sharding.fitting(target.mesh, spec[::-1] if layout.is_kernel(piece.path) else spec, shape)
+    spec = PartitionSpec(*(spec[::-1] if layout.is_kernel(piece.path) else spec))
+    return sharding.fitting(target.mesh, spec, shape)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

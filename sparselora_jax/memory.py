@@ -1,0 +1,207 @@
+"""How much memory each stage of a recipe takes on one device: analytic, from shapes, every term by its name.
+
+The shapes of hidden states, and of what each linear reads, come from tracing the model's own forward on a batch of
+shapes. What XLA adds (fusion scratch, layouts, collectives) is not in it: see `restore` for how far it is off.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from sparselora_jax import calibrate, pruning, sharding
+from sparselora_jax import rules as rules_lib
+from sparselora_jax.inspection import structs
+from sparselora_jax.models.layout import PIECE
+from sparselora_jax.recipe import lora_rules, prune_methods, prune_rules
+from sparselora_jax.tracing import Stack, batch_of, nbytes, stacks
+from sparselora_jax.weights import init_lora
+
+FLOAT = 4  # bytes of float32
+DISTILLED = 3  # arrays of logits in the loss: the student's, the teacher's, the gradient
+
+
+class Stage(NamedTuple):
+    """Bytes on one device: what is held all along, and moments of which only the largest counts, each by its terms."""
+
+    held: dict[str, int]
+    moments: dict[str, dict[str, int]]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the highest moment."""
+        return sum(self.held.values()) + max((sum(terms.values()) for terms in self.moments.values()), default=0)
+
+
+def on_device(tree: dict, mesh: AbstractMesh | None) -> int:
+    """Bytes of params, masks or LoRA on one device of a mesh, as `sharding.RULES` split them; None: one device."""
+    if mesh is None:
+        return nbytes(tree)
+    split = sharding.shardings(tree, mesh)
+    return nbytes(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype), tree, split))
+
+
+class Recipe(NamedTuple):
+    """The trees of a recipe, by shapes, and where they lie."""
+
+    cfg: Any
+    config: Any
+    params: dict
+    masks: dict
+    lora: dict
+    mesh: AbstractMesh | None
+
+
+def recipe(cfg: Any, config: Any) -> Recipe:
+    """A family's config and a recipe (what `configs/*.py` return) -> the trees that its stages hold.
+
+    Raises:
+      PatternError, RuleError: the recipe does not fit the model. ConfigError: an unknown method.
+    """
+    params, axes = structs(cfg, config.dtype), config.mesh.to_dict()
+    kernels = rules_lib.kernels(params)
+    pruned = pruning.patterns_of(params, prune_rules(config))
+    masks = rules_lib.unflatten({path: jax.ShapeDtypeStruct(kernels[path].shape, jnp.bool_) for path in pruned})
+    lora = jax.eval_shape(lambda key: init_lora(key, params, lora_rules(config)), jax.random.key(0))
+    sizes = tuple(axes[name] for name in sharding.AXES)
+    return Recipe(cfg, config, params, masks, lora, AbstractMesh(sizes, sharding.AXES) if max(sizes) > 1 else None)
+
+
+def _samples(made: Recipe, count: int) -> int:
+    """How many of a batch's samples one device has: they are split over data and fsdp."""
+    return -(-count // (made.config.mesh.data * made.config.mesh.fsdp))
+
+
+def _traced(made: Recipe, samples: int) -> list[Stack]:
+    return stacks(made.cfg, made.params, batch_of(made.cfg, made.config.text, samples))
+
+
+def _only(made: Recipe, keep: Callable[[str], bool]) -> int:
+    """Bytes on one device of the params whose path is to be kept."""
+    flat = rules_lib.flatten(made.params)
+    return on_device(rules_lib.unflatten({path: leaf for path, leaf in flat.items() if keep(path)}), made.mesh)
+
+
+def load(made: Recipe) -> Stage:
+    """Reading the model."""
+    piece = min(PIECE, max(nbytes(leaf) for leaf in jax.tree.leaves(made.params)))
+    moments = {'placing a piece of a tensor': {'as it was read, and in our layout': 2 * piece}}
+    return Stage({'params': on_device(made.params, made.mesh)}, moments)
+
+
+def prune(made: Recipe) -> Stage:
+    """Pruning block by block, with the hidden states of the whole calibration set in memory."""
+    config, masked = made.config, rules_lib.flatten(made.masks)
+    samples = _samples(made, config.prune.samples)
+    pruned, masks = _only(made, masked.__contains__), on_device(made.masks, made.mesh)
+    held = {
+        'params': _only(made, lambda path: '/blocks/' not in path) if config.stream else _only(made, lambda path: True),
+        'calibration batch': nbytes(batch_of(made.cfg, config.text, samples)),
+        # What came in, what the last block put out, what this one does; what blocks only read, whole and in chunks.
+        'hidden states of the calibration set': max(3 * s.hidden + 2 * nbytes(s.ctx) for s in _traced(made, samples)),
+    }
+    chunks = _traced(made, min(config.prune.chunk, samples))
+    observing = [_observing(made, stack) for stack in chunks]
+    cutting = [_cutting(made, stack) for stack in chunks]
+    moments = {'observing a block': max(observing, key=_sum), 'pruning a block': max(cutting, key=_sum)}
+    if not config.stream:
+        held |= {'pruned kernels': pruned, 'masks (1 byte a weight)': masks}
+        moments['stacking the layers'] = {'pruned kernels': pruned, 'masks': masks}
+    return Stage(held, moments)
+
+
+def _sum(terms: dict[str, int]) -> int:
+    return sum(terms.values())
+
+
+def _block(made: Recipe, stack: Stack) -> int:
+    """Bytes of one block's params."""
+    return _only(made, lambda path: path.startswith(f'{stack.tower}/blocks/')) // stack.depth
+
+
+def _statistics(made: Recipe, stack: Stack) -> dict[str, int]:
+    """Bytes of one block's statistics: {the first kernel that reads an array: of its statistic}."""
+    methods, masked, sizes = prune_methods(made.config), rules_lib.flatten(made.masks), {}
+    for name, read in stack.inputs.items():
+        if (path := f'{stack.tower}/blocks/{name}') in masked:
+            statistic = rules_lib.first_match(methods, path).statistic or calibrate.squares
+            rows = jax.ShapeDtypeStruct((1, read.shape[-1]), jnp.float32)
+            sizes[stack.leaders[name]] = nbytes(jax.eval_shape(statistic, rows))
+    return sizes
+
+
+def _observing(made: Recipe, stack: Stack) -> dict[str, int]:
+    # A sum so far, a chunk's, and both added.
+    statistics = 3 * _sum(_statistics(made, stack))
+    return {'one block': _block(made, stack), 'its statistics, thrice': statistics, 'one chunk in it': _working(stack)}
+
+
+def _cutting(made: Recipe, stack: Stack) -> dict[str, int]:
+    statistics, kernels = _statistics(made, stack), rules_lib.kernels(made.params)
+    groups: dict[str, int] = {}  # kernels that read the same array are pruned as one
+    for name, leader in stack.leaders.items():
+        if leader in statistics:
+            inputs, outputs = kernels[f'{stack.tower}/blocks/{name}'].shape[-2:]
+            groups[leader] = groups.get(leader, 0) + inputs * outputs * FLOAT
+    terms = {'one block': _block(made, stack), 'its statistics': _sum(statistics)}
+    if made.config.prune.method == 'sparsegpt':
+        terms['inverting the largest Hessian, thrice its size'] = 3 * max(statistics.values(), default=0)
+    return terms | {'weights, scores, ranks of kernels pruned as one': 4 * max(groups.values(), default=0)}
+
+
+def _working(stack: Stack) -> int:
+    """What a block needs beside its linears' outputs: the largest arrays (attention's weights) before and after."""
+    return stack.outputs + 2 * stack.widest
+
+
+def restore(made: Recipe) -> Stage:
+    """A train step.
+
+    XLA's own count of temporary memory (all but params, masks, teacher, LoRA and Adam), in float32 on a CPU, is 0.85 to
+    1.2 times this (tests/test_memory.py). A CPU computes bfloat16 in float32 and takes twice as much of it.
+    """
+    config, knobs = made.config, made.config.restore
+    micro = -(-_samples(made, knobs.batch) // knobs.accumulate)
+    run, lora = _traced(made, micro), on_device(made.lora, made.mesh)
+    adapted = rules_lib.flatten(made.lora)
+    # The backward stops at the first tower whose LoRA is trained; what comes before it keeps nothing.
+    trained = [any(path.startswith(f'{stack.tower}/') for path in adapted) for stack in run]
+    kept = run[trained.index(True) :] if any(trained) else []
+    held = {'params': on_device(made.params, made.mesh), 'masks (1 byte a weight)': on_device(made.masks, made.mesh)}
+    if config.prune.method == 'sparsegpt' and knobs.kd:
+        held['dense teacher (SparseGPT changes kept weights)'] = held['params']
+    held |= {'LoRA (float32)': lora, 'Adam (2 of LoRA)': 2 * lora}
+    held['gradients (of LoRA)'] = lora * (2 if knobs.accumulate > 1 else 1)
+    held['block inputs'] = sum(stack.depth * stack.hidden for stack in kept)
+    if not knobs.remat:
+        held["linears' outputs"] = sum(stack.depth * stack.outputs for stack in kept)
+    copies = 2 if knobs.remat else 1  # of the outputs: their gradients, and themselves unless they were kept
+    kernel = max(
+        (math.prod(leaf.shape[-2:]) * FLOAT for leaf in rules_lib.kernels(made.params).values() if leaf.ndim > 2),
+        default=0,
+    )
+    backward = {
+        'one block in the backward': max((copies * stack.outputs + _working(stack) for stack in kept), default=0),
+        'the largest combined kernel and its gradient, float32': 3 * kernel,
+    }
+    logits = DISTILLED * micro * config.text.answer_tokens * made.cfg.language.vocab * FLOAT
+    return Stage(held, {'backward through a block': backward, 'loss': {'logits (float32)': logits}})
+
+
+def merge(made: Recipe) -> Stage:
+    """Folding LoRA into the kernels, a stack of layers at a time; then writing them."""
+    changed = rules_lib.flatten(made.masks).keys() | rules_lib.flatten(made.lora).keys()
+    held = {'params': on_device(made.params, made.mesh), 'masks (1 byte a weight)': on_device(made.masks, made.mesh)}
+    if made.config.prune.method == 'sparsegpt':
+        held['dense params (SparseGPT changes kept weights)'] = held['params']
+    held |= {'LoRA (float32)': on_device(made.lora, made.mesh), 'merged kernels': _only(made, changed.__contains__)}
+    largest = max((_only(made, path.__eq__) for path in rules_lib.flatten(made.lora)), default=0)
+    width = jnp.dtype(made.config.dtype).itemsize
+    copies = 2 if width == FLOAT else 3  # the kernel unless it is float32, its update, and their sum
+    return Stage(held, {'merging a stack': {'the largest stack, float32': copies * largest * FLOAT // width}})
+
+
+STAGES = {'load': load, 'prune': prune, 'restore': restore, 'merge and export': merge}

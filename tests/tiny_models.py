@@ -1,0 +1,54 @@
+"""Small Hugging Face directories of every family, weights included, as torch's transformers saves them."""
+
+import torch
+import transformers
+from tiny_processors import make
+
+TEXT = {
+    'opt': dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32),
+    't5': dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4),
+    'llama': dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
+    'gemma': dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8),
+}
+MORE = {
+    'opt': dict(max_position_embeddings=128),
+    't5': dict(feed_forward_proj='gated-gelu'),
+    'llama': dict(num_key_value_heads=4, tie_word_embeddings=False),
+    'gemma': dict(num_key_value_heads=1),
+}
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+QFORMER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+CLASSES = {
+    'blip-2': transformers.Blip2ForConditionalGeneration,
+    'instructblip': transformers.InstructBlipForConditionalGeneration,
+    'llava': transformers.LlavaForConditionalGeneration,
+    'paligemma': transformers.PaliGemmaForConditionalGeneration,
+}
+
+
+def save(kind, folder, **options):
+    """Writes a directory of that kind (see `tiny_processors`); returns torch's model. `options`: of saving."""
+    processor = make(kind, folder)
+    whole = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    text = whole['text_config']['model_type']
+    # Room for the image token, which lies behind the tokenizer's own, and sizes that 2 and 4 divide.
+    vocab = -(-max(len(processor.tokenizer), 1 + whole.get('image_token_id', whole.get('image_token_index'))) // 8) * 8
+    whole['text_config'] |= TEXT[text] | MORE[text] | {'vocab_size': vocab}
+    whole['text_config'] |= {
+        f'{name}_token_id': getattr(processor.tokenizer, f'{name}_token_id') for name in ('bos', 'pad')
+    }
+    whole['vision_config'] |= VISION
+    if 'qformer_config' in whole:
+        whole['qformer_config'] |= QFORMER | {'encoder_hidden_size': 32}
+        if hasattr(processor, 'qformer_tokenizer'):
+            whole['qformer_config']['vocab_size'] = len(processor.qformer_tokenizer)
+    if kind == 'paligemma':
+        whole['projection_dim'] = whole['vision_config']['projection_dim'] = 32
+    config = type(transformers.AutoConfig.from_pretrained(folder))(**whole)
+    torch.manual_seed(0)
+    model = CLASSES[config.model_type](config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder, **options)
+    return model
