@@ -5,9 +5,9 @@
 Random models of the real classes, 130 to 240 million parameters, made by torch, saved as Hugging Face directories and
 read by `sl.load_model`; batch 8, an image and 32 tokens each, fp32. The step is plain LoRA (rank 8, the language
 model's linears) with AdamW on the cross-entropy of the last 16 tokens; torch's is `peft`. Decoding makes 32 tokens a
-prompt, one beam or five, no end. Logits, losses and tokens of the two are compared before anything is timed. Then every round times each
-library in turn, after a call that is not timed; a figure is the median of the rounds. `per matmul` divides
-each library's time by what its own matmul rate (2048x2048x2048, same rounds) would take for the same work.
+prompt, one beam or five, no end. Logits, losses and tokens of the two are compared before anything is timed. Then
+every round times each library in turn, after a call that is not timed; a figure is the median of the rounds. `per
+matmul` divides each library's time by what its own matmul rate (2048x2048x2048, same rounds) would take for the work.
 """
 
 import os

@@ -29,7 +29,11 @@ Everything works on any nested dict of kernels. A Flax model that is not ours, p
 """
 
 from sparselora_jax.calibrate import CalibrationError, collect, hessian, squares
+from sparselora_jax.generate import GenerationError, generate
 from sparselora_jax.linear import linear
+from sparselora_jax.models.hf import load_model
+from sparselora_jax.models.hf_export import export_model
+from sparselora_jax.models.model import Model
 from sparselora_jax.pruning import Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
 from sparselora_jax.rules import RuleError
@@ -52,10 +56,12 @@ __all__ = [
     'Adapted',
     'CalibrationError',
     'Frozen',
+    'GenerationError',
     'Lora',
     'LoraSpec',
     'Magnitude',
     'Masked',
+    'Model',
     'Pattern',
     'PatternError',
     'PruneResult',
@@ -71,10 +77,13 @@ __all__ = [
     'collect',
     'density',
     'effective_weight',
+    'export_model',
+    'generate',
     'hessian',
     'init_lora',
     'init_state',
     'linear',
+    'load_model',
     'load_safetensors',
     'make_step',
     'make_train_step',

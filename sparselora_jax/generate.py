@@ -20,10 +20,15 @@ UNSUPPORTED = {
     'encoder_repetition_penalty': 1.0,
     'exponential_decay_length_penalty': None,
     'forced_bos_token_id': None,
+    'force_words_ids': None,
     'forced_eos_token_id': None,
+    'guidance_scale': None,
+    'max_time': None,
     'no_repeat_ngram_size': 0,
     'num_beam_groups': 1,
+    'num_return_sequences': 1,
     'penalty_alpha': None,
+    'renormalize_logits': False,
     'repetition_penalty': 1.0,
     'sequence_bias': None,
     'stop_strings': None,
@@ -46,7 +51,8 @@ def generate(
     """The most likely continuation of each prompt, by greedy search (one beam) or beam search; never sampled.
 
     An argument that is None is what the model's generation_config.json says, or transformers' default: one beam,
-    20 new tokens, no minimum, length_penalty 1, early_stopping False. Compiled once per shape of `batch` and settings.
+    20 new tokens, no minimum, length_penalty 1, early_stopping False. Compiled once per shape of `batch` and numbers of
+    beams and of new tokens.
 
     Args:
       weights: params, or what `bind` made of them.
@@ -76,13 +82,13 @@ def generate(
         'early_stopping': early_stopping,
     }
     prompt = np.asarray(batch['decoder_input_ids' if model.encoder_decoder else 'input_ids'])
-    settings = _settings(model, {k: v for k, v in given.items() if v is not None}, prompt.shape[1])
-    tokens, length = decode.decode(model, settings, weights, batch)
+    beams, rules = _rules(model, {k: v for k, v in given.items() if v is not None}, prompt.shape[1])
+    tokens, length = decode.decode(model, weights, batch, rules, beams=beams)
     return np.concatenate([prompt, np.asarray(tokens)[:, : int(length)]], axis=1)
 
 
-def _settings(model: Model, given: dict, prompt: int) -> search.Settings:
-    """Arguments, then the model's own defaults, then transformers'; lengths are turned into numbers of new tokens."""
+def _rules(model: Model, given: dict, prompt: int) -> tuple[int, search.Rules]:
+    """Beams and rules: arguments, then the model's own defaults, then transformers'. `prompt`: its length."""
     own = {name: value for name, value in model.generation.options if value is not None}
     for name in own.keys() & UNSUPPORTED.keys():
         if own[name] != UNSUPPORTED[name]:
@@ -104,12 +110,11 @@ def _settings(model: Model, given: dict, prompt: int) -> search.Settings:
     pad, eos = model.generation.pad, model.generation.eos
     if options['num_beams'] > 1:  # transformers' beam search takes a pad of 0 for none
         pad = (pad or eos[0]) if eos else -1
-    return search.Settings(
-        beams=options['num_beams'],
-        new=new,
-        min_new=max(options.get('min_new_tokens', options['min_length'] - prompt), 0),
+    return options['num_beams'], search.rules(
+        new,
         length_penalty=float(options['length_penalty']),
         early_stopping=options['early_stopping'],
+        min_new=max(options.get('min_new_tokens', options['min_length'] - prompt), 0),
         eos=eos,
         pad=pad,
     )

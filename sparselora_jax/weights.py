@@ -154,8 +154,15 @@ def merge(
     masks, lora = rules_lib.flatten(masks or {}), rules_lib.flatten(lora or {})
     _check_fit(flat, masks, lora)
     for path in masks.keys() | lora.keys():
-        flat[path] = effective_weight(flat[path], masks.get(path), lora.get(path), dtype=dtype)
+        flat[path] = _merged(flat[path], masks.get(path), lora.get(path), dtype)
     return rules_lib.unflatten(flat)
+
+
+def _merged(kernel: Any, mask: Any, lora: Any, dtype: Any) -> Array:
+    """`effective_weight`, a layer at a time: its fp32 sum of a whole stack would be several times the model's share."""
+    if kernel.ndim == 2:
+        return effective_weight(kernel, mask, lora, dtype=dtype)
+    return jax.lax.map(lambda layer: effective_weight(*layer, dtype=dtype), (kernel, mask, lora))
 
 
 def _check_fit(params: dict[str, Any], masks: dict[str, Any], lora: dict[str, Any]) -> None:

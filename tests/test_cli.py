@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparselora_jax import export
 from sparselora_jax.data import easy_vqa, pipeline
+from sparselora_jax.data.dataset import Split
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.models import embedded
 
@@ -53,16 +53,27 @@ def test_a_flag_and_its_value_may_be_two_words(refused):
     assert "no field 'prune.sampels'; did you mean 'prune.samples'?" in err
 
 
-def test_another_model_is_not_there_yet(refused, tmp_path):
-    err = refused('train.py', '--config=configs/blip2_lang_only.py:model=some/dir')
-    assert "model 'some/dir': only 'embedded' can be loaded" in err
+def test_a_directory_or_a_folder_of_data_that_is_not_there_is_named(refused, tmp_path):
+    err = refused('train.py', '--config=configs/blip2_lang_only.py:model=no/such/directory')
+    assert 'no/such/directory: no such directory' in err
+    err = refused('train.py', f'--config=configs/llava_both.py:model={tmp_path}')
+    assert f'{tmp_path}: no config.json' in err
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('argument', ['some/dir', 'modle=some/dir', 'model='])
+@pytest.mark.parametrize('argument', ['some/dir', 'modle=some/dir', 'model=', 'pattern=2:4,pattern=2:4', 'data'])
 def test_a_malformed_config_argument_is_named(refused, argument):
     err = refused('train.py', f'--config=configs/blip2_both.py:{argument}')
-    assert f"configs/blip2_both.py: config argument '{argument}': expected model=" in err
+    assert f"configs/blip2_both.py: config argument '{argument.split(',')[-1]}': expected model=" in err
+
+
+def test_hardware_that_has_no_preset_is_named(refused):
+    err = refused('train.py', '--config=configs/blip2_both.py:hardware=abacus')
+    assert "hardware 'abacus': expected one of cpu, gpu, " in err
+
+
+def test_a_mesh_that_the_devices_cannot_form_is_named(refused, tiny_model):
+    assert 'a mesh of data=1, fsdp=64' in refused('prune.py', '--config.mesh.fsdp=64')
 
 
 @pytest.mark.parametrize('pattern', ['5:4', '2:4:8', '1.5', 'half'])
@@ -78,7 +89,7 @@ def test_a_method_that_does_not_exist_is_named(refused):
 @pytest.fixture
 def tiny_model(monkeypatch, tiny_blip2):
     monkeypatch.setattr(embedded, 'load', lambda *args, **kw: tiny_blip2)
-    monkeypatch.setattr(easy_vqa, 'prepare', lambda data_dir: pytest.fail('work began: the data were read'))
+    monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: pytest.fail('work began: the data were read'))
 
 
 def test_a_group_that_does_not_divide_is_named_before_any_work(refused, tiny_model):
@@ -158,9 +169,12 @@ def damaged(path):
 @pytest.mark.parametrize('name, arguments', [('generate.py', ('image.png', QUESTION)), ('evaluate.py', ())])
 def test_a_missing_or_damaged_export_is_named(refused, image, tmp_path, name, arguments):
     arguments = [image if argument == 'image.png' else argument for argument in arguments]
-    path = tmp_path / 'model.safetensors'
-    assert f'{path}: no such file' in refused(name, *arguments, f'--model={path}')
-    assert f'{path}: not a complete safetensors file' in refused(name, *arguments, f'--model={damaged(path)}')
+    path = tmp_path / 'export' / 'model.safetensors'
+    assert f'{path.parent}: no such directory' in refused(name, *arguments, f'--model={path.parent}')
+    path.parent.mkdir()
+    (path.parent / 'config.json').write_text('{"model_type": "blip-2"}')
+    damaged(path)
+    assert f'{path}: ' in refused(name, *arguments, f'--model={path.parent}')
 
 
 def test_a_missing_or_damaged_bridge_is_named(refused, image, tmp_path, monkeypatch):
@@ -172,14 +186,13 @@ def test_a_missing_or_damaged_bridge_is_named(refused, image, tmp_path, monkeypa
     assert f'{path}: not a complete safetensors file' in refused('evaluate.py')
 
 
-def test_generate_answers_as_evaluation_does(script, image, tmp_path, tiny_blip2, tokenizer, monkeypatch):
-    monkeypatch.setattr(embedded, 'load_tokenizer', lambda: tokenizer)
-    cfg, params = tiny_blip2
-    model = tmp_path / 'model.safetensors'
-    export.save_model(model, cfg, params)
-    pixels, text = pipeline.read_image(image, 64), pipeline.TextFormat()
-    record = {'image': pixels, 'question': QUESTION.encode(), 'answer': b'teal'}
-    want = vqa.evaluate(params, cfg, [record], [0], tokenizer, text, batch=1).predicted
-    code, out, _ = script('generate.py', image, QUESTION, f'--model={model}')
-    assert code == 0
+def test_generate_answers_as_evaluation_does(script, image, tmp_path, tiny_blip2):
+    model, params = tiny_blip2
+    embedded.save(tmp_path / 'export', model, params)
+    pixels, text = pipeline.read_image(image), pipeline.TextFormat()
+    record = {'image': pixels, 'question': QUESTION, 'answer': 'teal'}
+    processor, split = embedded.load_processor(model.cfg), Split([record], lambda: [])
+    want = vqa.evaluate(model, params, processor, text, split, [0], batch=1, max_new_tokens=4).predicted
+    code, out, err = script('generate.py', image, QUESTION, f'--model={tmp_path / "export"}')
+    assert code == 0, err
     assert out.splitlines() == want[0].splitlines()

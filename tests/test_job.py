@@ -2,32 +2,33 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import sparselora_jax as sl
 from configs import blip2_lang_only
-from sparselora_jax import export, rules, sparsity, stages, storage
+from sparselora_jax import rules, sparsity, stages, storage
 from sparselora_jax.data import easy_vqa
+from sparselora_jax.data.dataset import Split
 from sparselora_jax.evaluation import report
 from sparselora_jax.job import Job
-from sparselora_jax.models import blip2, embedded
+from sparselora_jax.models import embedded
 from sparselora_jax.recipe import ConfigError
 
 STAGES = ('evaluate_dense', 'prune', 'evaluate_pruned', 'restore', 'evaluate_restored', 'export', 'floor')
 MODELS = ('dense', 'pruned', 'restored')
 
 
-class FewQuestions:
+def few(dataset, count=200):
     """The data set's first questions: reading them all takes seconds, several times a job."""
 
-    def __init__(self, builder):
-        """`builder`: the whole data set's."""
-        self.builder = builder
+    def first(split):
+        return Split(split.source, lambda: split.read_texts()[:count])
 
-    def as_data_source(self, split, **options):
-        return self.builder.as_data_source(f'{split}[:200]', **options)
+    return dataset._replace(train=first(dataset.train), test=first(dataset.test))
 
 
 def tiny_config(**fields):
@@ -40,14 +41,14 @@ def tiny_config(**fields):
 
 
 @pytest.fixture(scope='module')
-def world(tiny_blip2, easy_vqa_builder, tokenizer):
+def world(tiny_blip2, easy_vqa_builder):
     """What a job loads, made tiny; counts how often the model is loaded."""
     loads = []
     jax.config.update('jax_disable_most_optimizations', True)  # many programs, each run a few times
+    dataset = few(easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, 'load', lambda *args, **kw: loads.append(1) or tiny_blip2)
-        patch.setattr(embedded, 'load_tokenizer', lambda: tokenizer)
-        patch.setattr(easy_vqa, 'prepare', lambda data_dir: FewQuestions(easy_vqa_builder))
+        patch.setattr(easy_vqa, 'load', lambda data_dir: dataset)
         yield loads
     jax.config.update('jax_disable_most_optimizations', False)
 
@@ -84,7 +85,10 @@ def test_every_stage_leaves_its_file(wanda):
         'masks.safetensors',
         'restore.safetensors',
         'exported/model.safetensors',
-        'exported/language/config.json',
+        'exported/config.json',
+        'exported/tokenizer.json',
+        'exported/text_format.json',
+        'adapter/adapter_model.safetensors',
     ):
         assert (wanda / name).is_file()
 
@@ -132,7 +136,7 @@ def test_scores_are_those_of_the_answers(wanda):
 
 def test_the_exported_language_tower_is_exactly_half_zeros(wanda):
     got = read(wanda, 'report')
-    _, params = export.load_model(wanda / 'exported' / 'model.safetensors')
+    _, params = sl.load_model(wanda / 'exported')
     masks, _ = storage.load_safetensors(wanda / 'masks.safetensors')
     sparsity.check_sparse(params, masks)
     kernels = {p: k for p, k in rules.kernels(params).items() if p.startswith('language/blocks/')}
@@ -149,11 +153,11 @@ def test_the_exported_language_tower_is_exactly_half_zeros(wanda):
 
 
 def test_the_base_is_untouched_and_restoring_changed_what_it_adapts(wanda, tiny_blip2, random_params):
-    cfg, params = tiny_blip2
-    fresh = rules.flatten(random_params(blip2.shapes(cfg)))
+    model, params = tiny_blip2
+    fresh = rules.flatten(random_params(model.shapes()))
     assert all(np.array_equal(leaf, fresh[path]) for path, leaf in rules.flatten(params).items())
     masks = rules.flatten(storage.load_safetensors(wanda / 'masks.safetensors')[0])
-    restored = rules.flatten(export.load_model(wanda / 'exported' / 'model.safetensors')[1])
+    restored = rules.flatten(sl.load_model(wanda / 'exported')[1])
     for path, leaf in restored.items():
         changed = not np.array_equal(leaf, np.where(masks.get(path, True), fresh[path], 0))
         assert changed == ('/blocks/' in path and path.endswith('kernel')), path
@@ -169,7 +173,7 @@ def test_the_control_is_reported_only_if_asked_for(wanda, sparsegpt):
 def test_sparsegpt_edits_kept_weights_and_learns_from_the_dense_teacher(sparsegpt, tiny_blip2):
     dense = rules.flatten(tiny_blip2[1])
     masks = rules.flatten(storage.load_safetensors(sparsegpt / 'masks.safetensors')[0])
-    pruned = rules.flatten(storage.load_safetensors(sparsegpt / 'pruned.safetensors')[0])
+    pruned = rules.flatten(storage.load_safetensors(sparsegpt / 'kernels.safetensors')[0])
     assert {path.split('/')[0] for path in masks} == {'vision', 'language'}
     for path, mask in masks.items():
         assert not pruned[path][~mask].any()
@@ -196,8 +200,8 @@ def test_the_workdir_of_another_config_is_refused_and_the_field_named(wanda):
 def test_a_method_or_a_model_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(ConfigError, match="prune.method 'wandas': expected one of random, magnitude, wanda, sparsegpt"):
         Job(tiny_config(**{'prune.method': 'wandas'}), tmp_path / 'a')
-    with pytest.raises(ConfigError, match="model 'some/dir'"):
-        Job(tiny_config(model='some/dir'), tmp_path / 'b')
+    with pytest.raises(sl.StorageError, match='no/such/directory: no such directory'):
+        Job(tiny_config(model='no/such/directory'), tmp_path / 'b').check()
     assert not list(tmp_path.iterdir())  # nothing is claimed for a config that cannot run
 
 

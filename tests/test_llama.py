@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparselora_jax import generate
-from sparselora_jax.models import gguf, llama
+from sparselora_jax.generate import generate
+from sparselora_jax.models import causal, gguf, llama
+from sparselora_jax.models.model import Generation, Model
 
 PROMPTS = np.array([[504, 3575, 282, 4649, 314], [1348, 2443, 2744, 253, 4461]])  # any ten words of the vocabulary
 
@@ -41,12 +42,12 @@ def test_logits_equal_torch(model, oracle):
 
 def test_greedy_generation_equals_torch(model, oracle):
     cfg, w = model
-    padded = jnp.asarray(np.pad(PROMPTS, ((0, 0), (3, 0))), jnp.int32)  # left pads must change nothing
-    valid = jnp.arange(8)[None] >= jnp.array([3, 3])[:, None]
-    new = generate.greedy(w, cfg, llama.embed_tokens(w, padded), valid, max_new_tokens=12, eos=2)
+    ids, mask = (np.pad(array, ((0, 0), (3, 0))) for array in (PROMPTS, np.ones_like(PROMPTS)))  # change nothing
+    whole = Model(causal.CausalConfig(cfg), Generation(eos=(2,), pad=2))
+    new = generate(whole, {'language': w}, {'input_ids': ids, 'attention_mask': mask}, max_new_tokens=12)
     with torch.no_grad():
         want = oracle.generate(torch.asarray(PROMPTS), max_new_tokens=12, do_sample=False, eos_token_id=2)
-    np.testing.assert_array_equal(new, want[:, PROMPTS.shape[1] :])
+    np.testing.assert_array_equal(new[:, 3:], want)
 
 
 def test_missing_file_is_named(tmp_path):

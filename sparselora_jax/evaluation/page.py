@@ -30,8 +30,9 @@ tr { border-bottom: 1px solid #ddd } .scores { display: flex; flex-wrap: wrap; g
 
 def render(job: Any, report: dict) -> str:
     """The page: scores, sparsity, losses, densities, a dozen answers, costs, config."""
+    perplexity = {name: f'perplexity {value:.1f}' for name, value in report['perplexity'].items()}
     scores = ''.join(
-        f'<div class="score">{name}<b>{report["scores"][name]:.1%}</b>perplexity {report["perplexity"][name]:.1f}</div>'
+        f'<div class="score">{name}<b>{report["scores"][name]:.1%}</b>{perplexity.get(name, "")}</div>'
         for name in MODELS
     )
     kinds = list(report['scores_by_kind']['dense'])

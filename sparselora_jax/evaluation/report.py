@@ -20,7 +20,8 @@ def build(job: Any) -> dict:
     baselines = {'lora_merged_density': export['lora_merged_density'], 'image_blind': results['floor']['accuracy']}
     if 'evaluate_control' in results:
         control = results['evaluate_control']
-        baselines['dense_control'] = control['accuracy'] | {'perplexity': control['perplexity']}
+        kept = {'perplexity': control['perplexity']} if 'perplexity' in control else {}
+        baselines['dense_control'] = control['accuracy'] | kept
     lost = evaluations['dense']['accuracy']['overall'] - evaluations['pruned']['accuracy']['overall']
     won = evaluations['restored']['accuracy']['overall'] - evaluations['pruned']['accuracy']['overall']
     times = {name: results[name]['seconds'] for name in ('prune', 'export')}
@@ -34,7 +35,7 @@ def build(job: Any) -> dict:
         'intervals': {
             f'{name} - dense': bootstrap.paired_interval(correct[name], correct['dense']) for name in MODELS[1:]
         },
-        'perplexity': {name: e['perplexity'] for name, e in evaluations.items()},
+        'perplexity': {name: e['perplexity'] for name, e in evaluations.items() if 'perplexity' in e},
         'baselines': baselines,
         'sparsity': export['sparsity'],
         'time_s': times,
@@ -48,10 +49,11 @@ def build(job: Any) -> dict:
 
 def summary(report: dict) -> str:
     """The report's scores in a few lines, for a terminal."""
-    lines = [
-        f'{name:9} accuracy {report["scores"][name]:7.1%}   perplexity {report["perplexity"][name]:8.1f}'
-        for name in MODELS
-    ]
+    lines = [f'{name:9} accuracy {report["scores"][name]:7.1%}' for name in MODELS]
+    if report['perplexity']:  # of a decoder-only language tower
+        lines = [
+            f'{line}   perplexity {report["perplexity"][name]:8.1f}' for line, name in zip(lines, MODELS, strict=True)
+        ]
     for tower, found in report['sparsity'].items():
         density = f'density {found["density"]:.4f}   {found["violations"]} violations'
         lines.append(f'{tower:9} pattern {found["pattern"]:>6}   {density}')

@@ -6,11 +6,11 @@ ever gathered or copied but the small tables of `search`, and the weights are cu
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.generation import search
 from sparselora_jax.models import layers
@@ -19,51 +19,81 @@ from sparselora_jax.models.runners import unrolled_blocks, unstack
 from sparselora_jax.weights import Adapted, Masked, effective_weight
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'settings'))
+@functools.partial(jax.jit, static_argnames=('model', 'beams'))
 def decode(
-    model: Model, settings: search.Settings, weights: dict, batch: dict
+    model: Model, weights: dict, batch: dict, rules: search.Rules, *, beams: int
 ) -> tuple[Int[Array, 'batch new'], Int[Array, '']]:
-    """The best continuation of each prompt, and how many of its columns the longest one fills."""
+    """The best continuation of each prompt, and how many columns the longest one fills."""
     language, cfg = model.language, model.cfg.language
-    w = jax.tree.map(_fold, weights['language'], is_leaf=_is_bound)
-    blocks = unstack(w['blocks'])
+    weights = weights | {'language': jax.tree.map(_fold, weights['language'], is_leaf=_is_bound)}
+    w, new = weights['language'], rules.weight.shape[0]
+    begun = (_begin_decoder if model.encoder_decoder else _begin)(model, weights, batch)
+    blocks = unstack(begun.blocks)
 
     def run(x, view, caches):
-        x, ctx = language.embed(w, cfg, x, view)
+        x, ctx = language.embed(w, cfg, x.astype(begun.x.dtype), view)
 
         def block(w, x, ctx, cache):
             return language.block(w, cfg, x, ctx, cache)
 
-        return unrolled_blocks('language', block, blocks, x, ctx, caches)
+        return unrolled_blocks('language', block, blocks, x, ctx | begun.ctx, caches)
 
     def logits(x):
         return language.head(w, cfg, language.finish(w, cfg, x))
 
-    prompt = model.prompt(weights, batch)
-    x, valid = prompt.x, prompt.valid
-    rows, length = valid.shape
-    view = layers.causal_view(valid, prompt.prefix)
-    # transformers puts pads at 0: that of a last one decides where the next token stands.
-    positions = jnp.where(valid, view.positions, 0)
-    x, caches = run(x, view._replace(positions=positions), language.caches(cfg, rows, length, x.dtype))
-    caches = _grow(caches, settings.beams * settings.new)
-    first = jnp.broadcast_to(logits(x[:, -1:]), (rows, settings.beams, cfg.vocab))
-    state = search.step(settings, search.start(settings, rows), jnp.zeros((), jnp.int32), first)
+    x, caches = run(begun.x, begun.view, begun.caches)
+    first = logits(x[:, -1:])
+    rows, _, vocab = first.shape
+    first = jnp.broadcast_to(first, (rows, beams, vocab))
+    state = search.step(rules, search.start(rules, rows, beams), jnp.zeros((), jnp.int32), first)
 
     def advance(carry):
         index, caches, state = carry
         tokens = jax.lax.dynamic_index_in_dim(state.tokens, index - 1, axis=2, keepdims=False)
-        view = _view(positions, valid, state.ancestry, index)
-        x, caches = run(language.embed_tokens(w, cfg, tokens).astype(prompt.x.dtype), view, caches)
-        return index + 1, caches, search.step(settings, state, index, logits(x))
+        view = _view(begun.view.positions, begun.valid, state.ancestry, index)
+        x, caches = run(language.embed_tokens(w, cfg, tokens), view, caches)
+        return index + 1, caches, search.step(rules, state, index, logits(x))
 
+    # A barrier, or XLA moves what made a cache (T5's cross-attention: a transpose) into the loop that reads it.
+    caches = jax.lax.optimization_barrier(_grow(caches, beams * new))
     carry = (jnp.ones((), jnp.int32), caches, state)
     _, _, state = jax.lax.while_loop(lambda carry: carry[2].unfinished, advance, carry)
     return state.finished[:, 0], jnp.max(state.lengths[:, 0])
 
 
+class _Begun(NamedTuple):
+    """What is generated from: the first tokens, where they stand, and what every later token reads besides them."""
+
+    x: Float[Array, 'batch prompt dim']
+    valid: Bool[Array, 'batch prompt']
+    view: layers.View
+    blocks: dict
+    caches: tuple
+    ctx: dict
+
+
+def _begin(model: Model, weights: dict, batch: dict) -> _Begun:
+    prompt, cfg = model.prompt(weights, batch), model.cfg.language
+    view = layers.causal_view(prompt.valid, prompt.prefix)
+    # transformers puts pads at 0: that of a last one decides where the next token stands.
+    view = view._replace(positions=jnp.where(prompt.valid, view.positions, 0))
+    caches = model.language.caches(cfg, *prompt.valid.shape, prompt.x.dtype)
+    return _Begun(prompt.x, prompt.valid, view, weights['language']['blocks'], caches, {})
+
+
+def _begin_decoder(model: Model, weights: dict, batch: dict) -> _Begun:
+    prompt, language, cfg, w = model.prompt(weights, batch), model.language, model.cfg.language, weights['language']
+    encoded = language.encode(w, cfg, prompt.x, prompt.valid)
+    valid = batch['decoder_attention_mask'].astype(bool)
+    positions = jnp.arange(valid.shape[1])[None]
+    view = layers.causal_view(valid)._replace(positions=positions, slot_positions=positions)
+    caches = language.caches(w, cfg, encoded, valid.shape[1], encoded.dtype)
+    x = language.embed_tokens(w, cfg, batch['decoder_input_ids']).astype(encoded.dtype)
+    return _Begun(x, valid, view, w['decoder']['blocks'], caches, language.reading(prompt.valid))
+
+
 def _view(
-    positions: Int[Array, 'batch prompt'],
+    positions: Int[Array, '#batch prompt'],
     valid: Bool[Array, 'batch prompt'],
     ancestry: Int[Array, 'batch beams new'],
     index: Int[Array, ''],
@@ -72,19 +102,23 @@ def _view(
     rows, beams, new = ancestry.shape
     own = (ancestry[..., None] == jnp.arange(beams)).reshape(rows, beams, new * beams)
     prompt = jnp.broadcast_to(valid[:, None], (rows, beams, valid.shape[1]))
-    here = jnp.broadcast_to(positions[:, -1:] + index, (rows, beams))
+    here = jnp.broadcast_to(positions[:, -1:] + index, (positions.shape[0], beams))
     written = positions[:, -1:] + 1 + jnp.repeat(jnp.arange(new), beams)
     return layers.View(here, jnp.concatenate([positions, written], axis=1), jnp.concatenate([prompt, own], axis=2))
 
 
 def _grow(caches: Any, slots: int) -> Any:
-    """Caches with room for `slots` more tokens."""
+    """Key/value caches with room for `slots` more tokens; other leaves as they are."""
+    room = ((0, 0), (0, 0), (0, slots), (0, 0))
 
-    def grow(cache):
-        room = ((0, 0), (0, 0), (0, slots), (0, 0))
-        return cache._replace(k=jnp.pad(cache.k, room), v=jnp.pad(cache.v, room))
+    def grow(leaf):
+        return leaf._replace(k=jnp.pad(leaf.k, room), v=jnp.pad(leaf.v, room)) if _is_cache(leaf) else leaf
 
-    return jax.tree.map(grow, caches, is_leaf=lambda leaf: isinstance(leaf, layers.KVCache))
+    return jax.tree.map(grow, caches, is_leaf=_is_cache)
+
+
+def _is_cache(leaf: Any) -> bool:
+    return isinstance(leaf, layers.KVCache)
 
 
 def _is_bound(leaf: Any) -> bool:

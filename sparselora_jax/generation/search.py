@@ -4,36 +4,34 @@ Nothing here knows a model: `start` and `step` see logits only. `ancestry` is wh
 the tokens of every beam stay where they were written, and a table says which of them belong to whom.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-WORST = -1e9  # transformers' score of what must not be chosen; sums with it are rounded there as here
+WORST = -1e9  # transformers' score of what must not be chosen
 
 
-class Settings(NamedTuple):
-    """How to search; hashable, so that a jitted function may take it as a static argument.
+class Rules(NamedTuple):
+    """How to search. Arrays, so that one compilation serves all penalties and ways to stop.
 
     Attributes:
-      beams: 1 is greedy search.
-      new: the most tokens to generate; `min_new`: those before it are no `eos`.
-      length_penalty: a finished beam scores its summed log-probabilities / length ** length_penalty.
-      early_stopping: True: stop at `beams` finished ones; False or 'never': when no running one can do better, by the
-        score it would have now, or at its best length.
+      weight: what the summed log-probabilities of a finished beam are divided by, by its length (from 1).
+      hope: what those of a running beam are divided by to tell whether it may still beat a finished one.
+      early: stop as soon as there are as many finished beams as running ones.
+      min_new: the tokens before that number are no `eos`.
       eos: tokens that finish a sequence.
-      pad: what follows it in the output.
+      pad: what follows them in the output.
     """
 
-    beams: int
-    new: int
-    min_new: int
-    length_penalty: float
-    early_stopping: bool | str
-    eos: tuple[int, ...]
-    pad: int
+    weight: Float[Array | np.ndarray, ' new']
+    hope: Float[Array | np.ndarray, ' new']
+    early: Bool[Array | np.ndarray, '']
+    min_new: Int[Array | np.ndarray, '']
+    eos: Int[Array | np.ndarray, ' ends']
+    pad: Int[Array | np.ndarray, '']
 
 
 class Search(NamedTuple):
@@ -42,7 +40,7 @@ class Search(NamedTuple):
     Attributes:
       scores: summed log-probabilities; greedy: 0.
       ancestry: the beam that wrote the n-th token of this one, -1 where none was written yet.
-      lengths: of the finished sequences; 0: there is none yet. Greedy finishes in place.
+      lengths: of the finished sequences; 0: there is none yet.
       improvable: whether a running beam may still replace a finished one.
       unfinished: whether to go on.
     """
@@ -57,70 +55,69 @@ class Search(NamedTuple):
     unfinished: Bool[Array, '']
 
 
-def start(settings: Settings, batch: int) -> Search:
+def rules(
+    new: int, *, length_penalty: float, early_stopping: bool | str, min_new: int, eos: tuple[int, ...], pad: int
+) -> Rules:
+    """Rules for at most `new` tokens, from `generate`'s arguments.
+
+    >>> rules(3, length_penalty=-1.0, early_stopping=False, min_new=0, eos=(2,), pad=1).weight.round(2).tolist()
+    [1.0, 0.5, 0.33000001311302185]
+    """
+    weight = np.asarray(np.arange(1.0, new + 1) ** length_penalty, np.float32)
+    hope = np.full_like(weight, weight[-1]) if early_stopping == 'never' and length_penalty > 0 else weight
+    numbers = np.int32(min_new), np.asarray(eos, np.int32).reshape(-1), np.int32(pad)
+    return Rules(weight, hope, np.bool_(early_stopping is True), *map(np.asarray, numbers))
+
+
+def start(rules: Rules, batch: int, beams: int) -> Search:
     """Before the first token. All beams are the same prompt, so that only the first may be continued."""
-    shape = (batch, settings.beams)
-    tokens = jnp.full((*shape, settings.new), settings.pad, jnp.int32)
+    tokens = jnp.full((batch, beams, rules.weight.shape[0]), rules.pad, jnp.int32)
+    worst = jnp.full((batch, beams), WORST, jnp.float32)
     return Search(
         tokens=tokens,
-        scores=jnp.full(shape, WORST, jnp.float32).at[:, 0].set(0.0),
+        scores=worst.at[:, 0].set(0.0),
         ancestry=jnp.full_like(tokens, -1),
         finished=tokens,
-        finished_scores=jnp.full(shape, WORST, jnp.float32),
-        lengths=jnp.zeros(shape, jnp.int32),
+        finished_scores=worst,
+        lengths=jnp.zeros((batch, beams), jnp.int32),
         improvable=jnp.ones((batch, 1), bool),
         unfinished=jnp.ones((), bool),
     )
 
 
-def step(settings: Settings, state: Search, index: Int[Array, ''], logits: Float[Array, 'batch beams vocab']) -> Search:
-    """Chooses the token number `index` (from 0) of every beam."""
-    ends = jnp.zeros(logits.shape[-1], bool).at[np.array(settings.eos, np.int32)].set(True)
-    # Processors see log-probabilities in a beam search and logits in a greedy one.
-    scores = logits if settings.beams == 1 else jax.nn.log_softmax(logits, axis=-1)
-    scores = jnp.where(ends & (index < settings.min_new), -jnp.inf, scores)
-    last = index == settings.new - 1
-    rule = _greedy_step if settings.beams == 1 else _beam_step
-    return rule(settings, state, index, scores, ends, last)
+def step(rules: Rules, state: Search, index: Int[Array, ''], logits: Float[Array, 'batch beams vocab']) -> Search:
+    """Chooses the token number `index` (from 0) of every beam; one beam: greedily."""
+    greedy = logits.shape[1] == 1
+    ends = jnp.zeros(logits.shape[-1], bool).at[rules.eos].set(True)
+    scores = logits if greedy else jax.nn.log_softmax(logits, axis=-1)  # before any is forbidden, as transformers does
+    scores = jnp.where(ends & (index < rules.min_new), -jnp.inf, scores)
+    return (_greedy_step if greedy else _beam_step)(rules, state, index, scores, ends)
 
 
-def _write(tokens: Array, new: Array, index: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(tokens, new[..., None].astype(tokens.dtype), index, axis=2)
-
-
-def _greedy_step(settings, state, index, scores, ends, last) -> Search:
-    token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+def _greedy_step(rules: Rules, state: Search, index: Array, scores: Array, ends: Array) -> Search:
+    last = index == rules.weight.shape[0] - 1
     done = state.lengths > 0
-    token = jnp.where(done, settings.pad, token)
-    done_now = ~done & (ends[token] | last)
+    token = jnp.where(done, rules.pad, jnp.argmax(scores, axis=-1).astype(jnp.int32))
+    tokens = _write(state.tokens, token, index)
+    lengths = jnp.where(~done & (ends[token] | last), index + 1, state.lengths)
     return state._replace(
-        tokens=(tokens := _write(state.tokens, token, index)),
+        tokens=tokens,
         ancestry=_write(state.ancestry, jnp.zeros_like(token), index),
         finished=tokens,
-        lengths=(lengths := jnp.where(done_now, index + 1, state.lengths)),
+        lengths=lengths,
         unfinished=jnp.any(lengths == 0),
     )
 
 
-def _pick(tree, indices: Int[Array, 'batch picked']):
-    """The beams `indices` of every array of a tree."""
-
-    def pick(leaf):
-        return jnp.take_along_axis(leaf, indices.reshape(*indices.shape, *[1] * (leaf.ndim - 2)), axis=1)
-
-    return jax.tree.map(pick, tree)
-
-
-def _beam_step(settings, state, index, scores, ends, last) -> Search:
+def _beam_step(rules: Rules, state: Search, index: Array, scores: Array, ends: Array) -> Search:
     batch, beams, vocab = scores.shape
-    weight = jnp.asarray(np.arange(1.0, settings.new + 1) ** settings.length_penalty, jnp.float32)
-    early = settings.early_stopping is True
+    last = index == rules.weight.shape[0] - 1
 
     # Enough candidates that `beams` of them go on even if all the others end.
-    candidates = max(2, 1 + len(settings.eos)) * beams
+    candidates = max(2, 1 + rules.eos.shape[0]) * beams
     scores, best = jax.lax.top_k((scores + state.scores[..., None]).reshape(batch, -1), candidates)
-    parents, token = best // vocab, (best % vocab).astype(jnp.int32)
-    tokens, ancestry = _pick((state.tokens, state.ancestry), parents)
+    tokens, ancestry = _pick((state.tokens, state.ancestry), best // vocab)
+    token = (best % vocab).astype(jnp.int32)
     tokens = _write(tokens, token, index)
     ended = ends[token] | last
 
@@ -128,21 +125,18 @@ def _beam_step(settings, state, index, scores, ends, last) -> Search:
     running, ancestry = _pick((tokens, ancestry), chosen)
     ancestry = _write(ancestry, jnp.broadcast_to(jnp.arange(beams), (batch, beams)), index)
 
-    # Only one of the first `beams` candidates may finish, and only where another finished sequence still counts.
+    # A candidate finishes if it is one of the first `beams`, and if the item is not closed.
     finishes = ended & (jnp.arange(candidates) < beams)
-    closed = ~state.improvable | (early & jnp.all(state.lengths > 0, axis=1, keepdims=True))
-    scores = scores / weight[index] + jnp.where(closed, WORST, 0.0) + jnp.where(finishes, 0.0, WORST)
-    merged = (
-        jnp.concatenate([state.finished, tokens], axis=1),
-        jnp.concatenate([state.lengths, jnp.where(finishes, index + 1, 0)], axis=1),
-    )
+    closed = ~state.improvable | (rules.early & jnp.all(state.lengths > 0, axis=1, keepdims=True))
+    scores = scores / rules.weight[index] + jnp.where(closed, WORST, 0.0) + jnp.where(finishes, 0.0, WORST)
     scores, chosen = jax.lax.top_k(jnp.concatenate([state.finished_scores, scores], axis=1), beams)
-    finished, lengths = _pick(merged, chosen)
+    finished = jnp.concatenate([state.finished, tokens], axis=1)
+    lengths = jnp.concatenate([state.lengths, jnp.where(finishes, index + 1, 0)], axis=1)
+    finished, lengths = _pick((finished, lengths), chosen)
 
-    # `weight` ends at the longest sequence.
-    hope = weight[-1] if settings.early_stopping == 'never' and settings.length_penalty > 0 else weight[index]
     worst = jnp.where(lengths > 0, jnp.min(scores, axis=1, keepdims=True), WORST)
-    improvable = state.improvable & jnp.any(running_scores[:, :1] / hope > worst, axis=1, keepdims=True)
+    possible = running_scores[:, :1] / rules.hope[index]
+    improvable = state.improvable & jnp.any(possible > worst, axis=1, keepdims=True)
     return Search(
         tokens=running,
         scores=running_scores,
@@ -151,5 +145,19 @@ def _beam_step(settings, state, index, scores, ends, last) -> Search:
         finished_scores=scores,
         lengths=lengths,
         improvable=improvable,
-        unfinished=jnp.any(improvable) & ~(early & jnp.all(lengths > 0)) & ~jnp.all(ended),
+        unfinished=jnp.any(improvable) & ~(rules.early & jnp.all(lengths > 0)) & ~jnp.all(ended),
     )
+
+
+def _write(tokens: Array, new: Array, index: Array) -> Array:
+    """`tokens` with `new` at `index` of the last axis."""
+    return jax.lax.dynamic_update_slice_in_dim(tokens, new[..., None].astype(tokens.dtype), index, axis=2)
+
+
+def _pick(tree: Any, indices: Int[Array, 'batch picked']) -> Any:
+    """The beams `indices` of every array of a tree."""
+
+    def pick(leaf):
+        return jnp.take_along_axis(leaf, indices.reshape(*indices.shape, *[1] * (leaf.ndim - 2)), axis=1)
+
+    return jax.tree.map(pick, tree)

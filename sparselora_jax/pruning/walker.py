@@ -161,8 +161,9 @@ def prune(
     forward(params, samples, run)
     if missed := sorted(patterns.keys() - tokens.keys()):
         raise rules_lib.RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
-    flat = rules_lib.flatten(params) | {path: jnp.stack(layers) for path, layers in pruned.items()}
-    masks = {path: jnp.stack(layers) for path, layers in masks.items()}
+    flat = rules_lib.flatten(params)
+    for path in list(pruned):  # popped, so that at most one stack exists twice
+        flat[path], masks[path] = jnp.stack(pruned.pop(path)), jnp.stack(masks[path])
     return PruneResult(rules_lib.unflatten(flat), rules_lib.unflatten(masks), tokens)
 
 

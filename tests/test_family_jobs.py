@@ -1,0 +1,149 @@
+"""The main job on a tiny directory of every family, by all four pruners; what it exports, torch reads back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny_models import CLASSES, save
+
+import sparselora_jax as sl
+from configs import blip2_both, instructblip_both, llava_both, paligemma_both
+from sparselora_jax import rules, stages, storage
+from sparselora_jax.data import processing
+from sparselora_jax.evaluation import report
+from sparselora_jax.job import Job
+from sparselora_jax.models import hf_export
+
+RECIPES = {
+    'blip2-opt': (blip2_both, 'Question: {} Short answer:'),
+    'blip2-t5': (blip2_both, 'Question: {} Short answer:'),
+    'instructblip-t5': (instructblip_both, '{}'),
+    'instructblip-llama': (instructblip_both, '{}'),
+    'llava-default': (llava_both, 'USER: <image>\n{} ASSISTANT:'),
+    'paligemma': (paligemma_both, '{}'),
+}
+METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt')
+SMALL = {
+    'text.prompt_tokens': 40,
+    'text.answer_tokens': 8,
+    'prune.samples': 4,
+    'prune.chunk': 2,
+    'prune.block': 16,
+    'evaluate.questions': 3,
+    'evaluate.batch': 2,
+    'evaluate.num_beams': 2,
+    'restore.steps': 2,
+    'restore.batch': 2,
+    'restore.warmup': 1,
+    'restore.checkpoint_every': 2,
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def unoptimised(tmp_path_factory):
+    """Many programs, each run a few times; those of one family are the same for every pruner."""
+    knobs = {
+        'jax_disable_most_optimizations': True,
+        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+        'jax_persistent_cache_min_compile_time_secs': 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in knobs}
+    for name, value in knobs.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A folder of images with questions."""
+    folder, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
+    lines = []
+    for index in range(12):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / f'{index}.png')
+        split, answer = ('test', 'train', 'train')[index % 3], ('yes', 'teal')[index % 2]
+        lines.append({'image': f'{index}.png', 'prompt': 'is it red?', 'answer': answer, 'split': split})
+    (folder / 'data.jsonl').write_text('\n'.join(json.dumps(line) for line in lines))
+    return folder
+
+
+@pytest.fixture(scope='module', params=RECIPES)
+def family(request, tmp_path_factory):
+    """(kind, directory) of a tiny model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save(request.param, folder)
+    return request.param, folder
+
+
+def config_of(kind, folder, data, **fields):
+    recipe, prompt = RECIPES[kind]
+    config = recipe.get_config(f'model={folder},data={data},pattern=2:4,hardware=cpu')
+    config.update_from_flattened_dict(SMALL | {'text.prompt': prompt} | fields)
+    return config
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(family, data, tmp_path, method):
+    kind, folder = family
+    job = Job(config_of(kind, folder, data, **{'prune.method': method}), tmp_path / 'run')
+    stages.run(job)
+    got = report.write(job)
+    for tower, found in got['sparsity'].items():
+        density = 1.0 if tower == 'qformer' else 0.5
+        assert (found['density'], found['violations']) == (density, 0), tower
+
+    exported = tmp_path / 'run' / 'exported'
+    model, params = sl.load_model(exported)
+    masks, _ = storage.load_safetensors(tmp_path / 'run' / 'masks.safetensors')
+    sl.check_sparse(params, masks)
+    assert set(rules.kernels(params)) > set(rules.flatten(masks))
+    assert {path.split('/')[0] for path in rules.flatten(masks)} == {'vision', 'language'}
+    if method == 'wanda':  # the weights differ between pruners, the names and files do not
+        torch_reads(exported, folder, model, params, job)
+
+
+def torch_reads(exported, source, model, params, job):
+    kind = CLASSES[transformers.AutoConfig.from_pretrained(exported).model_type]
+    theirs, info = kind.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    processor = processing.load_processor(exported)
+    prompt = job.text.prompt.format('is it red?')
+    example = processor.example(np.zeros((20, 20, 3), np.uint8), prompt, 'teal', prompt_tokens=40, answer_tokens=8)
+    targets, answer = example.pop('targets'), example.pop('answer')
+    batch = {name: value[None] for name, value in example.items()}
+    tensors = {name: torch.asarray(value) for name, value in batch.items()}
+    tensors = {name: value if value.dtype == torch.float32 else value.long() for name, value in tensors.items()}
+    if not model.encoder_decoder:  # transformers' own forward counts pads that lie behind the image
+        mask = tensors['attention_mask']
+        tensors['position_ids'] = torch.clip(mask.cumsum(1) - 1, 0)
+    if 'opt' in type(model.cfg.language).__name__.lower():
+        del tensors['position_ids']
+    with torch.no_grad():
+        want = theirs.eval()(**tensors).logits.numpy()[:, -len(targets) :]
+    got = model.answer_logits(params, batch | {'targets': targets[None]})
+    np.testing.assert_allclose(np.asarray(got)[:, answer], want[:, answer], atol=1e-4)
+    files = {path.name for path in source.iterdir()} | {'text_format.json'}
+    assert {path.name for path in exported.iterdir()} == files
+
+
+def test_pruning_from_disk_equals_pruning_in_memory(family, data, tmp_path):
+    kind, folder = family
+    if kind not in ('blip2-opt', 'instructblip-t5'):
+        pytest.skip('one decoder-only and one encoder-decoder are enough')
+    jobs = [
+        Job(config_of(kind, folder, data, **{'prune.method': 'sparsegpt', 'stream': stream}), tmp_path / str(stream))
+        for stream in (False, True)
+    ]
+    for job in jobs:
+        stages.prune(job)
+    for name in ('masks.safetensors', 'kernels.safetensors'):
+        assert (jobs[0].workdir / name).read_bytes() == (jobs[1].workdir / name).read_bytes()
+    model, params = sl.load_model(jobs[1].workdir / 'pruned')
+    merged = sl.merge(jobs[0].frozen.params, jobs[0].frozen.masks)
+    hf_export.check_export(jobs[1].workdir / 'pruned', model, merged)
+    sl.check_sparse(params, jobs[0].frozen.masks)
