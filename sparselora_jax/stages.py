@@ -174,11 +174,11 @@ def export(job: Job) -> dict:
     def compute():
         model, merged = job.model, job.merged()
         folder = job.workdir / 'exported'
+        texts = {TEXT_FORMAT: json.dumps(dataclasses.asdict(job.text), indent=1)}
         if model.source is None:
-            embedded.save(folder, model, merged)
+            embedded.save(folder, model, merged, texts=texts)
         else:
-            hf_export.export_model(folder, model, merged)
-        storage.write_text(folder / TEXT_FORMAT, json.dumps(dataclasses.asdict(job.text), indent=1))
+            hf_export.export_model(folder, model, merged, texts=texts)
         peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'))
         hf_export.check_export(folder, model, merged)
         frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group

@@ -22,7 +22,7 @@ class StorageError(SparseloraError, ValueError):
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place at the end: `path` appears whole or not at all."""
     partial = path.with_name(path.name + '.partial')
     yield partial
@@ -31,7 +31,7 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
-    with _whole(path) as partial:
+    with whole(path) as partial:
         partial.write_text(text)
 
 
@@ -50,7 +50,7 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     header = (metadata or {}) | ({'lora_scales': json.dumps(scales)} if scales else {})
-    with _whole(path) as partial:
+    with whole(path) as partial:
         save_file({name: jnp.asarray(array) for name, array in arrays.items()}, partial, metadata=header)
 
 
@@ -75,7 +75,7 @@ def layer_writer(path: str | Path, like: dict[str, Any]) -> Iterator[Callable[[s
     text += b' ' * (-len(text) % 8)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(path) as partial, partial.open('wb') as file:
+    with whole(path) as partial, partial.open('wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
         file.truncate(8 + len(text) + end)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax.models import blip2, gguf, hf_configs, hf_export, llama, qformer, vit
+from sparselora_jax.models import blip2, gguf, hf_configs, hf_new, llama, qformer, vit
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.storage import StorageError, check_shapes, load_safetensors, read_metadata
 from sparselora_jax.weights import merge
@@ -88,11 +88,14 @@ def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict
     return Model(cfg, GENERATION), merge(params, None, lora)
 
 
-def save(folder: str | Path, model: Model, params: dict) -> None:
+def save(folder: str | Path, model: Model, params: dict, *, texts: dict[str, str] | None = None) -> None:
     """Writes a Hugging Face directory that torch's `Blip2ForConditionalGeneration` loads, processor included.
 
+    Args:
+      texts: more files to write, by name.
+
     Raises:
-      StorageError: see `hf_export.write_new`.
+      StorageError: see `hf_new.write_new`.
     """
     config = hf_configs.blip2_config(model.cfg, model.generation)
-    hf_export.write_new(folder, config, model, params, processor=load_processor(model.cfg).hf)
+    hf_new.write_new(folder, config, model, params, processor=load_processor(model.cfg).hf, texts=texts)

@@ -83,6 +83,7 @@ def read_config(folder: Path) -> Any:
       StorageError: config.json is not one.
       UnsupportedModel: its kind is not known here.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / checkpoint_files.CONFIG
@@ -99,7 +100,7 @@ def read_config(folder: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise StorageError(f'{path}: transformers does not read it ({error})') from None
 
 

@@ -1,4 +1,4 @@
-"""Our configs -> transformers' own, for models that were read from no directory (see `hf_export.write_new`)."""
+"""Our configs -> transformers' own, for models that were read from no directory of its kind (`hf_new.write_new`)."""
 
 from typing import Any
 

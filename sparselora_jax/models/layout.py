@@ -58,6 +58,11 @@ def is_kernel(path: str) -> bool:
     return path.rsplit('/', 1)[-1] == 'kernel'
 
 
+def is_patches(path: str) -> bool:
+    """Whether a kernel is a convolution over patches in checkpoints."""
+    return path.endswith('patch/kernel')
+
+
 def to_params(array: Any, shape: tuple[int, ...], *, kernel: bool) -> Any:
     """A tensor in a checkpoint's layout (NumPy or JAX) -> in ours, of `shape`.
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from sparselora_jax import rules, sharding
@@ -43,17 +43,22 @@ def read_params(shapes: dict, pieces: list[Piece], dtype: Any = None, mesh: Mesh
 
 def read_block(array: Any, piece: Piece) -> Shaped[np.ndarray, '...']:
     """What a checkpoint should hold of one of our arrays: a piece in its layout and dtype."""
-    starts = np.asarray(piece.starts, np.int32)
-    block = _take(array, starts, piece.sizes, piece.file_shape, layout.is_kernel(piece.path))
+    kernel = layout.is_kernel(piece.path)
+    if isinstance(array, np.ndarray):
+        block = array[tuple(slice(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True))]
+        block = layout.to_checkpoint(block, piece.file_shape, kernel=kernel)
+    else:
+        block = _take(array, np.asarray(piece.starts, np.int32), piece.sizes, piece.file_shape, kernel)
     # Cast on the host: devices have no fp64.
-    return np.asarray(block).astype(piece.entry.dtype)
+    return np.asarray(block).astype(piece.entry.dtype, copy=False)
 
 
 def _dtypes(pieces: list[Piece]) -> dict[str, Any]:
     found = {}
     for path, dtype in {(piece.path, piece.entry.dtype) for piece in pieces}:
         dtype = jax.dtypes.canonicalize_dtype(dtype)
-        found[path] = jnp.promote_types(found.get(path, dtype), dtype)
+        with jax.numpy_dtype_promotion('standard'):
+            found[path] = jnp.promote_types(found.get(path, dtype), dtype)
     return found
 
 
@@ -75,7 +80,8 @@ def _source_sharding(target: NamedSharding, piece: Piece) -> NamedSharding:
     shape, spec = piece.file_shape, [*target.spec, *[None] * (len(piece.sizes) - len(target.spec))][-2:]
     if len(shape) != 2:
         spec = []
-    return sharding.fitting(target.mesh, spec[::-1] if layout.is_kernel(piece.path) else spec, shape)
+    spec = PartitionSpec(*(spec[::-1] if layout.is_kernel(piece.path) else spec))
+    return sharding.fitting(target.mesh, spec, shape)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -1,0 +1,89 @@
+"""The Hugging Face directory of a model that was read from none."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from sparselora_jax import rules
+from sparselora_jax.models import checkpoint_files, layout
+from sparselora_jax.models.checkpoint_files import CONFIG, SINGLE, Checkpoint, Entry
+from sparselora_jax.models.hf_export import WEIGHTS, files_below, placed, write_pieces, write_texts
+from sparselora_jax.models.model import Model
+from sparselora_jax.storage import StorageError, check_shapes
+
+
+def write_new(
+    folder: str | Path,
+    hf_config: Any,
+    model: Model,
+    params: dict,
+    *,
+    processor: Any = None,
+    texts: dict[str, str] | None = None,
+) -> None:
+    """Writes the directory of a model that was read from none: one file, each tensor in its array's dtype.
+
+    Args:
+      hf_config: transformers' config of the same model (see `models.hf_configs`).
+      processor: a tokenizer or processor, written beside it.
+      texts: more files to write, by name.
+
+    Raises:
+      StorageError: the folder holds another model's weights, or the params do not fit the model.
+    """
+    from transformers import GenerationConfig
+
+    folder, hf_config = Path(folder), copy.deepcopy(hf_config)
+    check_shapes(folder, params, model.shapes())
+    if foreign := [str(name) for name in files_below(folder) if name.suffix in WEIGHTS and name != Path(SINGLE)]:
+        raise StorageError(f'{folder}: holds other weights ({", ".join(foreign[:3])}); choose an empty directory')
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # written last: until then the directory is not whole
+    header, entries = _new_header(folder / SINGLE, model, params)
+    checkpoint = Checkpoint(folder, (folder / SINGLE,), entries)
+    with placed(folder / SINGLE) as new:
+        new.write(header)
+        write_pieces(new, layout.pieces(model.family, model.cfg, checkpoint), params)
+    tokens = model.generation
+    GenerationConfig(
+        eos_token_id=list(tokens.eos) if len(tokens.eos) > 1 else (*tokens.eos, None)[0],
+        pad_token_id=tokens.pad,
+        bos_token_id=tokens.bos,
+        decoder_start_token_id=tokens.start,
+        **dict(tokens.options),
+    ).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    write_texts(folder, texts or {})
+    hf_config.dtype = jnp.dtype(rules.flatten(params)[layout.EMBED].dtype).name
+    hf_config.save_pretrained(folder)
+
+
+def _new_header(file: Path, model: Model, params: dict) -> tuple[bytes, dict[str, Entry]]:
+    """The header of a file of all of a model's tensors, and where each of them will lie."""
+    flat, header, sizes = rules.flatten(params), {}, {}
+    names, end = {str(dtype): name for name, dtype in checkpoint_files.DTYPES.items()}, 0
+    for name, (place, *_) in layout.places(model.family, model.cfg).items():
+        dtype, shape = jnp.dtype(flat[place.path].dtype), _new_shape(place)
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {'dtype': names[dtype.name], 'shape': shape, 'data_offsets': [end, end + size]}
+        sizes[name] = Entry(name, file, dtype, shape, end)
+        end += size
+    text = json.dumps({'__metadata__': {'format': 'pt'}} | header).encode()
+    text += b' ' * (-len(text) % 8)
+    entries = {n: Entry(n, file, e.dtype, e.shape, 8 + len(text) + e.start) for n, e in sizes.items()}
+    return len(text).to_bytes(8, 'little') + text, entries
+
+
+def _new_shape(place: layout.Place) -> tuple[int, ...]:
+    """The shape of a tensor in a checkpoint; patches are convolutions over square patches of three colours."""
+    rows, *rest = place.layer_shape
+    if layout.is_patches(place.path):
+        side = math.isqrt(rows // 3)
+        return (*rest, 3, side, side)
+    rows, *rest = place.layer_shape[::-1] if layout.is_kernel(place.path) else place.layer_shape
+    return (place.of * rows, *rest)
