@@ -69,7 +69,8 @@ def torch_model(family: str):
 def batch_of(model: sl.Model) -> dict[str, np.ndarray]:
     """Random images and texts, the first half of them left-padded by eight."""
     rng = np.random.default_rng(0)
-    size, count = model.cfg.vision.image_size, model.image_tokens
+    vision = model.cfg.vision
+    size, count = vision.image_size, model.cfg.qformer.queries if hasattr(model.cfg, 'qformer') else vision.grid**2
     text = rng.integers(100, 30000, (BATCH, TEXT))
     images = np.full((BATCH, count), model.cfg.image_token)
     mask = np.ones((BATCH, count + TEXT), np.int64)

@@ -46,17 +46,12 @@ SMALL = {
 @pytest.fixture(scope='module', autouse=True)
 def unoptimised(tmp_path_factory):
     """Many programs, each run a few times; those of one family are the same for every pruner."""
-    knobs = {
-        'jax_disable_most_optimizations': True,
-        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-        'jax_persistent_cache_min_compile_time_secs': 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in knobs}
-    for name, value in knobs.items():
-        jax.config.update(name, value)
+    jax.config.update('jax_disable_most_optimizations', True)
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update('jax_disable_most_optimizations', False)
+    jax.config.update('jax_compilation_cache_dir', None)
 
 
 @pytest.fixture(scope='module')

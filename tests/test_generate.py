@@ -97,10 +97,10 @@ def test_scores_are_those_of_transformers(cases):
     np.testing.assert_allclose(scores.sum(axis=1) / lengths, want.sequences_scores, atol=1e-4)
 
 
-def test_an_end_alone_or_none(cases):
-    """One end token, and none: then all rows have the full length, whatever is written."""
+def test_no_end_one_end_and_many(cases):
+    """Without one all rows have the full length; with many nearly every candidate ends."""
     case = cases('llama')
-    for eos in (case.model.generation.eos[:1], ()):
+    for eos in ((), case.model.generation.eos[:1], tuple(range(4, 44))):
         model = replace(case.model, generation=replace(case.model.generation, eos=eos))
         options = {'num_beams': 3, 'max_new_tokens': 5}
         case.oracle.generation_config.eos_token_id = list(eos) or None

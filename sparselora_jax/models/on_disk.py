@@ -68,8 +68,11 @@ def params_on_disk(model: Model, pieces: list[Piece], dtype: Any) -> dict:
     shapes, by_path = rules.flatten(model.shapes()), {}
     for piece in pieces:
         by_path.setdefault(piece.path, []).append(piece)
-    stacked = {path for path in shapes if '/blocks/' in path}
-    whole = {path: shape for path, shape in shapes.items() if path not in stacked}
+    whole = {path: shape for path, shape in shapes.items() if '/blocks/' not in path}
     read = [piece for path in whole for piece in by_path[path]]
-    flat = rules.flatten(streaming.read_params(rules.unflatten(whole), read, dtype))
-    return rules.unflatten(flat | {path: OnDisk(path, shapes[path], dtype, by_path[path]) for path in stacked})
+    loaded = rules.flatten(streaming.read_params(rules.unflatten(whole), read, dtype))
+    flat = {
+        path: loaded[path] if path in whole else OnDisk(path, shape, dtype, by_path[path])
+        for path, shape in shapes.items()
+    }
+    return rules.unflatten(flat)
