@@ -1,5 +1,8 @@
 """Small random models of torch's real classes, as real Hugging Face directories."""
 
+import logging
+import warnings
+
 import numpy as np
 import torch
 import transformers as t
@@ -65,8 +68,17 @@ def build(name, perturbed):
 
 
 def load(folder, kind):
-    """Torch's own reading of a directory, which must find it as it should be."""
-    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    """Torch's own reading of a directory, which must find it as it should be and warn of nothing."""
+    said, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = said.append
+    t.logging.add_handler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            model, info = kind.from_pretrained(folder, output_loading_info=True)
+    finally:
+        t.logging.remove_handler(handler)
+    assert not said, [record.getMessage() for record in said]
     assert not {what: list(names) for what, names in info.items() if names}
     return model.eval()
 

@@ -59,8 +59,8 @@ def save_peft(folder: str | Path, model: Model, lora: dict, *, base: str | None 
     """
     folder, tensors, ranks = Path(folder), {}, {}
     for module, factors in modules(model, lora):
-        tensors[f'base_model.model.{module}.lora_A.weight'] = factors.a
-        tensors[f'base_model.model.{module}.lora_B.weight'] = factors.b
+        for letter, factor in (('A', factors.a), ('B', factors.b)):  # safetensors writes memory as it lies: no strides
+            tensors[f'base_model.model.{module}.lora_{letter}.weight'] = np.ascontiguousarray(factor)
         ranks[module] = (factors.a.shape[0], factors.a.shape[0] * factors.scale)
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / 'adapter_model.safetensors') as partial:
