@@ -98,7 +98,11 @@ def main(argv):
         file = workdir / f'{name}.json'
         if not file.exists():
             indices = vqa.sample(config.eval_questions, len(dataset.test.source), seed=config.seed)
-            options |= {'max_new_tokens': 4, 'progress': Progress(f'evaluate {name}', len(indices))}
+            options |= {
+                'max_new_tokens': 4,
+                'batch': min(50, len(indices)),
+                'progress': Progress(f'evaluate {name}', len(indices)),
+            }
             answers = vqa.evaluate(model, weights, processor, text, dataset.test, indices, **options)
             storage.write_text(file, json.dumps(answers.accuracy(dataset.kind_of), indent=1))
         print(name, file.read_text())

@@ -88,7 +88,7 @@ def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(family, data
     kind, folder = family
     job = Job(config_of(kind, folder, data, **{'prune.method': method}), tmp_path / 'run')
     stages.run(job)
-    got = report.write(job)
+    got = report.build(job)
     for tower, found in got['sparsity'].items():
         density = 1.0 if tower == 'qformer' else 0.5
         assert (found['density'], found['violations']) == (density, 0), tower
