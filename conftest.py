@@ -1,4 +1,4 @@
-"""Four fake CPU devices, strict dtype and rank promotion, full matmul precision: for every test."""
+"""Four fake CPU devices, strict dtype promotion: for every test."""
 
 import importlib.util
 import os
@@ -15,6 +15,23 @@ import numpy as np
 import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
+
+
+# Real weights, or what the compiler makes of a program: worth its time. The others compile much and run little.
+OPTIMISED = (
+    'test_llama',
+    'test_decode',
+    'test_embedded',
+    'test_linear',
+    'test_restore',
+    'test_memory',
+)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def optimisations(request):
+    """Programs of most tests are compiled without optimisations: half the time."""
+    jax.config.update('jax_disable_most_optimizations', request.path.stem not in OPTIMISED)
 
 
 @pytest.fixture(autouse=True)

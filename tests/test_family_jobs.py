@@ -1,5 +1,6 @@
 """The main job on a tiny directory of every family, by all four pruners; what it exports, torch reads back."""
 
+import functools
 import json
 
 import jax
@@ -27,6 +28,8 @@ RECIPES = {
     'paligemma': (paligemma_both, '{}'),
 }
 METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt')
+# One pruner a family in `make test`; `make test-families` runs all pairs.
+FIRST = dict(zip(RECIPES, ('sparsegpt', 'wanda', 'magnitude', 'random', 'sparsegpt', 'wanda'), strict=True))
 SMALL = {
     'text.prompt_tokens': 40,
     'text.answer_tokens': 8,
@@ -45,13 +48,11 @@ SMALL = {
 
 
 @pytest.fixture(scope='module', autouse=True)
-def unoptimised(tmp_path_factory):
-    """Many programs, each run a few times; those of one family are the same for every pruner."""
-    jax.config.update('jax_disable_most_optimizations', True)
+def compiled_once(tmp_path_factory):
+    """The programs of one family are the same for every pruner."""
     jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     yield
-    jax.config.update('jax_disable_most_optimizations', False)
     jax.config.update('jax_compilation_cache_dir', None)
 
 
@@ -68,12 +69,17 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope='module', params=RECIPES)
-def family(request, tmp_path_factory):
-    """(kind, directory) of a tiny model."""
-    folder = tmp_path_factory.mktemp(request.param)
-    save(request.param, folder)
-    return request.param, folder
+@pytest.fixture(scope='module')
+def directory(tmp_path_factory):
+    """`directory(kind)`: that of a tiny model, made once."""
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        save(kind, folder)
+        return folder
+
+    return make
 
 
 def config_of(kind, folder, data, **fields):
@@ -83,9 +89,15 @@ def config_of(kind, folder, data, **fields):
     return config
 
 
-@pytest.mark.parametrize('method', METHODS)
-def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(family, data, tmp_path, method):
-    kind, folder = family
+def pairs():
+    for kind in RECIPES:
+        for method in METHODS:
+            yield pytest.param(kind, method, marks=[] if method == FIRST[kind] else pytest.mark.families)
+
+
+@pytest.mark.parametrize('kind, method', pairs())
+def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(directory, data, tmp_path, kind, method):
+    folder = directory(kind)
     job = Job(config_of(kind, folder, data, **{'prune.method': method}), tmp_path / 'run')
     stages.run(job)
     got = report.build(job)
@@ -99,8 +111,7 @@ def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(family, data
     sl.check_sparse(params, masks)
     assert set(rules.kernels(params)) > set(rules.flatten(masks))
     assert {path.split('/')[0] for path in rules.flatten(masks)} == {'vision', 'language'}
-    if method == 'wanda':  # the weights differ between pruners, the names and files do not
-        torch_reads(exported, folder, model, params, job)
+    torch_reads(exported, folder, model, params, job)
 
 
 def torch_reads(exported, source, model, params, job):
@@ -127,10 +138,9 @@ def torch_reads(exported, source, model, params, job):
     assert {path.name for path in exported.iterdir()} == files
 
 
-def test_pruning_from_disk_equals_pruning_in_memory(family, data, tmp_path):
-    kind, folder = family
-    if kind not in ('blip2-opt', 'instructblip-t5'):
-        pytest.skip('one decoder-only and one encoder-decoder are enough')
+@pytest.mark.parametrize('kind', ['blip2-opt', 'instructblip-t5'])  # a decoder alone, and an encoder-decoder
+def test_pruning_from_disk_equals_pruning_in_memory(directory, data, tmp_path, kind):
+    folder = directory(kind)
     jobs = [
         Job(config_of(kind, folder, data, **{'prune.method': 'sparsegpt', 'stream': stream}), tmp_path / str(stream))
         for stream in (False, True)

@@ -44,13 +44,11 @@ def tiny_config(**fields):
 def world(tiny_blip2, easy_vqa_builder):
     """What a job loads, made tiny; counts how often the model is loaded."""
     loads = []
-    jax.config.update('jax_disable_most_optimizations', True)  # many programs, each run a few times
     dataset = few(easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, 'load', lambda *args, **kw: loads.append(1) or tiny_blip2)
         patch.setattr(easy_vqa, 'load', lambda data_dir: dataset)
         yield loads
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 def run(workdir, **fields):

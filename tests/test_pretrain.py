@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import sparselora_jax as sl
 from sparselora_jax import pretrain, rules
@@ -53,16 +52,8 @@ def test_queries_that_are_words_have_no_regression_loss(random_params):
     assert float(metrics['nearest']) == 1.0
 
 
-@pytest.fixture
-def unoptimised():
-    """Many programs, each run a few times."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
-
 def test_the_script_makes_a_bridge_that_loads_and_resumes(
-    script, tmp_path, monkeypatch, random_params, easy_vqa_builder, unoptimised
+    script, tmp_path, monkeypatch, random_params, easy_vqa_builder
 ):
     monkeypatch.setattr(easy_vqa, 'prepare', lambda data_dir: easy_vqa_builder)
     language = random_params(llama.shapes(CFG.language))
