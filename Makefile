@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo test test-families lint clean
+.PHONY: demo test test-slow lint clean
 
 $(VENV)/installed: requirements.txt requirements-assets.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,8 +24,8 @@ lint: $(VENV)/installed-test
 test: lint
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
-test-families: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -n auto -m families tests/test_family_jobs.py
+test-slow: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -n auto -m slow
 
 clean:
 	rm -rf $(VENV) runs

@@ -28,8 +28,7 @@ RECIPES = {
     'paligemma': (paligemma_both, '{}'),
 }
 METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt')
-# One pruner a family in `make test`; `make test-families` runs all pairs.
-FIRST = dict(zip(RECIPES, ('sparsegpt', 'wanda', 'magnitude', 'random', 'sparsegpt', 'wanda'), strict=True))
+QUICK = {('blip2-opt', 'sparsegpt'), ('instructblip-t5', 'wanda')}  # in `make test`; `make test-slow` runs the others
 SMALL = {
     'text.prompt_tokens': 40,
     'text.answer_tokens': 8,
@@ -92,7 +91,7 @@ def config_of(kind, folder, data, **fields):
 def pairs():
     for kind in RECIPES:
         for method in METHODS:
-            yield pytest.param(kind, method, marks=[] if method == FIRST[kind] else pytest.mark.families)
+            yield pytest.param(kind, method, marks=[] if (kind, method) in QUICK else pytest.mark.slow)
 
 
 @pytest.mark.parametrize('kind, method', pairs())
