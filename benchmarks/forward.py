@@ -155,9 +155,8 @@ def compare(ours: dict, theirs: dict, mask: np.ndarray | None) -> None:
     """Raises unless both libraries compute the same."""
     a, b = ours['forward'](), theirs['forward']()
     np.testing.assert_allclose(a if mask is None else a[mask], b if mask is None else b[mask], atol=1e-3)
-    np.testing.assert_allclose(
-        [ours['LoRA step']() for _ in range(2)], [theirs['LoRA step']() for _ in range(2)], rtol=1e-3
-    )
+    # The first step's: from the second on, the loss hangs on how A was drawn.
+    np.testing.assert_allclose(ours['LoRA step'](), theirs['LoRA step'](), rtol=1e-3)
     for name in ('greedy', 'beams'):
         same = np.mean(ours[name]() == theirs[name]())
         print(f'{name}: {same:.1%} of the tokens are the same')

@@ -1,6 +1,6 @@
 """Pruning a model that memory does not hold: `launch/prune.py --config.stream=True` under an enforced limit.
 
-    python benchmarks/stream.py [--limit=2.5] [--method=sparsegpt]
+    python benchmarks/stream.py [--limit=3.0] [--method=sparsegpt]
 
 Makes up a BLIP-2 directory with a LLaMA of 1.1e9 parameters (4.5 GB in float32), then prunes its language tower at 2:4
 twice, in processes of their own: from memory, and block by block from disk. A process whose resident memory (VmRSS,
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from absl import app, flags
 
 ROOT = Path(__file__).parents[1]
-LIMIT = flags.DEFINE_float('limit', 2.5, 'GiB of resident memory')
+LIMIT = flags.DEFINE_float('limit', 3.0, 'GiB of resident memory')
 METHOD = flags.DEFINE_string('method', 'wanda', 'a pruner that streams statistics')
 SAMPLES = flags.DEFINE_integer('samples', 32, 'calibration questions')
 MAKE = flags.DEFINE_string('make', '', 'internal: write the checkpoint there')

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import sparselora_jax as sl
 from sparselora_jax import pretrain, rules
@@ -52,6 +53,7 @@ def test_queries_that_are_words_have_no_regression_loss(random_params):
     assert float(metrics['nearest']) == 1.0
 
 
+@pytest.mark.slow
 def test_the_script_makes_a_bridge_that_loads_and_resumes(
     script, tmp_path, monkeypatch, random_params, easy_vqa_builder
 ):
