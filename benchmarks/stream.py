@@ -9,7 +9,6 @@ holds two zeros. The directory is deleted afterwards.
 """
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -109,7 +108,6 @@ def main(argv):
             what = f'pruned in {seconds:.0f} s' if finished else f'killed after {seconds:.0f} s'
             print(f'{how}: {what}, peak {peak:.2f} GiB', flush=True)
         print(f'read back: {check(root / "run_True" / "pruned")} kernels, each group of four with two zeros')
-    print(f'this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB')
 
 
 if __name__ == '__main__':
