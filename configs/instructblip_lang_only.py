@@ -3,12 +3,12 @@
   python launch/train.py --config=configs/instructblip_lang_only.py:data=FOLDER --workdir=runs/instructblip_lang_only
 
 FOLDER holds images and a `data.jsonl`; another model of the family: `:model=DIRECTORY,data=FOLDER`.
-Fields that are not set here are as in `blip2_lang_only.py`. Not yet run on published weights.
+Fields: `blip2_lang_only.py`; what differs: `base` below, `hub_model.py`. Not yet run on published weights.
 """
 
 from ml_collections import ConfigDict
 
-from configs import arguments, blip2_lang_only
+from configs import arguments, hub_model
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -17,12 +17,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def base() -> ConfigDict:
-    """The fields of `blip2_lang_only`, with what InstructBLIP differs in."""
-    config = blip2_lang_only.base()
-    config.model = 'Salesforce/instructblip-flan-t5-xl'
-    config.data = 'data'
-    config.text = ConfigDict(dict(prompt='{}', prompt_tokens=32, answer_tokens=8))
-    config.restore.shares = ()
-    config.evaluate.num_beams = 5
-    config.evaluate.length_penalty = -1.0
-    return config
+    """Every field, language only."""
+    return hub_model.base('Salesforce/instructblip-flan-t5-xl', prompt='{}', prompt_tokens=32, qformer=True)

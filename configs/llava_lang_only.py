@@ -3,12 +3,12 @@
   python launch/train.py --config=configs/llava_lang_only.py:data=FOLDER --workdir=runs/llava_lang_only
 
 FOLDER holds images and a `data.jsonl`; another model of the family: `:model=DIRECTORY,data=FOLDER`.
-Fields that are not set here are as in `blip2_lang_only.py`. Not yet run on published weights.
+Fields: `blip2_lang_only.py`; what differs: `base` below, `hub_model.py`. Not yet run on published weights.
 """
 
 from ml_collections import ConfigDict
 
-from configs import arguments, blip2_lang_only
+from configs import arguments, hub_model
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -17,14 +17,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def base() -> ConfigDict:
-    """The fields of `blip2_lang_only`, with what LLaVA-1.5 differs in."""
-    config = blip2_lang_only.base()
-    config.model = 'llava-hf/llava-1.5-7b-hf'
-    config.data = 'data'
-    config.text = ConfigDict(dict(prompt='USER: <image>\n{} ASSISTANT:', prompt_tokens=64, answer_tokens=8))
-    config.restore.shares = ()
-    config.evaluate.num_beams = 5
-    config.evaluate.length_penalty = -1.0
-    for part in (config.prune.pattern, config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
-        del part['qformer']  # there is none
-    return config
+    """Every field, language only."""
+    prompt = 'USER: <image>\n{} ASSISTANT:'
+    return hub_model.base('llava-hf/llava-1.5-7b-hf', prompt=prompt, prompt_tokens=64, qformer=False)

@@ -73,8 +73,8 @@ def generation_settings() -> dict:
 
 
 def recipes() -> list[str]:
-    """The names of the files in configs/."""
-    return sorted(path.stem for path in Path('configs').glob('*.py'))
+    """The names of the files in configs/ that are recipes."""
+    return sorted(path.stem for path in Path('configs').glob('*.py') if 'def get_config(' in path.read_text())
 
 
 def find_recipe(name: str) -> str | None:

@@ -27,9 +27,14 @@ def unflatten(flat: dict[str, Any]) -> dict:
     return traverse_util.unflatten_dict(flat, sep='/')
 
 
+def named_kernel(path: str) -> bool:
+    """Whether an array is laid out [in, out]."""
+    return path.rsplit('/', 1)[-1] == 'kernel'
+
+
 def is_kernel(path: str, leaf: Any) -> bool:
     """Whether a leaf is a matrix that the library may prune or adapt: named `kernel`, of rank 2 or more."""
-    return path.rsplit('/', 1)[-1] == 'kernel' and getattr(leaf, 'ndim', 0) >= 2
+    return named_kernel(path) and getattr(leaf, 'ndim', 0) >= 2
 
 
 def kernels(params: dict) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
@@ -15,6 +16,17 @@ from safetensors.flax import save_file
 from sparselora_jax import rules
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.weights import Lora
+
+DTYPES = {  # names of safetensors, https://huggingface.co/docs/safetensors, "Format"
+    'F64': np.dtype(np.float64),
+    'F32': np.dtype(np.float32),
+    'F16': np.dtype(np.float16),
+    'BF16': np.dtype(ml_dtypes.bfloat16),
+    'I64': np.dtype(np.int64),
+    'I32': np.dtype(np.int32),
+    'U8': np.dtype(np.uint8),
+    'BOOL': np.dtype(np.bool_),
+}
 
 
 class StorageError(SparseloraError, ValueError):
@@ -54,6 +66,26 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
         save_file({name: jnp.asarray(array) for name, array in arrays.items()}, partial, metadata=header)
 
 
+def safetensors_header(
+    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file of these tensors begins with, and the byte of the file at which each of them starts.
+
+    Raises:
+      StorageError: a dtype that the format does not know.
+    """
+    names, header, starts, end = {dtype: name for name, dtype in DTYPES.items()}, {}, {}, 0
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in names:
+            raise StorageError(f'{name} has dtype {dtype}; safetensors files hold {", ".join(map(str, names))}')
+        starts[name], size = end, math.prod(shape) * dtype.itemsize
+        header[name] = {'dtype': names[dtype], 'shape': shape, 'data_offsets': [end, end + size]}
+        end += size
+    text = json.dumps(({'__metadata__': metadata} if metadata else {}) | header).encode()
+    text += b' ' * (-len(text) % 8)
+    return len(text).to_bytes(8, 'little') + text, {name: 8 + len(text) + start for name, start in starts.items()}
+
+
 @contextmanager
 def layer_writer(path: str | Path, like: dict[str, Any]) -> Iterator[Callable[[str, int, Any], None]]:
     """A file of stacked arrays that is written a layer at a time, in any order; it appears whole or not at all.
@@ -64,24 +96,17 @@ def layer_writer(path: str | Path, like: dict[str, Any]) -> Iterator[Callable[[s
     Yields:
       `write(path, layer, array)`.
     """
-    names = {'bool': 'BOOL', 'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
-    header, starts, end = {}, {}, 0
-    for name, leaf in like.items():
-        dtype = np.dtype(leaf.dtype)
-        starts[name], size = end, math.prod(leaf.shape) * dtype.itemsize
-        header[name] = {'dtype': names[dtype.name], 'shape': leaf.shape, 'data_offsets': [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)
+    tensors = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in like.items()}
+    header, starts = safetensors_header(tensors)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial, partial.open('wb') as file:
-        file.write(len(text).to_bytes(8, 'little') + text)
-        file.truncate(8 + len(text) + end)
+        file.write(header)
+        file.truncate(len(header) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()))
 
         def write(name, layer, array):
             data = np.ascontiguousarray(np.asarray(array, like[name].dtype)).reshape(-1).view(np.uint8)
-            file.seek(8 + len(text) + starts[name] + layer * data.size)
+            file.seek(starts[name] + layer * data.size)
             file.write(data)
 
         yield write

@@ -14,23 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from sparselora_jax.storage import StorageError
+from sparselora_jax.storage import DTYPES, StorageError
 
 CONFIG, SINGLE, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
-DTYPES = {
-    'F64': np.dtype(np.float64),
-    'F32': np.dtype(np.float32),
-    'F16': np.dtype(np.float16),
-    'BF16': np.dtype(ml_dtypes.bfloat16),
-    'I64': np.dtype(np.int64),
-    'I32': np.dtype(np.int32),
-    'U8': np.dtype(np.uint8),
-    'BOOL': np.dtype(np.bool_),
-}
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 

@@ -1,7 +1,6 @@
 """The Hugging Face directory of a model that was read from none."""
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparselora_jax import rules
-from sparselora_jax.models import checkpoint_files, layout
+from sparselora_jax.models import layout
 from sparselora_jax.models.checkpoint_files import CONFIG, SINGLE, Checkpoint, Entry
 from sparselora_jax.models.hf_export import WEIGHTS, files_below, placed, write_pieces, write_texts
 from sparselora_jax.models.model import Model
-from sparselora_jax.storage import StorageError, check_shapes
+from sparselora_jax.storage import StorageError, check_shapes, safetensors_header
 
 
 def write_new(
@@ -65,18 +64,10 @@ def write_new(
 
 def _new_header(file: Path, model: Model, params: dict) -> tuple[bytes, dict[str, Entry]]:
     """The header of a file of all of a model's tensors, and where each of them will lie."""
-    flat, header, sizes = rules.flatten(params), {}, {}
-    names, end = {str(dtype): name for name, dtype in checkpoint_files.DTYPES.items()}, 0
-    for name, (place, *_) in layout.places(model.family, model.cfg).items():
-        dtype, shape = jnp.dtype(flat[place.path].dtype), _new_shape(place)
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {'dtype': names[dtype.name], 'shape': shape, 'data_offsets': [end, end + size]}
-        sizes[name] = Entry(name, file, dtype, shape, end)
-        end += size
-    text = json.dumps({'__metadata__': {'format': 'pt'}} | header).encode()
-    text += b' ' * (-len(text) % 8)
-    entries = {n: Entry(n, file, e.dtype, e.shape, 8 + len(text) + e.start) for n, e in sizes.items()}
-    return len(text).to_bytes(8, 'little') + text, entries
+    flat, places = rules.flatten(params), layout.places(model.family, model.cfg)
+    tensors = {name: (jnp.dtype(flat[place.path].dtype), _new_shape(place)) for name, (place, *_) in places.items()}
+    header, starts = safetensors_header(tensors, {'format': 'pt'})
+    return header, {name: Entry(name, file, *tensors[name], starts[name]) for name in tensors}
 
 
 def _new_shape(place: layout.Place) -> tuple[int, ...]:
@@ -85,5 +76,5 @@ def _new_shape(place: layout.Place) -> tuple[int, ...]:
     if layout.is_patches(place.path):
         side = math.isqrt(rows // 3)
         return (*rest, 3, side, side)
-    rows, *rest = place.layer_shape[::-1] if layout.is_kernel(place.path) else place.layer_shape
+    rows, *rest = place.layer_shape[::-1] if rules.named_kernel(place.path) else place.layer_shape
     return (place.of * rows, *rest)

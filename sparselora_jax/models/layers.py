@@ -157,6 +157,13 @@ def known_activation(name: str, owner: str) -> str:
     return name
 
 
+def word_logits(w: dict, hidden: Float[Array, '*batch words'], *, tied: bool) -> Float[Array, '*batch vocab']:
+    """Logits in fp32, by the head or, `tied`, by the word embeddings."""
+    if not tied:
+        return linear(hidden, w['head']['kernel']).astype(jnp.float32)
+    return jnp.einsum('...d,vd->...v', hidden, w['embed'].astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
 def scatter_images(
     words: Float[Array, 'batch tokens dim'], soft: Float[Array, 'batch soft dim'], here: Bool[Array, 'batch tokens']
 ) -> Float[Array, 'batch tokens dim']:

@@ -53,11 +53,6 @@ class Piece(NamedTuple):
         return (self.rows[1] - self.rows[0], *self.entry.shape[1:])
 
 
-def is_kernel(path: str) -> bool:
-    """Whether an array is laid out [in, out]."""
-    return path.rsplit('/', 1)[-1] == 'kernel'
-
-
 def is_patches(path: str) -> bool:
     """Whether a kernel is a convolution over patches in checkpoints."""
     return path.endswith('patch/kernel')
@@ -181,7 +176,7 @@ def pieces(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
 def _asked(places: Iterable[Place]) -> str:
     """What a config asks of a tensor."""
     first, *_ = places
-    shape = first.layer_shape[::-1] if is_kernel(first.path) else first.layer_shape
+    shape = first.layer_shape[::-1] if rules.named_kernel(first.path) else first.layer_shape
     return f'{(first.of * shape[0], *shape[1:])} for {first.path}' + (', fused' if first.of > 1 else '')
 
 
@@ -200,7 +195,7 @@ def _fits(entry: Entry, place: Place) -> bool:
         return False
     rows, *rest = entry.shape
     shape = [rows // place.of, *rest]
-    if is_kernel(place.path):
+    if rules.named_kernel(place.path):
         if len(shape) < 2:
             return False
         shape = [math.prod(shape[1:]), shape[0]]
@@ -211,7 +206,7 @@ def _split(entry: Entry, place: Place) -> Iterator[Piece]:
     """The pieces of a tensor (or of a slice of a fused one): whole if it is small, else runs of rows."""
     rows = entry.shape[0] // place.of
     shape = place.layer_shape
-    axis = len(shape) - 1 if is_kernel(place.path) else 0  # of ours that the checkpoint's rows lie along
+    axis = len(shape) - 1 if rules.named_kernel(place.path) else 0  # of ours that the checkpoint's rows lie along
     whole = shape[axis] != rows  # the first axis is one of size 1
     lead = () if place.layer is None else (place.layer,)
     for start, stop in [(0, rows)] if whole else _runs(rows, entry.row_size):

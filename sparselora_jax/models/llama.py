@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.errors import UnsupportedModel
-from sparselora_jax.linear import linear
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
 
@@ -105,9 +104,7 @@ def finish(w: dict, cfg: LlamaConfig, x: Float[Array, 'batch tokens dim']) -> Fl
 
 def head(w: dict, cfg: LlamaConfig, hidden: Float[Array, '*batch dim']) -> Float[Array, '*batch vocab']:
     """Logits, in fp32."""
-    if not cfg.tied:
-        return linear(hidden, w['head']['kernel']).astype(jnp.float32)
-    return jnp.einsum('...d,vd->...v', hidden, w['embed'].astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return layers.word_logits(w, hidden, tied=cfg.tied)
 
 
 def forward(

@@ -35,7 +35,7 @@ def read_params(shapes: dict, pieces: list[Piece], dtype: Any = None, mesh: Mesh
         path, target = piece.path, where.get(piece.path)
         block = jax.device_put(array, None if target is None else _source_sharding(target, piece))
         del array
-        block = _convert(block, piece.sizes, flat[path].dtype, layout.is_kernel(path))
+        block = _convert(block, piece.sizes, flat[path].dtype, rules.named_kernel(path))
         flat[path] = _placer(target)(flat[path], block, np.asarray(piece.starts, np.int32))
         flat[path].block_until_ready()  # or the host would hold every piece that the device has yet to take
     return rules.unflatten(flat)
@@ -43,7 +43,7 @@ def read_params(shapes: dict, pieces: list[Piece], dtype: Any = None, mesh: Mesh
 
 def read_block(array: Any, piece: Piece) -> Shaped[np.ndarray, '...']:
     """What a checkpoint should hold of one of our arrays: a piece in its layout and dtype."""
-    kernel = layout.is_kernel(piece.path)
+    kernel = rules.named_kernel(piece.path)
     if isinstance(array, np.ndarray):
         block = array[tuple(slice(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True))]
         block = layout.to_checkpoint(block, piece.file_shape, kernel=kernel)
@@ -80,7 +80,7 @@ def _source_sharding(target: NamedSharding, piece: Piece) -> NamedSharding:
     shape, spec = piece.file_shape, [*target.spec, *[None] * (len(piece.sizes) - len(target.spec))][-2:]
     if len(shape) != 2:
         spec = []
-    spec = PartitionSpec(*(spec[::-1] if layout.is_kernel(piece.path) else spec))
+    spec = PartitionSpec(*(spec[::-1] if rules.named_kernel(piece.path) else spec))
     return sharding.fitting(target.mesh, spec, shape)
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.errors import UnsupportedModel
-from sparselora_jax.linear import linear
 from sparselora_jax.models import layers
 from sparselora_jax.models.relative import relative_bias
 from sparselora_jax.models.runners import scan_blocks, unstack
@@ -144,9 +143,7 @@ def head(w: dict, cfg: T5Config, hidden: Float[Array, '*batch dim']) -> Float[Ar
     """Logits, in fp32."""
     if cfg.scale_head:
         hidden = hidden * jnp.asarray(cfg.width**-0.5, hidden.dtype)
-    if not cfg.tied:
-        return linear(hidden, w['head']['kernel']).astype(jnp.float32)
-    return jnp.einsum('...d,vd->...v', hidden, w['embed'].astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return layers.word_logits(w, hidden, tied=cfg.tied)
 
 
 def caches(
