@@ -16,6 +16,7 @@ from transformers import (
     OPTModel,
 )
 
+from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import causal
 from sparselora_jax.models.model import Generation, Model, from_hf
 
@@ -65,3 +66,8 @@ def test_an_absent_mask_is_ones(random_params):
     params, ids = random_params(model.shapes()), np.random.default_rng(0).integers(3, 40, (3, 8))
     got = model.logits(params, {'input_ids': ids})
     np.testing.assert_array_equal(got, model.logits(params, {'input_ids': ids, 'attention_mask': np.ones_like(ids)}))
+
+
+def test_attention_both_ways_is_refused():
+    with pytest.raises(UnsupportedModel, match='use_bidirectional_attention of gemma'):
+        from_hf(GemmaConfig(**SIZES, head_dim=16, use_bidirectional_attention=True))

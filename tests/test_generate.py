@@ -9,6 +9,7 @@ import torch
 from tiny_families import FAMILIES, NEW, PAD, ROWS, WORDS, build
 
 import sparselora_jax as sl
+from sparselora_jax.errors import BatchError
 from sparselora_jax.generate import GenerationError, generate
 
 
@@ -193,3 +194,17 @@ def test_refused_options_and_batches(cases):
         case._replace(model=replace(case.model, generation=strange)).ours()
     with pytest.raises(GenerationError, match='no input_ids'):
         generate(case.model, case.params, {'attention_mask': case.batch['attention_mask']})
+
+
+def test_refused_image_tokens_and_positions(cases):
+    """Inside jit a missing image token would shift the image, a position beyond the table repeat its last row."""
+    case = cases('llava')
+    batch = case.batch | {'input_ids': case.batch['input_ids'].copy()}
+    row, column = np.argwhere(batch['input_ids'] == case.model.cfg.image_token)[-1]
+    batch['input_ids'][row, column] = 3
+    with pytest.raises(BatchError, match=f'row {row} of input_ids has'):
+        case.ours(batch)
+    case = cases('opt')
+    rows = case.model.cfg.language.max_positions
+    with pytest.raises(GenerationError, match=f'the model has a table of {rows} positions'):
+        case.ours(max_new_tokens=rows)

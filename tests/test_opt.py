@@ -8,7 +8,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from sparselora_jax import rules
-from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.models import layers, opt, towers
 from sparselora_jax.models.runners import scan_blocks, unrolled_blocks, unstack
 
@@ -119,6 +119,13 @@ def test_a_fully_padded_row_is_finite(model):
     valid = VALID.copy()
     valid[2] = False
     assert np.isfinite(logits(w, cfg, TOKENS, valid)).all()
+
+
+def test_a_text_longer_than_the_table_is_refused(model):
+    cfg, w, _ = model
+    tokens = np.zeros((1, 17), int)
+    with pytest.raises(BatchError, match='17 tokens: the model has a table of 16 positions'):
+        logits(w, cfg, tokens, np.ones_like(tokens, bool))
 
 
 def test_what_is_not_known_is_named():

@@ -29,6 +29,11 @@ class Blip2Config:
     language: Any  # LlamaConfig, OptConfig or T5Config
     image_token: int = 16  # stands for one soft word; 16 is one of SmolLM2's special tokens that no text here uses
 
+    @property
+    def image_tokens(self) -> int:
+        """Soft words of an image."""
+        return self.qformer.queries
+
 
 def soft_words(w: dict, cfg: Blip2Config, batch: dict, run=scan_blocks) -> Float[Array, 'batch queries dim']:
     """Images (and instructions) -> soft words in the language model's embedding space."""

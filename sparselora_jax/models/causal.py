@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import towers
 from sparselora_jax.models.runners import scan_blocks
@@ -39,4 +40,6 @@ def from_hf(hf: Any) -> CausalConfig:
     Raises:
       UnsupportedModel: names the field whose value is not supported.
     """
+    if getattr(hf, 'use_bidirectional_attention', None):
+        raise UnsupportedModel(f'use_bidirectional_attention of {hf.model_type}: only causal attention is known')
     return CausalConfig(towers.from_hf(hf))

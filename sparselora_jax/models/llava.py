@@ -35,6 +35,11 @@ class LlavaConfig:
     activation: str = 'gelu'  # of the projector
     projector_bias: bool = True
 
+    @property
+    def image_tokens(self) -> int:
+        """Soft words of an image."""
+        return self.vision.kept
+
 
 def soft_words(w: dict, cfg: LlavaConfig, batch: dict, run=scan_blocks) -> Float[Array, 'batch patches dim']:
     """Images -> soft words in the language model's embedding space."""

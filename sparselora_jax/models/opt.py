@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.errors import UnsupportedModel
-from sparselora_jax.linear import linear
+from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
 
@@ -37,6 +35,11 @@ class OptConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    @property
+    def position_rows(self) -> int:
+        """Tokens that a text may have: every position has a row of a table."""
+        return self.max_positions
 
 
 def embed_tokens(w: dict, cfg: OptConfig, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens words']:
@@ -79,9 +82,7 @@ def finish(w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim']) -> Floa
 
 def head(w: dict, cfg: OptConfig, hidden: Float[Array, '*batch words']) -> Float[Array, '*batch vocab']:
     """Logits, in fp32."""
-    if not cfg.tied:
-        return linear(hidden, w['head']['kernel']).astype(jnp.float32)
-    return jnp.einsum('...d,vd->...v', hidden, w['embed'].astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return layers.word_logits(w, hidden, tied=cfg.tied)
 
 
 def forward(
@@ -93,7 +94,13 @@ def forward(
     *,
     prefix: Bool[Array, 'batch tokens'] | None = None,
 ) -> Float[Array, 'batch tokens words']:
-    """Word embeddings -> what the head reads; tokens of `prefix` read each other both ways."""
+    """Word embeddings -> what the head reads; tokens of `prefix` read each other both ways.
+
+    Raises:
+      BatchError: more tokens than there are positions.
+    """
+    if x.shape[1] > cfg.max_positions:
+        raise BatchError(f'{x.shape[1]} tokens: the model has a table of {cfg.max_positions} positions')
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
     ctx['valid'] = valid
     x, _ = run('language', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)

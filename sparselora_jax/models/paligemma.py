@@ -19,6 +19,11 @@ class PaliGemmaConfig:
     language: Any
     image_token: int
 
+    @property
+    def image_tokens(self) -> int:
+        """Soft words of an image."""
+        return self.vision.kept
+
 
 def soft_words(w: dict, cfg: PaliGemmaConfig, batch: dict, run=scan_blocks) -> Float[Array, 'batch patches dim']:
     """Images -> soft words in the language model's embedding space; unlike its words, they are not scaled."""

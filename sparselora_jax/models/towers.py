@@ -75,6 +75,15 @@ def from_hf(hf: Any) -> Any:
     return MODEL_TYPES[hf.model_type].from_hf(hf)
 
 
+def check_image_tokens(cfg: Any, tokens: Any, mask: Any) -> None:
+    """Raises `BatchError` unless every row, but those of nothing but pads, has one image token a soft word."""
+    counts = np.asarray(tokens == cfg.image_token).sum(axis=1)
+    wrong = np.flatnonzero((counts != cfg.image_tokens) & np.asarray(mask).any(axis=1))
+    if wrong.size:
+        found = f'row {wrong[0]} of input_ids has {counts[wrong[0]]} image tokens ({cfg.image_token})'
+        raise BatchError(f'{found}: expected {cfg.image_tokens}, one for each soft word of an image')
+
+
 def prompt(w: dict, cfg: Any, batch: dict, soft_words: Callable[[dict], Array]) -> Prompt:
     """Word embeddings, with an image's soft words in the places of its image tokens.
 
@@ -85,20 +94,15 @@ def prompt(w: dict, cfg: Any, batch: dict, soft_words: Callable[[dict], Array]) 
       soft_words: what makes them of such a batch.
 
     Raises:
-      BatchError: not one image a row, or (where values are known: not under jit) a row with other than one image token
-        a soft word; rows of nothing but pads are not looked at.
+      BatchError: not one image a row, or (where values are known: not under jit) see `check_image_tokens`.
     """
     tokens, mask = batch['input_ids'], batch['attention_mask'].astype(bool)
     if (images := batch['pixel_values']).shape[0] != tokens.shape[0]:
         raise BatchError(f'{images.shape[0]} pixel_values for {tokens.shape[0]} input_ids: expected one image a row')
+    if not isinstance(tokens, jax.core.Tracer):
+        check_image_tokens(cfg, tokens, mask)
     here = tokens == cfg.image_token
     # A token that stands for an image may lie outside the vocabulary (PaliGemma's first configs).
     words = embed_tokens(w['language'], cfg.language, jnp.where(here, 0, tokens))
     soft = soft_words(batch | {'pixel_values': images.astype(words.dtype)})
-    if not isinstance(here, jax.core.Tracer):
-        counts = np.asarray(here.sum(axis=1))
-        wrong = np.flatnonzero((counts != soft.shape[1]) & np.asarray(mask.any(axis=1)))
-        if wrong.size:
-            found = f'row {wrong[0]} of input_ids has {counts[wrong[0]]} image tokens ({cfg.image_token})'
-            raise BatchError(f'{found}: expected {soft.shape[1]}, one for each soft word of an image')
     return Prompt(layers.scatter_images(words, soft, here), mask)

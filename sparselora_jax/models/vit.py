@@ -44,6 +44,11 @@ class ViTConfig:
     def tokens(self) -> int:
         return self.grid**2 + self.class_token
 
+    @property
+    def kept(self) -> int:
+        """Tokens that are handed on."""
+        return self.tokens - self.drop_first
+
 
 def embed(w: dict, cfg: ViTConfig, images: Float[Array, 'batch 3 height width']) -> tuple[Array, dict]:
     """Patches -> tokens with positions added, the class token first if there is one.
