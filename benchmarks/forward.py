@@ -30,7 +30,7 @@ import sparselora_jax as sl
 
 FAMILIES = flags.DEFINE_list('families', ['blip2_opt', 'blip2_t5', 'llava'], 'which models')
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'timed calls of each library')
-BATCH, TEXT, ANSWERS, NEW, BEAMS, RANK, LR = 8, 32, 16, 32, 5, 8, 1e-4
+BATCH, TEXT, PADS, ANSWERS, NEW, BEAMS, RANK, LR = 8, 32, 8, 16, 32, 5, 8, 1e-4
 GOALS = {'forward': 1.0, 'LoRA step': 1.1, 'greedy': 1.5, 'beams': 1.5}  # torch's time over ours
 EVA = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, image_size=112)
 BRIDGE = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536)
@@ -67,16 +67,17 @@ def torch_model(family: str):
 
 
 def batch_of(model: sl.Model) -> dict[str, np.ndarray]:
-    """Random images and texts, the first half of them left-padded by eight."""
+    """Random images and texts, the first half of them left-padded."""
     rng = np.random.default_rng(0)
     vision = model.cfg.vision
     size, count = vision.image_size, model.cfg.qformer.queries if hasattr(model.cfg, 'qformer') else vision.grid**2
     text = rng.integers(100, 30000, (BATCH, TEXT))
-    images = np.full((BATCH, count), model.cfg.image_token)
-    mask = np.ones((BATCH, count + TEXT), np.int64)
-    mask[: BATCH // 2, count : count + 8] = 0
+    tokens = np.concatenate([np.full((BATCH, count), model.cfg.image_token), text], axis=1)
+    tokens[: BATCH // 2] = np.concatenate([np.ones((BATCH // 2, PADS), int), tokens[: BATCH // 2, :-PADS]], axis=1)
+    mask = np.ones(tokens.shape, np.int64)
+    mask[: BATCH // 2, :PADS] = 0
     batch = {'pixel_values': rng.normal(size=(BATCH, 3, size, size)).astype(np.float32), 'attention_mask': mask}
-    batch['input_ids'] = np.concatenate([images, np.where(mask[:, count:] == 1, text, 1)], axis=1)
+    batch['input_ids'] = tokens
     if model.encoder_decoder:
         batch['decoder_input_ids'] = np.concatenate([np.zeros((BATCH, 1), int), text[:, : ANSWERS - 1]], axis=1)
     return batch
