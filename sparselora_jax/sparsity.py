@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.errors import SparseloraError
@@ -33,6 +34,11 @@ class Pattern:
     @property
     def structured(self) -> bool:
         return self.m > 0
+
+    @property
+    def kind(self) -> 'Pattern':
+        """What a compiled pruner depends on: N:M, or only that it is unstructured, where counts come from elsewhere."""
+        return self if self.structured or self.dense else Pattern(sparsity=0.5)
 
     def __str__(self) -> str:
         return f'{self.n}:{self.m}' if self.structured else 'dense' if self.dense else f'{self.sparsity:g}'
@@ -79,15 +85,62 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
     return Pattern(sparsity=sparsity)
 
 
-def keep_largest(scores: Float[Array, '... group'], num_zeros: int | Integer[Array, '']) -> Bool[Array, '... group']:
-    """True for all but the `num_zeros` smallest scores of the last axis; of equal scores the earlier is pruned first.
+def spread(total: int, groups: int) -> np.ndarray:
+    """`total` zeros of a kernel over its comparison groups, as evenly as integers go: the first get one more.
 
-    `num_zeros` may be traced, so one compilation serves every ratio.
+    >>> spread(7, 3).tolist()
+    [3, 2, 2]
     """
-    order = jnp.argsort(scores, axis=-1, stable=True)
-    position = jnp.arange(scores.shape[-1])
-    kept = jnp.broadcast_to(position >= jnp.asarray(num_zeros, position.dtype), scores.shape)
-    return jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, kept, axis=-1, inplace=False)
+    return (total // groups + (np.arange(groups) < total % groups)).astype(np.int32)
+
+
+def keep_largest(
+    scores: Float[Array, '*shape'], num_zeros: int | Integer[Array, '*groups'], *, axis: int = -1
+) -> Bool[Array, '*shape']:
+    """True for all but the `num_zeros` smallest scores along `axis`; of equal scores the earlier is pruned first.
+
+    The threshold is found bit by bit, by counting the scores below it: a compiler can do that in parallel, which it
+    cannot a sort. `num_zeros` (one integer, or one for each group) may be traced, so that one compilation serves every
+    ratio.
+    """
+    bits, axis = _ordered_bits(scores), axis % scores.ndim
+    groups = tuple(size for i, size in enumerate(scores.shape) if i != axis)
+    zeros = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(num_zeros, jnp.int32), groups), axis)
+
+    def count(chosen):
+        return jnp.sum(chosen, axis=axis, keepdims=True, dtype=jnp.int32)
+
+    def largest(top, fits):
+        """The largest number of `top` bits that fits, of each group; all smaller ones fit too."""
+
+        def refine(i, found):
+            candidate = found | (jnp.ones((), found.dtype) << (top - 1 - i).astype(found.dtype))
+            return jnp.where(fits(candidate), candidate, found)
+
+        return jax.lax.fori_loop(0, top, refine, jnp.zeros(zeros.shape, bits.dtype))
+
+    # The last score that is pruned; all below it are, and as many of its equals as are then missing.
+    threshold = largest(bits.dtype.itemsize * 8, lambda value: count(bits < value) < zeros)
+    below, equal = bits < threshold, bits == threshold
+    missing = zeros - count(below)
+    position = jax.lax.broadcasted_iota(bits.dtype, scores.shape, axis)
+
+    def earliest(equal):
+        last = largest(scores.shape[axis].bit_length(), lambda end: count(equal & (position < end)) < missing)
+        return equal & (position <= last) & (missing > 0)
+
+    tied = jnp.any(count(equal) > missing)
+    return ~(below | jax.lax.cond(tied, earliest, lambda equal: equal, equal))
+
+
+def _ordered_bits(scores: Float[Array, '*shape']) -> Shaped[Array, '*shape']:
+    """Unsigned integers that compare as the scores do."""
+    scores = scores.astype(jnp.float32) if scores.dtype.itemsize < 4 else scores
+    scores = jnp.where(scores == 0, jnp.zeros((), scores.dtype), scores)  # -0.0 is equal to 0.0
+    kind = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(scores, kind)
+    sign = jnp.asarray(1 << (bits.dtype.itemsize * 8 - 1), kind)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def keep_n_of_m(
@@ -110,7 +163,7 @@ def mask_from_scores(
     pattern: Pattern | str | float,
     *,
     group: str = 'output',
-    num_zeros: int | Integer[Array, ''] | None = None,
+    num_zeros: int | Integer[Array, '...'] | None = None,
 ) -> Bool[Array, '*layers inputs outputs']:
     """Keeps the highest scores of each comparison group; exactly the promised number of zeros, ties by position.
 
@@ -118,8 +171,8 @@ def mask_from_scores(
       scores: importance of each weight, kernels `[*layers, in, out]`; comparison happens in the scores' dtype.
       pattern: N:M groups run along `in` whatever `group` says.
       group: for an unstructured pattern, `'output'` compares the inputs of one output, `'matrix'` the whole matrix.
-      num_zeros: zeros per group instead of the pattern's own; an integer, may be traced (a layer-wise ratio then
-        compiles once). Unstructured patterns only.
+      num_zeros: zeros per group instead of the pattern's own: one integer or one for each group (`[*layers, outputs]`
+        or `[*layers]`), may be traced (a layer-wise ratio then compiles once). Unstructured patterns only.
 
     Raises:
       PatternError: M does not divide the input axis, or `num_zeros` with an N:M pattern.
@@ -136,8 +189,7 @@ def mask_from_scores(
         pattern.zeros(inputs)
         return keep_n_of_m(scores, pattern.n, pattern.m)
     if group == 'output':
-        zeros = pattern.zeros(inputs) if num_zeros is None else num_zeros
-        return jnp.swapaxes(keep_largest(jnp.swapaxes(scores, -1, -2), zeros), -1, -2)
+        return keep_largest(scores, pattern.zeros(inputs) if num_zeros is None else num_zeros, axis=-2)
     if group == 'matrix':
         # Position order is that of the stored kernel [in, out], row by row.
         zeros = pattern.zeros(inputs * outputs) if num_zeros is None else num_zeros
@@ -159,26 +211,44 @@ def density(masks: dict) -> dict[str, float]:
     }
 
 
-def violations(mask: Bool[Array, '*layers inputs outputs'], pattern: Pattern, group: str = 'output') -> np.ndarray:
-    """Comparison groups per layer whose number of zeros is not the promised one; 0-d for a single matrix."""
+def violations(
+    mask: Bool[Array, '*layers inputs outputs'],
+    pattern: Pattern,
+    group: str = 'output',
+    zeros: Integer[np.ndarray, '*layers'] | None = None,
+) -> np.ndarray:
+    """Comparison groups per layer whose number of zeros is not the promised one; 0-d for a single matrix.
+
+    Args:
+      zeros: of each layer's kernel, where they are not the pattern's (see `spread`).
+    """
     *layers, inputs, outputs = mask.shape
     if pattern.structured:
         groups = jnp.swapaxes(mask.reshape(*layers, -1, pattern.m, outputs), -1, -2)
-        size = pattern.m
+        want = pattern.zeros(pattern.m)
     elif group == 'matrix':
-        groups, size = mask.reshape(*layers, inputs * outputs), inputs * outputs
+        groups = mask.reshape(*layers, inputs * outputs)
+        want = pattern.zeros(inputs * outputs) if zeros is None else zeros
     else:
-        groups, size = jnp.swapaxes(mask, -1, -2), inputs
-    wrong = jnp.sum(~groups, axis=-1) != pattern.zeros(size)
+        groups = jnp.swapaxes(mask, -1, -2)
+        counts = None if zeros is None else [spread(int(total), outputs) for total in zeros.reshape(-1)]
+        want = pattern.zeros(inputs) if counts is None else np.stack(counts).reshape(*layers, outputs)
+    wrong = jnp.sum(~groups, axis=-1, dtype=jnp.int32) != jnp.asarray(want, jnp.int32)
     return np.asarray(jnp.sum(wrong, axis=tuple(range(len(layers), wrong.ndim))))
 
 
-def check_masks(masks: dict, rules: Sequence[tuple[str, Any]], *, group: str = 'output') -> None:
+def check_masks(
+    masks: dict,
+    rules: Sequence[tuple[str, Any]],
+    *,
+    group: str = 'output',
+    zeros: dict[str, np.ndarray] | None = None,
+) -> None:
     """Checks that every mask has exactly its pattern's zeros in every comparison group.
 
     Args:
       masks: the masks tree; a path whose rule says `dense` must be absent or all True.
-      rules: `(regex, pattern)` pairs, as given to `prune`.
+      rules: `(regex, pattern)` pairs, as given to `prune`; so are `zeros`.
 
     Raises:
       PatternError: names the path, the first offending layer and how many groups are wrong.
@@ -186,7 +256,7 @@ def check_masks(masks: dict, rules: Sequence[tuple[str, Any]], *, group: str = '
     flat = rules_lib.flatten(masks)
     for path, mask in flat.items():
         pattern = parse_pattern(rules_lib.first_match([*rules, ('.*', 'dense')], path))
-        count = np.atleast_1d(violations(mask, pattern, group))
+        count = np.atleast_1d(violations(mask, pattern, group, (zeros or {}).get(path)))
         if count.any():
             layer = np.argwhere(count)[0].tolist()
             raise PatternError(f'{path}, layer {layer}: {count[tuple(layer)]} groups break pattern {pattern}')

@@ -20,6 +20,11 @@ def lowest(scores, zeros):
     return mask.reshape(scores.shape)
 
 
+def share(total, end, inputs):
+    """What the first slabs have of a kernel's zeros."""
+    return total * end // inputs
+
+
 def numpy_sparsegpt(kernel, hessian, pattern, block, group, damp=0.01):
     """Algorithm 1 of arXiv 2301.00774, weights as [out, in], one column after the other."""
     w, n = kernel.T.copy(), len(hessian)
@@ -35,10 +40,11 @@ def numpy_sparsegpt(kernel, hessian, pattern, block, group, damp=0.01):
             part = slice(j, j + block)
             scores = w[:, part] ** 2 / np.diag(u)[part] ** 2
             if group == 'output':
-                zeros = pattern.zeros(min(j + block, w.shape[1])) - pattern.zeros(j)  # slabs share one exact total
+                zeros = share(pattern.zeros(n), min(j + block, n), n) - share(pattern.zeros(n), j, n)
                 mask[:, part] = np.stack([lowest(s, zeros) for s in scores])
             else:
-                zeros = pattern.zeros(min(j + block, w.shape[1]) * len(w)) - pattern.zeros(j * len(w))
+                total = pattern.zeros(n * len(w))
+                zeros = share(total, min(j + block, n), n) - share(total, j, n)
                 mask[:, part] = lowest(scores.T, zeros).T
         error = np.where(mask[:, j], 0, w[:, j]) / u[j, j]
         w[:, j:] -= np.outer(error, u[j, j:])

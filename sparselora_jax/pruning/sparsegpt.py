@@ -1,12 +1,12 @@
 """SparseGPT (arXiv 2301.00774): prune column by column of the input axis, and let the rest make up for it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax import calibrate
 from sparselora_jax.sparsity import Pattern, PatternError, keep_largest, keep_n_of_m
@@ -39,9 +39,16 @@ class SparseGPT:
     statistic: ClassVar = staticmethod(calibrate.hessian)
 
     def __call__(
-        self, kernel: Float[Array, 'inputs outputs'], statistic: Float[Array, 'inputs inputs'], pattern: Pattern
+        self,
+        kernel: Float[Array, 'inputs outputs'],
+        statistic: Float[Array, 'inputs inputs'],
+        pattern: Pattern,
+        num_zeros: Any = None,
     ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
         """The kernel with its zeros and its kept weights updated, and the mask.
+
+        Args:
+          num_zeros: instead of the pattern's own, of the whole kernel (group 'block') or of each output.
 
         Raises:
           PatternError: M divides neither `block` nor the inputs, or an unknown group.
@@ -58,13 +65,12 @@ class SparseGPT:
         weights = jnp.where(dead[:, None], 0.0, kernel.astype(dtype))
         factor = inverse_factor(statistic + jnp.diag(dead.astype(dtype)), self.damp)
         compared = outputs if self.group == 'block' else 1
-        ends = [min(end, inputs) for end in range(0, inputs + size, size)]
-        so_far = [0 if pattern.structured else pattern.zeros(end * compared) for end in ends]
+        ends = np.array([min(end, inputs) for end in range(0, inputs + size, size)], np.int32)
+        total = pattern.zeros(inputs * compared) if num_zeros is None else num_zeros
+        zeros = _slab_zeros(jnp.asarray(total, jnp.int32), ends)
         # The last slab is filled up with inputs that don't exist: they are pruned first, beside its own zeros.
         padding = -inputs % size
-        zeros = np.diff(so_far)
-        zeros[-1] += 0 if pattern.structured else padding * compared
-        zeros = jnp.asarray(zeros, jnp.int32)
+        zeros = zeros.at[-1].add(jnp.asarray(padding * compared, jnp.int32))
         weights = jnp.pad(weights, ((0, padding), (0, 0)))
         factor = jnp.pad(factor, (0, padding)) + jnp.diag((jnp.arange(inputs + padding) >= inputs).astype(dtype))
 
@@ -87,6 +93,15 @@ class SparseGPT:
         return weights[:inputs].astype(kernel.dtype), mask[:inputs]
 
 
+def _slab_zeros(total: Int[Array, '*groups'], ends: np.ndarray) -> Int[Array, 'slabs *groups']:
+    """Shares of `total` for slabs of inputs that end at `ends`: what all slabs so far have is floor(total * share)."""
+    inputs = int(ends[-1])
+    ends = jnp.asarray(ends, jnp.int32).reshape(-1, *(1 for _ in total.shape))
+    # total * ends would not fit into 32 bits.
+    so_far = (total // inputs) * ends + (total % inputs) * ends // inputs
+    return so_far[1:] - so_far[:-1]
+
+
 def _saliency(w: Array, u: Array) -> Array:
     return (w / jnp.diagonal(u)[:, None]) ** 2
 
@@ -100,7 +115,7 @@ def _prune_slab(
     if pattern.structured:
         mask = jnp.ones(w.shape, bool)  # chosen M inputs at a time, on the weights as updated so far
     elif group == 'output':
-        mask = keep_largest(saliency.T, zeros).T
+        mask = keep_largest(saliency, zeros, axis=0)
     else:
         mask = keep_largest(saliency.reshape(-1), zeros).reshape(w.shape)
     rows = jnp.arange(size)

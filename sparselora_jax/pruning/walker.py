@@ -12,7 +12,7 @@ from jaxtyping import Array
 from sparselora_jax import calibrate
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.models.runners import valid_rows
-from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
+from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern, spread
 
 
 class PruneResult(NamedTuple):
@@ -24,10 +24,40 @@ class PruneResult(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=('method', 'pattern'))
-def _prune_kernel(kernel: Array, statistic: Any, *, method: Any, pattern: Pattern) -> tuple[Array, Array]:
+def _prune_kernel(kernel: Array, statistic: Any, zeros: Any, *, method: Any, pattern: Pattern) -> tuple[Array, Array]:
     if kernel.ndim == 2:
-        return method(kernel, statistic, pattern)
-    return jax.lax.map(lambda layer: method(layer[0], layer[1], pattern), (kernel, statistic))
+        return method(kernel, statistic, pattern, zeros)
+    return jax.lax.map(lambda layer: method(layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros))
+
+
+def _zeros_of(
+    flat: dict[str, Any], patterns: dict[str, Pattern], methods: dict[str, Any], given: dict[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """Zeros of every layer's kernel, counted here on the host: `given`, or what the pattern asks of each group."""
+    for path in given or {}:
+        if path not in patterns or patterns[path].structured:
+            kind = str(patterns[path]) if path in patterns else 'dense'
+            raise PatternError(f'{path}: numbers of zeros have no meaning for pattern {kind}')
+    found = {}
+    for path, pattern in patterns.items():
+        *layers, inputs, outputs = flat[path].shape
+        if path not in (given or {}):
+            by_output = pattern.structured or methods[path].group == 'output'
+            total = pattern.zeros(inputs) * outputs if by_output else pattern.zeros(inputs * outputs)
+            found[path] = np.full(layers, total)
+            continue
+        found[path] = zeros = np.asarray(given[path])
+        if zeros.shape != tuple(layers) or zeros.min() < 0 or zeros.max() > inputs * outputs:
+            expected = f'one number of 0 to {inputs * outputs} for each of {layers} layers'
+            raise PatternError(f'{path}: zeros {zeros.tolist()}: expected {expected}')
+    return found
+
+
+def _per_group(method: Any, pattern: Pattern, outputs: int, total: int) -> np.ndarray | None:
+    """Zeros of each comparison group of a kernel; None: N:M says it."""
+    if pattern.structured:
+        return None
+    return spread(total, outputs) if method.group == 'output' else np.asarray(total, np.int32)
 
 
 def patterns_of(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pattern]:
@@ -53,7 +83,12 @@ def _methods_of(params: dict, method: Any) -> dict[str, Any]:
 
 
 def prune_tree(
-    params: dict, stats: dict[str, tuple[Array, Array]] | None, rules: Sequence[tuple[str, Any]], *, method: Any
+    params: dict,
+    stats: dict[str, tuple[Array, Array]] | None,
+    rules: Sequence[tuple[str, Any]],
+    *,
+    method: Any,
+    zeros: dict[str, np.ndarray] | None = None,
 ) -> tuple[dict, dict]:
     """Prunes any nested dict of kernels in one shot.
 
@@ -61,6 +96,8 @@ def prune_tree(
       stats: what `collect` returned; None for a method without a statistic.
       rules: `(regex, pattern)` in order; every kernel must match.
       method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, or rules `(regex, method)`, where towers differ.
+      zeros: path -> zeros of each layer's kernel (of the kernel, where it is no stack), instead of what the pattern
+        says (see `pruning.allocate`).
 
     Returns:
       (params with zeros in place, masks).
@@ -76,13 +113,17 @@ def prune_tree(
     [[0.0], [-2.0]]
     """
     flat, masks, methods = rules_lib.flatten(params), {}, _methods_of(params, method)
-    for path, pattern in patterns_of(params, rules).items():
+    patterns = patterns_of(params, rules)
+    totals = _zeros_of(flat, patterns, methods, zeros)
+    for path, pattern in patterns.items():
         statistic, method = None, methods[path]
         if method.statistic is not None:
             if path not in (stats or {}):
                 raise calibrate.CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
             statistic = stats[path][0]
-        flat[path], masks[path] = _prune_kernel(flat[path], statistic, method=method, pattern=pattern)
+        counts = [_per_group(method, pattern, flat[path].shape[-1], int(total)) for total in totals[path].reshape(-1)]
+        counts = None if pattern.structured else np.stack(counts) if totals[path].ndim else counts[0]
+        flat[path], masks[path] = _prune_kernel(flat[path], statistic, counts, method=method, pattern=pattern.kind)
         _check_finite(path, flat[path])
     return rules_lib.unflatten(flat), rules_lib.unflatten(masks)
 
@@ -94,6 +135,7 @@ def prune(
     rules: Sequence[tuple[str, Any]],
     *,
     method: Any,
+    zeros: dict[str, np.ndarray] | None = None,
     chunk: int = 8,
     keep: Callable[[str, int, Array, Array], None] | None = None,
     progress: Callable[[str, int, int], None] = lambda tower, layer, layers: None,
@@ -110,7 +152,7 @@ def prune(
         block's leaves may be anything with a shape that gives a layer's array when it is indexed: weights on disk.
       batches: dicts of arrays of one shape, samples first.
       rules: `(regex, pattern)`; only kernels inside blocks can be pruned.
-      method: see `prune_tree`.
+      method: see `prune_tree`, as for `zeros`.
       chunk: samples a time.
       keep: `keep(path, layer, kernel, mask)` is handed every pruned layer at once, and the result holds `params` as
         they came and no masks: for a model that memory does not hold.
@@ -124,6 +166,7 @@ def prune(
         raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
     samples = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
     patterns, methods = patterns_of(params, rules), _methods_of(params, method)
+    totals = _zeros_of(rules_lib.flatten(params), patterns, methods, zeros)
     pruned, masks, tokens = {}, {}, {}
 
     def collect(path, layer, kernel, mask):
@@ -148,7 +191,8 @@ def prune(
             if here:
                 try:
                     stats = observe(rules_lib.unflatten(w), chunks)
-                    new, kept = _prune_block(w, stats, here, of_block)
+                    counts = {name: int(totals[prefix + name][layer]) for name in here}
+                    new, kept = _prune_block(w, stats, here, of_block, counts)
                 except calibrate.CalibrationError as error:
                     raise calibrate.CalibrationError(f'{prefix}{error} (layer {layer})') from None
                 for name in here:
@@ -175,7 +219,11 @@ def _check_finite(path: str, pruned: Array) -> None:
 
 
 def _prune_block(
-    w: dict[str, Array], stats: dict[str, tuple[Array, Array]], patterns: dict[str, Pattern], methods: dict[str, Any]
+    w: dict[str, Array],
+    stats: dict[str, tuple[Array, Array]],
+    patterns: dict[str, Pattern],
+    methods: dict[str, Any],
+    zeros: dict[str, int],
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """One block's pruned kernels and their masks.
 
@@ -186,13 +234,16 @@ def _prune_block(
     for name, pattern in patterns.items():
         method, statistic = methods[name], stats[name][0]
         together = method.statistic is not None and (pattern.structured or method.group == 'output')
-        groups.setdefault((id(statistic), method, pattern, w[name].dtype) if together else name, []).append(name)
+        same = (id(statistic), method, pattern.kind, w[name].dtype)
+        groups.setdefault(same if together else name, []).append(name)
     pruned, masks = {}, {}
     for names in groups.values():
         method, pattern = methods[names[0]], patterns[names[0]]
         statistic = stats[names[0]][0] if method.statistic else None
         joined = jnp.concatenate([w[name] for name in names], axis=-1)
-        results = _prune_kernel(joined, statistic, method=method, pattern=pattern)
+        counts = [_per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
+        counts = counts[0] if len(names) == 1 or pattern.structured else np.concatenate(counts)
+        results = _prune_kernel(joined, statistic, counts, method=method, pattern=pattern.kind)
         _check_finite(names[0], results[0])
         ends = np.cumsum([w[name].shape[-1] for name in names])[:-1].tolist()
         for into, result in zip((pruned, masks), results, strict=True):

@@ -1,7 +1,7 @@
 """Wanda (arXiv 2306.11695): score `|W_ij| * ||x_i||_2`, one shot, kept weights untouched."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -22,8 +22,9 @@ class Wanda:
         kernel: Float[Array, 'inputs outputs'],
         statistic: Float[Array, ' inputs'],
         pattern: Pattern,
+        num_zeros: Any = None,
     ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
-        """The kernel with its zeros, and the mask.
+        """The kernel with its zeros, and the mask; `num_zeros`: see `mask_from_scores`.
 
         >>> kernel = jnp.array([[3.0], [2.0], [1.0], [1.0]])
         >>> _, mask = Wanda()(kernel, jnp.array([0.0, 1.0, 1.0, 9.0]), Pattern(0.5, 2, 4))
@@ -31,5 +32,5 @@ class Wanda:
         [False, True, False, True]
         """
         scores = jnp.abs(kernel.astype(statistic.dtype)) * jnp.sqrt(statistic)[:, None]
-        mask = mask_from_scores(scores, pattern, group=self.group)
+        mask = mask_from_scores(scores, pattern, group=self.group, num_zeros=num_zeros)
         return jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), mask
