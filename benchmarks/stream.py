@@ -73,6 +73,8 @@ def prune(folder: str, workdir: Path, stream: bool) -> tuple[bool, float, float]
         if peak > LIMIT.value:
             process.send_signal(signal.SIGKILL)
         time.sleep(0.005)
+    if process.returncode not in (0, -signal.SIGKILL):
+        raise RuntimeError(f'{" ".join(command)} ended with {process.returncode}')
     return process.returncode == 0, peak, time.monotonic() - started
 
 
@@ -88,6 +90,7 @@ def check(folder: Path) -> int:
             groups = checkpoint_files.read(entry).reshape(entry.shape[0], -1, 4)  # [out, in] there
             assert (np.count_nonzero(groups, axis=2) == 2).all(), entry.name
             kernels += 1
+    assert kernels, f'{folder}: no kernel found'
     return kernels
 
 

@@ -42,6 +42,10 @@ def apply(config: ConfigDict, arg: str | None, *, pruned: Sequence[str]) -> Conf
     if 'data' in values:
         config.data = values['data']
         config.restore.shares = ()  # kinds of answers are easy-VQA's
+        # easy-VQA's questions and answers are short.
+        config.text.prompt_tokens = max(config.text.prompt_tokens, 32)
+        config.text.answer_tokens = max(config.text.answer_tokens, 8)
+        config.evaluate.max_new_tokens = max(config.evaluate.max_new_tokens, 10)
     if 'hardware' in values:
         if values['hardware'] not in hardware.PRESETS:
             raise ValueError(f'hardware {values["hardware"]!r}: expected one of {", ".join(hardware.PRESETS)}')

@@ -3,23 +3,27 @@
 from ml_collections import ConfigDict
 
 from configs import blip2_lang_only
+from sparselora_jax.data import text_format
 
 
-def base(model: str, *, prompt: str, prompt_tokens: int, qformer: bool) -> ConfigDict:
+def base(model: str, family: str) -> ConfigDict:
     """The fields of `blip2_lang_only` for a model of the hub, evaluated as the paper does: 5 beams, short answers.
 
     Args:
-      prompt: the template around a record's prompt; `prompt_tokens` is room for both.
-      qformer: whether the model has one; without it nothing of the recipe is said of it.
+      family: transformers' `model_type`; its prompt is `data.text_format`'s.
     """
     config = blip2_lang_only.base()
     config.model = model
     config.data = 'data'
-    config.text = ConfigDict(dict(prompt=prompt, prompt_tokens=prompt_tokens, answer_tokens=8))
+    text = text_format.OF_FAMILY[family]
+    config.text = ConfigDict(
+        dict(prompt=text.prompt, prompt_tokens=text.prompt_tokens, answer_tokens=text.answer_tokens)
+    )
     config.restore.shares = ()  # kinds of answers are easy-VQA's
     config.evaluate.num_beams = 5
     config.evaluate.length_penalty = -1.0
-    if not qformer:
+    config.evaluate.max_new_tokens = 10
+    if family in ('llava', 'paligemma'):  # no Q-Former: nothing is said of it
         for of in (config.prune.pattern, config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
             del of['qformer']
     return config

@@ -18,4 +18,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def base() -> ConfigDict:
     """Every field, language only."""
-    return hub_model.base('Salesforce/instructblip-flan-t5-xl', prompt='{}', prompt_tokens=32, qformer=True)
+    return hub_model.base('Salesforce/instructblip-flan-t5-xl', 'instructblip')

@@ -18,5 +18,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def base() -> ConfigDict:
     """Every field, language only."""
-    prompt = 'USER: <image>\n{} ASSISTANT:'
-    return hub_model.base('llava-hf/llava-1.5-7b-hf', prompt=prompt, prompt_tokens=64, qformer=False)
+    return hub_model.base('llava-hf/llava-1.5-7b-hf', 'llava')

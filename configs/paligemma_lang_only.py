@@ -18,4 +18,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def base() -> ConfigDict:
     """Every field, language only."""
-    return hub_model.base('google/paligemma-3b-pt-224', prompt='answer en {}', prompt_tokens=32, qformer=False)
+    return hub_model.base('google/paligemma-3b-pt-224', 'paligemma')

@@ -19,8 +19,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from sparselora_jax.errors import SparseloraError
-from sparselora_jax.recipe import ConfigError
+from sparselora_jax.recipe import DTYPES, ConfigError
 from sparselora_jax.train import Interrupted
+
+DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0}  # of generate
 
 
 def define_config(default: str = 'configs/blip2_lang_only.py', workdir: str = 'runs/demo') -> tuple:
@@ -45,31 +47,32 @@ def define_model() -> None:
         'prompt', None, "how a question is written, with {} in its place; by default the model's own way"
     )
     flags.DEFINE_integer('prompt_tokens', None, 'a prompt is padded to so many', lower_bound=1)
-    flags.DEFINE_string('dtype', 'float32', 'of the weights')
-    flags.DEFINE_integer('num_beams', 1, '1: greedy', lower_bound=1)
-    flags.DEFINE_integer('max_new_tokens', 4, 'the longest answer', lower_bound=1)
-    flags.DEFINE_float('length_penalty', 1.0, 'beams: above 0 favours long answers, below 0 short ones')
+    flags.DEFINE_enum('dtype', 'float32', DTYPES, 'of the weights')
+    own = "; by default what the model's text_format.json says"
+    flags.DEFINE_integer('num_beams', None, f'1: greedy{own}, else 1', lower_bound=1)
+    flags.DEFINE_integer('max_new_tokens', None, f'the longest answer{own}, else 10', lower_bound=1)
+    flags.DEFINE_integer('min_length', None, f'tokens, those of the prompt included{own}, else 0', lower_bound=0)
+    flags.DEFINE_float('length_penalty', None, f'beams: above 0 favours long answers{own}, else 1')
 
 
 def load_model() -> tuple:
-    """(model, params, processor, text format) of `--model`."""
-    from sparselora_jax.data import pipeline, processing
+    """(model, params, processor, text format) of `--model`; flags go before what its text format says."""
+    from sparselora_jax.data import processing, text_format
     from sparselora_jax.models import embedded, hf
 
     values = flags.FLAGS
     if values.model is None:
         model, params = embedded.load(dtype=values.dtype)
-        processor, text = embedded.load_processor(model.cfg), pipeline.TextFormat()
+        processor, text = embedded.load_processor(model.cfg), text_format.TextFormat()
     else:
         model, params = hf.load_model(values.model, dtype=values.dtype)
-        processor, text = processing.load_processor(model.source), pipeline.load_text_format(model.source)
+        processor = processing.load_processor(model.source)
+        text = text_format.load(model.source, processor.family)
     own = {name: getattr(values, name) for name in ('prompt', 'prompt_tokens')}
-    return model, params, processor, replace(text, **{name: value for name, value in own.items() if value is not None})
-
-
-def generation_settings() -> dict:
-    """Arguments of `generate`, from the flags."""
-    return {name: getattr(flags.FLAGS, name) for name in ('num_beams', 'max_new_tokens', 'length_penalty')}
+    decoding = {name: getattr(values, name) for name in DECODING}
+    decoding = DECODING | text.decoding | {name: value for name, value in decoding.items() if value is not None}
+    given = {name: value for name, value in own.items() if value is not None}
+    return model, params, processor, replace(text, **given, decoding=decoding)
 
 
 def recipes() -> list[str]:

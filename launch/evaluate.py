@@ -13,8 +13,8 @@ from sparselora_jax.evaluation import vqa
 from sparselora_jax.progress import Progress
 
 cli.define_model()
-QUESTIONS = flags.DEFINE_integer('questions', 1000, 'how many of the test questions')
-BATCH = flags.DEFINE_integer('batch', 50, 'questions at a time')
+QUESTIONS = flags.DEFINE_integer('questions', 1000, 'how many of the test questions', lower_bound=1)
+BATCH = flags.DEFINE_integer('batch', 50, 'questions at a time', lower_bound=1)
 SEED = flags.DEFINE_integer('seed', 42, 'which ones')
 SHUFFLE = flags.DEFINE_bool('shuffle_images', False, "give each question another question's image")
 DATA = flags.DEFINE_string('data', 'easy_vqa', 'easy_vqa, or a folder with a data.jsonl')
@@ -25,7 +25,11 @@ def main(argv):
     """Prints accuracy, and the floor of a model that never sees an image."""
     del argv
     model, params, processor, text = cli.load_model()
-    dataset = easy_vqa.load(DATA_DIR.value) if DATA.value == 'easy_vqa' else folder.load(DATA.value)
+    if DATA.value == 'easy_vqa':
+        dataset = easy_vqa.load(DATA_DIR.value)
+    else:
+        room = {'prompt_tokens': text.prompt_tokens}
+        dataset = folder.load(DATA.value, lambda prompt, answer: processor.misfit(text.write(prompt), answer, **room))
     train, test = (split.read_texts() for split in (dataset.train, dataset.test))
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
     answers = vqa.evaluate(
@@ -38,7 +42,7 @@ def main(argv):
         batch=BATCH.value,
         shuffle_images=SHUFFLE.value,
         progress=Progress('evaluate', len(indices)),
-        **cli.generation_settings(),
+        **text.decoding,
     )
     floor = vqa.blind_floor(train, [test[index] for index in indices])
     scores = {'accuracy': answers, 'image_blind_floor': floor}

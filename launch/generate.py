@@ -6,6 +6,7 @@ python launch/generate.py IMAGE "what color is the shape?" [--model=runs/demo/ex
 import cli
 
 from sparselora_jax.data import pipeline
+from sparselora_jax.errors import DataError
 from sparselora_jax.evaluation import vqa
 
 cli.define_model()
@@ -14,13 +15,13 @@ cli.define_model()
 def main(argv):
     """Prints the answer."""
     if len(argv) != 2:
-        raise pipeline.DataError('expected two arguments: IMAGE "question"')
+        raise DataError('expected two arguments: IMAGE "question"')
     path, question = argv
     if not question.strip():
-        raise pipeline.DataError('the question is empty')
+        raise DataError('the question is empty')
     image = pipeline.read_image(path)  # what is no image is named before the model is loaded
     model, params, processor, text = cli.load_model()
-    print(vqa.generate_answers(model, params, processor, text, [image], [question], **cli.generation_settings())[0])
+    print(vqa.generate_answers(model, params, processor, text, [image], [question], **text.decoding)[0])
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ import sparselora_jax as sl
 from sparselora_jax import pretrain, recipe, storage
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.data import easy_vqa, pipeline
+from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.models import blip2, embedded, gguf, qformer, vit
 from sparselora_jax.models.model import Model
@@ -65,7 +66,7 @@ def main(argv):
     dataset = easy_vqa.load(config.data_dir)
     train = dataset.train.source
     texts = easy_vqa.read_texts(easy_vqa.prepare(config.data_dir), 'train')
-    text = pipeline.TextFormat()
+    text = TextFormat()
     params = pretrain.init(key, cfg)
 
     def questions(batch, seed):

@@ -11,3 +11,7 @@ class UnsupportedModel(SparseloraError, ValueError):
 
 class BatchError(SparseloraError, ValueError):
     """A batch that does not fit the model it is given to."""
+
+
+class DataError(SparseloraError, ValueError):
+    """A question, an answer or an image that cannot be processed."""

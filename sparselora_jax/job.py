@@ -4,6 +4,7 @@
 """
 
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -16,15 +17,26 @@ import jax.numpy as jnp
 from sparselora_jax import pruning, rules, sharding, storage
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
+from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.models import embedded, hf, on_disk, streaming
 from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
-from sparselora_jax.recipe import check_values, claim, lora_rules, prune_rules, refuse_other, text_format
+from sparselora_jax.recipe import (
+    ConfigError,
+    check_batches,
+    check_values,
+    claim,
+    lora_rules,
+    prune_rules,
+    refuse_other,
+    text_format,
+)
 from sparselora_jax.restore import Frozen
 from sparselora_jax.sparsity import check_sparse
 from sparselora_jax.weights import init_lora, merge
 
 MASKS, KERNELS = 'masks.safetensors', 'kernels.safetensors'  # what pruning leaves; the second if kept weights changed
+QUESTIONS = 'questions.json'
 
 
 class Job:
@@ -46,6 +58,7 @@ class Job:
         if not file.exists():
             self.check()
             claim(self.workdir, self.config)
+            storage.write_text(self.workdir / QUESTIONS, self.questions)
             print(f'-- {name}', flush=True)
             started = time.monotonic()
             result = compute() | {'seconds': time.monotonic() - started, 'peak_memory_bytes': peak_memory()}
@@ -57,6 +70,8 @@ class Job:
 
         Raises:
           PatternError, RuleError: see `prune_tree` and `init_lora`.
+          MeshError, DataError: devices that cannot form the mesh; data that cannot be read.
+          ConfigError: the workdir was evaluated on other questions, and answers are compared one by one.
         """
         like = jax.tree.map(
             lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -65,6 +80,21 @@ class Job:
         )
         pruning.patterns_of(like, prune_rules(self.config))
         jax.eval_shape(lambda key: init_lora(key, like, lora_rules(self.config)), jax.random.key(0))
+        _ = self.mesh
+        check_batches(self.config)
+        kept, questions = self.workdir / QUESTIONS, self.questions
+        if kept.exists() and kept.read_text() != questions:
+            raise ConfigError(
+                f'{self.workdir}: the test questions of {self.config.data} are not those that this run began with; '
+                'use another workdir, or put them back'
+            )
+
+    @functools.cached_property
+    def questions(self) -> str:
+        """What tells the test questions from others."""
+        texts = self.dataset.test.read_texts()
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        return json.dumps({'count': len(texts), 'sha256': digest})
 
     @functools.cached_property
     def log(self) -> Log:
@@ -122,7 +152,7 @@ class Job:
         return processing.load_processor(self.model.source)
 
     @functools.cached_property
-    def text(self) -> pipeline.TextFormat:
+    def text(self) -> TextFormat:
         """How questions become tokens."""
         return text_format(self.config)
 
@@ -131,7 +161,11 @@ class Job:
         """What is trained on and evaluated with."""
         if self.config.data == 'easy_vqa':
             return easy_vqa.load(self.config.data_dir)
-        return folder.load(self.config.data)
+        room = {'prompt_tokens': self.text.prompt_tokens, 'answer_tokens': self.text.answer_tokens}
+        return folder.load(
+            self.config.data,
+            lambda prompt, answer: self.processor.misfit(self.text.write(prompt), answer, **room),
+        )
 
     def batches(self, batch: int, seed: int) -> Any:
         """Training batches by step."""

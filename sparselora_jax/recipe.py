@@ -6,8 +6,8 @@ from typing import Any
 
 from sparselora_jax import pruning
 from sparselora_jax.data.easy_vqa import KINDS
-from sparselora_jax.data.pipeline import TextFormat
-from sparselora_jax.errors import SparseloraError
+from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.errors import DataError, SparseloraError
 from sparselora_jax.losses import KL_REDUCTIONS
 from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
 from sparselora_jax.storage import write_text
@@ -49,14 +49,38 @@ def check_values(config: Any) -> None:
             raise ConfigError(f'lora.rank.{tower} {config.lora.rank[tower]}: expected 0 (leave it alone) or more')
     if config.dtype not in DTYPES:
         raise ConfigError(f'dtype {config.dtype!r}: expected one of {", ".join(DTYPES)}')
-    if config.text.prompt.replace('{}', '', 1).count('{') or '{}' not in config.text.prompt:
-        raise ConfigError(f'text.prompt {config.text.prompt!r}: expected one {{}}, for the question')
+    try:
+        text_format(config)
+    except DataError as error:
+        raise ConfigError(f'text.{error}') from None
+    if config.evaluate.max_new_tokens < (longest := config.text.answer_tokens - 1):
+        raise ConfigError(
+            f'evaluate.max_new_tokens {config.evaluate.max_new_tokens}: answers of up to {longest} tokens '
+            '(text.answer_tokens and the end) could not be right'
+        )
+    if config.stream and config.model == 'embedded':
+        raise ConfigError('stream True: the embedded model is not read from disk; name a directory, :model=DIRECTORY')
     shares, kinds = restore.shares, KINDS if config.data == 'easy_vqa' else ()
     if shares and (len(shares) != len(kinds) or min(shares) < 0 or not sum(shares)):
         expected = f'a share of each kind: {", ".join(kinds)}' if kinds else 'none, () (only easy_vqa has kinds)'
         raise ConfigError(f'restore.shares {shares}: expected {expected}')
     if restore.accumulate < 1 or restore.batch % restore.accumulate:
         raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
+
+
+def check_batches(config: Any) -> None:
+    """Names batches that the mesh cannot split.
+
+    Raises:
+      ConfigError: the field and what does not divide it.
+    """
+    rows, restore = config.mesh.data * config.mesh.fsdp, config.restore
+    for field, count in {
+        'restore.batch / restore.accumulate': restore.batch // restore.accumulate,
+        'prune.samples': config.prune.samples,
+    }.items():
+        if count % rows:
+            raise ConfigError(f'{field} is {count}: mesh.data * mesh.fsdp = {rows} does not divide it')
 
 
 def towers(config: Any) -> tuple[str, ...]:
@@ -112,8 +136,13 @@ def lora_rules(config: Any) -> list[tuple[str, LoraSpec | None]]:
 
 
 def text_format(config: Any) -> TextFormat:
-    """How questions become tokens."""
-    return TextFormat(**config.text.to_dict())
+    """How questions become tokens, and how answers are generated."""
+    return TextFormat(**config.text.to_dict(), decoding=decoding(config))
+
+
+def decoding(config: Any) -> dict[str, Any]:
+    """Arguments of `generate`."""
+    return {name: value for name, value in config.evaluate.to_dict().items() if name not in ('questions', 'batch')}
 
 
 def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:

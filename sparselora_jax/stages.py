@@ -4,8 +4,6 @@ A stage whose result lies in the workdir is skipped; evaluation goes on after it
 newest checkpoint.
 """
 
-import dataclasses
-import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +14,7 @@ import numpy as np
 
 from sparselora_jax import pruning, storage
 from sparselora_jax.checkpoint import Checkpoints
-from sparselora_jax.data.pipeline import TEXT_FORMAT
+from sparselora_jax.data import text_format
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.evaluation.density import block_count, layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.evaluation.perplexity import perplexity
@@ -53,9 +51,8 @@ def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
 
     def compute():
         model, w = job.model, weights()
-        knobs = job.config.evaluate.to_dict()
-        count, batch = knobs.pop('questions'), knobs.pop('batch')
-        indices = vqa.sample(count, len(job.dataset.test.source), seed=job.config.seed)
+        knobs = job.config.evaluate
+        indices = vqa.sample(knobs.questions, len(job.dataset.test.source), seed=job.config.seed)
         answers = vqa.evaluate(
             model,
             w,
@@ -63,10 +60,10 @@ def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
             job.text,
             job.dataset.test,
             indices,
-            batch=batch,
+            batch=knobs.batch,
             kept=job.workdir / f'answers_{name}.jsonl',
             progress=Progress(f'evaluate {name}', len(indices)),
-            **knobs,  # of generate
+            **job.text.decoding,
         )
         accuracy, scores = answers.accuracy(job.dataset.kind_of), {}
         if not model.encoder_decoder:
@@ -174,12 +171,14 @@ def export(job: Job) -> dict:
     def compute():
         model, merged = job.model, job.merged()
         folder = job.workdir / 'exported'
-        texts = {TEXT_FORMAT: json.dumps(dataclasses.asdict(job.text), indent=1)}
+        texts = {text_format.FILE: text_format.dump(job.text)}
         if model.source is None:
             embedded.save(folder, model, merged, texts=texts)
         else:
             hf_export.export_model(folder, model, merged, texts=texts)
-        peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'))
+        # The weights that it was trained on: in a directory of their own only where they were pruned from disk.
+        base = str(job.workdir / 'pruned') if job.config.stream else None
+        peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'), base=base)
         hf_export.check_export(folder, model, merged)
         frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group
         return {
@@ -187,9 +186,16 @@ def export(job: Job) -> dict:
             'layer_density': {tower: layer_density(merged, tower) for tower in pattern},
             'lora_merged_density': plain_lora_density(frozen.params, frozen.masks, job.trained('restore')),
             'bytes': {
-                'dense': sum(leaf.nbytes for leaf in jax.tree.leaves(job.params)),
-                'exported': sum(file.stat().st_size for file in folder.glob('*.safetensors')),
+                'dense': _size(model.source)
+                if model.source
+                else sum(leaf.nbytes for leaf in jax.tree.leaves(job.params)),
+                'exported': _size(folder),
             },
         }
 
     return job.stage('export', compute)
+
+
+def _size(folder: str | Path) -> int:
+    """Bytes of a directory's weights."""
+    return sum(file.stat().st_size for file in Path(folder).glob('*.safetensors'))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparselora_jax.data import easy_vqa, pipeline
-from sparselora_jax.data.dataset import Split
+from sparselora_jax.data import easy_vqa, pipeline, text_format
+from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.models import embedded
 
@@ -122,6 +123,9 @@ def test_a_knob_of_restoring_that_cannot_work_is_named_before_any_work(refused, 
         'evaluate.questions=0',
         'text.prompt=Question:',
         'restore.shares=(1,2)',
+        'stream=True',
+        'text.prompt={} {}',
+        'evaluate.max_new_tokens=1',
     ],
 )
 def test_a_value_that_cannot_work_is_named_before_any_work(refused, field):
@@ -137,7 +141,9 @@ def test_a_config_that_is_not_python_is_named(refused):
     assert 'README.md: ' in refused('train.py', '--config=README.md')
 
 
-def test_exporting_before_restoring_names_what_is_missing(refused, tiny_model):
+def test_exporting_before_restoring_names_what_is_missing(refused, tiny_model, monkeypatch):
+    empty = Split([], lambda: [])
+    monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: Dataset(empty, empty, (), str))
     assert 'masks.safetensors: no such file' in refused('export.py')
 
 
@@ -146,6 +152,17 @@ def image(tmp_path):
     path = tmp_path / 'image.png'
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 64, 3), np.uint8)).save(path)
     return path
+
+
+def test_batches_that_the_mesh_cannot_split_are_named_before_any_work(refused, tiny_model):
+    err = refused('train.py', '--config.mesh.fsdp=4', '--config.restore.batch=6')
+    assert 'restore.batch / restore.accumulate is 6: mesh.data * mesh.fsdp = 4 does not divide it' in err
+
+
+@pytest.mark.parametrize('flag', ['--batch=0', '--questions=0', '--dtype=floaty'])
+def test_a_flag_of_evaluate_that_cannot_work_is_named(script, flag):
+    code, out, err = script('evaluate.py', flag)
+    assert code != 0 and flag.strip('-').partition('=')[0] in err and 'Traceback' not in out + err
 
 
 def test_generate_names_an_image_that_it_cannot_read(refused, tmp_path):
@@ -188,11 +205,11 @@ def test_a_missing_or_damaged_bridge_is_named(refused, image, tmp_path, monkeypa
 
 def test_generate_answers_as_evaluation_does(script, image, tmp_path, tiny_blip2):
     model, params = tiny_blip2
-    embedded.save(tmp_path / 'export', model, params)
-    pixels, text = pipeline.read_image(image), pipeline.TextFormat()
+    pixels, text = pipeline.read_image(image), TextFormat(decoding={'max_new_tokens': 4})
+    embedded.save(tmp_path / 'export', model, params, texts={text_format.FILE: text_format.dump(text)})
     record = {'image': pixels, 'question': QUESTION, 'answer': 'teal'}
     processor, split = embedded.load_processor(model.cfg), Split([record], lambda: [])
-    want = vqa.evaluate(model, params, processor, text, split, [0], batch=1, max_new_tokens=4).predicted
+    want = vqa.evaluate(model, params, processor, text, split, [0], batch=1, **text.decoding).predicted
     code, out, err = script('generate.py', image, QUESTION, f'--model={tmp_path / "export"}')
     assert code == 0, err
     assert out.splitlines() == want[0].splitlines()

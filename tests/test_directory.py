@@ -8,9 +8,8 @@ import pytest
 import transformers
 from tiny_processors import LAYOUT, PICTURES, TEXTS, edit, llama_tokenizer, make, prompts
 
-from sparselora_jax.data.pipeline import DataError
 from sparselora_jax.data.processing import load_processor
-from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.errors import DataError, UnsupportedModel
 
 KINDS = ['blip2-opt', 'instructblip-t5', 'llava-default', 'llava-full', 'paligemma']
 

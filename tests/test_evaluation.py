@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparselora_jax as sl
-from sparselora_jax.data import easy_vqa, pipeline
+from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Split
+from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import bootstrap, density, vqa
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.models import embedded, llama
@@ -71,7 +72,7 @@ INDICES = [3, 500, 4000, 9000, 7777]
 def evaluate(tiny_blip2, easy_vqa_builder):
     """`evaluate(indices, records=..., **options)` of the tiny model; `evaluate.source` are the test records."""
     model, params = tiny_blip2
-    processor, text = embedded.load_processor(model.cfg), pipeline.TextFormat()
+    processor, text = embedded.load_processor(model.cfg), TextFormat()
     source = easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1]).test.source
 
     def run(indices, records=source, **options):

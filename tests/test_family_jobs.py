@@ -38,6 +38,7 @@ SMALL = {
     'evaluate.questions': 3,
     'evaluate.batch': 2,
     'evaluate.num_beams': 1,
+    'evaluate.max_new_tokens': 7,
     'evaluate.length_penalty': 1.0,
     'restore.steps': 2,
     'restore.batch': 2,
@@ -118,7 +119,7 @@ def torch_reads(exported, source, model, params, job):
     theirs, info = kind.from_pretrained(exported, output_loading_info=True)
     assert not any(info.values()), info
     processor = processing.load_processor(exported)
-    prompt = job.text.prompt.format('is it red?')
+    prompt = job.text.write('is it red?')
     example = processor.example(np.zeros((20, 20, 3), np.uint8), prompt, 'teal', prompt_tokens=40, answer_tokens=8)
     targets, answer = example.pop('targets'), example.pop('answer')
     batch = {name: value[None] for name, value in example.items()}

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sparselora_jax.data.folder import read_folder
-from sparselora_jax.data.pipeline import DataError
+from sparselora_jax.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 
@@ -148,7 +148,7 @@ def test_an_image_that_breaks_off_is_named_when_it_is_read(write):
     Image.fromarray(noise).save(path / 'whole.png')
     (path / 'cut.png').write_bytes((path / 'whole.png').read_bytes()[:5000])
     source = read_folder(path).as_data_source('train')
-    with pytest.raises(DataError, match='data.jsonl, line 1: image cut.png cannot be read'):
+    with pytest.raises(DataError, match='data.jsonl, line 1: .*cut.png: not a readable image'):
         source[0]
 
 
@@ -188,3 +188,9 @@ def test_images_of_any_kind_become_rgb_as_transformers_makes_them(write):
         want = convert_to_rgb(Image.open(path / name), return_numpy=True)
         np.testing.assert_array_equal(source[index]['image'], want)
     assert source[3]['image'].shape == (9, 6, 3)
+
+
+def test_texts_that_a_model_cannot_take_are_left_out_and_named(write):
+    path = write(*GOOD, line(prompt='far too long'))
+    found = read_folder(path, misfit=lambda prompt, answer: 'prompt of 9 tokens' if 'long' in prompt else '')
+    assert found.summary() == '6 examples; 1 left out: line 7: prompt of 9 tokens'

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from configs import blip2_lang_only
 from sparselora_jax import rules, sparsity, stages, storage
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Split
+from sparselora_jax.errors import DataError
 from sparselora_jax.evaluation import report
 from sparselora_jax.job import Job
 from sparselora_jax.models import embedded
@@ -201,6 +203,31 @@ def test_a_method_or_a_model_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(sl.StorageError, match='no/such/directory: no such directory'):
         Job(tiny_config(model='no/such/directory'), tmp_path / 'b').check()
     assert not list(tmp_path.iterdir())  # nothing is claimed for a config that cannot run
+
+
+def test_a_workdir_that_was_evaluated_on_other_questions_is_refused(wanda, tmp_path, monkeypatch):
+    shutil.copytree(wanda, tmp_path / 'run')
+    (tmp_path / 'run' / 'evaluate_restored.json').unlink()
+    fewer = few(easy_vqa.load('not read'), 199)
+    monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: fewer)
+    with pytest.raises(ConfigError, match='the test questions of easy_vqa are not those'):
+        run(tmp_path / 'run')
+
+
+def test_nothing_is_claimed_before_the_data_were_found(world, tmp_path):
+    with pytest.raises(DataError, match='no such folder'):
+        run(tmp_path / 'run', data=str(tmp_path / 'absent'), **{'restore.shares': ()})
+    assert not (tmp_path / 'run').exists()
+
+
+def test_what_pruning_did_not_lose_is_not_won_back(wanda, tmp_path):
+    folder = shutil.copytree(wanda, tmp_path / 'run')
+    for name, score in {'dense': 0.5, 'pruned': 0.6, 'restored': 0.7}.items():
+        file = folder / f'evaluate_{name}.json'
+        stage = json.loads(file.read_text())
+        stage['accuracy']['overall'] = score
+        file.write_text(json.dumps(stage))
+    assert report.build(Job(tiny_config(), folder))['won_back'] is None
 
 
 def test_the_page_shows_scores_and_examples_and_loads_nothing_from_elsewhere(wanda):

@@ -1,17 +1,16 @@
 """From records to batches: where tokens, targets and masks lie; a batch is a function of seed and step alone."""
 
-import dataclasses
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from sparselora_jax.data import easy_vqa, pipeline
 from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.errors import DataError
 from sparselora_jax.models import embedded
 
-TEXT = pipeline.TextFormat()
+TEXT = TextFormat()
 
 
 @pytest.fixture(scope='module')
@@ -36,17 +35,6 @@ def test_a_record_becomes_an_example_with_its_question_written_as_the_format_say
     assert all(np.array_equal(example[name], want[name]) for name in want)
 
 
-def test_a_text_format_lies_beside_an_exported_model(tmp_path):
-    assert pipeline.load_text_format(tmp_path) == pipeline.TextFormat()
-    file, text = tmp_path / pipeline.TEXT_FORMAT, pipeline.TextFormat('Q: {}', 9, 2)
-    file.write_text(json.dumps(dataclasses.asdict(text)))
-    assert pipeline.load_text_format(tmp_path) == text
-    for damaged in ('', '[]', '{"prompts": 1}'):
-        file.write_text(damaged)
-        with pytest.raises(pipeline.DataError, match=f'{file.name}: not a text format'):
-            pipeline.load_text_format(tmp_path)
-
-
 @pytest.mark.parametrize('mode, suffix', [('RGB', 'png'), ('RGBA', 'png'), ('L', 'png'), ('P', 'gif'), ('RGB', 'jpg')])
 def test_an_image_of_any_kind_becomes_rgb(tmp_path, mode, suffix):
     path = tmp_path / f'image.{suffix}'
@@ -57,8 +45,17 @@ def test_an_image_of_any_kind_becomes_rgb(tmp_path, mode, suffix):
     np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(want, (20, 30, 3)), atol=2)
 
 
+def test_an_image_is_turned_as_the_camera_says_and_lies_on_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the picture is on the right
+    Image.new('RGB', (30, 20)).save(tmp_path / 'turned.png', exif=exif)
+    assert pipeline.read_image(tmp_path / 'turned.png').shape == (30, 20, 3)
+    Image.new('RGBA', (3, 3), (255, 0, 0, 0)).save(tmp_path / 'clear.png')
+    assert (pipeline.read_image(tmp_path / 'clear.png') == 255).all()
+
+
 def test_a_file_that_is_no_image_is_named(tmp_path):
-    with pytest.raises(pipeline.DataError, match='absent.png: no such file'):
+    with pytest.raises(DataError, match='absent.png: no such file'):
         pipeline.read_image(tmp_path / 'absent.png')
     (tmp_path / 'text.png').write_text('no image')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / 'whole.png')
@@ -68,7 +65,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     broken[5000:5200] = bytes(200)
     (tmp_path / 'broken.png').write_bytes(broken)
     for name in ('text.png', 'cut.png', 'folder.png', 'broken.png'):
-        with pytest.raises(pipeline.DataError, match=f'{name}: not a readable image'):
+        with pytest.raises(DataError, match=f'{name}: not a readable image'):
             pipeline.read_image(tmp_path / name)
 
 
@@ -120,7 +117,7 @@ def test_augmentation_is_a_function_of_seed_and_position():
 
 
 def test_an_empty_group_is_named():
-    with pytest.raises(pipeline.DataError, match=r'empty; sizes \[40, 0, 7\]'):
+    with pytest.raises(DataError, match=r'empty; sizes \[40, 0, 7\]'):
         numbers(groups=(GROUPS[0], (), GROUPS[2]))
 
 

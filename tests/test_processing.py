@@ -12,8 +12,8 @@ from PIL import Image
 from tiny_processors import KINDS, LAYOUT, PICTURES, SIDE, TEXTS, edit, make, prompts
 from tokenizers import processors
 
-from sparselora_jax.data.pipeline import DataError
 from sparselora_jax.data.processing import Processor, load_processor
+from sparselora_jax.errors import DataError
 
 
 @pytest.fixture(scope='module')
@@ -181,6 +181,24 @@ def test_what_does_not_fit_is_named(made):
         processor.prompt([np.zeros((8, 8, 2), np.uint8)], ['a'])
     with pytest.raises(DataError, match=r'a LLaVA prompt holds <image> once'):
         load_processor(made['llava-full'][0]).prompt(PICTURES[:1], ['a'])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_texts_that_an_example_refuses_are_known_without_an_image(made, kind):
+    processor = load_processor(made[kind][0])
+    refused, answer = set(), 'a cat of the colour teal'
+    for prompt in [*prompts(kind), '<image> <image> twice']:
+        for room in ((40, 8), (14, 8), (9, 8), (40, 3)):
+            size = dict(zip(('prompt_tokens', 'answer_tokens'), room, strict=True))
+            reason = processor.misfit(prompt, answer, **size)
+            if not reason:
+                processor.example(PICTURES[0], prompt, answer, **size)
+                continue
+            with pytest.raises(DataError) as error:
+                processor.example(PICTURES[0], prompt, answer, **size)
+            assert str(error.value).startswith(reason)
+            refused.add(reason.split(' of ')[0])
+    assert {'prompt', 'answer'} <= refused
 
 
 def test_a_caption_needs_no_prompt_but_an_example_needs_a_token_before_the_answer(made):

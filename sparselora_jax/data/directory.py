@@ -6,8 +6,7 @@ from typing import Any
 
 import transformers
 
-from sparselora_jax.data.pipeline import DataError
-from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.errors import DataError, UnsupportedModel
 
 CLASSES = {
     'blip-2': transformers.Blip2Processor,

@@ -18,15 +18,16 @@ Other fields and blank lines are passed over. A line that cannot be used is left
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from sparselora_jax.data import pipeline
 from sparselora_jax.data.dataset import Dataset, Split
-from sparselora_jax.data.pipeline import DataError
+from sparselora_jax.errors import DataError
 
 FIELDS = ('image', 'prompt', 'answer')
 SPLITS = ('train', 'test')
@@ -65,11 +66,9 @@ class Source:
         """Reads the image; raises `DataError` where its pixels are broken."""
         record = self.records[index]
         try:
-            with Image.open(self.folder / record.image) as image:
-                pixels = _rgb(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            where = f'{self.folder}/data.jsonl, line {record.line}'
-            raise DataError(f'{where}: image {record.image} cannot be read: {error}') from error
+            pixels = pipeline.read_image(self.folder / record.image)
+        except DataError as error:
+            raise DataError(f'{self.folder}/data.jsonl, line {record.line}: {error}') from error
         return {'image': pixels, 'question': record.prompt, 'answer': record.answer}
 
 
@@ -107,12 +106,19 @@ class Folder:
         return [(r.prompt, r.answer, r.image) for r in self.as_data_source(split).records]
 
 
-def read_folder(path: str | Path, *, test_share: float = 0.1, tolerance: float = 0.5) -> Folder:
+def read_folder(
+    path: str | Path,
+    *,
+    test_share: float = 0.1,
+    tolerance: float = 0.5,
+    misfit: Callable[[str, str], str] = lambda prompt, answer: '',
+) -> Folder:
     """Reads and checks `data.jsonl`; of the images, only that they are there and begin as images do.
 
     Args:
       test_share: of the images whose lines name no split.
       tolerance: the share of lines that may be left out.
+      misfit: (prompt, answer) -> why a model cannot take them, '' if it can.
 
     Raises:
       DataError: no such folder or file, no line in it that can be used, or too many that cannot.
@@ -136,6 +142,8 @@ def read_folder(path: str | Path, *, test_share: float = 0.1, tolerance: float =
                 images[name] = _image_problem(path, name)
             if images[name]:
                 raise DataError(f'image {_short(name)} {images[name]}')
+            if reason := misfit(fields['prompt'], fields['answer']):
+                raise DataError(reason)
         except DataError as error:
             problems.append(Problem(number, str(error)))
             continue
@@ -193,19 +201,10 @@ def _image_problem(folder: Path, name: str) -> str:
             return ''
     except FileNotFoundError:
         return 'does not exist'
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+    except pipeline.UNREADABLE as error:
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = 'no image format that Pillow knows' if unknown else getattr(error, 'strerror', None) or error
         return f'cannot be read: {reason}'
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    """Pixels as transformers has them: turned as a camera says, on white where they are transparent."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return np.asarray(image.convert('RGB'))
 
 
 def _short(text: str) -> str:
@@ -228,13 +227,13 @@ def kind_of(answer: str) -> str:
     return 'yes/no' if answer.lower() in ('yes', 'no') else 'number' if answer.isdigit() else 'other'
 
 
-def load(path: str | Path) -> Dataset:
-    """The folder as a data set; says on stderr what was left out.
+def load(path: str | Path, misfit: Callable[[str, str], str] = lambda prompt, answer: '') -> Dataset:
+    """The folder as a data set; says on stderr what was left out; `misfit`: see `read_folder`.
 
     Raises:
       DataError: see `read_folder`; or one of the two splits is empty.
     """
-    found = read_folder(path)
+    found = read_folder(path, misfit=misfit)
     print(found.summary(), file=sys.stderr)
 
     def split(name: str) -> Split:

@@ -3,65 +3,44 @@
 `batches(...)[step]` is the batch of a global step: a position in the data is one integer, which a checkpoint stores.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sparselora_jax.data.dataset import Dataset, Split
-from sparselora_jax.errors import SparseloraError
+from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.errors import DataError
 
-
-class DataError(SparseloraError, ValueError):
-    """A question, an answer or an image that cannot be processed."""
-
-
-@dataclass(frozen=True)
-class TextFormat:
-    """How a question becomes tokens: the prompt is left-padded, the answer right-padded, so each has its own slots."""
-
-    prompt: str = 'Question: {} Short answer:'
-    prompt_tokens: int = 16
-    answer_tokens: int = 3  # the end of text included
-
-
-TEXT_FORMAT = 'text_format.json'  # lies in an exported directory: how the questions of that model are written
-
-
-def load_text_format(folder: str | Path) -> TextFormat:
-    """The text format beside an exported model; of a directory that names none, the default.
-
-    Raises:
-      DataError: the file is there and is no text format.
-    """
-    path = Path(folder) / TEXT_FORMAT
-    if not path.is_file():
-        return TextFormat()
-    try:
-        return TextFormat(**json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise DataError(f'{path}: not a text format ({error})') from None
+# What Pillow raises for a file that is there.
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, 'height width 3']:
-    """An image file as RGB pixels.
+    """An image file as RGB pixels, turned as a camera says, on white where it is transparent.
 
     Raises:
       DataError: the file is missing or no image.
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert('RGB'))
+            return _rgb(image)
     except FileNotFoundError:
         raise DataError(f'{path}: no such file') from None
-    except OSError as error:
+    except UNREADABLE as error:
         raise DataError(f'{path}: not a readable image ({error})') from None
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return np.asarray(image.convert('RGB'))
 
 
 def vqa_transform(processor: Any, text: TextFormat) -> Callable[[dict], dict]:
@@ -69,8 +48,7 @@ def vqa_transform(processor: Any, text: TextFormat) -> Callable[[dict], dict]:
     size = {'prompt_tokens': text.prompt_tokens, 'answer_tokens': text.answer_tokens}
 
     def transform(record):
-        prompt = text.prompt.format(record['question'])
-        return processor.example(record['image'], prompt, record['answer'], **size)
+        return processor.example(record['image'], text.write(record['question']), record['answer'], **size)
 
     return transform
 

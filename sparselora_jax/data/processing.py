@@ -19,7 +19,7 @@ from jaxtyping import Integer, UInt8
 from PIL import Image
 
 from sparselora_jax.data import directory
-from sparselora_jax.data.pipeline import DataError
+from sparselora_jax.errors import DataError
 
 IN_TEXT = ('llava', 'paligemma')  # the image's placeholders are part of the text, which is padded as a whole
 INPUTS = ('pixel_values', 'input_ids', 'attention_mask', 'qformer_input_ids', 'qformer_attention_mask')
@@ -97,9 +97,8 @@ class Processor:
         lengths = [('prompt', words, prompt_tokens), ('answer', len(target), answer_tokens)]
         if 'qformer_input_ids' in made:
             lengths.append(('prompt (as the Q-Former reads it)', len(made['qformer_input_ids']), prompt_tokens))
-        for name, length, limit in lengths:
-            if length > limit:
-                raise DataError(f'{name} of {length} tokens, at most {limit} fit: {prompt!r} -> {answer!r}')
+        if reason := _too_long(lengths):
+            raise DataError(f'{reason}: {prompt!r} -> {answer!r}')
         if not words:
             raise DataError('the prompt is empty: there is no token to predict the answer from')
 
@@ -120,6 +119,26 @@ class Processor:
         if self.start is not None:
             out['decoder_input_ids'] = np.concatenate([np.int32([self.start]), inputs])
         return out | {'targets': _right(target, answer_tokens, pad), 'answer': np.arange(answer_tokens) < len(target)}
+
+    def misfit(self, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int | None = None) -> str:
+        """Why `example` would refuse these texts, '' if it would not; no image is needed."""
+        try:
+            text = self._with_image(prompt)
+        except DataError as error:
+            return str(error)
+        tokenizer = self.hf.tokenizer
+        if self.family == 'paligemma':  # its processor's own way to put an image, a start and a line end around
+            text = f'{tokenizer.bos_token}{text.removeprefix(str(self.hf.image_token))}\n'
+            words = len(tokenizer(text, add_special_tokens=False)['input_ids'])
+        else:
+            words = len(tokenizer(text)['input_ids']) - (self.family in IN_TEXT)
+        lengths = [('prompt', words, prompt_tokens)]
+        if answer_tokens is not None:
+            lengths.append(('answer', len(self._answer(prompt, answer)) + 1, answer_tokens))
+        if self.family == 'instructblip':
+            read = len(self.hf.qformer_tokenizer(text)['input_ids'])
+            lengths.append(('prompt (as the Q-Former reads it)', read, prompt_tokens))
+        return _too_long(lengths)
 
     def decode(self, ids: Integer[np.ndarray, 'batch tokens'] | Sequence[Sequence[int]]) -> list[str]:
         """Generated tokens as texts, without special tokens and the space around."""
@@ -150,6 +169,13 @@ class Processor:
             if whole[: len(head)] == head:  # else a token spans the border
                 tokens = whole[len(head) :]
         return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
+
+
+def _too_long(lengths: Sequence[tuple[str, int, int]]) -> str:
+    """The first of (what, tokens, room) that does not fit."""
+    return next(
+        (f'{name} of {length} tokens, at most {limit} fit' for name, length, limit in lengths if length > limit), ''
+    )
 
 
 def _right(row: Sequence[int] | np.ndarray, length: int, fill: int) -> Integer[np.ndarray, 'length']:

@@ -60,12 +60,14 @@ def render(job: Any, report: dict) -> str:
     )
     merged = report['baselines']['lora_merged_density']
     won = 'nothing was lost' if report['won_back'] is None else f'{report["won_back"]:.0%} of what pruning lost'
+    beams = report['config']['evaluate']['num_beams']
+    how = 'greedily' if beams == 1 else f'with {beams} beams'
     config = html.escape(json.dumps(report['config'], indent=1))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>sparselora-jax: {job.workdir.name}</title>
 <style>{_STYLE}</style></head><body>
 <h1>Prune, restore, export</h1>
-<p>{report['questions']} test questions, answers generated greedily. Won back: {won}.</p>
+<p>{report['questions']} test questions, answers generated {how}. Won back: {won}.</p>
 <div class="scores">{scores}</div>
 <h2>Accuracy by kind of answer</h2><div class="wide">{by_kind}</div>{intervals}
 <h2>Sparsity of the exported model</h2><div class="wide">{sparsity}</div>

@@ -31,7 +31,7 @@ def build(job: Any) -> dict:
         'scores': {name: e['accuracy']['overall'] for name, e in evaluations.items()},
         'scores_by_kind': {name: e['accuracy'] for name, e in evaluations.items()},
         'questions': len(evaluations['dense']['true']),
-        'won_back': won / lost if lost else None,
+        'won_back': won / lost if lost > 0 else None,
         'intervals': {
             f'{name} - dense': bootstrap.paired_interval(correct[name], correct['dense']) for name in MODELS[1:]
         },

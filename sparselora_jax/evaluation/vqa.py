@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparselora_jax.data.dataset import Split
-from sparselora_jax.data.pipeline import TextFormat
+from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.generate import generate
 from sparselora_jax.models.model import Model
 from sparselora_jax.storage import write_text
@@ -49,7 +49,7 @@ def generate_answers(
     """
     size = {'prompt_tokens': text.prompt_tokens, 'answer_tokens': 1}  # room for no token of an answer
     rows = [
-        processor.example(image, text.prompt.format(question), **size)
+        processor.example(image, text.write(question), **size)
         for image, question in zip(images, questions, strict=True)
     ]
     read = rows[0].keys() - {'targets', 'answer', 'decoder_input_ids'}

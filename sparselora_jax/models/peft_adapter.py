@@ -52,7 +52,7 @@ def save_peft(folder: str | Path, model: Model, lora: dict, *, base: str | None 
 
     Args:
       lora: factors of kernels; one may be of a slice of a fused weight.
-      base: name or directory of the pruned model that the adapter is for; `model.source` by default.
+      base: name or directory of the pruned model that the adapter is for; by default none is named.
 
     Raises:
       StorageError: factors of something that PEFT's linear layers cannot adapt, or of no kernel of the model.
@@ -111,7 +111,7 @@ def _config(model: Model, ranks: dict[str, tuple[int, float]], base: str | None)
     return {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM' if set(model.shapes()) == {'language'} else None,
-        'base_model_name_or_path': base or model.source,
+        'base_model_name_or_path': base,
         'r': rank,
         'lora_alpha': alpha,
         'rank_pattern': {name: r for name, (r, _) in escaped.items() if r != rank},
