@@ -34,7 +34,7 @@ from sparselora_jax.linear import linear
 from sparselora_jax.models.hf import load_model
 from sparselora_jax.models.hf_export import export_model
 from sparselora_jax.models.model import Model
-from sparselora_jax.pruning import Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
+from sparselora_jax.pruning import DSnoT, Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
 from sparselora_jax.rules import RuleError
 from sparselora_jax.sparsity import (
@@ -55,6 +55,7 @@ __version__ = '0.1.0'
 __all__ = [
     'Adapted',
     'CalibrationError',
+    'DSnoT',
     'Frozen',
     'GenerationError',
     'Lora',

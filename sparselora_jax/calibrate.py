@@ -31,14 +31,25 @@ def hessian(x: Float[Array, 'tokens inputs']) -> Float[Array, 'inputs inputs']:
     return jnp.matmul(x.T, x, precision='highest')
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A statistic of which the mean over all tokens is handed on instead of the sum; equal where `stat` is."""
+
+    stat: Callable[[Array], Any]
+
+    def __call__(self, x: Float[Array, 'tokens inputs']) -> Any:
+        """The sum over the tokens of one call, as of any statistic."""
+        return self.stat(x)
+
+
 class Recorder:
     """Accumulators of one kernel (all its layers) while a forward is traced; compared by identity."""
 
     def __init__(self, stat: Callable, layers: int, inputs: int, valid: Bool[Array, ' tokens'] | None):
         """Zeroed accumulators; `valid` marks the rows of x, flattened, that are no pads."""
-        shape = jax.eval_shape(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32)).shape
+        like = jax.eval_shape(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32))
         self.stat, self.valid, self.inputs = stat, valid, []
-        self.total = jax.new_ref(jnp.zeros((layers, *shape), jnp.float32))
+        self.total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros((layers, *leaf.shape), jnp.float32)), like)
         self.tokens = jax.new_ref(jnp.zeros(layers, jnp.int32))
 
     def add(self, layer: Array, x: Float[Array, '*batch inputs']) -> None:
@@ -49,7 +60,8 @@ class Recorder:
         if self.valid is not None:
             rows = jnp.where(self.valid.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
             count = jnp.sum(self.valid, dtype=jnp.int32)
-        self.total[layer] += self.stat(rows)
+        for total, new in zip(jax.tree.leaves(self.total), jax.tree.leaves(self.stat(rows)), strict=True):
+            total[layer] += new
         self.tokens[layer] += count
 
 
@@ -71,9 +83,9 @@ class Calibrating:
 def make_observer(
     forward: Callable[[dict, Any], Any],
     *,
-    stats: Callable[[str], Callable[[Array], Array] | None],
+    stats: Callable[[str], Callable[[Array], Any] | None],
     valid: Callable[[str, Any], Any] = lambda path, batch: None,
-) -> Callable[[dict, Iterable[Any]], dict[str, tuple[Array, Array]]]:
+) -> Callable[[dict, Iterable[Any]], dict[str, tuple[Any, Array]]]:
     """`(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
 
     Kernels that read the very same array (q, k and v) have one accumulator, and the very same result.
@@ -99,7 +111,8 @@ def make_observer(
             flat[path] = Calibrating(leaf, index, recorders[path])
         forward(rules_lib.unflatten(flat), batch)
         leaders.update(_leaders(recorders))
-        return {path: (r.total[...], r.tokens[...]) for path, r in recorders.items() if leaders[path] == path}
+        own = {path: (r.total, r.tokens) for path, r in recorders.items() if leaders[path] == path}
+        return jax.tree.map(lambda ref: ref[...], own)
 
     def total(params, batches):
         sums = None
@@ -109,7 +122,7 @@ def make_observer(
         if sums is None:
             raise CalibrationError('the calibration set is empty: no batch arrived')
         shapes = rules_lib.kernels(params)
-        checked = {path: _checked(path, shapes[path].ndim == 3, *value) for path, value in sums.items()}
+        checked = {path: _checked(path, shapes[path].ndim == 3, stats(path), *value) for path, value in sums.items()}
         return {path: checked[leader] for path, leader in leaders.items()}
 
     return total
@@ -129,20 +142,20 @@ def collect(
     params: dict,
     batches: Iterable[Any],
     *,
-    stat: Callable[[Array], Array] = squares,
+    stat: Callable[[Array], Any] = squares,
     valid: Callable[[Any], Any] | None = None,
     select: Callable[[str], bool] = lambda path: True,
-) -> dict[str, tuple[Array, Array]]:
+) -> dict[str, tuple[Any, Array]]:
     """Runs `forward` over the batches and sums the statistic of every linear's input.
 
     Args:
       forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.
-      stat: `squares` or `hessian`, or any sum over tokens `[tokens, in] -> array`.
+      stat: `squares` or `hessian`, or any sum over tokens `[tokens, in] -> arrays`; `Mean` of one gives the mean.
       valid: batch -> True for the tokens that count, or None (all do); every linear must see these tokens.
       select: which kernel paths to watch; a Hessian of each may not fit.
 
     Returns:
-      {path: (sum, tokens)}, each with a leading layers axis where the kernel has one.
+      {path: (sum, tokens)}, arrays with a leading layers axis where the kernel has one.
 
     Raises:
       CalibrationError: no batch, a kernel that the forward never used, or non-finite activations.
@@ -158,11 +171,14 @@ def collect(
     return observe(params, batches)
 
 
-def _checked(path: str, stacked: bool, total: Array, tokens: Array) -> tuple[Array, Array]:
+def _checked(path: str, stacked: bool, stat: Callable, total: Any, tokens: Array) -> tuple[Any, Array]:
     if not tokens.all():
         raise CalibrationError(f'{path}: no token reached it during calibration')
-    bad = ~jnp.isfinite(total.reshape(total.shape[0], -1)).all(axis=1)
+    finite = [jnp.isfinite(leaf.reshape(leaf.shape[0], -1)).all(axis=1) for leaf in jax.tree.leaves(total)]
+    bad = ~jnp.stack(finite).all(axis=0)
     if bad.any():
         layer = f', layer {int(jnp.argmax(bad))}' if stacked else ''
         raise CalibrationError(f'{path}{layer}: activations are not finite during calibration')
-    return (total, tokens) if stacked else (total[0], tokens[0])
+    if isinstance(stat, Mean):
+        total = jax.tree.map(lambda leaf: leaf / tokens.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1)), total)
+    return (total, tokens) if stacked else jax.tree.map(lambda leaf: leaf[0], (total, tokens))

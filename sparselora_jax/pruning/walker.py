@@ -84,7 +84,7 @@ def _methods_of(params: dict, method: Any) -> dict[str, Any]:
 
 def prune_tree(
     params: dict,
-    stats: dict[str, tuple[Array, Array]] | None,
+    stats: dict[str, tuple[Any, Array]] | None,
     rules: Sequence[tuple[str, Any]],
     *,
     method: Any,
@@ -220,7 +220,7 @@ def _check_finite(path: str, pruned: Array) -> None:
 
 def _prune_block(
     w: dict[str, Array],
-    stats: dict[str, tuple[Array, Array]],
+    stats: dict[str, tuple[Any, Array]],
     patterns: dict[str, Pattern],
     methods: dict[str, Any],
     zeros: dict[str, int],
