@@ -23,6 +23,8 @@ from sparselora_jax import calibrate
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 
+ROWS = 32  # inputs of a kernel whose noise is drawn at once
+
 Loss = Callable[..., Float[Array, '']]  # loss(weights, batch, run)
 
 
@@ -98,7 +100,8 @@ def first_order_scores(loss: Loss, params: dict, batches: Iterable[Any], paths: 
     step, flat = make_first_order(loss), rules_lib.flatten(params)
     _check_paths(flat, paths)
     taps = {path: jnp.zeros(flat[path].shape[0], score_dtype(flat[path])) for path in paths}
-    return _mean([step(params, batch, taps) for batch in batches])
+    scores = _mean([step(params, batch, taps) for batch in batches])
+    return {path: scores[path] for path in paths}  # jax sorts keys
 
 
 def _mean(scores: list[Any]) -> Any:
@@ -113,9 +116,9 @@ def _check_paths(flat: dict, paths: Sequence[str]) -> None:
             raise rules_lib.RuleError(f'{path}: not inside the blocks of a tower; make it dense')
 
 
-def noise(key: Array, kernel: Float[Array, 'inputs outputs']) -> Float[Array, 'inputs outputs']:
-    """The z of a kernel: standard normal, in the dtype in which it is added."""
-    return jax.random.normal(key, kernel.shape, score_dtype(kernel))
+def noise(key: Array, row: Int[Array, ''], row_like: Float[Array, ' outputs']) -> Float[Array, ' outputs']:
+    """z of one input's weights: standard normal, in the dtype in which it is added."""
+    return jax.random.normal(jax.random.fold_in(key, row), row_like.shape, score_dtype(row_like))
 
 
 def perturbed_blocks(
@@ -123,26 +126,36 @@ def perturbed_blocks(
 ) -> Callable[..., Any]:
     """A runner that adds `scale * z` to one layer of the kernel `paths[kernel]`, inside that block.
 
-    `kernel` and `layer` may be traced: one program serves all of them.
+    `kernel` and `layer` may be traced: one program serves all of them. Memory is that of `scan_blocks` and the noise of
+    `ROWS` inputs: the branches of a `cond` slice the stack themselves (handed a layer's kernels, each would be copied),
+    and a perturbed kernel is made a few rows at a time.
     """
 
     def run(tower, block, weights, x, ctx, cache=None):
         indices = {name: paths.index(path) for name, path in _names(paths, tower).items()}
 
-        def perturbed(w, x, ctx, cache):
-            flat = rules_lib.flatten(w['weights'])
-            for name, index in indices.items():
+        def plain(stack, here):
+            return stack[here]
 
-                def add(leaf):
-                    wide = leaf.astype(score_dtype(leaf))
-                    return (wide + scale.astype(wide.dtype) * noise(key, leaf)).astype(leaf.dtype)
+        def perturbed(stack, here):
+            def one(row):
+                wide = stack[here, row].astype(score_dtype(stack))
+                return (wide + scale.astype(wide.dtype) * noise(key, row, wide)).astype(stack.dtype)
 
-                here = (w['layer'] == layer) & (kernel == index)
-                flat[name] = jax.lax.cond(here, add, lambda leaf: leaf, flat[name])
+            return jax.lax.map(one, jnp.arange(stack.shape[1], dtype=jnp.int32), batch_size=ROWS)
+
+        def one_block(w, x, ctx, cache):
+            flat = {}
+            for name, stack in rules_lib.flatten(weights).items():
+                if name in indices:
+                    chosen = (w['layer'] == layer) & (kernel == indices[name])
+                    flat[name] = jax.lax.cond(chosen, perturbed, plain, stack, w['layer'])
+                else:
+                    flat[name] = stack[w['layer']]
             return block(rules_lib.unflatten(flat), x, ctx, cache)
 
         layers = jnp.arange(jax.tree.leaves(weights)[0].shape[0], dtype=jnp.int32)
-        return scan_blocks(tower, perturbed, {'weights': weights, 'layer': layers}, x, ctx, cache)
+        return scan_blocks(tower, one_block, {'layer': layers}, x, ctx, cache)
 
     return run
 
@@ -179,7 +192,7 @@ def zeroth_order_scores(
 
     Args:
       loss, batches, paths: see `first_order_scores`, as for what is returned and raised.
-      key: of the noise; that of kernel k, layer l, batch b is `key` with k, l and b folded in, in that order.
+      key: of the noise; that of kernel k, layer l, batch b, input i is `key` with k, l, b, i folded in, in that order.
       eps: how far weights are moved, in their own unit.
       progress: called with the number of kernels and layers done.
     """

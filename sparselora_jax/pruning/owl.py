@@ -24,7 +24,7 @@ from sparselora_jax.sparsity import PatternError
 
 
 @jax.jit
-def _outliers(kernels: list[Array], squares: list[Array], threshold: float) -> Array:
+def _outliers(kernels: list[Array], squares: list[Array], threshold: Array) -> Array:
     """Scores of each kernel above `threshold` times the mean of all of them."""
     scores = [
         jnp.abs(w.astype(jnp.float32)) * jnp.sqrt(sums)[:, None] for w, sums in zip(kernels, squares, strict=True)
@@ -79,7 +79,7 @@ def outlier_shares(
                     raise calibrate.CalibrationError(f'{prefix}{error} (layer {layer})') from None
                 counts = _outliers([w[name] for name in names], [stats[name][0] for name in names], threshold)
                 size = sum(w[name].size for name in names)
-                shares.setdefault(tower, []).append(int(np.sum(counts, dtype=np.int64)) / size)
+                shares.setdefault(tower, []).append(int(np.asarray(counts).sum(dtype=np.int64)) / size)
             return w
 
         return visit
