@@ -19,7 +19,15 @@ from sparselora_jax.data.dataset import Dataset
 from sparselora_jax.models import embedded, hf, on_disk, streaming
 from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
-from sparselora_jax.recipe import check_values, claim, lora_rules, prune_rules, refuse_other, text_format
+from sparselora_jax.recipe import (
+    check_allocation,
+    check_values,
+    claim,
+    lora_rules,
+    prune_rules,
+    refuse_other,
+    text_format,
+)
 from sparselora_jax.restore import Frozen
 from sparselora_jax.sparsity import check_sparse
 from sparselora_jax.weights import init_lora, merge
@@ -64,6 +72,7 @@ class Job:
             is_leaf=lambda shape: isinstance(shape, tuple),
         )
         pruning.patterns_of(like, prune_rules(self.config))
+        check_allocation(self.config, like)
         jax.eval_shape(lambda key: init_lora(key, like, lora_rules(self.config)), jax.random.key(0))
 
     @functools.cached_property

@@ -3,7 +3,7 @@
 `uniform_zeros`, `allocate` and what makes its scores say how many zeros each layer gets.
 """
 
-from sparselora_jax.pruning.allocate import allocate, kernel_sizes, uniform_zeros
+from sparselora_jax.pruning.allocate import allocate, check_bound, kernel_sizes, uniform_zeros
 from sparselora_jax.pruning.ecoflap import first_order_scores, zeroth_order_scores
 from sparselora_jax.pruning.global_magnitude import global_magnitude_zeros
 from sparselora_jax.pruning.magnitude import Magnitude, Random
@@ -19,6 +19,7 @@ __all__ = [
     'SparseGPT',
     'Wanda',
     'allocate',
+    'check_bound',
     'first_order_scores',
     'global_magnitude_zeros',
     'kernel_sizes',
