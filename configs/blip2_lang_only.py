@@ -41,6 +41,18 @@ def base() -> ConfigDict:
     config.prune.group = ConfigDict(dict(vision='matrix', qformer='output', language='output'))
     config.prune.samples = 128
     config.prune.chunk = 32  # samples at a time
+    # How the zeros that unstructured patterns ask for are shared out over the layers of all towers (uniform: each layer
+    # has what its pattern says): uniform | global_magnitude | owl | ecoflap_first | ecoflap_zeroth.
+    config.prune.allocation = 'uniform'
+    # ECoFLaP: no layer gets sparser than this (the source's default; its runs: the pattern's sparsity + 0.1); what its
+    # scores are taken from (the zeroth order runs these samples twice for each kernel and layer); eps of its noise.
+    config.prune.highest = 0.8
+    config.prune.score_samples = 32
+    config.prune.score_batch = 8
+    config.prune.noise = 1e-3
+    # OWL: an outlier exceeds this many times the mean score of its block (M); ratios differ by 2 * spread (lambda).
+    config.prune.outlier = 5.0
+    config.prune.spread = 0.08
     config.prune.damp = 0.01  # SparseGPT only, as is `block`
     config.prune.block = 64
 

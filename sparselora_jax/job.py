@@ -23,6 +23,7 @@ from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
 from sparselora_jax.recipe import (
     ConfigError,
+    check_allocation,
     check_batches,
     check_values,
     claim,
@@ -79,6 +80,7 @@ class Job:
             is_leaf=lambda shape: isinstance(shape, tuple),
         )
         pruning.patterns_of(like, prune_rules(self.config))
+        check_allocation(self.config, like)
         jax.eval_shape(lambda key: init_lora(key, like, lora_rules(self.config)), jax.random.key(0))
         _ = self.mesh
         check_batches(self.config)

@@ -63,6 +63,13 @@ def distillation_loss(
     return loss, {'loss': loss, 'ce': ce, 'kl': kl}
 
 
+def answer_loss(
+    logits: Float[Array, 'batch tokens vocab'], targets: Int[Array, 'batch tokens'], answer: Bool[Array, 'batch tokens']
+) -> Float[Array, '']:
+    """Mean cross-entropy of the answers' tokens: what ECoFLaP differentiates."""
+    return distillation_loss(logits, None, targets, token_weights(answer))[0]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_losses(temperature, student, teacher, targets):
     """Cross-entropy and KL of each token, with the gradient written out: autodiff of the two softmaxes walks the

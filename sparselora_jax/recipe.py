@@ -13,6 +13,7 @@ from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
 from sparselora_jax.storage import write_text
 from sparselora_jax.weights import GRADIENTS, LoraSpec
 
+ALLOCATIONS = ('uniform', 'global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_zeroth')
 DTYPES = ('float32', 'bfloat16', 'float16')
 BLOCKS = '(.*/)?blocks/'  # below a tower's name: T5 has an encoder's and a decoder's
 
@@ -34,11 +35,15 @@ def check_values(config: Any) -> None:
             )
     prune_methods(config)
     prune_rules(config)
+    _check_allocation(config)
     restore = config.restore
     for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS}.items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
-    counts = {'prune': ('chunk', 'block'), 'evaluate': ('questions', 'batch', 'max_new_tokens', 'num_beams')}
+    counts = {
+        'prune': ('chunk', 'block', 'score_samples', 'score_batch'),
+        'evaluate': ('questions', 'batch', 'max_new_tokens', 'num_beams'),
+    }
     counts |= {'restore': ('steps', 'batch', 'checkpoint_every'), 'text': ('prompt_tokens', 'answer_tokens')}
     for part, fields in counts.items():
         for field in fields:
@@ -81,6 +86,31 @@ def check_batches(config: Any) -> None:
     }.items():
         if count % rows:
             raise ConfigError(f'{field} is {count}: mesh.data * mesh.fsdp = {rows} does not divide it')
+
+
+def _check_allocation(config: Any) -> None:
+    prune = config.prune
+    if prune.allocation not in ALLOCATIONS:
+        raise ConfigError(f'prune.allocation {prune.allocation!r}: expected one of {", ".join(ALLOCATIONS)}')
+    if prune.allocation == 'uniform':
+        return
+    for tower in towers(config):
+        if parse_pattern(prune.pattern[tower]).structured:
+            found = f'prune.pattern.{tower} {prune.pattern[tower]!r} with prune.allocation {prune.allocation!r}'
+            raise PatternError(
+                f"{found}: N:M leaves nothing to allocate; expected a sparsity such as 0.5, or 'uniform'"
+            )
+    if not 0 < prune.highest <= 1:
+        raise ConfigError(f'prune.highest {prune.highest}: expected a sparsity in (0, 1]')
+    for field in ('noise', 'outlier', 'spread'):
+        if not prune[field] > 0:
+            raise ConfigError(f'prune.{field} {prune[field]}: expected more than 0')
+    if prune.score_samples % prune.score_batch:
+        found = f'prune.score_batch {prune.score_batch}: does not divide prune.score_samples'
+        raise ConfigError(f'{found}, {prune.score_samples}')
+    if config.stream and prune.allocation.startswith('ecoflap'):
+        expected = 'whose scores need the model in memory; with it, use global_magnitude or owl'
+        raise ConfigError(f'stream with prune.allocation {prune.allocation!r}, {expected}')
 
 
 def towers(config: Any) -> tuple[str, ...]:
@@ -133,6 +163,34 @@ def lora_rules(config: Any) -> list[tuple[str, LoraSpec | None]]:
     lora = config.lora
     specs = {tower: LoraSpec(rank, lora.alpha[tower]) if rank else None for tower, rank in lora.rank.items()}
     return [(f'{tower}/{BLOCKS}{lora.targets[tower]}', specs[tower]) for tower in towers(config)] + [('.*', None)]
+
+
+def check_allocation(config: Any, params: dict) -> None:
+    """Names an allocation that is impossible whatever the scores.
+
+    Args:
+      params: anything with the shapes of a params tree.
+
+    Raises:
+      PatternError: no zeros to allocate, more than `prune.highest` allows, or ratios of OWL that may leave (0, 1).
+    """
+    prune = config.prune
+    if prune.allocation == 'uniform':
+        return
+    uniform = pruning.uniform_zeros(params, prune_rules(config), method=prune_methods(config))
+    sizes = pruning.kernel_sizes(params, uniform)
+    if prune.allocation.startswith('ecoflap'):
+        try:
+            pruning.check_bound(uniform, sizes, prune.highest)
+        except PatternError as error:
+            raise PatternError(f'prune.highest: {error}') from None
+    for path, zeros in uniform.items() if prune.allocation == 'owl' else ():
+        ratio = zeros.max() / sizes[path]
+        if not prune.spread < ratio < 1 - prune.spread:
+            raise PatternError(
+                f'{path}: sparsity {ratio:.3f} with prune.spread {prune.spread}: '
+                'OWL moves ratios by as much, and they must stay between 0 and 1; ask for a smaller spread'
+            )
 
 
 def text_format(config: Any) -> TextFormat:

@@ -103,7 +103,7 @@ def keep_largest(
     cannot a sort. `num_zeros` (one integer, or one for each group) may be traced, so that one compilation serves every
     ratio.
     """
-    bits, axis = _ordered_bits(scores), axis % scores.ndim
+    bits, axis = ordered_bits(scores), axis % scores.ndim
     groups = tuple(size for i, size in enumerate(scores.shape) if i != axis)
     zeros = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(num_zeros, jnp.int32), groups), axis)
 
@@ -133,7 +133,7 @@ def keep_largest(
     return ~(below | jax.lax.cond(tied, earliest, lambda equal: equal, equal))
 
 
-def _ordered_bits(scores: Float[Array, '*shape']) -> Shaped[Array, '*shape']:
+def ordered_bits(scores: Float[Array, '*shape']) -> Shaped[Array, '*shape']:
     """Unsigned integers that compare as the scores do."""
     scores = scores.astype(jnp.float32) if scores.dtype.itemsize < 4 else scores
     scores = jnp.where(scores == 0, jnp.zeros((), scores.dtype), scores)  # -0.0 is equal to 0.0

@@ -19,6 +19,7 @@ from sparselora_jax.evaluation import vqa
 from sparselora_jax.evaluation.density import block_count, layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.job import KERNELS, MASKS, Job
+from sparselora_jax.losses import answer_loss
 from sparselora_jax.models import embedded, hf_export, on_disk, peft_adapter
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.progress import Progress
@@ -87,6 +88,51 @@ def floor(job: Job) -> dict:
     return job.stage('floor', compute)
 
 
+def _calibration(job: Job) -> list[dict]:
+    samples = job.config.prune.samples
+    return [job.batches(samples, job.config.seed + 1)[0]] if samples > 0 else []
+
+
+def allocate(job: Job) -> dict[str, np.ndarray] | None:
+    """Zeros of each layer's kernel, kept in `zeros.json`; None: each layer has what its pattern says.
+
+    ECoFLaP's scores are of the cross-entropy on answers of training batches, OWL's shares of the samples that prune.
+    """
+    if job.config.prune.allocation == 'uniform':
+        return None
+
+    def compute():
+        config, model, knobs = job.config, job.model, job.config.prune
+        params = job.params_on_disk() if config.stream else job.params
+        uniform = pruning.uniform_zeros(params, prune_rules(config), method=prune_methods(config))
+        sizes, paths = pruning.kernel_sizes(params, uniform), tuple(uniform)
+        budget = sum(int(zeros.sum()) for zeros in uniform.values())
+
+        def loss(w, batch, run):
+            return answer_loss(model.answer_logits(w, batch, run), batch['targets'], batch['answer'])
+
+        if knobs.allocation == 'global_magnitude':
+            found = pruning.global_magnitude_zeros(params, uniform)
+        elif knobs.allocation == 'owl':
+            shares = pruning.outlier_shares(
+                model.hidden, params, _calibration(job), paths, threshold=knobs.outlier, chunk=knobs.chunk
+            )
+            found = pruning.owl_zeros(shares, uniform, sizes, spread=knobs.spread)
+        else:
+            drawn = job.batches(knobs.score_batch, config.seed + 1)
+            batches = [drawn[index] for index in range(knobs.score_samples // knobs.score_batch)]
+            if knobs.allocation == 'ecoflap_first':
+                scores = pruning.first_order_scores(loss, params, batches, paths)
+            else:
+                progress = Progress('score', sum(zeros.size for zeros in uniform.values()), interval=5)
+                key, eps = jax.random.key(config.seed), knobs.noise
+                scores = pruning.zeroth_order_scores(loss, params, batches, paths, key=key, eps=eps, progress=progress)
+            found = pruning.allocate(scores, sizes, budget, highest=knobs.highest)
+        return {'zeros': {path: zeros.tolist() for path, zeros in found.items()}}
+
+    return {path: np.array(of_layers) for path, of_layers in job.stage('zeros', compute)['zeros'].items()}
+
+
 def prune(job: Job) -> dict:
     """Calibrates and prunes; writes `masks.safetensors`, and `kernels.safetensors` if kept weights changed.
 
@@ -97,11 +143,11 @@ def prune(job: Job) -> dict:
     def compute():
         config, model = job.config, job.model
         params = job.params_on_disk() if config.stream else job.params
-        calibration = [job.batches(config.prune.samples, config.seed + 1)[0]] if config.prune.samples > 0 else []
+        calibration = _calibration(job)
         rules, methods = prune_rules(config), prune_methods(config)
         flat, patterns = flatten(params), pruning.patterns_of(params, rules)
         progress = Progress('prune', block_count(params), interval=5)
-        done = []
+        zeros, done = allocate(job), []
 
         def tick(tower, layer, layers):
             done.append(layer)
@@ -116,14 +162,15 @@ def prune(job: Job) -> dict:
 
             def keep(path, layer, kernel, mask):
                 tower = path.split('/')[0]
-                check_masks({path: mask}, [('.*', patterns[path])], group=config.prune.group[tower])
+                promised = {path: zeros[path][layer]} if zeros else None
+                check_masks({path: mask}, [('.*', patterns[path])], group=config.prune.group[tower], zeros=promised)
                 check_sparse({path: kernel}, {path: mask})
                 write_mask(path, layer, mask)
                 if kernels_like:
                     write_kernel(path, layer, kernel)
 
             chunk = config.prune.chunk
-            knobs = {'method': methods, 'chunk': chunk, 'keep': keep, 'progress': tick}
+            knobs = {'method': methods, 'zeros': zeros, 'chunk': chunk, 'keep': keep, 'progress': tick}
             result = pruning.prune(model.hidden, params, calibration, rules, **knobs)
         if config.stream:
             pruned = on_disk.pruned_on_disk(params, job.workdir / MASKS, job.workdir / KERNELS)
@@ -181,8 +228,9 @@ def export(job: Job) -> dict:
         peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'), base=base)
         hf_export.check_export(folder, model, merged)
         frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group
+        zeros = allocate(job)
         return {
-            'sparsity': {t: tower_sparsity(merged, t, pattern[t], group=group[t]) for t in pattern},
+            'sparsity': {t: tower_sparsity(merged, t, pattern[t], group=group[t], zeros=zeros) for t in pattern},
             'layer_density': {tower: layer_density(merged, tower) for tower in pattern},
             'lora_merged_density': plain_lora_density(frozen.params, frozen.masks, job.trained('restore')),
             'bytes': {

@@ -11,14 +11,14 @@ import pytest
 
 import sparselora_jax as sl
 from configs import blip2_lang_only
-from sparselora_jax import rules, sparsity, stages, storage
+from sparselora_jax import pruning, rules, sparsity, stages, storage
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.errors import DataError
 from sparselora_jax.evaluation import report
 from sparselora_jax.job import Job
 from sparselora_jax.models import embedded
-from sparselora_jax.recipe import ConfigError
+from sparselora_jax.recipe import ConfigError, prune_methods, prune_rules
 
 STAGES = ('evaluate_dense', 'prune', 'evaluate_pruned', 'restore', 'evaluate_restored', 'export', 'floor')
 MODELS = ('dense', 'pruned', 'restored')
@@ -188,6 +188,54 @@ def test_sparsegpt_edits_kept_weights_and_learns_from_the_dense_teacher(sparsegp
         'qformer': (1.0, 0),
         'language': (0.5, 0),
     }
+
+
+@pytest.mark.parametrize('allocation', ['global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_zeroth'])
+def test_allocated_zeros_sum_to_those_of_uniform_pruning(world, tmp_path, tiny_blip2, allocation):
+    small = {'prune.allocation': allocation, 'prune.score_samples': 4, 'prune.score_batch': 2}
+    fields = {'prune.pattern.vision': '0.5', 'prune.pattern.language': '0.6', 'prune.method': 'magnitude'}
+    job = Job(tiny_config(**small, **fields), tmp_path)
+    stages.prune(job)
+    zeros = read(tmp_path, 'zeros')['zeros']
+    masks = rules.flatten(storage.load_safetensors(tmp_path / 'masks.safetensors')[0])
+    made = {path: (~np.asarray(mask)).sum(axis=(1, 2)).tolist() for path, mask in masks.items()}
+    assert made == zeros
+    assert {path.split('/')[0] for path in zeros} == {'vision', 'language'}
+    uniform = pruning.uniform_zeros(tiny_blip2[1], prune_rules(job.config), method=prune_methods(job.config))
+    assert sum(map(sum, zeros.values())) == sum(int(of_layers.sum()) for of_layers in uniform.values())
+    assert zeros != {path: of_layers.tolist() for path, of_layers in uniform.items()}
+
+
+def test_the_report_believes_the_zeros_that_were_allocated(world, tmp_path):
+    fields = {'prune.pattern.vision': '0.5', 'prune.pattern.language': '0.5', 'prune.allocation': 'owl'}
+    got = read(run(tmp_path, **fields), 'report')
+    assert [got['sparsity'][tower]['violations'] for tower in ('vision', 'qformer', 'language')] == [0, 0, 0]
+    assert {'zeros', 'prune'} <= got['time_s'].keys()
+    assert got['sparsity']['language']['density'] != got['sparsity']['vision']['density']
+
+
+def test_an_impossible_allocation_is_named_before_any_work(world, tmp_path):
+    def check(**fields):
+        fields = {name.replace('__', '.'): value for name, value in fields.items()}
+        Job(tiny_config(**{'prune.pattern.language': '0.7'} | fields), tmp_path / 'never').check()
+
+    with pytest.raises(ConfigError, match="prune.allocation 'evenly': expected one of uniform, global_magnitude, owl"):
+        check(prune__allocation='evenly')
+    with pytest.raises(sparsity.PatternError, match="prune.pattern.language '2:4' .* N:M leaves nothing to allocate"):
+        check(**{'prune.pattern.language': '2:4'}, prune__allocation='owl')
+    with pytest.raises(sparsity.PatternError, match='no zeros to allocate'):
+        check(**{'prune.pattern.language': 'dense'}, prune__allocation='owl')
+    with pytest.raises(sparsity.PatternError, match='prune.highest: .* highest sparsity of 0.6 allows'):
+        check(prune__allocation='ecoflap_first', prune__highest=0.6)
+    with pytest.raises(
+        sparsity.PatternError, match='language/.*: sparsity 0.* with prune.spread 0.4: .* smaller spread'
+    ):
+        check(prune__allocation='owl', prune__spread=0.4)
+    with pytest.raises(ConfigError, match='prune.score_batch 3: does not divide prune.score_samples, 4'):
+        check(prune__allocation='ecoflap_first', prune__score_batch=3, prune__score_samples=4)
+    with pytest.raises(ConfigError, match="stream with prune.allocation 'ecoflap_zeroth', whose scores need the model"):
+        check(prune__allocation='ecoflap_zeroth', stream=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_workdir_of_another_config_is_refused_and_the_field_named(wanda):

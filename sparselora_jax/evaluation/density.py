@@ -1,6 +1,7 @@
 """What a finished model's kernels say about themselves: density, pattern, violations; no mask is believed."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from sparselora_jax import rules
 from sparselora_jax.sparsity import parse_pattern, violations
@@ -21,15 +22,27 @@ def block_count(params: dict) -> int:
     return sum(stacks.values())
 
 
-def tower_sparsity(params: dict, tower: str, pattern: str | float, *, group: str = 'output') -> dict:
+def tower_sparsity(
+    params: dict,
+    tower: str,
+    pattern: str | float,
+    *,
+    group: str = 'output',
+    zeros: dict[str, np.ndarray] | None = None,
+) -> dict:
     """Density of a tower's block kernels, counted, and the comparison groups without exactly the promised zeros.
 
     A kept weight that happens to be zero would count as a violation too: none is expected.
+
+    Args:
+      zeros: of each layer's kernel, by path, where they are not the pattern's (see `pruning.allocate`).
     """
     found, parsed = _block_kernels(params, tower), parse_pattern(pattern)
     kept = sum(int(jnp.count_nonzero(kernel)) for kernel in found.values())
     size = sum(kernel.size for kernel in found.values())
-    wrong = 0 if parsed.dense else sum(int(violations(kernel != 0, parsed, group).sum()) for kernel in found.values())
+    wrong = 0
+    for path, kernel in found.items() if not parsed.dense else ():
+        wrong += int(violations(kernel != 0, parsed, group, (zeros or {}).get(path)).sum())
     return {'pattern': str(pattern), 'density': kept / size, 'violations': wrong}
 
 

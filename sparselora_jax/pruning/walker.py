@@ -30,8 +30,11 @@ def _prune_kernel(kernel: Array, statistic: Any, zeros: Any, *, method: Any, pat
     return jax.lax.map(lambda layer: method(layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros))
 
 
-def _zeros_of(
-    flat: dict[str, Any], patterns: dict[str, Pattern], methods: dict[str, Any], given: dict[str, np.ndarray] | None
+def pattern_zeros(
+    flat: dict[str, Any],
+    patterns: dict[str, Pattern],
+    methods: dict[str, Any],
+    given: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Zeros of every layer's kernel, counted here on the host: `given`, or what the pattern asks of each group."""
     for path in given or {}:
@@ -76,7 +79,7 @@ def patterns_of(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pat
     return {path: pattern for path, pattern in patterns.items() if not pattern.dense}
 
 
-def _methods_of(params: dict, method: Any) -> dict[str, Any]:
+def methods_of(params: dict, method: Any) -> dict[str, Any]:
     """The method of every kernel, from one for all or from rules."""
     rules = method if isinstance(method, Sequence) else [('.*', method)]
     return rules_lib.match(rules, rules_lib.kernels(params))
@@ -112,9 +115,9 @@ def prune_tree(
     >>> pruned['q']['kernel'].tolist()
     [[0.0], [-2.0]]
     """
-    flat, masks, methods = rules_lib.flatten(params), {}, _methods_of(params, method)
+    flat, masks, methods = rules_lib.flatten(params), {}, methods_of(params, method)
     patterns = patterns_of(params, rules)
-    totals = _zeros_of(flat, patterns, methods, zeros)
+    totals = pattern_zeros(flat, patterns, methods, zeros)
     for path, pattern in patterns.items():
         statistic, method = None, methods[path]
         if method.statistic is not None:
@@ -126,6 +129,46 @@ def prune_tree(
         flat[path], masks[path] = _prune_kernel(flat[path], statistic, counts, method=method, pattern=pattern.kind)
         _check_finite(path, flat[path])
     return rules_lib.unflatten(flat), rules_lib.unflatten(masks)
+
+
+def joined(batches: Iterable[dict]) -> dict:
+    """One batch of all samples.
+
+    Raises:
+      CalibrationError: no batch.
+    """
+    if not (batches := list(batches)):
+        raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
+    return jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
+
+
+def walk(
+    forward: Callable[..., Any],
+    params: dict,
+    samples: dict,
+    enter: Callable[[str, Callable], Callable[[int, int, dict, list], dict]],
+    *,
+    chunk: int,
+) -> None:
+    """Runs `forward` over all samples, block by block, `chunk` samples at a time; see `prune`.
+
+    Args:
+      enter: `enter(tower, block)`, called at each stack of blocks, returns `visit(layer, layers, w, chunks)`: that is
+        given a layer's weights by path and its inputs, `[(x, ctx), ...]`, and returns the weights to go on with.
+    """
+
+    def run(tower, block, weights, x, ctx, cache=None):
+        visit = enter(tower, block)
+        step = jax.jit(lambda w, x, ctx: block(w, x, ctx, None)[0])
+        chunks = _split(x, ctx, chunk)
+        layers = jax.tree.leaves(weights)[0].shape[0]
+        for layer in range(layers):
+            w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights))
+            w = visit(layer, layers, w, chunks)
+            chunks = [(step(rules_lib.unflatten(w), x, ctx), ctx) for x, ctx in chunks]
+        return jnp.concatenate([x for x, _ in chunks]), cache
+
+    forward(params, samples, run)
 
 
 def prune(
@@ -161,19 +204,16 @@ def prune(
     Raises:
       CalibrationError: no batch, or non-finite activations. PatternError, RuleError: see `prune_tree`.
     """
-    batches = list(batches)
-    if not batches:
-        raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
-    samples = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
-    patterns, methods = patterns_of(params, rules), _methods_of(params, method)
-    totals = _zeros_of(rules_lib.flatten(params), patterns, methods, zeros)
+    samples = joined(batches)
+    patterns, methods = patterns_of(params, rules), methods_of(params, method)
+    totals = pattern_zeros(rules_lib.flatten(params), patterns, methods, zeros)
     pruned, masks, tokens = {}, {}, {}
 
     def collect(path, layer, kernel, mask):
         pruned.setdefault(path, []).append(kernel)
         masks.setdefault(path, []).append(mask)
 
-    def run(tower, block, weights, x, ctx, cache=None):
+    def enter(tower, block):
         prefix = f'{tower}/blocks/'
         here = {path[len(prefix) :]: pattern for path, pattern in patterns.items() if path.startswith(prefix)}
         of_block = {name: methods[prefix + name] for name in here}
@@ -182,27 +222,25 @@ def prune(
             stats=lambda name: (of_block[name].statistic or calibrate.squares) if name in here else None,
             valid=lambda name, inputs: valid_rows(name, inputs[1]),
         )
-        step = jax.jit(lambda w, x, ctx: block(w, x, ctx, None)[0])
-        chunks = _split(x, ctx, chunk)
-        layers = jax.tree.leaves(weights)[0].shape[0]
-        for layer in range(layers):
-            progress(tower, layer, layers)
-            w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights))
-            if here:
-                try:
-                    stats = observe(rules_lib.unflatten(w), chunks)
-                    counts = {name: int(totals[prefix + name][layer]) for name in here}
-                    new, kept = _prune_block(w, stats, here, of_block, counts)
-                except calibrate.CalibrationError as error:
-                    raise calibrate.CalibrationError(f'{prefix}{error} (layer {layer})') from None
-                for name in here:
-                    (keep or collect)(prefix + name, layer, new[name], kept[name])
-                    tokens[prefix + name] = int(stats[name][1])
-                w |= new
-            chunks = [(step(rules_lib.unflatten(w), x, ctx), ctx) for x, ctx in chunks]
-        return jnp.concatenate([x for x, _ in chunks]), cache
 
-    forward(params, samples, run)
+        def visit(layer, layers, w, chunks):
+            progress(tower, layer, layers)
+            if not here:
+                return w
+            try:
+                stats = observe(rules_lib.unflatten(w), chunks)
+                counts = {name: int(totals[prefix + name][layer]) for name in here}
+                new, kept = _prune_block(w, stats, here, of_block, counts)
+            except calibrate.CalibrationError as error:
+                raise calibrate.CalibrationError(f'{prefix}{error} (layer {layer})') from None
+            for name in here:
+                (keep or collect)(prefix + name, layer, new[name], kept[name])
+                tokens[prefix + name] = int(stats[name][1])
+            return w | new
+
+        return visit
+
+    walk(forward, params, samples, enter, chunk=chunk)
     if missed := sorted(patterns.keys() - tokens.keys()):
         raise rules_lib.RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
     flat = rules_lib.flatten(params)

@@ -1,0 +1,74 @@
+"""Global magnitude pruning (e.g. arXiv 1506.02626): one threshold on |W| for all kernels of a model together.
+
+It is an allocation: with `Magnitude(group='matrix')` its zeros are exactly the smallest weights of the whole model;
+with another method only the ratios of the layers are those of global magnitude.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparselora_jax import rules as rules_lib
+from sparselora_jax.pruning.allocate import check_left, kernel_sizes, total
+from sparselora_jax.sparsity import ordered_bits
+
+DIGIT = 16  # bits of a weight that one pass over the model settles
+
+
+@functools.partial(jax.jit, static_argnames=('digit', 'dtype'))
+def _histogram(
+    kernel: Float[Array, 'inputs outputs'], found: Array, *, digit: int, dtype: str
+) -> Int[Array, ' values']:
+    """How many weights have each value of a digit of |W|'s bits, of those whose digits before it are `found`."""
+    bits = ordered_bits(jnp.abs(kernel.astype(dtype)))
+    last = bits.dtype.itemsize * 8 - DIGIT * (digit + 1)
+    values = (bits >> last) & (2**DIGIT - 1)
+    if digit:
+        values = jnp.where(bits >> (last + DIGIT) == found, values, 2**DIGIT)
+    counts = jnp.zeros(2**DIGIT, jnp.int32)
+    return counts.at[values.astype(jnp.int32).reshape(-1)].add(1, mode='drop')
+
+
+def global_magnitude_zeros(params: dict, uniform: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Zeros of each layer's kernel: its weights among the smallest |W| of all kernels together.
+
+    The threshold is found 16 bits at a time, from counts: weights are read a layer of a kernel at a time, twice (four
+    times in fp64), and never sorted or put together. So leaves may be weights on disk (`models.on_disk`).
+
+    Args:
+      uniform: what uniform pruning would make (see `uniform_zeros`): its kernels are compared, its sum is the budget.
+
+    Returns:
+      {path: zeros}. Of equal weights those of the earlier path, layer and position are pruned first.
+
+    Raises:
+      PatternError: a layer's kernel would keep no weight.
+    """
+    flat, sizes, need = rules_lib.flatten(params), kernel_sizes(params, uniform), total(uniform)
+    dtype = 'float64' if any(flat[path].dtype.itemsize == 8 for path in uniform) else 'float32'
+    word = np.dtype(dtype.replace('float', 'uint')).type
+    found, below = word(0), 0
+    for digit in range(np.dtype(dtype).itemsize * 8 // DIGIT):
+        counts = np.stack([_histogram(w, found, digit=digit, dtype=dtype) for w in _kernels(flat, uniform)])
+        so_far = np.cumsum(counts.sum(axis=0, dtype=np.int64))
+        value = int(np.searchsorted(so_far, need))  # of the last weight that is pruned
+        below = below + counts[:, :value].sum(axis=1, dtype=np.int64)
+        need -= int(so_far[value - 1]) if value else 0
+        found, equal = word((int(found) << DIGIT) | value), counts[:, value].astype(np.int64)
+    before = np.cumsum(equal) - equal
+    flat_zeros = below + np.clip(need - before, 0, equal)
+    ends = np.cumsum([np.size(of_layers) for of_layers in uniform.values()])[:-1]
+    parts = zip(uniform.items(), np.split(flat_zeros, ends), strict=True)
+    zeros = {path: part.reshape(np.shape(of_layers)) for (path, of_layers), part in parts}
+    check_left(zeros, sizes)
+    return zeros
+
+
+def _kernels(flat: dict, paths: dict):
+    """Each layer's kernel, one at a time."""
+    for path in paths:
+        leaf = flat[path]
+        yield from (leaf[layer] for layer in range(leaf.shape[0])) if leaf.ndim == 3 else (leaf,)
