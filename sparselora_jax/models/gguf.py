@@ -140,8 +140,9 @@ def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfi
             array = _unpermute(array, cfg.heads if name == 'attn_q' else cfg.kv_heads)
         return array.T
 
-    names = {f'blk.{i}.{name}.weight' for i in range(cfg.depth) for name in (*_BLOCK_KERNELS.values(), *_NORMS.values())}
-    if unknown := sorted(tensors.keys() - names - {'token_embd.weight', 'output_norm.weight', 'output.weight'}):
+    parts = [*_BLOCK_KERNELS.values(), *_NORMS.values()]
+    known = {f'blk.{i}.{part}.weight' for i in range(cfg.depth) for part in parts}
+    if unknown := sorted(tensors.keys() - known - {'token_embd.weight', 'output_norm.weight', 'output.weight'}):
         raise AssetError(f'{path}: no place for its tensors {", ".join(unknown[:5])} in a LLaMA here; use another file')
     flat = {'embed': read('token_embd.weight'), 'norm/scale': read('output_norm.weight')}
     for ours, theirs in _BLOCK_KERNELS.items():
