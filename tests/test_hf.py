@@ -279,6 +279,18 @@ def test_a_repository_is_downloaded_without_pickles(saved, monkeypatch):
     assert list(kept) == files[:-1]
 
 
+def test_a_repository_of_pickles_alone_is_refused_with_a_command(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **kw: str(tmp_path))
+    with pytest.raises(sl.StorageError) as error:
+        hf.load_model('owner/name')
+    said = str(error.value)
+    assert said.startswith('owner/name: ') and 'no safetensors' in said and 'unpickling runs whatever code' in said
+    assert 'convert it' in said and said.endswith(' owner/name name-safetensors')
+
+
 def test_offline_it_says_what_to_download(monkeypatch, tmp_path):
     import huggingface_hub
 
@@ -298,6 +310,19 @@ def test_generation_defaults_come_from_the_directory(llama):
     assert generation.eos == (5, 6) and generation.pad == 5 and generation.bos == 1 and generation.start is None
     assert generation.options == (('length_penalty', -1.0), ('num_beams', 4))
     assert hash(generation)
+
+
+def test_options_of_nested_lists_are_hashable(llama):
+    (llama / 'generation_config.json').write_text(json.dumps({'bad_words_ids': [[5, 6], [7]]}))
+    model, _ = hf.open_model(llama)
+    assert hash(model) and model.generation.options == (('bad_words_ids', ((5, 6), (7,))),)
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '"no"', '[1, 2'])
+def test_a_damaged_generation_config_is_named(text, llama):
+    (llama / 'generation_config.json').write_text(text)
+    with pytest.raises(sl.StorageError, match=f'{llama}/generation_config.json: '):
+        hf.open_model(llama)
 
 
 def test_blip2_generates_as_its_language_model_does(saved):
