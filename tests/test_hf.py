@@ -162,6 +162,51 @@ def test_a_head_in_the_file_is_followed(saved, tmp_path):
     )
 
 
+def renamed(source, folder, *names, drop):
+    """A copy of a directory whose embeddings lie under other names."""
+    shutil.copytree(source, folder)
+    edit(folder, lambda tensors: tensors.update(dict.fromkeys(names, tensors.pop(drop))))
+    return folder
+
+
+@pytest.mark.parametrize(
+    'name, drop, names',
+    [
+        ('tied llama', 'model.embed_tokens.weight', ['lm_head.weight']),
+        ('opt', 'model.decoder.embed_tokens.weight', ['lm_head.weight']),
+        ('paligemma', 'language_model.model.embed_tokens.weight', ['lm_head.weight']),
+        ('blip2 t5', 'language_model.shared.weight', ['language_model.lm_head.weight']),
+        ('blip2 t5', 'language_model.shared.weight', ['language_model.encoder.embed_tokens.weight']),
+        (
+            'instructblip t5',
+            'language_model.shared.weight',
+            [f'language_model.{name}.weight' for name in ('decoder.embed_tokens', 'lm_head', 'encoder.embed_tokens')],
+        ),
+    ],
+)
+def test_a_tied_embedding_under_another_name_is_read_as_torch_reads_it(name, drop, names, saved, tmp_path):
+    module, folder = saved(name)
+    folder = renamed(folder, tmp_path / 'model', *names, drop=drop)
+    model, params = check(type(module).from_pretrained(folder).eval(), folder)
+    assert model.cfg.language.tied
+    for entry in names:
+        np.testing.assert_array_equal(params['language']['embed'], load_file(folder / 'model.safetensors')[entry])
+
+
+def test_an_untied_embedding_under_another_name_is_missing(saved, tmp_path):
+    folder = renamed(saved('llama')[1], tmp_path / 'model', 'lm_head.weight', drop='model.embed_tokens.weight')
+    with pytest.raises(sl.StorageError, match='1 tensors are missing: model.embed_tokens.weight'):
+        hf.open_model(folder)
+
+
+def test_embeddings_of_t5s_stacks_that_differ_are_named(saved, tmp_path):
+    folder = shutil.copytree(saved('blip2 t5')[1], tmp_path / 'model')
+    name = 'language_model.encoder.embed_tokens.weight'
+    edit(folder, lambda tensors: tensors.update({name: tensors['language_model.shared.weight'] + 1}))
+    with pytest.raises(sl.StorageError, match=f'{name} is not equal to language_model.shared.weight'):
+        hf.open_model(folder)
+
+
 def test_an_untied_t5_is_followed(saved, tmp_path):
     module, folder = saved('blip2 t5')
     folder, head = shutil.copytree(folder, tmp_path / 'untied'), module.language_model.lm_head
