@@ -36,6 +36,10 @@ class T5Config:
     tied: bool = False  # the head is the word embedding
     scale_head: bool = False  # hidden states are divided by sqrt(width) before the head
 
+    @property
+    def longest(self) -> None:
+        """Tokens that a text may have: as many as it likes, since positions are relative."""
+
 
 class DecoderCache(NamedTuple):
     """A decoder layer's slots seen so far, and its keys and values of the encoder's output."""
