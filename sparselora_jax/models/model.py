@@ -2,8 +2,8 @@
 
 A batch is a dict of arrays under the names of the transformers processors: `pixel_values` [batch, 3, height, width],
 `input_ids` (image placeholders included), `attention_mask` (0: a pad, wherever it lies), for InstructBLIP
-`qformer_input_ids` and `qformer_attention_mask`, for PaliGemma `token_type_ids`, for encoder-decoders
-`decoder_input_ids`.
+`qformer_input_ids` and `qformer_attention_mask`, for PaliGemma `token_type_ids` (0: image and prompt), for
+encoder-decoders `decoder_input_ids`.
 """
 
 from dataclasses import dataclass, field
