@@ -73,10 +73,11 @@ def generate(
       GenerationError: a value out of range; a prompt that is as long as `max_length`, or too long for the model's table
         of positions or window of attention; an image without `input_ids` for a model that has no BOS token; an entry of
         generation_config.json that is not supported.
-      BatchError: a row has other than one image token for each soft word of its image; PaliGemma's batch has no
-        token_type_ids.
+      BatchError: a token outside the vocabulary; a row has other than one image token for each soft word of its image;
+        PaliGemma's batch has no token_type_ids.
     """
     batch = _with_prompt(model, batch)
+    towers.check_ids(model.cfg, batch)
     if 'pixel_values' in batch:
         towers.check_image_tokens(model.cfg, batch['input_ids'], batch['attention_mask'])
     given = {

@@ -107,6 +107,8 @@ def test_an_image_token_beyond_the_vocabulary(perturbed, from_torch):
     module, model, params = build(45, perturbed, from_torch)
     given = batch(45)
     np.testing.assert_allclose(LOGITS(model, params, given), logits(module, given), atol=1e-4)
+    model.logits(params, given)  # not under jit: its tokens are looked at
+    generate(model, params, given, max_new_tokens=1)
 
 
 def test_a_row_of_pads_is_finite(oracle):

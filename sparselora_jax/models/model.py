@@ -91,7 +91,13 @@ class Model:
         return hasattr(self.language, 'encode')
 
     def prompt(self, weights: dict, batch: dict, run=scan_blocks) -> towers.Prompt:
-        """What the language tower reads."""
+        """What the language tower reads.
+
+        Raises:
+          BatchError: the batch does not fit the model; where values are known (not under jit), see also
+            `towers.check_ids`.
+        """
+        towers.check_ids(self.cfg, batch)
         batch = _arrays(batch)
         batch.setdefault('attention_mask', jnp.ones_like(batch['input_ids']))
         return self.family.prompt(weights, self.cfg, batch, run)
