@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import sparselora_jax as sl
 from sparselora_jax import rules
 from sparselora_jax.errors import UnsupportedModel
-from sparselora_jax.models import hf, layout
+from sparselora_jax.models import checkpoint_files, hf, layout, on_disk
 from sparselora_jax.models.model import Model
 from sparselora_jax.sharding import make_mesh
 
@@ -128,6 +128,18 @@ def test_dtypes_are_the_files_own_or_as_asked(dtype, saved, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype or jnp.float16)}
     want = module.model.embed_tokens.weight.detach().float().numpy().astype(jnp.dtype(dtype or jnp.float16))
     np.testing.assert_array_equal(params['language']['embed'], want)
+
+
+def test_a_t5_in_float16_is_refused_before_it_is_read(saved, tmp_path, monkeypatch):
+    module, folder = saved('blip2 t5')
+    type(module).from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path)
+    hf.load_model(tmp_path, dtype=jnp.float32)
+    monkeypatch.setattr(checkpoint_files, 'read', lambda *_: pytest.fail('a weight was read'))
+    for where, dtype in ((tmp_path, None), (folder, 'float16')):
+        with pytest.raises(UnsupportedModel, match='language/.* in float16.*load as float32 or bfloat16'):
+            hf.load_model(where, dtype=dtype)
+    with pytest.raises(UnsupportedModel, match='load as float32 or bfloat16'):
+        on_disk.params_on_disk(*hf.open_model(folder), jnp.float16)
 
 
 def test_of_several_dtypes_a_stack_has_the_widest(llama):

@@ -22,12 +22,13 @@ def load_model(dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | Non
     Args:
       dir_or_hub_id: a directory as `save_pretrained` writes it, or the id of a repository such as
         `Salesforce/blip2-opt-2.7b`, which is downloaded (or found in the cache).
-      dtype: of the params; each tensor's own by default.
+      dtype: of the params; each tensor's own by default. A T5 overflows in float16: float32 or bfloat16, then, if its
+        files are in float16.
       mesh: see `sharding.make_mesh`; the params are split over it by `sharding.RULES`.
 
     Raises:
       StorageError: files are missing, damaged, pickled, or do not fit their config.
-      UnsupportedModel: a kind of model, or a field of its config, that is not known here.
+      UnsupportedModel: a kind of model, or a field of its config, that is not known here; a T5 in float16.
     """
     model, pieces = open_model(dir_or_hub_id)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)

@@ -75,6 +75,16 @@ def from_hf(hf: Any) -> Any:
     return MODEL_TYPES[hf.model_type].from_hf(hf)
 
 
+def check_dtypes(dtypes: dict[str, Any]) -> None:
+    """Raises `UnsupportedModel` if a T5's weights, by path, are to be float16: its hidden states outgrow that."""
+    half = [path for path, dtype in dtypes.items() if dtype == jnp.float16]
+    if t5s := [path for path in half if path.startswith(('language/encoder/', 'language/decoder/'))]:
+        raise UnsupportedModel(
+            f'{t5s[0]} in float16, in which a T5 overflows (torch keeps parts of it in float32): '
+            'load as float32 or bfloat16'
+        )
+
+
 def check_ids(cfg: Any, batch: dict) -> None:
     """Raises `BatchError` if a token is none of its vocabulary: a lookup would give it another one's embedding.
 
