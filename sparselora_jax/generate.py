@@ -112,7 +112,7 @@ def _rules(model: Model, given: dict, prompt: int) -> tuple[int, search.Rules]:
         )
     longest = model.cfg.language.longest
     if longest is not None and prompt + new > longest:
-        raise GenerationError(f'{prompt} tokens and {new} more: {layers.most(longest)}; lower max_new_tokens')
+        raise GenerationError(f'{prompt} tokens and {new} more: {layers.reads_at_most(longest)}; lower max_new_tokens')
     if options['num_beams'] < 1:
         raise GenerationError(f'num_beams {options["num_beams"]}: expected 1 or more')
     if options['early_stopping'] not in (True, False, 'never'):

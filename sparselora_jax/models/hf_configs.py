@@ -56,7 +56,11 @@ def _rope_parameters(cfg: llama.LlamaConfig) -> dict[str, Any]:
 
 
 def blip2_config(cfg: blip2.Blip2Config, generation: Generation) -> Any:
-    """The `Blip2Config` of a model whose language tower is a LLaMA."""
+    """The `Blip2Config` of a model whose language tower is a LLaMA.
+
+    Raises:
+      UnsupportedModel: see `llama_config`.
+    """
     from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 
     v, q = cfg.vision, cfg.qformer

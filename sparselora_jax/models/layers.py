@@ -48,10 +48,10 @@ def causal_view(valid: Bool[Array, 'batch tokens'], prefix: Bool[Array, 'batch t
 def check_length(tokens: int, longest: int | None) -> None:
     """Raises `BatchError` if there are more tokens, pads included, than a model reads; None: it reads any number."""
     if longest is not None and tokens > longest:
-        raise BatchError(f'{tokens} tokens: {most(longest)}; use a shorter text, or fewer pads')
+        raise BatchError(f'{tokens} tokens: {reads_at_most(longest)}; use a shorter text, or fewer pads')
 
 
-def most(longest: int) -> str:
+def reads_at_most(longest: int) -> str:
     """What errors say of a text that is too long."""
     return f'the model reads at most {longest} (its table of positions, or window of attention)'
 
