@@ -4,7 +4,7 @@ import numpy as np
 
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.generation import decode, search
-from sparselora_jax.models import towers
+from sparselora_jax.models import layers, towers
 from sparselora_jax.models.model import Model
 
 
@@ -71,11 +71,13 @@ def generate(
 
     Raises:
       GenerationError: a value out of range; a prompt that is as long as `max_length`, or too long for the model's table
-        of positions; an image without `input_ids` for a model that has no BOS token; an entry of
+        of positions or window of attention; an image without `input_ids` for a model that has no BOS token; an entry of
         generation_config.json that is not supported.
-      BatchError: a row has other than one image token for each soft word of its image.
+      BatchError: a token outside the vocabulary; a row has other than one image token for each soft word of its image;
+        PaliGemma's batch has no token_type_ids.
     """
     batch = _with_prompt(model, batch)
+    towers.check_ids(model.cfg, batch)
     if 'pixel_values' in batch:
         towers.check_image_tokens(model.cfg, batch['input_ids'], batch['attention_mask'])
     given = {
@@ -108,9 +110,9 @@ def _rules(model: Model, given: dict, prompt: int) -> tuple[int, search.Rules]:
         raise GenerationError(
             f'the prompt has {prompt} tokens and max_length (or max_new_tokens) leaves room for {new} more: raise it'
         )
-    rows = getattr(model.cfg.language, 'position_rows', None)
-    if rows is not None and prompt + new > rows:
-        raise GenerationError(f'{prompt} tokens and {new} more: the model has a table of {rows} positions')
+    longest = model.cfg.language.longest
+    if longest is not None and prompt + new > longest:
+        raise GenerationError(f'{prompt} tokens and {new} more: {layers.reads_at_most(longest)}; lower max_new_tokens')
     if options['num_beams'] < 1:
         raise GenerationError(f'num_beams {options["num_beams"]}: expected 1 or more')
     if options['early_stopping'] not in (True, False, 'never'):

@@ -14,11 +14,13 @@ from sparselora_jax.weights import Lora
 
 AXES = ('data', 'fsdp', 'tensor')
 
-# Kernels are [layers, in, out]. Attention's and the MLP's first kernels split their outputs, the second their inputs.
+# Kernels are [layers, in, out], a head's [in, out]. Attention's and the MLP's first kernels split their outputs, the
+# second their inputs.
 RULES = (
     ('.*blocks/.*/(q|k|v|gate|up|fc1)/kernel', PartitionSpec(None, 'fsdp', 'tensor')),
     ('.*blocks/.*/(o|down|fc2)/kernel', PartitionSpec(None, 'tensor', 'fsdp')),
     ('.*embed', PartitionSpec('tensor', 'fsdp')),
+    ('.*head/kernel', PartitionSpec('fsdp', 'tensor')),
     ('.*', PartitionSpec()),
 )
 

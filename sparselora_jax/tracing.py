@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sparselora_jax import rules as rules_lib
-from sparselora_jax.models import t5
+from sparselora_jax.models import paligemma, t5
 from sparselora_jax.models.model import Generation, Model
 
 
@@ -65,6 +65,8 @@ def batch_of(cfg: Any, text: Any, size: int) -> dict:
     names |= {'input_ids': tokens, 'attention_mask': tokens, 'targets': text.answer_tokens}
     if getattr(getattr(cfg, 'qformer', None), 'vocab', 0):
         names |= dict.fromkeys(('qformer_input_ids', 'qformer_attention_mask'), text.prompt_tokens)
+    if isinstance(cfg, paligemma.PaliGemmaConfig):
+        names['token_type_ids'] = tokens
     inputs |= {name: jax.ShapeDtypeStruct((size, length), jnp.int32) for name, length in names.items()}
     return inputs | {'answer': jax.ShapeDtypeStruct((size, text.answer_tokens), jnp.bool_)}
 

@@ -17,7 +17,7 @@ from transformers import (
     T5Config,
 )
 
-from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.models import blip2
 from sparselora_jax.models.model import Generation, Model, from_hf
 
@@ -142,6 +142,17 @@ def test_a_row_of_pads_is_finite(oracle):
     if 'qformer_attention_mask' in given:
         given['qformer_attention_mask'][1] = 0
     assert bool(jnp.isfinite(LOGITS(model, params, given)).all())
+
+
+@pytest.mark.parametrize('name, vocab', [('input_ids', 40), ('qformer_input_ids', 20), ('decoder_input_ids', 40)])
+def test_an_id_outside_its_vocabulary_is_named(name, vocab, oracle):
+    _, model, params = oracle
+    given = batch(model)
+    for wrong in (vocab, -1) if name in given else ():
+        ids = given[name].copy()
+        ids[1, -2] = wrong
+        with pytest.raises(BatchError, match=f'row 1 of {name} has {wrong}: expected 0 to {vocab - 1}'):
+            model.logits(params, given | {name: ids})
 
 
 def test_every_parameter_is_accounted_for(oracle):

@@ -1,5 +1,6 @@
 """Parity of language models alone with torch transformers; names of files without the head."""
 
+import functools
 import re
 
 import jax
@@ -16,7 +17,8 @@ from transformers import (
     OPTModel,
 )
 
-from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.errors import BatchError, UnsupportedModel
+from sparselora_jax.generate import generate
 from sparselora_jax.models import causal
 from sparselora_jax.models.model import Generation, Model, from_hf
 
@@ -66,6 +68,16 @@ def test_an_absent_mask_is_ones(random_params):
     params, ids = random_params(model.shapes()), np.random.default_rng(0).integers(3, 40, (3, 8))
     got = model.logits(params, {'input_ids': ids})
     np.testing.assert_array_equal(got, model.logits(params, {'input_ids': ids, 'attention_mask': np.ones_like(ids)}))
+
+
+@pytest.mark.parametrize('wrong', [40, -1])
+def test_an_id_outside_the_vocabulary_is_named(wrong, random_params):
+    model = Model(from_hf(CONFIGS['llama']), Generation(eos=(1,), pad=0))
+    params, ids = random_params(model.shapes()), np.full((3, 4), 5)
+    ids[2, 1] = wrong
+    for call in (model.logits, functools.partial(generate, model)):
+        with pytest.raises(BatchError, match=f'row 2 of input_ids has {wrong}: expected 0 to 39'):
+            call(params, {'input_ids': ids})
 
 
 def test_attention_both_ways_is_refused():

@@ -206,5 +206,11 @@ def test_refused_image_tokens_and_positions(cases):
         case.ours(batch)
     case = cases('opt')
     rows = case.model.cfg.language.max_positions
-    with pytest.raises(GenerationError, match=f'the model has a table of {rows} positions'):
+    with pytest.raises(GenerationError, match=f'6 tokens and {rows} more: .* at most {rows}'):
         case.ours(max_new_tokens=rows)
+    case = cases('llama')  # a Mistral, but for its window
+    windowed = replace(case.model.cfg.language, window=WORDS + 3)
+    case = case._replace(model=replace(case.model, cfg=replace(case.model.cfg, language=windowed)))
+    with pytest.raises(GenerationError, match=f'6 tokens and 4 more: .* at most {WORDS + 3}'):
+        case.ours(max_new_tokens=4)
+    assert case.ours(max_new_tokens=3).shape[1] <= WORDS + 3

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import sparselora_jax as sl
 from sparselora_jax import rules
 from sparselora_jax.errors import UnsupportedModel
-from sparselora_jax.models import hf, layout
+from sparselora_jax.models import checkpoint_files, hf, layout, on_disk
 from sparselora_jax.models.model import Model
 from sparselora_jax.sharding import make_mesh
 
@@ -130,6 +130,18 @@ def test_dtypes_are_the_files_own_or_as_asked(dtype, saved, tmp_path):
     np.testing.assert_array_equal(params['language']['embed'], want)
 
 
+def test_a_t5_in_float16_is_refused_before_it_is_read(saved, tmp_path, monkeypatch):
+    module, folder = saved('blip2 t5')
+    type(module).from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path)
+    hf.load_model(tmp_path, dtype=jnp.float32)
+    monkeypatch.setattr(checkpoint_files, 'read', lambda *_: pytest.fail('a weight was read'))
+    for where, dtype in ((tmp_path, None), (folder, 'float16')):
+        with pytest.raises(UnsupportedModel, match='language/.* in float16.*load as float32 or bfloat16'):
+            hf.load_model(where, dtype=dtype)
+    with pytest.raises(UnsupportedModel, match='load as float32 or bfloat16'):
+        on_disk.params_on_disk(*hf.open_model(folder), jnp.float16)
+
+
 def test_of_several_dtypes_a_stack_has_the_widest(llama):
     name = 'model.layers.1.mlp.up_proj.weight'
     edit(
@@ -160,6 +172,51 @@ def test_a_head_in_the_file_is_followed(saved, tmp_path):
     np.testing.assert_array_equal(
         params['language']['head']['kernel'].T, load_file(own / 'model.safetensors')['lm_head.weight']
     )
+
+
+def renamed(source, folder, *names, drop):
+    """A copy of a directory whose embeddings lie under other names."""
+    shutil.copytree(source, folder)
+    edit(folder, lambda tensors: tensors.update(dict.fromkeys(names, tensors.pop(drop))))
+    return folder
+
+
+@pytest.mark.parametrize(
+    'name, drop, names',
+    [
+        ('tied llama', 'model.embed_tokens.weight', ['lm_head.weight']),
+        ('opt', 'model.decoder.embed_tokens.weight', ['lm_head.weight']),
+        ('paligemma', 'language_model.model.embed_tokens.weight', ['lm_head.weight']),
+        ('blip2 t5', 'language_model.shared.weight', ['language_model.lm_head.weight']),
+        ('blip2 t5', 'language_model.shared.weight', ['language_model.encoder.embed_tokens.weight']),
+        (
+            'instructblip t5',
+            'language_model.shared.weight',
+            [f'language_model.{name}.weight' for name in ('decoder.embed_tokens', 'lm_head', 'encoder.embed_tokens')],
+        ),
+    ],
+)
+def test_a_tied_embedding_under_another_name_is_read_as_torch_reads_it(name, drop, names, saved, tmp_path):
+    module, folder = saved(name)
+    folder = renamed(folder, tmp_path / 'model', *names, drop=drop)
+    model, params = check(type(module).from_pretrained(folder).eval(), folder)
+    assert model.cfg.language.tied
+    for entry in names:
+        np.testing.assert_array_equal(params['language']['embed'], load_file(folder / 'model.safetensors')[entry])
+
+
+def test_an_untied_embedding_under_another_name_is_missing(saved, tmp_path):
+    folder = renamed(saved('llama')[1], tmp_path / 'model', 'lm_head.weight', drop='model.embed_tokens.weight')
+    with pytest.raises(sl.StorageError, match='1 tensors are missing: model.embed_tokens.weight'):
+        hf.open_model(folder)
+
+
+def test_embeddings_of_t5s_stacks_that_differ_are_named(saved, tmp_path):
+    folder = shutil.copytree(saved('blip2 t5')[1], tmp_path / 'model')
+    name = 'language_model.encoder.embed_tokens.weight'
+    edit(folder, lambda tensors: tensors.update({name: tensors['language_model.shared.weight'] + 1}))
+    with pytest.raises(sl.StorageError, match=f'{name} is not equal to language_model.shared.weight'):
+        hf.open_model(folder)
 
 
 def test_an_untied_t5_is_followed(saved, tmp_path):
@@ -279,6 +336,18 @@ def test_a_repository_is_downloaded_without_pickles(saved, monkeypatch):
     assert list(kept) == files[:-1]
 
 
+def test_a_repository_of_pickles_alone_is_refused_with_a_command(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **kw: str(tmp_path))
+    with pytest.raises(sl.StorageError) as error:
+        hf.load_model('owner/name')
+    said = str(error.value)
+    assert said.startswith('owner/name: ') and 'no safetensors' in said and 'unpickling runs whatever code' in said
+    assert 'convert it' in said and said.endswith(' owner/name name-safetensors')
+
+
 def test_offline_it_says_what_to_download(monkeypatch, tmp_path):
     import huggingface_hub
 
@@ -298,6 +367,19 @@ def test_generation_defaults_come_from_the_directory(llama):
     assert generation.eos == (5, 6) and generation.pad == 5 and generation.bos == 1 and generation.start is None
     assert generation.options == (('length_penalty', -1.0), ('num_beams', 4))
     assert hash(generation)
+
+
+def test_options_of_nested_lists_are_hashable(llama):
+    (llama / 'generation_config.json').write_text(json.dumps({'bad_words_ids': [[5, 6], [7]]}))
+    model, _ = hf.open_model(llama)
+    assert hash(model) and model.generation.options == (('bad_words_ids', ((5, 6), (7,))),)
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '"no"', '[1, 2'])
+def test_a_damaged_generation_config_is_named(text, llama):
+    (llama / 'generation_config.json').write_text(text)
+    with pytest.raises(sl.StorageError, match=f'{llama}/generation_config.json: '):
+        hf.open_model(llama)
 
 
 def test_blip2_generates_as_its_language_model_does(saved):

@@ -143,6 +143,23 @@ def test_a_copied_head_follows_the_embeddings(saved, tmp_path):
     np.testing.assert_array_equal(tensors['lm_head.weight'], 2 * params['language']['embed'])
 
 
+def test_every_copy_of_t5s_embeddings_follows(saved, tmp_path):
+    source = shutil.copytree(saved('blip2 t5'), tmp_path / 'source')
+    shared = 'language_model.shared.weight'
+    copies = [f'language_model.{name}.weight' for name in ('encoder.embed_tokens', 'decoder.embed_tokens', 'lm_head')]
+    index = json.loads((source / 'model.safetensors.index.json').read_text())
+    file = source / index['weight_map'][shared]
+    tensors = load_file(file)
+    save_file(tensors | dict.fromkeys(copies, tensors[shared]), file)
+    index['weight_map'] |= dict.fromkeys(copies, file.name)
+    (source / 'model.safetensors.index.json').write_text(json.dumps(index))
+    model, params = hf.load_model(source)
+    hf_export.export_model(tmp_path / 'new', model, jax.tree.map(lambda leaf: leaf * 2, params))
+    written = load_file(tmp_path / 'new' / file.name)
+    for name in (shared, *copies):
+        np.testing.assert_array_equal(written[name], 2 * params['language']['embed'])
+
+
 def test_an_interrupted_export_is_not_a_model_and_can_be_repeated(saved, tmp_path, monkeypatch):
     model, params = hf.load_model(saved('llama'))
     hf_export.export_model(tmp_path, model, params, texts={'more.json': '[]'})

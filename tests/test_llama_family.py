@@ -1,5 +1,7 @@
 """Parity with torch transformers over what the configs of LLaMA, Mistral and Gemma may say: logits to 1e-4."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from transformers import (
 )
 
 from sparselora_jax import rules
-from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.models import layers, llama
 from sparselora_jax.models.runners import unrolled_blocks, unstack
 
@@ -57,6 +59,7 @@ CASES = {
     ),
     'llama3 rope': (LlamaConfig, LlamaForCausalLM, {'rope_parameters': ROPE_LLAMA3, 'head_dim': 16}),
     'mistral': (MistralConfig, MistralForCausalLM, {'sliding_window': None}),
+    'mistral, a window as long as the text': (MistralConfig, MistralForCausalLM, {'sliding_window': 12}),
     'gemma': (GemmaConfig, GemmaForCausalLM, {'head_dim': 256, 'num_key_value_heads': 1, 'attention_bias': True}),
 }
 TOKENS = np.random.default_rng(0).integers(0, 37, (3, 12))
@@ -124,6 +127,21 @@ def test_a_fully_padded_row_is_finite(model):
     assert np.isfinite(logits(w, cfg, TOKENS, valid)).all()
 
 
+def test_a_text_longer_than_the_window_is_refused(from_torch, perturbed):
+    """Torch's last token does not read the first one then: full attention gives it other logits."""
+    module = perturbed(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=11)))
+    cfg, valid = llama.from_hf(module.config), np.ones_like(VALID)
+    names = {path: f'model.{name}' for path, name in llama.keys(cfg).items()} | {'head/kernel': 'lm_head.weight'}
+    w = from_torch(module.state_dict(), names, llama.shapes(cfg))
+    with pytest.raises(BatchError, match='12 tokens: .* at most 11'):
+        logits(w, cfg, TOKENS, valid)
+    with torch.no_grad():
+        want = module(torch.asarray(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(logits(w, cfg, TOKENS[:, :11], valid[:, :11]), want[:, :11], atol=1e-4)
+    full = logits(w, replace(cfg, window=None), TOKENS, valid)
+    assert (np.abs(full[:, 11] - want[:, 11]).max(axis=1) > 1e-2).all()
+
+
 def test_the_old_name_of_gemmas_activation_means_its_tanh_form():
     assert llama.from_hf(GemmaConfig(**SIZES, hidden_act='gelu')).activation == 'gelu_pytorch_tanh'
 
@@ -132,7 +150,5 @@ def test_what_is_not_known_is_named():
     yarn = {'rope_type': 'yarn', 'rope_theta': 500.0, 'factor': 2.0, 'original_max_position_embeddings': 32}
     with pytest.raises(UnsupportedModel, match="rope_type 'yarn' of llama"):
         llama.from_hf(LlamaConfig(**SIZES, rope_parameters=yarn))
-    with pytest.raises(UnsupportedModel, match='sliding_window 4096 of mistral'):
-        llama.from_hf(MistralConfig(**SIZES))
     with pytest.raises(UnsupportedModel, match="hidden_act 'mish' of llama"):
         llama.from_hf(LlamaConfig(**SIZES, hidden_act='mish'))

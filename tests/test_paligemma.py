@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
+from sparselora_jax.errors import BatchError
+from sparselora_jax.generate import generate
 from sparselora_jax.models import paligemma
 from sparselora_jax.models.model import Generation, Model, from_hf
 
@@ -14,7 +16,7 @@ PATCHES = 16
 LOGITS = jax.jit(Model.logits, static_argnums=0)
 
 
-def build(image_token, perturbed, from_torch, attention='sdpa'):
+def build(image_token, perturbed, from_torch):
     """(torch's model, ours, our params)."""
     vision = SiglipVisionConfig(
         hidden_size=24,
@@ -42,7 +44,6 @@ def build(image_token, perturbed, from_torch, attention='sdpa'):
         image_token_index=image_token,
         projection_dim=32,
         hidden_size=32,
-        attn_implementation=attention,
     )
     torch.manual_seed(0)
     module = perturbed(PaliGemmaForConditionalGeneration(hf))
@@ -83,22 +84,31 @@ def test_logits_equal_torch(pads, oracle):
     np.testing.assert_allclose(LOGITS(model, params, given)[valid], logits(module, given)[valid], atol=1e-4)
 
 
-def test_without_token_types_all_is_causal(perturbed, from_torch):
-    # Torch's other attention, sdpa, is then causal only where some row is padded: it drops the mask and reads all.
-    module, model, params = build(38, perturbed, from_torch, 'eager')
+def test_without_token_types_it_is_refused(oracle):
+    """Torch then reads all both ways or none, as its kind of attention and the pads happen to be."""
+    _, model, params = oracle
     given = batch()
     del given['token_type_ids']
-    got = LOGITS(model, params, given)
-    np.testing.assert_allclose(got, logits(module, given), atol=1e-4)
+    for call in (LOGITS, generate):
+        with pytest.raises(BatchError, match='token_type_ids'):
+            call(model, params, given)
+
+
+def test_the_suffix_is_causal(oracle):
+    _, model, params = oracle
+    given = batch()
     changed = given | {'input_ids': given['input_ids'].copy()}
     changed['input_ids'][:, -1] = 3
-    np.testing.assert_array_equal(LOGITS(model, params, changed)[:, :-1], got[:, :-1])
+    got, want = (LOGITS(model, params, either) for either in (changed, given))
+    np.testing.assert_array_equal(got[:, :-1], want[:, :-1])
 
 
 def test_an_image_token_beyond_the_vocabulary(perturbed, from_torch):
     module, model, params = build(45, perturbed, from_torch)
     given = batch(45)
     np.testing.assert_allclose(LOGITS(model, params, given), logits(module, given), atol=1e-4)
+    model.logits(params, given)  # not under jit: its tokens are looked at
+    generate(model, params, given, max_new_tokens=1)
 
 
 def test_a_row_of_pads_is_finite(oracle):

@@ -1,5 +1,7 @@
 """Four devices equal one: the train step and the pruner under data, fsdp and tensor sharding."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,14 @@ def test_the_pruner_equals_one_device():
     got = sl.prune(forward, sharding.shard(params, mesh), [sharding.shard_batch(batch, mesh)], rules, method=sl.Wanda())
     agree = jax.tree.map(lambda a, b: float(np.mean(np.asarray(a) == np.asarray(b))), got.masks, want.masks)
     assert min(jax.tree.leaves(agree)) >= 0.995
+
+
+def test_an_untied_head_is_split_over_both_axes():
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    shapes = llama.shapes(replace(CFG, tied=False))['head']
+    params = {'language': {'head': {'kernel': jnp.ones(shapes['kernel'])}}}
+    placed = sharding.shard(params, mesh)['language']['head']['kernel']
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(CFG.width // 2, CFG.vocab // 2)}
 
 
 def test_a_dimension_over_two_axes_is_split_by_both_or_by_none():

@@ -18,7 +18,6 @@ IGNORED = [
     r'.*\.position_ids',
     r'.*\.rotary_emb\.inv_freq',
     r'language_model\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
-    r'language_model\.(encoder|decoder)\.embed_tokens\.weight',  # T5's: copies of language_model.shared
 ]
 
 

@@ -105,17 +105,27 @@ def _no_weights(folder: Path) -> StorageError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if not pickles:
         return StorageError(f'{folder}: neither {SINGLE} nor {INDEX}; download the weights into it')
+    return pickled(folder, f'the weights are pickled ({", ".join(pickles[:3])})', f'{folder}-safetensors')
+
+
+def pickled(source: str | Path, problem: str, target: str) -> StorageError:
+    """The error of weights that are not safetensors: why only those are read, and a command that writes them.
+
+    Args:
+      source: a directory, or the id of a hub repository.
+      problem: what is wrong with it.
+      target: the directory to convert it to.
+    """
     # Written for whoever may run it: it needs torch, and unpickles where the user has decided to trust the file.
     convert = (
         'python -c "import sys, transformers as t; s, d = sys.argv[1:]; '
         'a = t.AutoConfig.from_pretrained(s).architectures[0]; '
         "getattr(t, a).from_pretrained(s, dtype='auto').save_pretrained(d, safe_serialization=True)"
-        f'" {folder} {folder}-safetensors'
+        f'" {source} {target}'
     )
     return StorageError(
-        f'{folder}: the weights are pickled ({", ".join(pickles[:3])}), and unpickling runs whatever code the file '
-        f'holds, so only safetensors are read. If you trust the file, convert it (with torch), then copy the tokenizer '
-        f'and processor files too: {convert}'
+        f'{source}: {problem}, and unpickling runs whatever code the file holds, so only safetensors are read. If you '
+        f'trust the file, convert it (with torch), then copy the tokenizer and processor files too: {convert}'
     )
 
 

@@ -20,6 +20,7 @@ _BLOCK_KERNELS = {
     'mlp/up': 'ffn_up',
     'mlp/down': 'ffn_down',
 }
+_NORMS = {'norm1': 'attn_norm', 'norm2': 'ffn_norm'}
 
 
 class AssetError(SparseloraError, ValueError):
@@ -33,7 +34,7 @@ def _unpermute(kernel: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _open(path: str | Path) -> tuple[Any, Callable[[str], Any]]:
-    """The file's reader, and a function from a header's key to its value."""
+    """The file's reader, and a function from a header's key (and what holds without it) to its value."""
     from gguf import GGUFReader
 
     path = Path(path)
@@ -44,10 +45,12 @@ def _open(path: str | Path) -> tuple[Any, Callable[[str], Any]]:
     except (ValueError, IndexError) as error:
         raise AssetError(f'{path}: not a complete GGUF file ({error}); install or download it again') from None
 
-    def value(key: str):
-        if key not in reader.fields:
+    def value(key: str, default: Any = None):
+        if key in reader.fields:
+            return reader.fields[key].contents()
+        if default is None:
             raise AssetError(f'{path}: the header has no {key!r}')
-        return reader.fields[key].contents()
+        return default
 
     return reader, value
 
@@ -82,6 +85,16 @@ def load_tokenizer(path: str | Path, image_token: int | None = None) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side='left', **special)
 
 
+def _check_positions(path: str | Path, cfg: llama.LlamaConfig, value: Callable[..., Any]) -> None:
+    """Raises `AssetError` unless every element of a head is rotated, by plain rotary positions."""
+    for key, plain in {'rope.scaling.type': 'none', 'rope.scale_linear': 1.0}.items():
+        if (have := value(f'llama.{key}', plain)) != plain:
+            raise AssetError(f'{path}: llama.{key} {have!r}: only plain rotary positions are known; use another file')
+    for key in ('attention.value_length', 'rope.dimension_count'):
+        if (have := value(f'llama.{key}', cfg.head_dim)) != cfg.head_dim:
+            raise AssetError(f'{path}: llama.{key} {have}: expected that of a head, {cfg.head_dim}; use another file')
+
+
 def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfig, dict]:
     """Dequantises a GGUF file of the LLaMA architecture.
 
@@ -89,7 +102,8 @@ def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfi
       The model's config and its params tree; kernels are `[layers, in, out]`.
 
     Raises:
-      AssetError: the file is missing, truncated, not GGUF, not of the LLaMA architecture, or lacks a tensor.
+      AssetError: the file is missing, truncated, not GGUF, not of the LLaMA architecture, lacks a tensor, or holds
+        tensors or rotary positions that a LLaMA here has no place for.
     """
     # Imported here: a researcher who only imports the functions needs no reader.
     from gguf import dequantize
@@ -104,17 +118,21 @@ def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfi
             raise AssetError(f'{path}: tensor {name!r} is missing')
         return dequantize(tensors[name].data, tensors[name].tensor_type)
 
+    width, heads = value('llama.embedding_length'), value('llama.attention.head_count')
     cfg = llama.LlamaConfig(
         vocab=read('token_embd.weight').shape[0],
-        width=value('llama.embedding_length'),
+        width=width,
         depth=value('llama.block_count'),
-        heads=value('llama.attention.head_count'),
+        heads=heads,
         kv_heads=value('llama.attention.head_count_kv'),
         mlp_width=value('llama.feed_forward_length'),
         rope_base=value('llama.rope.freq_base'),
         norm_eps=value('llama.attention.layer_norm_rms_epsilon'),
         max_positions=value('llama.context_length'),
+        head_dim=value('llama.attention.key_length', width // heads),
+        tied='output.weight' not in tensors,
     )
+    _check_positions(path, cfg, value)
 
     def kernel(layer: int, name: str) -> np.ndarray:
         array = read(f'blk.{layer}.{name}.weight')
@@ -122,11 +140,15 @@ def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfi
             array = _unpermute(array, cfg.heads if name == 'attn_q' else cfg.kv_heads)
         return array.T
 
+    parts = [*_BLOCK_KERNELS.values(), *_NORMS.values()]
+    known = {f'blk.{i}.{part}.weight' for i in range(cfg.depth) for part in parts}
+    if unknown := sorted(tensors.keys() - known - {'token_embd.weight', 'output_norm.weight', 'output.weight'}):
+        raise AssetError(f'{path}: no place for its tensors {", ".join(unknown[:5])} in a LLaMA here; use another file')
     flat = {'embed': read('token_embd.weight'), 'norm/scale': read('output_norm.weight')}
     for ours, theirs in _BLOCK_KERNELS.items():
         flat[f'blocks/{ours}/kernel'] = np.stack([kernel(layer, theirs) for layer in range(cfg.depth)])
-    for ours, theirs in {'norm1': 'attn_norm', 'norm2': 'ffn_norm'}.items():
+    for ours, theirs in _NORMS.items():
         flat[f'blocks/{ours}/scale'] = np.stack([read(f'blk.{i}.{theirs}.weight') for i in range(cfg.depth)])
-    if 'output.weight' in tensors:
+    if not cfg.tied:
         flat['head/kernel'] = read('output.weight').T
     return cfg, rules.unflatten({name: jnp.asarray(array, dtype) for name, array in flat.items()})

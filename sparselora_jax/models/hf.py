@@ -22,12 +22,13 @@ def load_model(dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | Non
     Args:
       dir_or_hub_id: a directory as `save_pretrained` writes it, or the id of a repository such as
         `Salesforce/blip2-opt-2.7b`, which is downloaded (or found in the cache).
-      dtype: of the params; each tensor's own by default.
+      dtype: of the params; each tensor's own by default. A T5 overflows in float16: float32 or bfloat16, then, if its
+        files are in float16.
       mesh: see `sharding.make_mesh`; the params are split over it by `sharding.RULES`.
 
     Raises:
       StorageError: files are missing, damaged, pickled, or do not fit their config.
-      UnsupportedModel: a kind of model, or a field of its config, that is not known here.
+      UnsupportedModel: a kind of model, or a field of its config, that is not known here; a T5 in float16.
     """
     model, pieces = open_model(dir_or_hub_id)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
@@ -51,7 +52,7 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
     """The directory itself, or that of a hub repository's files in the local cache, downloaded if need be.
 
     Raises:
-      StorageError: it is neither, or the files are not here and cannot be downloaded.
+      StorageError: it is neither, or the files are not here and cannot be downloaded, or hold no safetensors.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
@@ -67,13 +68,17 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
     if not known:
         raise StorageError(f'{name}: no such directory, nor the id of a hub repository (owner/name)')
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=_NOT))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=_NOT))
     except Exception as error:  # HTTP and connection errors, wrong ids, no such entry in the cache: of many classes
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise StorageError(
             f'{name}: no such directory, and the hub did not give it ({reason[0]}). Where there is a connection, run: '
             f'hf download {name}   and give its directory, or carry that over'
         ) from None
+    if not any(folder.glob('*.safetensors')):
+        problem = 'the repository has no safetensors, and its other weights, if any, are pickled'
+        raise checkpoint_files.pickled(name, problem, f'{name.split("/")[1]}-safetensors')
+    return folder
 
 
 def read_config(folder: Path) -> Any:
@@ -109,12 +114,18 @@ def read_generation(folder: Path, hf: Any) -> Generation:
 
     BLIP-2 and InstructBLIP generate by their language model, which was built from `text_config`: its defaults hold,
     and the directory's generation_config.json is not looked at.
+
+    Raises:
+      StorageError: generation_config.json is not one.
     """
     from transformers import GenerationConfig
 
-    own = hf.model_type not in ('blip-2', 'instructblip')
-    if own and (folder / 'generation_config.json').is_file():
-        defaults = GenerationConfig.from_pretrained(folder)
+    own, path = hf.model_type not in ('blip-2', 'instructblip'), folder / 'generation_config.json'
+    if own and path.is_file():
+        try:
+            defaults = GenerationConfig.from_pretrained(folder)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise StorageError(f'{path}: not defaults of decoding ({error}); download it again') from None
     else:
         defaults = GenerationConfig.from_model_config(hf if own else hf.text_config)
     eos = defaults.eos_token_id
@@ -134,4 +145,8 @@ def _options(changed: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in changed.items():
         skip = name.endswith('_token_id') or name.startswith(('_', 'output_', 'return_')) or value is None
         if not skip and name not in ('transformers_version', 'use_cache') and not isinstance(value, dict):
-            yield name, tuple(value) if isinstance(value, list) else value
+            yield name, _hashable(value)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

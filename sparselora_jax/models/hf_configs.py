@@ -2,14 +2,22 @@
 
 from typing import Any
 
+from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import blip2, llama
 from sparselora_jax.models.model import Generation
 
 
 def llama_config(cfg: llama.LlamaConfig, generation: Generation) -> Any:
-    """The `LlamaConfig` of a LLaMA with plain rotary positions."""
+    """The `LlamaConfig` of a LLaMA.
+
+    Raises:
+      UnsupportedModel: names the field that only a Gemma or a Mistral has, or two stretches of rotary positions.
+    """
     from transformers import LlamaConfig
 
+    for name, plain in {'norm_offset': 0.0, 'embed_scale': 1.0, 'window': None}.items():
+        if (value := getattr(cfg, name)) != plain:
+            raise UnsupportedModel(f"{name} {value}: transformers' LlamaConfig has no field for it, expected {plain}")
     return LlamaConfig(
         architectures=['LlamaForCausalLM'],
         vocab_size=cfg.vocab,
@@ -22,7 +30,7 @@ def llama_config(cfg: llama.LlamaConfig, generation: Generation) -> Any:
         hidden_act=cfg.activation,
         attention_bias=cfg.attention_bias,
         mlp_bias=cfg.mlp_bias,
-        rope_parameters={'rope_type': 'default', 'rope_theta': cfg.rope_base},
+        rope_parameters=_rope_parameters(cfg),
         rms_norm_eps=cfg.norm_eps,
         max_position_embeddings=cfg.max_positions,
         tie_word_embeddings=cfg.tied,
@@ -32,8 +40,27 @@ def llama_config(cfg: llama.LlamaConfig, generation: Generation) -> Any:
     )
 
 
+def _rope_parameters(cfg: llama.LlamaConfig) -> dict[str, Any]:
+    base, linear, stretch = {'rope_theta': cfg.rope_base}, cfg.rope_linear, cfg.rope_llama3
+    if stretch is None:
+        return base | ({'rope_type': 'default'} if linear == 1.0 else {'rope_type': 'linear', 'factor': linear})
+    if linear != 1.0:
+        raise UnsupportedModel(f'rope_linear {linear} beside rope_llama3: a LlamaConfig names one of them')
+    return base | {
+        'rope_type': 'llama3',
+        'factor': stretch.factor,
+        'low_freq_factor': stretch.low_freq_factor,
+        'high_freq_factor': stretch.high_freq_factor,
+        'original_max_position_embeddings': stretch.original_max_positions,
+    }
+
+
 def blip2_config(cfg: blip2.Blip2Config, generation: Generation) -> Any:
-    """The `Blip2Config` of a model whose language tower is a LLaMA."""
+    """The `Blip2Config` of a model whose language tower is a LLaMA.
+
+    Raises:
+      UnsupportedModel: see `llama_config`.
+    """
     from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 
     v, q = cfg.vision, cfg.qformer

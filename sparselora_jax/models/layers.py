@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.errors import UnsupportedModel
+from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.linear import linear
 
 
@@ -45,9 +45,21 @@ def causal_view(valid: Bool[Array, 'batch tokens'], prefix: Bool[Array, 'batch t
     return View(positions, positions, mask & valid[:, None, :])
 
 
+def check_length(tokens: int, longest: int | None) -> None:
+    """Raises `BatchError` if there are more tokens, pads included, than a model reads; None: it reads any number."""
+    if longest is not None and tokens > longest:
+        raise BatchError(f'{tokens} tokens: {reads_at_most(longest)}; use a shorter text, or fewer pads')
+
+
+def reads_at_most(longest: int) -> str:
+    """What errors say of a text that is too long."""
+    return f'the model reads at most {longest} (its table of positions, or window of attention)'
+
+
 def layer_norm(w: dict, x: Float[Array, '*batch dim'], eps: float) -> Float[Array, '*batch dim']:
     """LayerNorm with scale and bias."""
-    y = jax.nn.standardize(x.astype(jnp.float32), epsilon=eps)
+    # The default, mean(x²) - mean(x)², loses all digits where the mean is far above the deviation.
+    y = jax.nn.standardize(x.astype(jnp.float32), epsilon=eps, algorithm='stable')
     return (y * w['scale'].astype(jnp.float32) + w['bias'].astype(jnp.float32)).astype(x.dtype)
 
 

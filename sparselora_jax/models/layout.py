@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparselora_jax import rules
-from sparselora_jax.models import checkpoint_files
+from sparselora_jax.models import checkpoint_files, t5
 from sparselora_jax.models.checkpoint_files import Checkpoint, Entry
 from sparselora_jax.models.keys import Part
 from sparselora_jax.storage import StorageError
@@ -106,22 +106,33 @@ def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
     return found
 
 
+def embed_names(family: ModuleType, cfg: Any) -> list[str]:
+    """By which names a file may hold the word embeddings: their own, then those of copies, in torch's order."""
+    table = family.keys(_untied(cfg))
+    own, stacks = table[EMBED], t5.COPIES if isinstance(cfg.language, t5.T5Config) else ()
+    copies = [own.removesuffix(t5.EMBED) + name for name in stacks]
+    return [own, *copies, table[HEAD]] if cfg.language.tied else [own, *copies]
+
+
 def follow_head(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> Any:
-    """The config, its head untied where the file's own head differs from the word embeddings (T5 1.1 is saved so)."""
-    head, embed = _head_names(family, cfg)
-    entries = modules(family, checkpoint)
-    if not cfg.language.tied or head not in entries or embed not in entries or _equal(entries[head], entries[embed]):
-        return cfg
-    return _untied(cfg)
+    """The config, its head untied where the file's own head differs from the word embeddings (T5 1.1 is saved so).
+
+    Raises:
+      StorageError: another copy of the word embeddings differs from them.
+    """
+    entries, untied = modules(family, checkpoint), _untied(cfg)
+    present = [name for name in embed_names(family, cfg) if name in entries]
+    for name in present[1:]:
+        if not _equal(entries[present[0]], entries[name]):
+            if name != family.keys(untied)[HEAD]:
+                where = f'{entries[name].file}: {name} is not equal to {present[0]}'
+                raise StorageError(f'{where}; stacks with word embeddings of their own are not known')
+            cfg = untied
+    return cfg
 
 
 def _untied(cfg: Any) -> Any:
     return dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, tied=False))
-
-
-def _head_names(family: ModuleType, cfg: Any) -> tuple[str, str]:
-    names = family.keys(_untied(cfg))
-    return names[HEAD], names[EMBED]
 
 
 def _equal(a: Entry, b: Entry) -> bool:
@@ -146,10 +157,9 @@ def pieces(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
       StorageError: tensors that are missing, that the model lacks, or whose shape is not what its config asks for.
     """
     wanted, entries = places(family, cfg), modules(family, checkpoint)
-    if cfg.language.tied:
-        head, embed = _head_names(family, cfg)
-        if head in entries:  # a copy of the word embeddings
-            wanted[head] = wanted[embed]
+    names = embed_names(family, cfg)
+    if present := [name for name in names if name in entries]:
+        wanted |= dict.fromkeys(present, wanted.pop(names[0]))  # every copy, so that an export changes them all
     entries = {
         name: entry
         for name, entry in entries.items()

@@ -45,6 +45,12 @@ class LlamaConfig:
     rope_llama3: Llama3Rope | None = None
     norm_offset: float = 0.0  # Gemma: 1, norms scale by 1 + w
     embed_scale: float = 1.0  # Gemma: sqrt(width)
+    window: int | None = None  # Mistral: tokens that attention looks back on, the token itself included; None: all
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that a text may have: attention is full, which a window equals up to its length."""
+        return self.window
 
     def __post_init__(self):
         if not self.head_dim:
@@ -116,7 +122,12 @@ def forward(
     *,
     prefix: Bool[Array, 'batch tokens'] | None = None,
 ) -> Float[Array, 'batch tokens dim']:
-    """Word embeddings -> hidden states after the final norm; tokens of `prefix` read each other both ways."""
+    """Word embeddings -> hidden states after the final norm; tokens of `prefix` read each other both ways.
+
+    Raises:
+      BatchError: more tokens than the window of attention.
+    """
+    layers.check_length(x.shape[1], cfg.longest)
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
     ctx['valid'] = valid
     x, _ = run('language', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
@@ -184,8 +195,6 @@ def from_hf(hf: Any) -> LlamaConfig:
     kind = rope.get('rope_type', 'default')
     if kind not in ('default', 'linear', 'llama3'):
         raise UnsupportedModel(f"rope_type {kind!r} of {hf.model_type}: expected 'default', 'linear' or 'llama3'")
-    if getattr(hf, 'sliding_window', None) is not None:
-        raise UnsupportedModel(f'sliding_window {hf.sliding_window} of {hf.model_type}: only full attention is known')
     if hf.hidden_act not in layers.ACTIVATIONS:
         raise UnsupportedModel(f'hidden_act {hf.hidden_act!r} of {hf.model_type} is not known')
     names = {'factor', 'low_freq_factor', 'high_freq_factor'}
@@ -211,4 +220,5 @@ def from_hf(hf: Any) -> LlamaConfig:
         rope_llama3=llama3 and Llama3Rope(original_max_positions=rope['original_max_position_embeddings'], **llama3),
         norm_offset=1.0 if gemma else 0.0,
         embed_scale=hf.hidden_size**0.5 if gemma else 1.0,
+        window=getattr(hf, 'sliding_window', None),
     )

@@ -2,8 +2,8 @@
 
 A batch is a dict of arrays under the names of the transformers processors: `pixel_values` [batch, 3, height, width],
 `input_ids` (image placeholders included), `attention_mask` (0: a pad, wherever it lies), for InstructBLIP
-`qformer_input_ids` and `qformer_attention_mask`, for PaliGemma `token_type_ids`, for encoder-decoders
-`decoder_input_ids`.
+`qformer_input_ids` and `qformer_attention_mask`, for PaliGemma `token_type_ids` (0: image and prompt), for
+encoder-decoders `decoder_input_ids`.
 """
 
 from dataclasses import dataclass, field
@@ -91,7 +91,13 @@ class Model:
         return hasattr(self.language, 'encode')
 
     def prompt(self, weights: dict, batch: dict, run=scan_blocks) -> towers.Prompt:
-        """What the language tower reads."""
+        """What the language tower reads.
+
+        Raises:
+          BatchError: the batch does not fit the model; where values are known (not under jit), see also
+            `towers.check_ids`.
+        """
+        towers.check_ids(self.cfg, batch)
         batch = _arrays(batch)
         batch.setdefault('attention_mask', jnp.ones_like(batch['input_ids']))
         return self.family.prompt(weights, self.cfg, batch, run)

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.errors import BatchError, UnsupportedModel
+from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
 
@@ -37,7 +37,7 @@ class OptConfig:
         return self.width // self.heads
 
     @property
-    def position_rows(self) -> int:
+    def longest(self) -> int:
         """Tokens that a text may have: every position has a row of a table."""
         return self.max_positions
 
@@ -99,8 +99,7 @@ def forward(
     Raises:
       BatchError: more tokens than there are positions.
     """
-    if x.shape[1] > cfg.max_positions:
-        raise BatchError(f'{x.shape[1]} tokens: the model has a table of {cfg.max_positions} positions')
+    layers.check_length(x.shape[1], cfg.longest)
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
     ctx['valid'] = valid
     x, _ = run('language', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from sparselora_jax.errors import BatchError
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, llava, towers, vit
 from sparselora_jax.models.runners import scan_blocks
@@ -31,10 +32,15 @@ def soft_words(w: dict, cfg: PaliGemmaConfig, batch: dict, run=scan_blocks) -> F
 
 
 def prompt(w: dict, cfg: PaliGemmaConfig, batch: dict, run=scan_blocks) -> towers.Prompt:
-    """The language model's input. `token_type_ids` are 0 where tokens read each other both ways; absent, none do."""
+    """The language model's input. `token_type_ids` are 0 where tokens read each other both ways.
+
+    Raises:
+      BatchError: there are none; and see `towers.prompt`.
+    """
+    if 'token_type_ids' not in batch:
+        raise BatchError('no token_type_ids: pass those that the processor returns, 0 for the image and the prompt')
     made = towers.prompt(w, cfg, batch, lambda batch: soft_words(w, cfg, batch, run))
-    kinds = batch.get('token_type_ids')
-    return made if kinds is None else made._replace(prefix=kinds == 0)
+    return made._replace(prefix=batch['token_type_ids'] == 0)
 
 
 def shapes(cfg: PaliGemmaConfig) -> dict:

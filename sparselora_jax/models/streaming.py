@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from sparselora_jax import rules, sharding
-from sparselora_jax.models import checkpoint_files, layout
+from sparselora_jax.models import checkpoint_files, layout, towers
 from sparselora_jax.models.layout import Piece
 
 
@@ -25,9 +25,13 @@ def read_params(shapes: dict, pieces: list[Piece], dtype: Any = None, mesh: Mesh
 
     Args:
       dtype: None: the widest that an array's tensors have in the files.
+
+    Raises:
+      UnsupportedModel: a T5 in float16; nothing has been read then.
     """
     shapes = rules.flatten(shapes)
     dtypes = _dtypes(pieces) if dtype is None else dict.fromkeys(shapes, jnp.dtype(dtype))
+    towers.check_dtypes(dtypes)
     like = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in shapes.items()}
     where = {} if mesh is None else rules.flatten(sharding.shardings(rules.unflatten(like), mesh))
     flat = {path: jnp.zeros(leaf.shape, leaf.dtype, device=where.get(path)) for path, leaf in like.items()}

@@ -15,6 +15,9 @@ from sparselora_jax.models import layers
 from sparselora_jax.models.relative import relative_bias
 from sparselora_jax.models.runners import scan_blocks, unstack
 
+EMBED = 'shared.weight'  # the word embeddings in checkpoints, which may hold copies, or one of these alone:
+COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
+
 
 @dataclass(frozen=True)
 class T5Config:
@@ -32,6 +35,10 @@ class T5Config:
     max_distance: int = 128  # positions as far as this or farther share a bucket
     tied: bool = False  # the head is the word embedding
     scale_head: bool = False  # hidden states are divided by sqrt(width) before the head
+
+    @property
+    def longest(self) -> None:
+        """Tokens that a text may have: as many as it likes, since positions are relative."""
 
 
 class DecoderCache(NamedTuple):
@@ -180,7 +187,7 @@ def shapes(cfg: T5Config) -> dict:
 def keys(cfg: T5Config) -> dict[str, str]:
     """Our path -> Hugging Face's name in `T5ForConditionalGeneration`; `{i}` is the layer."""
     mlp = {'gate': 'wi_0', 'up': 'wi_1', 'down': 'wo'} if cfg.gated else {'fc1': 'wi', 'fc2': 'wo'}
-    names = {'embed': 'shared.weight'} | ({} if cfg.tied else {'head/kernel': 'lm_head.weight'})
+    names = {'embed': EMBED} | ({} if cfg.tied else {'head/kernel': 'lm_head.weight'})
     for stack in ('encoder', 'decoder'):
         parts = ['attn', 'mlp'] if stack == 'encoder' else ['attn', 'cross', 'mlp']
         names[f'{stack}/relative'] = f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'

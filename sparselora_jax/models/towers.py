@@ -75,6 +75,40 @@ def from_hf(hf: Any) -> Any:
     return MODEL_TYPES[hf.model_type].from_hf(hf)
 
 
+def check_dtypes(dtypes: dict[str, Any]) -> None:
+    """Raises `UnsupportedModel` if a T5's weights, by path, are to be float16: its hidden states outgrow that."""
+    half = [path for path, dtype in dtypes.items() if dtype == jnp.float16]
+    if t5s := [path for path in half if path.startswith(('language/encoder/', 'language/decoder/'))]:
+        raise UnsupportedModel(
+            f'{t5s[0]} in float16, in which a T5 overflows (torch keeps parts of it in float32): '
+            'load as float32 or bfloat16'
+        )
+
+
+def check_ids(cfg: Any, batch: dict) -> None:
+    """Raises `BatchError` if a token is none of its vocabulary: a lookup would give it another one's embedding.
+
+    The token that stands for an image is not looked up and may lie outside. Under jit nothing is known, nor checked.
+    """
+    words, image = cfg.language.vocab, getattr(cfg, 'image_token', None)
+    tables = {'input_ids': words, 'decoder_input_ids': words}
+    tables['qformer_input_ids'] = getattr(getattr(cfg, 'qformer', None), 'vocab', 0)  # 0: they are not read
+    for name, vocab in tables.items():
+        ids = batch.get(name)
+        if ids is None or not vocab or isinstance(ids, jax.core.Tracer):
+            continue
+        ids = np.asarray(ids)
+        wrong = (ids < 0) | (ids >= vocab)
+        if name == 'input_ids' and image is not None:
+            wrong &= ids != image
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise BatchError(
+                f"row {row} of {name} has {ids[row, column]}: expected 0 to {vocab - 1}, the ids of the model's "
+                'vocabulary; use its own tokenizer'
+            )
+
+
 def check_image_tokens(cfg: Any, tokens: Any, mask: Any) -> None:
     """Raises `BatchError` unless every row, but those of nothing but pads, has one image token a soft word."""
     counts = np.asarray(tokens == cfg.image_token).sum(axis=1)
