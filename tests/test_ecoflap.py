@@ -69,10 +69,8 @@ def numpy_mlp_loss(flat, batch):
 
 def draw(key, kernel):
     """The noise of a kernel, input by input."""
-    rows = [
-        jax.random.normal(jax.random.fold_in(key, row), kernel.shape[1:], kernel.dtype) for row in range(len(kernel))
-    ]
-    return np.stack([jax.random.normal(row, kernel.shape[1:], kernel.dtype) for row in keys])
+    keys = [jax.random.fold_in(key, row) for row in range(len(kernel))]
+    return np.stack([jax.random.normal(of_row, kernel.shape[1:], kernel.dtype) for of_row in keys])
 
 
 def test_zeroth_order_scores_are_numpys_with_the_same_noise():
@@ -171,7 +169,6 @@ def test_memory_of_the_zeroth_order_is_that_of_the_forward_and_the_first_holds_n
 
     flat = rules.flatten(params)
     kernel = max(flat[path][0].nbytes for path in paths)
-    block = sum(flat[path][0].nbytes for path in paths)
     forward = taken(lambda w, b: of_cfg(w, b, scan_blocks), params, batch)
     step = ecoflap.make_zeroth_order(of_cfg, tuple(paths), eps=1e-3)
     zeroth = taken(step, params, batch, np.int32(0), np.int32(0), jax.random.key(0))
