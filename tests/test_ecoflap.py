@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparselora_jax import calibrate, pruning, rules
+from sparselora_jax import calibrate, pruning, rules, sharding
 from sparselora_jax.models import llama
 from sparselora_jax.models.init import init_params
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
@@ -185,3 +185,16 @@ def optimised():
     jax.config.update('jax_disable_most_optimizations', False)
     yield
     jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.mark.slow
+def test_sharded_params_have_the_same_scores():
+    params, batches = setup()
+    sharded = sharding.shard(params, sharding.make_mesh(data=1, fsdp=2, tensor=2))
+    for score in (
+        lambda params: pruning.first_order_scores(loss, params, batches, PATHS),
+        lambda params: pruning.zeroth_order_scores(loss, params, batches, PATHS[:1], key=jax.random.key(0), eps=1e-2),
+    ):
+        want = score(params)
+        for path, scores in score(sharded).items():
+            np.testing.assert_allclose(scores, want[path], rtol=1e-3, atol=1e-4)

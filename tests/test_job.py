@@ -197,7 +197,15 @@ ALLOCATED = {
 }
 
 
-@pytest.mark.parametrize('allocation', ['global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_zeroth'])
+@pytest.mark.parametrize(
+    'allocation',
+    [
+        'global_magnitude',
+        'ecoflap_first',
+        pytest.param('owl', marks=pytest.mark.slow),
+        pytest.param('ecoflap_zeroth', marks=pytest.mark.slow),
+    ],
+)
 def test_allocated_zeros_sum_to_those_of_uniform_pruning(world, tmp_path, tiny_blip2, allocation):
     job = Job(tiny_config(**ALLOCATED, **{'prune.allocation': allocation}), tmp_path)
     found = stages.allocate(job)
