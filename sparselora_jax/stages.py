@@ -139,6 +139,7 @@ def prune(job: Job) -> dict:
     With `config.stream`, blocks are read from disk when their turn comes, and what was pruned is written at once; the
     pruned model then lies in `pruned/`, a Hugging Face directory.
     """
+    zeros = allocate(job)
 
     def compute():
         config, model = job.config, job.model
@@ -147,7 +148,7 @@ def prune(job: Job) -> dict:
         rules, methods = prune_rules(config), prune_methods(config)
         flat, patterns = flatten(params), pruning.patterns_of(params, rules)
         progress = Progress('prune', block_count(params), interval=5)
-        zeros, done = allocate(job), []
+        done = []
 
         def tick(tower, layer, layers):
             done.append(layer)
@@ -162,7 +163,7 @@ def prune(job: Job) -> dict:
 
             def keep(path, layer, kernel, mask):
                 tower = path.split('/')[0]
-                promised = {path: zeros[path][layer]} if zeros else None
+                promised = {path: np.asarray(zeros[path][layer])} if zeros else None
                 check_masks({path: mask}, [('.*', patterns[path])], group=config.prune.group[tower], zeros=promised)
                 check_sparse({path: kernel}, {path: mask})
                 write_mask(path, layer, mask)

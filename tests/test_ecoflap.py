@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparselora_jax import calibrate, pruning, rules
+from sparselora_jax import calibrate, pruning, rules, sharding
 from sparselora_jax.models import llama
 from sparselora_jax.models.init import init_params
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
@@ -69,10 +69,8 @@ def numpy_mlp_loss(flat, batch):
 
 def draw(key, kernel):
     """The noise of a kernel, input by input."""
-    rows = [
-        jax.random.normal(jax.random.fold_in(key, row), kernel.shape[1:], kernel.dtype) for row in range(len(kernel))
-    ]
-    return np.stack([jax.random.normal(row, kernel.shape[1:], kernel.dtype) for row in keys])
+    keys = [jax.random.fold_in(key, row) for row in range(len(kernel))]
+    return np.stack([jax.random.normal(of_row, kernel.shape[1:], kernel.dtype) for of_row in keys])
 
 
 def test_zeroth_order_scores_are_numpys_with_the_same_noise():
@@ -171,7 +169,6 @@ def test_memory_of_the_zeroth_order_is_that_of_the_forward_and_the_first_holds_n
 
     flat = rules.flatten(params)
     kernel = max(flat[path][0].nbytes for path in paths)
-    block = sum(flat[path][0].nbytes for path in paths)
     forward = taken(lambda w, b: of_cfg(w, b, scan_blocks), params, batch)
     step = ecoflap.make_zeroth_order(of_cfg, tuple(paths), eps=1e-3)
     zeroth = taken(step, params, batch, np.int32(0), np.int32(0), jax.random.key(0))
@@ -188,3 +185,16 @@ def optimised():
     jax.config.update('jax_disable_most_optimizations', False)
     yield
     jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.mark.slow
+def test_sharded_params_have_the_same_scores():
+    params, batches = setup()
+    sharded = sharding.shard(params, sharding.make_mesh(data=1, fsdp=2, tensor=2))
+    for score in (
+        lambda params: pruning.first_order_scores(loss, params, batches, PATHS),
+        lambda params: pruning.zeroth_order_scores(loss, params, batches, PATHS[:1], key=jax.random.key(0), eps=1e-2),
+    ):
+        want = score(params)
+        for path, scores in score(sharded).items():
+            np.testing.assert_allclose(scores, want[path], rtol=1e-3, atol=1e-4)

@@ -139,6 +139,18 @@ def test_sparsity_of_a_tower_is_counted_over_its_blocks():
     assert not layers
 
 
+def test_zeros_that_were_allocated_are_no_violations():
+    kernel = jnp.ones((2, 4, 2)).at[0, 0].set(0.0).at[1, :3].set(0.0)  # 2 and 6 zeros
+    tree = {'language': {'blocks': {'q': {'kernel': kernel}}}}
+
+    def violations(zeros):
+        given = {'language/blocks/q/kernel': np.array(zeros)}
+        return density.tower_sparsity(tree, 'language', 0.5, zeros=given)['violations']
+
+    assert density.tower_sparsity(tree, 'language', 0.5)['violations'] == 4  # every output of both layers
+    assert [violations([2, 6]), violations([2, 5]), violations([4, 4])] == [0, 1, 4]
+
+
 def test_plain_lora_would_fill_the_zeros_of_the_kernels_it_adapts():
     tree, q, mlp = sparse_tree()
     rules = [('language/blocks/.*', '2:4'), ('.*', 'dense')]
