@@ -13,16 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax import pruning, rules, sharding, storage
+from sparselora_jax import pruning, sharding, storage
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
 from sparselora_jax.models import embedded, hf, on_disk, streaming
 from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
 from sparselora_jax.recipe import check_values, claim, lora_rules, prune_rules, refuse_other, text_format
-from sparselora_jax.restore import Frozen
+from sparselora_jax.restore import Frozen, merge_trained
 from sparselora_jax.sparsity import check_sparse
-from sparselora_jax.weights import init_lora, merge
+from sparselora_jax.weights import init_lora, with_kernels
 
 MASKS, KERNELS = 'masks.safetensors', 'kernels.safetensors'  # what pruning leaves; the second if kept weights changed
 
@@ -148,15 +148,14 @@ class Job:
         if not (self.workdir / KERNELS).exists():
             return Frozen(self.params, masks)
         edited = self.shard(storage.load_safetensors(self.workdir / KERNELS)[0])
-        pruned = rules.unflatten(rules.flatten(self.params) | rules.flatten(edited))
-        return Frozen(pruned, masks, teacher=self.params)
+        return Frozen(with_kernels(self.params, edited), masks, teacher=self.params)
 
     def trained(self, name: str) -> dict:
-        """The LoRA factors that the stage `name` has trained."""
+        """What the stage `name` has trained: LoRA factors, or kernels."""
         return storage.load_safetensors(self.workdir / f'{name}.safetensors')[0]
 
     def merged(self) -> dict:
         """The restored model as plain arrays with exact zeros, checked."""
-        params = merge(self.frozen.params, self.frozen.masks, self.trained('restore'))
+        params = merge_trained(self.frozen, self.trained('restore'), self.config.restore.trained)
         check_sparse(params, self.frozen.masks)
         return params

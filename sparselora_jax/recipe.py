@@ -9,6 +9,7 @@ from sparselora_jax.data.easy_vqa import KINDS
 from sparselora_jax.data.pipeline import TextFormat
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.losses import KL_REDUCTIONS
+from sparselora_jax.restore import TRAINED
 from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
 from sparselora_jax.storage import write_text
 from sparselora_jax.weights import GRADIENTS, LoraSpec
@@ -35,9 +36,14 @@ def check_values(config: Any) -> None:
     prune_methods(config)
     prune_rules(config)
     restore = config.restore
-    for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS}.items():
+    for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS, 'trained': TRAINED}.items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
+    if restore.trained == 'weights':
+        if all(parse_pattern(pattern).dense for pattern in config.prune.pattern.values()):
+            raise ConfigError("restore.trained 'weights' trains pruned kernels: prune.pattern leaves every tower dense")
+        if restore.control:
+            raise ConfigError("restore.control: a LoRA budget on the dense model; set restore.trained to 'lora'")
     counts = {'prune': ('chunk', 'block'), 'evaluate': ('questions', 'batch', 'max_new_tokens', 'num_beams')}
     counts |= {'restore': ('steps', 'batch', 'checkpoint_every'), 'text': ('prompt_tokens', 'answer_tokens')}
     for part, fields in counts.items():

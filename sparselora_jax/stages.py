@@ -25,7 +25,7 @@ from sparselora_jax.models import embedded, hf_export, on_disk, peft_adapter
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.progress import Progress
 from sparselora_jax.recipe import lora_rules, prune_methods, prune_rules
-from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
+from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
 from sparselora_jax.rules import flatten
 from sparselora_jax.sparsity import check_masks, check_sparse
 from sparselora_jax.train import fit, init_state
@@ -137,14 +137,18 @@ def prune(job: Job) -> dict:
 
 
 def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
-    """Trains LoRA under the masks; writes `<name>.safetensors`."""
+    """Trains LoRA under the masks, or the pruned kernels themselves; writes `<name>.safetensors`."""
 
     def compute():
         model, knobs, base = job.model, job.config.restore, frozen()
-        lora = job.shard(init_lora(jax.random.key(job.config.seed), base.params, lora_rules(job.config)))
+        if knobs.trained == 'weights':
+            first = pruned_kernels(base.params, base.masks)
+        else:
+            first = init_lora(jax.random.key(job.config.seed), base.params, lora_rules(job.config))
         schedule = {key: knobs[key] for key in ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')}
         tx = paper_optimizer(knobs.steps, **schedule)
-        loss = {key: knobs[key] for key in ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate')}
+        loss_fields = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
+        loss = {key: knobs[key] for key in loss_fields}
         run = remat_blocks if knobs.remat else scan_blocks
         step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss)
         checkpoints = Checkpoints(job.workdir / 'checkpoints' / name)
@@ -157,7 +161,7 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
             last[0] = now
             progress(index, f'loss {metrics["loss"]:.4f}')
 
-        batches, state = job.batches(knobs.batch, job.config.seed), init_state(lora, tx)
+        batches, state = job.batches(knobs.batch, job.config.seed), init_state(job.shard(first), tx)
         last[0] = time.monotonic()
         every = knobs.checkpoint_every
         state = fit(step, state, base, batches, steps=knobs.steps, checkpoints=checkpoints, every=every, log=note)
@@ -179,13 +183,10 @@ def export(job: Job) -> dict:
             embedded.save(folder, model, merged, texts=texts)
         else:
             hf_export.export_model(folder, model, merged, texts=texts)
-        peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'))
+        if job.config.restore.trained == 'lora':
+            peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'))
         hf_export.check_export(folder, model, merged)
-        frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group
-        return {
-            'sparsity': {t: tower_sparsity(merged, t, pattern[t], group=group[t]) for t in pattern},
-            'layer_density': {tower: layer_density(merged, tower) for tower in pattern},
-            'lora_merged_density': plain_lora_density(frozen.params, frozen.masks, job.trained('restore')),
+        return count_zeros(job, merged) | {
             'bytes': {
                 'dense': sum(leaf.nbytes for leaf in jax.tree.leaves(job.params)),
                 'exported': sum(file.stat().st_size for file in folder.glob('*.safetensors')),
@@ -193,3 +194,15 @@ def export(job: Job) -> dict:
         }
 
     return job.stage('export', compute)
+
+
+def count_zeros(job: Job, merged: dict) -> dict:
+    """What the zeros of the restored model show: per tower and layer, and if LoRA were merged outside the masks."""
+    frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group
+    found = {
+        'sparsity': {t: tower_sparsity(merged, t, pattern[t], group=group[t]) for t in pattern},
+        'layer_density': {tower: layer_density(merged, tower) for tower in pattern},
+    }
+    if job.config.restore.trained == 'lora':
+        found['lora_merged_density'] = plain_lora_density(frozen.params, frozen.masks, job.trained('restore'))
+    return found
