@@ -27,6 +27,19 @@ from sparselora_jax.weights import init_lora, with_kernels
 MASKS, KERNELS = 'masks.safetensors', 'kernels.safetensors'  # what pruning leaves; the second if kept weights changed
 
 
+def check_fit(config: Any, shapes: dict) -> None:
+    """Names what of a config does not fit a model of these shapes.
+
+    Raises:
+      PatternError, RuleError: see `prune_tree` and `init_lora`.
+    """
+    like = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda shape: isinstance(shape, tuple)
+    )
+    pruning.patterns_of(like, prune_rules(config))
+    jax.eval_shape(lambda key: init_lora(key, like, lora_rules(config)), jax.random.key(0))
+
+
 class Job:
     """A config, its workdir, and what is expensive to load."""
 
@@ -58,13 +71,7 @@ class Job:
         Raises:
           PatternError, RuleError: see `prune_tree` and `init_lora`.
         """
-        like = jax.tree.map(
-            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-            self.model.shapes(),
-            is_leaf=lambda shape: isinstance(shape, tuple),
-        )
-        pruning.patterns_of(like, prune_rules(self.config))
-        jax.eval_shape(lambda key: init_lora(key, like, lora_rules(self.config)), jax.random.key(0))
+        check_fit(self.config, self.model.shapes())
 
     @functools.cached_property
     def log(self) -> Log:

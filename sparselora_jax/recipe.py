@@ -1,8 +1,11 @@
 """What a config says, as the library's own arguments; the configs themselves lie in `configs/`."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
 from sparselora_jax.data.easy_vqa import KINDS
@@ -115,6 +118,36 @@ def lora_rules(config: Any) -> list[tuple[str, LoraSpec | None]]:
     lora = config.lora
     specs = {tower: LoraSpec(rank, lora.alpha[tower]) if rank else None for tower, rank in lora.rank.items()}
     return [(f'{tower}/{BLOCKS}{lora.targets[tower]}', specs[tower]) for tower in towers(config)] + [('.*', None)]
+
+
+def field_names(config: Any, prefix: str = '') -> list[str]:
+    """The dotted names of all fields, those of parts included: `restore`, `restore.steps`."""
+    found = []
+    for name, value in config.items():
+        found.append(prefix + name)
+        if isinstance(value, ConfigDict):
+            found += field_names(value, f'{prefix}{name}.')
+    return found
+
+
+def override(config: ConfigDict, fields: dict[str, Any], *, of: str = 'config') -> None:
+    """Sets fields by their dotted names.
+
+    Args:
+      of: whose fields they are, for the error.
+
+    Raises:
+      ConfigError: a field that does not exist, with the nearest one, or a value of another type.
+    """
+    known = field_names(config)
+    for name, value in fields.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, cutoff=0.0)
+            raise ConfigError(f'{of} has no field {name!r}; did you mean {nearest[0]!r}?')
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f'{of}: {name} cannot be {value!r} ({error})') from None
 
 
 def text_format(config: Any) -> TextFormat:

@@ -7,7 +7,7 @@ newest checkpoint.
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,14 +36,25 @@ TEXT = Path(__file__).parents[1] / 'assets' / 'heldout.txt'
 
 def run(job: Job) -> None:
     """Every stage, in order."""
-    evaluate(job, 'dense', lambda: job.params)
-    prune(job)
-    evaluate(job, 'pruned', lambda: merge(job.frozen.params, job.frozen.masks))
-    restore(job, 'restore', lambda: job.frozen)
-    evaluate(job, 'restored', job.merged)
+    evaluate_models(job, ('dense', 'pruned', 'restored'))
     export(job)
     floor(job)
     if job.config.restore.control:
+        evaluate_models(job, ('control',))
+
+
+def evaluate_models(job: Job, models: Sequence[str]) -> None:
+    """The stages that lead to the evaluations of these models (dense, pruned, restored, control), and no others."""
+    if 'dense' in models:
+        evaluate(job, 'dense', lambda: job.params)
+    if 'pruned' in models or 'restored' in models:
+        prune(job)
+    if 'pruned' in models:
+        evaluate(job, 'pruned', lambda: merge(job.frozen.params, job.frozen.masks))
+    if 'restored' in models:
+        restore(job, 'restore', lambda: job.frozen)
+        evaluate(job, 'restored', job.merged)
+    if 'control' in models:
         restore(job, 'control', lambda: Frozen(job.params, None))
         evaluate(job, 'control', lambda: merge(job.params, None, job.trained('control')))
 
@@ -186,7 +197,7 @@ def export(job: Job) -> dict:
         if job.config.restore.trained == 'lora':
             peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'))
         hf_export.check_export(folder, model, merged)
-        return count_zeros(job, merged) | {
+        return count_zeros(job, merged, job.trained('restore')) | {
             'bytes': {
                 'dense': sum(leaf.nbytes for leaf in jax.tree.leaves(job.params)),
                 'exported': sum(file.stat().st_size for file in folder.glob('*.safetensors')),
@@ -196,13 +207,17 @@ def export(job: Job) -> dict:
     return job.stage('export', compute)
 
 
-def count_zeros(job: Job, merged: dict) -> dict:
-    """What the zeros of the restored model show: per tower and layer, and if LoRA were merged outside the masks."""
+def count_zeros(job: Job, params: dict, trained: dict | None) -> dict:
+    """The zeros of a pruned or restored model, per tower and layer; and its density, had LoRA been merged as usual.
+
+    Args:
+      trained: what restoring it has trained; None: nothing.
+    """
     frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group
     found = {
-        'sparsity': {t: tower_sparsity(merged, t, pattern[t], group=group[t]) for t in pattern},
-        'layer_density': {tower: layer_density(merged, tower) for tower in pattern},
+        'sparsity': {t: tower_sparsity(params, t, pattern[t], group=group[t]) for t in pattern},
+        'layer_density': {tower: layer_density(params, tower) for tower in pattern},
     }
-    if job.config.restore.trained == 'lora':
-        found['lora_merged_density'] = plain_lora_density(frozen.params, frozen.masks, job.trained('restore'))
+    if trained is not None and job.config.restore.trained == 'lora':
+        found['lora_merged_density'] = plain_lora_density(frozen.params, frozen.masks, trained)
     return found
