@@ -50,13 +50,18 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
     if 'pruned' in models or 'restored' in models:
         prune(job)
     if 'pruned' in models:
-        evaluate(job, 'pruned', lambda: merge(job.frozen.params, job.frozen.masks))
+        evaluate(job, 'pruned', lambda: pruned_params(job))
     if 'restored' in models:
         restore(job, 'restore', lambda: job.frozen)
         evaluate(job, 'restored', job.merged)
     if 'control' in models:
         restore(job, 'control', lambda: Frozen(job.params, None))
         evaluate(job, 'control', lambda: merge(job.params, None, job.trained('control')))
+
+
+def pruned_params(job: Job) -> dict:
+    """The pruned model as plain arrays with zeros in place."""
+    return merge(job.frozen.params, job.frozen.masks)
 
 
 def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
