@@ -6,18 +6,15 @@ the budget.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from sparselora_jax import flops, inspection, memory, stages
+from sparselora_jax import sweep_runs
 from sparselora_jax.errors import SparseloraError
-from sparselora_jax.job import Job, check_fit
+from sparselora_jax.job import check_fit
 from sparselora_jax.models import embedded, hf
 from sparselora_jax.models.model import FAMILIES
 from sparselora_jax.progress import Progress
@@ -26,21 +23,11 @@ from sparselora_jax.storage import write_text
 from sparselora_jax.train import Interrupted
 
 MODELS = ('dense', 'pruned', 'restored', 'control')
-LAST = 'measured'  # the stage that ends a run
-FAILED = 'failed.txt'  # in the folder of a run that failed: why
-# Stages that runs may share, and what they leave; the stage's own result comes last, so that it is there or is not.
-SHARED = {
-    'prune': ('masks.safetensors', 'kernels.safetensors', 'zeros.json', 'prune.json'),
-    'evaluate_pruned': ('evaluate_pruned.json',),
-}
+SHARED_BY = {'prune': {'pruned', 'restored'}, 'evaluate_pruned': {'pruned'}}  # stages, and the models that need them
 
 
 class SweepError(SparseloraError, RuntimeError):
     """Points that failed; the others are finished."""
-
-
-class PointError(SparseloraError, RuntimeError):
-    """Why one run failed: the last line of what it said."""
 
 
 class Point(NamedTuple):
@@ -72,6 +59,11 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Of its folder."""
         return f'{self.point.name}-seed{self.seed}'
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """The stages that it may share with other runs."""
+        return tuple(stage for stage, models in SHARED_BY.items() if models & set(self.point.models))
 
 
 def runs(config: Any) -> list[Run]:
@@ -151,17 +143,17 @@ def run(
     """Runs what is not finished yet, one after the other.
 
     Args:
-      run_one: does the work of one run in its folder, in a process of its own or here (`run_here`).
+      run_one: does the work of one run in its folder: here (`sweep_runs.run_here`) or apart (`sweep_runs.run_apart`).
       after: called after each run.
 
     Raises:
       ConfigError, PatternError, RuleError: before anything runs.
       SweepError: runs failed; the others are finished, and a second call tries those that failed alone.
     """
-    workdir = Path(workdir)
+    workdir, shared = Path(workdir), Path(workdir) / 'shared'
     refuse_other_sweep(workdir, config)
     planned = runs(config)
-    left = [run for run in planned if not finished(workdir / run.name)]
+    left = [run for run in planned if not sweep_runs.finished(workdir / run.name)]
     if left:
         check(planned)
     claim(workdir, config)
@@ -170,115 +162,26 @@ def run(
     for index, one in enumerate(left):
         folder = workdir / one.name
         folder.mkdir(exist_ok=True)
-        (folder / FAILED).unlink(missing_ok=True)
-        _take(one, workdir)
+        (folder / sweep_runs.FAILED).unlink(missing_ok=True)
+        sweep_runs.take(one.shares, one.config, folder, shared)
         note = ''
         try:
             run_one(one, folder)
         except Interrupted:
-            _give(one, workdir)
+            sweep_runs.give(one.shares, one.config, folder, shared)
             raise
         except (SparseloraError, OSError) as error:
-            write_text(folder / FAILED, f'{error}\n')
+            write_text(folder / sweep_runs.FAILED, f'{error}\n')
             failed.append(one.name)
             note = f' failed: {error}'
-        _give(one, workdir)
+        sweep_runs.give(one.shares, one.config, folder, shared)
         if not note:
-            _remove_weights(folder)
-        _forget(left[index + 1 :], workdir, failed)
+            sweep_runs.remove_weights(folder)
+        if not failed:  # what failed will need it again
+            sweep_runs.forget([(run.shares, run.config) for run in left[index + 1 :]], shared)
         after()
         progress(len(planned) - len(left) + index + 1, one.name + note)
     if failed:
-        raise SweepError(
-            f'{len(failed)} of {len(planned)} runs failed: {", ".join(failed)}; see {FAILED} and output.txt in their '
-            f'folders of {workdir}; the same command tries them again'
-        )
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run's last stage is done."""
-    return (folder / f'{LAST}.json').exists()
-
-
-def run_here(run: Run, folder: Path) -> None:
-    """Does the work of one run in this process."""
-    job, models = Job(run.config, folder), run.point.models
-    stages.evaluate_models(job, models)
-    if 'dense' in models:
-        stages.floor(job)
-    measure(job, models)
-
-
-def measure(job: Job, models: tuple[str, ...]) -> dict:
-    """The last stage: zeros, trained parameters, and FLOPs of a restoration step and of an answer."""
-
-    def compute():
-        cfg = job.model.cfg
-        made = memory.recipe(cfg, job.config)
-        trained = {'restored': 'restore', 'control': 'control'}.get(models[-1])
-        found, kept = {}, {}
-        if 'pruned' in models or 'restored' in models:
-            pruned = job.merged() if 'restored' in models else stages.pruned_params(job)
-            found = stages.count_zeros(job, pruned, job.trained('restore') if 'restored' in models else None)
-            kept = {path: layers for tower in found['layer_density'].values() for path, layers in tower.items()}
-        if trained:
-            found['trained_parameters'] = inspection.count(job.trained(trained))
-            masks = {} if trained == 'control' else made.masks
-            found['step_flops'] = flops.train_step(cfg, job.config, made.params, masks, made.lora)
-        dense, sparse = flops.answer(cfg, job.config.text, made.params, kept)
-        return found | {'answer_flops': dense, 'answer_flops_sparse': sparse}
-
-    return job.stage(LAST, compute)
-
-
-def _key(stage: str, config: Any) -> str:
-    """Of the fields that a shared stage depends on: neither LoRA nor restoration, but for what orders the data."""
-    fields = json.loads(config.to_json())
-    read = {name: fields[name] for name in fields if name not in ('lora', 'restore', 'evaluate')}
-    read['shares'] = fields['restore']['shares']
-    if stage != 'prune':
-        read['evaluate'] = fields['evaluate']
-    return f'{stage}-{sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]}'
-
-
-def _link(files: tuple[str, ...], source: Path, target: Path) -> None:
-    """Files under another name too, without a second copy where the disk can do that."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        if (source / name).exists() and not (target / name).exists():
-            try:
-                os.link(source / name, target / name)
-            except OSError:
-                shutil.copyfile(source / name, target / (name + '.partial'))
-                (target / (name + '.partial')).replace(target / name)
-
-
-def _take(run: Run, workdir: Path) -> None:
-    """What an earlier run has done of this one."""
-    for stage, files in SHARED.items():
-        if (workdir / 'shared' / _key(stage, run.config) / files[-1]).exists():
-            _link(files, workdir / 'shared' / _key(stage, run.config), workdir / run.name)
-
-
-def _give(run: Run, workdir: Path) -> None:
-    """What later runs need not do again."""
-    for stage, files in SHARED.items():
-        if (workdir / run.name / files[-1]).exists():
-            _link(files, workdir / run.name, workdir / 'shared' / _key(stage, run.config))
-
-
-def _forget(later: list[Run], workdir: Path, failed: list[str]) -> None:
-    """Removes what no later run shares; a run that failed will need it again."""
-    if failed:
-        return
-    needed = {_key(stage, run.config) for run in later for stage in SHARED}
-    for folder in (workdir / 'shared').glob('*'):
-        if folder.name not in needed:
-            shutil.rmtree(folder)
-
-
-def _remove_weights(folder: Path) -> None:
-    """Masks, factors and checkpoints of a finished run: what it showed is in its json files."""
-    for file in folder.glob('*.safetensors'):
-        file.unlink()
-    shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+        share, names = f'{len(failed)} of {len(planned)}', ', '.join(failed)
+        where = f'why: {sweep_runs.FAILED} and output.txt in their folders of {workdir}'
+        raise SweepError(f'{share} runs failed: {names}; {where}; the same command tries them again')

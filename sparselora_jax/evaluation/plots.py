@@ -89,7 +89,7 @@ def _bars(axes: Any, plot: Any, drawn: list[Row], positions: list, quantity: str
 def _places(positions: list) -> list[float]:
     """Numbers lie where they are, in powers of two where they span much; other labels side by side."""
     if not all(isinstance(x, int | float) for x in positions):
-        return list(range(len(positions)))
+        return [float(index) for index in range(len(positions))]
     if min(positions) > 0 and max(positions) >= 8 * min(positions):
         return [float(np.log2(x)) for x in positions]
     return [float(x) for x in positions]

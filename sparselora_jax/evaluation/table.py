@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from sparselora_jax import sweep
+from sparselora_jax import sweep, sweep_runs
 from sparselora_jax.evaluation.report import PACKAGES
 from sparselora_jax.storage import write_text
 
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
     labels: dict[str, Any]
     model: str
-    steps: int | None  # of restoration
+    steps: int  # of restoration, whatever this model had of it
     values: dict[str, list[float]]
     failed: str = ''
 
@@ -51,15 +51,14 @@ def rows(config: Any, workdir: str | Path) -> list[Row]:
     for of_point in points.values():
         point, config = of_point[0].point, of_point[0].config
         folders = [Path(workdir) / run.name for run in of_point]
-        results = [_read(folder) for folder in folders if sweep.finished(folder)]
+        results = [_read(folder) for folder in folders if sweep_runs.finished(folder)]
         failed = _missing(folders)
         for model in (*point.models, *((FLOOR,) if 'dense' in point.models else ())):
             values: dict[str, list[float]] = {}
             for result in results:
                 for column, value in _values(result, model).items():
-                    values.setdefault(column, []).append(value)
-            steps = config.restore.steps if model in STAGES else None
-            found.append(Row(point.labels, model, steps, values, failed))
+                    values.setdefault(column, []).append(float(value))
+            found.append(Row(point.labels, model, config.restore.steps, values, failed))
     return found
 
 
@@ -71,8 +70,8 @@ def _missing(folders: list[Path]) -> str:
     """What is known of the runs that are not finished."""
     said = []
     for folder in folders:
-        if not sweep.finished(folder):
-            failed = folder / sweep.FAILED
+        if not sweep_runs.finished(folder):
+            failed = folder / sweep_runs.FAILED
             said.append(f'{folder.name}: {failed.read_text().strip() if failed.exists() else "not run yet"}')
     return '; '.join(said)
 
@@ -80,7 +79,7 @@ def _missing(folders: list[Path]) -> str:
 def _values(result: dict[str, dict], model: str) -> dict[str, float]:
     if model == FLOOR:
         return _accuracy(result['floor'])
-    evaluation, measured = result[f'evaluate_{model}'], result[sweep.LAST]
+    evaluation, measured = result[f'evaluate_{model}'], result[sweep_runs.LAST]
     values = _accuracy(evaluation)
     if 'perplexity' in evaluation:
         values['perplexity'] = evaluation['perplexity']
@@ -128,9 +127,14 @@ def to_csv(table: list[Row]) -> str:
         for name in values:
             mean, half = mean_interval(row.values[name]) if name in row.values else (None, None)
             cells += [_number(mean), _number(half)] if spreads(name) else [_number(mean)]
-        steps, seeds = '' if row.steps is None else row.steps, len(row.values.get('accuracy', ()))
-        writer.writerow([*(row.labels.get(name, '') for name in labels), row.model, steps, seeds, *cells, row.failed])
+        seeds = len(row.values.get('accuracy', ()))
+        given = [*(row.labels.get(name, '') for name in labels), row.model, _steps(row), seeds]
+        writer.writerow([*given, *cells, row.failed])
     return out.getvalue()
+
+
+def _steps(row: Row) -> int | str:
+    return row.steps if row.model in STAGES else ''
 
 
 def _number(value: float | None) -> str:
@@ -146,7 +150,7 @@ def to_markdown(config: Any, table: list[Row]) -> str:
     lines += ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     for row in table:
         cells = [str(row.labels.get(name, '')) for name in labels] + [row.model]
-        cells += ['' if row.steps is None else str(row.steps)]
+        cells += [str(_steps(row))]
         cells += [_cell(name, row.values[name]) if name in row.values else '' for name in values]
         cells += [row.failed.replace('|', '/')] if failed else []
         lines.append('| ' + ' | '.join(cells) + ' |')
