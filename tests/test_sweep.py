@@ -4,7 +4,9 @@ import csv
 import importlib
 import json
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -73,6 +75,15 @@ def pretend(run, folder):
     write(folder, 'measured', measured | {'trained_parameters': 1234} | flops)
 
 
+@pytest.fixture
+def compiled_once(tmp_path_factory):
+    """As in a sweep's processes."""
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    yield
+    jax.config.update('jax_compilation_cache_dir', None)
+
+
 def write(folder, name, result):
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_text(folder / f'{name}.json', json.dumps(result))
@@ -86,13 +97,14 @@ def never(run, folder):
 
 
 def test_a_real_sweep_shares_pruning_and_leaves_results_but_no_weights(
-    tmp_path, monkeypatch, easy_vqa_builder, tiny_blip2
+    tmp_path, monkeypatch, easy_vqa_builder, tiny_blip2, compiled_once
 ):
-    dataset = few(easy_vqa.load(easy_vqa_builder.data_path.parents[1]))
+    processor = embedded.load_processor(tiny_blip2[0].cfg)
+    monkeypatch.setattr(embedded, 'load_processor', lambda cfg: processor)
+    dataset = few(easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1]))
     monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: dataset)
-    config = sweep_config(
-        point('exact', models=('restored',)), point('kernels', restore__trained='weights'), POINTS[-1], seeds=1
-    )
+    points = point('exact', models=('restored',)), point('none', way='none', models=('pruned',), restore__kd=0.0)
+    config = sweep_config(*points)
     ran = []
 
     def here(run, folder):
@@ -100,27 +112,28 @@ def test_a_real_sweep_shares_pruning_and_leaves_results_but_no_weights(
         sweep_runs.run_here(run.config, folder, run.point.models)
 
     sweep.run(config, tmp_path, here)
-    assert ran == ['dense-seed42', 'exact-seed42', 'kernels-seed42', 'control-seed42']
-    pruned = [(tmp_path / name / 'prune.json').read_bytes() for name in ran[1:3]]
+    assert ran == ['dense-seed42', 'exact-seed42', 'none-seed42']
+    pruned = [(tmp_path / name / 'prune.json').read_bytes() for name in ran[1:]]
     assert pruned[0] == pruned[1]  # its seconds too: it was done once
     assert not list(tmp_path.rglob('*.safetensors')) and not list((tmp_path / 'shared').iterdir())
     sweep.run(config, tmp_path, never)
 
     rows = {(row.labels.get('way'), row.model): row for row in table.write(config, tmp_path)}
-    assert len(rows) == 5  # dense, floor, restored twice (the second wins), pruned, control
+    assert len(rows) == 4  # dense, floor, restored, pruned
     for row in rows.values():
         accuracy = row.values['accuracy']
         assert len(accuracy) == 1 and 0 <= accuracy[0] <= 1 and not row.failed
-    restored, control = rows['SparseLoRA', 'restored'].values, rows['control', 'control'].values
+    restored, dense = rows['SparseLoRA', 'restored'].values, rows[None, 'dense'].values
     assert restored['density language'] == [0.5] and restored['density vision'] == [1.0]
-    assert restored['GFLOP an answer'] < control['GFLOP an answer']
+    assert restored['GFLOP an answer'] < dense['GFLOP an answer']
     exact = json.loads((tmp_path / 'exact-seed42' / 'measured.json').read_text())
-    kernels = json.loads((tmp_path / 'kernels-seed42' / 'measured.json').read_text())
-    masked = {tower: sum(map(len, layers.values())) for tower, layers in exact['layer_density'].items()}
-    assert masked['language'] == 14  # 7 kernels of 2 layers
-    assert exact['lora_merged_density'] > 0.9 and 'lora_merged_density' not in kernels
-    assert kernels['trained_parameters'] == 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32)
-    assert kernels['step_flops'] > 0
+    layers = {tower: sum(map(len, found.values())) for tower, found in exact['layer_density'].items()}
+    assert layers['language'] == 14  # 7 kernels of 2 layers
+    assert exact['lora_merged_density'] > 0.9 and exact['step_flops'] > 0
+    language = 8 * 2 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32))
+    assert language < exact['trained_parameters'] < 2 * language
+    none = json.loads((tmp_path / 'none-seed42' / 'measured.json').read_text())
+    assert none['layer_density'] == exact['layer_density'] and 'lora_merged_density' not in none
 
 
 # Its order of things, on runs that only pretend.
