@@ -14,6 +14,7 @@ from absl import flags
 from sparselora_jax import sweep, sweep_runs
 from sparselora_jax.evaluation import plots, table
 from sparselora_jax.recipe import ConfigError
+from sparselora_jax.train import Interrupted
 
 CONFIG, WORKDIR = cli.define_config('configs/sweeps/modality.py', 'runs/sweep')
 RUN = flags.DEFINE_string('run', None, 'do one run alone, in this process: what the sweep starts for each')
@@ -29,9 +30,10 @@ def main(argv):
         return run_alone(config, workdir)
     try:
         sweep.run(config, workdir, run_apart, after=lambda: table.write(config, workdir))
-    finally:
-        if (workdir / 'config.json').exists():
-            plots.write(config, table.write(config, workdir), workdir)
+    except (sweep.SweepError, Interrupted, KeyboardInterrupt):  # what there is, is shown
+        plots.write(config, table.write(config, workdir), workdir)
+        raise
+    plots.write(config, table.write(config, workdir), workdir)
     print((workdir / f'{config.name}.md').read_text())
     print(f'complete: {workdir}/{config.name}.csv, .md, .png, .svg')
 

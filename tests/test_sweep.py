@@ -424,3 +424,7 @@ def test_the_script_names_a_sweep_that_does_not_exist_and_a_recipe_that_is_none(
     )
     assert code == 1 and "no field 'base.restore.stepz'; did you mean 'base.restore.steps'?" in err
     assert not (tmp_path / 'run').exists()
+    write(tmp_path / 'run', 'config', {'name': 'split'})
+    code, _, err = script('sweep.py', '--config=configs/sweeps/modality.py', f'--workdir={tmp_path / "run"}')
+    assert code == 1 and "holds another run ('split', not 'modality')" in err
+    assert [file.name for file in (tmp_path / 'run').iterdir()] == ['config.json']

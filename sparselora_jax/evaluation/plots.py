@@ -64,8 +64,14 @@ def _groups(plot: Any, drawn: list[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def _name(series: str, model: str, models: set[str]) -> str:
-    return ', '.join(part for part in (series, model if len(models) > 1 or not series else '') if part)
+def _pale(series: str, model: str, groups: dict[tuple[str, str], list[Row]]) -> bool:
+    """Whether a pruned model is drawn beside what restoring makes of it."""
+    return model == 'pruned' and (series, 'restored') in groups
+
+
+def _name(series: str, model: str, groups: dict[tuple[str, str], list[Row]]) -> str:
+    alone = sum(other == series for other, _ in groups) == 1
+    return series if alone and series else ', '.join(filter(None, (series, model)))
 
 
 def _colours(groups: dict[tuple[str, str], list[Row]]) -> dict[str, Any]:
@@ -75,14 +81,14 @@ def _colours(groups: dict[tuple[str, str], list[Row]]) -> dict[str, Any]:
 
 def _bars(axes: Any, plot: Any, drawn: list[Row], positions: list, quantity: str) -> None:
     groups = _groups(plot, drawn)
-    colours, models = _colours(groups), {model for _, model in groups}
+    colours = _colours(groups)
     width = 0.8 / max(len(groups), 1)
     for index, ((series, model), rows) in enumerate(groups.items()):
         rows = [row for row in rows if quantity in row.values]
         at = [positions.index(_label(row, plot.x)) + width * (index - (len(groups) - 1) / 2) for row in rows]
         heights, halves = zip(*(_height(row, quantity) for row in rows), strict=True) if rows else ((), ())
-        pale = model == 'pruned' and len(models) > 1
-        style = {'color': colours[series], 'alpha': 0.4 if pale else 1.0, 'label': _name(series, model, models)}
+        style = {'color': colours[series], 'alpha': 0.4 if _pale(series, model, groups) else 1.0}
+        style['label'] = _name(series, model, groups)
         axes.bar(at, heights, width, yerr=halves if any(halves) else None, capsize=2, **style)
 
 
@@ -97,14 +103,15 @@ def _places(positions: list) -> list[float]:
 
 def _lines(axes: Any, plot: Any, drawn: list[Row], positions: list, quantity: str) -> None:
     groups, place = _groups(plot, drawn), dict(zip(positions, _places(positions), strict=True))
-    colours, models = _colours(groups), {model for _, model in groups}
+    colours = _colours(groups)
     for (series, model), rows in groups.items():
         rows = sorted((r for r in rows if quantity in r.values), key=lambda row: place[_label(row, plot.x)])
         heights, halves = zip(*(_height(row, quantity) for row in rows), strict=True) if rows else ((), ())
-        style = {'color': colours[series], 'linestyle': '--' if model == 'pruned' else '-', 'marker': 'o'}
+        dashes = '--' if _pale(series, model, groups) else '-'
+        style = {'color': colours[series], 'linestyle': dashes, 'marker': 'o'}
         at = [place[_label(row, plot.x)] for row in rows]
         error = halves if any(halves) else None
-        axes.errorbar(at, heights, error, capsize=3, label=_name(series, model, models), **style)
+        axes.errorbar(at, heights, error, capsize=3, label=_name(series, model, groups), **style)
 
 
 def write(config: Any, table: list[Row], workdir: str | Path) -> None:
