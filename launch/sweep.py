@@ -30,7 +30,7 @@ def main(argv):
         return run_alone(config, workdir)
     try:
         sweep.run(config, workdir, run_apart, after=lambda: table.write(config, workdir))
-    except (sweep.SweepError, Interrupted, KeyboardInterrupt):  # what there is, is shown
+    except (sweep.SweepError, Interrupted):  # what there is, is shown
         plots.write(config, table.write(config, workdir), workdir)
         raise
     plots.write(config, table.write(config, workdir), workdir)

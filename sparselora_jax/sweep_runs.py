@@ -63,10 +63,10 @@ def run_apart(command: Sequence[str], folder: Path) -> None:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | compiled)
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # it may save what it has
+        except KeyboardInterrupt:  # it is told too, and saves what it has
             process.terminate()
             process.wait()
-            raise
+            code = 130
     if code == 130:
         raise Interrupted(f'{folder.name} was stopped; the same command goes on')
     if code:
