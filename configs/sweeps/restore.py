@@ -33,6 +33,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 points.append(Point(grid.name(way, label), {'pattern': label, 'restored by': way}, fields, models))
     points.append(Point('control', {'restored by': 'LoRA on the dense model'}, models=('control',)))
     plot = {'kind': 'bars', 'x': 'pattern', 'series': 'restored by', 'title': 'Ways of restoring, at equal steps'}
-    hour = grid.budget(seeds=3, steps=25, batch=8, questions=200, samples=64)
+    hour = grid.budget(seeds=3, steps=30, batch=8, questions=200, samples=64)
     full = grid.budget(seeds=3, steps=200, batch=16, questions=2000, samples=128)
     return grid.config('restore', arg, points, plot, hour=hour, full=full)

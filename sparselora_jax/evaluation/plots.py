@@ -10,7 +10,11 @@ from matplotlib.figure import Figure
 from sparselora_jax.evaluation.table import FLOOR, Row, mean_interval
 from sparselora_jax.storage import whole
 
-REFERENCES = {'dense': ('black', '--', 'dense'), FLOOR: ('gray', ':', FLOOR), 'control': ('tab:red', '-.', 'control')}
+REFERENCES = {
+    'dense': ('black', '--', 'dense'),
+    FLOOR: ('gray', ':', FLOOR),
+    'control': ('tab:red', '-.', 'dense, same LoRA budget'),
+}
 
 
 def figure(config: Any, table: list[Row]) -> Figure:
@@ -96,7 +100,7 @@ def _places(positions: list) -> list[float]:
     """Numbers lie where they are, in powers of two where they span much; other labels side by side."""
     if not all(isinstance(x, int | float) for x in positions):
         return [float(index) for index in range(len(positions))]
-    if min(positions) > 0 and max(positions) >= 8 * min(positions):
+    if min(positions) > 0 and max(positions) >= 16 * min(positions):
         return [float(np.log2(x)) for x in positions]
     return [float(x) for x in positions]
 
