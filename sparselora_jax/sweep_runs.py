@@ -80,7 +80,8 @@ def measure(job: Job, models: tuple[str, ...]) -> dict:
     def compute():
         cfg = job.model.cfg
         made = memory.recipe(cfg, job.config)
-        trained = {'restored': 'restore', 'control': 'control'}.get(models[-1])
+        stage_of = {'restored': 'restore', 'control': 'control'}
+        trained = next((stage_of[model] for model in models if model in stage_of), None)
         found, kept = {}, {}
         if 'pruned' in models or 'restored' in models:
             pruned = job.merged() if 'restored' in models else stages.pruned_params(job)
