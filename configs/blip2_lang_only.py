@@ -79,6 +79,7 @@ def base() -> ConfigDict:
     config.restore.temperature = 2.0
     config.restore.kl_reduction = 'token'  # token | sequence
     config.restore.gradient = 'exact'  # exact | straight_through | plain (LoRA beside the mask, cut at the merge)
+    config.restore.trained = 'lora'  # lora | weights (the pruned kernels themselves, under their masks)
     config.restore.accumulate = 1  # micro-batches a step
     config.restore.remat = False  # True: a block's activations are computed again in the backward, less memory
     config.restore.checkpoint_every = 25

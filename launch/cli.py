@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from sparselora_jax.errors import SparseloraError
-from sparselora_jax.recipe import DTYPES, ConfigError
+from sparselora_jax.recipe import DTYPES, ConfigError, field_names
 from sparselora_jax.train import Interrupted
 
 DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0}  # of generate
@@ -106,26 +106,19 @@ def check_config(argv: list[str], default: str | None) -> None:
         return
     path, _, argument = chosen.partition(':')
     if not Path(path).is_file():
-        nearest = difflib.get_close_matches(path, [str(p) for p in Path('configs').glob('*.py')], 1)
+        nearest = difflib.get_close_matches(path, [str(p) for p in Path('configs').glob('**/*.py')], 1)
         raise ConfigError(f'{path}: no such config' + (f'; did you mean {nearest[0]}?' if nearest else ''))
     try:
         config = read_config(path, argument or None)
     except (ValueError, KeyError, SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
         raise ConfigError(f'{path}: {kind}{error}') from None
-    fields = list(_fields(config))
+    fields = field_names(config)
     for name in values:
         field = name.removeprefix('config.')
         if name.startswith('config.') and field not in fields:
             nearest = difflib.get_close_matches(field, fields, 1, cutoff=0.0)
             raise ConfigError(f'config has no field {field!r}; did you mean {nearest[0]!r}?')
-
-
-def _fields(config: ConfigDict, prefix: str = ''):
-    for name, value in config.items():
-        yield prefix + name
-        if isinstance(value, ConfigDict):
-            yield from _fields(value, f'{prefix}{name}.')
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax import pruning, rules, sharding, storage
+from sparselora_jax import pruning, sharding, storage
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
 from sparselora_jax.data.text_format import TextFormat
@@ -32,12 +32,26 @@ from sparselora_jax.recipe import (
     refuse_other,
     text_format,
 )
-from sparselora_jax.restore import Frozen
+from sparselora_jax.restore import Frozen, merge_trained
 from sparselora_jax.sparsity import check_sparse
-from sparselora_jax.weights import init_lora, merge
+from sparselora_jax.weights import init_lora, with_kernels
 
 MASKS, KERNELS = 'masks.safetensors', 'kernels.safetensors'  # what pruning leaves; the second if kept weights changed
 QUESTIONS = 'questions.json'
+
+
+def check_fit(config: Any, shapes: dict) -> None:
+    """Names what of a config does not fit a model of these shapes.
+
+    Raises:
+      PatternError, RuleError: see `prune_tree` and `init_lora`.
+    """
+    like = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda shape: isinstance(shape, tuple)
+    )
+    pruning.patterns_of(like, prune_rules(config))
+    check_allocation(config, like)
+    jax.eval_shape(lambda key: init_lora(key, like, lora_rules(config)), jax.random.key(0))
 
 
 class Job:
@@ -74,14 +88,7 @@ class Job:
           MeshError, DataError: devices that cannot form the mesh; data that cannot be read.
           ConfigError: the workdir was evaluated on other questions, and answers are compared one by one.
         """
-        like = jax.tree.map(
-            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-            self.model.shapes(),
-            is_leaf=lambda shape: isinstance(shape, tuple),
-        )
-        pruning.patterns_of(like, prune_rules(self.config))
-        check_allocation(self.config, like)
-        jax.eval_shape(lambda key: init_lora(key, like, lora_rules(self.config)), jax.random.key(0))
+        check_fit(self.config, self.model.shapes())
         _ = self.mesh
         check_batches(self.config)
         kept, questions = self.workdir / QUESTIONS, self.questions
@@ -184,15 +191,14 @@ class Job:
         if not (self.workdir / KERNELS).exists():
             return Frozen(self.params, masks)
         edited = self.shard(storage.load_safetensors(self.workdir / KERNELS)[0])
-        pruned = rules.unflatten(rules.flatten(self.params) | rules.flatten(edited))
-        return Frozen(pruned, masks, teacher=self.params)
+        return Frozen(with_kernels(self.params, edited), masks, teacher=self.params)
 
     def trained(self, name: str) -> dict:
-        """The LoRA factors that the stage `name` has trained."""
+        """What the stage `name` has trained: LoRA factors, or kernels."""
         return storage.load_safetensors(self.workdir / f'{name}.safetensors')[0]
 
     def merged(self) -> dict:
         """The restored model as plain arrays with exact zeros, checked."""
-        params = merge(self.frozen.params, self.frozen.masks, self.trained('restore'))
+        params = merge_trained(self.frozen, self.trained('restore'), self.config.restore.trained)
         check_sparse(params, self.frozen.masks)
         return params

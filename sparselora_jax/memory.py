@@ -165,16 +165,17 @@ def restore(made: Recipe) -> Stage:
     """
     config, knobs = made.config, made.config.restore
     micro = -(-_samples(made, knobs.batch) // knobs.accumulate)
-    run, lora = _traced(made, micro), on_device(made.lora, made.mesh)
-    adapted = rules_lib.flatten(made.lora)
-    # The backward stops at the first tower whose LoRA is trained; what comes before it keeps nothing.
-    trained = [any(path.startswith(f'{stack.tower}/') for path in adapted) for stack in run]
-    kept = run[trained.index(True) :] if any(trained) else []
+    run, adapted = _traced(made, micro), rules_lib.flatten(made.lora if knobs.trained == 'lora' else made.masks)
+    what = 'LoRA' if knobs.trained == 'lora' else 'trained kernels'
+    trained = on_device(made.lora, made.mesh) if knobs.trained == 'lora' else FLOAT * on_device(made.masks, made.mesh)
+    # The backward stops at the first tower that is trained; what comes before it keeps nothing.
+    reached = [any(path.startswith(f'{stack.tower}/') for path in adapted) for stack in run]
+    kept = run[reached.index(True) :] if any(reached) else []
     held = {'params': on_device(made.params, made.mesh), 'masks (1 byte a weight)': on_device(made.masks, made.mesh)}
     if config.prune.method == 'sparsegpt' and knobs.kd:
         held['dense teacher (SparseGPT changes kept weights)'] = held['params']
-    held |= {'LoRA (float32)': lora, 'Adam (2 of LoRA)': 2 * lora}
-    held['gradients (of LoRA)'] = lora * (2 if knobs.accumulate > 1 else 1)
+    held |= {f'{what} (float32)': trained, f'Adam (2 of {what})': 2 * trained}
+    held[f'gradients (of {what})'] = trained * (2 if knobs.accumulate > 1 else 1)
     held['block inputs'] = sum(stack.depth * stack.hidden for stack in kept)
     if not knobs.remat:
         held["linears' outputs"] = sum(stack.depth * stack.outputs for stack in kept)

@@ -1,14 +1,18 @@
 """What a config says, as the library's own arguments; the configs themselves lie in `configs/`."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
 from sparselora_jax.data.easy_vqa import KINDS
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.errors import DataError, SparseloraError
 from sparselora_jax.losses import KL_REDUCTIONS
+from sparselora_jax.restore import TRAINED
 from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
 from sparselora_jax.storage import write_text
 from sparselora_jax.weights import GRADIENTS, LoraSpec
@@ -37,9 +41,14 @@ def check_values(config: Any) -> None:
     prune_rules(config)
     _check_allocation(config)
     restore = config.restore
-    for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS}.items():
+    for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS, 'trained': TRAINED}.items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
+    if restore.trained == 'weights':
+        if all(parse_pattern(pattern).dense for pattern in config.prune.pattern.values()):
+            raise ConfigError("restore.trained 'weights' trains pruned kernels: prune.pattern leaves every tower dense")
+        if restore.control:
+            raise ConfigError("restore.control: a LoRA budget on the dense model; set restore.trained to 'lora'")
     counts = {
         'prune': ('chunk', 'block', 'score_samples', 'score_batch'),
         'evaluate': ('questions', 'batch', 'max_new_tokens', 'num_beams'),
@@ -191,6 +200,36 @@ def check_allocation(config: Any, params: dict) -> None:
                 f'{path}: sparsity {ratio:.3f} with prune.spread {prune.spread}: '
                 'OWL moves ratios by as much, and they must stay between 0 and 1; ask for a smaller spread'
             )
+
+
+def field_names(config: Any, prefix: str = '') -> list[str]:
+    """The dotted names of all fields, those of parts included: `restore`, `restore.steps`."""
+    found = []
+    for name, value in config.items():
+        found.append(prefix + name)
+        if isinstance(value, ConfigDict):
+            found += field_names(value, f'{prefix}{name}.')
+    return found
+
+
+def override(config: ConfigDict, fields: dict[str, Any], *, of: str = 'config') -> None:
+    """Sets fields by their dotted names.
+
+    Args:
+      of: whose fields they are, for the error.
+
+    Raises:
+      ConfigError: a field that does not exist, with the nearest one, or a value of another type.
+    """
+    known = field_names(config)
+    for name, value in fields.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, cutoff=0.0)
+            raise ConfigError(f'{of} has no field {name!r}; did you mean {nearest[0]!r}?')
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f'{of}: {name} cannot be {value!r} ({error})') from None
 
 
 def text_format(config: Any) -> TextFormat:

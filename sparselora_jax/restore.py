@@ -1,18 +1,25 @@
 """Restoration: the SparseLoRA train step and its schedule (arXiv 2404.02424).
 
 `step(state, frozen, batch)`: `state` holds what is trained and is donated; `frozen` (params, masks, teacher) is an
-argument. Only `lora` is ever differentiated, so base and masks are bit-identical after any number of steps.
+argument. Only what is trained is ever differentiated, so base and masks are bit-identical after any number of steps.
+
+What is trained is LoRA, or, for comparison, the pruned kernels themselves (masked full fine-tuning).
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from sparselora_jax.losses import distillation_loss, token_weights
+from sparselora_jax.rules import flatten, unflatten
 from sparselora_jax.train import State, make_step
-from sparselora_jax.weights import bind
+from sparselora_jax.weights import bind, merge, with_kernels
+
+TRAINED = ('lora', 'weights')
 
 
 class Frozen(NamedTuple):
@@ -21,6 +28,28 @@ class Frozen(NamedTuple):
     params: dict
     masks: dict | None
     teacher: dict | None = None
+
+
+def pruned_kernels(params: dict, masks: dict, *, dtype: jax.typing.DTypeLike = jnp.float32) -> dict:
+    """Copies of the kernels that have a mask, zeros in place: what masked full fine-tuning starts from.
+
+    Their zeros have no gradient and no moments, and weight decay scales them: AdamW leaves them exactly zero.
+    """
+    flat = flatten(params)
+    return unflatten({path: jnp.where(mask, flat[path], 0).astype(dtype) for path, mask in flatten(masks).items()})
+
+
+def merge_trained(frozen: Frozen, trained: dict, kind: str) -> dict:
+    """The restored model as plain arrays with exact zeros, in the dtypes of its params.
+
+    Args:
+      kind: what `trained` is, one of `TRAINED`.
+    """
+    if kind == 'lora':
+        return merge(frozen.params, frozen.masks, trained)
+    flat = flatten(frozen.params)
+    kernels = {path: kernel.astype(flat[path].dtype) for path, kernel in flatten(trained).items()}
+    return merge(with_kernels(frozen.params, unflatten(kernels)), frozen.masks)
 
 
 def paper_optimizer(
@@ -48,6 +77,7 @@ def make_train_step(
     kl_reduction: str = 'token',
     gradient: str = 'exact',
     accumulate: int = 1,
+    trained: str = 'lora',
 ) -> Callable[[State, Frozen, dict], tuple[State, dict[str, Array]]]:
     """The jitted step, `(state, frozen, batch) -> (state, metrics)`.
 
@@ -57,6 +87,8 @@ def make_train_step(
       kl_reduction: see `token_weights`.
       gradient: see `weights.Adapted`.
       accumulate: micro-batches a step; must divide the batch; changes nothing beyond rounding.
+      trained: what the state trains: `'lora'`, or `'weights'`, the kernels of `pruned_kernels`; the teacher then still
+        reads those of `frozen`.
 
     Returns:
       The step. `batch` holds `targets` and `answer` besides what `forward` reads; metrics are `loss`, `ce`,
@@ -66,8 +98,13 @@ def make_train_step(
     def prepare(batch):
         return batch | {'weights': token_weights(batch['answer'], kl_reduction=kl_reduction)}
 
-    def loss(lora, frozen, batch):
-        student = forward(bind(frozen.params, frozen.masks, lora, gradient=gradient), batch)
+    def student_weights(tree, frozen):
+        if trained == 'weights':
+            return bind(with_kernels(frozen.params, tree), frozen.masks)
+        return bind(frozen.params, frozen.masks, tree, gradient=gradient)
+
+    def loss(tree, frozen, batch):
+        student = forward(student_weights(tree, frozen), batch)
         teacher = None
         if kd:
             teacher = forward(frozen.params if frozen.teacher is None else frozen.teacher, batch)

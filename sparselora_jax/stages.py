@@ -5,7 +5,7 @@ newest checkpoint.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from sparselora_jax.models import embedded, hf_export, on_disk, peft_adapter
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.progress import Progress
 from sparselora_jax.recipe import lora_rules, prune_methods, prune_rules
-from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
+from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
 from sparselora_jax.rules import flatten
 from sparselora_jax.sparsity import check_masks, check_sparse
 from sparselora_jax.train import fit, init_state
@@ -35,16 +35,32 @@ TEXT = Path(__file__).parents[1] / 'assets' / 'heldout.txt'
 
 def run(job: Job) -> None:
     """Every stage, in order."""
-    evaluate(job, 'dense', lambda: job.params)
-    prune(job)
-    evaluate(job, 'pruned', lambda: merge(job.frozen.params, job.frozen.masks))
-    restore(job, 'restore', lambda: job.frozen)
-    evaluate(job, 'restored', job.merged)
+    evaluate_models(job, ('dense', 'pruned', 'restored'))
     export(job)
     floor(job)
     if job.config.restore.control:
+        evaluate_models(job, ('control',))
+
+
+def evaluate_models(job: Job, models: Sequence[str]) -> None:
+    """The stages that lead to the evaluations of these models (dense, pruned, restored, control), and no others."""
+    if 'dense' in models:
+        evaluate(job, 'dense', lambda: job.params)
+    if 'pruned' in models or 'restored' in models:
+        prune(job)
+    if 'pruned' in models:
+        evaluate(job, 'pruned', lambda: pruned_params(job))
+    if 'restored' in models:
+        restore(job, 'restore', lambda: job.frozen)
+        evaluate(job, 'restored', job.merged)
+    if 'control' in models:
         restore(job, 'control', lambda: Frozen(job.params, None))
         evaluate(job, 'control', lambda: merge(job.params, None, job.trained('control')))
+
+
+def pruned_params(job: Job) -> dict:
+    """The pruned model as plain arrays with zeros in place."""
+    return merge(job.frozen.params, job.frozen.masks)
 
 
 def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
@@ -182,14 +198,18 @@ def prune(job: Job) -> dict:
 
 
 def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
-    """Trains LoRA under the masks; writes `<name>.safetensors`."""
+    """Trains LoRA under the masks, or the pruned kernels themselves; writes `<name>.safetensors`."""
 
     def compute():
         model, knobs, base = job.model, job.config.restore, frozen()
-        lora = job.shard(init_lora(jax.random.key(job.config.seed), base.params, lora_rules(job.config)))
+        if knobs.trained == 'weights':
+            first = pruned_kernels(base.params, base.masks)
+        else:
+            first = init_lora(jax.random.key(job.config.seed), base.params, lora_rules(job.config))
         schedule = {key: knobs[key] for key in ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')}
         tx = paper_optimizer(knobs.steps, **schedule)
-        loss = {key: knobs[key] for key in ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate')}
+        loss_fields = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
+        loss = {key: knobs[key] for key in loss_fields}
         run = remat_blocks if knobs.remat else scan_blocks
         step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss)
         checkpoints = Checkpoints(job.workdir / 'checkpoints' / name)
@@ -202,7 +222,7 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
             last[0] = now
             progress(index, f'loss {metrics["loss"]:.4f}')
 
-        batches, state = job.batches(knobs.batch, job.config.seed), init_state(lora, tx)
+        batches, state = job.batches(knobs.batch, job.config.seed), init_state(job.shard(first), tx)
         last[0] = time.monotonic()
         every = knobs.checkpoint_every
         state = fit(step, state, base, batches, steps=knobs.steps, checkpoints=checkpoints, every=every, log=note)
@@ -224,16 +244,12 @@ def export(job: Job) -> dict:
             embedded.save(folder, model, merged, texts=texts)
         else:
             hf_export.export_model(folder, model, merged, texts=texts)
-        # The weights that it was trained on: in a directory of their own only where they were pruned from disk.
-        base = str(job.workdir / 'pruned') if job.config.stream else None
-        peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'), base=base)
+        if job.config.restore.trained == 'lora':
+            # The weights that it was trained on: in a directory of their own only where they were pruned from disk.
+            base = str(job.workdir / 'pruned') if job.config.stream else None
+            peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'), base=base)
         hf_export.check_export(folder, model, merged)
-        frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group
-        zeros = allocate(job)
-        return {
-            'sparsity': {t: tower_sparsity(merged, t, pattern[t], group=group[t], zeros=zeros) for t in pattern},
-            'layer_density': {tower: layer_density(merged, tower) for tower in pattern},
-            'lora_merged_density': plain_lora_density(frozen.params, frozen.masks, job.trained('restore')),
+        return count_zeros(job, merged, job.trained('restore')) | {
             'bytes': {
                 'dense': _size(model.source)
                 if model.source
@@ -248,3 +264,20 @@ def export(job: Job) -> dict:
 def _size(folder: str | Path) -> int:
     """Bytes of a directory's weights."""
     return sum(file.stat().st_size for file in Path(folder).glob('*.safetensors'))
+
+
+def count_zeros(job: Job, params: dict, trained: dict | None) -> dict:
+    """The zeros of a pruned or restored model, per tower and layer; and its density, had LoRA been merged as usual.
+
+    Args:
+      trained: what restoring it has trained; None: nothing.
+    """
+    frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group
+    zeros = allocate(job)
+    found = {
+        'sparsity': {t: tower_sparsity(params, t, pattern[t], group=group[t], zeros=zeros) for t in pattern},
+        'layer_density': {tower: layer_density(params, tower) for tower in pattern},
+    }
+    if trained is not None and job.config.restore.trained == 'lora':
+        found['lora_merged_density'] = plain_lora_density(frozen.params, frozen.masks, trained)
+    return found

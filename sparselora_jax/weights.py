@@ -137,6 +137,11 @@ def bind(
     return rules_lib.unflatten(flat)
 
 
+def with_kernels(params: dict, kernels: dict) -> dict:
+    """Params with some of their leaves replaced by those of `kernels`, by path."""
+    return rules_lib.unflatten(rules_lib.flatten(params) | rules_lib.flatten(kernels))
+
+
 def merge(
     params: dict, masks: dict | None, lora: dict | None = None, *, dtype: jax.typing.DTypeLike | None = None
 ) -> dict:

@@ -256,6 +256,28 @@ def test_an_impossible_allocation_is_named_before_any_work(world, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_pruned_kernels_themselves_may_be_trained(world, tmp_path, tiny_blip2):
+    """The zeros stay, everything without a mask stays too, and there is no adapter to export."""
+    fields = {'restore.trained': 'weights', 'prune.pattern.vision': '0.5', 'restore.peak': 1e-2}
+    workdir = run(tmp_path / 'weights', **fields)
+    masks = rules.flatten(storage.load_safetensors(workdir / 'masks.safetensors')[0])
+    dense, exported = rules.flatten(tiny_blip2[1]), rules.flatten(sl.load_model(workdir / 'exported')[1])
+    for path, leaf in exported.items():
+        pruned = np.where(masks.get(path, True), dense[path], 0)
+        assert np.array_equal(leaf, pruned) != (path in masks), path
+        assert path not in masks or not leaf[~masks[path]].any(), path
+    got = read(workdir, 'report')
+    assert not any(tower['violations'] for tower in got['sparsity'].values())
+    assert 'lora_merged_density' not in got['baselines'] and not (workdir / 'adapter').exists()
+
+
+@pytest.mark.parametrize('field', ['restore.control', 'prune.pattern.language'])
+def test_training_kernels_needs_pruned_ones_and_has_no_lora_control(tmp_path, field):
+    value = {'restore.control': True, 'prune.pattern.language': 'dense'}[field]
+    with pytest.raises(ConfigError, match=field.rpartition('.')[0]):
+        Job(tiny_config(**{'restore.trained': 'weights', field: value}), tmp_path)
+
+
 def test_the_workdir_of_another_config_is_refused_and_the_field_named(wanda):
     before = (wanda / 'config.json').read_bytes()
     with pytest.raises(ConfigError, match=r'restore\.steps is 4 here and 3 there'):

@@ -9,7 +9,7 @@ from sparselora_jax import calibrate, memory, rules, sharding, tracing
 from sparselora_jax.models import blip2, llama, qformer, t5, vit
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
-from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
+from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
 from sparselora_jax.train import init_state
 
 VISION = vit.ViTConfig(image_size=28, patch_size=7, width=64, depth=2, heads=4, mlp_width=128)
@@ -56,18 +56,21 @@ def test_params_masks_and_lora_are_exact_on_every_mesh(config, axes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('remat', [False, True])
-def test_a_step_is_estimated_close_to_the_compilers_count(config, remat):
+@pytest.mark.parametrize('remat, trained', [(False, 'lora'), (True, 'lora'), (True, 'weights')])
+def test_a_step_is_estimated_close_to_the_compilers_count(config, remat, trained):
     """In float32: on a CPU XLA computes bfloat16 in float32, and takes twice the temporary memory."""
-    config.restore.remat = remat
+    config.restore.remat, config.restore.trained = remat, trained
     made = memory.recipe(CFG, config)
     stage, model = memory.restore(made), Model(CFG, Generation(eos=(2,), pad=2))
     batch, tx = tracing.batch_of(CFG, config.text, config.restore.batch), paper_optimizer(10)
     run = remat_blocks if remat else scan_blocks
-    step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx)
-    state = jax.eval_shape(lambda lora: init_state(lora, tx), made.lora)
+    step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, trained=trained)
+    kernels = jax.eval_shape(pruned_kernels, made.params, made.masks)
+    state = jax.eval_shape(lambda tree: init_state(tree, tx), made.lora if trained == 'lora' else kernels)
     found = step.lower(state, Frozen(made.params, made.masks), batch).compile().memory_analysis()
-    resident = sum(size for name, size in stage.held.items() if name.startswith(('params', 'masks', 'LoRA', 'Adam')))
+    resident = sum(
+        size for name, size in stage.held.items() if name.startswith(('params', 'masks', 'LoRA', 'trained', 'Adam'))
+    )
     arguments = resident + tracing.nbytes(batch) + 2 * 4 + 4  # the batch, two counters of the optimizer, the step
     assert found.argument_size_in_bytes == pytest.approx(arguments, abs=16)
     assert 0.85 < found.temp_size_in_bytes / (stage.total - resident) < 1.2

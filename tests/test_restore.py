@@ -7,9 +7,11 @@ import optax
 import pytest
 
 import sparselora_jax as sl
-from sparselora_jax import restore
+from sparselora_jax import losses, restore, rules
+from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.models import llama
 from sparselora_jax.models.init import init_params
+from sparselora_jax.train import fit
 
 CFG = llama.LlamaConfig(vocab=13, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
 
@@ -40,18 +42,86 @@ def test_steps_restore_compile_once_and_leave_the_base_alone(gradient):
 
     tx = optax.adamw(1e-2)
     step = restore.make_train_step(counted, tx, gradient=gradient)
-    state, losses = sl.init_state(lora, tx), []
+    state, seen = sl.init_state(lora, tx), []
     for _ in range(30):
         state, metrics = step(state, restore.Frozen(params, masks), batch)
-        losses.append(float(metrics['loss']))
+        seen.append(float(metrics['loss']))
     assert len(traces) == 2  # student and teacher
-    assert losses[-1] < 0.5 * losses[0]
+    assert seen[-1] < 0.5 * seen[0]
     assert int(state.step) == 30
     assert jax.tree.all(jax.tree.map(np.array_equal, before, (params, masks)))
     merged = sl.merge(params, masks, state.trained)
     sl.check_sparse(merged, masks)
     bound = forward(sl.bind(params, masks, state.trained), batch)
     assert jnp.allclose(bound, forward(merged, batch), atol=1e-4)
+
+
+def test_training_the_pruned_kernels_keeps_every_zero_and_moves_nothing_else():
+    params, masks, _, batch = setup()
+    masks['blocks']['mlp'].pop('up')  # stays dense, so it is not trained
+    before = jax.tree.map(np.array, (params, masks))
+    tx = restore.paper_optimizer(30, peak=1e-2, warmup=1, weight_decay=0.5)
+    step = restore.make_train_step(forward, tx, trained='weights')
+    frozen = restore.Frozen(params, masks)
+    state, seen = sl.init_state(restore.pruned_kernels(params, masks), tx), []
+    for _ in range(30):
+        state, metrics = step(state, frozen, batch)
+        seen.append(float(metrics['loss']))
+    assert seen[-1] < 0.5 * seen[0]
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, (params, masks)))
+    trained, flat_masks, dense = map(rules.flatten, (state.trained, masks, params))
+    assert trained.keys() == flat_masks.keys()
+    for path, kernel in trained.items():
+        assert not kernel[~flat_masks[path]].any(), path
+        assert not np.array_equal(kernel[flat_masks[path]], dense[path][flat_masks[path]]), path
+    merged = restore.merge_trained(frozen, state.trained, 'weights')
+    sl.check_sparse(merged, masks)
+    for path, leaf in rules.flatten(merged).items():
+        assert np.array_equal(leaf, trained.get(path, dense[path])), path
+
+
+def test_the_gradient_of_the_pruned_kernels_is_that_of_the_masked_loss():
+    """And the teacher is the dense model, not what is trained."""
+    params, masks, _, batch = setup()
+    kernels = restore.pruned_kernels(params, masks)
+    teacher, weights = forward(params, batch), losses.token_weights(batch['answer'])
+
+    def masked_loss(kernels):
+        student = rules.flatten(params)
+        for path, mask in rules.flatten(masks).items():
+            student[path] = rules.flatten(kernels)[path] * mask.astype(jnp.float32)
+        logits = forward(rules.unflatten(student), batch)
+        return losses.distillation_loss(logits, teacher, batch['targets'], weights, kd=0.3)[0]
+
+    want = jax.grad(masked_loss)(kernels)
+    tx = optax.sgd(1.0)
+    step = restore.make_train_step(forward, tx, kd=0.3, trained='weights')
+    state, _ = step(sl.init_state(jax.tree.map(jnp.copy, kernels), tx), restore.Frozen(params, masks), batch)
+    got = jax.tree.map(lambda old, new: old - new, kernels, state.trained)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_trained_kernels_resume_bit_for_bit(tmp_path):
+    params, masks, _, batch = setup()
+    tx = restore.paper_optimizer(4, peak=1e-2, warmup=1)
+    step, frozen = restore.make_train_step(forward, tx, trained='weights'), restore.Frozen(params, masks)
+
+    def run(folder, steps):
+        state = sl.init_state(restore.pruned_kernels(params, masks), tx)
+        return fit(step, state, frozen, [batch] * 4, steps=steps, checkpoints=Checkpoints(folder), every=1)
+
+    whole = run(tmp_path / 'whole', 4)
+    run(tmp_path / 'cut', 2)
+    assert jax.tree.all(jax.tree.map(np.array_equal, run(tmp_path / 'cut', 4), whole))
+
+
+def test_pruned_kernels_of_bfloat16_are_trained_in_float32_and_merged_back():
+    params, masks, _, _ = setup()
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    kernels = restore.pruned_kernels(params, masks)
+    assert {leaf.dtype for leaf in jax.tree.leaves(kernels)} == {jnp.dtype('float32')}
+    merged = restore.merge_trained(restore.Frozen(params, masks), kernels, 'weights')
+    assert jax.tree.all(jax.tree.map(np.array_equal, merged, sl.merge(params, masks)))
 
 
 @pytest.mark.parametrize('kl_reduction', ['token', 'sequence'])
@@ -68,9 +138,10 @@ def test_micro_batches_change_nothing_beyond_rounding(kl_reduction):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
-def test_the_compiled_step_holds_no_second_copy_of_the_kernels():
+@pytest.mark.parametrize('trained, share', [('lora', 0.25), ('weights', 1.25)])
+def test_the_compiled_step_holds_no_second_copy_of_the_kernels(trained, share):
     """The compiler's own count of the whole step, teacher included: temporary memory grows with the number of layers by
-    activations, far less than a layer's kernels."""
+    activations, far less than a layer's kernels, and by gradients where kernels are trained."""
 
     def temporary(depth):
         cfg = llama.LlamaConfig(vocab=16, width=128, depth=depth, heads=4, kv_heads=4, mlp_width=512)
@@ -85,14 +156,15 @@ def test_the_compiled_step_holds_no_second_copy_of_the_kernels():
             return llama.head(w, cfg, llama.forward(w, cfg, x, jnp.ones(batch['tokens'].shape, bool)))
 
         tx = optax.adamw(1e-3)
-        step = restore.make_train_step(logits, tx)
-        compiled = step.lower(sl.init_state(lora, tx), restore.Frozen(params, masks), batch).compile()
+        step = restore.make_train_step(logits, tx, trained=trained)
+        first = lora if trained == 'lora' else restore.pruned_kernels(params, masks)
+        compiled = step.lower(sl.init_state(first, tx), restore.Frozen(params, masks), batch).compile()
         kernels = jax.tree.leaves(params['blocks'])
         layer = sum(leaf.nbytes for leaf in kernels) / depth
         return compiled.memory_analysis().temp_size_in_bytes, layer
 
     (few, layer), (many, _) = temporary(2), temporary(18)
-    assert many - few < 16 * layer / 4
+    assert many - few < 16 * layer * share
 
 
 def test_teacher_of_its_own_is_used():

@@ -58,7 +58,14 @@ def render(job: Any, report: dict) -> str:
         + [['peak memory', f'{report["peak_memory_bytes"] / 2**30:.2f} GiB']]
         + [[f'size, {name}', f'{size / 1e6:.0f} MB'] for name, size in report['bytes'].items()],
     )
-    merged = report['baselines']['lora_merged_density']
+    merged = report['baselines'].get('lora_merged_density')
+    if merged is None:
+        merged = 'The pruned kernels themselves were trained, under their masks.'
+    else:
+        merged = (
+            'Merged as plain LoRA is, outside the mask, these factors would leave the pruned kernels at density '
+            f'{merged:.3f}.'
+        )
     won = 'nothing was lost' if report['won_back'] is None else f'{report["won_back"]:.0%} of what pruning lost'
     beams = report['config']['evaluate']['num_beams']
     how = 'greedily' if beams == 1 else f'with {beams} beams'
@@ -71,7 +78,7 @@ def render(job: Any, report: dict) -> str:
 <div class="scores">{scores}</div>
 <h2>Accuracy by kind of answer</h2><div class="wide">{by_kind}</div>{intervals}
 <h2>Sparsity of the exported model</h2><div class="wide">{sparsity}</div>
-<p>Merged as plain LoRA is, outside the mask, these factors would leave the pruned kernels at density {merged:.3f}.</p>
+<p>{merged}</p>
 <h2>Restoration</h2>{_curves(job)}
 <h2>Density per layer</h2>{_densities(job)}
 <h2>What they answer</h2><div class="examples">{_examples(job)}</div>

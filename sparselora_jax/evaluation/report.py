@@ -17,7 +17,9 @@ def build(job: Any) -> dict:
     evaluations = {name: results[f'evaluate_{name}'] for name in MODELS}
     correct = {name: vqa.Answers(e['predicted'], e['true']).correct for name, e in evaluations.items()}
     export, restore = results['export'], results['restore']
-    baselines = {'lora_merged_density': export['lora_merged_density'], 'image_blind': results['floor']['accuracy']}
+    baselines = {'image_blind': results['floor']['accuracy']}
+    if 'lora_merged_density' in export:  # LoRA was trained
+        baselines['lora_merged_density'] = export['lora_merged_density']
     if 'evaluate_control' in results:
         control = results['evaluate_control']
         kept = {'perplexity': control['perplexity']} if 'perplexity' in control else {}

@@ -1,0 +1,33 @@
+"""What the steps of restoration buy: the language tower pruned and restored, from a sixteenth of the steps to all.
+
+  python launch/sweep.py --config=configs/sweeps/steps.py --workdir=runs/steps
+
+Every point has its whole schedule, warm-up and decay, in its own steps. Argument and budgets: `grid.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sweeps import grid
+from sparselora_jax.sweep import Point
+
+PATTERNS = {'2:4': '2:4', '70 %': '0.7'}
+PARTS = (16, 8, 4, 2, 1)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: see `grid.py`."""
+    towers = tuple(grid.base(arg).prune.pattern)
+    points = [
+        Point(
+            grid.name(f'one {part}th', label),
+            {'pattern': label},
+            grid.patterns(towers, language=pattern),
+            share=1 / part,
+        )
+        for label, pattern in PATTERNS.items()
+        for part in PARTS
+    ]
+    plot = {'kind': 'lines', 'x': 'steps', 'series': 'pattern', 'title': 'What the steps of restoration buy'}
+    hour = grid.budget(seeds=2, steps=160, batch=16, questions=500, samples=128)
+    full = grid.budget(seeds=3, steps=800, batch=16, questions=2000, samples=128)
+    return grid.config('steps', arg, points, plot, hour=hour, full=full)

@@ -1,0 +1,98 @@
+"""FLOPs of a program's matmuls, counted from its trace: exact for any model and step, nothing is computed.
+
+XLA's own `cost_analysis()` counts the body of a loop once; here a scan counts as often as it runs.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from sparselora_jax import rules as rules_lib
+from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.models.runners import remat_blocks, scan_blocks
+from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
+from sparselora_jax.tracing import batch_of, stacks
+from sparselora_jax.train import init_state
+
+
+def matmul_flops(function: Callable, *args: Any) -> int:
+    """FLOPs of all matmuls in `function(*args)`: a product `[m, k] @ [k, n]` is 2mkn. Norms, softmax etc. are left out.
+
+    Args:
+      args: arrays or their shapes.
+
+    Raises:
+      ValueError: a matmul in a loop whose number of rounds the trace does not know.
+
+    >>> x, w = jnp.ones((2, 3)), jnp.ones((5, 3, 3))
+    >>> matmul_flops(lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], x, w)
+    180
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == 'dot_general':
+        (contracted, _), _ = params['dimension_numbers']
+        left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+        return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+    inside = [_count(jaxpr) for jaxpr in _inside(params)]
+    if name == 'while' and any(inside):
+        raise ValueError('a matmul in a while loop: the trace does not know how often it runs')
+    if name == 'cond':
+        return max(inside, default=0)
+    return params.get('length', 1) * sum(inside) if name == 'scan' else sum(inside)
+
+
+def _inside(params: dict) -> Iterator[Any]:
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            part = getattr(part, 'jaxpr', part)
+            if hasattr(part, 'eqns'):
+                yield part
+
+
+def train_step(cfg: Any, config: Any, params: dict, masks: dict, lora: dict) -> int:
+    """FLOPs of one restoration step as a recipe asks for it, the teacher and what is computed twice included.
+
+    Args:
+      cfg: the model's.
+      config: see `configs/`; params, masks, lora: shapes, as `memory.recipe` makes them.
+    """
+    knobs, model = config.restore, Model(cfg, Generation(eos=(0,), pad=0, start=0))
+    run = remat_blocks if knobs.remat else scan_blocks
+    tx = paper_optimizer(knobs.steps)
+    loss = {name: knobs[name] for name in ('kd', 'gradient', 'accumulate', 'trained')}
+    step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss)
+    first = jax.eval_shape(pruned_kernels, params, masks) if knobs.trained == 'weights' else lora
+    state = jax.eval_shape(lambda tree: init_state(tree, tx), first)
+    return matmul_flops(step, state, Frozen(params, masks or None), batch_of(cfg, config.text, knobs.batch))
+
+
+def answer(cfg: Any, text: Any, params: dict, density: dict[str, list[float]]) -> tuple[int, int]:
+    """(dense, sparse) FLOPs of one forward over a question and its answer.
+
+    Sparse is nominal: each pruned kernel counts at its density, as on a device that skips every zero. Whether a device
+    does so is another question.
+
+    Args:
+      text: has `prompt_tokens` and `answer_tokens`.
+      params: shapes.
+      density: path of a kernel -> share of weights kept in each layer; kernels that are not named are dense.
+    """
+    model, batch = Model(cfg, Generation(eos=(0,), pad=0, start=0)), batch_of(cfg, text, 1)
+    dense, skipped = matmul_flops(model.answer_logits, params, batch), 0.0
+    kernels = rules_lib.kernels(params)
+    for stack in stacks(cfg, params, batch):
+        for name, read in stack.inputs.items():
+            path = f'{stack.tower}/blocks/{name}'
+            layer = 2 * math.prod(read.shape) * kernels[path].shape[-1]
+            skipped += sum(layer * (1 - kept) for kept in density.get(path, ()))
+    return dense, dense - round(skipped)
