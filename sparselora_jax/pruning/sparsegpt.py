@@ -1,5 +1,6 @@
 """SparseGPT (arXiv 2301.00774): prune column by column of the input axis, and let the rest make up for it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,13 +13,20 @@ from sparselora_jax import calibrate
 from sparselora_jax.sparsity import Pattern, PatternError, keep_largest, keep_n_of_m
 
 
+ROWS = 16  # pruned one after the other, between two products
+
+
 def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float) -> Float[Array, 'inputs inputs']:
-    """Upper Cholesky factor of the damped Hessian's inverse; `damp` is a share of the mean diagonal."""
+    """Upper Cholesky factor of the damped Hessian's inverse; `damp` is a share of the mean diagonal.
+
+    With H = R R^T and R upper triangular (a Cholesky factor of H, axes reversed), H^-1 = (R^-1)^T R^-1: only a triangle
+    is inverted, and no inverse is factored again.
+    """
     n = hessian.shape[0]
     hessian = hessian + damp * jnp.mean(jnp.diagonal(hessian)) * jnp.eye(n, dtype=hessian.dtype)
-    lower = jnp.linalg.cholesky(hessian)
-    inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(n, dtype=hessian.dtype))
-    return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    lower = jnp.linalg.cholesky(hessian[::-1, ::-1])
+    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(n, dtype=hessian.dtype), lower=True)
+    return inverse[::-1, ::-1]
 
 
 @dataclass(frozen=True)
@@ -73,23 +81,22 @@ class SparseGPT:
         zeros = zeros.at[-1].add(jnp.asarray(padding * compared, jnp.int32))
         weights = jnp.pad(weights, ((0, padding), (0, 0)))
         factor = jnp.pad(factor, (0, padding)) + jnp.diag((jnp.arange(inputs + padding) >= inputs).astype(dtype))
+        lower = factor.T
 
-        def prune_block(index, state):
-            weights, mask = state
+        def prune_slab(index, state):
+            weights, mask, errors = state
             start = index * size
-            w = jax.lax.dynamic_slice_in_dim(weights, start, size)
-            u = jax.lax.dynamic_slice(factor, (start, start), (size, size))
+            # What the inputs before the slab did to it, all at once: the rows of `errors` from here on are still zero.
+            rows = jax.lax.dynamic_slice_in_dim(lower, start, size)
+            w = jax.lax.dynamic_slice_in_dim(weights, start, size) - jnp.matmul(rows, errors, precision='highest')
+            diagonal = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
             real = start + jnp.arange(size) < inputs
-            pruned, kept, errors = _prune_slab(w, u, pattern, self.group, zeros[index], real)
-            # Inputs after the block: rows of the factor are zero before the diagonal, so earlier ones are untouched.
-            rows = jax.lax.dynamic_slice_in_dim(factor, start, size)
-            later = (jnp.arange(inputs + padding) >= start + size)[None]
-            weights = weights - jnp.matmul(jnp.where(later, rows, 0.0).T, errors, precision='highest')
+            new = _prune_slab(w, diagonal, pattern, self.group, zeros[index], real)
             write = jax.lax.dynamic_update_slice_in_dim
-            return write(weights, pruned, start, 0), write(mask, kept, start, 0)
+            return tuple(write(all_rows, part, start, 0) for all_rows, part in zip(state, new, strict=True))
 
-        state = (weights, jnp.ones(weights.shape, bool))
-        weights, mask = jax.lax.fori_loop(0, len(ends) - 1, prune_block, state)
+        state = (weights, jnp.ones(weights.shape, bool), jnp.zeros_like(weights))
+        weights, mask, _ = jax.lax.fori_loop(0, len(ends) - 1, prune_slab, state)
         return weights[:inputs].astype(kernel.dtype), mask[:inputs]
 
 
@@ -102,37 +109,53 @@ def _slab_zeros(total: Int[Array, '*groups'], ends: np.ndarray) -> Int[Array, 's
     return so_far[1:] - so_far[:-1]
 
 
-def _saliency(w: Array, u: Array) -> Array:
-    return (w / jnp.diagonal(u)[:, None]) ** 2
+def _saliency(w: Float[Array, 'rows outputs'], diagonal: Float[Array, ' rows']) -> Float[Array, 'rows outputs']:
+    return (w / diagonal[:, None]) ** 2
 
 
 def _prune_slab(
-    w: Array, u: Array, pattern: Pattern, group: str, zeros: Array, real: Array
+    w: Array, lower: Array, pattern: Pattern, group: str, zeros: Array, real: Array
 ) -> tuple[Array, Array, Array]:
-    """One slab of inputs, top to bottom: (pruned weights, mask, errors to pass on); `real`: inputs that exist."""
+    """One slab of inputs: (pruned weights, mask, errors to pass on); `real`: inputs that exist.
+
+    A few rows at a time, for the same reason as slabs: a row changes only those few, and what it does to the rest of
+    the slab is one product for all of them.
+    """
     size, outputs = w.shape
-    saliency = jnp.where(real[:, None], _saliency(w, u), -1.0)
+    saliency = jnp.where(real[:, None], _saliency(w, jnp.diagonal(lower)), -1.0)
     if pattern.structured:
         mask = jnp.ones(w.shape, bool)  # chosen M inputs at a time, on the weights as updated so far
     elif group == 'output':
         mask = keep_largest(saliency, zeros, axis=0)
     else:
         mask = keep_largest(saliency.reshape(-1), zeros).reshape(w.shape)
-    rows = jnp.arange(size)
+    m = max(pattern.m, 1)
+    few = m * math.gcd(size // m, max(ROWS // m, 1))
 
-    def prune_input(i, state):
+    def prune_few(index, state):
         w, mask, errors = state
-        if pattern.structured:
-            m = pattern.m
+        start = index * few
+        rows = jax.lax.dynamic_slice_in_dim(lower, start, few)
+        part = jax.lax.dynamic_slice_in_dim(w, start, few) - jnp.matmul(rows, errors, precision='highest')
+        diagonal = jax.lax.dynamic_slice_in_dim(rows, start, few, axis=1)
+        new = _prune_rows(part, diagonal, pattern, jax.lax.dynamic_slice_in_dim(mask, start, few))
+        write = jax.lax.dynamic_update_slice_in_dim
+        return tuple(write(all_rows, part, start, 0) for all_rows, part in zip(state, new, strict=True))
 
-            def choose(mask):
-                scores = jax.lax.dynamic_slice_in_dim(_saliency(w, u), i, m)
-                return jax.lax.dynamic_update_slice_in_dim(mask, keep_n_of_m(scores, pattern.n, m), i, 0)
+    return jax.lax.fori_loop(0, size // few, prune_few, (w, mask, jnp.zeros_like(w)))
 
-            mask = jax.lax.cond(i % m == 0, choose, lambda mask: mask, mask)
-        quantised = jnp.where(mask[i], w[i], 0.0)
-        error = (w[i] - quantised) / u[i, i]
-        w = w - jnp.where(rows > i, u[i], 0.0)[:, None] * error[None]
-        return w.at[i].set(quantised), mask, errors.at[i].set(error)
 
-    return jax.lax.fori_loop(0, size, prune_input, (w, mask, jnp.zeros_like(w)))
+def _prune_rows(w: Array, lower: Array, pattern: Pattern, mask: Array) -> tuple[Array, Array, Array]:
+    """`_prune_slab` of a few rows, one after the other."""
+    pruned, kept, errors = [], [], []
+    for i in range(len(w)):
+        if pattern.structured and i % pattern.m == 0:
+            group = slice(i, i + pattern.m)
+            mask = mask.at[group].set(
+                keep_n_of_m(_saliency(w[group], jnp.diagonal(lower)[group]), pattern.n, pattern.m)
+            )
+        error = jnp.where(mask[i], 0.0, w[i]) / lower[i, i]
+        pruned.append(jnp.where(mask[i], w[i], 0.0))
+        errors.append(error)
+        w = w - lower[:, i, None] * error
+    return jnp.stack(pruned), mask, jnp.stack(errors)
