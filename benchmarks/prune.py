@@ -2,12 +2,13 @@
 
     python benchmarks/prune.py [--llmcompressor=/path/to/its/venv/bin/python]
 
-Both prune the same Hugging Face directory (SmolLM2's weights in fp32) on the same tokens: 128 sequences of 128 from the
-topics of Python's own help (`pydoc_data`, PSF licence). Every run is a process of its own. The clock runs from the model
-and the tokens in memory to the pruned weights in memory, compilation included; memory is what was resident at most in
-that time, and `above` is that over what was resident when it began. Then both results are written as Hugging Face
-directories, and read by our code: zeros of the blocks' kernels (`broken`: N:M groups with too few), and perplexity on
-`assets/heldout.txt` (public domain).
+Both prune SmolLM2's weights in fp32 (llm-compressor reads the Hugging Face directory that we wrote of them) on
+the same tokens: 128 sequences of 128 from the topics of Python's own help (`pydoc_data`, PSF licence). Every run is a
+process of its own. The clock runs from the model and the tokens in memory to the pruned weights in memory, compilation
+included; both write over the weights that they read. Memory is what was resident at most in that time, and `above` is
+that over what was resident when it began (llm-compressor's weights are mapped files until they are touched: compare the
+peaks). Then both results are written as Hugging Face directories and read by our code: zeros of the blocks' kernels
+(`broken`: N:M groups with too few), and perplexity on `assets/heldout.txt` (public domain).
 """
 
 import argparse
@@ -34,16 +35,22 @@ THREADS = len(os.sched_getaffinity(0))
 HEADER = f'{"method":10} {"pattern":7} {"by":14} {"seconds":>8} {"peak MiB":>9} {"above":>6} {"perplexity":>10}'
 
 
-def write_model(folder: Path) -> None:
-    """SmolLM2 as a Hugging Face directory."""
-    from sparselora_jax.models import causal, embedded, gguf, hf_configs, hf_new
+def smollm2() -> tuple[Any, dict]:
+    """The model and its params, fp32."""
+    from sparselora_jax.models import causal, embedded, gguf
     from sparselora_jax.models.model import Model
 
     cfg, language = gguf.load_llama(embedded.language_model_file())
-    config = hf_configs.llama_config(cfg, embedded.GENERATION)
-    model = Model(causal.CausalConfig(cfg), embedded.GENERATION)
+    return Model(causal.CausalConfig(cfg), embedded.GENERATION), {'language': language}
+
+
+def write_model(folder: Path, model: Any, params: dict) -> None:
+    """SmolLM2 as a Hugging Face directory."""
+    from sparselora_jax.models import embedded, gguf, hf_configs, hf_new
+
+    config = hf_configs.llama_config(model.cfg.language, model.generation)
     tokenizer = gguf.load_tokenizer(embedded.language_model_file())
-    hf_new.write_new(folder, config, model, {'language': language}, processor=tokenizer)
+    hf_new.write_new(folder, config, model, params, processor=tokenizer)
 
 
 def write_tokens(file: Path, sequences: int, length: int) -> None:
@@ -59,7 +66,7 @@ def write_tokens(file: Path, sequences: int, length: int) -> None:
     np.save(file, tokens[: sequences * length].reshape(sequences, length))
 
 
-def prune_ours(model: Path, tokens: Path, method: str, pattern: str, out: Path) -> dict[str, Any]:
+def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, Any]:
     """Prunes once, in this process, and writes the directory `out`.
 
     Returns:
@@ -68,6 +75,7 @@ def prune_ours(model: Path, tokens: Path, method: str, pattern: str, out: Path) 
     import jax
 
     import sparselora_jax as sl
+    from sparselora_jax import rules
 
     compiling = []
 
@@ -75,16 +83,22 @@ def prune_ours(model: Path, tokens: Path, method: str, pattern: str, out: Path) 
         if event == '/jax/core/compile/backend_compile_duration':
             compiling.append(seconds)
 
-    loaded, params = sl.load_model(model, dtype='float32')
+    model, params = smollm2()
+    flat = {path: np.array(leaf) if '/blocks/' in path else leaf for path, leaf in rules.flatten(params).items()}
+    params = rules.unflatten(flat)
+
+    def keep(path: str, layer: int, kernel: jax.Array, mask: jax.Array) -> None:
+        flat[path][layer] = kernel
+
     ids = jax.device_put(np.load(tokens))
     batch = {'input_ids': ids, 'attention_mask': jax.numpy.ones_like(ids)}
     chosen = sl.Wanda() if method == 'wanda' else sl.SparseGPT(block=BLOCK, damp=DAMP)
-    rules = [('language/blocks/.*', pattern), ('.*', 'dense')]
+    rules_of_blocks = [('language/blocks/.*', pattern), ('.*', 'dense')]
     jax.monitoring.register_event_duration_secs_listener(count)
     memory, started = PeakMemory(), time.monotonic()
-    result = jax.block_until_ready(sl.prune(loaded.hidden, params, [batch], rules, method=chosen, chunk=CHUNK))
+    sl.prune(model.hidden, params, [batch], rules_of_blocks, method=chosen, chunk=CHUNK, keep=keep)
     figures = {'seconds': time.monotonic() - started, 'peak': memory.peak(), 'loaded': memory.loaded}
-    sl.export_model(out, loaded, result.params)
+    write_model(out, model, params)
     return figures | {'compiled': len(compiling), 'compiling': sum(compiling)}
 
 
@@ -133,13 +147,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, tokens = Path(folder) / 'model', Path(folder) / 'tokens.npy'
-        write_model(model)
+        write_model(model, *smollm2())
         write_tokens(tokens, arguments.sequences, arguments.length)
         print(f'{arguments.sequences} sequences of {arguments.length} tokens, {THREADS} threads, fp32')
         print(f'dense model: perplexity {_apart(check, model, "dense")["perplexity"]:.1f}\n{HEADER}', flush=True)
         for method, pattern in CASES:
             with tempfile.TemporaryDirectory() as out:
-                ours = _apart(prune_ours, model, tokens, method, pattern, Path(out))
+                ours = _apart(prune_ours, tokens, method, pattern, Path(out))
                 ours |= _apart(check, Path(out), pattern)
             compiled = f'; compiled {ours["compiled"]} programs in {ours["compiling"]:.1f} s'
             print(_row(method, pattern, 'ours', ours) + compiled, flush=True)

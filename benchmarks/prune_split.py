@@ -2,9 +2,9 @@
 
     python benchmarks/prune_split.py
 
-Each part is called once before it is timed, so compilation is left out; a figure is the fastest of `--rounds`. FLOPs are
-counted analytically (of the products; masks have none), and a share is of the better of the matmul rates printed, taken
-in the same run.
+Each part is called once before it is timed, so compilation is left out; a figure is the fastest of `--rounds`. FLOPs
+are counted analytically (of the products; masks have none), and a share is of the better of the matmul rates printed,
+taken in the same run.
 """
 
 import argparse
@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from prune import BLOCK, CHUNK, DAMP
 from timing import matmul_runs, seconds
 
@@ -78,8 +77,9 @@ def main() -> None:
     updates = sum(leaf.shape[0] ** 2 * leaf.shape[1] for leaf in kernels.values())
     capture = {name: fastest(lambda name=name: observers[name](blocks, chunks)) for name in methods}
     inverting = fastest(lambda: [invert(h) for h in hessians])
+    forward = captured + 2 * rows * width * cfg.mlp_width
     parts = [
-        ('forward on', fastest(lambda: [step(blocks, *chunk) for chunk in chunks]), captured + 2 * rows * width * cfg.mlp_width),
+        ('forward on', fastest(lambda: [step(blocks, *chunk) for chunk in chunks]), forward),
         ('capture, squares', capture['wanda'], captured),
         ('capture, Hessian: what is added', capture['sparsegpt'] - capture['wanda'], gram),
         ('inverse', inverting, inverse),

@@ -13,9 +13,6 @@ from sparselora_jax import calibrate
 from sparselora_jax.sparsity import Pattern, PatternError, keep_largest, keep_n_of_m
 
 
-ROWS = 16  # pruned one after the other, between two products
-
-
 def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float) -> Float[Array, 'inputs inputs']:
     """Upper Cholesky factor of the damped Hessian's inverse; `damp` is a share of the mean diagonal.
 
@@ -97,6 +94,8 @@ class SparseGPT:
 
         state = (weights, jnp.ones(weights.shape, bool), jnp.zeros_like(weights))
         weights, mask, _ = jax.lax.fori_loop(0, len(ends) - 1, prune_slab, state)
+        # Scores without a factor are NaN and all pruned: say so, instead of zeros that look like weights.
+        weights = jnp.where(jnp.isfinite(factor).all(), weights, jnp.nan)
         return weights[:inputs].astype(kernel.dtype), mask[:inputs]
 
 
@@ -118,44 +117,38 @@ def _prune_slab(
 ) -> tuple[Array, Array, Array]:
     """One slab of inputs: (pruned weights, mask, errors to pass on); `real`: inputs that exist.
 
-    A few rows at a time, for the same reason as slabs: a row changes only those few, and what it does to the rest of
-    the slab is one product for all of them.
+    A few inputs at a time, as the kernel goes slab by slab: one after the other touches only those few, and what the
+    inputs before them did is one product.
     """
     size, outputs = w.shape
-    saliency = jnp.where(real[:, None], _saliency(w, jnp.diagonal(lower)), -1.0)
+    diagonal = jnp.diagonal(lower)
+    saliency = jnp.where(real[:, None], _saliency(w, diagonal), -1.0)
     if pattern.structured:
         mask = jnp.ones(w.shape, bool)  # chosen M inputs at a time, on the weights as updated so far
     elif group == 'output':
         mask = keep_largest(saliency, zeros, axis=0)
     else:
         mask = keep_largest(saliency.reshape(-1), zeros).reshape(w.shape)
-    m = max(pattern.m, 1)
-    few = m * math.gcd(size // m, max(ROWS // m, 1))
+    few = pattern.m if pattern.structured else math.gcd(size, 16)
+    read, write = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
 
     def prune_few(index, state):
-        w, mask, errors = state
+        mask, errors = state
         start = index * few
-        rows = jax.lax.dynamic_slice_in_dim(lower, start, few)
-        part = jax.lax.dynamic_slice_in_dim(w, start, few) - jnp.matmul(rows, errors, precision='highest')
-        diagonal = jax.lax.dynamic_slice_in_dim(rows, start, few, axis=1)
-        new = _prune_rows(part, diagonal, pattern, jax.lax.dynamic_slice_in_dim(mask, start, few))
-        write = jax.lax.dynamic_update_slice_in_dim
-        return tuple(write(all_rows, part, start, 0) for all_rows, part in zip(state, new, strict=True))
+        rows = read(lower, start, few)
+        part = read(w, start, few) - jnp.matmul(rows, errors, precision='highest')
+        if pattern.structured:
+            kept = keep_n_of_m(_saliency(part, read(diagonal, start, few)), pattern.n, pattern.m)
+            mask = write(mask, kept, start, 0)
+        kept, triangle = read(mask, start, few), read(rows, start, few, axis=1)
 
-    return jax.lax.fori_loop(0, size // few, prune_few, (w, mask, jnp.zeros_like(w)))
+        def prune_input(i, new):
+            updated = part[i] - jnp.matmul(triangle[i], new, precision='highest')
+            return new.at[i].set(jnp.where(kept[i], 0.0, updated) / triangle[i, i])
 
+        new = jax.lax.fori_loop(0, few, prune_input, jnp.zeros_like(part))
+        return mask, write(errors, new, start, 0)
 
-def _prune_rows(w: Array, lower: Array, pattern: Pattern, mask: Array) -> tuple[Array, Array, Array]:
-    """`_prune_slab` of a few rows, one after the other."""
-    pruned, kept, errors = [], [], []
-    for i in range(len(w)):
-        if pattern.structured and i % pattern.m == 0:
-            group = slice(i, i + pattern.m)
-            mask = mask.at[group].set(
-                keep_n_of_m(_saliency(w[group], jnp.diagonal(lower)[group]), pattern.n, pattern.m)
-            )
-        error = jnp.where(mask[i], 0.0, w[i]) / lower[i, i]
-        pruned.append(jnp.where(mask[i], w[i], 0.0))
-        errors.append(error)
-        w = w - lower[:, i, None] * error
-    return jnp.stack(pruned), mask, jnp.stack(errors)
+    mask, errors = jax.lax.fori_loop(0, size // few, prune_few, (mask, jnp.zeros_like(w)))
+    updated = w - jnp.matmul(jnp.tril(lower, -1), errors, precision='highest')
+    return jnp.where(mask, updated, 0.0), mask, errors
