@@ -5,10 +5,11 @@
 Both prune SmolLM2's weights in fp32 (llm-compressor reads the Hugging Face directory that we wrote of them) on
 the same tokens: 128 sequences of 128 from the topics of Python's own help (`pydoc_data`, PSF licence). Every run is a
 process of its own. The clock runs from the model and the tokens in memory to the pruned weights in memory, compilation
-included; both write over the weights that they read. Memory is what was resident at most in that time, and `above` is
-that over what was resident when it began (llm-compressor's weights are mapped files until they are touched: compare the
-peaks). Then both results are written as Hugging Face directories and read by our code: zeros of the blocks' kernels
-(`broken`: N:M groups with too few), and perplexity on `assets/heldout.txt` (public domain).
+included; both write over the weights that they read. `cpu` is the seconds of all threads: it says what a run took on a
+machine that other work shared. Peak memory is what was resident at most in that time, and `above` is that over what was
+resident when it began (llm-compressor's weights are mapped files until they are touched: compare the peaks). Then both
+results are written as Hugging Face directories and read by our code: zeros of the blocks' kernels (`broken`: N:M groups
+with too few), and perplexity on `assets/heldout.txt` (public domain).
 """
 
 import argparse
@@ -32,7 +33,7 @@ GOALS = {'wanda': 5.0, 'sparsegpt': 3.0}
 CHUNK = 8  # sequences a forward, of both
 BLOCK, DAMP = 128, 0.01
 THREADS = len(os.sched_getaffinity(0))
-HEADER = f'{"method":10} {"pattern":7} {"by":14} {"seconds":>8} {"peak MiB":>9} {"above":>6} {"perplexity":>10}'
+NUMBERS = f'{"seconds":>8} {"cpu":>6} {"MiB":>6} {"above":>6} {"perplexity":>10} density'
 
 
 def smollm2() -> tuple[Any, dict]:
@@ -70,7 +71,8 @@ def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, 
     """Prunes once, in this process, and writes the directory `out`.
 
     Returns:
-      `seconds`, `peak` and `loaded` in bytes, `compiled` (programs) and `compiling` (seconds, part of the others).
+      `seconds`, `cpu` (seconds of all threads), `peak` and `loaded` in bytes, `compiled` (programs) and `compiling`
+      (seconds, part of the others).
     """
     import jax
 
@@ -95,9 +97,10 @@ def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, 
     chosen = sl.Wanda() if method == 'wanda' else sl.SparseGPT(block=BLOCK, damp=DAMP)
     rules_of_blocks = [('language/blocks/.*', pattern), ('.*', 'dense')]
     jax.monitoring.register_event_duration_secs_listener(count)
-    memory, started = PeakMemory(), time.monotonic()
+    memory, started, cpu = PeakMemory(), time.monotonic(), time.process_time()
     sl.prune(model.hidden, params, [batch], rules_of_blocks, method=chosen, chunk=CHUNK, keep=keep)
-    figures = {'seconds': time.monotonic() - started, 'peak': memory.peak(), 'loaded': memory.loaded}
+    figures = {'seconds': time.monotonic() - started, 'cpu': time.process_time() - cpu}
+    figures |= {'peak': memory.peak(), 'loaded': memory.loaded}
     write_model(out, model, params)
     return figures | {'compiled': len(compiling), 'compiling': sum(compiling)}
 
@@ -131,11 +134,10 @@ def _apart(function: Any, *args: Any) -> Any:
 
 
 def _row(method: str, pattern: str, by: str, got: dict[str, Any]) -> str:
-    above, broken = got['peak'] - got['loaded'], '' if got['broken'] is None else f' broken {got["broken"]}'
-    return (
-        f'{method:10} {pattern:7} {by:14} {got["seconds"]:8.1f} {got["peak"] / 2**20:9.0f} {above / 2**20:6.0f} '
-        f'{got["perplexity"]:10.1f}   density {got["density"]:.6f}{broken}'
-    )
+    peak, above = (size / 2**20 for size in (got['peak'], got['peak'] - got['loaded']))
+    broken = '' if got['broken'] is None else f', {got["broken"]} broken'
+    figures = f'{got["seconds"]:8.1f} {got["cpu"]:6.0f} {peak:6.0f} {above:6.0f} {got["perplexity"]:10.1f}'
+    return f'{method:10} {pattern:7} {by:22} {figures} {got["density"]:.6f}{broken}'
 
 
 def main() -> None:
@@ -150,7 +152,10 @@ def main() -> None:
         write_model(model, *smollm2())
         write_tokens(tokens, arguments.sequences, arguments.length)
         print(f'{arguments.sequences} sequences of {arguments.length} tokens, {THREADS} threads, fp32')
-        print(f'dense model: perplexity {_apart(check, model, "dense")["perplexity"]:.1f}\n{HEADER}', flush=True)
+        print(
+            f'dense model: perplexity {_apart(check, model, "dense")["perplexity"]:.1f}\n{"method":10} {"pattern":7} {"by":22} {NUMBERS}',
+            flush=True,
+        )
         for method, pattern in CASES:
             with tempfile.TemporaryDirectory() as out:
                 ours = _apart(prune_ours, tokens, method, pattern, Path(out))

@@ -51,9 +51,10 @@ def main() -> None:
     batches = [{'input_ids': part, 'attention_mask': torch.ones_like(part)} for part in tokens.split(arguments.batch)]
     dataset = torch.utils.data.DataLoader(batches, batch_size=None)
 
-    memory, started = PeakMemory(), time.monotonic()
+    memory, started, cpu = PeakMemory(), time.monotonic(), time.process_time()
     oneshot(model=model, dataset=dataset, recipe=[modifier], pipeline='sequential')
-    figures = {'seconds': time.monotonic() - started, 'peak': memory.peak(), 'loaded': memory.loaded}
+    figures = {'seconds': time.monotonic() - started, 'cpu': time.process_time() - cpu}
+    figures |= {'peak': memory.peak(), 'loaded': memory.loaded}
     model.save_pretrained(arguments.out, save_compressed=False)
     versions = {name: importlib.metadata.version(name) for name in ('llmcompressor', 'torch', 'transformers')}
     (arguments.out / 'figures.json').write_text(json.dumps(figures | {'versions': versions}))
