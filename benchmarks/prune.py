@@ -152,10 +152,8 @@ def main() -> None:
         write_model(model, *smollm2())
         write_tokens(tokens, arguments.sequences, arguments.length)
         print(f'{arguments.sequences} sequences of {arguments.length} tokens, {THREADS} threads, fp32')
-        print(
-            f'dense model: perplexity {_apart(check, model, "dense")["perplexity"]:.1f}\n{"method":10} {"pattern":7} {"by":22} {NUMBERS}',
-            flush=True,
-        )
+        print(f'dense model: perplexity {_apart(check, model, "dense")["perplexity"]:.1f}')
+        print(f'{"method":10} {"pattern":7} {"by":22} {NUMBERS}', flush=True)
         for method, pattern in CASES:
             with tempfile.TemporaryDirectory() as out:
                 ours = _apart(prune_ours, tokens, method, pattern, Path(out))
