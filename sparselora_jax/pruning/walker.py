@@ -265,9 +265,13 @@ def _prune_block(
 def _split(x: Array, ctx: dict, chunk: int) -> list[tuple[Array, dict]]:
     """Chunks of samples; arrays of `ctx` have the batch, or 1, as their leading axis."""
     batch = x.shape[0]
+    return [_part((x, ctx), first, batch=batch, size=min(chunk, batch - first)) for first in range(0, batch, chunk)]
 
-    def part(leaf, first):
-        return leaf if leaf.shape[0] == 1 and batch > 1 else leaf[first : first + chunk]
 
-    starts = np.arange(0, batch, chunk).tolist()
-    return [(x[i : i + chunk], jax.tree.map(lambda leaf, i=i: part(leaf, i), ctx)) for i in starts]
+@functools.partial(jax.jit, static_argnames=('batch', 'size'))
+def _part(arrays: Any, first: Any, *, batch: int, size: int) -> Any:
+    def part(leaf):
+        whole = leaf.shape[0] == 1 and batch > 1
+        return leaf if whole else jax.lax.dynamic_slice_in_dim(leaf, first, size)
+
+    return jax.tree.map(part, arrays)
