@@ -1,79 +1,182 @@
-"""What pruning costs: Wanda and SparseGPT, 2:4 and 50 %, over SmolLM2-135M with 128 sequences of 128 tokens.
+"""What pruning costs: Wanda and SparseGPT, 2:4 and 50 %, over SmolLM2-135M, and the same by llm-compressor.
 
-python benchmarks/prune.py
+    python benchmarks/prune.py [--llmcompressor=/path/to/its/venv/bin/python]
 
-Each method runs in a process of its own, so that its peak memory is its own; compilation is included, as a user meets
-it. `forwards` is the time over that of one forward pass of the same tokens in the same process: a sequential pruner
-needs two (statistics in, pruned output on), and what is above two is the method. `above` is the peak memory over that
-of the process with the model loaded; the hidden states of the calibration set are 38 MB of it.
+Both prune SmolLM2's weights in fp32 (llm-compressor reads the Hugging Face directory that we wrote of them) on
+the same tokens: 128 sequences of 128 from the topics of Python's own help (`pydoc_data`, PSF licence). Every run is a
+process of its own. The clock runs from the model and the tokens in memory to the pruned weights in memory, compilation
+included; both write over the weights that they read. `cpu` is the seconds of all threads: it says what a run took on a
+machine that other work shared. Peak memory is what was resident at most in that time, and `above` is that over what was
+resident when it began (llm-compressor's weights are mapped files until they are touched: compare the peaks). Then both
+results are written as Hugging Face directories and read by our code: zeros of the blocks' kernels (`broken`: N:M groups
+with too few), and perplexity on `assets/heldout.txt` (public domain).
 """
 
 import argparse
+import json
 import multiprocessing
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
+from memory import PeakMemory
+
 CASES = [(method, pattern) for method in ('wanda', 'sparsegpt') for pattern in ('2:4', '0.5')]
+GOALS = {'wanda': 5.0, 'sparsegpt': 3.0}
+CHUNK = 8  # sequences a forward, of both
+BLOCK, DAMP = 128, 0.01
+THREADS = len(os.sched_getaffinity(0))
+NUMBERS = f'{"seconds":>8} {"cpu":>6} {"MiB":>6} {"above":>6} {"perplexity":>10} density'
 
 
-def measure(method: str, pattern: str, sequences: int, length: int) -> dict[str, float]:
-    """Prunes once, in this process.
-
-    Returns:
-      `seconds` of `sl.prune`, `forward` (seconds of one forward), `peak` and `above` in bytes, and `density`.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    import sparselora_jax as sl
-    from sparselora_jax.models import embedded, gguf, llama
-    from sparselora_jax.progress import peak_memory
+def smollm2() -> tuple[Any, dict]:
+    """The model and its params, fp32."""
+    from sparselora_jax.models import causal, embedded, gguf
+    from sparselora_jax.models.model import Model
 
     cfg, language = gguf.load_llama(embedded.language_model_file())
-    params = {'language': language}
-    # Cost does not depend on what the tokens say.
-    tokens = jax.random.randint(jax.random.key(0), (sequences, length), 0, cfg.vocab)
-    batch = {'tokens': tokens, 'valid': jnp.ones(tokens.shape, bool)}
+    return Model(causal.CausalConfig(cfg), embedded.GENERATION), {'language': language}
 
-    def forward(w, batch, run=None):
-        x = llama.embed_tokens(w['language'], cfg, batch['tokens'])
-        return llama.forward(w['language'], cfg, x, batch['valid'], *([] if run is None else [run]))
 
-    whole = jax.jit(lambda w, b: forward(w, b)[:, -1])
-    parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 8], batch) for i in range(0, sequences, 8)]
-    jax.block_until_ready(whole(params, parts[0]))
-    loaded, started = peak_memory(), time.monotonic()
-    for part in parts:
-        jax.block_until_ready(whole(params, part))
-    once, started = time.monotonic() - started, time.monotonic()
-    chosen = sl.Wanda() if method == 'wanda' else sl.SparseGPT(block=64)
-    rules = [('language/blocks/.*', pattern), ('.*', 'dense')]
-    result = jax.block_until_ready(sl.prune(forward, params, [batch], rules, method=chosen))
-    seconds, peak = time.monotonic() - started, peak_memory()
-    density = sl.density(result.masks)['total']
-    return {'seconds': seconds, 'forward': once, 'peak': peak, 'above': peak - loaded, 'density': density}
+def write_model(folder: Path, model: Any, params: dict) -> None:
+    """SmolLM2 as a Hugging Face directory."""
+    from sparselora_jax.models import embedded, gguf, hf_configs, hf_new
+
+    config = hf_configs.llama_config(model.cfg.language, model.generation)
+    tokenizer = gguf.load_tokenizer(embedded.language_model_file())
+    hf_new.write_new(folder, config, model, params, processor=tokenizer)
+
+
+def write_tokens(file: Path, sequences: int, length: int) -> None:
+    """Calibration tokens: the topics of Python's help, one after the other."""
+    from pydoc_data.topics import topics
+
+    from sparselora_jax.models import embedded, gguf
+
+    tokenizer = gguf.load_tokenizer(embedded.language_model_file())
+    tokens = np.asarray(tokenizer('\n\n'.join(topics[name] for name in sorted(topics)))['input_ids'], np.int32)
+    if tokens.size < sequences * length:
+        raise SystemExit(f'{sequences} sequences of {length}: the text has only {tokens.size} tokens')
+    np.save(file, tokens[: sequences * length].reshape(sequences, length))
+
+
+def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, Any]:
+    """Prunes once, in this process, and writes the directory `out`.
+
+    Returns:
+      `seconds`, `cpu` (seconds of all threads), `peak` and `loaded` in bytes, `compiled` (programs) and `compiling`
+      (seconds, part of the others).
+    """
+    import jax
+
+    import sparselora_jax as sl
+    from sparselora_jax import rules
+
+    compiling = []
+
+    def count(event: str, seconds: float, **_) -> None:
+        if event == '/jax/core/compile/backend_compile_duration':
+            compiling.append(seconds)
+
+    model, params = smollm2()
+    flat = {path: np.array(leaf) if '/blocks/' in path else leaf for path, leaf in rules.flatten(params).items()}
+    params = rules.unflatten(flat)
+
+    def keep(path: str, layer: int, kernel: jax.Array, mask: jax.Array) -> None:
+        flat[path][layer] = kernel
+
+    ids = jax.device_put(np.load(tokens))
+    batch = {'input_ids': ids, 'attention_mask': jax.numpy.ones_like(ids)}
+    chosen = sl.Wanda() if method == 'wanda' else sl.SparseGPT(block=BLOCK, damp=DAMP)
+    rules_of_blocks = [('language/blocks/.*', pattern), ('.*', 'dense')]
+    jax.monitoring.register_event_duration_secs_listener(count)
+    memory, started, cpu = PeakMemory(), time.monotonic(), time.process_time()
+    sl.prune(model.hidden, params, [batch], rules_of_blocks, method=chosen, chunk=CHUNK, keep=keep)
+    figures = {'seconds': time.monotonic() - started, 'cpu': time.process_time() - cpu}
+    figures |= {'peak': memory.peak(), 'loaded': memory.loaded}
+    write_model(out, model, params)
+    return figures | {'compiled': len(compiling), 'compiling': sum(compiling)}
+
+
+def check(folder: Path, pattern: str) -> dict[str, Any]:
+    """Perplexity on held-out text, density of the blocks' kernels, and N:M groups with fewer zeros than promised."""
+    import sparselora_jax as sl
+    from sparselora_jax import rules, stages
+    from sparselora_jax.evaluation.perplexity import perplexity
+    from sparselora_jax.models import embedded, gguf
+
+    model, params = sl.load_model(folder, dtype='float32')
+    held_out = gguf.load_tokenizer(embedded.language_model_file())(stages.TEXT.read_text())['input_ids']
+    found = {path: np.asarray(leaf) for path, leaf in rules.kernels(params).items() if '/blocks/' in path}
+    kept, wanted = sum(np.count_nonzero(leaf) for leaf in found.values()), sl.parse_pattern(pattern)
+    broken = None
+    if wanted.structured:
+        groups = (leaf.reshape(len(leaf), -1, wanted.m, leaf.shape[-1]) for leaf in found.values())
+        broken = sum(int(np.sum(np.count_nonzero(group, axis=2) > wanted.n)) for group in groups)
+    return {
+        'perplexity': perplexity(params['language'], model.cfg.language, np.asarray(held_out)),
+        'density': kept / sum(leaf.size for leaf in found.values()),
+        'broken': broken,
+    }
+
+
+def _apart(function: Any, *args: Any) -> Any:
+    """A call in a process of its own."""
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def _row(method: str, pattern: str, by: str, got: dict[str, Any]) -> str:
+    peak, above = (size / 2**20 for size in (got['peak'], got['peak'] - got['loaded']))
+    broken = '' if got['broken'] is None else f', {got["broken"]} broken'
+    figures = f'{got["seconds"]:8.1f} {got["cpu"]:6.0f} {peak:6.0f} {above:6.0f} {got["perplexity"]:10.1f}'
+    return f'{method:10} {pattern:7} {by:22} {figures} {got["density"]:.6f}{broken}'
 
 
 def main() -> None:
-    """Prints a row a method."""
+    """Prints a row a run, and the ratio of each pair."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--sequences', type=int, default=128)
     parser.add_argument('--length', type=int, default=128)
+    parser.add_argument('--llmcompressor', help='the Python of an environment that has llm-compressor')
     arguments = parser.parse_args()
-    print(
-        f'{"method":10} {"pattern":8} {"seconds":>8} {"forwards":>9} {"peak GiB":>9} {"above GiB":>10} {"density":>8}'
-    )
-    for method, pattern in CASES:
-        with multiprocessing.get_context('spawn').Pool(1) as pool:
-            got = pool.apply(measure, (method, pattern, arguments.sequences, arguments.length))
-        print(
-            f'{method:10} {pattern:8} {got["seconds"]:8.1f} {got["seconds"] / got["forward"]:9.1f} '
-            f'{got["peak"] / 2**30:9.2f} {got["above"] / 2**30:10.2f} {got["density"]:8.4f}',
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokens = Path(folder) / 'model', Path(folder) / 'tokens.npy'
+        write_model(model, *smollm2())
+        write_tokens(tokens, arguments.sequences, arguments.length)
+        print(f'{arguments.sequences} sequences of {arguments.length} tokens, {THREADS} threads, fp32')
+        print(f'dense model: perplexity {_apart(check, model, "dense")["perplexity"]:.1f}')
+        print(f'{"method":10} {"pattern":7} {"by":22} {NUMBERS}', flush=True)
+        for method, pattern in CASES:
+            with tempfile.TemporaryDirectory() as out:
+                ours = _apart(prune_ours, tokens, method, pattern, Path(out))
+                ours |= _apart(check, Path(out), pattern)
+            compiled = f'; compiled {ours["compiled"]} programs in {ours["compiling"]:.1f} s'
+            print(_row(method, pattern, 'ours', ours) + compiled, flush=True)
+            if not arguments.llmcompressor:
+                continue
+            with tempfile.TemporaryDirectory() as out:
+                knobs = {'model': model, 'tokens': tokens, 'method': method, 'pattern': pattern, 'out': out}
+                knobs |= {'block': BLOCK, 'damp': DAMP, 'batch': CHUNK, 'threads': THREADS}
+                script = Path(__file__).with_name('prune_llmcompressor.py')
+                command = [arguments.llmcompressor, script, *(f'--{name}={value}' for name, value in knobs.items())]
+                log = Path(folder) / 'log.txt'
+                with log.open('w') as file:
+                    code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+                if code:
+                    raise SystemExit(f'{script.name} ended with status {code}:\n{log.read_text()[-2000:]}')
+                theirs = json.loads((Path(out) / 'figures.json').read_text())
+                theirs |= _apart(check, Path(out), pattern)
+            ratio, goal = theirs['seconds'] / ours['seconds'], GOALS[method]
+            print(_row(method, pattern, f'llm-compressor {theirs["versions"]["llmcompressor"]}', theirs))
+            print(f'{method:10} {pattern:7} {ratio:.2f}x faster, goal {goal:g}x', flush=True)
 
 
 if __name__ == '__main__':

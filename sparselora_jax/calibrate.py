@@ -4,12 +4,14 @@
 `+=` that is correct under jit and scan) and hands the plain kernel on.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax import rules as rules_lib
@@ -114,11 +116,16 @@ def make_observer(
         own = {path: (r.total, r.tokens) for path, r in recorders.items() if leaders[path] == path}
         return jax.tree.map(lambda ref: ref[...], own)
 
+    @functools.partial(jax.jit, donate_argnums=0)  # a Hessian is added to in place
+    def add(sums, params, batch):
+        return jax.tree.map(jnp.add, sums, observe(params, batch))
+
     def total(params, batches):
         sums = None
         for batch in batches:
-            new = observe(params, batch)
-            sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+            if sums is None:  # traces what `add` then calls; compiles nothing
+                sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observe.eval_shape(params, batch))
+            sums = add(sums, params, batch)
         if sums is None:
             raise CalibrationError('the calibration set is empty: no batch arrived')
         shapes = rules_lib.kernels(params)
@@ -172,13 +179,18 @@ def collect(
 
 
 def _checked(path: str, stacked: bool, stat: Callable, total: Any, tokens: Array) -> tuple[Any, Array]:
-    if not tokens.all():
+    if not np.asarray(tokens).all():
         raise CalibrationError(f'{path}: no token reached it during calibration')
-    finite = [jnp.isfinite(leaf.reshape(leaf.shape[0], -1)).all(axis=1) for leaf in jax.tree.leaves(total)]
-    bad = ~jnp.stack(finite).all(axis=0)
+    bad = np.asarray(_not_finite(total))
     if bad.any():
-        layer = f', layer {int(jnp.argmax(bad))}' if stacked else ''
+        layer = f', layer {int(bad.argmax())}' if stacked else ''
         raise CalibrationError(f'{path}{layer}: activations are not finite during calibration')
     if isinstance(stat, Mean):
         total = jax.tree.map(lambda leaf: leaf / tokens.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1)), total)
     return (total, tokens) if stacked else jax.tree.map(lambda leaf: leaf[0], (total, tokens))
+
+
+@jax.jit
+def _not_finite(total: Any) -> Bool[Array, ' layers']:
+    finite = [jnp.isfinite(leaf.reshape(leaf.shape[0], -1)).all(axis=1) for leaf in jax.tree.leaves(total)]
+    return ~jnp.stack(finite).all(axis=0)

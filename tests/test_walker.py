@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sparselora_jax import calibrate, pruning, rules, sparsity
@@ -69,6 +70,19 @@ def test_pads_change_nothing():
     other = batch | {'x': jnp.where(batch['valid'][..., None], batch['x'], 7.0)}
     runs = [pruning.prune(forward, params, [b], RULES, method=pruning.Wanda()) for b in (batch, other)]
     assert jax.tree.all(jax.tree.map(jnp.array_equal, runs[0].masks, runs[1].masks))
+
+
+def test_weights_in_numpy_arrays_may_be_written_over_as_they_are_pruned():
+    params, batch = setup()
+    want = pruning.prune(forward, params, [batch], RULES, method=pruning.SparseGPT(block=8))
+    arrays = rules.flatten(params) | {p: np.array(w) for p, w in rules.kernels(params).items() if '/blocks/' in p}
+
+    def keep(path, layer, kernel, mask):
+        arrays[path][layer] = kernel
+
+    pruning.prune(forward, rules.unflatten(arrays), [batch], RULES, method=pruning.SparseGPT(block=8), keep=keep)
+    for path, kernel in rules.flatten(want.params).items():
+        np.testing.assert_array_equal(arrays[path], kernel)
 
 
 def test_one_shot_prunes_any_tree():

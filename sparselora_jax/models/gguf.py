@@ -116,7 +116,8 @@ def load_llama(path: str | Path, *, dtype=jnp.float32) -> tuple[llama.LlamaConfi
     def read(name: str) -> np.ndarray:
         if name not in tensors:
             raise AssetError(f'{path}: tensor {name!r} is missing')
-        return dequantize(tensors[name].data, tensors[name].tensor_type)
+        # A copy: what is stored in fp32 is a view of the file, and would keep all of it mapped.
+        return np.array(dequantize(tensors[name].data, tensors[name].tensor_type))
 
     width, heads = value('llama.embedding_length'), value('llama.attention.head_count')
     cfg = llama.LlamaConfig(

@@ -1,5 +1,6 @@
 """SparseGPT (arXiv 2301.00774): prune column by column of the input axis, and let the rest make up for it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,12 +14,16 @@ from sparselora_jax.sparsity import Pattern, PatternError, keep_largest, keep_n_
 
 
 def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float) -> Float[Array, 'inputs inputs']:
-    """Upper Cholesky factor of the damped Hessian's inverse; `damp` is a share of the mean diagonal."""
+    """Upper Cholesky factor of the damped Hessian's inverse; `damp` is a share of the mean diagonal.
+
+    With H = R R^T and R upper triangular (a Cholesky factor of H, axes reversed), H^-1 = (R^-1)^T R^-1: only a triangle
+    is inverted, and no inverse is factored again.
+    """
     n = hessian.shape[0]
     hessian = hessian + damp * jnp.mean(jnp.diagonal(hessian)) * jnp.eye(n, dtype=hessian.dtype)
-    lower = jnp.linalg.cholesky(hessian)
-    inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(n, dtype=hessian.dtype))
-    return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    lower = jnp.linalg.cholesky(hessian[::-1, ::-1])
+    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(n, dtype=hessian.dtype), lower=True)
+    return inverse[::-1, ::-1]
 
 
 @dataclass(frozen=True)
@@ -73,23 +78,24 @@ class SparseGPT:
         zeros = zeros.at[-1].add(jnp.asarray(padding * compared, jnp.int32))
         weights = jnp.pad(weights, ((0, padding), (0, 0)))
         factor = jnp.pad(factor, (0, padding)) + jnp.diag((jnp.arange(inputs + padding) >= inputs).astype(dtype))
+        lower = factor.T
 
-        def prune_block(index, state):
-            weights, mask = state
+        def prune_slab(index, state):
+            weights, mask, errors = state
             start = index * size
-            w = jax.lax.dynamic_slice_in_dim(weights, start, size)
-            u = jax.lax.dynamic_slice(factor, (start, start), (size, size))
+            # What the inputs before the slab did to it, all at once: the rows of `errors` from here on are still zero.
+            rows = jax.lax.dynamic_slice_in_dim(lower, start, size)
+            w = jax.lax.dynamic_slice_in_dim(weights, start, size) - jnp.matmul(rows, errors, precision='highest')
+            diagonal = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
             real = start + jnp.arange(size) < inputs
-            pruned, kept, errors = _prune_slab(w, u, pattern, self.group, zeros[index], real)
-            # Inputs after the block: rows of the factor are zero before the diagonal, so earlier ones are untouched.
-            rows = jax.lax.dynamic_slice_in_dim(factor, start, size)
-            later = (jnp.arange(inputs + padding) >= start + size)[None]
-            weights = weights - jnp.matmul(jnp.where(later, rows, 0.0).T, errors, precision='highest')
+            new = _prune_slab(w, diagonal, pattern, self.group, zeros[index], real)
             write = jax.lax.dynamic_update_slice_in_dim
-            return write(weights, pruned, start, 0), write(mask, kept, start, 0)
+            return tuple(write(all_rows, part, start, 0) for all_rows, part in zip(state, new, strict=True))
 
-        state = (weights, jnp.ones(weights.shape, bool))
-        weights, mask = jax.lax.fori_loop(0, len(ends) - 1, prune_block, state)
+        state = (weights, jnp.ones(weights.shape, bool), jnp.zeros_like(weights))
+        weights, mask, _ = jax.lax.fori_loop(0, len(ends) - 1, prune_slab, state)
+        # Scores without a factor are NaN and all pruned: say so, instead of zeros that look like weights.
+        weights = jnp.where(jnp.isfinite(factor).all(), weights, jnp.nan)
         return weights[:inputs].astype(kernel.dtype), mask[:inputs]
 
 
@@ -102,37 +108,47 @@ def _slab_zeros(total: Int[Array, '*groups'], ends: np.ndarray) -> Int[Array, 's
     return so_far[1:] - so_far[:-1]
 
 
-def _saliency(w: Array, u: Array) -> Array:
-    return (w / jnp.diagonal(u)[:, None]) ** 2
+def _saliency(w: Float[Array, 'rows outputs'], diagonal: Float[Array, ' rows']) -> Float[Array, 'rows outputs']:
+    return (w / diagonal[:, None]) ** 2
 
 
 def _prune_slab(
-    w: Array, u: Array, pattern: Pattern, group: str, zeros: Array, real: Array
+    w: Array, lower: Array, pattern: Pattern, group: str, zeros: Array, real: Array
 ) -> tuple[Array, Array, Array]:
-    """One slab of inputs, top to bottom: (pruned weights, mask, errors to pass on); `real`: inputs that exist."""
+    """One slab of inputs: (pruned weights, mask, errors to pass on); `real`: inputs that exist.
+
+    A few inputs at a time, as the kernel goes slab by slab: one after the other touches only those few, and what the
+    inputs before them did is one product.
+    """
     size, outputs = w.shape
-    saliency = jnp.where(real[:, None], _saliency(w, u), -1.0)
+    diagonal = jnp.diagonal(lower)
+    saliency = jnp.where(real[:, None], _saliency(w, diagonal), -1.0)
     if pattern.structured:
         mask = jnp.ones(w.shape, bool)  # chosen M inputs at a time, on the weights as updated so far
     elif group == 'output':
         mask = keep_largest(saliency, zeros, axis=0)
     else:
         mask = keep_largest(saliency.reshape(-1), zeros).reshape(w.shape)
-    rows = jnp.arange(size)
+    few = pattern.m if pattern.structured else math.gcd(size, 16)
+    read, write = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
 
-    def prune_input(i, state):
-        w, mask, errors = state
+    def prune_few(index, state):
+        mask, errors = state
+        start = index * few
+        rows = read(lower, start, few)
+        part = read(w, start, few) - jnp.matmul(rows, errors, precision='highest')
         if pattern.structured:
-            m = pattern.m
+            kept = keep_n_of_m(_saliency(part, read(diagonal, start, few)), pattern.n, pattern.m)
+            mask = write(mask, kept, start, 0)
+        kept, triangle = read(mask, start, few), read(rows, start, few, axis=1)
 
-            def choose(mask):
-                scores = jax.lax.dynamic_slice_in_dim(_saliency(w, u), i, m)
-                return jax.lax.dynamic_update_slice_in_dim(mask, keep_n_of_m(scores, pattern.n, m), i, 0)
+        def prune_input(i, new):
+            updated = part[i] - jnp.matmul(triangle[i], new, precision='highest')
+            return new.at[i].set(jnp.where(kept[i], 0.0, updated) / triangle[i, i])
 
-            mask = jax.lax.cond(i % m == 0, choose, lambda mask: mask, mask)
-        quantised = jnp.where(mask[i], w[i], 0.0)
-        error = (w[i] - quantised) / u[i, i]
-        w = w - jnp.where(rows > i, u[i], 0.0)[:, None] * error[None]
-        return w.at[i].set(quantised), mask, errors.at[i].set(error)
+        new = jax.lax.fori_loop(0, few, prune_input, jnp.zeros_like(part))
+        return mask, write(errors, new, start, 0)
 
-    return jax.lax.fori_loop(0, size, prune_input, (w, mask, jnp.zeros_like(w)))
+    mask, errors = jax.lax.fori_loop(0, size // few, prune_few, (mask, jnp.zeros_like(w)))
+    updated = w - jnp.matmul(jnp.tril(lower, -1), errors, precision='highest')
+    return jnp.where(mask, updated, 0.0), mask, errors

@@ -30,6 +30,16 @@ def _prune_kernel(kernel: Array, statistic: Any, zeros: Any, *, method: Any, pat
     return jax.lax.map(lambda layer: method(layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros))
 
 
+@functools.partial(jax.jit, static_argnames=('method', 'pattern'))
+def _prune_joined(
+    kernels: tuple[Array, ...], statistic: Any, zeros: Any, *, method: Any, pattern: Pattern
+) -> tuple[list[Array], list[Array], Array]:
+    """Kernels with one statistic, side by side: (pruned kernels, masks, whether all is finite)."""
+    pruned, mask = method(jnp.concatenate(kernels, axis=-1), statistic, pattern, zeros)
+    ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1].tolist()
+    return jnp.split(pruned, ends, axis=-1), jnp.split(mask, ends, axis=-1), jnp.isfinite(pruned).all()
+
+
 def pattern_zeros(
     flat: dict[str, Any],
     patterns: dict[str, Pattern],
@@ -127,7 +137,7 @@ def prune_tree(
         counts = [_per_group(method, pattern, flat[path].shape[-1], int(total)) for total in totals[path].reshape(-1)]
         counts = None if pattern.structured else np.stack(counts) if totals[path].ndim else counts[0]
         flat[path], masks[path] = _prune_kernel(flat[path], statistic, counts, method=method, pattern=pattern.kind)
-        _check_finite(path, flat[path])
+        _check_finite(path, jnp.isfinite(flat[path]).all())
     return rules_lib.unflatten(flat), rules_lib.unflatten(masks)
 
 
@@ -163,9 +173,10 @@ def walk(
         chunks = _split(x, ctx, chunk)
         layers = jax.tree.leaves(weights)[0].shape[0]
         for layer in range(layers):
-            w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights))
+            w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: jnp.asarray(leaf[layer]), weights))
             w = visit(layer, layers, w, chunks)
-            chunks = [(step(rules_lib.unflatten(w), x, ctx), ctx) for x, ctx in chunks]
+            for i, (x, ctx) in enumerate(chunks):  # one by one: two sets of hidden states are never held
+                chunks[i] = (step(rules_lib.unflatten(w), x, ctx), ctx)
         return jnp.concatenate([x for x, _ in chunks]), cache
 
     forward(params, samples, run)
@@ -198,7 +209,8 @@ def prune(
       method: see `prune_tree`, as for `zeros`.
       chunk: samples a time.
       keep: `keep(path, layer, kernel, mask)` is handed every pruned layer at once, and the result holds `params` as
-        they came and no masks: for a model that memory does not hold.
+        they came and no masks: for a model that memory does not hold, or holds once. A layer is read once, before
+        it is kept, so `keep` may write over a numpy array.
       progress: called before each block.
 
     Raises:
@@ -249,8 +261,8 @@ def prune(
     return PruneResult(rules_lib.unflatten(flat), rules_lib.unflatten(masks), tokens)
 
 
-def _check_finite(path: str, pruned: Array) -> None:
-    if not jnp.isfinite(pruned).all():
+def _check_finite(path: str, finite: Array) -> None:
+    if not finite:
         raise calibrate.CalibrationError(
             f'{path}: pruned weights are not finite; a singular Hessian needs more damping or more samples'
         )
@@ -278,23 +290,26 @@ def _prune_block(
     for names in groups.values():
         method, pattern = methods[names[0]], patterns[names[0]]
         statistic = stats[names[0]][0] if method.statistic else None
-        joined = jnp.concatenate([w[name] for name in names], axis=-1)
         counts = [_per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
         counts = counts[0] if len(names) == 1 or pattern.structured else np.concatenate(counts)
-        results = _prune_kernel(joined, statistic, counts, method=method, pattern=pattern.kind)
-        _check_finite(names[0], results[0])
-        ends = np.cumsum([w[name].shape[-1] for name in names])[:-1].tolist()
+        kernels = tuple(w[name] for name in names)
+        *results, finite = _prune_joined(kernels, statistic, counts, method=method, pattern=pattern.kind)
+        _check_finite(names[0], finite)
         for into, result in zip((pruned, masks), results, strict=True):
-            into.update(zip(names, jnp.split(result, ends, axis=-1), strict=True))
+            into.update(zip(names, result, strict=True))
     return pruned, masks
 
 
 def _split(x: Array, ctx: dict, chunk: int) -> list[tuple[Array, dict]]:
     """Chunks of samples; arrays of `ctx` have the batch, or 1, as their leading axis."""
     batch = x.shape[0]
+    return [_part((x, ctx), first, batch=batch, size=min(chunk, batch - first)) for first in range(0, batch, chunk)]
 
-    def part(leaf, first):
-        return leaf if leaf.shape[0] == 1 and batch > 1 else leaf[first : first + chunk]
 
-    starts = np.arange(0, batch, chunk).tolist()
-    return [(x[i : i + chunk], jax.tree.map(lambda leaf, i=i: part(leaf, i), ctx)) for i in starts]
+@functools.partial(jax.jit, static_argnames=('batch', 'size'))
+def _part(arrays: Any, first: Any, *, batch: int, size: int) -> Any:
+    def part(leaf):
+        whole = leaf.shape[0] == 1 and batch > 1
+        return leaf if whole else jax.lax.dynamic_slice_in_dim(leaf, first, size)
+
+    return jax.tree.map(part, arrays)
