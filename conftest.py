@@ -34,6 +34,15 @@ def optimisations(request):
     jax.config.update('jax_disable_most_optimizations', request.path.stem not in OPTIMISED)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def compiled_once(tmp_path_factory):
+    """A program is compiled once a run, whichever worker and test it is met in first; the next run starts anew."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+    jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
 @pytest.fixture(autouse=True)
 def doctest_imports(doctest_namespace):
     doctest_namespace['jnp'] = jax.numpy

@@ -3,7 +3,6 @@
 import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -45,15 +44,6 @@ SMALL = {
     'restore.warmup': 1,
     'restore.checkpoint_every': 2,
 }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-    """The programs of one family are the same for every pruner."""
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    yield
-    jax.config.update('jax_compilation_cache_dir', None)
 
 
 @pytest.fixture(scope='module')
