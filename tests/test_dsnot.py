@@ -223,21 +223,19 @@ def test_tied_weights_are_taken_by_position():
     assert mask[:, 0].tolist() == [False, True, False, False, False, True, True, True]
 
 
-@pytest.mark.parametrize('pattern', ['0.6', '2:4'])
-def test_bf16_kernels_and_fewer_samples_than_inputs(pattern):
+@pytest.mark.parametrize('initial, pattern', [(pruning.Wanda(), '0.6'), (pruning.SparseGPT(block=8), '2:4')])
+def test_bf16_kernels_and_fewer_samples_than_inputs(initial, pattern):
     kernel, x = data(tokens=20)
-    pattern = sparsity.parse_pattern(pattern)
-    kernel = np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float64)
-    for initial in (pruning.Wanda(), pruning.SparseGPT(block=16)):
-        method = pruning.DSnoT(initial)
-        statistic = moments(method, x, jnp.float32)
-        pruned, mask = method(jnp.asarray(kernel, jnp.bfloat16), statistic, pattern)
-        _, first = initial(jnp.asarray(kernel, jnp.bfloat16), statistic.initial, pattern)
-        assert pruned.dtype == jnp.bfloat16
-        # Kept weights are those that came, also after SparseGPT.
-        np.testing.assert_array_equal(np.asarray(pruned, np.float64), np.where(mask, kernel, 0))
-        want = numpy_dsnot(kernel, x, np.asarray(first), pattern, method)
-        assert np.mean(np.asarray(mask) == want) >= 0.995
+    method, pattern = pruning.DSnoT(initial), sparsity.parse_pattern(pattern)
+    bf16 = jnp.asarray(kernel, jnp.bfloat16)
+    kernel = np.asarray(bf16, np.float64)
+    zeros = None if pattern.structured else jnp.int32(pattern.zeros(len(kernel)))
+    first, pruned, mask = both(bf16, moments(method, x, jnp.float32), zeros, method=method, pattern=pattern.kind)
+    assert pruned.dtype == jnp.bfloat16
+    # Kept weights are those that came, also after SparseGPT.
+    np.testing.assert_array_equal(np.asarray(pruned, np.float64), np.where(mask, kernel, 0))
+    want = numpy_dsnot(kernel, x, np.asarray(first), pattern, method)
+    assert np.mean(np.asarray(mask) == want) >= 0.995
 
 
 def test_ratios_do_not_recompile():
@@ -257,14 +255,14 @@ def test_ratios_do_not_recompile():
     assert len(traces) == 2  # one number for all outputs, and one for each
 
 
-@pytest.mark.parametrize('initial, pattern', [(pruning.Magnitude(), '2:4'), (pruning.SparseGPT(block=8), '0.5')])
-def test_a_model_is_pruned_with_one_trace_a_block(initial, pattern, monkeypatch):
+def test_a_model_is_pruned_with_one_trace_a_block(monkeypatch):
     params, batch = setup()
     traces = []
     block = llama.block
     monkeypatch.setattr(llama, 'block', lambda *args: traces.append(1) or block(*args))
-    asked = [('language/blocks/.*/kernel', pattern)]
-    result = pruning.prune(forward, params, [batch], asked, method=pruning.DSnoT(initial), chunk=2)
+    asked = [('language/blocks/attn/.*', '2:4'), ('language/blocks/mlp/.*', 0.5)]
+    methods = [('.*/attn/.*', pruning.DSnoT(pruning.Magnitude())), ('.*', pruning.DSnoT(pruning.SparseGPT(block=8)))]
+    result = pruning.prune(forward, params, [batch], asked, method=methods, chunk=2)
     assert len(traces) == 2
     sparsity.check_masks(result.masks, asked)
     sparsity.check_sparse(result.params, result.masks)
