@@ -34,7 +34,7 @@ def base() -> ConfigDict:
 
     # Pruning: a pattern per tower (dense | 0.5 | 2:4 | 4:8), over the kernels of its blocks.
     config.prune = ConfigDict()
-    config.prune.method = 'wanda'  # random | magnitude | wanda | sparsegpt
+    config.prune.method = 'wanda'  # random | magnitude | wanda | sparsegpt | dsnot
     config.prune.pattern = ConfigDict(dict(vision='dense', qformer='dense', language='2:4'))
     # Unstructured patterns compare the weights of one output, or of the whole matrix (the paper's ViT); SparseGPT goes
     # block by block and takes 'matrix' as the whole block.
@@ -53,8 +53,13 @@ def base() -> ConfigDict:
     # OWL: an outlier exceeds this many times the mean score of its block (M); ratios differ by 2 * spread (lambda).
     config.prune.outlier = 5.0
     config.prune.spread = 0.08
-    config.prune.damp = 0.01  # SparseGPT only, as is `block`
+    config.prune.damp = 0.01  # SparseGPT only (also as DSnoT's initial method), as is `block`
     config.prune.block = 64
+    # DSnoT only: whose mask it starts from, the most swaps of an output, and the expected error of an output, per
+    # token, below which it is left alone (the public code's 0.1 is per sample of 2048 tokens).
+    config.prune.initial = 'wanda'  # random | magnitude | wanda | sparsegpt
+    config.prune.cycles = 50
+    config.prune.threshold = 0.1 / 2048
 
     # LoRA: the paper's ranks; rank 0 leaves a tower alone. The scale is alpha / rank.
     config.lora = ConfigDict()

@@ -147,9 +147,11 @@ def _cutting(made: Recipe, stack: Stack) -> dict[str, int]:
             inputs, outputs = kernels[f'{stack.tower}/blocks/{name}'].shape[-2:]
             groups[leader] = groups.get(leader, 0) + inputs * outputs * FLOAT
     terms = {'one block': _block(made, stack), 'its statistics': _sum(statistics)}
-    if made.config.prune.method == 'sparsegpt':
+    prune = made.config.prune
+    if 'sparsegpt' in (prune.method, prune.initial if prune.method == 'dsnot' else None):
         terms['inverting the largest Hessian, thrice its size'] = 3 * max(statistics.values(), default=0)
-    return terms | {'weights, scores, ranks of kernels pruned as one': 4 * max(groups.values(), default=0)}
+    copies = 6 if prune.method == 'dsnot' else 4
+    return terms | {'weights, scores, ranks of kernels pruned as one': copies * max(groups.values(), default=0)}
 
 
 def _working(stack: Stack) -> int:

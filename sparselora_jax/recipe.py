@@ -44,13 +44,15 @@ def check_values(config: Any) -> None:
     for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS, 'trained': TRAINED}.items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
+    if not 0 <= config.prune.threshold < float('inf'):
+        raise ConfigError(f'prune.threshold {config.prune.threshold}: expected 0 or more, per token')
     if restore.trained == 'weights':
         if all(parse_pattern(pattern).dense for pattern in config.prune.pattern.values()):
             raise ConfigError("restore.trained 'weights' trains pruned kernels: prune.pattern leaves every tower dense")
         if restore.control:
             raise ConfigError("restore.control: a LoRA budget on the dense model; set restore.trained to 'lora'")
     counts = {
-        'prune': ('chunk', 'block', 'score_samples', 'score_batch'),
+        'prune': ('chunk', 'block', 'cycles', 'score_samples', 'score_batch'),
         'evaluate': ('questions', 'batch', 'max_new_tokens', 'num_beams'),
     }
     counts |= {'restore': ('steps', 'batch', 'checkpoint_every'), 'text': ('prompt_tokens', 'answer_tokens')}
@@ -131,16 +133,21 @@ def prune_methods(config: Any) -> list[tuple[str, Any]]:
     """(regex, method) of each tower's blocks, by the name in `config.prune` and the tower's comparison group.
 
     Raises:
-      ConfigError: an unknown method or group.
+      ConfigError: an unknown method, initial method or group.
     """
     prune = config.prune
-    methods = {
+    initial = {
         'random': lambda group: pruning.Random(config.seed, group=group),
         'magnitude': lambda group: pruning.Magnitude(group=group),
         'wanda': lambda group: pruning.Wanda(group=group),
         'sparsegpt': lambda group: pruning.SparseGPT(
             damp=prune.damp, block=prune.block, group='block' if group == 'matrix' else group
         ),
+    }
+    if prune.initial not in initial:
+        raise ConfigError(f'prune.initial {prune.initial!r}: expected one of {", ".join(initial)}')
+    methods = initial | {
+        'dsnot': lambda group: pruning.DSnoT(initial[prune.initial](group), prune.cycles, prune.threshold)
     }
     if prune.method not in methods:
         raise ConfigError(f'prune.method {prune.method!r}: expected one of {", ".join(methods)}')

@@ -1,5 +1,7 @@
 """DSnoT's masks against plain numpy, one output and one cycle after the other, and against the public code's rules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,12 +36,20 @@ def moments(method, x, dtype=jnp.float64):
     return Moments(first, second, needs[method.initial.statistic])
 
 
-def run(method, kernel, x, pattern, dtype=jnp.float64, **rest):
+@functools.partial(jax.jit, static_argnames=('method', 'pattern'))
+def both(kernel, statistic, zeros, *, method, pattern):
+    """(initial mask, pruned kernel, mask)."""
+    _, initial = method.initial(kernel, statistic.initial, pattern, zeros)
+    return initial, *method(kernel, statistic, pattern, zeros)
+
+
+def run(method, kernel, x, pattern, dtype=jnp.float64):
     """(initial mask, mask) as numpy."""
-    statistic, kernel = moments(method, x, dtype), jnp.asarray(kernel, dtype)
-    _, initial = method.initial(kernel, statistic.initial, pattern, **rest)
-    pruned, mask = method(kernel, statistic, pattern, **rest)
-    np.testing.assert_array_equal(pruned, np.where(mask, kernel, 0))
+    size = kernel.size if method.group == 'matrix' else len(kernel)
+    zeros = None if pattern.structured else jnp.int32(pattern.zeros(size))
+    arrays = jnp.asarray(kernel, dtype), moments(method, x, dtype)
+    initial, pruned, mask = both(*arrays, zeros, method=method, pattern=pattern.kind)
+    np.testing.assert_array_equal(pruned, np.where(mask, arrays[0], 0))
     return np.asarray(initial), np.asarray(mask)
 
 
@@ -49,23 +59,23 @@ def numpy_dsnot(kernel, x, initial, pattern, method):
     variance = x.var(axis=0)
     mask = initial.copy()
     for o in range(kernel.shape[1]):
-        w, grown, pruned = kernel[:, o], set(), set()
+        w, grown, pruned, passed = kernel[:, o], set(), set(), set()
         for _ in range(method.cycles):
             error = sum(w[i] * mean[i] for i in range(len(w)) if not mask[i, o])
             if abs(error) <= method.threshold:
                 break
             sign = 1 if error > 0 else -1
-            grow = [i for i in range(len(w)) if not mask[i, o] and i not in pruned and sign * w[i] * mean[i] > 0]
+            grow = [i for i in range(len(w)) if not mask[i, o] and i not in pruned | passed]
+            grow = [i for i in grow if sign * w[i] * mean[i] > 0]
             if not grow:
                 break
             i = max(grow, key=lambda i: sign * w[i] * mean[i] / variance[i] ** method.power)
-            prune = [j for j in range(len(w)) if mask[j, o] and j not in grown]
+            prune = [j for j in range(len(w)) if mask[j, o] and j not in grown and sign * w[j] * mean[j] < 0]
             if pattern.structured:
                 prune = [j for j in prune if j // pattern.m == i // pattern.m]
-            else:
-                prune = [j for j in prune if sign * w[j] * mean[j] < 0]
             if not prune:
-                break
+                passed.add(i)
+                continue
             j = min(prune, key=lambda j: abs(w[j]) * norm[j])
             if abs(error - w[i] * mean[i] + w[j] * mean[j]) >= abs(error):
                 break
@@ -94,9 +104,10 @@ def source_dsnot(kernel, x, initial, pattern, method, same_sign):
         tried = set()
         for _ in range(method.cycles):
             sign = 1 if error > 0 else -1
-            if abs(error) <= method.threshold or not grow or share[grow[-(error > 0)]] * sign <= 0:
+            end = -1 if error > 0 else 0
+            if abs(error) <= method.threshold or not grow or sign * share[grow[end]] <= 0:
                 break
-            i = grow.pop(-1 if error > 0 else 0)
+            i = grow.pop(end)
             if pattern.structured:
                 prune = [j for j in keep if j // pattern.m == i // pattern.m and j not in tried]
             else:
@@ -116,13 +127,15 @@ def miss(mask, kernel, x):
     return np.abs(x.mean(axis=0) @ (kernel * ~mask))
 
 
-@pytest.mark.parametrize('pattern', ['0.5', '0.6', '0.7', '2:4', '4:8', '3:6', '1:4'])
-@pytest.mark.parametrize('initial', INITIAL)
+@pytest.mark.parametrize(
+    'initial, pattern',
+    [(initial, pattern) for initial in INITIAL for pattern in ('0.5', '0.6', '0.7')]
+    + [(initial, pattern) for initial in INITIAL if 'matrix' not in initial for pattern in ('2:4', '4:8')]
+    + [('wanda', '3:6'), ('wanda', '1:4')],
+)
 def test_masks_equal_numpy_in_float64(initial, pattern):
     kernel, x = data()
     method, pattern = pruning.DSnoT(INITIAL[initial]), sparsity.parse_pattern(pattern)
-    if initial == 'sparsegpt' and method.initial.block % (pattern.m or 1):
-        method = pruning.DSnoT(pruning.SparseGPT(block=2 * pattern.m))
     with jax.enable_x64(True):
         first, mask = run(method, kernel, x, pattern)
     np.testing.assert_array_equal(mask, numpy_dsnot(kernel, x, first, pattern, method))
@@ -133,8 +146,11 @@ def test_masks_equal_numpy_in_float64(initial, pattern):
         assert not sparsity.violations(jnp.asarray(mask), pattern)
 
 
-@pytest.mark.parametrize('pattern', ['0.6', '2:4'])
-@pytest.mark.parametrize('knobs', [{'cycles': 1}, {'cycles': 100}, {'threshold': 0.3}, {'power': 0.0}, {'power': 0.5}])
+@pytest.mark.parametrize(
+    'knobs, pattern',
+    [({'cycles': 1}, '0.6'), ({'cycles': 100}, '0.6'), ({'threshold': 0.3}, '0.6'), ({'power': 0.0}, '0.6')]
+    + [({'cycles': 2, 'power': 0.5}, '2:4')],
+)
 def test_the_knobs_are_those_of_numpy(knobs, pattern):
     kernel, x = data()
     method, pattern = pruning.DSnoT(**knobs), sparsity.parse_pattern(pattern)
@@ -161,10 +177,24 @@ def test_in_fp32_the_mask_and_the_reconstruction_agree(pattern):
 
 
 @pytest.mark.parametrize(
-    'pattern, same_sign, least', [('0.5', True, 0.98), ('0.7', True, 0.98), ('0.5', False, 0.8), ('2:4', True, 0.95)]
+    'pattern, least', [('0.5', 0.994), ('0.6', 0.994), ('0.7', 0.994), ('2:4', 0.96), ('4:8', 0.96)]
 )
-def test_agreement_with_the_public_code(pattern, same_sign, least):
-    pass
+def test_agreement_with_the_public_code(pattern, least):
+    """Of the mask, 99.4 % (unstructured) and 96 % (N:M) are as by the public code with its same-sign rule.
+
+    As it is shipped, without that rule for unstructured patterns, it always makes 50 swaps: 60 % agree at 256 inputs,
+    and it reconstructs worse than the mask that it started from.
+    """
+    kernel, x = data(inputs=256, outputs=16, tokens=1500)
+    method, pattern = pruning.DSnoT(), sparsity.parse_pattern(pattern)
+    with jax.enable_x64(True):
+        first, mask = run(method, kernel, x, pattern)
+    assert np.mean(mask == source_dsnot(kernel, x, first, pattern, method, same_sign=True)) >= least
+    if not pattern.structured:
+        shipped = source_dsnot(kernel, x, first, pattern, method, same_sign=False)
+        assert np.mean(mask == shipped) >= 0.6
+        ours, initial, theirs = (np.linalg.norm(x @ (kernel * ~kept)) for kept in (mask, first, shipped))
+        assert ours < initial < theirs
 
 
 def test_outputs_of_a_dead_or_a_constant_input_stay_finite_and_exact():
@@ -193,21 +223,19 @@ def test_tied_weights_are_taken_by_position():
     assert mask[:, 0].tolist() == [False, True, False, False, False, True, True, True]
 
 
-@pytest.mark.parametrize('pattern', ['0.6', '2:4'])
-def test_bf16_kernels_and_fewer_samples_than_inputs(pattern):
+@pytest.mark.parametrize('initial, pattern', [(pruning.Wanda(), '0.6'), (pruning.SparseGPT(block=8), '2:4')])
+def test_bf16_kernels_and_fewer_samples_than_inputs(initial, pattern):
     kernel, x = data(tokens=20)
-    pattern = sparsity.parse_pattern(pattern)
-    kernel = np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float64)
-    for initial in (pruning.Wanda(), pruning.SparseGPT(block=16)):
-        method = pruning.DSnoT(initial)
-        statistic = moments(method, x, jnp.float32)
-        pruned, mask = method(jnp.asarray(kernel, jnp.bfloat16), statistic, pattern)
-        _, first = initial(jnp.asarray(kernel, jnp.bfloat16), statistic.initial, pattern)
-        assert pruned.dtype == jnp.bfloat16
-        # Kept weights are those that came, also after SparseGPT.
-        np.testing.assert_array_equal(np.asarray(pruned, np.float64), np.where(mask, kernel, 0))
-        want = numpy_dsnot(kernel, x, np.asarray(first), pattern, method)
-        assert np.mean(np.asarray(mask) == want) >= 0.995
+    method, pattern = pruning.DSnoT(initial), sparsity.parse_pattern(pattern)
+    bf16 = jnp.asarray(kernel, jnp.bfloat16)
+    kernel = np.asarray(bf16, np.float64)
+    zeros = None if pattern.structured else jnp.int32(pattern.zeros(len(kernel)))
+    first, pruned, mask = both(bf16, moments(method, x, jnp.float32), zeros, method=method, pattern=pattern.kind)
+    assert pruned.dtype == jnp.bfloat16
+    # Kept weights are those that came, also after SparseGPT.
+    np.testing.assert_array_equal(np.asarray(pruned, np.float64), np.where(mask, kernel, 0))
+    want = numpy_dsnot(kernel, x, np.asarray(first), pattern, method)
+    assert np.mean(np.asarray(mask) == want) >= 0.995
 
 
 def test_ratios_do_not_recompile():
@@ -227,24 +255,24 @@ def test_ratios_do_not_recompile():
     assert len(traces) == 2  # one number for all outputs, and one for each
 
 
-@pytest.mark.parametrize('initial', [pruning.Wanda(), pruning.Magnitude(), pruning.SparseGPT(block=8)])
-@pytest.mark.parametrize('pattern', ['2:4', '0.5'])
-def test_a_model_is_pruned_with_one_trace_a_block(initial, pattern, monkeypatch):
+def test_a_model_is_pruned_with_one_trace_a_block(monkeypatch):
     params, batch = setup()
     traces = []
     block = llama.block
     monkeypatch.setattr(llama, 'block', lambda *args: traces.append(1) or block(*args))
-    asked = [('language/blocks/.*/kernel', pattern)]
-    result = pruning.prune(forward, params, [batch], asked, method=pruning.DSnoT(initial), chunk=2)
+    asked = [('language/blocks/attn/.*', '2:4'), ('language/blocks/mlp/.*', 0.5)]
+    methods = [('.*/attn/.*', pruning.DSnoT(pruning.Magnitude())), ('.*', pruning.DSnoT(pruning.SparseGPT(block=8)))]
+    result = pruning.prune(forward, params, [batch], asked, method=methods, chunk=2)
     assert len(traces) == 2
     sparsity.check_masks(result.masks, asked)
     sparsity.check_sparse(result.params, result.masks)
     assert set(result.tokens.values()) == {18}
-    kept = jax.tree.map(lambda mask, old, new: jnp.array_equal(jnp.where(mask, old, 0), new), *_blocks(result, params))
+    kept = jax.tree.map(lambda mask, old, new: jnp.array_equal(jnp.where(mask, old, 0), new), *_flat(result, params))
     assert jax.tree.all(kept)
 
 
-def _blocks(result, params):
+def _flat(result, params):
+    """Masks, dense and pruned kernels, by path."""
     masks = rules.flatten(result.masks)
     return masks, *({path: rules.flatten(tree)[path] for path in masks} for tree in (params, result.params))
 
@@ -288,9 +316,6 @@ def test_one_shot_prunes_a_stack_and_names_a_singular_hessian():
     pruned, masks = pruning.prune_tree(params, stats, asked, method=method)
     sparsity.check_masks(masks, asked)
     path = 'language/blocks/mlp/down/kernel'
-    alone = method(rules.flatten(params)[path][1], jax.tree.map(lambda leaf: leaf[1], stats[path][0]), *_pattern())
+    kernel, means = rules.flatten(params)[path][1], jax.tree.map(lambda leaf: leaf[1], stats[path][0])
+    alone = method(kernel, means, sparsity.parse_pattern('2:4'))
     assert jnp.array_equal(alone[1], rules.flatten(masks)[path][1])
-
-
-def _pattern():
-    return (sparsity.parse_pattern('2:4'),)

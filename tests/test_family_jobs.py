@@ -1,4 +1,4 @@
-"""The main job on a tiny directory of every family, by all four pruners; what it exports, torch reads back."""
+"""The main job on a tiny directory of every family, by every pruner; what it exports, torch reads back."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ RECIPES = {
     'llava-default': (llava_both, 'USER: <image>\n{} ASSISTANT:'),
     'paligemma': (paligemma_both, '{}'),
 }
-METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt')
+METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt', 'dsnot')
 QUICK = {('blip2-opt', 'sparsegpt'), ('instructblip-t5', 'wanda')}  # in `make test`; `make test-slow` runs the others
 SMALL = {
     'text.prompt_tokens': 40,

@@ -286,7 +286,9 @@ def test_the_workdir_of_another_config_is_refused_and_the_field_named(wanda):
 
 
 def test_a_method_or_a_model_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="prune.method 'wandas': expected one of random, magnitude, wanda, sparsegpt"):
+    with pytest.raises(
+        ConfigError, match="prune.method 'wandas': expected one of random, magnitude, wanda, sparsegpt, dsnot"
+    ):
         Job(tiny_config(**{'prune.method': 'wandas'}), tmp_path / 'a')
     with pytest.raises(sl.StorageError, match='no/such/directory: no such directory'):
         Job(tiny_config(model='no/such/directory'), tmp_path / 'b').check()

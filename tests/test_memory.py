@@ -130,5 +130,8 @@ def test_more_of_a_knob_takes_what_it_should(config):
     assert total(memory.restore, mesh__fsdp=4) < total(memory.restore) / 2
     assert total(memory.restore, prune__method='sparsegpt') > total(memory.restore)  # the dense teacher
     assert total(memory.prune, prune__method='sparsegpt') > total(memory.prune)
+    on_wanda, on_sparsegpt = ({'prune__method': 'dsnot', 'prune__initial': name} for name in ('wanda', 'sparsegpt'))
+    assert total(memory.prune, **on_sparsegpt) > total(memory.prune, **on_wanda)
+    assert total(memory.restore, **on_sparsegpt) == total(memory.restore)  # kept weights are as they came
     assert total(memory.prune, stream=True) < total(memory.prune) / 2
     assert total(memory.prune, prune__samples=16) > total(memory.prune)

@@ -3,15 +3,16 @@
 Of output o, `error_o = sum of W_io E[x_i] over the pruned i` is the expected difference between dense and pruned (its
 reconstruction error). A cycle regrows the pruned weight whose share of the error has the error's sign and is largest
 against its input's variance, `argmax |W_io E[x_i]| / Var[x_i]^power`, and prunes, of the kept weights whose share has
-the other sign, the one with the smallest Wanda score `|W_io| ||x_i||`.
+the other sign (N:M: of the same group), the one with the smallest Wanda score `|W_io| ||x_i||`. No weight is regrown or
+pruned twice.
 
 What the public code (zyxxmu/DSnoT) does, and this does not:
 - It makes 50 swaps whether or not they help, as long as the error is above the threshold (N:M: until its sign changes).
-  Here an output is done when its next swap would not bring its error nearer to zero.
+  Here an output is done when its next swap would not bring its error nearer to zero: the error never rises.
 - When it has run out of candidates it goes on with weights that are already kept, and loses count of the zeros. Here an
   output is then done.
-- With N:M it prunes the weight of the group with the smallest score of the *initial* method, whatever its sign. Here it
-  is the Wanda score, whatever its sign.
+- With N:M it prunes the weight of the group with the smallest score of the *initial* method, whatever its sign. Here
+  signs and scores are as for unstructured patterns, and a group that has no such weight is passed over.
 - Its variance is the mean of the samples' own; here it is that of all tokens.
 - It leaves LLaMA's MLPs as the initial method pruned them, unless told otherwise; rules of methods do that here.
 """
@@ -58,7 +59,7 @@ class DSnoT:
 
     Attributes:
       initial: the method whose mask is changed. Zeros per output, or per N:M group, stay as it set them.
-      cycles: the most swaps of an output.
+      cycles: the most swaps of an output (N:M: and groups passed over).
       threshold: an output whose |error| is at most this is done, in units of the output per token. The public code's
         0.1 is per sample of 2048 tokens.
       power: of the variance; 0 regrows by expected share alone.
@@ -114,21 +115,21 @@ def _swap(weights: Array, initial: Array, moments: Moments, pattern: Pattern, kn
         _, order = jax.lax.top_k(jnp.where(allowed, priority, -jnp.inf), min(knobs.cycles, inputs))
         return order, jnp.sum(allowed, axis=1, dtype=jnp.int32)
 
-    # For an error above zero, and below.
-    to_grow = [best(~initial & (sign * share > 0), sign * share / variance**knobs.power) for sign in (1, -1)]
-    to_grow = jax.tree.map(lambda *sides: jnp.stack(sides), *to_grow)
+    # For errors above zero, and below; one after the other, for memory's sake.
+    signs = jnp.array([1, -1], mean.dtype)
+    to_grow = jax.lax.map(lambda sign: best(~initial & (sign * share > 0), sign * share / variance**knobs.power), signs)
     if not pattern.structured:
-        to_prune = [best(initial & (sign * share < 0), -score) for sign in (1, -1)]
-        to_prune = jax.tree.map(lambda *sides: jnp.stack(sides), *to_prune)
+        to_prune = jax.lax.map(lambda sign: best(initial & (sign * share < 0), -score), signs)
 
     def candidate(listed, side, taken):
         order, count = listed
         return order[side, row, taken[side, row]], taken[side, row] < count[side, row]
 
-    def in_group(mask, grown):
-        """The kept weight of the grown one's N:M group with the smallest score, unless it was regrown itself."""
+    def in_group(error, mask, grown):
+        """What to prune of the grown weight's N:M group, and whether there is any."""
         group = (grown // pattern.m * pattern.m)[:, None] + jnp.arange(pattern.m, dtype=grown.dtype)
-        allowed = jnp.take_along_axis(initial & mask, group, axis=1)
+        other_sign = jnp.sign(error)[:, None] * jnp.take_along_axis(share, group, axis=1) < 0
+        allowed = jnp.take_along_axis(initial & mask, group, axis=1) & other_sign
         scores = jnp.where(allowed, jnp.take_along_axis(score, group, axis=1), jnp.inf)
         return group[row, jnp.argmin(scores, axis=1)], allowed.any(axis=1)
 
@@ -136,13 +137,14 @@ def _swap(weights: Array, initial: Array, moments: Moments, pattern: Pattern, kn
         cycles, active, error, taken, mask = state
         side = (error < 0).astype(jnp.int32)
         grown, growable = candidate(to_grow, side, taken)
-        pruned, prunable = in_group(mask, grown) if pattern.structured else candidate(to_prune, side, taken)
+        pruned, prunable = in_group(error, mask, grown) if pattern.structured else candidate(to_prune, side, taken)
         after = error - share[row, grown] + share[row, pruned]
         swap = active & growable & prunable & (jnp.abs(after) < jnp.abs(error))
         mask = mask.at[row, grown].set(mask[row, grown] | swap)
         mask = mask.at[row, pruned].set(mask[row, pruned] & ~swap)
         taken = taken.at[side, row].add(1)
-        return cycles + 1, swap & (jnp.abs(after) > knobs.threshold), jnp.where(swap, after, error), taken, mask
+        active = (swap & (jnp.abs(after) > knobs.threshold)) | (active & growable & ~prunable)
+        return cycles + 1, active, jnp.where(swap, after, error), taken, mask
 
     error = jnp.sum(jnp.where(initial, 0.0, share), axis=1)
     state = (jnp.int32(0), jnp.abs(error) > knobs.threshold, error, jnp.zeros((2, outputs), jnp.int32), initial)

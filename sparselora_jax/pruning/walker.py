@@ -108,7 +108,8 @@ def prune_tree(
     Args:
       stats: what `collect` returned; None for a method without a statistic.
       rules: `(regex, pattern)` in order; every kernel must match.
-      method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, or rules `(regex, method)`, where towers differ.
+      method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, `DSnoT()`, or rules `(regex, method)`, where towers
+        differ.
       zeros: path -> zeros of each layer's kernel (of the kernel, where it is no stack), instead of what the pattern
         says (see `pruning.allocate`).
 
