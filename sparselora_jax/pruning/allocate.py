@@ -186,6 +186,9 @@ def round_zeros(wanted: dict[str, np.ndarray], budget: int, most: dict[str, np.n
       wanted: zeros of each layer's kernel, not integers; their sum is `budget` but for rounding.
       most: what none may exceed.
 
+    Raises:
+      PatternError: all together may not be as many.
+
     >>> round_zeros({'q': np.array([1.5, 2.5])}, 4, {'q': np.array([9, 9])})['q'].tolist()
     [2, 2]
     """
@@ -194,6 +197,8 @@ def round_zeros(wanted: dict[str, np.ndarray], budget: int, most: dict[str, np.n
     zeros = np.clip(np.floor(real).astype(np.int64), 0, caps)
     while (missing := budget - int(zeros.sum())) > 0:
         open_ = np.flatnonzero(zeros < caps)
+        if not open_.size:
+            raise PatternError(f'{budget} zeros are to be shared out, and no more than {zeros.sum()} may be')
         chosen = open_[np.argsort(-(real - zeros)[open_], kind='stable')[:missing]]
         zeros[chosen] += 1
     ends = np.cumsum([np.size(of_layers) for of_layers in wanted.values()])[:-1]
