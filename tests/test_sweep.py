@@ -72,7 +72,7 @@ def pretend(run, folder):
         write(folder, stage, sizes | {'steps_s': 8.0, 'step_s': 2.0, 'accuracy': {'overall': 0.25, 'shape': 0.1}})
     measured = {'sparsity': {'language': {'density': 0.5}}, 'lora_merged_density': 0.99}
     flops = {'step_flops': 2e9, 'answer_flops': 4e9, 'answer_flops_sparse': 3e9}
-    write(folder, 'measured', measured | {'trained_parameters': 1234} | flops)
+    write(folder, 'measured', measured | {'trained_parameters': 12345678} | flops)
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_the_table_holds_means_and_intervals_of_the_seeds(done):
     assert float(row['shape']) == pytest.approx(mean + 0.1)
     assert float(row['perplexity']) == pytest.approx(1000 * mean)
     want = {'seeds': '3', 'steps': '4', 'density language': '0.5', 'density if LoRA is merged': '0.99'}
-    want |= {'prune s': '3', 'restore s': '8', 'step s': '2', 'prune GiB': '1', 'trained parameters': '1234'}
+    want |= {'prune s': '3', 'restore s': '8', 'step s': '2', 'prune GiB': '1', 'trained parameters': '12345678'}
     want |= {'GFLOP a step': '2', 'GFLOP an answer': '3', 'failed': ''}
     assert {name: row[name] for name in want} == want
     assert rows[0]['GFLOP an answer'] == '4' and rows[0]['density language'] == '' and rows[2]['restore s'] == ''

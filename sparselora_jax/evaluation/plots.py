@@ -42,6 +42,7 @@ def figure(config: Any, table: list[Row]) -> Figure:
         else:
             axes.set_ylim(0, 105)
         axes.grid(axis='y', alpha=0.3)
+        axes.set_axisbelow(True)
     handles, names = plot.axes[0].get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
     plot.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=4, fontsize='small')

@@ -138,7 +138,9 @@ def _steps(row: Row) -> int | str:
 
 
 def _number(value: float | None) -> str:
-    return '' if value is None else f'{value:.6g}'
+    if value is None:
+        return ''
+    return f'{value:.0f}' if value.is_integer() else f'{value:.6g}'
 
 
 def to_markdown(config: Any, table: list[Row]) -> str:
