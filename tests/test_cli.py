@@ -135,7 +135,14 @@ def test_a_value_that_cannot_work_is_named_before_any_work(refused, field):
     assert field.partition('=')[0] in refused('train.py', f'--config.{field}')
 
 
-def test_a_workdir_that_cannot_be_one_is_named(script):
+@pytest.fixture
+def no_data(monkeypatch, tiny_model):
+    """The tiny model and a data set without questions."""
+    empty = Split([], lambda: [])
+    monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: Dataset(empty, empty, (), str))
+
+
+def test_a_workdir_that_cannot_be_one_is_named(script, no_data):
     code, _, err = script('prune.py', '--workdir=README.md')
     assert code == 1 and err.count('\n') == 1 and 'README.md' in err
 
@@ -144,9 +151,7 @@ def test_a_config_that_is_not_python_is_named(refused):
     assert 'README.md: ' in refused('train.py', '--config=README.md')
 
 
-def test_exporting_before_restoring_names_what_is_missing(refused, tiny_model, monkeypatch):
-    empty = Split([], lambda: [])
-    monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: Dataset(empty, empty, (), str))
+def test_exporting_before_restoring_names_what_is_missing(refused, no_data):
     assert 'masks.safetensors: no such file' in refused('export.py')
 
 
