@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparselora_jax import rules as rules_lib
-from sparselora_jax.pruning.walker import methods_of, pattern_zeros, patterns_of
+from sparselora_jax.pruning.targets import methods_of, pattern_zeros, patterns_of
 from sparselora_jax.sparsity import Pattern, PatternError
 
 GRANULARITIES = ('block', 'kernel')

@@ -19,7 +19,7 @@ from sparselora_jax import calibrate
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.pruning.allocate import block_of, check_left, round_zeros, total
-from sparselora_jax.pruning.walker import joined, walk
+from sparselora_jax.pruning.walk import joined, walk
 from sparselora_jax.sparsity import PatternError
 
 

@@ -1,4 +1,4 @@
-"""Walks a model's layers and prunes each with a method; the method knows one kernel, the walker knows the layers."""
+"""Prunes every kernel of a model with a method; the method knows one kernel, the walker knows the layers."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,9 @@ from jaxtyping import Array
 from sparselora_jax import calibrate
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.models.runners import valid_rows
-from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern, spread
+from sparselora_jax.pruning.targets import methods_of, pattern_zeros, patterns_of, per_group
+from sparselora_jax.pruning.walk import joined, walk
+from sparselora_jax.sparsity import Pattern
 
 
 class PruneResult(NamedTuple):
@@ -38,61 +40,6 @@ def _prune_joined(
     pruned, mask = method(jnp.concatenate(kernels, axis=-1), statistic, pattern, zeros)
     ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1].tolist()
     return jnp.split(pruned, ends, axis=-1), jnp.split(mask, ends, axis=-1), jnp.isfinite(pruned).all()
-
-
-def pattern_zeros(
-    flat: dict[str, Any],
-    patterns: dict[str, Pattern],
-    methods: dict[str, Any],
-    given: dict[str, np.ndarray] | None = None,
-) -> dict[str, np.ndarray]:
-    """Zeros of every layer's kernel, counted here on the host: `given`, or what the pattern asks of each group."""
-    for path in given or {}:
-        if path not in patterns or patterns[path].structured:
-            kind = str(patterns[path]) if path in patterns else 'dense'
-            raise PatternError(f'{path}: numbers of zeros have no meaning for pattern {kind}')
-    found = {}
-    for path, pattern in patterns.items():
-        *layers, inputs, outputs = flat[path].shape
-        if path not in (given or {}):
-            by_output = pattern.structured or methods[path].group == 'output'
-            total = pattern.zeros(inputs) * outputs if by_output else pattern.zeros(inputs * outputs)
-            found[path] = np.full(layers, total)
-            continue
-        found[path] = zeros = np.asarray(given[path])
-        if zeros.shape != tuple(layers) or zeros.min() < 0 or zeros.max() > inputs * outputs:
-            expected = f'one number of 0 to {inputs * outputs} for each of {layers} layers'
-            raise PatternError(f'{path}: zeros {zeros.tolist()}: expected {expected}')
-    return found
-
-
-def _per_group(method: Any, pattern: Pattern, outputs: int, total: int) -> np.ndarray | None:
-    """Zeros of each comparison group of a kernel; None: N:M says it."""
-    if pattern.structured:
-        return None
-    return spread(total, outputs) if method.group == 'output' else np.asarray(total, np.int32)
-
-
-def patterns_of(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pattern]:
-    """The pattern of every kernel that is not dense; what does not fit is named before any work is done.
-
-    Raises:
-      PatternError, RuleError: see `prune_tree`.
-    """
-    found = rules_lib.kernels(params)
-    patterns = {path: parse_pattern(text) for path, text in rules_lib.match(rules, found).items()}
-    for path, pattern in patterns.items():
-        try:
-            pattern.zeros(found[path].shape[-2])
-        except PatternError as error:
-            raise PatternError(f'{path}: {error}') from None
-    return {path: pattern for path, pattern in patterns.items() if not pattern.dense}
-
-
-def methods_of(params: dict, method: Any) -> dict[str, Any]:
-    """The method of every kernel, from one for all or from rules."""
-    rules = method if isinstance(method, Sequence) else [('.*', method)]
-    return rules_lib.match(rules, rules_lib.kernels(params))
 
 
 def prune_tree(
@@ -135,52 +82,11 @@ def prune_tree(
             if path not in (stats or {}):
                 raise calibrate.CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
             statistic = stats[path][0]
-        counts = [_per_group(method, pattern, flat[path].shape[-1], int(total)) for total in totals[path].reshape(-1)]
+        counts = [per_group(method, pattern, flat[path].shape[-1], int(total)) for total in totals[path].reshape(-1)]
         counts = None if pattern.structured else np.stack(counts) if totals[path].ndim else counts[0]
         flat[path], masks[path] = _prune_kernel(flat[path], statistic, counts, method=method, pattern=pattern.kind)
         _check_finite(path, jnp.isfinite(flat[path]).all())
     return rules_lib.unflatten(flat), rules_lib.unflatten(masks)
-
-
-def joined(batches: Iterable[dict]) -> dict:
-    """One batch of all samples.
-
-    Raises:
-      CalibrationError: no batch.
-    """
-    if not (batches := list(batches)):
-        raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
-    return jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
-
-
-def walk(
-    forward: Callable[..., Any],
-    params: dict,
-    samples: dict,
-    enter: Callable[[str, Callable], Callable[[int, int, dict, list], dict]],
-    *,
-    chunk: int,
-) -> None:
-    """Runs `forward` over all samples, block by block, `chunk` samples at a time; see `prune`.
-
-    Args:
-      enter: `enter(tower, block)`, called at each stack of blocks, returns `visit(layer, layers, w, chunks)`: that is
-        given a layer's weights by path and its inputs, `[(x, ctx), ...]`, and returns the weights to go on with.
-    """
-
-    def run(tower, block, weights, x, ctx, cache=None):
-        visit = enter(tower, block)
-        step = jax.jit(lambda w, x, ctx: block(w, x, ctx, None)[0])
-        chunks = _split(x, ctx, chunk)
-        layers = jax.tree.leaves(weights)[0].shape[0]
-        for layer in range(layers):
-            w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: jnp.asarray(leaf[layer]), weights))
-            w = visit(layer, layers, w, chunks)
-            for i, (x, ctx) in enumerate(chunks):  # one by one: two sets of hidden states are never held
-                chunks[i] = (step(rules_lib.unflatten(w), x, ctx), ctx)
-        return jnp.concatenate([x for x, _ in chunks]), cache
-
-    forward(params, samples, run)
 
 
 def prune(
@@ -291,7 +197,7 @@ def _prune_block(
     for names in groups.values():
         method, pattern = methods[names[0]], patterns[names[0]]
         statistic = stats[names[0]][0] if method.statistic else None
-        counts = [_per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
+        counts = [per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
         counts = counts[0] if len(names) == 1 or pattern.structured else np.concatenate(counts)
         kernels = tuple(w[name] for name in names)
         *results, finite = _prune_joined(kernels, statistic, counts, method=method, pattern=pattern.kind)
@@ -299,18 +205,3 @@ def _prune_block(
         for into, result in zip((pruned, masks), results, strict=True):
             into.update(zip(names, result, strict=True))
     return pruned, masks
-
-
-def _split(x: Array, ctx: dict, chunk: int) -> list[tuple[Array, dict]]:
-    """Chunks of samples; arrays of `ctx` have the batch, or 1, as their leading axis."""
-    batch = x.shape[0]
-    return [_part((x, ctx), first, batch=batch, size=min(chunk, batch - first)) for first in range(0, batch, chunk)]
-
-
-@functools.partial(jax.jit, static_argnames=('batch', 'size'))
-def _part(arrays: Any, first: Any, *, batch: int, size: int) -> Any:
-    def part(leaf):
-        whole = leaf.shape[0] == 1 and batch > 1
-        return leaf if whole else jax.lax.dynamic_slice_in_dim(leaf, first, size)
-
-    return jax.tree.map(part, arrays)
