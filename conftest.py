@@ -41,6 +41,7 @@ def compiled_once(tmp_path_factory):
     folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
     jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    return folder / 'compiled'
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparselora_jax import pruning, sparsity
+from sparselora_jax import calibrate, pruning, sparsity
 
 
 def data(inputs=32, outputs=12, tokens=200):
@@ -137,3 +137,52 @@ def test_random_is_reproducible_and_exact():
 def test_block_that_does_not_fit_is_refused():
     with pytest.raises(sparsity.PatternError, match='block 6 does not fit 32 inputs and pattern 2:4'):
         pruning.SparseGPT(block=6)(jnp.ones((32, 4)), jnp.eye(32), sparsity.parse_pattern('2:4'))
+
+
+@pytest.mark.parametrize('pattern', ['3:6', '1:3'])
+def test_groups_need_not_be_a_power_of_two(pattern):
+    pattern = sparsity.parse_pattern(pattern)
+    kernel, x = data(inputs=36)
+    squares = np.sum(x**2, axis=0)
+    with jax.enable_x64(True):
+        _, wanda = pruning.Wanda()(jnp.asarray(kernel), jnp.asarray(squares), pattern)
+        ours, mask = pruning.SparseGPT(block=18)(jnp.asarray(kernel), jnp.asarray(x.T @ x), pattern)
+        want, want_mask = numpy_sparsegpt(kernel, x.T @ x, pattern, 18, 'output')
+        np.testing.assert_array_equal(mask, want_mask)
+        np.testing.assert_allclose(ours, want, rtol=1e-8, atol=1e-10)
+    np.testing.assert_array_equal(wanda, numpy_mask(np.abs(kernel) * np.sqrt(squares)[:, None], pattern, 'output'))
+
+
+@pytest.mark.parametrize('pattern', ['2:4', '0.5'])
+def test_fewer_samples_than_inputs_need_only_damping(pattern):
+    pattern = sparsity.parse_pattern(pattern)
+    kernel, x = data(tokens=10)
+    assert np.linalg.matrix_rank(x.T @ x) == 10
+    with jax.enable_x64(True):
+        ours, mask = pruning.SparseGPT(block=16)(jnp.asarray(kernel), jnp.asarray(x.T @ x), pattern)
+    want, want_mask = numpy_sparsegpt(kernel, x.T @ x, pattern, 16, 'output')
+    np.testing.assert_array_equal(mask, want_mask)
+    np.testing.assert_allclose(ours, want, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', ['wanda', 'sparsegpt'])
+def test_weights_and_calibration_in_bf16_are_scored_in_fp32(name):
+    pattern = sparsity.parse_pattern('2:4')
+    kernel, x = (jnp.asarray(array, jnp.bfloat16) for array in data(inputs=64, outputs=32, tokens=600))
+    exact, inputs = np.asarray(kernel, np.float64), np.asarray(x, np.float64)
+    if name == 'wanda':
+        ours, mask = pruning.Wanda()(kernel, calibrate.squares(x), pattern)
+        want_mask = numpy_mask(np.abs(exact) * np.linalg.norm(inputs, axis=0)[:, None], pattern, 'output')
+    else:
+        ours, mask = pruning.SparseGPT(block=32)(kernel, calibrate.hessian(x), pattern)
+        _, want_mask = numpy_sparsegpt(exact, inputs.T @ inputs, pattern, 32, 'output')
+    assert ours.dtype == jnp.bfloat16
+    assert np.mean(np.asarray(mask) == want_mask) >= 0.995
+
+
+def test_of_equal_scores_the_earlier_input_is_pruned_first():
+    kernel = jnp.ones((8, 3)) * jnp.array([1.0, -1.0, 1.0])
+    for pattern in ('2:4', '0.5'):
+        _, mask = pruning.Wanda()(kernel, jnp.ones(8), sparsity.parse_pattern(pattern))
+        want = [False, False, True, True] * 2 if pattern == '2:4' else [False] * 4 + [True] * 4
+        np.testing.assert_array_equal(mask, np.tile(np.array(want)[:, None], 3))

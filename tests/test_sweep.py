@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -73,15 +72,6 @@ def pretend(run, folder):
     measured = {'sparsity': {'language': {'density': 0.5}}, 'lora_merged_density': 0.99}
     flops = {'step_flops': 2e9, 'answer_flops': 4e9, 'answer_flops_sparse': 3e9}
     write(folder, 'measured', measured | {'trained_parameters': 12345678} | flops)
-
-
-@pytest.fixture
-def compiled_once(tmp_path_factory):
-    """As in a sweep's processes."""
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    yield
-    jax.config.update('jax_compilation_cache_dir', None)
 
 
 def write(folder, name, result):

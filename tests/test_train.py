@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -50,9 +49,9 @@ sl.save_safetensors(sys.argv[1] + '/lora.safetensors', state.trained)
 """
 
 
-def start(folder: Path, pause: float) -> subprocess.Popen:
+def start(folder: Path, pause: float, compiled: Path) -> subprocess.Popen:
     cache = {
-        'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+        'JAX_COMPILATION_CACHE_DIR': str(compiled),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
     env = os.environ | {'XLA_FLAGS': ''} | cache
@@ -65,17 +64,17 @@ def last_line(process: subprocess.Popen) -> int:
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, compiled_once):
     """The folder of a run that nobody interrupts."""
     folder = tmp_path_factory.mktemp('runs') / 'whole'
-    assert last_line(start(folder, 0)) == 12
+    assert last_line(start(folder, 0, compiled_once)) == 12
     return folder
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_and_resumed_is_bit_identical(tmp_path, whole, number):
+def test_interrupted_and_resumed_is_bit_identical(tmp_path, whole, compiled_once, number):
     cut = tmp_path / 'cut'
-    process = start(cut, 0.3)
+    process = start(cut, 0.3, compiled_once)
     for line in process.stdout:
         if int(line) == 5:
             process.send_signal(number)
@@ -84,7 +83,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, whole, number):
     assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)
     kept = Checkpoints(cut / 'c').steps()[-1]
     assert kept >= 5 if number == signal.SIGTERM else kept == 3
-    again = start(cut, 0)
+    again = start(cut, 0, compiled_once)
     first = int(again.stdout.readline())
     assert first == kept + 1
     assert last_line(again) == 12
