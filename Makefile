@@ -22,7 +22,7 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 
 test: lint
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n auto -m slow

@@ -256,6 +256,7 @@ def test_an_impossible_allocation_is_named_before_any_work(world, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_pruned_kernels_themselves_may_be_trained(world, tmp_path, tiny_blip2):
     """The zeros stay, everything without a mask stays too, and there is no adapter to export."""
     fields = {'restore.trained': 'weights', 'prune.pattern.vision': '0.5', 'restore.peak': 1e-2}
