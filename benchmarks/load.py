@@ -6,10 +6,9 @@ The checkpoint is made up and deleted afterwards. `load` is `hf.load_model` in a
 included; `read` is reading the same bytes into one buffer that is used again. `staging` is the
 peak memory of that process beyond what it had before and beyond the params themselves: what the host held on the way.
 
-Two cores shared with other work: `read` 0.2 to 0.4 s from the kernel's cache, 1.2 s with `--cold`; `load` 3.8 s with
-little else running and 7.8 s beside other jobs, 10.0 s with `--cold` beside them. Of the 3.8 s about one is compilation
-and about one the zeroing of 3.1 GB of new memory, which a plain read into one buffer never pays. Staging: 404 to 509
-MiB, where one layer and 0.5 GiB are 609 MiB.
+Two cores: `read` 0.3 s from the kernel's cache, `load` 7.7 s with nothing else running (15 to 17 s beside other jobs).
+About one second is compilation and one the zeroing of 3.1 GB of new memory, which a plain read into one buffer never
+pays. Staging: 404 to 509 MiB, where one layer and 0.5 GiB are 609 MiB.
 """
 
 import argparse
