@@ -8,7 +8,7 @@ import json
 import cli
 from absl import flags
 
-from sparselora_jax.data import easy_vqa, folder
+from sparselora_jax.data import easy_vqa, folder, pipeline
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.progress import Progress
 
@@ -28,8 +28,7 @@ def main(argv):
     if DATA.value == 'easy_vqa':
         dataset = easy_vqa.load(DATA_DIR.value)
     else:
-        room = {'prompt_tokens': text.prompt_tokens}
-        dataset = folder.load(DATA.value, lambda prompt, answer: processor.misfit(text.write(prompt), answer, **room))
+        dataset = folder.load(DATA.value, pipeline.misfit(processor, text, answers=False))
     train, test = (split.read_texts() for split in (dataset.train, dataset.test))
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
     answers = vqa.evaluate(

@@ -170,11 +170,7 @@ class Job:
         """What is trained on and evaluated with."""
         if self.config.data == 'easy_vqa':
             return easy_vqa.load(self.config.data_dir)
-        room = {'prompt_tokens': self.text.prompt_tokens, 'answer_tokens': self.text.answer_tokens}
-        return folder.load(
-            self.config.data,
-            lambda prompt, answer: self.processor.misfit(self.text.write(prompt), answer, **room),
-        )
+        return folder.load(self.config.data, pipeline.misfit(self.processor, self.text))
 
     def batches(self, batch: int, seed: int) -> Any:
         """Training batches by step."""

@@ -23,6 +23,7 @@ from sparselora_jax.losses import answer_loss
 from sparselora_jax.models import embedded, hf_export, on_disk, peft_adapter
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.progress import Progress
+from sparselora_jax.pruning.allocate import total
 from sparselora_jax.recipe import lora_rules, prune_methods, prune_rules
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
 from sparselora_jax.rules import flatten
@@ -122,7 +123,6 @@ def allocate(job: Job) -> dict[str, np.ndarray] | None:
         params = job.params_on_disk() if config.stream else job.params
         uniform = pruning.uniform_zeros(params, prune_rules(config), method=prune_methods(config))
         sizes, paths = pruning.kernel_sizes(params, uniform), tuple(uniform)
-        budget = sum(int(zeros.sum()) for zeros in uniform.values())
 
         def loss(w, batch, run):
             return answer_loss(model.answer_logits(w, batch, run), batch['targets'], batch['answer'])
@@ -143,7 +143,7 @@ def allocate(job: Job) -> dict[str, np.ndarray] | None:
                 progress = Progress('score', sum(zeros.size for zeros in uniform.values()), interval=5)
                 key, eps = jax.random.key(config.seed), knobs.noise
                 scores = pruning.zeroth_order_scores(loss, params, batches, paths, key=key, eps=eps, progress=progress)
-            found = pruning.allocate(scores, sizes, budget, highest=knobs.highest)
+            found = pruning.allocate(scores, sizes, total(uniform), highest=knobs.highest)
         return {'zeros': {path: zeros.tolist() for path, zeros in found.items()}}
 
     return {path: np.array(of_layers) for path, of_layers in job.stage('zeros', compute)['zeros'].items()}

@@ -53,6 +53,16 @@ def vqa_transform(processor: Any, text: TextFormat) -> Callable[[dict], dict]:
     return transform
 
 
+def misfit(processor: Any, text: TextFormat, *, answers: bool = True) -> Callable[[str, str], str]:
+    """(question, answer) -> why their tokens do not fit the format, '' if they do; for `folder.load`.
+
+    Args:
+      answers: whether answers must fit too: those that are only compared as text need no room.
+    """
+    room = {'prompt_tokens': text.prompt_tokens, 'answer_tokens': text.answer_tokens if answers else None}
+    return lambda question, answer: processor.misfit(text.write(question), answer, **room)
+
+
 def batches(
     source: Any,
     transform: Callable[[dict], dict],

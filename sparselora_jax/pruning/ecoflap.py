@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from sparselora_jax import calibrate
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
+from sparselora_jax.pruning.targets import in_blocks
 
 ROWS = 32  # inputs of a kernel whose noise is drawn at once
 
@@ -48,12 +49,6 @@ def score_dtype(kernel: Any) -> Any:
 _scored.defvjp(lambda kernel, tap: (kernel, kernel), _scored_backward)
 
 
-def _names(paths: Iterable[str], tower: str) -> dict[str, str]:
-    """{name within a block: path} of a tower's kernels."""
-    prefix = f'{tower}/blocks/'
-    return {path[len(prefix) :]: path for path in paths if path.startswith(prefix)}
-
-
 def tapped_blocks(taps: dict[str, Float[Array, ' layers']]) -> Callable[..., Any]:
     """A runner through which the gradient of each tap is the score of its kernel and layer.
 
@@ -61,7 +56,7 @@ def tapped_blocks(taps: dict[str, Float[Array, ' layers']]) -> Callable[..., Any
     """
 
     def run(tower, block, weights, x, ctx, cache=None):
-        here = _names(taps, tower)
+        here = in_blocks(taps, tower)
 
         def tapped(w, x, ctx, cache):
             flat = rules_lib.flatten(w['weights'])
@@ -132,7 +127,7 @@ def perturbed_blocks(
     """
 
     def run(tower, block, weights, x, ctx, cache=None):
-        indices = {name: paths.index(path) for name, path in _names(paths, tower).items()}
+        indices = {name: paths.index(path) for name, path in in_blocks(paths, tower).items()}
 
         def plain(stack, here):
             return stack[here]

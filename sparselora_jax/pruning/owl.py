@@ -17,9 +17,9 @@ from jaxtyping import Array
 
 from sparselora_jax import calibrate
 from sparselora_jax import rules as rules_lib
-from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.pruning.allocate import block_of, check_left, round_zeros, total
-from sparselora_jax.pruning.walk import joined, walk
+from sparselora_jax.pruning.targets import in_blocks
+from sparselora_jax.pruning.walk import block_observer, joined, walk
 from sparselora_jax.sparsity import PatternError
 
 
@@ -62,21 +62,13 @@ def outlier_shares(
     paths, shares = set(paths), {}
 
     def enter(tower, block):
-        prefix = f'{tower}/blocks/'
-        names = sorted(path[len(prefix) :] for path in paths if path.startswith(prefix))
-        observe = calibrate.make_observer(
-            lambda w, inputs: block(w, *inputs, None),
-            stats=lambda name: calibrate.squares if name in names else None,
-            valid=lambda name, inputs: valid_rows(name, inputs[1]),
-        )
+        names = sorted(in_blocks(paths, tower))
+        observe = block_observer(block, dict.fromkeys(names, calibrate.squares).get)
 
         def visit(layer, layers, w, chunks):
             progress(tower, layer, layers)
             if names:
-                try:
-                    stats = observe(rules_lib.unflatten(w), chunks)
-                except calibrate.CalibrationError as error:
-                    raise calibrate.CalibrationError(f'{prefix}{error} (layer {layer})') from None
+                stats = observe(rules_lib.unflatten(w), chunks)
                 counts = _outliers([w[name] for name in names], [stats[name][0] for name in names], threshold)
                 size = sum(w[name].size for name in names)
                 shares.setdefault(tower, []).append(int(np.asarray(counts).sum(dtype=np.int64)) / size)

@@ -1,6 +1,6 @@
 """What each kernel of a model is to become, from ordered rules: its pattern, its method, its number of zeros."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,16 @@ def patterns_of(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pat
         except PatternError as error:
             raise PatternError(f'{path}: {error}') from None
     return {path: pattern for path, pattern in patterns.items() if not pattern.dense}
+
+
+def in_blocks(paths: Iterable[str], tower: str) -> dict[str, str]:
+    """{name within a block: path} of a tower's kernels.
+
+    >>> in_blocks(['vision/blocks/mlp/fc1/kernel', 'language/head/kernel'], 'vision')
+    {'mlp/fc1/kernel': 'vision/blocks/mlp/fc1/kernel'}
+    """
+    prefix = f'{tower}/blocks/'
+    return {path[len(prefix) :]: path for path in paths if path.startswith(prefix)}
 
 
 def methods_of(params: dict, method: Any) -> dict[str, Any]:

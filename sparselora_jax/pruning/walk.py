@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from sparselora_jax import calibrate
 from sparselora_jax import rules as rules_lib
+from sparselora_jax.models.runners import valid_rows
 
 
 def joined(batches: Iterable[dict]) -> dict:
@@ -21,6 +22,19 @@ def joined(batches: Iterable[dict]) -> dict:
     if not (batches := list(batches)):
         raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
     return jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
+
+
+def block_observer(block: Callable, stats: Callable[[str], Callable | None]) -> Callable[..., Any]:
+    """`(w, chunks) -> {name: (sum, tokens)}`: what the kernels of a layer read; see `calibrate.make_observer`.
+
+    Args:
+      stats: the statistic of a kernel, by its name within the block, or None: it is not watched.
+    """
+    return calibrate.make_observer(
+        lambda w, inputs: block(w, *inputs, None),
+        stats=stats,
+        valid=lambda name, inputs: valid_rows(name, inputs[1]),
+    )
 
 
 def walk(
@@ -36,6 +50,9 @@ def walk(
     Args:
       enter: `enter(tower, block)`, called at each stack of blocks, returns `visit(layer, layers, w, chunks)`: that is
         given a layer's weights by path and its inputs, `[(x, ctx), ...]`, and returns the weights to go on with.
+
+    Raises:
+      CalibrationError: one of `visit`, which names a kernel within its block: with tower and layer.
     """
 
     def run(tower, block, weights, x, ctx, cache=None):
@@ -45,7 +62,10 @@ def walk(
         layers = jax.tree.leaves(weights)[0].shape[0]
         for layer in range(layers):
             w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: jnp.asarray(leaf[layer]), weights))
-            w = visit(layer, layers, w, chunks)
+            try:
+                w = visit(layer, layers, w, chunks)
+            except calibrate.CalibrationError as error:
+                raise calibrate.CalibrationError(f'{tower}/blocks/{error} (layer {layer})') from None
             for i, (x, ctx) in enumerate(chunks):  # one by one: two sets of hidden states are never held
                 chunks[i] = (step(rules_lib.unflatten(w), x, ctx), ctx)
         return jnp.concatenate([x for x, _ in chunks]), cache

@@ -11,9 +11,8 @@ from jaxtyping import Array
 
 from sparselora_jax import calibrate
 from sparselora_jax import rules as rules_lib
-from sparselora_jax.models.runners import valid_rows
-from sparselora_jax.pruning.targets import methods_of, pattern_zeros, patterns_of, per_group
-from sparselora_jax.pruning.walk import joined, walk
+from sparselora_jax.pruning.targets import in_blocks, methods_of, pattern_zeros, patterns_of, per_group
+from sparselora_jax.pruning.walk import block_observer, joined, walk
 from sparselora_jax.sparsity import Pattern
 
 
@@ -133,28 +132,22 @@ def prune(
         masks.setdefault(path, []).append(mask)
 
     def enter(tower, block):
-        prefix = f'{tower}/blocks/'
-        here = {path[len(prefix) :]: pattern for path, pattern in patterns.items() if path.startswith(prefix)}
-        of_block = {name: methods[prefix + name] for name in here}
-        observe = calibrate.make_observer(
-            lambda w, inputs: block(w, *inputs, None),
-            stats=lambda name: (of_block[name].statistic or calibrate.squares) if name in here else None,
-            valid=lambda name, inputs: valid_rows(name, inputs[1]),
-        )
+        paths = in_blocks(patterns, tower)
+        here = {name: patterns[path] for name, path in paths.items()}
+        of_block = {name: methods[path] for name, path in paths.items()}
+        stats_of = {name: method.statistic or calibrate.squares for name, method in of_block.items()}
+        observe = block_observer(block, stats_of.get)
 
         def visit(layer, layers, w, chunks):
             progress(tower, layer, layers)
             if not here:
                 return w
-            try:
-                stats = observe(rules_lib.unflatten(w), chunks)
-                counts = {name: int(totals[prefix + name][layer]) for name in here}
-                new, kept = _prune_block(w, stats, here, of_block, counts)
-            except calibrate.CalibrationError as error:
-                raise calibrate.CalibrationError(f'{prefix}{error} (layer {layer})') from None
-            for name in here:
-                (keep or collect)(prefix + name, layer, new[name], kept[name])
-                tokens[prefix + name] = int(stats[name][1])
+            stats = observe(rules_lib.unflatten(w), chunks)
+            counts = {name: int(totals[path][layer]) for name, path in paths.items()}
+            new, kept = _prune_block(w, stats, here, of_block, counts)
+            for name, path in paths.items():
+                (keep or collect)(path, layer, new[name], kept[name])
+                tokens[path] = int(stats[name][1])
             return w | new
 
         return visit
