@@ -37,21 +37,30 @@ def config(name: str, arg: str | None, points: list, plot: dict, *, hour: dict, 
       plot: see `evaluation.plots.figure`.
       hour, full: budgets, as `budget` makes them.
     """
-    tiny = budget(seeds=1, steps=2, batch=4, questions=10, samples=4)
+    tiny = budget(seeds=1, steps=2, batch=4, questions=10, samples=4, scored=4)
     budgets = ConfigDict({'tiny': tiny, 'hour': hour, 'full': full})
     found = ConfigDict({'name': name, 'budget': 'hour', 'budgets': budgets, 'base': base(arg), 'plot': plot})
     found.points = tuple(points)
     return found
 
 
-def budget(*, seeds: int, steps: int, batch: int, questions: int, samples: int) -> dict:
-    """How much a point may take; a tenth of the steps is warm-up, and only the end is a checkpoint."""
+def budget(*, seeds: int, steps: int, batch: int, questions: int, samples: int, scored: int = 8) -> dict:
+    """How much a point may take; a tenth of the steps is warm-up, and only the end is a checkpoint.
+
+    Args:
+      scored: samples that ECoFLaP's scores are taken from; its zeroth order runs them twice for each kernel and layer.
+    """
     restore = {'steps': steps, 'batch': batch, 'warmup': max(1, steps // 10), 'checkpoint_every': max(50, steps)}
     return {
         'seeds': seeds,
         'restore': restore,
         'evaluate': {'questions': questions, 'batch': min(50, questions)},
-        'prune': {'samples': samples, 'chunk': min(32, samples)},
+        'prune': {
+            'samples': samples,
+            'chunk': min(32, samples),
+            'score_samples': scored,
+            'score_batch': min(8, scored),
+        },
     }
 
 

@@ -27,6 +27,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         for modality, pruned in MODALITIES.items()
     ]
     plot = {'kind': 'bars', 'x': 'pattern', 'series': 'pruned', 'title': 'Which modality to prune'}
-    hour = grid.budget(seeds=1, steps=100, batch=16, questions=500, samples=128)
+    hour = grid.budget(seeds=1, steps=60, batch=8, questions=500, samples=128)
     full = grid.budget(seeds=3, steps=300, batch=16, questions=2000, samples=128)
     return grid.config('modality', arg, points, plot, hour=hour, full=full)

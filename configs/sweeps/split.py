@@ -24,6 +24,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
             fields = grid.patterns(towers, vision=str(vision / 100), language=str(language / 100))
             points.append(Point(f'{vision}-{language}', labels, fields))
     plot = {'kind': 'lines', 'x': 'vision, %', 'series': 'budget', 'title': 'Splitting a budget of sparsity'}
-    hour = grid.budget(seeds=1, steps=80, batch=16, questions=500, samples=128)
+    hour = grid.budget(seeds=1, steps=60, batch=8, questions=500, samples=128)
     full = grid.budget(seeds=3, steps=300, batch=16, questions=2000, samples=128)
     return grid.config('split', arg, points, plot, hour=hour, full=full)

@@ -83,8 +83,9 @@ def read_texts(builder: Any, split: str) -> list[tuple[str, str, int]]:
     """(question, answer, image_id) of every record, images not decoded."""
     from tensorflow_datasets import decode
 
-    records = _Records(builder.as_data_source(split, decoders={'image': decode.SkipDecoding()}))
-    return [(r['question'], r['answer'], int(r['image_id'])) for r in (records[i] for i in range(len(records)))]
+    source = builder.as_data_source(split, decoders={'image': decode.SkipDecoding()})
+    records = source.__getitems__(range(len(source)))  # at once: one by one takes ten times as long
+    return [(r['question'].decode(), r['answer'].decode(), int(r['image_id'])) for r in records]
 
 
 def load(data_dir: str | Path) -> Dataset:
