@@ -3,9 +3,9 @@
   python launch/sweep.py --config=configs/sweeps/restore.py --workdir=runs/restore
 
 The column `density if LoRA is merged` says what merging the same factors outside the mask would do. The dense control
-has the same LoRA budget. Learning rates are the best of those tried at 70 % with another seed (7), 30 steps of 8 and 200
-questions: LoRA 1e-3 63.5 %, 2e-3 76.0 %; whole kernels 1e-4 79.0 %, 3e-4 71.5 %, 1e-3 86.5 %. Argument and budgets:
-`grid.py`.
+has the same LoRA budget. Learning rates are the best of those tried at 70 % with another seed (7), 30 steps of 8 and
+200 questions: LoRA 1e-3 63.5 %, 2e-3 76.0 %; whole kernels 1e-4 79.0 %, 3e-4 71.5 %, 1e-3 86.5 %. Argument and
+budgets: `grid.py`.
 """
 
 from ml_collections import ConfigDict
