@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from sparselora_jax import packing
+from sparselora_jax.kernels.matmul24 import matmul24
 from sparselora_jax.weights import Adapted, Lora, Masked, effective_weight
 
 
@@ -26,8 +27,10 @@ def linear(
     """
     if isinstance(kernel, jax.Array | np.ndarray):
         y = x @ kernel.astype(x.dtype)
-    elif packing.kept(kernel):
-        y = _packed_matmul(x, kernel)
+    elif isinstance(kernel, packing.Packed24):
+        y = matmul24(x, kernel)
+    elif isinstance(kernel, packing.Bitmask):
+        y = _bitmask_matmul(x, kernel)
     elif isinstance(kernel, Masked):
         y = x @ effective_weight(kernel.kernel, kernel.mask, dtype=x.dtype)
     elif isinstance(kernel, Adapted):
@@ -40,19 +43,19 @@ def linear(
 
 
 @jax.custom_vjp
-def _packed_matmul(x, kernel):
+def _bitmask_matmul(x, kernel):
     return x @ packing.dense_kernel(kernel, x.dtype)
 
 
-def _packed_forward(x, kernel):
-    return _packed_matmul(x, kernel), kernel  # not its array: the backward unpacks one layer at a time
+def _bitmask_forward(x, kernel):
+    return _bitmask_matmul(x, kernel), kernel  # not its array: the backward unpacks one layer at a time
 
 
-def _packed_backward(kernel, g):
+def _bitmask_backward(kernel, g):
     return g @ packing.dense_kernel(kernel, g.dtype).T, None
 
 
-_packed_matmul.defvjp(_packed_forward, _packed_backward)
+_bitmask_matmul.defvjp(_bitmask_forward, _bitmask_backward)
 
 
 def _adapted(x: Float[Array, '*batch inputs'], weight: Adapted) -> Float[Array, '*batch outputs']:

@@ -28,6 +28,17 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
+def takes(x: Array, packed: Packed24) -> bool:
+    """Whether the kernels here read these: bf16 or fp32, x and values alike (int4 values fit both), even outputs."""
+    same = packed.scale is not None or packed.values.dtype == x.dtype
+    return same and x.dtype in (jnp.bfloat16, jnp.float32) and packed.shape[-1] % 2 == 0
+
+
+def tile(rows: int, packed: Packed24) -> Tile:
+    """What to read at a time."""
+    return Tile(rows=16 if rows <= 16 else 64, outputs=64, octets=16)
+
+
 class _Along(NamedTuple):
     """A run of an axis: where it lies, and which of it are not behind the axis' end; None: none can be."""
 
@@ -161,12 +172,10 @@ def _transposed_kernel(g_ref, *refs, tile, sizes):
         g = _lanes(_load(g_ref.at[rows.at, outputs.at], _both(rows, outputs, (tile.rows, wide))), dtype)
         if len(packed_refs) == 3:
             scales = _scales(packed_refs, block * tile.octets, outputs)
-            g = [(of_lane.astype(jnp.float32) * scale[None]).astype(dtype) for of_lane, scale in zip(g, scales)]
+            products = (of_lane.astype(jnp.float32) * scale[None] for of_lane, scale in zip(g, scales, strict=True))
+            g = tuple(product.astype(dtype) for product in products)
         phases = _phases(packed_refs, octets, outputs, dtype, tile)
-        return tuple(
-            functools.reduce(lambda sum, lane: sum + plgpu.dot(*lane, trans_b=True), zip(g, weights), total)
-            for total, weights in zip(totals, phases, strict=True)
-        )
+        return tuple(_add_products(total, g, weights) for total, weights in zip(totals, phases, strict=True))
 
     first = (jnp.zeros((tile.rows, tile.octets), jnp.float32),) * BYTE
     totals = jax.lax.fori_loop(0, pl.cdiv(sizes[2], wide), body, first)
@@ -175,9 +184,16 @@ def _transposed_kernel(g_ref, *refs, tile, sizes):
         plgpu.store(out_ref.at[jnp.int32(phase), rows.at, octets.at], total.astype(dtype), mask=fits)
 
 
+def _add_products(total, g, weights):
+    for of_lane, matrix in zip(g, weights, strict=True):
+        total += plgpu.dot(of_lane, matrix, trans_b=True)
+    return total
+
+
 def _as_words(array: Array, lanes: int, word: Any) -> Array:
     """Neighbouring outputs as one number."""
-    return jax.lax.bitcast_convert_type(array.reshape(*array.shape[:-1], -1, lanes), word) if lanes > 1 else array
+    array = array.reshape(*array.shape[:-1], -1, lanes) if lanes > 1 else array
+    return jax.lax.bitcast_convert_type(array, word)
 
 
 def _call(body, name, first, packed: Packed24, tile: Tile, sizes, grid, out_shape, interpret) -> Array:
@@ -186,14 +202,7 @@ def _call(body, name, first, packed: Packed24, tile: Tile, sizes, grid, out_shap
     octets, outputs = packed.positions.shape
     lanes = outputs // sizes[2]
     bits = {1: jnp.uint8, 2: jnp.uint16}[lanes]
-    if packed.scale is None:
-        values = (
-            jax.lax.bitcast_convert_type(packed.values, jnp.uint32)
-            if lanes == 1
-            else _as_words(packed.values, lanes, jnp.uint32)
-        )
-    else:
-        values = _as_words(packed.values, lanes, bits)
+    values = _as_words(packed.values, lanes, jnp.uint32 if packed.scale is None else bits)
     arrays = [values.reshape(octets, -1, outputs // lanes), _as_words(packed.positions, lanes, bits)]
     if packed.scale is not None:
         arrays.append(packed.scale.reshape(-1, outputs // lanes, lanes))
@@ -232,7 +241,7 @@ def matmul_transposed(
 ) -> Float[Array, 'rows inputs']:
     """`g @ W.T`, summed in fp32, in g's dtype."""
     (octets, outputs), rows, lanes = packed.positions.shape, g.shape[0], 4 // g.dtype.itemsize
-    words = jax.lax.bitcast_convert_type(g, jnp.uint32) if lanes == 1 else _as_words(g, lanes, jnp.uint32)
+    words = _as_words(g, lanes, jnp.uint32)
     grid = pl.cdiv(rows, tile.rows), pl.cdiv(octets, tile.octets)
     out = jax.ShapeDtypeStruct((BYTE, rows, octets), g.dtype)
     sizes = rows, octets, outputs // lanes

@@ -31,9 +31,12 @@ __all__ = [
     'dense_mask',
     'kept',
     'pack',
+    'pack_bitmask',
     'pack_mask',
     'pack_masks',
     'unpack',
+    'unpack_bitmask',
+    'unpack_mask',
 ]
 
 
