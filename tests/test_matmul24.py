@@ -74,10 +74,10 @@ def test_the_gpu_kernels_are_the_product(rows, inputs, outputs, dtype, four_bits
         check(dx, g, weights.T)
 
 
-@pytest.mark.parametrize(('rows', 'inputs', 'outputs'), [(1, 256, 128), (16, 512, 256), (40, 768, 128)])
+@pytest.mark.parametrize(('rows', 'inputs', 'outputs'), [(1, 256, 128), (16, 512, 384), (40, 768, 128)])
 def test_the_tpu_kernel_is_the_product(rows, inputs, outputs):
     packed, x, _ = packed_and_x(rows, inputs, outputs, jnp.bfloat16, False)
-    run = jax.jit(lambda packed: tpu.matmul(x, packed, tpu.Tile(16, 128, 256), interpret=True))
+    run = jax.jit(lambda packed: tpu.matmul(x, packed, tpu.Tile(16, 256, 512), interpret=True))
     for index in range(9):
         one = jax.tree.map(lambda leaf, index=index: leaf[index], packed)
         check(run(one), x, packed24.unpack24(one, jnp.float32))

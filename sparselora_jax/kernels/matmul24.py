@@ -46,7 +46,7 @@ def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
     if gpu.takes(matrix, kernel):
         branches['cuda'] = functools.partial(_on_gpu, transposed)
     if not transposed and tpu.takes(matrix, kernel):
-        branches['tpu'] = tpu.matmul
+        branches['tpu'] = functools.partial(tpu.matmul, tile=tpu.tile(matrix.shape[0], kernel))
     found = jax.lax.platform_dependent(matrix, kernel, **branches)
     return found.reshape(*x.shape[:-1], found.shape[-1])
 
