@@ -31,6 +31,7 @@ __all__ = [
     'dense_mask',
     'kept',
     'pack',
+    'pack24',
     'pack_bitmask',
     'pack_mask',
     'pack_masks',

@@ -57,6 +57,10 @@ class Bitmask:
         return self.mask.ndim
 
     @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
     def dtype(self) -> Any:
         """Of the kernel."""
         return self.values.dtype
