@@ -94,10 +94,11 @@ def test_every_stage_leaves_its_file(wanda):
 
 
 @pytest.mark.parametrize('four_bits', [False, True])
-def test_a_packed_export_is_the_restored_model(wanda, four_bits):
-    job = Job(tiny_config(), wanda)
+def test_a_packed_export_is_the_restored_model(wanda, four_bits, tmp_path):
+    workdir = shutil.copytree(wanda, tmp_path / 'copy')
+    job = Job(tiny_config(), workdir)
     got = stages.export_packed(job, four_bits=four_bits)
-    folder = wanda / ('packed_int4' if four_bits else 'packed')
+    folder = workdir / ('packed_int4' if four_bits else 'packed')
     assert got['bytes'] == (folder / 'packed.safetensors').stat().st_size < read(wanda, 'export')['bytes']['exported']
     read_back, restored = sl.unpack(sl.load_model(folder)[1]), job.merged()
     if four_bits:
