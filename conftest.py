@@ -1,4 +1,4 @@
-"""Four fake CPU devices, strict dtype promotion: for every test."""
+"""Four fake CPU devices, strict dtype promotion, one thread of torch's: for every test."""
 
 import importlib.util
 import os
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # on tiny models more only wait for each other
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
 
 import jax

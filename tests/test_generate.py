@@ -73,17 +73,11 @@ def settings(prompt):
     return [way | lengths for way in ways] + [way | lengths | {'min_length': prompt + 5} for way in late]
 
 
-# How candidates are chosen is one code for all families, which differ in prompts and caches: two of them go through all
-# settings with all prompts, the others with half of the prompts where beams are not of the first setting.
-WHOLE = ('opt', 'blip-2 t5')
-
-
 @pytest.mark.parametrize('name', FAMILIES)
 def test_tokens_equal_transformers(name, cases):
-    outputs, every = [], cases(name)
-    few = every._replace(batch={key: array[: ROWS // 2] for key, array in every.batch.items()})
-    for index, options in enumerate(settings(every.prompt)):
-        case = every if name in WHOLE or index < 2 or 'num_beams' not in options else few
+    case = cases(name)
+    outputs = []
+    for options in settings(case.prompt):
         ours, theirs = case.ours(**options), case.theirs(**options)
         assert_equal_but_for_ties(case, ours, theirs, options)
         ended = np.isin(theirs[:, case.prompt : -1], case.model.generation.eos).any(axis=1)
