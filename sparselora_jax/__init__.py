@@ -34,6 +34,7 @@ from sparselora_jax.linear import linear
 from sparselora_jax.models.hf import load_model
 from sparselora_jax.models.hf_export import export_model
 from sparselora_jax.models.model import Model
+from sparselora_jax.packing import Bitmask, Packed24, PackingError, pack, pack_masks, unpack
 from sparselora_jax.pruning import DSnoT, Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
 from sparselora_jax.rules import RuleError
@@ -54,6 +55,7 @@ __version__ = '0.1.0'
 
 __all__ = [
     'Adapted',
+    'Bitmask',
     'CalibrationError',
     'DSnoT',
     'Frozen',
@@ -63,6 +65,8 @@ __all__ = [
     'Magnitude',
     'Masked',
     'Model',
+    'Packed24',
+    'PackingError',
     'Pattern',
     'PatternError',
     'PruneResult',
@@ -90,10 +94,13 @@ __all__ = [
     'make_train_step',
     'mask_from_scores',
     'merge',
+    'pack',
+    'pack_masks',
     'paper_optimizer',
     'parse_pattern',
     'prune',
     'prune_tree',
     'save_safetensors',
     'squares',
+    'unpack',
 ]

@@ -9,13 +9,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from sparselora_jax import packing
+from sparselora_jax.kernels.matmul24 import matmul24
 from sparselora_jax.weights import Adapted, Lora, Masked, effective_weight
 
 
 def linear(
     x: Float[Array, '*batch inputs'], kernel: Any, bias: Float[Array, ' outputs'] | None = None
 ) -> Float[Array, '*batch outputs']:
-    """`x @ kernel + bias` in x's dtype, for any kind of kernel (an array, Masked, Adapted, a calibrating one).
+    """`x @ kernel + bias` in x's dtype, for any kind of kernel: an array, packed, Masked, Adapted, a calibrating one.
 
     Raises:
       TypeError: a kernel of an unknown kind.
@@ -25,6 +27,10 @@ def linear(
     """
     if isinstance(kernel, jax.Array | np.ndarray):
         y = x @ kernel.astype(x.dtype)
+    elif isinstance(kernel, packing.Packed24):
+        y = matmul24(x, kernel)
+    elif isinstance(kernel, packing.Bitmask):
+        y = _bitmask_matmul(x, kernel)
     elif isinstance(kernel, Masked):
         y = x @ effective_weight(kernel.kernel, kernel.mask, dtype=x.dtype)
     elif isinstance(kernel, Adapted):
@@ -36,8 +42,26 @@ def linear(
     return checkpoint_name(y if bias is None else y + bias.astype(y.dtype), 'linear')
 
 
+@jax.custom_vjp
+def _bitmask_matmul(x, kernel):
+    return x @ packing.dense_kernel(kernel, x.dtype)
+
+
+def _bitmask_forward(x, kernel):
+    return _bitmask_matmul(x, kernel), kernel  # not its array: the backward unpacks one layer at a time
+
+
+def _bitmask_backward(kernel, g):
+    return g @ packing.dense_kernel(kernel, g.dtype).T, None
+
+
+_bitmask_matmul.defvjp(_bitmask_forward, _bitmask_backward)
+
+
 def _adapted(x: Float[Array, '*batch inputs'], weight: Adapted) -> Float[Array, '*batch outputs']:
-    masked = weight.mask is not None  # without a mask both gradients of the combined weight are the same
+    masked = weight.mask is not None or packing.kept(
+        weight.kernel
+    )  # without a mask both gradients of the combined weight are the same
     gradient = 'straight_through' if weight.gradient == 'exact' and not masked else weight.gradient
     return _adapted_matmul(gradient, x, weight.kernel, weight.mask, weight.lora)
 
@@ -61,7 +85,7 @@ def _adapted_backward(gradient, saved, g):
     dx = g @ effective_weight(kernel, mask, combined, dtype=g.dtype).T
     x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     if gradient == 'exact':
-        dw = jnp.where(mask, _contract_rows(x2, g2), 0.0)
+        dw = jnp.where(packing.dense_mask(mask, kernel), _contract_rows(x2, g2), 0.0)
         da, db = dw @ b.astype(dw.dtype).T, a.astype(dw.dtype).T @ dw
     else:
         # Barriers, or XLA folds the small transposes into products that walk x and g by columns (16x slower on a CPU).

@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from sparselora_jax import pruning, storage
+from sparselora_jax import packing, pruning, storage
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.data import text_format
 from sparselora_jax.evaluation import vqa
@@ -20,14 +23,15 @@ from sparselora_jax.evaluation.density import block_count, layer_density, plain_
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.job import KERNELS, MASKS, Job
 from sparselora_jax.losses import answer_loss
-from sparselora_jax.models import embedded, hf_export, on_disk, peft_adapter
+from sparselora_jax.models import embedded, hf_configs, hf_export, hf_packed, on_disk, peft_adapter
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.progress import Progress
 from sparselora_jax.pruning.allocate import total
 from sparselora_jax.recipe import lora_rules, prune_methods, prune_rules
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
 from sparselora_jax.rules import flatten
-from sparselora_jax.sparsity import check_masks, check_sparse
+from sparselora_jax.sparsity import check_masks, check_sparse, parse_pattern
+from sparselora_jax.storage import StorageError
 from sparselora_jax.train import fit, init_state
 from sparselora_jax.weights import init_lora, merge
 
@@ -259,6 +263,49 @@ def export(job: Job) -> dict:
         }
 
     return job.stage('export', compute)
+
+
+def export_packed(job: Job, *, four_bits: bool = False) -> dict:
+    """Writes `packed/`: the merged model without its zeros, 2:4 towers as `packed24`, others as `bitmask`; reads back.
+
+    Args:
+      four_bits: round the values of 2:4 kernels to int4 (`packed24_int4`).
+    """
+
+    def compute():
+        model, merged, folder = job.model, job.merged(), job.workdir / name
+        two_of_four = 'packed24_int4' if four_bits else 'packed24'
+        patterns = {tower: parse_pattern(pattern) for tower, pattern in job.config.prune.pattern.items()}
+        formats = [
+            (f'{tower}/.*', two_of_four if (pattern.n, pattern.m) == (2, 4) else 'bitmask')
+            for tower, pattern in patterns.items()
+            if not pattern.dense
+        ]
+        packed = packing.pack(merged, job.frozen.masks, formats)
+        texts = {text_format.FILE: text_format.dump(job.text)}
+        own = {} if model.source else {'hf_config': hf_configs.blip2_config(model.cfg, model.generation)}
+        own |= {} if model.source else {'processor': job.processor.hf}
+        hf_packed.export_packed(folder, model, packed, texts=texts, **own)
+        _, read = hf_packed.load_packed(folder, model)
+        kernels, before = flatten(read), flatten(merged)
+        errors = {path: _relative_error(kernels[path], before[path]) for path in flatten(job.frozen.masks)}
+        if not four_bits and any(errors.values()):
+            raise StorageError(f'{folder}: what was read back is not what was written; export it again')
+        dense = sum(before[path].nbytes for path in errors)
+        return {
+            'bytes': _size(folder),
+            'bytes_of_dense_kernels': sum(kernels[path].nbytes for path in errors) / dense,
+            'largest_relative_error': max(errors.values()),
+        }
+
+    name = 'packed_int4' if four_bits else 'packed'
+    return job.stage(name, compute)
+
+
+def _relative_error(packed: Any, kernel: Array) -> float:
+    """Of a kernel that was packed, in the Frobenius norm."""
+    error = jnp.linalg.norm(packing.dense_kernel(packed, jnp.float32) - kernel.astype(jnp.float32))
+    return float(error / jnp.linalg.norm(kernel.astype(jnp.float32)))
 
 
 def _size(folder: str | Path) -> int:

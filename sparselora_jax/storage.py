@@ -15,6 +15,7 @@ from safetensors.flax import save_file
 
 from sparselora_jax import rules
 from sparselora_jax.errors import SparseloraError
+from sparselora_jax.packing import PackedMask, kept, parts
 from sparselora_jax.weights import Lora
 
 DTYPES = {  # names of safetensors, https://huggingface.co/docs/safetensors, "Format"
@@ -48,20 +49,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] | None = None) -> None:
-    """Writes params, masks or lora; the file appears whole or not at all.
+    """Writes params (packed or not), masks or lora; the file appears whole or not at all.
 
     Args:
       metadata: strings kept in the header, e.g. the config that made the tree.
     """
-    arrays, scales = {}, {}
+    arrays, scales, packed = {}, {}, {}
     for name, leaf in rules.flatten(tree).items():
         if isinstance(leaf, Lora):
             arrays[f'{name}/a'], arrays[f'{name}/b'], scales[name] = leaf.a, leaf.b, leaf.scale
+        elif kept(leaf) or isinstance(leaf, PackedMask):
+            of_leaf, packed[name] = parts.take_apart(leaf)
+            arrays |= {f'{name}/{part}': array for part, array in of_leaf.items()}
         else:
             arrays[name] = leaf
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     header = (metadata or {}) | ({'lora_scales': json.dumps(scales)} if scales else {})
+    header |= {'packed': json.dumps(packed)} if packed else {}
     with whole(path) as partial:
         save_file({name: jnp.asarray(array) for name, array in arrays.items()}, partial, metadata=header)
 
@@ -147,12 +152,16 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
 
     Raises:
       StorageError: the file is missing, truncated or not safetensors.
+      PackingError: packed arrays that contradict their format; names the path.
     """
     with _opened(path) as file:
         flat = {name: file.get_tensor(name) for name in file.keys()}
         metadata = dict(file.metadata() or {})
     for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
+    for name, said in json.loads(metadata.pop('packed', '{}')).items():
+        of_leaf = {part: flat.pop(f'{name}/{part}') for part in parts.NAMES if f'{name}/{part}' in flat}
+        flat[name] = parts.put_together(f'{path}: {name}', said, of_leaf)
     return rules.unflatten(flat), metadata
 
 

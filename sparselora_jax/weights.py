@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax import rules as rules_lib
+from sparselora_jax.packing import Bitmask, Packed24, PackedMask, dense_kernel, dense_mask
 
 GRADIENTS = ('exact', 'straight_through', 'plain')
 
@@ -40,7 +41,7 @@ class Masked:
     """A pruned kernel: reads as `where(mask, kernel, 0)`."""
 
     kernel: Any  # [*layers, in, out]
-    mask: Any  # bool, the same shape
+    mask: Any  # bool, the same shape, or a PackedMask
 
 
 @jax.tree_util.register_dataclass
@@ -52,29 +53,34 @@ class Adapted:
     ordinary LoRA, `where(mask, W, 0) + s*A*B`, whose merge is dense; kept for comparison.
     """
 
-    kernel: Any  # [*layers, in, out]
-    mask: Any  # bool, the same shape, or None
+    kernel: Any  # [*layers, in, out]; a packed one brings its mask
+    mask: Any  # bool, the same shape, or a PackedMask, or None
     lora: Any  # Lora
     gradient: str = field(default='exact', metadata={'static': True})
 
 
 def effective_weight(
-    kernel: Float[Array, '*layers inputs outputs'],
-    mask: Bool[Array, '*layers inputs outputs'] | None = None,
+    kernel: Float[Array, '*layers inputs outputs'] | Packed24 | Bitmask,
+    mask: Bool[Array, '*layers inputs outputs'] | PackedMask | None = None,
     lora: Lora | None = None,
     *,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, '*layers inputs outputs']:
     """`where(mask, kernel + scale * a @ b, 0)`, summed in fp32 and cast last (a bf16 sum loses small updates).
 
+    A packed kernel has zeros of its own, and LoRA does not fill them.
+
     >>> lora = Lora(a=jnp.ones((2, 1)), b=jnp.ones((1, 2)), scale=0.5)
     >>> effective_weight(jnp.ones((2, 2)), jnp.array([[True, False], [False, True]]), lora).tolist()
     [[1.5, 0.0], [0.0, 1.5]]
     """
     dtype = dtype or kernel.dtype
+    if lora is None and mask is None:
+        return dense_kernel(kernel, dtype)
+    mask, kernel = dense_mask(mask, kernel), dense_kernel(kernel, None if lora is None else jnp.float32)
     if lora is not None:
         a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
-        kernel = kernel.astype(jnp.float32) + lora.scale * jnp.matmul(a, b, precision='highest')
+        kernel = kernel + lora.scale * jnp.matmul(a, b, precision='highest')
     if mask is not None:
         kernel = jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))
     return kernel.astype(dtype)

@@ -93,6 +93,22 @@ def test_every_stage_leaves_its_file(wanda):
         assert (wanda / name).is_file()
 
 
+@pytest.mark.parametrize('four_bits', [False, True])
+def test_a_packed_export_is_the_restored_model(wanda, four_bits, tmp_path):
+    workdir = shutil.copytree(wanda, tmp_path / 'copy')
+    job = Job(tiny_config(), workdir)
+    got = stages.export_packed(job, four_bits=four_bits)
+    folder = workdir / ('packed_int4' if four_bits else 'packed')
+    assert got['bytes'] == (folder / 'packed.safetensors').stat().st_size < read(wanda, 'export')['bytes']['exported']
+    read_back, restored = sl.unpack(sl.load_model(folder)[1]), job.merged()
+    if four_bits:
+        assert 0 < got['largest_relative_error'] < 0.1
+    else:
+        assert got['largest_relative_error'] == 0
+        jax.tree.map(np.testing.assert_array_equal, read_back, restored)
+    sl.check_sparse(read_back, job.frozen.masks)
+
+
 def test_a_second_run_computes_nothing(wanda, world):
     def state():
         files = [file for file in wanda.rglob('*') if file.suffix in ('.json', '.safetensors', '.jsonl')]

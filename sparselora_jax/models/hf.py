@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from sparselora_jax.errors import UnsupportedModel
-from sparselora_jax.models import checkpoint_files, layout, streaming
+from sparselora_jax.models import checkpoint_files, hf_packed, layout, streaming
 from sparselora_jax.models.model import FAMILY_OF, Generation, Model
 from sparselora_jax.storage import StorageError
 
@@ -21,16 +21,24 @@ def load_model(dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | Non
 
     Args:
       dir_or_hub_id: a directory as `save_pretrained` writes it, or the id of a repository such as
-        `Salesforce/blip2-opt-2.7b`, which is downloaded (or found in the cache).
+        `Salesforce/blip2-opt-2.7b`, which is downloaded (or found in the cache). Of a packed export
+        (`models.hf_packed`), the kernels stay packed.
       dtype: of the params; each tensor's own by default. A T5 overflows in float16: float32 or bfloat16, then, if its
         files are in float16.
       mesh: see `sharding.make_mesh`; the params are split over it by `sharding.RULES`.
 
     Raises:
-      StorageError: files are missing, damaged, pickled, or do not fit their config.
+      StorageError, PackingError: files are missing, damaged, pickled, or do not fit their config.
       UnsupportedModel: a kind of model, or a field of its config, that is not known here; a T5 in float16.
     """
-    model, pieces = open_model(dir_or_hub_id)
+    folder = find_directory(dir_or_hub_id)
+    if (folder / hf_packed.FILE).is_file():
+        if mesh is not None:
+            raise StorageError(f'{folder}: packed weights lie on one device; load them without a mesh')
+        hf = read_config(folder)
+        model = Model(FAMILY_OF[hf.model_type].from_hf(hf), read_generation(folder, hf), str(folder))
+        return hf_packed.load_packed(folder, model, dtype=dtype)
+    model, pieces = open_model(folder)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
 
 

@@ -34,9 +34,7 @@ def write_new(
     Raises:
       StorageError: the folder holds another model's weights, or the params do not fit the model.
     """
-    from transformers import GenerationConfig
-
-    folder, hf_config = Path(folder), copy.deepcopy(hf_config)
+    folder = Path(folder)
     check_shapes(folder, params, model.shapes())
     if foreign := [str(name) for name in files_below(folder) if name.suffix in WEIGHTS and name != Path(SINGLE)]:
         raise StorageError(f'{folder}: holds other weights ({", ".join(foreign[:3])}); choose an empty directory')
@@ -47,6 +45,16 @@ def write_new(
     with placed(folder / SINGLE) as new:
         new.write(header)
         write_pieces(new, layout.pieces(model.family, model.cfg, checkpoint), params)
+    write_beside(folder, hf_config, model, params, processor=processor, texts=texts)
+
+
+def write_beside(
+    folder: Path, hf_config: Any, model: Model, params: dict, *, processor: Any, texts: dict[str, str] | None
+) -> None:
+    """Writes what lies beside the weights, the config last; see `write_new`."""
+    from transformers import GenerationConfig
+
+    hf_config = copy.deepcopy(hf_config)
     tokens = model.generation
     GenerationConfig(
         eos_token_id=list(tokens.eos) if len(tokens.eos) > 1 else (*tokens.eos, None)[0],

@@ -108,7 +108,7 @@ def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
 
 def embed_names(family: ModuleType, cfg: Any) -> list[str]:
     """By which names a file may hold the word embeddings: their own, then those of copies, in torch's order."""
-    table = family.keys(_untied(cfg))
+    table = family.keys(untied(cfg))
     own, stacks = table[EMBED], t5.COPIES if isinstance(cfg.language, t5.T5Config) else ()
     copies = [own.removesuffix(t5.EMBED) + name for name in stacks]
     return [own, *copies, table[HEAD]] if cfg.language.tied else [own, *copies]
@@ -120,18 +120,19 @@ def follow_head(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> Any:
     Raises:
       StorageError: another copy of the word embeddings differs from them.
     """
-    entries, untied = modules(family, checkpoint), _untied(cfg)
+    entries, other = modules(family, checkpoint), untied(cfg)
     present = [name for name in embed_names(family, cfg) if name in entries]
     for name in present[1:]:
         if not _equal(entries[present[0]], entries[name]):
-            if name != family.keys(untied)[HEAD]:
+            if name != family.keys(other)[HEAD]:
                 where = f'{entries[name].file}: {name} is not equal to {present[0]}'
                 raise StorageError(f'{where}; stacks with word embeddings of their own are not known')
-            cfg = untied
+            cfg = other
     return cfg
 
 
-def _untied(cfg: Any) -> Any:
+def untied(cfg: Any) -> Any:
+    """The config with a head of its own."""
     return dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, tied=False))
 
 

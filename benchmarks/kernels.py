@@ -1,0 +1,280 @@
+"""x @ packed 2:4 weights against x @ dense ones on GPUs and TPUs: compiled for them here, and run where there is one.
+
+  pip install -r requirements.txt -r benchmarks/requirements-kernels.txt   # in an environment of its own
+  python benchmarks/kernels.py [--rows=1,16,64] [--shapes=4096x4096,4096x11008]
+
+Nothing below was timed on a chip: the programs are compiled for it, and their time is the largest of three terms:
+
+- bytes: what is read and written once, over the memory's rate;
+- matmul: FLOPs, zeros included (the weights are unpacked before they are multiplied), over the rate of bf16;
+- vector: of GPUs the instructions in the kernel's loop (counted in the SASS), a warp's worth each, over the four that a
+  multiprocessor issues a cycle; of TPUs the bundles of the kernel's schedule, one a cycle.
+
+The dense GPU kernel is the same kernel without the unpacking; the dense TPU program is XLA's own.
+"""
+
+import collections
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+os.environ |= {'LIBTPU_INIT_ARGS': f'--xla_jf_dump_llo_text=true --xla_jf_dump_to={tempfile.mkdtemp()}'}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sparselora_jax.kernels import gpu, tpu
+from sparselora_jax.packing.packed24 import BYTE, SCALED, Packed24
+
+DUMP = Path(os.environ['LIBTPU_INIT_ARGS'].split('=')[-1])  # of the TPU compiler
+ROWS = flags.DEFINE_list('rows', ['1', '16', '64', '256'], 'rows of x')
+SHAPES = flags.DEFINE_list('shapes', ['4096x4096', '4096x11008'], 'inputs x outputs')
+
+
+class Chip(NamedTuple):
+    """Rates of the vendors' data sheets, dense bf16."""
+
+    name: str
+    bytes_s: float
+    flops_s: float
+    cores: int  # multiprocessors; of a TPU 1
+    hertz: float
+    target: int | str  # compute capability, or the topology's name
+
+
+GPUS = (
+    Chip('A100 80 GB (sm_80)', 2.04e12, 312e12, 108, 1.41e9, 80),
+    Chip('H100 SXM (sm_90)', 3.35e12, 989e12, 132, 1.83e9, 90),
+    Chip('B200 (sm_100)', 8.0e12, 2250e12, 148, 1.85e9, 100),
+)
+TPUS = (
+    Chip('v5e', 0.819e12, 197e12, 1, 1.5e9, 'v5e:2x2'),
+    Chip('v6e', 1.64e12, 918e12, 1, 1.75e9, 'v6e:2x2'),
+    Chip('v5p', 2.765e12, 459e12, 2, 1.75e9, 'v5p:2x2x1'),
+)
+
+
+def packed_shapes(inputs: int, outputs: int, four_bits: bool) -> Packed24:
+    """Shapes of a packed kernel."""
+    shape, groups = jax.ShapeDtypeStruct, inputs // 4
+    positions = shape((inputs // BYTE, outputs), jnp.uint8)
+    if not four_bits:
+        return Packed24(shape((2 * groups, outputs), jnp.bfloat16), positions, None, inputs)
+    scale = shape((inputs // SCALED, outputs), jnp.bfloat16)
+    return Packed24(shape((groups, outputs), jnp.uint8), positions, scale, inputs)
+
+
+def _dense_kernel(x_ref, w_ref, out_ref, *, tile, inputs):
+    rows, outputs = (pl.ds(pl.program_id(i) * size, size) for i, size in ((0, tile.rows), (1, tile.outputs)))
+    deep = tile.octets * BYTE
+
+    def body(step, total):
+        at = pl.ds(step * deep, deep)
+        return total + plgpu.dot(x_ref[rows, at], w_ref[at, outputs])
+
+    total = jax.lax.fori_loop(0, inputs // deep, body, jnp.zeros((tile.rows, tile.outputs), jnp.float32))
+    out_ref[rows, outputs] = total.astype(out_ref.dtype)
+
+
+def dense_on_gpu(x, w, tile: gpu.Tile):
+    """The same tiles, nothing to unpack; rows are a multiple of the tile's."""
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        functools.partial(_dense_kernel, tile=tile, inputs=x.shape[1]),
+        grid=(x.shape[0] // tile.rows, w.shape[1] // tile.outputs),
+        in_specs=[anywhere, anywhere],
+        out_specs=anywhere,
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+    )(x, w)
+
+
+def triton_ir(fn, *args) -> str:
+    """What a Pallas kernel hands to Triton, as text."""
+    from jax._src.lib import triton
+    from jax._src.lib.mlir import ir
+
+    module = jax.jit(fn).trace(*args).lower(lowering_platforms=('cuda',)).compiler_ir()
+    found = []
+
+    def walk(op):
+        for block in (block for region in op.regions for block in region.blocks):
+            for inner in block.operations:
+                if inner.name == 'stablehlo.custom_call' and 'mhlo.backend_config' in inner.attributes:
+                    found.extend(a.attr for a in inner.attributes['mhlo.backend_config'] if a.name == 'ir')
+                walk(inner.operation)
+
+    walk(module.operation)
+    with ir.Context() as context:
+        triton.dialect.register_dialect(context)
+        context.load_all_available_dialects()
+        return ir.Module.parse(found[0].value_bytes).operation.get_asm(enable_debug_info=False)
+
+
+class Compiled(NamedTuple):
+    """What a GPU kernel is made of."""
+
+    registers: int
+    stack: int  # bytes of spilled registers
+    shared: int  # bytes
+    tensor: str  # tensor-core instructions of its PTX
+    executed: int  # instructions, by a warp
+
+
+def compile_for(text: str, tile: gpu.Tile, capability: int, rounds: int) -> Compiled:
+    """Through Triton's own passes, as in a program that runs."""
+    import triton
+    from triton._C.libtriton import ir
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    target, knobs = GPUTarget('cuda', capability, 32), {'num_warps': tile.warps, 'num_stages': tile.stages}
+    backend, context = CUDABackend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'kernel.ttir'
+        path.write_text(text)
+        module = ir.parse_mlir_module(str(path), context)
+        module.context = context
+        # A .ttir file begins behind the first passes; XLA runs them.
+        path.write_text(str(backend.make_ttir(module, {}, backend.parse_options(knobs), capability)))
+        kernel = triton.compile(str(path), target=target, options=knobs)
+        cubin = Path(folder) / 'kernel.cubin'
+        cubin.write_bytes(kernel.asm['cubin'])
+        tool = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
+        said = [subprocess.run([tool, flag, cubin], capture_output=True, text=True) for flag in ('-sass', '-res-usage')]
+    usage = said[1].stdout + said[1].stderr
+    numbers = {name: int(re.search(rf'{name}:(\d+)', usage).group(1)) for name in ('REG', 'STACK')}
+    kinds = collections.Counter(re.findall(r'\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b', kernel.asm['ptx']))
+    tensor = ', '.join(f'{count} {kind}' for kind, count in kinds.items()) or 'none'
+    return Compiled(numbers['REG'], numbers['STACK'], kernel.metadata.shared, tensor, executed(said[0].stdout, rounds))
+
+
+def executed(sass: str, rounds: int) -> int:
+    """Instructions that a warp executes, where its longest loop has that many rounds; without a loop, all of them."""
+    lines = re.findall(r'^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_]+)([^;]*);', sass, re.M)
+    code = [(int(address, 16), name, rest) for address, name, rest in lines if name != 'NOP']
+    jumps = [(re.search(r'0x([0-9a-f]+)', rest), at) for at, name, rest in code if name == 'BRA']
+    loops = [(int(to.group(1), 16), at) for to, at in jumps if to and int(to.group(1), 16) < at]
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    inside = sum(first <= at <= last for at, _, _ in code)
+    return len(code) + (rounds - 1) * inside
+
+
+def times(chip: Chip, moved: float, flops: float, vector_s: float) -> dict[str, float]:
+    """Seconds of the three terms."""
+    return {'bytes': moved / chip.bytes_s, 'matmul': flops / chip.flops_s, 'vector': vector_s}
+
+
+def on_gpus(rows: int, inputs: int, outputs: int) -> None:
+    """Prints one line a chip and kernel."""
+    for four_bits in (False, True):
+        packed = packed_shapes(inputs, outputs, four_bits)
+        tile = gpu.tile(rows, packed)
+        padded = -(-rows // tile.rows) * tile.rows
+        x = jax.ShapeDtypeStruct((padded, inputs), jnp.bfloat16)
+        dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
+        kernels = {
+            'dense': (triton_ir(functools.partial(dense_on_gpu, tile=tile), x, dense), 2 * inputs * outputs),
+            'packed int4' if four_bits else 'packed': (
+                triton_ir(functools.partial(gpu.matmul, tile=tile), x, packed),
+                packed_bytes(packed),
+            ),
+        }
+        for chip in GPUS:
+            estimates = {}
+            for name, (text, weights) in kernels.items():
+                found = compile_for(text, tile, chip.target, inputs // (BYTE * tile.octets))
+                programs = padded // tile.rows * (outputs // tile.outputs)
+                issued = programs * tile.warps * found.executed
+                moved = weights + 2 * rows * (inputs + outputs)
+                terms = times(chip, moved, 2 * rows * inputs * outputs, issued / (4 * chip.cores * chip.hertz))
+                estimates[name] = max(terms.values())
+                binds = max(terms, key=terms.get)
+                an_element = found.executed * 32 * tile.warps / (inputs * tile.outputs)
+                ratio = '' if name == 'dense' else f'{estimates[name] / estimates["dense"]:.2f}'
+                print(
+                    f'| {chip.name} | {rows} | {inputs}x{outputs} | {name} | {found.registers} | {found.stack} | '
+                    f'{found.shared} | {found.tensor} | {an_element:.1f} | {weights / inputs / outputs / 2:.4f} | '
+                    + ' | '.join(f'{1e6 * seconds:.1f}' for seconds in terms.values())
+                    + f' | {binds} | {ratio} |',
+                    flush=True,
+                )
+
+
+def bundles() -> int:
+    """Of the schedule of the one packed kernel that was compiled since the last call."""
+    found = None
+    for file in DUMP.iterdir():
+        if re.search(r'matmul24.*schedule-analysis_final_bundles', file.name):
+            found = int(re.search(r'total scheduled bundles:\s+(\d+)', file.read_text()).group(1))
+        file.unlink()
+    if found is None:
+        raise SystemExit(f'{DUMP}: libtpu has left no schedule of matmul24; another version of it?')
+    return found
+
+
+def on_tpus(rows: int, inputs: int, outputs: int) -> None:
+    """Prints one line a chip and kernel."""
+    packed = packed_shapes(inputs, outputs, False)
+    tile = tpu.tile(rows, packed)
+    for chip in TPUS:
+        devices = topologies.get_topology_desc(platform='tpu', topology_name=chip.target).devices[:1]
+        sharding = NamedSharding(Mesh(np.array(devices), ('one',)), PartitionSpec())
+        x, w = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),  # noqa: B023
+            (jax.ShapeDtypeStruct((rows, inputs), jnp.bfloat16), packed),
+        )
+        jax.jit(functools.partial(tpu.matmul, tile=tile)).lower(x, w).compile()
+        steps = -(-rows // tile.rows) * -(-outputs // tile.outputs) * (inputs // tile.inputs)
+        dense = 2 * inputs * outputs
+        found = {'dense': (dense, 0.0), 'packed': (packed_bytes(packed), steps * bundles() / chip.cores / chip.hertz)}
+        estimates = {}
+        for name, (weights, vector_s) in found.items():
+            moved = weights + 2 * rows * (inputs + outputs)
+            terms = times(chip, moved, 2 * rows * inputs * outputs, vector_s)
+            estimates[name] = max(terms.values())
+            ratio = '' if name == 'dense' else f'{estimates[name] / estimates["dense"]:.2f}'
+            seconds = ' | '.join(f'{1e6 * term:.1f}' for term in terms.values())
+            binds = max(terms, key=terms.get)
+            start = f'| {chip.name} | {rows} | {inputs}x{outputs} | {name} | {weights / dense:.4f}'
+            print(f'{start} | {seconds} | {binds} | {ratio} |', flush=True)
+
+
+def packed_bytes(packed: Packed24) -> int:
+    """Of its arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed))
+
+
+def main(argv):
+    """Prints both tables."""
+    del argv
+    terms = ('bytes of bf16', 'bytes, us', 'matmul, us', 'vector, us', 'binds', 'packed / dense')
+    first = ('chip', 'rows', 'weights', 'kernel')
+    built = ('registers', 'spilled, B', 'shared, B', 'tensor core', 'instructions an element')
+    print('Static estimates: nothing was run on a chip.')
+    for head, table in (((*first, *built, *terms), on_gpus), ((*first, *terms), on_tpus)):
+        print('\n| ' + ' | '.join(head) + ' |\n' + '|---' * len(head) + '|')
+        for rows in map(int, ROWS.value):
+            for shape in SHAPES.value:
+                table(rows, *map(int, shape.split('x')))
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,62 @@
+"""x @ W of a `Packed24`: one function, lowered for the platform that a program is compiled for."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparselora_jax.kernels import gpu, tpu
+from sparselora_jax.packing.packed24 import Packed24, unpack24
+
+
+def matmul24(x: Float[Array, '*batch inputs'], kernel: Packed24) -> Float[Array, '*batch outputs']:
+    """`x @ W` in x's dtype, summed in fp32; differentiable in x, and what is kept for that is packed.
+
+    On a GPU or a TPU by a Pallas kernel, where shapes and dtypes are those that it takes; else the kernel is unpacked
+    where it is used.
+
+    >>> from sparselora_jax.packing.packed24 import pack24
+    >>> matmul24(jnp.ones((1, 4)), pack24(jnp.array([[1.0], [0.0], [2.0], [0.0]]))).tolist()
+    [[3.0]]
+    """
+    return _matmul24(x, kernel)
+
+
+@jax.custom_vjp
+def _matmul24(x, kernel):
+    return _dispatch(False, x, kernel)
+
+
+def _forward(x, kernel):
+    return _dispatch(False, x, kernel), kernel
+
+
+def _backward(kernel, g):
+    return _dispatch(True, g, kernel), None
+
+
+_matmul24.defvjp(_forward, _backward)
+
+
+def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
+    matrix = x.reshape(-1, x.shape[-1])
+    branches = {'default': functools.partial(reference, transposed)}
+    if gpu.takes(matrix, kernel):
+        branches['cuda'] = functools.partial(_on_gpu, transposed)
+    if not transposed and tpu.takes(matrix, kernel):
+        branches['tpu'] = functools.partial(tpu.matmul, tile=tpu.tile(matrix.shape[0], kernel))
+    found = jax.lax.platform_dependent(matrix, kernel, **branches)
+    return found.reshape(*x.shape[:-1], found.shape[-1])
+
+
+def reference(transposed: bool, x: Float[Array, 'rows m'], kernel: Packed24) -> Float[Array, 'rows n']:
+    """`x @ W` or `x @ W.T` on any platform."""
+    weights = unpack24(kernel, x.dtype)
+    product = jnp.matmul(x, weights.T if transposed else weights, preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)
+
+
+def _on_gpu(transposed: bool, x: Array, kernel: Packed24) -> Any:
+    return (gpu.matmul_transposed if transposed else gpu.matmul)(x, kernel, gpu.tile(x.shape[0], kernel))

@@ -1,0 +1,82 @@
+"""A Hugging Face directory whose weights are packed: one file, `packed.safetensors`, in the place of the others.
+
+Config, tokenizer and processor are the model's; docs/formats.md says what the file holds. torch does not read it.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from sparselora_jax import packing, rules
+from sparselora_jax.models import hf_new
+from sparselora_jax.models.checkpoint_files import CONFIG
+from sparselora_jax.models.hf_export import WEIGHTS, files_below, placed, write_texts
+from sparselora_jax.models.layout import HEAD, untied
+from sparselora_jax.models.model import Model
+from sparselora_jax.storage import StorageError, check_shapes, load_safetensors, save_safetensors
+
+FILE = 'packed.safetensors'
+
+
+def export_packed(
+    folder: str | Path,
+    model: Model,
+    params: dict,
+    *,
+    hf_config: Any = None,
+    processor: Any = None,
+    texts: dict[str, str] | None = None,
+) -> None:
+    """Writes a directory that `load_model` reads.
+
+    Args:
+      params: as `sl.pack` makes them.
+      hf_config, processor: of a model that was read from no directory; see `hf_new.write_new`.
+      texts: more files to write, by name.
+
+    Raises:
+      StorageError: the folder holds other weights, or the params do not fit the model.
+    """
+    folder = Path(folder)
+    check_shapes(folder, params, model.shapes())
+    if foreign := [str(name) for name in files_below(folder) if name.suffix in WEIGHTS and name != Path(FILE)]:
+        raise StorageError(f'{folder}: holds other weights ({", ".join(foreign[:3])}); choose an empty directory')
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # written last: until then the directory is not whole
+    save_safetensors(folder / FILE, params)
+    if model.source is None:
+        hf_new.write_beside(folder, hf_config, model, params, processor=processor, texts=texts)
+        return
+    source = Path(model.source)
+    others = [
+        name for name in files_below(source) if name.suffix not in WEIGHTS and not name.name.endswith('.index.json')
+    ]
+    write_texts(folder, texts or {})
+    for name in sorted(others, key=lambda name: name == Path(CONFIG)):
+        if str(name) not in (texts or {}):
+            with placed(folder / name) as new, (source / name).open('rb') as old:
+                shutil.copyfileobj(old, new)
+
+
+def load_packed(folder: Path, model: Model, *, dtype: Any = None) -> tuple[Model, dict]:
+    """Reads the file of a directory.
+
+    Args:
+      model: as its config.json says; a head of its own is found in the file.
+      dtype: of what is not packed; each array's own by default. Packed values keep theirs.
+
+    Raises:
+      StorageError, PackingError: the file is damaged, contradicts its format, or does not fit the config.
+    """
+    tree, _ = load_safetensors(folder / FILE)
+    flat = rules.flatten(tree)
+    if HEAD in flat:
+        model = replace(model, cfg=untied(model.cfg))
+    check_shapes(folder / FILE, tree, model.shapes())
+    if dtype is not None:
+        dtype = jnp.dtype(dtype)
+        flat = {path: leaf if packing.kept(leaf) else leaf.astype(dtype) for path, leaf in flat.items()}
+    return model, rules.unflatten(flat)

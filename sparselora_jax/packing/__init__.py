@@ -1,0 +1,111 @@
+"""Sparse kernels without their zeros (docs/formats.md): `pack` and `unpack` whole trees."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparselora_jax import rules as rules_lib
+from sparselora_jax.packing.bitmask import (
+    Bitmask,
+    PackedMask,
+    pack_bitmask,
+    pack_mask,
+    unpack_bitmask,
+    unpack_mask,
+)
+from sparselora_jax.packing.errors import PackingError
+from sparselora_jax.packing.packed24 import Packed24, mask24, pack24, quantise24, unpack24
+
+FORMATS = {
+    'packed24': pack24,
+    'packed24_int4': lambda kernel, mask: quantise24(pack24(kernel, mask)),
+    'bitmask': pack_bitmask,
+}
+
+__all__ = [
+    'FORMATS',
+    'Bitmask',
+    'Packed24',
+    'PackedMask',
+    'PackingError',
+    'dense_kernel',
+    'dense_mask',
+    'kept',
+    'pack',
+    'pack24',
+    'pack_bitmask',
+    'pack_mask',
+    'pack_masks',
+    'unpack',
+    'unpack_bitmask',
+    'unpack_mask',
+]
+
+
+def pack(params: dict, masks: dict, formats: str | Sequence[tuple[str, str]] = 'packed24') -> dict:
+    """Params with every kernel that has a mask packed.
+
+    Args:
+      formats: one of `FORMATS`, or ordered rules `(regex, format)`. `packed24` holds two of each four inputs, without
+        loss; `packed24_int4` rounds its values to four bits; `bitmask` holds any mask, without loss.
+
+    Raises:
+      PackingError: a mask that its format cannot hold (names path, layer and first group), or an unknown format.
+      RuleError: rules that do not fit the masks.
+
+    >>> kernel = jnp.array([[1.0], [0.0], [2.0], [0.0]])
+    >>> packed = pack({'q': {'kernel': kernel}}, {'q': {'kernel': kernel != 0}})
+    >>> packed['q']['kernel'].shape, unpack(packed)['q']['kernel'].tolist() == kernel.tolist()
+    ((4, 1), True)
+    """
+    flat, masks = rules_lib.flatten(params), rules_lib.flatten(masks)
+    rules = [('.*', formats)] if isinstance(formats, str) else formats
+    for path, name in rules_lib.match(rules, masks).items():
+        if name not in FORMATS:
+            raise PackingError(f'format {name!r}: expected one of {", ".join(FORMATS)}')
+        if getattr(flat.get(path), 'shape', None) != masks[path].shape:
+            raise PackingError(f'{path}: has a mask {masks[path].shape}, but no kernel of that shape')
+        try:
+            flat[path] = FORMATS[name](flat[path], masks[path])
+        except PackingError as error:
+            raise PackingError(f'{path}: {error}') from None
+    return rules_lib.unflatten(flat)
+
+
+def unpack(params: dict, dtype: Any = None) -> dict:
+    """Params with plain kernels in the places of packed ones.
+
+    Args:
+      dtype: of the kernels; what they were packed from by default (of int4 values: that of their scales).
+    """
+    flat = rules_lib.flatten(params)
+    return rules_lib.unflatten({path: dense_kernel(leaf, dtype) if kept(leaf) else leaf for path, leaf in flat.items()})
+
+
+def pack_masks(masks: dict) -> dict:
+    """Masks in one bit an element, which `bind` and `merge` take as they take others."""
+    return rules_lib.unflatten({path: pack_mask(mask) for path, mask in rules_lib.flatten(masks).items()})
+
+
+def kept(kernel: Any) -> bool:
+    """Whether a kernel is packed: it brings its own mask."""
+    return isinstance(kernel, Packed24 | Bitmask)
+
+
+def dense_kernel(kernel: Any, dtype: Any = None) -> Any:
+    """A kernel of any kind as an array."""
+    if isinstance(kernel, Packed24):
+        return unpack24(kernel, dtype)
+    if isinstance(kernel, Bitmask):
+        kernel = unpack_bitmask(kernel)
+    return kernel if dtype is None else kernel.astype(dtype)
+
+
+def dense_mask(mask: Any, kernel: Any) -> Any:
+    """A mask as an array of booleans: of any kind, or None, where a packed kernel brings its own."""
+    if isinstance(mask, PackedMask):
+        return unpack_mask(mask)
+    if mask is None and isinstance(kernel, Packed24):
+        return mask24(kernel)
+    if mask is None and isinstance(kernel, Bitmask):
+        return unpack_mask(kernel.mask)
+    return mask

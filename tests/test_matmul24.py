@@ -1,0 +1,118 @@
+"""x @ packed weights: every lowering computes what the plain product does, at every edge; so does the gradient."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparselora_jax as sl
+from sparselora_jax.kernels import gpu, matmul24, tpu
+from sparselora_jax.packing import packed24
+
+PAIRS = list(itertools.combinations(range(4), 2))
+TILE = gpu.Tile(rows=16, outputs=32, octets=16)
+
+
+def masks(inputs, outputs):
+    """Each pair of places for all groups, random ones, and one that leaves groups empty; [9, inputs, outputs]."""
+    shape = -(-inputs // 4), 4, outputs
+    found = [jnp.zeros(shape, bool).at[:, jnp.array(pair)].set(True) for pair in PAIRS]
+    for seed in range(2):
+        found.append(sl.mask_from_scores(jax.random.uniform(jax.random.key(seed), (shape[0] * 4, outputs)), '2:4'))
+    found.append(found[-1].reshape(shape) & (jnp.arange(shape[0], dtype=jnp.int32) % 3 > 0)[:, None, None])
+    return jnp.stack([mask.reshape(-1, outputs)[:inputs] for mask in found])
+
+
+def packed_and_x(rows, inputs, outputs, dtype, four_bits):
+    kernels = jax.random.normal(jax.random.key(3), (9, inputs, outputs)).astype(dtype)
+    packed = packed24.pack24(kernels, masks(inputs, outputs))
+    packed = packed24.quantise24(packed) if four_bits else packed
+    x, g = (jax.random.normal(jax.random.key(k), (rows, n)).astype(dtype) for k, n in ((4, inputs), (5, outputs)))
+    return packed, x, g
+
+
+def check(got, x, weights):
+    """Against numpy in float64; the bound is the rounding of fp32 sums, and of the result."""
+    want = np.asarray(x, np.float64) @ np.asarray(weights, np.float64)
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(weights, np.float64))
+    eps = {'float32': 2e-6, 'bfloat16': 2**-8}[str(x.dtype)]
+    assert got.dtype == x.dtype
+    np.testing.assert_array_less(np.abs(np.asarray(got, np.float64) - want), eps * np.maximum(size, 1e-6))
+
+
+# Rows x inputs x outputs: below, at and beyond a tile; inputs that neither eight nor 128 divide.
+SHAPES = [(1, 8, 2), (3, 128, 32), (16, 132, 34), (17, 256, 64), (5, 300, 30), (33, 20, 6)]
+KINDS = [(jnp.float32, False), (jnp.bfloat16, False), (jnp.float32, True), (jnp.bfloat16, True)]
+FEW = {((16, 132, 34), 1), ((5, 300, 30), 3), ((3, 128, 32), 0)}
+
+
+def grid():
+    for shape, index in itertools.product(SHAPES, range(len(KINDS))):
+        few = (shape, index) in FEW
+        marks = [] if few else [pytest.mark.slow]
+        yield pytest.param(
+            *shape, *KINDS[index], marks=marks, id=f'{shape}-{KINDS[index][0].__name__}-{KINDS[index][1]}'
+        )
+
+
+@pytest.mark.parametrize(('rows', 'inputs', 'outputs', 'dtype', 'four_bits'), grid())
+def test_the_gpu_kernels_are_the_product(rows, inputs, outputs, dtype, four_bits):
+    # 6 shapes x 4 kinds x 9 masks = 216.
+    packed, x, g = packed_and_x(rows, inputs, outputs, dtype, four_bits)
+
+    @jax.jit
+    def both(packed):
+        return gpu.matmul(x, packed, TILE, interpret=True), gpu.matmul_transposed(g, packed, TILE, interpret=True)
+
+    for index in range(9):
+        one = jax.tree.map(lambda leaf, index=index: leaf[index], packed)
+        weights = packed24.unpack24(one, jnp.float32)
+        y, dx = both(one)
+        check(y, x, weights)
+        check(dx, g, weights.T)
+
+
+@pytest.mark.parametrize(('rows', 'inputs', 'outputs'), [(1, 256, 128), (16, 512, 384), (40, 768, 128)])
+def test_the_tpu_kernel_is_the_product(rows, inputs, outputs):
+    packed, x, _ = packed_and_x(rows, inputs, outputs, jnp.bfloat16, False)
+    run = jax.jit(lambda packed: tpu.matmul(x, packed, tpu.Tile(16, 256, 512), interpret=True))
+    for index in range(9):
+        one = jax.tree.map(lambda leaf, index=index: leaf[index], packed)
+        check(run(one), x, packed24.unpack24(one, jnp.float32))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('four_bits', [False, True])
+def test_this_platform_multiplies_and_differentiates(dtype, four_bits):
+    packed, x, _ = packed_and_x(6, 24, 10, dtype, four_bits)
+    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    weights = packed24.unpack24(one, jnp.float32)
+    check(matmul24.matmul24(x, one), x, weights)
+    batched = matmul24.matmul24(x.reshape(2, 3, 24), one)
+    assert (batched.reshape(6, 10) == matmul24.matmul24(x, one)).all()
+    dx = jax.grad(lambda x: jnp.sum(matmul24.matmul24(x, one)).astype(jnp.float32))(x)
+    check(dx, jnp.ones((6, 10), dtype), weights.T)
+
+
+def test_the_backward_keeps_packed_kernels_only():
+    packed, x, _ = packed_and_x(4, 64, 64, jnp.float32, False)
+
+    def loss(x):
+        return jnp.sum(jax.lax.scan(lambda x, kernel: (jnp.tanh(sl.linear(x, kernel)), None), x, packed)[0])
+
+    dense = packed24.unpack24(packed)
+    temporary = jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * dense[0].nbytes < dense.nbytes
+
+
+@pytest.mark.parametrize('four_bits', [False, True])
+def test_programs_for_gpus_hold_the_kernel(four_bits):
+    packed, x, _ = packed_and_x(4, 256, 64, jnp.bfloat16, four_bits)
+    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    step = jax.jit(jax.grad(lambda x: jnp.sum(matmul24.matmul24(x, one).astype(jnp.float32) ** 2)))
+    text = step.trace(x).lower(lowering_platforms=('cuda',)).as_text()
+    assert 'matmul24' in text and 'matmul24_transposed' in text
+    here = step.trace(x).lower(lowering_platforms=('cpu',)).as_text()
+    assert 'custom_call' not in here
