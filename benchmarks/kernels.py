@@ -1,4 +1,4 @@
-"""x @ packed 2:4 weights against x @ dense ones on GPUs and TPUs: compiled for them here, and run where there is one.
+"""x @ packed 2:4 weights against x @ dense ones on GPUs and TPUs: compiled for them here, not run.
 
   pip install -r requirements.txt -r benchmarks/requirements-kernels.txt   # in an environment of its own
   python benchmarks/kernels.py [--rows=1,16,64] [--shapes=4096x4096,4096x11008]
@@ -6,7 +6,8 @@
 Nothing below was timed on a chip: the programs are compiled for it, and their time is the largest of three terms:
 
 - bytes: what is read and written once, over the memory's rate;
-- matmul: FLOPs, zeros included (the weights are unpacked before they are multiplied), over the rate of bf16;
+- matmul: FLOPs, zeros included (the weights are unpacked before they are multiplied; on TPUs half as many again), over
+  the rate of bf16;
 - vector: of GPUs the instructions in the kernel's loop (counted in the SASS), a warp's worth each, over the four that a
   multiprocessor issues a cycle; of TPUs the bundles of the kernel's schedule, one a cycle.
 
@@ -184,38 +185,33 @@ def times(chip: Chip, moved: float, flops: float, vector_s: float) -> dict[str, 
 
 def on_gpus(rows: int, inputs: int, outputs: int) -> None:
     """Prints one line a chip and kernel."""
-    for four_bits in (False, True):
+    tile = gpu.tile(rows)
+    padded = -(-rows // tile.rows) * tile.rows
+    x = jax.ShapeDtypeStruct((padded, inputs), jnp.bfloat16)
+    dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
+    kernels = {'dense': (triton_ir(functools.partial(dense_on_gpu, tile=tile), x, dense), 2 * inputs * outputs)}
+    for name, four_bits in (('packed', False), ('packed int4', True)):
         packed = packed_shapes(inputs, outputs, four_bits)
-        tile = gpu.tile(rows, packed)
-        padded = -(-rows // tile.rows) * tile.rows
-        x = jax.ShapeDtypeStruct((padded, inputs), jnp.bfloat16)
-        dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
-        kernels = {
-            'dense': (triton_ir(functools.partial(dense_on_gpu, tile=tile), x, dense), 2 * inputs * outputs),
-            'packed int4' if four_bits else 'packed': (
-                triton_ir(functools.partial(gpu.matmul, tile=tile), x, packed),
-                packed_bytes(packed),
-            ),
-        }
-        for chip in GPUS:
-            estimates = {}
-            for name, (text, weights) in kernels.items():
-                found = compile_for(text, tile, chip.target, inputs // (BYTE * tile.octets))
-                programs = padded // tile.rows * (outputs // tile.outputs)
-                issued = programs * tile.warps * found.executed
-                moved = weights + 2 * rows * (inputs + outputs)
-                terms = times(chip, moved, 2 * rows * inputs * outputs, issued / (4 * chip.cores * chip.hertz))
-                estimates[name] = max(terms.values())
-                binds = max(terms, key=terms.get)
-                an_element = found.executed * 32 * tile.warps / (inputs * tile.outputs)
-                ratio = '' if name == 'dense' else f'{estimates[name] / estimates["dense"]:.2f}'
-                print(
-                    f'| {chip.name} | {rows} | {inputs}x{outputs} | {name} | {found.registers} | {found.stack} | '
-                    f'{found.shared} | {found.tensor} | {an_element:.1f} | {weights / inputs / outputs / 2:.4f} | '
-                    + ' | '.join(f'{1e6 * seconds:.1f}' for seconds in terms.values())
-                    + f' | {binds} | {ratio} |',
-                    flush=True,
-                )
+        kernels[name] = triton_ir(functools.partial(gpu.matmul, tile=tile), x, packed), packed_bytes(packed)
+    for chip in GPUS:
+        estimates = {}
+        for name, (text, weights) in kernels.items():
+            found = compile_for(text, tile, chip.target, inputs // (BYTE * tile.octets))
+            programs = padded // tile.rows * (outputs // tile.outputs)
+            issued = programs * tile.warps * found.executed
+            moved = weights + 2 * rows * (inputs + outputs)
+            terms = times(chip, moved, 2 * rows * inputs * outputs, issued / (4 * chip.cores * chip.hertz))
+            estimates[name] = max(terms.values())
+            binds = max(terms, key=terms.get)
+            an_element = found.executed * 32 * tile.warps / (inputs * tile.outputs)
+            ratio = '' if name == 'dense' else f'{estimates[name] / estimates["dense"]:.2f}'
+            print(
+                f'| {chip.name} | {rows} | {inputs}x{outputs} | {name} | {found.registers} | {found.stack} | '
+                f'{found.shared} | {found.tensor} | {an_element:.1f} | {weights / inputs / outputs / 2:.4f} | '
+                + ' | '.join(f'{1e6 * seconds:.1f}' for seconds in terms.values())
+                + f' | {binds} | {ratio} |',
+                flush=True,
+            )
 
 
 def bundles() -> int:
@@ -242,13 +238,14 @@ def on_tpus(rows: int, inputs: int, outputs: int) -> None:
             (jax.ShapeDtypeStruct((rows, inputs), jnp.bfloat16), packed),
         )
         jax.jit(functools.partial(tpu.matmul, tile=tile)).lower(x, w).compile()
-        steps = -(-rows // tile.rows) * -(-outputs // tile.outputs) * (inputs // tile.inputs)
+        steps = -(-rows // tile.rows) * -(-outputs // tile.outputs) * -(-inputs // tile.inputs)
         dense = 2 * inputs * outputs
-        found = {'dense': (dense, 0.0), 'packed': (packed_bytes(packed), steps * bundles() / chip.cores / chip.hertz)}
+        unpacking = steps * bundles() / chip.cores / chip.hertz
+        found = {'dense': (dense, 2, 0.0), 'packed': (packed_bytes(packed), 3, unpacking)}
         estimates = {}
-        for name, (weights, vector_s) in found.items():
+        for name, (weights, flops, vector_s) in found.items():
             moved = weights + 2 * rows * (inputs + outputs)
-            terms = times(chip, moved, 2 * rows * inputs * outputs, vector_s)
+            terms = times(chip, moved, flops * rows * inputs * outputs, vector_s)
             estimates[name] = max(terms.values())
             ratio = '' if name == 'dense' else f'{estimates[name] / estimates["dense"]:.2f}'
             seconds = ' | '.join(f'{1e6 * term:.1f}' for term in terms.values())

@@ -57,7 +57,7 @@ def grid():
         )
 
 
-@pytest.mark.parametrize(('rows', 'inputs', 'outputs', 'dtype', 'four_bits'), grid())
+@pytest.mark.parametrize(('rows', 'inputs', 'outputs', 'dtype', 'four_bits'), list(grid()))
 def test_the_gpu_kernels_are_the_product(rows, inputs, outputs, dtype, four_bits):
     # 6 shapes x 4 kinds x 9 masks = 216.
     packed, x, g = packed_and_x(rows, inputs, outputs, dtype, four_bits)

@@ -34,7 +34,7 @@ def takes(x: Array, packed: Packed24) -> bool:
     return same and x.dtype in (jnp.bfloat16, jnp.float32) and packed.shape[-1] % 2 == 0
 
 
-def tile(rows: int, packed: Packed24) -> Tile:
+def tile(rows: int) -> Tile:
     """What to read at a time."""
     return Tile(rows=16 if rows <= 16 else 64, outputs=64, octets=16)
 
@@ -172,8 +172,8 @@ def _transposed_kernel(g_ref, *refs, tile, sizes):
         g = _lanes(_load(g_ref.at[rows.at, outputs.at], _both(rows, outputs, (tile.rows, wide))), dtype)
         if len(packed_refs) == 3:
             scales = _scales(packed_refs, block * tile.octets, outputs)
-            products = (of_lane.astype(jnp.float32) * scale[None] for of_lane, scale in zip(g, scales, strict=True))
-            g = tuple(product.astype(dtype) for product in products)
+            # Scales differ from output to output, so they go to g; in bf16 that would round it once more.
+            g = tuple(of_lane.astype(jnp.float32) * scale[None] for of_lane, scale in zip(g, scales, strict=True))
         phases = _phases(packed_refs, octets, outputs, dtype, tile)
         return tuple(_add_products(total, g, weights) for total, weights in zip(totals, phases, strict=True))
 
@@ -186,7 +186,7 @@ def _transposed_kernel(g_ref, *refs, tile, sizes):
 
 def _add_products(total, g, weights):
     for of_lane, matrix in zip(g, weights, strict=True):
-        total += plgpu.dot(of_lane, matrix, trans_b=True)
+        total += plgpu.dot(of_lane, matrix.astype(of_lane.dtype), trans_b=True)
     return total
 
 

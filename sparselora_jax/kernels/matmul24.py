@@ -59,4 +59,4 @@ def reference(transposed: bool, x: Float[Array, 'rows m'], kernel: Packed24) -> 
 
 
 def _on_gpu(transposed: bool, x: Array, kernel: Packed24) -> Any:
-    return (gpu.matmul_transposed if transposed else gpu.matmul)(x, kernel, gpu.tile(x.shape[0], kernel))
+    return (gpu.matmul_transposed if transposed else gpu.matmul)(x, kernel, gpu.tile(x.shape[0]))

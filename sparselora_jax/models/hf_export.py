@@ -64,8 +64,13 @@ def export_model(
             write_pieces(new, [piece for piece in pieces if piece.entry.file == file], params, old)
             _copy(old, new, file.stat().st_size - new.tell())
     write_texts(folder, texts)
-    for name in sorted(others, key=lambda name: name == Path(CONFIG)):  # the config last: the directory is whole then
-        with placed(folder / name) as new, (checkpoint.folder / name).open('rb') as old:
+    copy_beside(folder, checkpoint.folder, others)
+
+
+def copy_beside(folder: Path, source: Path, names: Iterable[Path]) -> None:
+    """Copies files that lie beside weights; the config last: the directory is whole then."""
+    for name in sorted(names, key=lambda name: name == Path(CONFIG)):
+        with placed(folder / name) as new, (source / name).open('rb') as old:
             shutil.copyfileobj(old, new)
 
 

@@ -36,16 +36,25 @@ def write_new(
     """
     folder = Path(folder)
     check_shapes(folder, params, model.shapes())
-    if foreign := [str(name) for name in files_below(folder) if name.suffix in WEIGHTS and name != Path(SINGLE)]:
-        raise StorageError(f'{folder}: holds other weights ({", ".join(foreign[:3])}); choose an empty directory')
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)  # written last: until then the directory is not whole
+    claim(folder, SINGLE)
     header, entries = _new_header(folder / SINGLE, model, params)
     checkpoint = Checkpoint(folder, (folder / SINGLE,), entries)
     with placed(folder / SINGLE) as new:
         new.write(header)
         write_pieces(new, layout.pieces(model.family, model.cfg, checkpoint), params)
     write_beside(folder, hf_config, model, params, processor=processor, texts=texts)
+
+
+def claim(folder: Path, own: str) -> None:
+    """Makes a folder in which the file `own` is to hold the weights.
+
+    Raises:
+      StorageError: it holds others.
+    """
+    if foreign := [str(name) for name in files_below(folder) if name.suffix in WEIGHTS and name != Path(own)]:
+        raise StorageError(f'{folder}: holds other weights ({", ".join(foreign[:3])}); choose an empty directory')
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # written last: until then the directory is not whole
 
 
 def write_beside(

@@ -3,7 +3,6 @@
 Config, tokenizer and processor are the model's; docs/formats.md says what the file holds. torch does not read it.
 """
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import jax.numpy as jnp
 
 from sparselora_jax import packing, rules
 from sparselora_jax.models import hf_new
-from sparselora_jax.models.checkpoint_files import CONFIG
-from sparselora_jax.models.hf_export import WEIGHTS, files_below, placed, write_texts
+from sparselora_jax.models.checkpoint_files import INDEX
+from sparselora_jax.models.hf_export import WEIGHTS, copy_beside, files_below, write_texts
 from sparselora_jax.models.layout import HEAD, untied
 from sparselora_jax.models.model import Model
-from sparselora_jax.storage import StorageError, check_shapes, load_safetensors, save_safetensors
+from sparselora_jax.storage import check_shapes, load_safetensors, save_safetensors
 
 FILE = 'packed.safetensors'
 
@@ -42,23 +41,15 @@ def export_packed(
     """
     folder = Path(folder)
     check_shapes(folder, params, model.shapes())
-    if foreign := [str(name) for name in files_below(folder) if name.suffix in WEIGHTS and name != Path(FILE)]:
-        raise StorageError(f'{folder}: holds other weights ({", ".join(foreign[:3])}); choose an empty directory')
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)  # written last: until then the directory is not whole
+    hf_new.claim(folder, FILE)
     save_safetensors(folder / FILE, params)
     if model.source is None:
         hf_new.write_beside(folder, hf_config, model, params, processor=processor, texts=texts)
         return
-    source = Path(model.source)
-    others = [
-        name for name in files_below(source) if name.suffix not in WEIGHTS and not name.name.endswith('.index.json')
-    ]
-    write_texts(folder, texts or {})
-    for name in sorted(others, key=lambda name: name == Path(CONFIG)):
-        if str(name) not in (texts or {}):
-            with placed(folder / name) as new, (source / name).open('rb') as old:
-                shutil.copyfileobj(old, new)
+    source, texts = Path(model.source), texts or {}
+    write_texts(folder, texts)
+    others = [name for name in files_below(source) if name.suffix not in WEIGHTS and str(name) not in {*texts, INDEX}]
+    copy_beside(folder, source, others)
 
 
 def load_packed(folder: Path, model: Model, *, dtype: Any = None) -> tuple[Model, dict]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Shaped
 
 from sparselora_jax.packing.errors import PackingError
+from sparselora_jax.packing.stacks import kernel_shape, over_layers
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +27,7 @@ class PackedMask:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the mask."""
-        *layers, _, outputs = self.bits.shape
-        return (*layers, self.inputs, outputs)
+        return kernel_shape(self.bits, self.inputs)
 
     @property
     def ndim(self) -> int:
@@ -101,10 +101,7 @@ def pack_bitmask(
 
 def unpack_bitmask(packed: Bitmask) -> Shaped[Array, '*layers inputs outputs']:
     """The kernel with its zeros."""
-    unpack = _unpack_matrix
-    for _ in range(packed.ndim - 2):
-        unpack = jax.vmap(unpack)
-    return unpack(packed)
+    return over_layers(_unpack_matrix, packed.ndim)(packed)
 
 
 def _unpack_matrix(packed: Bitmask) -> Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
 
 from sparselora_jax.packing.errors import PackingError
+from sparselora_jax.packing.stacks import kernel_shape, of_layer, over_layers
 
 BYTE = 8  # inputs that share a byte of positions: two groups of four
 SCALED = 128  # inputs that share an int4 scale
@@ -40,8 +41,7 @@ class Packed24:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the kernel that it holds."""
-        *layers, _, outputs = self.positions.shape
-        return (*layers, self.inputs, outputs)
+        return kernel_shape(self.positions, self.inputs)
 
     @property
     def ndim(self) -> int:
@@ -77,10 +77,7 @@ def pack24(
     """
     mask = kernel != 0 if mask is None else mask
     check24(mask)
-    pack = _pack_matrix
-    for _ in range(kernel.ndim - 2):
-        pack = jax.vmap(pack)
-    values, positions = pack(kernel, mask)
+    values, positions = over_layers(_pack_matrix, kernel.ndim)(kernel, mask)
     return Packed24(values, positions, None, kernel.shape[-2])
 
 
@@ -91,9 +88,8 @@ def check24(mask: Bool[Array, '*layers inputs outputs']) -> None:
     kept = jnp.sum(mask.reshape(*layers, -1, 4, outputs), axis=-2, dtype=jnp.int32)
     if bool(jnp.any(kept > 2)):
         *layer, group, output = (int(i) for i in jnp.argwhere(kept > 2, size=1)[0])
-        of = f'layer {layer[0] if len(layer) == 1 else layer}, ' if layer else ''
         raise PackingError(
-            f'{of}inputs {4 * group} to {4 * group + 3} of output {output}: '
+            f'{of_layer(layer)}inputs {4 * group} to {4 * group + 3} of output {output}: '
             f'{int(kept[*layer, group, output])} weights are kept, 2:4 allows two'
         )
 
@@ -146,10 +142,7 @@ def unpack24(packed: Packed24, dtype: Any = None) -> Float[Array, '*layers input
     Args:
       dtype: of the result; that of its values (or scales) by default.
     """
-    unpack = _unpack_matrix
-    for _ in range(packed.ndim - 2):
-        unpack = jax.vmap(unpack)
-    return unpack(packed).astype(dtype or packed.dtype)
+    return over_layers(_unpack_matrix, packed.ndim)(packed).astype(dtype or packed.dtype)
 
 
 def _unpack_matrix(packed: Packed24) -> Array:
@@ -170,10 +163,7 @@ def scaled(matrix: Integer[Array, 'inputs outputs'], scale: Float[Array, 'blocks
 
 def mask24(packed: Packed24) -> Bool[Array, '*layers inputs outputs']:
     """Where the kernel's two values of each group stand: the mask that it was packed with, if that kept two of each."""
-    mask = _mask_matrix
-    for _ in range(packed.ndim - 2):
-        mask = jax.vmap(mask)
-    return mask(packed.positions)[..., : packed.inputs, :]
+    return over_layers(_mask_matrix, packed.ndim)(packed.positions)[..., : packed.inputs, :]
 
 
 def _mask_matrix(positions):
@@ -186,10 +176,7 @@ def quantise24(packed: Packed24) -> Packed24:
     """Values as int4 with a bf16 scale for 128 inputs of each output: to the nearest, the largest value to 7."""
     if packed.scale is not None:
         return packed
-    quantise = _quantise_matrix
-    for _ in range(packed.ndim - 2):
-        quantise = jax.vmap(quantise)
-    values, scale = quantise(packed.values)
+    values, scale = over_layers(_quantise_matrix, packed.ndim)(packed.values)
     return Packed24(values, packed.positions, scale, packed.inputs)
 
 
@@ -227,6 +214,7 @@ def check_packed24(packed: Packed24) -> None:
         if bool(jnp.any(first >= second)):
             *layer, row, output = (int(i) for i in jnp.argwhere(first >= second, size=1)[0])
             pair = int(first[*layer, row, output]), int(second[*layer, row, output])
-            of = f'layer {layer[0] if len(layer) == 1 else layer}, ' if layer else ''
             group = 2 * row + half // 4
-            raise PackingError(f'{of}group {group} of output {output}: {pair} are not two places of four, in order')
+            raise PackingError(
+                f'{of_layer(layer)}group {group} of output {output}: {pair} are not two places of four, in order'
+            )
