@@ -27,7 +27,7 @@ RECIPES = {
     'paligemma': (paligemma_both, '{}'),
 }
 METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt', 'dsnot')
-QUICK = {('instructblip-t5', 'wanda')}  # in `make test`; `make test-slow` runs the others
+QUICK = {('blip2-opt', 'wanda')}  # in `make test`; `make test-slow` runs the others
 SMALL = {
     'text.prompt_tokens': 40,
     'text.answer_tokens': 8,

@@ -83,15 +83,19 @@ def pack24(
 
 def check24(mask: Bool[Array, '*layers inputs outputs']) -> None:
     """Raises `PackingError` unless every four inputs of an output keep at most two weights."""
-    *layers, inputs, outputs = mask.shape
-    mask = jnp.pad(mask, [(0, 0)] * len(layers) + [(0, -inputs % 4), (0, 0)])
-    kept = jnp.sum(mask.reshape(*layers, -1, 4, outputs), axis=-2, dtype=jnp.int32)
+    kept = over_layers(_count_kept, mask.ndim)(mask)
     if bool(jnp.any(kept > 2)):
         *layer, group, output = (int(i) for i in jnp.argwhere(kept > 2, size=1)[0])
         raise PackingError(
             f'{of_layer(layer)}inputs {4 * group} to {4 * group + 3} of output {output}: '
             f'{int(kept[*layer, group, output])} weights are kept, 2:4 allows two'
         )
+
+
+def _count_kept(mask):
+    """Of each group of four inputs."""
+    mask = jnp.pad(mask, ((0, -mask.shape[0] % 4), (0, 0)))
+    return jnp.sum(mask.reshape(-1, 4, mask.shape[1]), axis=1, dtype=jnp.int32)
 
 
 def _pack_matrix(kernel, mask):

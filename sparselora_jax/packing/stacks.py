@@ -1,16 +1,18 @@
 """What the formats share: kernels may be stacked, `[*layers, inputs, outputs]`."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 from jaxtyping import Array
 
 
+@functools.cache
 def over_layers(function: Callable, ndim: int) -> Callable:
-    """A function of one matrix, for stacks of them with `ndim` axes."""
+    """A function of one matrix, jitted, for stacks of them with `ndim` axes."""
     for _ in range(ndim - 2):
         function = jax.vmap(function)
-    return function
+    return jax.jit(function)
 
 
 def kernel_shape(rows: Array, inputs: int) -> tuple[int, ...]:
