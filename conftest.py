@@ -18,21 +18,22 @@ import pytest
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
 
-# Real weights, or what the compiler makes of a program: worth its time. The others compile much and run little.
-OPTIMISED = (
-    'test_llama',
-    'test_decode',
-    'test_embedded',
-    'test_linear',
-    'test_restore',
-    'test_memory',
-)
+REAL_WEIGHTS = ('test_llama', 'test_decode', 'test_embedded')  # the others compile much and run little
 
 
 @pytest.fixture(scope='module', autouse=True)
 def optimisations(request):
     """Programs of most tests are compiled without optimisations: half the time."""
-    jax.config.update('jax_disable_most_optimizations', request.path.stem not in OPTIMISED)
+    jax.config.update('jax_disable_most_optimizations', request.path.stem not in REAL_WEIGHTS)
+
+
+@pytest.fixture
+def optimised():
+    """Where what the compiler makes of a program is looked at."""
+    before = jax.config.read('jax_disable_most_optimizations')
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -152,6 +152,7 @@ def test_what_cannot_be_scored_is_named():
             scores(batches, ['language/embed'])
 
 
+@pytest.mark.compiled
 def test_memory_of_the_zeroth_order_is_that_of_the_forward_and_the_first_holds_no_gradients(optimised):
     """XLA's own count of what a program takes beside its arguments, params among them."""
     cfg = llama.LlamaConfig(vocab=11, width=128, depth=8, heads=4, kv_heads=4, mlp_width=512)
@@ -177,14 +178,6 @@ def test_memory_of_the_zeroth_order_is_that_of_the_forward_and_the_first_holds_n
     plain = taken(jax.grad(lambda w: of_cfg(w, batch, remat_blocks)), params)
     assert zeroth <= forward + kernel + 2**16
     assert first < plain / 2
-
-
-@pytest.fixture
-def optimised():
-    """What the compiler makes of a program is what is looked at."""
-    jax.config.update('jax_disable_most_optimizations', False)
-    yield
-    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def pairs():
             yield pytest.param(kind, method, marks=[] if (kind, method) in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize('kind, method', pairs())
+@pytest.mark.parametrize('kind, method', list(pairs()))
 def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(directory, data, tmp_path, kind, method):
     folder = directory(kind)
     job = Job(config_of(kind, folder, data, **{'prune.method': method}), tmp_path / 'run')

@@ -55,9 +55,9 @@ def test_params_masks_and_lora_are_exact_on_every_mesh(config, axes):
         assert held['Adam (2 of LoRA)'] == sum(leaf.nbytes for leaf in adam)
 
 
-@pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize('remat, trained', [(False, 'lora'), (True, 'lora'), (True, 'weights')])
-def test_a_step_is_estimated_close_to_the_compilers_count(config, remat, trained):
+def test_a_step_is_estimated_close_to_the_compilers_count(optimised, config, remat, trained):
     """In float32: on a CPU XLA computes bfloat16 in float32, and takes twice the temporary memory."""
     config.restore.remat, config.restore.trained = remat, trained
     made = memory.recipe(CFG, config)

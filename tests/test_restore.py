@@ -138,8 +138,9 @@ def test_micro_batches_change_nothing_beyond_rounding(kl_reduction):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize('trained, share', [('lora', 0.25), ('weights', 1.25)])
-def test_the_compiled_step_holds_no_second_copy_of_the_kernels(trained, share):
+def test_the_compiled_step_holds_no_second_copy_of_the_kernels(optimised, trained, share):
     """The compiler's own count of the whole step, teacher included: temporary memory grows with the number of layers by
     activations, far less than a layer's kernels, and by gradients where kernels are trained."""
 

@@ -371,10 +371,6 @@ def test_the_sweeps_fit_their_recipes(name, recipe):
         assert point.models == ('control',) or pruned == {f'prune.pattern.{tower}' for tower in towers}
         assert config.plot.series in point.labels
         assert config.plot.x in point.labels or config.plot.x == 'steps' or point.models == ('control',)
-    if name == 'methods' and 'allocation' not in blip2_lang_only.base().prune:
-        pytest.skip('allocations are not there yet')
-    if name in ('methods', 'restore') and 'initial' not in blip2_lang_only.base().prune:
-        pytest.skip('DSnoT is not there yet')
     for budget in ('tiny', 'hour', 'full'):
         config.budget = budget
         assert len(sweep.runs(config)) == (SWEEPS[name] + 1) * config.budgets[budget].seeds

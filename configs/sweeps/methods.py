@@ -32,6 +32,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
             fields = grid.patterns(towers, vision=pattern, language=pattern) | fields
             points.append(Point(grid.name(method, label), {'pattern': label, 'method': method}, fields))
     plot = {'kind': 'bars', 'x': 'pattern', 'series': 'method', 'title': 'Pruners and allocations'}
-    hour = grid.budget(seeds=1, steps=40, batch=16, questions=300, samples=128)
+    hour = grid.budget(seeds=1, steps=40, batch=8, questions=300, samples=128)
     full = grid.budget(seeds=3, steps=200, batch=16, questions=2000, samples=128, scored=32)
     return grid.config('methods', arg, points, plot, hour=hour, full=full)
