@@ -11,7 +11,6 @@ import pytest
 from ml_collections import ConfigDict
 from test_job import few, tiny_config
 
-from configs import blip2_lang_only
 from configs.sweeps import grid
 from sparselora_jax import storage, sweep, sweep_runs
 from sparselora_jax.data import easy_vqa
