@@ -39,7 +39,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparselora_jax.kernels import gpu, tpu
-from sparselora_jax.packing.packed24 import BYTE, SCALED, Packed24
+from sparselora_jax.packing.like import packed24_like
+from sparselora_jax.packing.packed24 import BYTE
 
 DUMP = Path(os.environ['LIBTPU_INIT_ARGS'].split('=')[-1])  # of the TPU compiler
 ROWS = flags.DEFINE_list('rows', ['1', '16', '64', '256'], 'rows of x')
@@ -67,16 +68,6 @@ TPUS = (
     Chip('v6e', 1.64e12, 918e12, 1, 1.75e9, 'v6e:2x2'),
     Chip('v5p', 2.765e12, 459e12, 2, 1.75e9, 'v5p:2x2x1'),
 )
-
-
-def packed_shapes(inputs: int, outputs: int, four_bits: bool) -> Packed24:
-    """Shapes of a packed kernel."""
-    shape, groups = jax.ShapeDtypeStruct, inputs // 4
-    positions = shape((inputs // BYTE, outputs), jnp.uint8)
-    if not four_bits:
-        return Packed24(shape((2 * groups, outputs), jnp.bfloat16), positions, None, inputs)
-    scale = shape((inputs // SCALED, outputs), jnp.bfloat16)
-    return Packed24(shape((groups, outputs), jnp.uint8), positions, scale, inputs)
 
 
 def _dense_kernel(x_ref, w_ref, out_ref, *, tile, inputs):
@@ -191,7 +182,8 @@ def on_gpus(rows: int, inputs: int, outputs: int) -> None:
     dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
     kernels = {'dense': (triton_ir(functools.partial(dense_on_gpu, tile=tile), x, dense), 2 * inputs * outputs)}
     for name, four_bits in (('packed', False), ('packed int4', True)):
-        packed = packed_shapes(inputs, outputs, four_bits)
+        dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
+        packed = packed24_like(dense, four_bits=four_bits)
         kernels[name] = triton_ir(functools.partial(gpu.matmul, tile=tile), x, packed), packed_bytes(packed)
     for chip in GPUS:
         estimates = {}
@@ -228,7 +220,7 @@ def bundles() -> int:
 
 def on_tpus(rows: int, inputs: int, outputs: int) -> None:
     """Prints one line a chip and kernel."""
-    packed = packed_shapes(inputs, outputs, False)
+    packed = packed24_like(jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16))
     tile = tpu.tile(rows, packed)
     for chip in TPUS:
         devices = topologies.get_topology_desc(platform='tpu', topology_name=chip.target).devices[:1]

@@ -44,8 +44,9 @@ def base() -> ConfigDict:
     # How the zeros that unstructured patterns ask for are shared out over the layers of all towers (uniform: each layer
     # has what its pattern says): uniform | global_magnitude | owl | ecoflap_first | ecoflap_zeroth.
     config.prune.allocation = 'uniform'
-    # ECoFLaP: no layer gets sparser than this (the source's default; its runs: the pattern's sparsity + 0.1); what its
-    # scores are taken from (the zeroth order runs these samples twice for each kernel and layer); eps of its noise.
+    # ECoFLaP and global magnitude: no layer gets sparser than this (ECoFLaP's default; its runs: the pattern's sparsity
+    # + 0.1). What ECoFLaP's scores are taken from (the zeroth order runs these samples twice for each kernel and
+    # layer), and eps of its noise.
     config.prune.highest = 0.8
     config.prune.score_samples = 32
     config.prune.score_batch = 8
@@ -85,6 +86,13 @@ def base() -> ConfigDict:
     config.restore.kl_reduction = 'token'  # token | sequence
     config.restore.gradient = 'exact'  # exact | straight_through | plain (LoRA beside the mask, cut at the merge)
     config.restore.trained = 'lora'  # lora | weights (the pruned kernels themselves, under their masks)
+    # What pruned kernels are held as while LoRA is trained on them (QSparseLoRA): dense | packed (2:4 without its
+    # zeros, others as a bitmask; lossless) | packed_int4 (2:4 in four bits) | int4 | nf4 (any pattern, zeros included).
+    config.restore.base = 'dense'
+    # model: the dense model runs beside the student. top_k: its top_k likeliest tokens of each position are written to
+    # the workdir before, so it need not be in memory; a loss of its own (losses.top_k_kl).
+    config.restore.teacher = 'model'
+    config.restore.top_k = 64
     config.restore.accumulate = 1  # micro-batches a step
     config.restore.remat = False  # True: a block's activations are computed again in the backward, less memory
     config.restore.checkpoint_every = 25

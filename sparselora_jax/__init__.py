@@ -36,7 +36,7 @@ from sparselora_jax.models.hf_export import export_model
 from sparselora_jax.models.model import Model
 from sparselora_jax.packing import Bitmask, Packed24, PackingError, pack, pack_masks, unpack
 from sparselora_jax.pruning import DSnoT, Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
-from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer
+from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, reduce_base
 from sparselora_jax.rules import RuleError
 from sparselora_jax.sparsity import (
     Pattern,
@@ -100,6 +100,7 @@ __all__ = [
     'parse_pattern',
     'prune',
     'prune_tree',
+    'reduce_base',
     'save_safetensors',
     'squares',
     'unpack',

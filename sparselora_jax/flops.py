@@ -10,11 +10,10 @@ from typing import Any
 import jax
 
 from sparselora_jax import rules as rules_lib
+from sparselora_jax.memory import Recipe
 from sparselora_jax.models.model import Generation, Model
-from sparselora_jax.models.runners import remat_blocks, scan_blocks
-from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
+from sparselora_jax.programs import restore_step
 from sparselora_jax.tracing import batch_of, stacks
-from sparselora_jax.train import init_state
 
 
 def matmul_flops(function: Callable, *args: Any) -> int:
@@ -59,21 +58,10 @@ def _inside(params: dict) -> Iterator[Any]:
                 yield part
 
 
-def train_step(cfg: Any, config: Any, params: dict, masks: dict, lora: dict) -> int:
-    """FLOPs of one restoration step as a recipe asks for it, the teacher and what is computed twice included.
-
-    Args:
-      cfg: the model's.
-      config: see `configs/`; params, masks, lora: shapes, as `memory.recipe` makes them.
-    """
-    knobs, model = config.restore, Model(cfg, Generation(eos=(0,), pad=0, start=0))
-    run = remat_blocks if knobs.remat else scan_blocks
-    tx = paper_optimizer(knobs.steps)
-    loss = {name: knobs[name] for name in ('kd', 'gradient', 'accumulate', 'trained')}
-    step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss)
-    first = jax.eval_shape(pruned_kernels, params, masks) if knobs.trained == 'weights' else lora
-    state = jax.eval_shape(lambda tree: init_state(tree, tx), first)
-    return matmul_flops(step, state, Frozen(params, masks or None), batch_of(cfg, config.text, knobs.batch))
+def train_step(made: Recipe) -> int:
+    """FLOPs of one restoration step as a recipe asks for it, the teacher and what is computed twice included."""
+    step, arguments = restore_step(made)
+    return matmul_flops(step, *arguments)
 
 
 def answer(cfg: Any, text: Any, params: dict, density: dict[str, list[float]]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax import pruning, sharding, storage
+from sparselora_jax import pruning, sharding, storage, teacher
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
 from sparselora_jax.data.text_format import TextFormat
@@ -23,6 +23,7 @@ from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
 from sparselora_jax.recipe import (
     ConfigError,
+    base_formats,
     check_allocation,
     check_batches,
     check_values,
@@ -32,10 +33,11 @@ from sparselora_jax.recipe import (
     refuse_other,
     text_format,
 )
-from sparselora_jax.restore import Frozen, merge_trained
+from sparselora_jax.restore import Frozen, merge_trained, reduce_base
 from sparselora_jax.sparsity import check_sparse
 from sparselora_jax.weights import init_lora, with_kernels
 
+TEACHER = 'teacher'  # a folder, see teacher.py
 MASKS, KERNELS = 'masks.safetensors', 'kernels.safetensors'  # what pruning leaves; the second if kept weights changed
 QUESTIONS = 'questions.json'
 
@@ -86,9 +88,13 @@ class Job:
         Raises:
           PatternError, RuleError: see `prune_tree` and `init_lora`.
           MeshError, DataError: devices that cannot form the mesh; data that cannot be read.
-          ConfigError: the workdir was evaluated on other questions, and answers are compared one by one.
+          ConfigError: `restore.top_k` is not below the vocabulary; or the workdir was evaluated on other questions, and
+            answers are compared one by one.
         """
         check_fit(self.config, self.model.shapes())
+        vocab, restore = self.model.cfg.language.vocab, self.config.restore
+        if restore.teacher == 'top_k' and restore.top_k >= vocab:
+            raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
         _ = self.mesh
         check_batches(self.config)
         kept, questions = self.workdir / QUESTIONS, self.questions
@@ -172,22 +178,54 @@ class Job:
             return easy_vqa.load(self.config.data_dir)
         return folder.load(self.config.data, pipeline.misfit(self.processor, self.text))
 
-    def batches(self, batch: int, seed: int) -> Any:
-        """Training batches by step."""
+    def batches(self, batch: int, seed: int, *, taught: bool = False) -> Any:
+        """Training batches by step.
+
+        Args:
+          taught: with what the stage `teacher` has kept of the teacher's logits.
+        """
         train, shares = self.dataset.train, self.config.restore.shares
         groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
         transform = pipeline.vqa_transform(self.processor, self.text)
         drawn = pipeline.batches(train.source, transform, batch=batch, seed=seed, groups=groups, shares=shares or (1,))
+        if taught:
+            kept = self.workdir / TEACHER
+            drawn = drawn.map_with_index(lambda step, batch: batch | {'teacher': teacher.read(kept, step)})
         return drawn if self.mesh is None else drawn.map(self.shard_batch)
 
     @functools.cached_property
+    def masks(self) -> dict:
+        """What pruning has kept."""
+        return self.shard(storage.load_safetensors(self.workdir / MASKS)[0])
+
+    @functools.cached_property
     def frozen(self) -> Frozen:
-        """Params, masks and teacher, as restoration reads them: the teacher shares W unless kept weights changed."""
-        masks = self.shard(storage.load_safetensors(self.workdir / MASKS)[0])
+        """Params, masks and teacher: the teacher shares W unless kept weights changed."""
         if not (self.workdir / KERNELS).exists():
-            return Frozen(self.params, masks)
+            return Frozen(self.params, self.masks)
         edited = self.shard(storage.load_safetensors(self.workdir / KERNELS)[0])
-        return Frozen(with_kernels(self.params, edited), masks, teacher=self.params)
+        return Frozen(with_kernels(self.params, edited), self.masks, teacher=self.params)
+
+    @property
+    def teacher_runs(self) -> bool:
+        """Whether restoration runs the dense model beside the student."""
+        return bool(self.config.restore.kd) and self.config.restore.teacher == 'model'
+
+    @functools.cached_property
+    def base(self) -> Frozen:
+        """Params, masks and teacher as LoRA is trained on them: `frozen`, or its pruned kernels in fewer bytes.
+
+        Dense weights that nothing needs any more are let go.
+        """
+        formats = base_formats(self.config)
+        if formats is None:
+            return self.frozen if self.teacher_runs else self.frozen._replace(teacher=None)
+        params, masks, _ = reduce_base(self.frozen, formats)
+        dense = self.params if self.teacher_runs else None
+        if dense is None:
+            for name in ('frozen', 'params'):
+                self.__dict__.pop(name, None)
+        return Frozen(self.shard(params), None if masks is None else self.shard(masks), dense)
 
     def trained(self, name: str) -> dict:
         """What the stage `name` has trained: LoRA factors, or kernels."""
@@ -195,6 +233,7 @@ class Job:
 
     def merged(self) -> dict:
         """The restored model as plain arrays with exact zeros, checked."""
-        params = merge_trained(self.frozen, self.trained('restore'), self.config.restore.trained)
-        check_sparse(params, self.frozen.masks)
+        trained, kind = self.trained('restore'), self.config.restore.trained
+        params = merge_trained(self.base, trained, kind, dtype=self.dtype)
+        check_sparse(params, self.masks)
         return params

@@ -40,9 +40,53 @@ def token_weights(answer: Bool[Array, 'batch tokens'], *, kl_reduction: str = 't
     return TokenWeights(ce=mean, kl=mean if kl_reduction == 'token' else counts / answer.shape[0])
 
 
+class TopK(NamedTuple):
+    """What is kept of a teacher's logits: its likeliest tokens, and all others as one outcome."""
+
+    tokens: Int[Array, 'batch tokens k']
+    log_probs: Float[Array, 'batch tokens k+1']  # at the temperature; the last is that of all other tokens together
+
+
+def top_k(logits: Float[Array, 'batch tokens vocab'], k: int, *, temperature: float = 2.0) -> TopK:
+    """The `k` likeliest tokens of each position.
+
+    Raises:
+      ValueError: `k` is not in [1, vocab - 1]: the others are at least one token.
+
+    >>> found = top_k(jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])), 1, temperature=1.0)
+    >>> found.tokens.tolist(), jnp.exp(found.log_probs).round(4).tolist()
+    ([[[1]]], [[[0.5, 0.5]]])
+    """
+    if not 1 <= k < logits.shape[-1]:
+        raise ValueError(f'k {k}: expected 1 to {logits.shape[-1] - 1}, fewer than the tokens of the vocabulary')
+    tokens = jax.lax.top_k(logits, k)[1]
+    return TopK(tokens, _log_probs_of(logits, tokens, temperature))
+
+
+def _log_probs_of(logits, tokens, temperature):
+    """Of these tokens, and of all others together."""
+    logits = logits.astype(jnp.float32) / temperature
+    whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    of_tokens = jnp.take_along_axis(logits, tokens, axis=-1)
+    others = jnp.put_along_axis(logits, tokens, -jnp.inf, axis=-1, inplace=False)
+    return jnp.concatenate([of_tokens, jax.nn.logsumexp(others, axis=-1, keepdims=True)], axis=-1) - whole
+
+
+def top_k_kl(
+    student: Float[Array, 'batch tokens vocab'], teacher: TopK, *, temperature: float = 2.0
+) -> Float[Array, 'batch tokens']:
+    """KL(teacher || student) over k + 1 outcomes: the teacher's k likeliest tokens, and any other.
+
+    It is never more than the KL over the vocabulary (outcomes are put together), grows with k, and equals it at
+    k = vocab - 1.
+    """
+    gaps = teacher.log_probs - _log_probs_of(student, teacher.tokens, temperature)
+    return jnp.sum(jnp.exp(teacher.log_probs) * gaps, axis=-1)
+
+
 def distillation_loss(
     student: Float[Array, 'batch tokens vocab'],
-    teacher: Float[Array, 'batch tokens vocab'] | None,
+    teacher: Float[Array, 'batch tokens vocab'] | TopK | None,
     targets: Int[Array, 'batch tokens'],
     weights: TokenWeights,
     *,
@@ -52,12 +96,17 @@ def distillation_loss(
     """`(1 - kd) * CE + kd * KL(teacher || student)` at a temperature, with no T^2 factor (the paper's loss).
 
     Args:
-      teacher: logits; None drops the KL, and `kd` with it.
+      teacher: logits; or what `top_k` has kept of them, at the same temperature: the KL is then `top_k_kl`, a loss of
+        its own; None drops the KL, and `kd` with it.
     """
-    if teacher is None:
-        ce = jnp.sum(weights.ce * optax.softmax_cross_entropy_with_integer_labels(student, targets))
-        return ce, {'loss': ce, 'ce': ce}
-    ce, kl = _token_losses(temperature, student, jax.lax.stop_gradient(teacher), targets)
+    if teacher is None or isinstance(teacher, TopK):
+        ce = optax.softmax_cross_entropy_with_integer_labels(student, targets)
+        if teacher is None:
+            ce = jnp.sum(weights.ce * ce)
+            return ce, {'loss': ce, 'ce': ce}
+        kl = top_k_kl(student, teacher, temperature=temperature)
+    else:
+        ce, kl = _token_losses(temperature, student, jax.lax.stop_gradient(teacher), targets)
     ce, kl = jnp.sum(weights.ce * ce), jnp.sum(weights.kl * kl)
     loss = (1 - kd) * ce + kd * kl
     return loss, {'loss': loss, 'ce': ce, 'kl': kl}

@@ -16,7 +16,8 @@ from sparselora_jax import calibrate, pruning, sharding
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.inspection import structs
 from sparselora_jax.models.layout import PIECE
-from sparselora_jax.recipe import lora_rules, prune_methods, prune_rules
+from sparselora_jax.packing.like import base_like
+from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules
 from sparselora_jax.tracing import Stack, batch_of, nbytes, stacks
 from sparselora_jax.weights import init_lora
 
@@ -51,6 +52,7 @@ class Recipe(NamedTuple):
     config: Any
     params: dict
     masks: dict
+    densities: dict[str, float]  # of the kernels that have a mask
     lora: dict
     mesh: AbstractMesh | None
 
@@ -67,7 +69,24 @@ def recipe(cfg: Any, config: Any) -> Recipe:
     masks = rules_lib.unflatten({path: jax.ShapeDtypeStruct(kernels[path].shape, jnp.bool_) for path in pruned})
     lora = jax.eval_shape(lambda key: init_lora(key, params, lora_rules(config)), jax.random.key(0))
     sizes = tuple(axes[name] for name in sharding.AXES)
-    return Recipe(cfg, config, params, masks, lora, AbstractMesh(sizes, sharding.AXES) if max(sizes) > 1 else None)
+    densities = {path: 1 - pattern.sparsity for path, pattern in pruned.items()}
+    mesh = AbstractMesh(sizes, sharding.AXES) if max(sizes) > 1 else None
+    return Recipe(cfg, config, params, masks, densities, lora, mesh)
+
+
+def base(made: Recipe) -> tuple[dict, dict]:
+    """(params, masks), by shapes, as restoration holds them."""
+    formats = base_formats(made.config)
+    if formats is None or not made.masks:
+        return made.params, made.masks
+    return base_like(made.params, made.densities, formats)
+
+
+def holds_teacher(made: Recipe) -> bool:
+    """Whether restoration holds dense params that are not those of the student."""
+    knobs = made.config.restore
+    runs = knobs.kd and knobs.teacher == 'model'
+    return bool(runs) and (made.config.prune.method == 'sparsegpt' or base_formats(made.config) is not None)
 
 
 def _samples(made: Recipe, count: int) -> int:
@@ -159,6 +178,13 @@ def _working(stack: Stack) -> int:
     return stack.outputs + 2 * stack.widest
 
 
+def _held_base(made: Recipe) -> dict[str, int]:
+    params, masks = base(made)
+    bits = '1 byte' if made.config.restore.base == 'dense' else '1 bit'
+    held = {f'masks ({bits} a weight)': on_device(masks, made.mesh)} if masks else {}
+    return {'params': on_device(params, made.mesh)} | held
+
+
 def restore(made: Recipe) -> Stage:
     """A train step.
 
@@ -173,9 +199,10 @@ def restore(made: Recipe) -> Stage:
     # The backward stops at the first tower that is trained; what comes before it keeps nothing.
     reached = [any(path.startswith(f'{stack.tower}/') for path in adapted) for stack in run]
     kept = run[reached.index(True) :] if any(reached) else []
-    held = {'params': on_device(made.params, made.mesh), 'masks (1 byte a weight)': on_device(made.masks, made.mesh)}
-    if config.prune.method == 'sparsegpt' and knobs.kd:
-        held['dense teacher (SparseGPT changes kept weights)'] = held['params']
+    held = _held_base(made)
+    if holds_teacher(made):
+        why = 'SparseGPT changes kept weights' if knobs.base == 'dense' else f'the base is {knobs.base}'
+        held[f'dense teacher ({why})'] = on_device(made.params, made.mesh)
     held |= {f'{what} (float32)': trained, f'Adam (2 of {what})': 2 * trained}
     held[f'gradients (of {what})'] = trained * (2 if knobs.accumulate > 1 else 1)
     held['block inputs'] = sum(stack.depth * stack.hidden for stack in kept)
@@ -197,8 +224,8 @@ def restore(made: Recipe) -> Stage:
 def merge(made: Recipe) -> Stage:
     """Folding LoRA into the kernels, a stack of layers at a time; then writing them."""
     changed = rules_lib.flatten(made.masks).keys() | rules_lib.flatten(made.lora).keys()
-    held = {'params': on_device(made.params, made.mesh), 'masks (1 byte a weight)': on_device(made.masks, made.mesh)}
-    if made.config.prune.method == 'sparsegpt':
+    held = _held_base(made)
+    if made.config.prune.method == 'sparsegpt' and made.config.restore.base == 'dense':
         held['dense params (SparseGPT changes kept weights)'] = held['params']
     held |= {'LoRA (float32)': on_device(made.lora, made.mesh), 'merged kernels': _only(made, changed.__contains__)}
     largest = max((_only(made, path.__eq__) for path in rules_lib.flatten(made.lora)), default=0)

@@ -12,12 +12,15 @@ from sparselora_jax.data.easy_vqa import KINDS
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.errors import DataError, SparseloraError
 from sparselora_jax.losses import KL_REDUCTIONS
+from sparselora_jax.packing import FOUR_BITS
 from sparselora_jax.restore import TRAINED
 from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
 from sparselora_jax.storage import write_text
 from sparselora_jax.weights import GRADIENTS, LoraSpec
 
 ALLOCATIONS = ('uniform', 'global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_zeroth')
+BASES = ('dense', 'packed', 'packed_int4', *FOUR_BITS)  # what restoration holds pruned kernels as
+TEACHERS = ('model', 'top_k')
 DTYPES = ('float32', 'bfloat16', 'float16')
 BLOCKS = '(.*/)?blocks/'  # below a tower's name: T5 has an encoder's and a decoder's
 
@@ -41,7 +44,8 @@ def check_values(config: Any) -> None:
     prune_rules(config)
     _check_allocation(config)
     restore = config.restore
-    for field, values in {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS, 'trained': TRAINED}.items():
+    fields = {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS, 'trained': TRAINED}
+    for field, values in (fields | {'base': BASES, 'teacher': TEACHERS}).items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
     if not 0 <= config.prune.threshold < float('inf'):
@@ -49,13 +53,15 @@ def check_values(config: Any) -> None:
     if restore.trained == 'weights':
         if all(parse_pattern(pattern).dense for pattern in config.prune.pattern.values()):
             raise ConfigError("restore.trained 'weights' trains pruned kernels: prune.pattern leaves every tower dense")
+        if restore.base != 'dense':
+            raise ConfigError(f"restore.base {restore.base!r} is frozen under LoRA; set restore.trained to 'lora'")
         if restore.control:
             raise ConfigError("restore.control: a LoRA budget on the dense model; set restore.trained to 'lora'")
     counts = {
         'prune': ('chunk', 'block', 'cycles', 'score_samples', 'score_batch'),
         'evaluate': ('questions', 'batch', 'max_new_tokens', 'num_beams'),
     }
-    counts |= {'restore': ('steps', 'batch', 'checkpoint_every'), 'text': ('prompt_tokens', 'answer_tokens')}
+    counts |= {'restore': ('steps', 'batch', 'checkpoint_every', 'top_k'), 'text': ('prompt_tokens', 'answer_tokens')}
     for part, fields in counts.items():
         for field in fields:
             if config[part][field] < 1:
@@ -174,6 +180,29 @@ def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
     return [*rules, ('.*', Pattern())]
 
 
+def pack_formats(config: Any, *, four_bits: bool) -> list[tuple[str, str]]:
+    """(regex, format of `packing.pack`) of each pruned tower: 2:4 as `packed24`, other patterns as `bitmask`.
+
+    Args:
+      four_bits: the values of 2:4 kernels as int4.
+    """
+    two_of_four = 'packed24_int4' if four_bits else 'packed24'
+    patterns = {tower: parse_pattern(config.prune.pattern[tower]) for tower in towers(config)}
+    return [
+        (f'{tower}/.*', two_of_four if (pattern.n, pattern.m) == (2, 4) else 'bitmask')
+        for tower, pattern in patterns.items()
+        if not pattern.dense
+    ]
+
+
+def base_formats(config: Any) -> str | list[tuple[str, str]] | None:
+    """What `restore.reduce_base` makes of pruned kernels; None: they stay dense arrays."""
+    base = config.restore.base
+    if base == 'dense':
+        return None
+    return base if base in FOUR_BITS else pack_formats(config, four_bits=base == 'packed_int4')
+
+
 def lora_rules(config: Any) -> list[tuple[str, LoraSpec | None]]:
     """(regex, LoraSpec) of each tower's blocks; everything else is left alone."""
     lora = config.lora
@@ -195,7 +224,7 @@ def check_allocation(config: Any, params: dict) -> None:
         return
     uniform = pruning.uniform_zeros(params, prune_rules(config), method=prune_methods(config))
     sizes = pruning.kernel_sizes(params, uniform)
-    if prune.allocation.startswith('ecoflap'):
+    if prune.allocation != 'owl':
         try:
             pruning.check_bound(uniform, sizes, prune.highest)
         except PatternError as error:

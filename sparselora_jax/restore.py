@@ -6,7 +6,7 @@ argument. Only what is trained is ever differentiated, so base and masks are bit
 What is trained is LoRA, or, for comparison, the pruned kernels themselves (masked full fine-tuning).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array
 
 from sparselora_jax.losses import distillation_loss, token_weights
+from sparselora_jax.packing import FOUR_BITS, pack, pack_masks, quantise_masked, reduced, unpack
 from sparselora_jax.rules import flatten, unflatten
 from sparselora_jax.train import State, make_step
 from sparselora_jax.weights import bind, merge, with_kernels
@@ -23,7 +24,12 @@ TRAINED = ('lora', 'weights')
 
 
 class Frozen(NamedTuple):
-    """What a step only reads. `teacher` is a params tree of its own, or None: the unmasked `params` (shared)."""
+    """What a step only reads.
+
+    Attributes:
+      params: kernels may be packed, which bring their masks, or quantised.
+      teacher: a params tree of its own, or None: the unmasked `params` (shared).
+    """
 
     params: dict
     masks: dict | None
@@ -39,14 +45,32 @@ def pruned_kernels(params: dict, masks: dict, *, dtype: jax.typing.DTypeLike = j
     return unflatten({path: jnp.where(mask, flat[path], 0).astype(dtype) for path, mask in flatten(masks).items()})
 
 
-def merge_trained(frozen: Frozen, trained: dict, kind: str) -> dict:
-    """The restored model as plain arrays with exact zeros, in the dtypes of its params.
+def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen:
+    """The same in fewer bytes: kernels that have a mask packed, or in four bits beside a mask of one bit.
+
+    Args:
+      base: `int4` or `nf4` (see `packing.quantise_masked`), or formats of `packing.pack`.
+
+    Raises:
+      PackingError: see `packing.pack`.
+    """
+    if base in FOUR_BITS:
+        params = quantise_masked(frozen.params, frozen.masks, base)
+        return Frozen(params, pack_masks(frozen.masks), frozen.teacher)
+    return Frozen(pack(frozen.params, frozen.masks, base), None, frozen.teacher)
+
+
+def merge_trained(frozen: Frozen, trained: dict, kind: str, *, dtype: jax.typing.DTypeLike | None = None) -> dict:
+    """The restored model as plain arrays with exact zeros.
+
+    A quantised base is dequantised, and what was trained is added in float32: the merge in high precision.
 
     Args:
       kind: what `trained` is, one of `TRAINED`.
+      dtype: of the merged kernels; each kernel's own by default (of four bits: that of their scales).
     """
     if kind == 'lora':
-        return merge(frozen.params, frozen.masks, trained)
+        return unpack(merge(frozen.params, frozen.masks, trained, dtype=dtype), dtype)
     flat = flatten(frozen.params)
     kernels = {path: kernel.astype(flat[path].dtype) for path, kernel in flatten(trained).items()}
     return merge(with_kernels(frozen.params, unflatten(kernels)), frozen.masks)
@@ -91,8 +115,12 @@ def make_train_step(
         reads those of `frozen`.
 
     Returns:
-      The step. `batch` holds `targets` and `answer` besides what `forward` reads; metrics are `loss`, `ce`,
-      `grad_norm`, and `kl` where there is a teacher.
+      The step. `batch` holds `targets` and `answer` besides what `forward` reads; and, if the teacher is not to be run,
+      `teacher`, what `losses.top_k` has kept of its logits. Metrics are `loss`, `ce`, `grad_norm`, and `kl` where there
+      is a teacher.
+
+    Raises:
+      ValueError: when it is traced: a teacher that would have to be the params, but those are packed.
     """
 
     def prepare(batch):
@@ -105,9 +133,21 @@ def make_train_step(
 
     def loss(tree, frozen, batch):
         student = forward(student_weights(tree, frozen), batch)
-        teacher = None
-        if kd:
-            teacher = forward(frozen.params if frozen.teacher is None else frozen.teacher, batch)
+        teacher = batch.get('teacher') if kd else None
+        if kd and teacher is None:
+            teacher = forward(_teacher_weights(frozen), batch)
         return distillation_loss(student, teacher, batch['targets'], batch['weights'], kd=kd, temperature=temperature)
 
     return make_step(loss, tx, accumulate=accumulate, prepare=prepare)
+
+
+def _teacher_weights(frozen: Frozen) -> dict:
+    if frozen.teacher is not None:
+        return frozen.teacher
+    changed = [path for path, leaf in flatten(frozen.params).items() if reduced(leaf)]
+    if changed:
+        raise ValueError(
+            f'{changed[0]} is packed or quantised, so the params are no dense teacher: '
+            "give Frozen.teacher, or batch['teacher'], or kd=0"
+        )
+    return frozen.params

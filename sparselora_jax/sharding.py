@@ -13,6 +13,7 @@ from sparselora_jax.errors import SparseloraError
 from sparselora_jax.weights import Lora
 
 AXES = ('data', 'fsdp', 'tensor')
+BATCH = PartitionSpec(('data', 'fsdp'))  # of a batch's leading axis
 
 # Kernels are [layers, in, out], a head's [in, out]. Attention's and the MLP's first kernels split their outputs, the
 # second their inputs.
@@ -57,7 +58,9 @@ def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ..
 
 
 def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> dict:
-    """A NamedSharding for every array of params, masks or lora; the factors of a `Lora` follow their kernel.
+    """A NamedSharding for every array of params, masks or lora.
+
+    The factors of a `Lora` follow their kernel; so do the arrays of a packed one, each as far as its own axes divide.
 
     Raises:
       RuleError: a path that no rule matches.
@@ -70,7 +73,7 @@ def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, 
             layers, inputs, outputs = [*spec, None, None, None][:3]
             a, b = PartitionSpec(layers, inputs, None), PartitionSpec(layers, None, outputs)
             return Lora(fitting(mesh, a, leaf.a.shape), fitting(mesh, b, leaf.b.shape), leaf.scale)
-        return fitting(mesh, spec, leaf.shape)
+        return jax.tree.map(lambda array: fitting(mesh, spec, array.shape), leaf)
 
     return rules_lib.unflatten({path: of(path, leaf) for path, leaf in flat.items()})
 
@@ -82,4 +85,4 @@ def shard(tree: dict, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = R
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Splits the leading axis of every array over data and fsdp together."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(('data', 'fsdp'))))
+    return jax.device_put(batch, NamedSharding(mesh, BATCH))

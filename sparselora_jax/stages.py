@@ -15,25 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparselora_jax import packing, pruning, storage
+from sparselora_jax import packing, pruning, storage, teacher
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.data import text_format
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.evaluation.density import block_count, layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.evaluation.perplexity import perplexity
-from sparselora_jax.job import KERNELS, MASKS, Job
+from sparselora_jax.job import KERNELS, MASKS, TEACHER, Job
 from sparselora_jax.losses import answer_loss
 from sparselora_jax.models import embedded, hf_configs, hf_export, hf_packed, on_disk, peft_adapter
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.progress import Progress
 from sparselora_jax.pruning.allocate import total
-from sparselora_jax.recipe import lora_rules, prune_methods, prune_rules
+from sparselora_jax.recipe import ConfigError, lora_rules, pack_formats, prune_methods, prune_rules
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
 from sparselora_jax.rules import flatten
-from sparselora_jax.sparsity import check_masks, check_sparse, parse_pattern
+from sparselora_jax.sparsity import check_masks, check_sparse
 from sparselora_jax.storage import StorageError
 from sparselora_jax.train import fit, init_state
-from sparselora_jax.weights import init_lora, merge
+from sparselora_jax.weights import Adapted, init_lora, merge
 
 TEXT = Path(__file__).parents[1] / 'assets' / 'heldout.txt'
 
@@ -56,7 +56,7 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
     if 'pruned' in models:
         evaluate(job, 'pruned', lambda: pruned_params(job))
     if 'restored' in models:
-        restore(job, 'restore', lambda: job.frozen)
+        restore(job, 'restore', lambda: job.base)
         evaluate(job, 'restored', job.merged)
     if 'control' in models:
         restore(job, 'control', lambda: Frozen(job.params, None))
@@ -65,7 +65,7 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
 
 def pruned_params(job: Job) -> dict:
     """The pruned model as plain arrays with zeros in place."""
-    return merge(job.frozen.params, job.frozen.masks)
+    return merge(job.frozen.params, job.masks)
 
 
 def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
@@ -132,7 +132,7 @@ def allocate(job: Job) -> dict[str, np.ndarray] | None:
             return answer_loss(model.answer_logits(w, batch, run), batch['targets'], batch['answer'])
 
         if knobs.allocation == 'global_magnitude':
-            found = pruning.global_magnitude_zeros(params, uniform)
+            found = pruning.global_magnitude_zeros(params, uniform, highest=knobs.highest)
         elif knobs.allocation == 'owl':
             shares = pruning.outlier_shares(
                 model.hidden, params, _calibration(job), paths, threshold=knobs.outlier, chunk=knobs.chunk
@@ -201,8 +201,23 @@ def prune(job: Job) -> dict:
     return job.stage('prune', compute)
 
 
+def keep_teacher(job: Job) -> dict:
+    """The dense model's likeliest tokens on every batch of restoration, in `teacher/`."""
+
+    def compute():
+        model, knobs = job.model, job.config.restore
+        batches, progress = job.batches(knobs.batch, job.config.seed), Progress('teacher', knobs.steps)
+        kept = {'steps': knobs.steps, 'k': knobs.top_k, 'temperature': knobs.temperature, 'progress': progress}
+        return {'bytes': teacher.keep(job.workdir / TEACHER, model.answer_logits, job.params, batches, **kept)}
+
+    return job.stage('teacher', compute)
+
+
 def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
     """Trains LoRA under the masks, or the pruned kernels themselves; writes `<name>.safetensors`."""
+    taught = bool(job.config.restore.kd) and not job.teacher_runs
+    if taught:
+        keep_teacher(job)
 
     def compute():
         model, knobs, base = job.model, job.config.restore, frozen()
@@ -226,7 +241,8 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
             last[0] = now
             progress(index, f'loss {metrics["loss"]:.4f}')
 
-        batches, state = job.batches(knobs.batch, job.config.seed), init_state(job.shard(first), tx)
+        batches = job.batches(knobs.batch, job.config.seed, taught=taught)
+        state = init_state(job.shard(first), tx)
         last[0] = time.monotonic()
         every = knobs.checkpoint_every
         state = fit(step, state, base, batches, steps=knobs.steps, checkpoints=checkpoints, every=every, log=note)
@@ -248,8 +264,9 @@ def export(job: Job) -> dict:
             embedded.save(folder, model, merged, texts=texts)
         else:
             hf_export.export_model(folder, model, merged, texts=texts)
-        if job.config.restore.trained == 'lora':
-            # The weights that it was trained on: in a directory of their own only where they were pruned from disk.
+        if job.config.restore.trained == 'lora' and job.config.restore.base in ('dense', 'packed'):
+            # The weights that it was trained on, unless they were rounded: in a directory of their own only where they
+            # were pruned from disk.
             base = str(job.workdir / 'pruned') if job.config.stream else None
             peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'), base=base)
         hf_export.check_export(folder, model, merged)
@@ -265,45 +282,57 @@ def export(job: Job) -> dict:
     return job.stage('export', compute)
 
 
-def export_packed(job: Job, *, four_bits: bool = False) -> dict:
-    """Writes `packed/`: the merged model without its zeros, 2:4 towers as `packed24`, others as `bitmask`; reads back.
+PACKED = ('packed', 'packed_int4', 'packed_lora')
+
+
+def export_packed(job: Job, kind: str = 'packed') -> dict:
+    """Writes a folder of this name: the restored model without its zeros; reads back.
 
     Args:
-      four_bits: round the values of 2:4 kernels to int4 (`packed24_int4`).
+      kind: `packed`: merged, 2:4 towers as `packed24`, others as `bitmask`; `packed_int4`: merged in high precision,
+        then the values of 2:4 kernels rounded to four bits again; `packed_lora`: pruned kernels as restoration held
+        them (`restore.base`), with LoRA beside them, under their masks.
+
+    Raises:
+      ConfigError: `packed_lora` of a base that is not packed.
     """
+    if kind == 'packed_lora' and not job.config.restore.base.startswith('packed'):
+        raise ConfigError(
+            f'--format=packed_lora keeps what LoRA was trained on, and restore.base is {job.config.restore.base!r}: '
+            'expected packed or packed_int4'
+        )
 
     def compute():
-        model, merged, folder = job.model, job.merged(), job.workdir / name
-        two_of_four = 'packed24_int4' if four_bits else 'packed24'
-        patterns = {tower: parse_pattern(pattern) for tower, pattern in job.config.prune.pattern.items()}
-        formats = [
-            (f'{tower}/.*', two_of_four if (pattern.n, pattern.m) == (2, 4) else 'bitmask')
-            for tower, pattern in patterns.items()
-            if not pattern.dense
-        ]
-        packed = packing.pack(merged, job.frozen.masks, formats)
+        model, merged, folder = job.model, job.merged(), job.workdir / kind
+        if kind == 'packed_lora':
+            packed = hf_packed.keep_factors(job.base.params, job.trained('restore'))
+        else:
+            formats = pack_formats(job.config, four_bits=kind == 'packed_int4')
+            packed = packing.pack(merged, job.masks, formats)
         texts = {text_format.FILE: text_format.dump(job.text)}
         own = {} if model.source else {'hf_config': hf_configs.blip2_config(model.cfg, model.generation)}
         own |= {} if model.source else {'processor': job.processor.hf}
         hf_packed.export_packed(folder, model, packed, texts=texts, **own)
         _, read = hf_packed.load_packed(folder, model)
         kernels, before = flatten(read), flatten(merged)
-        errors = {path: _relative_error(kernels[path], before[path]) for path in flatten(job.frozen.masks)}
-        if not four_bits and any(errors.values()):
+        errors = {path: _relative_error(kernels[path], before[path]) for path in flatten(job.masks)}
+        if kind != 'packed_int4' and any(errors.values()):
             raise StorageError(f'{folder}: what was read back is not what was written; export it again')
         dense = sum(before[path].nbytes for path in errors)
+        held = sum(leaf.nbytes for path in errors for leaf in jax.tree.leaves(kernels[path]))
         return {
             'bytes': _size(folder),
-            'bytes_of_dense_kernels': sum(kernels[path].nbytes for path in errors) / dense,
+            'bytes_of_dense_kernels': held / dense,
             'largest_relative_error': max(errors.values()),
         }
 
-    name = 'packed_int4' if four_bits else 'packed'
-    return job.stage(name, compute)
+    return job.stage(kind, compute)
 
 
 def _relative_error(packed: Any, kernel: Array) -> float:
-    """Of a kernel that was packed, in the Frobenius norm."""
+    """Of what is read in a kernel's place, in the Frobenius norm."""
+    if isinstance(packed, Adapted):
+        packed = merge({'kernel': packed.kernel}, None, {'kernel': packed.lora}, dtype=kernel.dtype)['kernel']
     error = jnp.linalg.norm(packing.dense_kernel(packed, jnp.float32) - kernel.astype(jnp.float32))
     return float(error / jnp.linalg.norm(kernel.astype(jnp.float32)))
 

@@ -16,7 +16,7 @@ from safetensors.flax import save_file
 from sparselora_jax import rules
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.packing import PackedMask, kept, parts
-from sparselora_jax.weights import Lora
+from sparselora_jax.weights import Adapted, Lora
 
 DTYPES = {  # names of safetensors, https://huggingface.co/docs/safetensors, "Format"
     'F64': np.dtype(np.float64),
@@ -52,17 +52,26 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     """Writes params (packed or not), masks or lora; the file appears whole or not at all.
 
     Args:
+      tree: an `Adapted` kernel must be a packed one, whose mask it has.
       metadata: strings kept in the header, e.g. the config that made the tree.
+
+    Raises:
+      StorageError: a leaf that is none of these.
     """
     arrays, scales, packed = {}, {}, {}
     for name, leaf in rules.flatten(tree).items():
+        if isinstance(leaf, Adapted) and kept(leaf.kernel) and leaf.gradient == 'exact':
+            arrays[f'{name}/a'], arrays[f'{name}/b'], scales[name] = leaf.lora.a, leaf.lora.b, leaf.lora.scale
+            leaf = leaf.kernel
         if isinstance(leaf, Lora):
             arrays[f'{name}/a'], arrays[f'{name}/b'], scales[name] = leaf.a, leaf.b, leaf.scale
         elif kept(leaf) or isinstance(leaf, PackedMask):
             of_leaf, packed[name] = parts.take_apart(leaf)
             arrays |= {f'{name}/{part}': array for part, array in of_leaf.items()}
-        else:
+        elif hasattr(leaf, '__array__'):
             arrays[name] = leaf
+        else:
+            raise StorageError(f'{path}: {name} is a {type(leaf).__name__}, which safetensors files here do not hold')
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     header = (metadata or {}) | ({'lora_scales': json.dumps(scales)} if scales else {})
@@ -161,7 +170,8 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
     for name, said in json.loads(metadata.pop('packed', '{}')).items():
         of_leaf = {part: flat.pop(f'{name}/{part}') for part in parts.NAMES if f'{name}/{part}' in flat}
-        flat[name] = parts.put_together(f'{path}: {name}', said, of_leaf)
+        kernel, factors = parts.put_together(f'{path}: {name}', said, of_leaf), flat.get(name)
+        flat[name] = kernel if factors is None else Adapted(kernel, None, factors)
     return rules.unflatten(flat), metadata
 
 

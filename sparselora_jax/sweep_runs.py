@@ -11,7 +11,7 @@ from typing import Any
 
 from sparselora_jax import flops, inspection, memory, stages
 from sparselora_jax.errors import SparseloraError
-from sparselora_jax.job import Job
+from sparselora_jax.job import TEACHER, Job
 from sparselora_jax.train import Interrupted
 
 LAST = 'measured'  # the stage that ends a run
@@ -89,8 +89,7 @@ def measure(job: Job, models: tuple[str, ...]) -> dict:
             kept = {path: layers for tower in found['layer_density'].values() for path, layers in tower.items()}
         if trained:
             found['trained_parameters'] = inspection.count(job.trained(trained))
-            masks = {} if trained == 'control' else made.masks
-            found['step_flops'] = flops.train_step(cfg, job.config, made.params, masks, made.lora)
+            found['step_flops'] = flops.train_step(made._replace(masks={}) if trained == 'control' else made)
         dense, sparse = flops.answer(cfg, job.config.text, made.params, kept)
         return found | {'answer_flops': dense, 'answer_flops_sparse': sparse}
 
@@ -145,4 +144,5 @@ def remove_weights(folder: Path) -> None:
     """Masks, factors and checkpoints of a finished run: what it showed is in its json files."""
     for file in folder.glob('*.safetensors'):
         file.unlink()
-    shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+    for name in ('checkpoints', TEACHER):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -13,8 +13,13 @@ from sparselora_jax.models.model import Generation, Model
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or of their shapes."""
-    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of a tree of arrays or of their shapes; two numbers of four bits are one, as devices hold them."""
+
+    def of(leaf):
+        dtype = jnp.dtype(leaf.dtype)
+        return math.prod(leaf.shape) * dtype.itemsize // (2 if dtype in (jnp.int4, jnp.uint4) else 1)
+
+    return sum(map(of, jax.tree.leaves(tree)))
 
 
 class Stack(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+from qwix import QArray
 
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.packing import Bitmask, Packed24, PackedMask, dense_kernel, dense_mask
@@ -40,7 +41,7 @@ class Lora:
 class Masked:
     """A pruned kernel: reads as `where(mask, kernel, 0)`."""
 
-    kernel: Any  # [*layers, in, out]
+    kernel: Any  # [*layers, in, out], an array or in four bits
     mask: Any  # bool, the same shape, or a PackedMask
 
 
@@ -53,14 +54,19 @@ class Adapted:
     ordinary LoRA, `where(mask, W, 0) + s*A*B`, whose merge is dense; kept for comparison.
     """
 
-    kernel: Any  # [*layers, in, out]; a packed one brings its mask
+    kernel: Any  # [*layers, in, out], an array or in four bits; a packed one brings its mask
     mask: Any  # bool, the same shape, or a PackedMask, or None
     lora: Any  # Lora
     gradient: str = field(default='exact', metadata={'static': True})
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel."""
+        return self.kernel.shape
+
 
 def effective_weight(
-    kernel: Float[Array, '*layers inputs outputs'] | Packed24 | Bitmask,
+    kernel: Float[Array, '*layers inputs outputs'] | Packed24 | Bitmask | QArray,
     mask: Bool[Array, '*layers inputs outputs'] | PackedMask | None = None,
     lora: Lora | None = None,
     *,

@@ -120,11 +120,12 @@ def test_a_recipes_step_costs_what_it_trains(made):
     def step(**fields):
         config = made.config.copy_and_resolve_references()
         config.restore.update(fields)
-        return flops.train_step(made.cfg, config, made.params, made.masks, made.lora)
+        return flops.train_step(memory.recipe(made.cfg, config))
 
     assert step(kd=0.0) < step() < 1.5 * step(kd=0.0)
     assert step(batch=8) < 2 * step()
-    control = flops.train_step(made.cfg, made.config, made.params, {}, made.lora)
+    assert step(teacher='top_k') == step(kd=0.0)  # it has run before
+    control = flops.train_step(made._replace(masks={}))
     assert control == step(gradient='straight_through')  # without a mask both gradients are the same
     weights = step(trained='weights')
     assert step(trained='weights', batch=8) == 2 * weights

@@ -80,3 +80,29 @@ def test_a_kernel_that_would_keep_nothing_is_named():
     uniform = pruning.uniform_zeros(params, [('.*', 0.5)], method=METHOD)
     with pytest.raises(PatternError, match='a/kernel, layer 0: all 16 weights would be pruned'):
         pruning.global_magnitude_zeros(params, uniform)
+
+
+@pytest.mark.parametrize('kind', ['distinct', 'tied'])
+@pytest.mark.parametrize('highest', [0.75, 0.8, 0.9])
+def test_no_layer_exceeds_the_bound_and_the_rest_is_one_threshold(kind, highest):
+    """Numpy: weights by size, one after the other, each pruned unless its layer has all that it may have."""
+    flat = draw(kind, 'float32')
+    params, of_all = rules.unflatten(flat), [('.*', 0.7)]
+    uniform = pruning.uniform_zeros(params, of_all, method=METHOD)
+    got = pruning.global_magnitude_zeros(params, uniform, highest=highest)
+    layers = [layer for leaf in flat.values() for layer in (leaf if leaf.ndim == 3 else [leaf])]
+    every = sorted((abs(float(w)), layer) for layer, leaf in enumerate(layers) for w in np.asarray(leaf).reshape(-1))
+    left, want = [int(highest * leaf.size + 1e-6) for leaf in layers], [0] * len(layers)
+    for _, layer in every:
+        if sum(want) < total(uniform) and want[layer] < left[layer]:
+            want[layer] += 1
+    assert np.concatenate([of_layers.reshape(-1) for of_layers in got.values()]).tolist() == want
+    unbounded = pruning.global_magnitude_zeros(params, uniform)
+    assert highest > 0.8 or any(not np.array_equal(got[path], unbounded[path]) for path in got)
+
+
+def test_a_budget_that_does_not_fit_under_the_bound_is_named():
+    params = rules.unflatten(draw('distinct', 'float32'))
+    uniform = pruning.uniform_zeros(params, [('.*', 0.7)], method=METHOD)
+    with pytest.raises(PatternError, match='a highest sparsity of 0.6 allows'):
+        pruning.global_magnitude_zeros(params, uniform, highest=0.6)

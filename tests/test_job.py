@@ -96,9 +96,9 @@ def test_every_stage_leaves_its_file(wanda):
 @pytest.mark.parametrize('four_bits', [False, True])
 def test_a_packed_export_is_the_restored_model(wanda, four_bits, tmp_path):
     workdir = shutil.copytree(wanda, tmp_path / 'copy')
-    job = Job(tiny_config(), workdir)
-    got = stages.export_packed(job, four_bits=four_bits)
-    folder = workdir / ('packed_int4' if four_bits else 'packed')
+    job, kind = Job(tiny_config(), workdir), 'packed_int4' if four_bits else 'packed'
+    got = stages.export_packed(job, kind)
+    folder = workdir / kind
     assert got['bytes'] == (folder / 'packed.safetensors').stat().st_size < read(wanda, 'export')['bytes']['exported']
     read_back, restored = sl.unpack(sl.load_model(folder)[1]), job.merged()
     if four_bits:
@@ -204,6 +204,57 @@ def test_sparsegpt_edits_kept_weights_and_learns_from_the_dense_teacher(sparsegp
         'qformer': (1.0, 0),
         'language': (0.5, 0),
     }
+
+
+def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(world, tmp_path):
+    """QSparseLoRA: the base packed in int4, the teacher's likeliest tokens on disk; both merges."""
+    fields = {'restore.base': 'packed_int4', 'restore.teacher': 'top_k', 'restore.top_k': 5}
+    workdir = run(tmp_path, **fields)
+    job = Job(tiny_config(**fields), workdir)
+    assert read(workdir, 'teacher')['bytes'] == sum(file.stat().st_size for file in (workdir / 'teacher').iterdir())
+    assert len(list((workdir / 'teacher').iterdir())) == 3
+    assert all(0 < record['kl'] for record in map(json.loads, (workdir / 'log.jsonl').open()) if 'kl' in record)
+    held = rules.flatten(job.base.params)
+    assert all(
+        isinstance(held[path], sl.Packed24) and held[path].scale is not None for path in rules.flatten(job.masks)
+    )
+    merged = job.merged()
+    sl.check_sparse(merged, job.masks)
+    _, exported = sl.load_model(workdir / 'exported')
+    jax.tree.map(np.testing.assert_array_equal, exported, merged)
+    assert not (workdir / 'adapter').exists()  # it would be beside weights that it was not trained on
+
+    again, beside = stages.export_packed(job, 'packed_int4'), stages.export_packed(job, 'packed_lora')
+    assert 0 < again['largest_relative_error'] < 0.15 and beside['largest_relative_error'] == 0
+    assert again['bytes_of_dense_kernels'] < 0.2 and beside['bytes'] < read(workdir, 'export')['bytes']['exported']
+    model, bound = sl.load_model(workdir / 'packed_lora')
+    batch = job.batches(4, 0)[0]
+    got, want = (model.answer_logits(weights, batch) for weights in (bound, merged))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'fields, said',
+    [
+        ({'restore.base': 'int3'}, "restore.base 'int3': expected one of dense, packed, packed_int4, int4, nf4"),
+        ({'restore.teacher': 'topk'}, "restore.teacher 'topk': expected one of model, top_k"),
+        ({'restore.top_k': 0}, 'restore.top_k 0: expected 1 or more'),
+        ({'restore.base': 'nf4', 'restore.trained': 'weights'}, "restore.base 'nf4' is frozen under LoRA"),
+    ],
+)
+def test_a_base_or_a_teacher_that_cannot_be_is_named(tmp_path, fields, said):
+    with pytest.raises(ConfigError, match=said):
+        Job(tiny_config(**fields), tmp_path)
+
+
+def test_more_tokens_than_the_vocabulary_has_are_refused_before_any_work(world, tmp_path):
+    with pytest.raises(ConfigError, match='restore.top_k 49152: expected fewer than the vocabulary, 49152'):
+        Job(tiny_config(**{'restore.teacher': 'top_k', 'restore.top_k': 49152}), tmp_path / 'run').check()
+
+
+def test_factors_are_kept_beside_a_packed_base_alone(wanda):
+    with pytest.raises(ConfigError, match="restore.base is 'dense': expected packed or packed_int4"):
+        stages.export_packed(Job(tiny_config(), wanda), 'packed_lora')
 
 
 ALLOCATED = {

@@ -67,3 +67,52 @@ def test_huge_logits_stay_finite():
 def test_an_unknown_reduction_is_named():
     with pytest.raises(ValueError, match="kl_reduction 'mean': expected one of token, sequence"):
         losses.token_weights(jnp.ones((1, 1), bool), kl_reduction='mean')
+
+
+@pytest.mark.parametrize('k', [1, 3, 6])
+def test_top_k_kl_equals_numpy_and_never_exceeds_that_of_the_vocabulary(k):
+    student, teacher, _, _ = data()
+
+    def softmax(x):
+        return np.exp(x.astype(np.float64)) / np.sum(np.exp(x.astype(np.float64)), axis=-1, keepdims=True)
+
+    p, q = softmax(teacher / 2), softmax(student / 2)
+    order = np.argsort(-teacher, axis=-1)
+
+    def outcomes(x):
+        x = np.take_along_axis(x, order, axis=-1)
+        return np.concatenate([x[..., :k], x[..., k:].sum(axis=-1, keepdims=True)], axis=-1)
+
+    want = np.sum(outcomes(p) * np.log(outcomes(p) / outcomes(q)), axis=-1)
+    kept = losses.top_k(jnp.asarray(teacher), k)
+    got = losses.top_k_kl(jnp.asarray(student), kept)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    whole = np.sum(p * np.log(p / q), axis=-1)
+    assert np.all(want <= whole + 1e-12)
+    if k == 6:  # the others are one token
+        np.testing.assert_allclose(got, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_with_all_but_one_token_is_that_with_the_logits_and_so_is_its_gradient():
+    student, teacher, targets, answer = map(jnp.asarray, data())
+    weights, kept = losses.token_weights(answer), losses.top_k(teacher, 6)
+
+    def loss(student, teacher):
+        return losses.distillation_loss(student, teacher, targets, weights, kd=0.4)[0]
+
+    got, want = (jax.value_and_grad(loss)(student, of) for of in (kept, teacher))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+
+
+def test_huge_logits_stay_finite_with_few_tokens():
+    student, teacher, targets, answer = map(jnp.asarray, data())
+    weights = losses.token_weights(answer)
+    kept = losses.top_k(1e4 * teacher, 2)
+    loss, grad = jax.value_and_grad(lambda s: losses.distillation_loss(s, kept, targets, weights)[0])(1e4 * student)
+    assert jnp.isfinite(loss) and jnp.isfinite(grad).all()
+
+
+def test_as_many_tokens_as_the_vocabulary_has_are_refused():
+    for k in (0, 7):
+        with pytest.raises(ValueError, match=f'k {k}: expected 1 to 6'):
+            losses.top_k(jnp.ones((1, 1, 7)), k)

@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import blip2_both
-from sparselora_jax import calibrate, memory, rules, sharding, tracing
+from sparselora_jax import calibrate, memory, programs, rules, sharding, tracing
 from sparselora_jax.models import blip2, llama, qformer, t5, vit
-from sparselora_jax.models.model import Generation, Model
-from sparselora_jax.models.runners import remat_blocks, scan_blocks
-from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
-from sparselora_jax.train import init_state
+from sparselora_jax.restore import paper_optimizer
 
 VISION = vit.ViTConfig(image_size=28, patch_size=7, width=64, depth=2, heads=4, mlp_width=128)
 QFORMER = qformer.QFormerConfig(queries=8, width=64, pairs=1, heads=4, mlp_width=128, image_width=64)
@@ -61,13 +58,8 @@ def test_a_step_is_estimated_close_to_the_compilers_count(optimised, config, rem
     """In float32: on a CPU XLA computes bfloat16 in float32, and takes twice the temporary memory."""
     config.restore.remat, config.restore.trained = remat, trained
     made = memory.recipe(CFG, config)
-    stage, model = memory.restore(made), Model(CFG, Generation(eos=(2,), pad=2))
-    batch, tx = tracing.batch_of(CFG, config.text, config.restore.batch), paper_optimizer(10)
-    run = remat_blocks if remat else scan_blocks
-    step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, trained=trained)
-    kernels = jax.eval_shape(pruned_kernels, made.params, made.masks)
-    state = jax.eval_shape(lambda tree: init_state(tree, tx), made.lora if trained == 'lora' else kernels)
-    found = step.lower(state, Frozen(made.params, made.masks), batch).compile().memory_analysis()
+    stage, (step, (state, frozen, batch)) = memory.restore(made), programs.restore_step(made)
+    found = step.lower(state, frozen, batch).compile().memory_analysis()
     resident = sum(
         size for name, size in stage.held.items() if name.startswith(('params', 'masks', 'LoRA', 'trained', 'Adam'))
     )
@@ -135,3 +127,18 @@ def test_more_of_a_knob_takes_what_it_should(config):
     assert total(memory.restore, **on_sparsegpt) == total(memory.restore)  # kept weights are as they came
     assert total(memory.prune, stream=True) < total(memory.prune) / 2
     assert total(memory.prune, prune__samples=16) > total(memory.prune)
+
+
+@pytest.mark.parametrize('base', ['packed', 'packed_int4', 'int4', 'nf4'])
+def test_a_base_in_fewer_bytes_is_counted_as_it_is_held(config, base):
+    config.dtype, config.restore.base, config.restore.teacher = 'bfloat16', base, 'top_k'
+    config.prune.pattern.vision = '0.6'
+    made = memory.recipe(CFG, config)
+    held, (params, masks) = memory.restore(made).held, memory.base(made)
+    assert held['params'] == tracing.nbytes(params) and not any(name.startswith('dense teacher') for name in held)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(made.masks))
+    assert held.get('masks (1 bit a weight)', 0) == (weights / 8 if masks else 0)
+    plain = tracing.nbytes(made.params)
+    assert held['params'] < plain
+    config.restore.teacher = 'model'
+    assert memory.restore(memory.recipe(CFG, config)).held[f'dense teacher (the base is {base})'] == plain

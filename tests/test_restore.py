@@ -178,6 +178,43 @@ def test_teacher_of_its_own_is_used():
     assert abs(float(metrics['kl'])) < 1e-6
 
 
+@pytest.mark.parametrize('base', ['packed24', 'bitmask', 'nf4'])
+def test_a_base_in_fewer_bytes_trains_as_the_kernels_that_it_holds(base):
+    params, masks, lora, batch = setup()
+    reduced = restore.reduce_base(restore.Frozen(params, masks), base)
+    held = restore.Frozen(sl.unpack(reduced.params, jnp.float32), masks, teacher=params)
+    tx, results = optax.sgd(1e-1), []
+    step = restore.make_train_step(forward, tx, kd=0.4)
+    for frozen in (held, reduced._replace(teacher=params)):
+        state = sl.init_state(jax.tree.map(jnp.copy, lora), tx)
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch)
+        results.append((state.trained, metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+
+
+def test_what_was_kept_of_a_teacher_stands_in_for_it():
+    """With all tokens but one it is the teacher; with two, the loss is another."""
+    params, masks, lora, batch = setup()
+    tx = optax.sgd(1e-1)
+    packed = restore.reduce_base(restore.Frozen(params, masks), 'packed24')
+    step, found = restore.make_train_step(forward, tx, kd=0.4), []
+    for frozen, k in ((restore.Frozen(params, masks), None), (packed, 12), (packed, 2)):
+        kept = {} if k is None else {'teacher': losses.top_k(forward(params, batch), k)}
+        found.append(step(sl.init_state(jax.tree.map(jnp.copy, lora), tx), frozen, batch | kept))
+    (whole, metrics), (same, _), (_, other) = found
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), whole.trained, same.trained)
+    assert other['kl'] < metrics['kl'] and other['ce'] == pytest.approx(float(metrics['ce']), rel=1e-5)
+
+
+def test_a_packed_base_is_no_dense_teacher():
+    params, masks, lora, batch = setup()
+    packed, tx = restore.reduce_base(restore.Frozen(params, masks), 'packed24'), optax.sgd(1e-1)
+    with pytest.raises(ValueError, match='blocks/.*/kernel is packed or quantised, so the params are no dense teacher'):
+        restore.make_train_step(forward, tx)(sl.init_state(lora, tx), packed, batch)
+    restore.make_train_step(forward, tx, kd=0.0)(sl.init_state(lora, tx), packed, batch)
+
+
 def test_paper_schedule():
     tx = restore.paper_optimizer(100, warmup=10)
     params = {'w': jnp.ones(3)}

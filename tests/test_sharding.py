@@ -48,6 +48,20 @@ def test_the_train_step_equals_one_device(axes):
         assert kernel.addressable_shards[0].data.size == kernel.size // (axes.get('fsdp', 1) * axes.get('tensor', 1))
 
 
+@pytest.mark.parametrize('base', ['packed24', 'int4'])
+def test_a_base_in_fewer_bytes_is_split_too(base):
+    params, masks, lora, batch = setup()
+    reduced, tx = restore.reduce_base(restore.Frozen(params, masks), base), optax.sgd(0.1)
+    step = restore.make_train_step(logits, tx, kd=0.0)
+    want, _ = step(sl.init_state(jax.tree.map(jnp.copy, lora), tx), reduced, batch)
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    frozen = restore.Frozen(*(None if tree is None else sharding.shard(tree, mesh) for tree in reduced))
+    got, _ = step(sl.init_state(sharding.shard(lora, mesh), tx), frozen, sharding.shard_batch(batch, mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.trained, want.trained)
+    arrays = jax.tree.leaves(frozen.params['language']['blocks']['mlp']['up']['kernel'])
+    assert arrays[0].addressable_shards[0].data.size == arrays[0].size // 4
+
+
 def test_the_pruner_equals_one_device():
     params, _, _, batch = setup()
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import sparselora_jax as sl
+from sparselora_jax import packing
 
 
 def test_each_tree_comes_back_bit_for_bit(tmp_path):
@@ -29,3 +30,22 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(sl.StorageError, match='w.safetensors: not a complete'):
         sl.load_safetensors(path)
+
+
+def test_a_packed_kernel_comes_back_with_its_factors(tmp_path):
+    kernel = jnp.where(jnp.arange(8)[:, None] % 4 < 2, jax.random.normal(jax.random.key(0), (8, 3)), 0)
+    factors = sl.Lora(jnp.ones((8, 2)), jnp.ones((2, 3)), 0.5)
+    tree = {'q': {'kernel': sl.Adapted(packing.pack24(kernel), None, factors)}, 'k': {'kernel': factors}}
+    sl.save_safetensors(tmp_path / 'w.safetensors', tree)
+    back, _ = sl.load_safetensors(tmp_path / 'w.safetensors')
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, back, tree))
+
+
+def test_what_no_file_holds_is_named(tmp_path):
+    for leaf in (
+        sl.Masked(jnp.ones((4, 4)), jnp.ones((4, 4), bool)),
+        packing.quantised.quantise(jnp.ones((4, 4)), 'nf4'),
+    ):
+        with pytest.raises(sl.StorageError, match=rf'q/kernel is a {type(leaf).__name__}, which safetensors'):
+            sl.save_safetensors(tmp_path / 'w.safetensors', {'q': {'kernel': leaf}})

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -310,6 +311,7 @@ def test_the_markdown_table_is_one_and_says_what_made_it(done):
     table.write(config, workdir)
     lines = (workdir / 'sweep.md').read_text().splitlines()
     assert lines[0] == '# A sweep' and 'budget `tiny`' in lines[2] and 'means of 3 seeds' in lines[2]
+    assert re.search(r'\d+ CPU cores, \d+ GiB; jax ', lines[2])
     cells = [line.split('|') for line in lines[4:]]
     assert len({len(row) for row in cells}) == 1 and len(cells) == 2 + 9
     assert '| 56.0% ± 2.5 |' in lines[4 + 2 + 5]

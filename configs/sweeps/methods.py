@@ -2,7 +2,8 @@
 
   python launch/sweep.py --config=configs/sweeps/methods.py --workdir=runs/methods
 
-Allocations have no N:M. Global magnitude compares weights of the whole model, so its pruner is magnitude; the other
+Allocations have no N:M. Global magnitude compares weights of the whole model, so its pruner is magnitude; without the
+bound of 90 % it prunes layers of the vision encoder, whose weights are the smaller ones, away whole. The other
 allocations go with Wanda, as their papers have it. Argument and budgets: `grid.py`.
 """
 
@@ -16,7 +17,8 @@ PRUNERS = {'random': 'random', 'magnitude': 'magnitude', 'Wanda': 'wanda', 'Spar
 WANDA = {'prune.method': 'wanda'}
 MATRIX = {'prune.group.vision': 'matrix', 'prune.group.language': 'matrix'}
 ALLOCATIONS = {
-    'global magnitude': {'prune.method': 'magnitude', 'prune.allocation': 'global_magnitude'} | MATRIX,
+    'global magnitude': {'prune.method': 'magnitude', 'prune.allocation': 'global_magnitude', 'prune.highest': 0.9}
+    | MATRIX,
     'OWL': WANDA | {'prune.allocation': 'owl'},
     'ECoFLaP, first order': WANDA | {'prune.allocation': 'ecoflap_first'},
     'ECoFLaP, zeroth order': WANDA | {'prune.allocation': 'ecoflap_zeroth'},

@@ -163,12 +163,13 @@ def _conditions(config: Any, table: list[Row]) -> str:
     recipe, seeds = sweep.runs(config)[0].config, config.budgets[config.budget].seeds
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in PACKAGES)
     interval = f'means of {seeds} seeds with 95 % intervals (t)' if seeds > 1 else 'one seed'
+    cores, memory = len(os.sched_getaffinity(0)), os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB
     return (
         f'Sweep `{config.name}`, budget `{config.budget}`: model {recipe.model}, data {recipe.data}, '
         f'{recipe.evaluate.questions} questions, {recipe.prune.samples} calibration samples, restoration in batches of '
         f'{recipe.restore.batch}; {interval}. FLOPs count matmuls; those of an answer are nominal: each pruned kernel '
         'at its density. Seconds hold what was compiled; memory is the peak of the process up to the end of that '
-        f'stage. {len(os.sched_getaffinity(0))} CPU cores; {versions}.'
+        f'stage. {cores} CPU cores, {memory:.0f} GiB; {versions}.'
     )
 
 

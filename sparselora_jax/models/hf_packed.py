@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 
 from sparselora_jax import packing, rules
 from sparselora_jax.models import hf_new
@@ -16,6 +16,7 @@ from sparselora_jax.models.hf_export import WEIGHTS, copy_beside, files_below, w
 from sparselora_jax.models.layout import HEAD, untied
 from sparselora_jax.models.model import Model
 from sparselora_jax.storage import check_shapes, load_safetensors, save_safetensors
+from sparselora_jax.weights import Adapted, merge
 
 FILE = 'packed.safetensors'
 
@@ -32,7 +33,7 @@ def export_packed(
     """Writes a directory that `load_model` reads.
 
     Args:
-      params: as `sl.pack` makes them.
+      params: as `sl.pack` makes them; or bound, packed kernels with their factors beside them (see `keep_factors`).
       hf_config, processor: of a model that was read from no directory; see `hf_new.write_new`.
       texts: more files to write, by name.
 
@@ -52,6 +53,18 @@ def export_packed(
     copy_beside(folder, source, others)
 
 
+def keep_factors(params: dict, lora: dict) -> dict:
+    """Packed kernels bound to their factors, under their masks, which nothing rounds again; other kernels merged.
+
+    Args:
+      params: as `sl.pack` makes them.
+    """
+    flat, factors = rules.flatten(params), rules.flatten(lora)
+    beside = {path: Adapted(flat[path], None, of) for path, of in factors.items() if packing.kept(flat[path])}
+    merged = merge(params, None, rules.unflatten({path: of for path, of in factors.items() if path not in beside}))
+    return rules.unflatten(rules.flatten(merged) | beside)
+
+
 def load_packed(folder: Path, model: Model, *, dtype: Any = None) -> tuple[Model, dict]:
     """Reads the file of a directory.
 
@@ -68,6 +81,5 @@ def load_packed(folder: Path, model: Model, *, dtype: Any = None) -> tuple[Model
         model = replace(model, cfg=untied(model.cfg))
     check_shapes(folder / FILE, tree, model.shapes())
     if dtype is not None:
-        dtype = jnp.dtype(dtype)
-        flat = {path: leaf if packing.kept(leaf) else leaf.astype(dtype) for path, leaf in flat.items()}
+        flat = {path: leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf for path, leaf in flat.items()}
     return model, rules.unflatten(flat)

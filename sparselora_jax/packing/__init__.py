@@ -1,7 +1,10 @@
-"""Sparse kernels without their zeros (docs/formats.md): `pack` and `unpack` whole trees."""
+"""Kernels in fewer bytes: sparse ones without their zeros (docs/formats.md), or dense ones in four bits."""
 
 from collections.abc import Sequence
 from typing import Any
+
+import jax.numpy as jnp
+import qwix
 
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.packing.bitmask import (
@@ -14,6 +17,7 @@ from sparselora_jax.packing.bitmask import (
 )
 from sparselora_jax.packing.errors import PackingError
 from sparselora_jax.packing.packed24 import Packed24, mask24, pack24, quantise24, unpack24
+from sparselora_jax.packing.quantised import FOUR_BITS, dequantise, quantise
 
 FORMATS = {
     'packed24': pack24,
@@ -23,6 +27,7 @@ FORMATS = {
 
 __all__ = [
     'FORMATS',
+    'FOUR_BITS',
     'Bitmask',
     'Packed24',
     'PackedMask',
@@ -35,6 +40,8 @@ __all__ = [
     'pack_bitmask',
     'pack_mask',
     'pack_masks',
+    'quantise_masked',
+    'reduced',
     'unpack',
     'unpack_bitmask',
     'unpack_mask',
@@ -72,13 +79,33 @@ def pack(params: dict, masks: dict, formats: str | Sequence[tuple[str, str]] = '
 
 
 def unpack(params: dict, dtype: Any = None) -> dict:
-    """Params with plain kernels in the places of packed ones.
+    """Params with plain kernels in the places of packed and quantised ones.
 
     Args:
-      dtype: of the kernels; what they were packed from by default (of int4 values: that of their scales).
+      dtype: of the kernels; what they were packed from by default (of four bits: that of their scales).
     """
     flat = rules_lib.flatten(params)
-    return rules_lib.unflatten({path: dense_kernel(leaf, dtype) if kept(leaf) else leaf for path, leaf in flat.items()})
+    plain = {path: dense_kernel(leaf, dtype) for path, leaf in flat.items() if reduced(leaf)}
+    return rules_lib.unflatten(flat | plain)
+
+
+def quantise_masked(params: dict, masks: dict, kind: str) -> dict:
+    """Params with every kernel that has a mask in four bits, its zeros in place, for any mask: 4 1/8 bits a weight.
+
+    Unlike packed kernels these do not bring their masks; `pack_masks` makes those small.
+
+    Args:
+      kind: `int4` or `nf4`, see `quantised.quantise`.
+
+    Raises:
+      PackingError: an unknown kind.
+    """
+    if kind not in FOUR_BITS:
+        raise PackingError(f'kind {kind!r}: expected one of {", ".join(FOUR_BITS)}')
+    flat = rules_lib.flatten(params)
+    for path, mask in rules_lib.flatten(masks).items():
+        flat[path] = quantise(jnp.where(mask, flat[path], jnp.zeros((), flat[path].dtype)), kind)
+    return rules_lib.unflatten(flat)
 
 
 def pack_masks(masks: dict) -> dict:
@@ -91,10 +118,17 @@ def kept(kernel: Any) -> bool:
     return isinstance(kernel, Packed24 | Bitmask)
 
 
+def reduced(kernel: Any) -> bool:
+    """Whether a kernel is packed or quantised: no array that could be used as it is."""
+    return kept(kernel) or isinstance(kernel, qwix.QArray)
+
+
 def dense_kernel(kernel: Any, dtype: Any = None) -> Any:
     """A kernel of any kind as an array."""
     if isinstance(kernel, Packed24):
         return unpack24(kernel, dtype)
+    if isinstance(kernel, qwix.QArray):
+        return dequantise(kernel).astype(dtype or kernel.dtype)
     if isinstance(kernel, Bitmask):
         kernel = unpack_bitmask(kernel)
     return kernel if dtype is None else kernel.astype(dtype)

@@ -65,10 +65,11 @@ def check_bound(zeros: dict[str, np.ndarray], sizes: dict[str, int], highest: fl
     Raises:
       PatternError: they do not, or `highest` does not lie in (0, 1].
     """
-    _most(sizes, {path: np.shape(of_layers) for path, of_layers in zeros.items()}, total(zeros), highest)
+    bounds(sizes, {path: np.shape(of_layers) for path, of_layers in zeros.items()}, total(zeros), highest)
 
 
-def _most(sizes: dict[str, int], shapes: dict[str, tuple], budget: int, highest: float) -> dict[str, np.ndarray]:
+def bounds(sizes: dict[str, int], shapes: dict[str, tuple], budget: int, highest: float) -> dict[str, np.ndarray]:
+    """The most zeros that each layer's kernel may have; raises as `check_bound` does."""
     if not 0 < highest <= 1:
         raise PatternError(f'highest sparsity {highest}: expected a share in (0, 1]')
     bound = Pattern(sparsity=highest)
@@ -129,7 +130,7 @@ def allocate(
         if odd.size:
             found = np.atleast_1d(of_layers)[odd[0]]
             raise PatternError(f'{path}, layer {odd[0]}: importance {found}: expected a finite number of 0 or more')
-    most = _most(sizes, {path: np.shape(of_layers) for path, of_layers in scores.items()}, budget, highest)
+    most = bounds(sizes, {path: np.shape(of_layers) for path, of_layers in scores.items()}, budget, highest)
     groups = {path: block_of(path) if granularity == 'block' else path for path in scores}
     summed, weights = (
         _sums(scores, groups),

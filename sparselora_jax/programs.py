@@ -1,0 +1,64 @@
+"""The programs of a recipe and the shapes of what they read: to count, trace or compile them without any weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sparselora_jax import memory, sharding
+from sparselora_jax.losses import TopK
+from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.models.runners import remat_blocks, scan_blocks
+from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
+from sparselora_jax.tracing import batch_of
+from sparselora_jax.train import State, init_state
+
+
+def restore_step(made: memory.Recipe) -> tuple[Any, tuple]:
+    """(the jitted step of restoration, the shapes of its arguments: state, frozen, batch)."""
+    cfg, config, knobs = made.cfg, made.config, made.config.restore
+    model, tx = Model(cfg, Generation(eos=(0,), pad=0, start=0)), paper_optimizer(knobs.steps)
+    run = remat_blocks if knobs.remat else scan_blocks
+    names = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
+    loss = {name: knobs[name] for name in names}
+    step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss)
+    trained = made.lora
+    if knobs.trained == 'weights':
+        trained = jax.eval_shape(pruned_kernels, made.params, made.masks)
+    state = jax.eval_shape(lambda tree: init_state(tree, tx), trained)
+    params, masks = memory.base(made)
+    frozen = Frozen(params, masks or None, made.params if memory.holds_teacher(made) else None)
+    batch = batch_of(cfg, config.text, knobs.batch)
+    if knobs.kd and knobs.teacher == 'top_k':
+        tokens = jax.ShapeDtypeStruct((*batch['targets'].shape, knobs.top_k), jnp.int32)
+        log_probs = jax.ShapeDtypeStruct((*batch['targets'].shape, knobs.top_k + 1), jnp.float32)
+        batch['teacher'] = TopK(tokens, log_probs)
+    return step, (state, frozen, batch)
+
+
+def placed(arguments: tuple, mesh: Mesh) -> tuple:
+    """The shapes of `restore_step`'s arguments, each with where it lies: trees by `sharding.RULES`, batches by row."""
+    state, frozen, batch = arguments
+
+    def by_rules(tree):
+        return jax.tree.map(_at, tree, sharding.shardings(tree, mesh))
+
+    def everywhere(tree, spec):
+        return jax.tree.map(lambda leaf: _at(leaf, NamedSharding(mesh, spec)), tree)
+
+    def as_trained(tree):  # the optimizer's moments
+        return jax.tree.structure(tree) == jax.tree.structure(state.trained)
+
+    optimizer = jax.tree.map(
+        lambda tree: by_rules(tree) if as_trained(tree) else everywhere(tree, PartitionSpec()),
+        state.optimizer,
+        is_leaf=as_trained,
+    )
+    state = State(by_rules(state.trained), optimizer, everywhere(state.step, PartitionSpec()))
+    frozen = Frozen(*(None if tree is None else by_rules(tree) for tree in frozen))
+    return state, frozen, everywhere(batch, sharding.BATCH)
+
+
+def _at(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -1,0 +1,122 @@
+"""Four-bit kernels against numpy, and what a base in fewer bytes is to everything that reads it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparselora_jax as sl
+from sparselora_jax import packing, restore, rules, tracing
+from sparselora_jax.packing import like, quantised
+
+# Appendix E of arXiv 2305.14314 (QLoRA).
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+BASES = ('int4', 'nf4', 'packed24', 'packed24_int4', 'bitmask')
+
+
+def kernel(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def numpy_levels(weights, kind):
+    """Every weight at its nearest level, in float64, with a scale for each tile of inputs."""
+    *layers, inputs, outputs = weights.shape
+    tile = np.gcd(inputs, 128)
+    tiles = weights.astype(np.float64).reshape(*layers, inputs // tile, tile, outputs)
+    top = np.abs(tiles).max(axis=-2, keepdims=True)
+    scale = np.where(top == 0, 1, top / (7.5 if kind == 'int4' else 1.0))
+    levels = np.arange(-8, 8) if kind == 'int4' else np.array(NF4)
+    nearest = np.abs((tiles / scale)[..., None] - levels).argmin(axis=-1)
+    return (levels[nearest] * scale).reshape(weights.shape)
+
+
+@pytest.mark.parametrize('kind', packing.FOUR_BITS)
+@pytest.mark.parametrize('shape', [(256, 6), (2, 96, 4)])
+def test_weights_are_at_their_nearest_levels(kind, shape):
+    weights = kernel(*shape)
+    weights[..., :8, 0] = 0
+    got = quantised.quantise(jnp.asarray(weights), kind)
+    assert got.shape == shape and got.scale.dtype == jnp.bfloat16
+    want = numpy_levels(weights, kind)
+    # The scale is rounded to bfloat16; weights half-way between two levels may go either way.
+    close = np.isclose(quantised.dequantise(got), want, rtol=2**-8, atol=1e-6)
+    assert close.mean() > 0.999
+    assert np.linalg.norm(quantised.dequantise(got) - weights) < 0.12 * np.linalg.norm(weights)
+
+
+@pytest.mark.parametrize('kind', packing.FOUR_BITS)
+def test_a_tile_of_zeros_is_zeros(kind):
+    weights = jnp.zeros((256, 2)).at[0, 0].set(1.0)
+    np.testing.assert_allclose(quantised.dequantise(quantised.quantise(weights, kind)), weights, atol=0.07)
+
+
+def tree(dtype=jnp.float32):
+    """(params, masks): two kernels that have a mask, one that has none, a bias."""
+    params = {
+        'a': {'kernel': kernel(3, 16, 12), 'bias': kernel(3, 12)},
+        'b': {'kernel': kernel(24, 8, seed=1)},
+        'c': {'kernel': kernel(8, 8, seed=2)},
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    _, masks = sl.prune_tree(params, None, [('[ab]/.*', '2:4'), ('.*', 'dense')], method=sl.Magnitude())
+    return params, masks
+
+
+@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_the_shapes_are_those_of_what_is_made(base, dtype):
+    params, masks = tree(dtype)
+    made = sl.reduce_base(sl.Frozen(params, masks), base)
+    expected = like.base_like(params, dict.fromkeys(rules.flatten(masks), 0.5), base)
+
+    def shapes(of):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), of)
+
+    assert shapes(made.params) == shapes(expected[0]) and shapes(made.masks or {}) == shapes(expected[1])
+    bits = tracing.nbytes([rules.flatten(made.params)[path] for path in rules.flatten(masks)]) * 8
+    weights = sum(mask.size for mask in rules.flatten(masks).values())
+    per_weight = {'int4': 5.4, 'nf4': 5.4, 'packed24_int4': 4.4}  # scales of few inputs weigh much
+    assert bits / weights <= per_weight.get(base, 8 * np.dtype(dtype).itemsize / 2 + 1)
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_merge_adds_to_what_the_base_holds_and_keeps_every_zero(base):
+    params, masks = tree()
+    lora = sl.init_lora(jax.random.key(0), params, [('.*', (2, 4))])
+    lora = jax.tree.map(lambda leaf: leaf + 0.1, lora)
+    made = sl.reduce_base(sl.Frozen(params, masks), base)
+    held = sl.unpack(made.params, jnp.float32)
+    got = restore.merge_trained(made, lora, 'lora', dtype=jnp.float32)
+    want = restore.merge_trained(sl.Frozen(held, masks), lora, 'lora')
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    sl.check_sparse(got, masks)
+    if base in ('packed24', 'bitmask'):  # lossless
+        jax.tree.map(np.testing.assert_array_equal, want, sl.merge(params, masks, lora))
+
+
+@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('gradient', ['exact', 'straight_through'])
+def test_outputs_and_gradients_are_those_of_the_dense_kernel(base, gradient):
+    params, masks = tree()
+    lora = sl.init_lora(jax.random.key(0), params, [('b/.*', (2, 4)), ('.*', None)])
+    made, x = sl.reduce_base(sl.Frozen(params, masks), base), kernel(5, 24, seed=3)
+
+    def loss(x, lora, params, masks):
+        weights = sl.bind(params, masks, lora, gradient=gradient)
+        return jnp.sum(jnp.sin(sl.linear(x, weights['b']['kernel'])))
+
+    differentiated = jax.value_and_grad(loss, argnums=(0, 1))
+    got = differentiated(jnp.asarray(x), lora, made.params, made.masks)
+    held = sl.unpack(made.params, jnp.float32)
+    want = differentiated(jnp.asarray(x), lora, held, masks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_an_unknown_kind_is_named():
+    params, masks = tree()
+    with pytest.raises(sl.PackingError, match="kind 'int3': expected one of int4, nf4"):
+        packing.quantise_masked(params, masks, 'int3')
