@@ -40,7 +40,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparselora_jax.kernels import gpu, tpu
 from sparselora_jax.packing.like import packed24_like
-from sparselora_jax.packing.packed24 import BYTE
+from sparselora_jax.packing.packed24 import BYTE, Packed24
 
 DUMP = Path(os.environ['LIBTPU_INIT_ARGS'].split('=')[-1])  # of the TPU compiler
 ROWS = flags.DEFINE_list('rows', ['1', '16', '64', '256'], 'rows of x')
@@ -182,7 +182,6 @@ def on_gpus(rows: int, inputs: int, outputs: int) -> None:
     dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
     kernels = {'dense': (triton_ir(functools.partial(dense_on_gpu, tile=tile), x, dense), 2 * inputs * outputs)}
     for name, four_bits in (('packed', False), ('packed int4', True)):
-        dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
         packed = packed24_like(dense, four_bits=four_bits)
         kernels[name] = triton_ir(functools.partial(gpu.matmul, tile=tile), x, packed), packed_bytes(packed)
     for chip in GPUS:

@@ -193,18 +193,18 @@ class Job:
             drawn = drawn.map_with_index(lambda step, batch: batch | {'teacher': teacher.read(kept, step)})
         return drawn if self.mesh is None else drawn.map(self.shard_batch)
 
-    @functools.cached_property
+    @property
     def masks(self) -> dict:
-        """What pruning has kept."""
+        """What pruning has kept; read anew each time, since a packed base does not need them beside it."""
         return self.shard(storage.load_safetensors(self.workdir / MASKS)[0])
 
     @functools.cached_property
     def frozen(self) -> Frozen:
-        """Params, masks and teacher: the teacher shares W unless kept weights changed."""
+        """Params, masks and, if it runs, the teacher: it shares W unless kept weights changed."""
         if not (self.workdir / KERNELS).exists():
             return Frozen(self.params, self.masks)
         edited = self.shard(storage.load_safetensors(self.workdir / KERNELS)[0])
-        return Frozen(with_kernels(self.params, edited), self.masks, teacher=self.params)
+        return Frozen(with_kernels(self.params, edited), self.masks, self.params if self.teacher_runs else None)
 
     @property
     def teacher_runs(self) -> bool:
@@ -215,16 +215,15 @@ class Job:
     def base(self) -> Frozen:
         """Params, masks and teacher as LoRA is trained on them: `frozen`, or its pruned kernels in fewer bytes.
 
-        Dense weights that nothing needs any more are let go.
+        Dense weights that nothing needs any more are let go (but for the embedded model's, which is read as a whole).
         """
         formats = base_formats(self.config)
         if formats is None:
-            return self.frozen if self.teacher_runs else self.frozen._replace(teacher=None)
+            return self.frozen
         params, masks, _ = reduce_base(self.frozen, formats)
         dense = self.params if self.teacher_runs else None
-        if dense is None:
-            for name in ('frozen', 'params'):
-                self.__dict__.pop(name, None)
+        for name in ('frozen', 'params') if dense is None else ('frozen',):
+            self.__dict__.pop(name, None)
         return Frozen(self.shard(params), None if masks is None else self.shard(masks), dense)
 
     def trained(self, name: str) -> dict:
@@ -233,7 +232,7 @@ class Job:
 
     def merged(self) -> dict:
         """The restored model as plain arrays with exact zeros, checked."""
-        trained, kind = self.trained('restore'), self.config.restore.trained
-        params = merge_trained(self.base, trained, kind, dtype=self.dtype)
+        kind = self.config.restore.trained
+        params = merge_trained(self.base, self.trained('restore'), kind, dtype=self.dtype)
         check_sparse(params, self.masks)
         return params

@@ -86,7 +86,9 @@ def holds_teacher(made: Recipe) -> bool:
     """Whether restoration holds dense params that are not those of the student."""
     knobs = made.config.restore
     runs = knobs.kd and knobs.teacher == 'model'
-    return bool(runs) and (made.config.prune.method == 'sparsegpt' or base_formats(made.config) is not None)
+    return bool(runs and made.masks) and (
+        made.config.prune.method == 'sparsegpt' or base_formats(made.config) is not None
+    )
 
 
 def _samples(made: Recipe, count: int) -> int:
@@ -179,10 +181,14 @@ def _working(stack: Stack) -> int:
 
 
 def _held_base(made: Recipe) -> dict[str, int]:
-    params, masks = base(made)
-    bits = '1 byte' if made.config.restore.base == 'dense' else '1 bit'
-    held = {f'masks ({bits} a weight)': on_device(masks, made.mesh)} if masks else {}
-    return {'params': on_device(params, made.mesh)} | held
+    (params, masks), of = base(made), made.config.restore.base
+    held = {'params': on_device(params, made.mesh)}
+    if masks:
+        held[f'masks ({"1 byte" if of == "dense" else "1 bit"} a weight)'] = on_device(masks, made.mesh)
+    if holds_teacher(made):  # it shares what has no mask
+        why = 'SparseGPT changes kept weights' if of == 'dense' else f'the base is {of}'
+        held[f'kernels of the dense teacher ({why})'] = _only(made, made.densities.__contains__)
+    return held
 
 
 def restore(made: Recipe) -> Stage:
@@ -200,9 +206,6 @@ def restore(made: Recipe) -> Stage:
     reached = [any(path.startswith(f'{stack.tower}/') for path in adapted) for stack in run]
     kept = run[reached.index(True) :] if any(reached) else []
     held = _held_base(made)
-    if holds_teacher(made):
-        why = 'SparseGPT changes kept weights' if knobs.base == 'dense' else f'the base is {knobs.base}'
-        held[f'dense teacher ({why})'] = on_device(made.params, made.mesh)
     held |= {f'{what} (float32)': trained, f'Adam (2 of {what})': 2 * trained}
     held[f'gradients (of {what})'] = trained * (2 if knobs.accumulate > 1 else 1)
     held['block inputs'] = sum(stack.depth * stack.hidden for stack in kept)
@@ -225,8 +228,6 @@ def merge(made: Recipe) -> Stage:
     """Folding LoRA into the kernels, a stack of layers at a time; then writing them."""
     changed = rules_lib.flatten(made.masks).keys() | rules_lib.flatten(made.lora).keys()
     held = _held_base(made)
-    if made.config.prune.method == 'sparsegpt' and made.config.restore.base == 'dense':
-        held['dense params (SparseGPT changes kept weights)'] = held['params']
     held |= {'LoRA (float32)': on_device(made.lora, made.mesh), 'merged kernels': _only(made, changed.__contains__)}
     largest = max((_only(made, path.__eq__) for path in rules_lib.flatten(made.lora)), default=0)
     width = jnp.dtype(made.config.dtype).itemsize

@@ -15,14 +15,21 @@ from sparselora_jax.tracing import batch_of
 from sparselora_jax.train import State, init_state
 
 
+def restore_program(model: Model, config: Any) -> tuple[Any, Any]:
+    """(the jitted step of restoration, its optimizer), as a recipe asks for them."""
+    knobs = config.restore
+    schedule = ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')
+    tx = paper_optimizer(knobs.steps, **{name: knobs[name] for name in schedule})
+    run = remat_blocks if knobs.remat else scan_blocks
+    loss = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
+    loss = {name: knobs[name] for name in loss}
+    return make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss), tx
+
+
 def restore_step(made: memory.Recipe) -> tuple[Any, tuple]:
     """(the jitted step of restoration, the shapes of its arguments: state, frozen, batch)."""
     cfg, config, knobs = made.cfg, made.config, made.config.restore
-    model, tx = Model(cfg, Generation(eos=(0,), pad=0, start=0)), paper_optimizer(knobs.steps)
-    run = remat_blocks if knobs.remat else scan_blocks
-    names = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
-    loss = {name: knobs[name] for name in names}
-    step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss)
+    step, tx = restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config)
     trained = made.lora
     if knobs.trained == 'weights':
         trained = jax.eval_shape(pruned_kernels, made.params, made.masks)

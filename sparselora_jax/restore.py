@@ -54,7 +54,7 @@ def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen
     Raises:
       PackingError: see `packing.pack`.
     """
-    if base in FOUR_BITS:
+    if isinstance(base, str) and base in FOUR_BITS:
         params = quantise_masked(frozen.params, frozen.masks, base)
         return Frozen(params, pack_masks(frozen.masks), frozen.teacher)
     return Frozen(pack(frozen.params, frozen.masks, base), None, frozen.teacher)
@@ -132,10 +132,11 @@ def make_train_step(
         return bind(frozen.params, frozen.masks, tree, gradient=gradient)
 
     def loss(tree, frozen, batch):
-        student = forward(student_weights(tree, frozen), batch)
+        read = {name: array for name, array in batch.items() if name not in ('teacher', 'weights')}
+        student = forward(student_weights(tree, frozen), read)
         teacher = batch.get('teacher') if kd else None
         if kd and teacher is None:
-            teacher = forward(_teacher_weights(frozen), batch)
+            teacher = forward(_teacher_weights(frozen), read)
         return distillation_loss(student, teacher, batch['targets'], batch['weights'], kd=kd, temperature=temperature)
 
     return make_step(loss, tx, accumulate=accumulate, prepare=prepare)

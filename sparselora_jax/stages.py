@@ -24,11 +24,11 @@ from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.job import KERNELS, MASKS, TEACHER, Job
 from sparselora_jax.losses import answer_loss
 from sparselora_jax.models import embedded, hf_configs, hf_export, hf_packed, on_disk, peft_adapter
-from sparselora_jax.models.runners import remat_blocks, scan_blocks
+from sparselora_jax.programs import restore_program
 from sparselora_jax.progress import Progress
 from sparselora_jax.pruning.allocate import total
 from sparselora_jax.recipe import ConfigError, lora_rules, pack_formats, prune_methods, prune_rules
-from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
+from sparselora_jax.restore import Frozen, pruned_kernels
 from sparselora_jax.rules import flatten
 from sparselora_jax.sparsity import check_masks, check_sparse
 from sparselora_jax.storage import StorageError
@@ -65,7 +65,7 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
 
 def pruned_params(job: Job) -> dict:
     """The pruned model as plain arrays with zeros in place."""
-    return merge(job.frozen.params, job.masks)
+    return merge(job.frozen.params, job.frozen.masks)
 
 
 def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
@@ -225,12 +225,7 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
             first = pruned_kernels(base.params, base.masks)
         else:
             first = init_lora(jax.random.key(job.config.seed), base.params, lora_rules(job.config))
-        schedule = {key: knobs[key] for key in ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')}
-        tx = paper_optimizer(knobs.steps, **schedule)
-        loss_fields = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
-        loss = {key: knobs[key] for key in loss_fields}
-        run = remat_blocks if knobs.remat else scan_blocks
-        step = make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss)
+        step, tx = restore_program(model, job.config)
         checkpoints = Checkpoints(job.workdir / 'checkpoints' / name)
         progress = Progress(name, knobs.steps, first=(checkpoints.steps() or [0])[-1])
         last = [time.monotonic()]
@@ -314,10 +309,10 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
         own |= {} if model.source else {'processor': job.processor.hf}
         hf_packed.export_packed(folder, model, packed, texts=texts, **own)
         _, read = hf_packed.load_packed(folder, model)
+        if not jax.tree.all(jax.tree.map(jnp.array_equal, read, packed)):
+            raise StorageError(f'{folder}: what was read back is not what was written; export it again')
         kernels, before = flatten(read), flatten(merged)
         errors = {path: _relative_error(kernels[path], before[path]) for path in flatten(job.masks)}
-        if kind != 'packed_int4' and any(errors.values()):
-            raise StorageError(f'{folder}: what was read back is not what was written; export it again')
         dense = sum(before[path].nbytes for path in errors)
         held = sum(leaf.nbytes for path in errors for leaf in jax.tree.leaves(kernels[path]))
         return {
@@ -348,12 +343,12 @@ def count_zeros(job: Job, params: dict, trained: dict | None) -> dict:
     Args:
       trained: what restoring it has trained; None: nothing.
     """
-    frozen, pattern, group = job.frozen, job.config.prune.pattern, job.config.prune.group
+    pattern, group = job.config.prune.pattern, job.config.prune.group
     zeros = allocate(job)
     found = {
         'sparsity': {t: tower_sparsity(params, t, pattern[t], group=group[t], zeros=zeros) for t in pattern},
         'layer_density': {tower: layer_density(params, tower) for tower in pattern},
     }
     if trained is not None and job.config.restore.trained == 'lora':
-        found['lora_merged_density'] = plain_lora_density(frozen.params, frozen.masks, trained)
+        found['lora_merged_density'] = plain_lora_density(job.base.params, job.masks, trained)
     return found

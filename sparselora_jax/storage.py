@@ -171,6 +171,10 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
     for name, said in json.loads(metadata.pop('packed', '{}')).items():
         of_leaf = {part: flat.pop(f'{name}/{part}') for part in parts.NAMES if f'{name}/{part}' in flat}
         kernel, factors = parts.put_together(f'{path}: {name}', said, of_leaf), flat.get(name)
+        if factors is not None:
+            (*layers, inputs, rank), b = factors.a.shape, factors.b.shape
+            if kernel.shape != (*layers, inputs, b[-1]) or b != (*layers, rank, b[-1]):
+                raise StorageError(f'{path}: {name}: factors {factors.a.shape} x {b} beside a kernel {kernel.shape}')
         flat[name] = kernel if factors is None else Adapted(kernel, None, factors)
     return rules.unflatten(flat), metadata
 

@@ -14,8 +14,8 @@ from sparselora_jax.storage import StorageError, load_safetensors, save_safetens
 
 def keep(
     folder: str | Path,
-    logits: Callable[[dict, dict], Array],
-    weights: dict,
+    logits: Callable[[Any, dict], Array],
+    weights: Any,
     batches: Any,
     *,
     steps: int,

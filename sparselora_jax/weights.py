@@ -83,7 +83,7 @@ def effective_weight(
     dtype = dtype or kernel.dtype
     if lora is None and mask is None:
         return dense_kernel(kernel, dtype)
-    mask, kernel = dense_mask(mask, kernel), dense_kernel(kernel, None if lora is None else jnp.float32)
+    mask, kernel = dense_mask(mask, kernel), dense_kernel(kernel, dtype if lora is None else jnp.float32)
     if lora is not None:
         a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
         kernel = kernel + lora.scale * jnp.matmul(a, b, precision='highest')

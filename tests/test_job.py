@@ -208,13 +208,14 @@ def test_sparsegpt_edits_kept_weights_and_learns_from_the_dense_teacher(sparsegp
 
 def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(world, tmp_path):
     """QSparseLoRA: the base packed in int4, the teacher's likeliest tokens on disk; both merges."""
-    fields = {'restore.base': 'packed_int4', 'restore.teacher': 'top_k', 'restore.top_k': 5}
+    fields = {'restore.base': 'packed_int4', 'restore.teacher': 'top_k', 'restore.top_k': 5, 'lora.rank.language': 2}
     workdir = run(tmp_path, **fields)
     job = Job(tiny_config(**fields), workdir)
     assert read(workdir, 'teacher')['bytes'] == sum(file.stat().st_size for file in (workdir / 'teacher').iterdir())
     assert len(list((workdir / 'teacher').iterdir())) == 3
     assert all(0 < record['kl'] for record in map(json.loads, (workdir / 'log.jsonl').open()) if 'kl' in record)
     held = rules.flatten(job.base.params)
+    assert job.__dict__.keys().isdisjoint({'params', 'frozen'})
     assert all(
         isinstance(held[path], sl.Packed24) and held[path].scale is not None for path in rules.flatten(job.masks)
     )
@@ -231,6 +232,9 @@ def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(wor
     batch = job.batches(4, 0)[0]
     got, want = (model.answer_logits(weights, batch) for weights in (bound, merged))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    prompt = {name: batch[name] for name in ('pixel_values', 'input_ids', 'attention_mask')}
+    np.testing.assert_array_equal(*(sl.generate(model, w, prompt, max_new_tokens=4) for w in (bound, merged)))
+    assert {'teacher', 'restore'} <= read(workdir, 'report')['time_s'].keys()
 
 
 @pytest.mark.parametrize(

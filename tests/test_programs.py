@@ -39,7 +39,7 @@ def test_arguments_lie_where_arrays_would(config):
     state, frozen, batch = programs.placed(programs.restore_step(made)[1], mesh)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves((state, frozen, batch)))
     want = sharding.shardings(made.lora, mesh)
-    for moments in (state.trained, state.optimizer[0].mu, state.optimizer[0].nu):
+    for moments in (state.trained, state.optimizer[1][0].mu, state.optimizer[1][0].nu):
         assert jax.tree.map(lambda leaf: leaf.sharding, moments) == want
     assert batch['teacher'].tokens.sharding.spec == sharding.BATCH
     held = sum(

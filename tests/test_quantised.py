@@ -23,15 +23,16 @@ def kernel(*shape, seed=0):
 
 
 def numpy_levels(weights, kind):
-    """Every weight at its nearest level, in float64, with a scale for each tile of inputs."""
+    """(every weight at its nearest level, whether two are as near), in float64; a scale for each tile of inputs."""
     *layers, inputs, outputs = weights.shape
     tile = np.gcd(inputs, 128)
     tiles = weights.astype(np.float64).reshape(*layers, inputs // tile, tile, outputs)
     top = np.abs(tiles).max(axis=-2, keepdims=True)
     scale = np.where(top == 0, 1, top / (7.5 if kind == 'int4' else 1.0))
     levels = np.arange(-8, 8) if kind == 'int4' else np.array(NF4)
-    nearest = np.abs((tiles / scale)[..., None] - levels).argmin(axis=-1)
-    return (levels[nearest] * scale).reshape(weights.shape)
+    far = np.abs((tiles / scale)[..., None] - levels)
+    first, second = np.sort(far, axis=-1)[..., :2].transpose(-1, *range(tiles.ndim))
+    return (levels[far.argmin(axis=-1)] * scale).reshape(weights.shape), (second - first < 1e-4).reshape(weights.shape)
 
 
 @pytest.mark.parametrize('kind', packing.FOUR_BITS)
@@ -41,11 +42,10 @@ def test_weights_are_at_their_nearest_levels(kind, shape):
     weights[..., :8, 0] = 0
     got = quantised.quantise(jnp.asarray(weights), kind)
     assert got.shape == shape and got.scale.dtype == jnp.bfloat16
-    want = numpy_levels(weights, kind)
-    # The scale is rounded to bfloat16; weights half-way between two levels may go either way.
+    want, tied = numpy_levels(weights, kind)
+    # The scale is rounded to bfloat16; weights half-way between two levels (int4's largest) may go either way.
     close = np.isclose(quantised.dequantise(got), want, rtol=2**-8, atol=1e-6)
-    assert close.mean() > 0.999
-    assert np.linalg.norm(quantised.dequantise(got) - weights) < 0.12 * np.linalg.norm(weights)
+    assert close[~tied].all() and tied.mean() < 0.03
 
 
 @pytest.mark.parametrize('kind', packing.FOUR_BITS)
@@ -92,10 +92,17 @@ def test_merge_adds_to_what_the_base_holds_and_keeps_every_zero(base):
     held = sl.unpack(made.params, jnp.float32)
     got = restore.merge_trained(made, lora, 'lora', dtype=jnp.float32)
     want = restore.merge_trained(sl.Frozen(held, masks), lora, 'lora')
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-9), got, want)
     sl.check_sparse(got, masks)
     if base in ('packed24', 'bitmask'):  # lossless
-        jax.tree.map(np.testing.assert_array_equal, want, sl.merge(params, masks, lora))
+        jax.tree.map(np.testing.assert_array_equal, got, sl.merge(params, masks, lora))
+
+
+def test_formats_may_be_rules():
+    params, masks = tree()
+    made = sl.reduce_base(sl.Frozen(params, masks), [('a/.*', 'packed24_int4'), ('b/.*', 'bitmask')])
+    assert made.params['a']['kernel'].scale is not None and isinstance(made.params['b']['kernel'], sl.Bitmask)
+    assert made.masks is None and made.params['c']['kernel'] is params['c']['kernel']
 
 
 @pytest.mark.parametrize('base', BASES)
@@ -103,6 +110,7 @@ def test_merge_adds_to_what_the_base_holds_and_keeps_every_zero(base):
 def test_outputs_and_gradients_are_those_of_the_dense_kernel(base, gradient):
     params, masks = tree()
     lora = sl.init_lora(jax.random.key(0), params, [('b/.*', (2, 4)), ('.*', None)])
+    lora = jax.tree.map(lambda leaf: leaf + 0.1, lora)
     made, x = sl.reduce_base(sl.Frozen(params, masks), base), kernel(5, 24, seed=3)
 
     def loss(x, lora, params, masks):

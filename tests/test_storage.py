@@ -42,6 +42,14 @@ def test_a_packed_kernel_comes_back_with_its_factors(tmp_path):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, back, tree))
 
 
+def test_factors_of_another_shape_are_refused(tmp_path):
+    factors = sl.Lora(jnp.ones((8, 2)), jnp.ones((2, 5)), 0.5)
+    tree = {'q': {'kernel': sl.Adapted(packing.pack24(jnp.zeros((8, 3))), None, factors)}}
+    sl.save_safetensors(tmp_path / 'w.safetensors', tree)
+    with pytest.raises(sl.StorageError, match=r'q/kernel: factors \(8, 2\) x \(2, 5\) beside a kernel \(8, 3\)'):
+        sl.load_safetensors(tmp_path / 'w.safetensors')
+
+
 def test_what_no_file_holds_is_named(tmp_path):
     for leaf in (
         sl.Masked(jnp.ones((4, 4)), jnp.ones((4, 4), bool)),

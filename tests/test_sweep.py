@@ -306,6 +306,14 @@ def test_the_table_holds_means_and_intervals_of_the_seeds(done):
     assert rows[1]['accuracy'] == '0.25' and rows[1]['perplexity'] == ''
 
 
+def test_pruning_costs_what_its_allocation_costs_too(done):
+    config, workdir = done
+    for run in sweep.runs(config):
+        write(workdir / run.name, 'zeros', {'seconds': 5.0, 'peak_memory_bytes': 2**31})
+    row = next(row for row in table.rows(config, workdir) if row.model == 'pruned')
+    assert row.values['prune s'] == [8.0] * 3 and row.values['prune GiB'] == [2.0] * 3
+
+
 def test_the_markdown_table_is_one_and_says_what_made_it(done):
     config, workdir = done
     table.write(config, workdir)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparselora_jax import rules
+from sparselora_jax.packing import dense_kernel
 from sparselora_jax.sparsity import parse_pattern, violations
 
 
@@ -53,11 +54,15 @@ def layer_density(params: dict, tower: str) -> dict[str, list[float]]:
 
 
 def plain_lora_density(params: dict, masks: dict, lora: dict) -> float:
-    """Density of the pruned kernels if `lora` were merged outside the mask, `W * M + s*A*B`, as plain LoRA does."""
+    """Density of the pruned kernels if `lora` were merged outside the mask, `W * M + s*A*B`, as plain LoRA does.
+
+    Args:
+      params: kernels may be packed or quantised.
+    """
     flat, factors = rules.flatten(params), rules.flatten(lora)
     kept = size = 0
     for path, mask in rules.flatten(masks).items():
-        kernel = jnp.where(mask, flat[path], 0.0)
+        kernel = jnp.where(mask, dense_kernel(flat[path], jnp.float32), 0.0)
         if path in factors:
             kernel = kernel + factors[path].scale * jnp.matmul(factors[path].a, factors[path].b)
         kept, size = kept + int(jnp.count_nonzero(kernel)), size + kernel.size

@@ -86,7 +86,9 @@ def _values(result: dict[str, dict], model: str) -> dict[str, float]:
     pruned = model in ('pruned', 'restored')
     if pruned:
         values |= {f'density {tower}': found['density'] for tower, found in measured['sparsity'].items()}
-        values |= {'prune s': result['prune']['seconds'], 'prune GiB': result['prune']['peak_memory_bytes'] / GIB}
+        stages = [result[stage] for stage in ('zeros', 'prune') if stage in result]  # an allocation is found before
+        values['prune s'] = sum(stage['seconds'] for stage in stages)
+        values['prune GiB'] = max(stage['peak_memory_bytes'] for stage in stages) / GIB
     if model in STAGES:
         trained = result[STAGES[model]]
         values |= {'restore s': trained['steps_s'], 'step s': trained['step_s']}

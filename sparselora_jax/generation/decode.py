@@ -16,6 +16,7 @@ from sparselora_jax.generation import search
 from sparselora_jax.models import layers
 from sparselora_jax.models.model import Model
 from sparselora_jax.models.runners import unrolled_blocks, unstack
+from sparselora_jax.packing import reduced
 from sparselora_jax.weights import Adapted, Masked, effective_weight
 
 
@@ -126,5 +127,10 @@ def _is_bound(leaf: Any) -> bool:
 
 
 def _fold(leaf: Any) -> Any:
-    """A plain kernel: what is bound to one would be combined again for every token."""
-    return effective_weight(leaf.kernel, leaf.mask, getattr(leaf, 'lora', None)) if _is_bound(leaf) else leaf
+    """A plain kernel: what is bound to one would be combined again for every token.
+
+    Packed and quantised kernels are: that is what it takes to hold them in fewer bytes.
+    """
+    if not _is_bound(leaf) or reduced(leaf.kernel):
+        return leaf
+    return effective_weight(leaf.kernel, leaf.mask, getattr(leaf, 'lora', None))

@@ -58,7 +58,7 @@ def base_like(params: dict, densities: dict[str, float], base: str | Sequence[tu
       (params, masks), by shapes.
     """
     flat, kernels = rules_lib.flatten(params), {path: rules_lib.flatten(params)[path] for path in densities}
-    if base in FOUR_BITS:
+    if isinstance(base, str) and base in FOUR_BITS:
         in_four_bits = functools.partial(quantise, kind=base)
         reduced = {path: jax.eval_shape(in_four_bits, kernel) for path, kernel in kernels.items()}
         masks = {path: mask_like(kernel) for path, kernel in kernels.items()}

@@ -1,7 +1,9 @@
 """Dense kernels in four bits (qwix's `QArray`), for masks that no packed format saves more with."""
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import qwix
 from jaxtyping import Array, Float
@@ -20,12 +22,19 @@ def quantise(kernel: Float[Array, '*layers inputs outputs'], kind: str) -> qwix.
     >>> quantise(jnp.array([[7.5], [-3.2]]), 'int4').qvalue.tolist()
     [[7], [-3]]
     """
-    inputs = kernel.ndim - 2
+    if kernel.ndim == 2:
+        return _quantise_matrix(kernel, kind)
+    # A layer at a time: NF4 compares each weight with 16 levels.
+    return jax.lax.map(lambda layer: _quantise_matrix(layer, kind), kernel)
+
+
+@functools.partial(jax.jit, static_argnames='kind')
+def _quantise_matrix(kernel, kind):
     return qwix.quantize(
         kernel.astype(jnp.float32),
         FOUR_BITS[kind],
-        channelwise_axes=[axis for axis in range(kernel.ndim) if axis != inputs],
-        tiled_axes={inputs: math.gcd(kernel.shape[inputs], TILE)},
+        channelwise_axes=[1],
+        tiled_axes={0: math.gcd(kernel.shape[0], TILE)},
         scale_dtype=jnp.bfloat16,
     )
 
