@@ -24,6 +24,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
             fields = grid.patterns(towers, language=pattern) | ranks | {'lora.alpha.language': SCALE * rank}
             points.append(Point(grid.name(f'rank {rank}', label), {'pattern': label, 'rank': rank}, fields))
     plot = {'kind': 'lines', 'x': 'rank', 'series': 'pattern', 'title': 'What the rank of LoRA buys'}
-    hour = grid.budget(seeds=1, steps=80, batch=8, questions=300, samples=128)
+    hour = grid.budget(seeds=1, steps=60, batch=8, questions=300, samples=128)
     full = grid.budget(seeds=3, steps=300, batch=16, questions=2000, samples=128)
     return grid.config('rank', arg, points, plot, hour=hour, full=full)
