@@ -45,9 +45,8 @@ def main(argv):
     mesh = sharding.make_mesh(**config.mesh, devices=devices[:chips])
     step, arguments = programs.restore_step(made)
     state, frozen, batch = programs.placed(arguments, mesh)
-    print(
-        f'{name} on {chips} of {TOPOLOGY.value}: analytic {memory.restore(made).total / GIB:.2f} GiB a chip', flush=True
-    )
+    analytic = memory.restore(made).total / GIB
+    print(f'{name} on {chips} of {TOPOLOGY.value}: {analytic:.2f} GiB a chip by its shapes; by the compiler:', flush=True)
     started = time.monotonic()
     try:
         found = step.lower(state, frozen, batch).compile().memory_analysis()
