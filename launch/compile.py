@@ -46,7 +46,7 @@ def main(argv):
     step, arguments = programs.restore_step(made)
     state, frozen, batch = programs.placed(arguments, mesh)
     analytic = memory.restore(made).total / GIB
-    print(f'{name} on {chips} of {TOPOLOGY.value}: {analytic:.2f} GiB a chip by its shapes; by the compiler:', flush=True)
+    print(f'{name} on {chips} of {TOPOLOGY.value}: {analytic:.2f} GiB a chip by shapes; by the compiler:', flush=True)
     started = time.monotonic()
     try:
         found = step.lower(state, frozen, batch).compile().memory_analysis()
