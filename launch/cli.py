@@ -75,6 +75,15 @@ def load_model() -> tuple:
     return model, params, processor, replace(text, **given, decoding=decoding)
 
 
+def find_model(argv: list[str], config: ConfigDict | None) -> tuple:
+    """(name, Hugging Face's config or None, ours) of the model that argv names, else of the config's own."""
+    from sparselora_jax.models import embedded, published
+
+    name = argv[0] if argv else config.model
+    hf = None if name == 'embedded' else published.find_config(name, others=recipes())
+    return name, hf, embedded.load_config() if hf is None else published.model_config(hf)
+
+
 def recipes() -> list[str]:
     """The names of the files in configs/ that are recipes."""
     return sorted(path.stem for path in Path('configs').glob('*.py') if 'def get_config(' in path.read_text())

@@ -21,7 +21,6 @@ from absl import flags
 from jax.experimental import topologies
 
 from sparselora_jax import memory, programs, recipe, sharding
-from sparselora_jax.models import embedded, published
 
 GIB = 2**30
 CONFIG = cli.define_recipe('configs/instructblip_lang_only.py')
@@ -32,9 +31,8 @@ def main(argv):
     """Prints bytes, and ends with 1 where they do not fit."""
     config = CONFIG.value
     recipe.check_values(config)
-    name = argv[0] if argv else config.model
-    hf = None if name == 'embedded' else published.find_config(name, others=cli.recipes())
-    made = memory.recipe(embedded.load_config() if hf is None else published.model_config(hf), config)
+    name, _, cfg = cli.find_model(argv, config)
+    made = memory.recipe(cfg, config)
     chips = made.mesh.size if made.mesh else 1
     try:
         devices = topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY.value).devices

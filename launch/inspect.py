@@ -14,7 +14,6 @@ from pathlib import Path
 import cli
 
 from sparselora_jax import inspection, memory, recipe, rules
-from sparselora_jax.models import embedded, published
 from sparselora_jax.models.hf import open_model
 
 USAGE = 'python launch/inspect.py MODEL [--config=configs/NAME.py:ARGUMENT]'
@@ -30,9 +29,7 @@ def main(argv):
     config = CONFIG.value
     if len(argv) > 1 or not argv and config is None:
         raise recipe.ConfigError(f'expected one model: {USAGE}')
-    name = argv[0] if argv else config.model
-    hf = None if name == 'embedded' else published.find_config(name, others=cli.recipes())
-    cfg = embedded.load_config() if hf is None else published.model_config(hf)
+    name, hf, cfg = cli.find_model(argv, config)
     if any(Path(name).glob('*.safetensors')):  # the files say whether the head is tied
         cfg = open_model(name)[0].cfg
     family = inspection.family_name(cfg)

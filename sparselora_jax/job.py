@@ -195,7 +195,9 @@ class Job:
 
     @property
     def masks(self) -> dict:
-        """What pruning has kept; read anew each time, since a packed base does not need them beside it."""
+        """What pruning has kept: those of `frozen` while it is held; a packed base does not need them beside it."""
+        if 'frozen' in self.__dict__:
+            return self.frozen.masks
         return self.shard(storage.load_safetensors(self.workdir / MASKS)[0])
 
     @functools.cached_property

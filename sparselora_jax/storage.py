@@ -59,10 +59,7 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
       StorageError: a leaf that is none of these.
     """
     arrays, scales, packed = {}, {}, {}
-    for name, leaf in rules.flatten(tree).items():
-        if isinstance(leaf, Adapted) and kept(leaf.kernel) and leaf.gradient == 'exact':
-            arrays[f'{name}/a'], arrays[f'{name}/b'], scales[name] = leaf.lora.a, leaf.lora.b, leaf.lora.scale
-            leaf = leaf.kernel
+    for name, leaf in _leaves(tree):
         if isinstance(leaf, Lora):
             arrays[f'{name}/a'], arrays[f'{name}/b'], scales[name] = leaf.a, leaf.b, leaf.scale
         elif kept(leaf) or isinstance(leaf, PackedMask):
@@ -78,6 +75,15 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     header |= {'packed': json.dumps(packed)} if packed else {}
     with whole(path) as partial:
         save_file({name: jnp.asarray(array) for name, array in arrays.items()}, partial, metadata=header)
+
+
+def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
+    """By path; a packed kernel and the factors beside it one after the other."""
+    for name, leaf in rules.flatten(tree).items():
+        if isinstance(leaf, Adapted) and kept(leaf.kernel) and leaf.gradient == 'exact':
+            yield from ((name, leaf.kernel), (name, leaf.lora))
+        else:
+            yield name, leaf
 
 
 def safetensors_header(
