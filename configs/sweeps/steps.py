@@ -28,6 +28,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         for part in PARTS
     ]
     plot = {'kind': 'lines', 'x': 'steps', 'series': 'pattern', 'title': 'What the steps of restoration buy'}
-    hour = grid.budget(seeds=2, steps=128, batch=8, questions=300, samples=128)
+    hour = grid.budget(seeds=1, steps=128, batch=8, questions=300, samples=128)
     full = grid.budget(seeds=3, steps=800, batch=16, questions=2000, samples=128)
     return grid.config('steps', arg, points, plot, hour=hour, full=full)
