@@ -31,6 +31,7 @@ from sparselora_jax.recipe import (
     lora_rules,
     prune_rules,
     refuse_other,
+    runs_teacher,
     text_format,
 )
 from sparselora_jax.restore import Frozen, merge_trained, reduce_base
@@ -206,12 +207,7 @@ class Job:
         if not (self.workdir / KERNELS).exists():
             return Frozen(self.params, self.masks)
         edited = self.shard(storage.load_safetensors(self.workdir / KERNELS)[0])
-        return Frozen(with_kernels(self.params, edited), self.masks, self.params if self.teacher_runs else None)
-
-    @property
-    def teacher_runs(self) -> bool:
-        """Whether restoration runs the dense model beside the student."""
-        return bool(self.config.restore.kd) and self.config.restore.teacher == 'model'
+        return Frozen(with_kernels(self.params, edited), self.masks, self.params if runs_teacher(self.config) else None)
 
     @functools.cached_property
     def base(self) -> Frozen:
@@ -223,7 +219,7 @@ class Job:
         if formats is None:
             return self.frozen
         params, masks, _ = reduce_base(self.frozen, formats)
-        dense = self.params if self.teacher_runs else None
+        dense = self.params if runs_teacher(self.config) else None
         for name in ('frozen', 'params') if dense is None else ('frozen',):
             self.__dict__.pop(name, None)
         return Frozen(self.shard(params), None if masks is None else self.shard(masks), dense)

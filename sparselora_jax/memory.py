@@ -17,7 +17,7 @@ from sparselora_jax import rules as rules_lib
 from sparselora_jax.inspection import structs
 from sparselora_jax.models.layout import PIECE
 from sparselora_jax.packing.like import base_like
-from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules
+from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules, runs_teacher
 from sparselora_jax.tracing import Stack, batch_of, nbytes, stacks
 from sparselora_jax.weights import init_lora
 
@@ -84,11 +84,8 @@ def base(made: Recipe) -> tuple[dict, dict]:
 
 def holds_teacher(made: Recipe) -> bool:
     """Whether restoration holds dense params that are not those of the student."""
-    knobs = made.config.restore
-    runs = knobs.kd and knobs.teacher == 'model'
-    return bool(runs and made.masks) and (
-        made.config.prune.method == 'sparsegpt' or base_formats(made.config) is not None
-    )
+    changed = made.config.prune.method == 'sparsegpt' or base_formats(made.config) is not None
+    return runs_teacher(made.config) and bool(made.masks) and changed
 
 
 def _samples(made: Recipe, count: int) -> int:

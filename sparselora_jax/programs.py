@@ -10,6 +10,7 @@ from sparselora_jax import memory, sharding
 from sparselora_jax.losses import TopK
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
+from sparselora_jax.recipe import reads_teacher
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
 from sparselora_jax.tracing import batch_of
 from sparselora_jax.train import State, init_state
@@ -37,7 +38,7 @@ def restore_step(made: memory.Recipe) -> tuple[Any, tuple]:
     params, masks = memory.base(made)
     frozen = Frozen(params, masks or None, made.params if memory.holds_teacher(made) else None)
     batch = batch_of(cfg, config.text, knobs.batch)
-    if knobs.kd and knobs.teacher == 'top_k':
+    if reads_teacher(config):
         tokens = jax.ShapeDtypeStruct((*batch['targets'].shape, knobs.top_k), jnp.int32)
         log_probs = jax.ShapeDtypeStruct((*batch['targets'].shape, knobs.top_k + 1), jnp.float32)
         batch['teacher'] = TopK(tokens, log_probs)

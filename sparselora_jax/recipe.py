@@ -203,6 +203,16 @@ def base_formats(config: Any) -> str | list[tuple[str, str]] | None:
     return base if base in FOUR_BITS else pack_formats(config, four_bits=base == 'packed_int4')
 
 
+def runs_teacher(config: Any) -> bool:
+    """Whether restoration runs the dense model beside the student."""
+    return bool(config.restore.kd) and config.restore.teacher == 'model'
+
+
+def reads_teacher(config: Any) -> bool:
+    """Whether restoration reads what an earlier stage kept of the dense model's logits."""
+    return bool(config.restore.kd) and config.restore.teacher == 'top_k'
+
+
 def lora_rules(config: Any) -> list[tuple[str, LoraSpec | None]]:
     """(regex, LoraSpec) of each tower's blocks; everything else is left alone."""
     lora = config.lora

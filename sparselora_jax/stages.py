@@ -27,7 +27,7 @@ from sparselora_jax.models import embedded, hf_configs, hf_export, hf_packed, on
 from sparselora_jax.programs import restore_program
 from sparselora_jax.progress import Progress
 from sparselora_jax.pruning.allocate import total
-from sparselora_jax.recipe import ConfigError, lora_rules, pack_formats, prune_methods, prune_rules
+from sparselora_jax.recipe import ConfigError, lora_rules, pack_formats, prune_methods, prune_rules, reads_teacher
 from sparselora_jax.restore import Frozen, pruned_kernels
 from sparselora_jax.rules import flatten
 from sparselora_jax.sparsity import check_masks, check_sparse
@@ -215,7 +215,7 @@ def keep_teacher(job: Job) -> dict:
 
 def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
     """Trains LoRA under the masks, or the pruned kernels themselves; writes `<name>.safetensors`."""
-    taught = bool(job.config.restore.kd) and not job.teacher_runs
+    taught = reads_teacher(job.config)
     if taught:
         keep_teacher(job)
 

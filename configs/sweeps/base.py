@@ -1,4 +1,4 @@
-"""What a smaller base and a teacher on disk cost: the language tower at 2:4, restored on each base and from each teacher.
+"""What a smaller base, and a teacher on disk, cost: language at 2:4, restored on each base and from each teacher.
 
   python launch/sweep.py --config=configs/sweeps/base.py --workdir=runs/base
 
