@@ -76,12 +76,31 @@ def load_model() -> tuple:
 
 
 def find_model(argv: list[str], config: ConfigDict | None) -> tuple:
-    """(name, Hugging Face's config or None, ours) of the model that argv names, else of the config's own."""
-    from sparselora_jax.models import embedded, published
+    """(name, Hugging Face's config or None, ours) of the model that argv names, else of the config's own.
 
+    Raises:
+      ConfigError: no model, or more than one; and what finding it raises.
+    """
+    from sparselora_jax.models import embedded, hf, published
+
+    if len(argv) > 1 or not argv and config is None:
+        script = Path(sys.argv[0]).name
+        raise ConfigError(f'expected one model: python launch/{script} MODEL [--config=configs/NAME.py:ARGUMENT]')
     name = argv[0] if argv else config.model
-    hf = None if name == 'embedded' else published.find_config(name, others=recipes())
-    return name, hf, embedded.load_config() if hf is None else published.model_config(hf)
+    if name == 'embedded':
+        return name, None, embedded.load_config()
+    source = published.find_config(name, others=recipes())
+    if any(Path(name).glob('*.safetensors')):  # the files say whether the head is tied
+        return name, source, hf.open_model(name)[0].cfg
+    return name, source, published.model_config(source)
+
+
+def family_recipe(cfg: Any) -> ConfigDict | None:
+    """The `*_lang_only` recipe of a model's family; None: a language model alone has none."""
+    from sparselora_jax.inspection import family_name
+
+    family = family_name(cfg)
+    return None if family == 'causal' else read_config(f'configs/{family}_lang_only.py')
 
 
 def recipes() -> list[str]:

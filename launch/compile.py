@@ -4,8 +4,8 @@ pip install -r requirements.txt 'jax[tpu]'
 python launch/compile.py Salesforce/instructblip-vicuna-7b --topology=v5p:2x2x1 \
     --config=configs/instructblip_lang_only.py:hardware=gpu --config.restore.base=packed --config.restore.teacher=top_k
 
-Nothing is run and no weights are read. MODEL as for `inspect.py`; the mesh is the config's, on the first chips of the
-topology.
+Nothing is run and no weights are read. MODEL, and the recipe without --config, as for `inspect.py`; the mesh is the
+config's, on the first chips of the topology.
 """
 
 import os
@@ -23,15 +23,18 @@ from jax.experimental import topologies
 from sparselora_jax import memory, programs, recipe, sharding
 
 GIB = 2**30
-CONFIG = cli.define_recipe('configs/instructblip_lang_only.py')
+CONFIG = cli.define_recipe(None)
 TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'of a TPU slice, e.g. v5e:4x4, v5p:2x2x1, v6e:2x2')
 
 
 def main(argv):
     """Prints bytes, and ends with 1 where they do not fit."""
     config = CONFIG.value
-    recipe.check_values(config)
     name, _, cfg = cli.find_model(argv, config)
+    config = config or cli.family_recipe(cfg)
+    if config is None:
+        raise recipe.ConfigError(f'{name}: no recipe for a language model alone: give one with --config=...')
+    recipe.check_values(config)
     made = memory.recipe(cfg, config)
     chips = made.mesh.size if made.mesh else 1
     try:

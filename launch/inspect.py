@@ -9,14 +9,11 @@ a config of configs/, whose own model is taken. Without --config the recipe is t
 """
 
 import sys
-from pathlib import Path
 
 import cli
 
 from sparselora_jax import inspection, memory, recipe, rules
-from sparselora_jax.models.hf import open_model
 
-USAGE = 'python launch/inspect.py MODEL [--config=configs/NAME.py:ARGUMENT]'
 GIB = 2**30
 
 if len(sys.argv) > 1 and (path := cli.find_recipe(sys.argv[1])):
@@ -27,15 +24,9 @@ CONFIG = cli.define_recipe(None)
 def main(argv):
     """Prints the tables."""
     config = CONFIG.value
-    if len(argv) > 1 or not argv and config is None:
-        raise recipe.ConfigError(f'expected one model: {USAGE}')
     name, hf, cfg = cli.find_model(argv, config)
-    if any(Path(name).glob('*.safetensors')):  # the files say whether the head is tied
-        cfg = open_model(name)[0].cfg
-    family = inspection.family_name(cfg)
-    print_model(name, family, hf, cfg)
-    if config is None and family != 'causal':
-        config = cli.read_config(f'configs/{family}_lang_only.py')
+    print_model(name, inspection.family_name(cfg), hf, cfg)
+    config = config or cli.family_recipe(cfg)
     if config is None:
         print('\nno recipe for a language model alone: give one with --config=...')
         return
