@@ -1,0 +1,115 @@
+"""What a compiled program sends between devices, read from its text: kinds, bytes, and how often, loops counted."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'collective-broadcast')
+_HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) (?:\([^\n]*)?-> [^\n]*{$', re.M)
+_OPERATION = re.compile(r'^ *(?:ROOT )?%?[\w.\-]+ = (.+?) ([a-z][a-z\d\-]*)\((.*)$', re.M)
+_ARRAY = re.compile(r'\b([a-z]+\d+\w*|pred)\[([\d,]*)\]')
+_CALLED = re.compile(r'(?:to_apply|calls|body|called_computations|branch_computations)=(?:{([^}]*)}|%?([\w.\-]+))')
+_NAMES = {'pred': 'bool', 'bf16': 'bfloat16', 'f16': 'float16', 'f32': 'float32', 'f64': 'float64'}
+
+
+class Collective(NamedTuple):
+    """One operation of a program.
+
+    Attributes:
+      kind: of `KINDS`.
+      size: bytes of what it leaves on a device.
+      group: devices that take part together.
+      times: how often it runs in one run of the program.
+    """
+
+    kind: str
+    size: int
+    group: int
+    times: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in all its runs, by the ring algorithms that reach the least."""
+        others = self.group - 1
+        each = {
+            'all-gather': self.size * others / self.group,
+            'all-reduce': 2 * self.size * others / self.group,
+            'reduce-scatter': self.size * others,
+            'all-to-all': self.size * others / self.group,
+        }
+        return float(self.times * each.get(self.kind, self.size if others else 0))
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """The collectives of a compiled program, `compiled.as_text()`.
+
+    Args:
+      devices: how many run the program; a collective that names no groups is among all of them.
+
+    Raises:
+      ValueError: a collective in a loop of which the compiler does not know how often it runs.
+    """
+    heads = list(_HEAD.finditer(text))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    parts = {head[1]: text[head.end() : end] for head, end in zip(heads, ends, strict=True)}
+    entry = next(head[1] for head in heads if head[0].startswith('ENTRY'))
+    return list(_walk(parts, entry, 1, devices))
+
+
+def _walk(parts: dict[str, str], name: str, times: int, devices: int) -> Iterator[Collective]:
+    for result, operation, rest in _OPERATION.findall(parts[name]):
+        kind = operation.removesuffix('-start')
+        if kind in KINDS:
+            yield Collective(kind, _size(result, started=operation != kind), _group(rest, devices), times)
+            continue
+        for listed, one in _CALLED.findall(rest):
+            for called in re.findall(r'[\w.\-]+', listed) if listed else [one]:
+                if operation != 'while':
+                    yield from _walk(parts, called, times, devices)
+                    continue
+                inside = list(_walk(parts, called, times, devices))
+                rounds = re.search(r'"known_trip_count":{"n":"(\d+)"}', rest)
+                if inside and rounds is None:
+                    raise ValueError(f'{inside[0].kind} in a loop ({called}) whose number of rounds is not known')
+                yield from (found._replace(times=found.times * int(rounds[1])) for found in inside)
+
+
+def _size(result: str, *, started: bool) -> int:
+    """Of the arrays that an operation leaves; one that is started leaves its operands beside them, before."""
+    arrays = [
+        math.prod(int(n) for n in shape.split(',') if n) * jnp.dtype(_dtype(name)).itemsize
+        for name, shape in _ARRAY.findall(result)
+    ]
+    if started and result.startswith('(('):  # ((operands), (results), ...)
+        arrays = arrays[len(arrays) // 2 :]
+    elif started and result.startswith('('):  # (operand, result, ...): what comes behind is a word or two
+        arrays = arrays[1:2]
+    return sum(arrays)
+
+
+def _dtype(name: str) -> str:
+    if re.fullmatch(r'[su]\d+', name):
+        return ('int' if name[0] == 's' else 'uint') + name[1:]
+    return _NAMES.get(name, 'uint8')  # the floats of eight bits
+
+
+def _group(rest: str, devices: int) -> int:
+    if found := re.search(r'replica_groups=\[(\d+),(\d+)\]', rest):
+        return int(found[2])
+    if found := re.search(r'replica_groups={{([\d,]+)}', rest):
+        return len(found[1].split(','))
+    if found := re.search(r'source_target_pairs={(.*?)}}', rest):
+        return 2
+    return devices
+
+
+def by_kind(found: list[Collective]) -> dict[str, tuple[int, float]]:
+    """{kind: (operations that run, bytes that a device sends)} of one run of a program."""
+    return {
+        kind: (sum(c.times for c in found if c.kind == kind), sum(c.sent for c in found if c.kind == kind))
+        for kind in KINDS
+        if any(c.kind == kind for c in found)
+    }
