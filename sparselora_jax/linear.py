@@ -63,30 +63,34 @@ def _adapted(x: Float[Array, '*batch inputs'], weight: Adapted) -> Float[Array, 
         weight.kernel
     )  # without a mask both gradients of the combined weight are the same
     gradient = 'straight_through' if weight.gradient == 'exact' and not masked else weight.gradient
-    return _adapted_matmul(gradient, x, weight.kernel, weight.mask, weight.lora)
+    parts = weight.parts if x.ndim > 1 and x.shape[0] % weight.parts == 0 else 1
+    return _adapted_matmul((gradient, parts), x, weight.kernel, weight.mask, weight.lora)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted_matmul(gradient, x, kernel, mask, lora):
+def _adapted_matmul(how, x, kernel, mask, lora):
+    gradient, _ = how
     if gradient != 'plain':
         return x @ effective_weight(kernel, mask, lora, dtype=x.dtype)
     y = x @ effective_weight(kernel, mask, dtype=x.dtype)
     return y + lora.scale * ((x @ lora.a.astype(x.dtype)) @ lora.b.astype(x.dtype))
 
 
-def _adapted_forward(gradient, x, kernel, mask, lora):
+def _adapted_forward(how, x, kernel, mask, lora):
     # Saves the parts, not their combination: the backward rebuilds one layer's weight at a time.
-    return _adapted_matmul(gradient, x, kernel, mask, lora), (x, kernel, mask, lora)
+    return _adapted_matmul(how, x, kernel, mask, lora), (x, kernel, mask, lora)
 
 
-def _adapted_backward(gradient, saved, g):
+def _adapted_backward(how, saved, g):
+    gradient, parts = how
     x, kernel, mask, lora = saved
     a, b, combined = lora.a, lora.b, None if gradient == 'plain' else lora
     dx = g @ effective_weight(kernel, mask, combined, dtype=g.dtype).T
     x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     if gradient == 'exact':
-        dw = jnp.where(packing.dense_mask(mask, kernel), _contract_rows(x2, g2), 0.0)
-        da, db = dw @ b.astype(dw.dtype).T, a.astype(dw.dtype).T @ dw
+        x3, g3 = (rows.reshape(parts, -1, rows.shape[-1]) for rows in (x2, g2))
+        dw = jnp.where(packing.dense_mask(mask, kernel), jax.vmap(_contract_rows)(x3, g3), 0.0)
+        da, db = (jnp.sum(of_parts, 0) for of_parts in (dw @ b.astype(dw.dtype).T, a.astype(dw.dtype).T @ dw))
     else:
         # Barriers, or XLA folds the small transposes into products that walk x and g by columns (16x slower on a CPU).
         gb, xa = jax.lax.optimization_barrier((g2 @ b.astype(g2.dtype).T, x2 @ a.astype(x2.dtype)))

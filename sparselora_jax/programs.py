@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sparselora_jax import memory, sharding
 from sparselora_jax.losses import TopK
@@ -16,21 +16,33 @@ from sparselora_jax.tracing import batch_of
 from sparselora_jax.train import State, init_state
 
 
-def restore_program(model: Model, config: Any) -> tuple[Any, Any]:
-    """(the jitted step of restoration, its optimizer), as a recipe asks for them."""
+def restore_program(model: Model, config: Any, mesh: Mesh | AbstractMesh | None) -> tuple[Any, Any]:
+    """(the jitted step of restoration, its optimizer), as a recipe asks for them.
+
+    Args:
+      mesh: where its arguments will lie; None: on one device.
+    """
     knobs = config.restore
     schedule = ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')
     tx = paper_optimizer(knobs.steps, **{name: knobs[name] for name in schedule})
     run = remat_blocks if knobs.remat else scan_blocks
     loss = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
     loss = {name: knobs[name] for name in loss}
-    return make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss), tx
+    if mesh is None:
+        return make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss), tx
+
+    def forward(weights, batch):
+        weights = sharding.gather_outside_blocks(weights, mesh)
+        return model.answer_logits(weights, batch, sharding.gathering(run, mesh))
+
+    parts = mesh.shape['data'] * mesh.shape['fsdp']
+    return make_train_step(forward, tx, **loss, parts=parts), tx
 
 
 def restore_step(made: memory.Recipe) -> tuple[Any, tuple]:
     """(the jitted step of restoration, the shapes of its arguments: state, frozen, batch)."""
     cfg, config, knobs = made.cfg, made.config, made.config.restore
-    step, tx = restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config)
+    step, tx = restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config, made.mesh)
     trained = made.lora
     if knobs.trained == 'weights':
         trained = jax.eval_shape(pruned_kernels, made.params, made.masks)

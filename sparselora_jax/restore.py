@@ -102,6 +102,7 @@ def make_train_step(
     gradient: str = 'exact',
     accumulate: int = 1,
     trained: str = 'lora',
+    parts: int = 1,
 ) -> Callable[[State, Frozen, dict], tuple[State, dict[str, Array]]]:
     """The jitted step, `(state, frozen, batch) -> (state, metrics)`.
 
@@ -113,6 +114,7 @@ def make_train_step(
       accumulate: micro-batches a step; must divide the batch; changes nothing beyond rounding.
       trained: what the state trains: `'lora'`, or `'weights'`, the kernels of `pruned_kernels`; the teacher then still
         reads those of `frozen`.
+      parts: see `weights.Adapted`.
 
     Returns:
       The step. `batch` holds `targets` and `answer` besides what `forward` reads; and, if the teacher is not to be run,
@@ -129,7 +131,7 @@ def make_train_step(
     def student_weights(tree, frozen):
         if trained == 'weights':
             return bind(with_kernels(frozen.params, tree), frozen.masks)
-        return bind(frozen.params, frozen.masks, tree, gradient=gradient)
+        return bind(frozen.params, frozen.masks, tree, gradient=gradient, parts=parts)
 
     def loss(tree, frozen, batch):
         read = {name: array for name, array in batch.items() if name not in ('teacher', 'weights')}

@@ -1,7 +1,7 @@
 """Where arrays live on many devices: a mesh of axes data, fsdp, tensor, and ordered rules path -> PartitionSpec."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,20 +60,24 @@ def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ..
 def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> dict:
     """A NamedSharding for every array of params, masks or lora.
 
-    The factors of a `Lora` follow their kernel; so do the arrays of a packed one, each as far as its own axes divide.
+    The factors of a `Lora` follow their kernel, bound to it or not; so do the arrays of a packed one, each as far as
+    its own axes divide.
 
     Raises:
       RuleError: a path that no rule matches.
     """
     flat = rules_lib.flatten(tree)
 
+    def arrays(spec: PartitionSpec, part: Any) -> Any:
+        if not isinstance(part, Lora):
+            return fitting(mesh, spec, part.shape)
+        *layers, inputs, outputs = [*spec, *[None] * (part.a.ndim - len(spec))]
+        a, b = PartitionSpec(*layers, inputs, None), PartitionSpec(*layers, None, outputs)
+        return Lora(fitting(mesh, a, part.a.shape), fitting(mesh, b, part.b.shape), part.scale)
+
     def of(path: str, leaf: Any) -> Any:
         spec = rules_lib.first_match(rules, path)
-        if isinstance(leaf, Lora):
-            layers, inputs, outputs = [*spec, None, None, None][:3]
-            a, b = PartitionSpec(layers, inputs, None), PartitionSpec(layers, None, outputs)
-            return Lora(fitting(mesh, a, leaf.a.shape), fitting(mesh, b, leaf.b.shape), leaf.scale)
-        return jax.tree.map(lambda array: fitting(mesh, spec, array.shape), leaf)
+        return jax.tree.map(lambda part: arrays(spec, part), leaf, is_leaf=lambda part: isinstance(part, Lora))
 
     return rules_lib.unflatten({path: of(path, leaf) for path, leaf in flat.items()})
 
@@ -86,3 +90,48 @@ def shard(tree: dict, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = R
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Splits the leading axis of every array over data and fsdp together."""
     return jax.device_put(batch, NamedSharding(mesh, BATCH))
+
+
+def gathered(tree: dict, mesh: Mesh | AbstractMesh) -> dict:
+    """`shardings` of weights that a program has gathered along fsdp: that axis only says where they are kept."""
+    rules = [(regex, PartitionSpec(*(None if axis == 'fsdp' else axis for axis in spec))) for regex, spec in RULES]
+    return shardings(tree, mesh, rules)
+
+
+def split_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Activations, in a program: each device with rows of its own."""
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, fitting(mesh, BATCH, leaf.shape)), tree)
+
+
+def gathering(run: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
+    """A runner: `run`, where each block gathers its own weights, and every device has rows of its own.
+
+    Left to itself the compiler may split products along fsdp's inputs instead: all rows on every device, activations to
+    be added up.
+    """
+
+    def run_gathering(tower, block, weights, x, ctx, cache=None):
+        prefix = f'{tower}/blocks/'
+        flat = {prefix + name: leaf for name, leaf in rules_lib.flatten(weights).items()}
+        stacked = rules_lib.flatten(gathered(rules_lib.unflatten(flat), mesh))
+        of_layer = rules_lib.unflatten({path.removeprefix(prefix): _one_layer(leaf) for path, leaf in stacked.items()})
+
+        def gathering_block(w, x, ctx, cache):
+            x, cache = block(jax.lax.with_sharding_constraint(w, of_layer), split_rows(x, mesh), ctx, cache)
+            return split_rows(x, mesh), cache
+
+        return run(tower, gathering_block, weights, split_rows(x, mesh), ctx, cache)
+
+    return run_gathering
+
+
+def _one_layer(stacked: Any) -> Any:
+    return jax.tree.map(lambda where: NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])), stacked)
+
+
+def gather_outside_blocks(weights: dict, mesh: Mesh | AbstractMesh) -> dict:
+    """Embeddings, heads and whatever else is no block's, gathered, in a program."""
+    flat = rules_lib.flatten(weights)
+    outside = rules_lib.unflatten({path: leaf for path, leaf in flat.items() if '/blocks/' not in path})
+    whole = jax.lax.with_sharding_constraint(outside, gathered(outside, mesh))
+    return rules_lib.unflatten(flat | rules_lib.flatten(whole))

@@ -225,7 +225,7 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
             first = pruned_kernels(base.params, base.masks)
         else:
             first = init_lora(jax.random.key(job.config.seed), base.params, lora_rules(job.config))
-        step, tx = restore_program(model, job.config)
+        step, tx = restore_program(model, job.config, job.mesh)
         checkpoints = Checkpoints(job.workdir / 'checkpoints' / name)
         progress = Progress(name, knobs.steps, first=(checkpoints.steps() or [0])[-1])
         last = [time.monotonic()]

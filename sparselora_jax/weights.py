@@ -52,12 +52,16 @@ class Adapted:
 
     gradient: `'exact'`, or `'straight_through'` (backward as if the mask were all ones for A and B), or `'plain'`:
     ordinary LoRA, `where(mask, W, 0) + s*A*B`, whose merge is dense; kept for comparison.
+
+    parts: into how many the batch is split over devices. The exact gradient of each part goes through the mask and into
+    A's and B's gradients before parts are added up, so devices send factors and no kernels.
     """
 
     kernel: Any  # [*layers, in, out], an array or in four bits; a packed one brings its mask
     mask: Any  # bool, the same shape, or a PackedMask, or None
     lora: Any  # Lora
     gradient: str = field(default='exact', metadata={'static': True})
+    parts: int = field(default=1, metadata={'static': True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,7 +128,7 @@ def init_lora(
 
 
 def bind(
-    params: dict, masks: dict | None = None, lora: dict | None = None, *, gradient: str = 'exact'
+    params: dict, masks: dict | None = None, lora: dict | None = None, *, gradient: str = 'exact', parts: int = 1
 ) -> dict[str, Any]:
     """The weights a model reads: params with each masked or adapted kernel replaced by its kind.
 
@@ -132,7 +136,7 @@ def bind(
     time.
 
     Args:
-      gradient: see `Adapted`.
+      gradient, parts: see `Adapted`.
 
     Raises:
       ValueError: a mask or a factor whose path or shape is not that of a kernel, or an unknown `gradient`.
@@ -145,7 +149,7 @@ def bind(
     for path in masks.keys() - lora.keys():
         flat[path] = Masked(flat[path], masks[path])
     for path, factors in lora.items():
-        flat[path] = Adapted(flat[path], masks.get(path), factors, gradient)
+        flat[path] = Adapted(flat[path], masks.get(path), factors, gradient, parts)
     return rules_lib.unflatten(flat)
 
 

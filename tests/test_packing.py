@@ -49,6 +49,14 @@ def test_groups_that_keep_fewer_than_two_and_inputs_that_four_does_not_divide():
             same(packed24.unpack24(packed24.pack24(kernel, mask)), jnp.where(mask, kernel, 0))
 
 
+@pytest.mark.parametrize('shape', [(9, 3), (2, 8, 3)])
+def test_a_kernel_that_keeps_nothing_comes_back(shape):
+    kernel = jnp.zeros(shape, jnp.bfloat16)
+    for name in ('packed24', 'bitmask'):
+        packed = packing.FORMATS[name](kernel, kernel != 0)
+        same(packing.dense_kernel(packed), kernel)
+
+
 def test_positions_are_what_the_document_says():
     # docs/formats.md, "Test vector".
     kernel = jnp.zeros((8, 1)).at[jnp.array([1, 3, 4, 7]), 0].set(jnp.array([5.0, -6.0, 7.0, 1.0]))

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_memory import CFG, config
 
-from sparselora_jax import memory, programs, sharding
+from sparselora_jax import memory, programs, rules, sharding, tracing
+from sparselora_jax.collectives import collectives
 
 assert config  # a fixture
 
@@ -47,3 +49,73 @@ def test_arguments_lie_where_arrays_would(config):
         for leaf in jax.tree.leaves(frozen.params)
     )
     assert held == memory.restore(made).held['params']
+
+
+def drawn(arguments):
+    """Arrays of these shapes, small enough for losses that say something."""
+    leaves, structure = jax.tree.flatten(arguments)
+    rng = np.random.default_rng(0)
+
+    def one(leaf):
+        if leaf.dtype == jnp.bool_:
+            return rng.random(leaf.shape) < 0.7
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return rng.integers(0, 8, leaf.shape) if leaf.ndim else np.zeros(())
+        return 0.1 * rng.normal(size=leaf.shape)
+
+    return jax.tree.unflatten(structure, [jnp.asarray(one(leaf), leaf.dtype) for leaf in leaves])
+
+
+@pytest.fixture
+def one_device(config):
+    """(config, arguments, what the step makes of them on one device)."""
+    config.restore.batch = 8
+    step, arguments = programs.restore_step(memory.recipe(CFG, config))
+    arguments = drawn(arguments)
+    return config, arguments, step(*jax.tree.map(jnp.copy, arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('axes', 'accumulate'),
+    [({'data': 4}, 1), ({'tensor': 4}, 1), ({'data': 2, 'fsdp': 2}, 2), ({'fsdp': 2, 'tensor': 2}, 1)],
+    ids=str,
+)
+def test_a_step_on_a_mesh_is_that_of_one_device(one_device, axes, accumulate):
+    config, arguments, (want, said) = one_device
+    config.mesh.update(axes)
+    config.restore.accumulate = accumulate
+    step, _ = programs.restore_step(memory.recipe(CFG, config))
+    mesh = sharding.make_mesh(**config.mesh)
+    where = jax.tree.map(lambda leaf: leaf.sharding, programs.placed(arguments, mesh))
+    got, metrics = step(*jax.device_put(arguments, where))
+    np.testing.assert_allclose(metrics['loss'], said['loss'], rtol=1e-5)
+    np.testing.assert_allclose(metrics['grad_norm'], said['grad_norm'], rtol=1e-4)
+    moments = got.optimizer[1][0].mu, want.optimizer[1][0].mu  # a tenth of the clipped gradients
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), *moments)
+    assert all(leaf.sharding.mesh.shape == mesh.shape for leaf in jax.tree.leaves(got.trained))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize('axes', [{'data': 4}, {'fsdp': 4}], ids=str)
+def test_devices_send_factors_and_one_layers_kernels(optimised, config, axes):
+    """Along data nothing but what LoRA's gradients and a few scalars need; along fsdp kernels, a layer at a time."""
+    config.mesh.update(axes)
+    made = memory.recipe(CFG, config)
+    step, arguments = programs.restore_step(made)
+    text = step.lower(*programs.placed(arguments, sharding.make_mesh(**config.mesh))).compile().as_text()
+    found = collectives(text, 4)
+    factors = tracing.nbytes(made.lora)
+    reduced = [c for c in found if c.kind in ('all-reduce', 'reduce-scatter')]
+    gathers = [c for c in found if c.kind == 'all-gather']
+    assert {c.kind for c in found} <= {'all-reduce', 'reduce-scatter', 'all-gather'}
+    assert sum(c.sent for c in reduced) < 2 * factors + 4096
+    assert bool(gathers) == ('fsdp' in axes)
+    if not gathers:
+        return
+    kernels = rules.kernels(made.params)
+    largest = max(tracing.nbytes(leaf) // (leaf.shape[0] if leaf.ndim == 3 else 1) for leaf in kernels.values())
+    assert max(c.size for c in gathers) <= largest
+    # The student forward and backward, and the teacher; masks and factors beside their kernels.
+    passes = 3 * tracing.nbytes(made.params) + 2 * (tracing.nbytes(made.masks) + factors)
+    assert sum(c.sent for c in gathers) < 1.2 * passes

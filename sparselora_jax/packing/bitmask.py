@@ -107,6 +107,8 @@ def unpack_bitmask(packed: Bitmask) -> Shaped[Array, '*layers inputs outputs']:
 def _unpack_matrix(packed: Bitmask) -> Array:
     mask = unpack_mask(packed.mask)
     kept = mask.reshape(-1)
+    if not packed.values.size:  # nothing to take from
+        return jnp.zeros(mask.shape, packed.dtype)
     index = jnp.cumsum(kept, dtype=jnp.int32) - 1
     values = packed.values.at[index].get(mode='clip')
     return jnp.where(kept, values, jnp.zeros((), values.dtype)).reshape(mask.shape)
