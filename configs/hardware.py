@@ -1,9 +1,23 @@
-"""Presets of hardware, `hardware=<name>` in a config's argument: dtype of the base weights, mesh of devices."""
+"""Presets of hardware, `hardware=<name>` in a config's argument: dtype of the base weights, mesh of devices.
+
+Meshes keep the model whole along fsdp within 16 chips, so that a batch of 8 or 16 rows a chip is enough; more chips are
+more rows, along data. `launch/compile.py --topology=...` says what each holds: v5e-16 is v5e:4x4, v5p-64 v5p:4x4x4.
+"""
+
+
+def _preset(dtype: str, *, data: int = 1, fsdp: int = 1) -> dict:
+    return {'dtype': dtype, 'mesh': {'data': data, 'fsdp': fsdp, 'tensor': 1}}
+
 
 PRESETS = {
-    'cpu': {'dtype': 'float32', 'mesh': {'data': 1, 'fsdp': 1, 'tensor': 1}},
-    'gpu': {'dtype': 'bfloat16', 'mesh': {'data': 1, 'fsdp': 1, 'tensor': 1}},
-    '8gpu': {'dtype': 'bfloat16', 'mesh': {'data': 1, 'fsdp': 8, 'tensor': 1}},
-    'v5e-4': {'dtype': 'bfloat16', 'mesh': {'data': 1, 'fsdp': 4, 'tensor': 1}},
-    'v5e-8': {'dtype': 'bfloat16', 'mesh': {'data': 1, 'fsdp': 8, 'tensor': 1}},
+    'cpu': _preset('float32'),
+    'gpu': _preset('bfloat16'),
+    '8gpu': _preset('bfloat16', fsdp=8),
+    'v5e-4': _preset('bfloat16', fsdp=4),
+    'v5e-8': _preset('bfloat16', fsdp=8),
+    'v5e-16': _preset('bfloat16', fsdp=16),
+    'v5e-64': _preset('bfloat16', data=4, fsdp=16),
+    'v5e-256': _preset('bfloat16', data=16, fsdp=16),
+    'v5p-64': _preset('bfloat16', data=4, fsdp=16),
+    'v6e-256': _preset('bfloat16', data=16, fsdp=16),
 }

@@ -1,6 +1,6 @@
 """The script that compiles a recipe for chips that are not there; here for CPUs, by the same way."""
 
-import re
+import json
 from types import SimpleNamespace
 
 import jax
@@ -27,17 +27,21 @@ def model(tmp_path, monkeypatch):
     return tmp_path
 
 
-def bytes_of(out, what):
-    return float(re.search(rf'{re.escape(what)}.*: (\d+\.\d+) GiB', out).group(1))
-
-
-def test_it_prints_the_compilers_bytes(script, model):
-    recipe = '--config=configs/llava_lang_only.py'
-    code, out, err = script('compile.py', model, recipe, '--config.restore.batch=4')
+def test_it_prints_and_writes_what_a_step_asks_for(script, model, tmp_path):
+    arguments = [model, '--config=configs/llava_lang_only.py', '--config.restore.batch=4', f'--workdir={tmp_path}']
+    mesh = ['--config.mesh.fsdp=4']
+    code, out, err = script('compile.py', *arguments, *mesh, '--price=2')
     assert code == 0, err
-    assert '1 of v5e:2x2' in out and bytes_of(out, 'together') >= bytes_of(out, 'temporary')
-    code, out, err = script('compile.py', model, recipe, '--config.restore.batch=4', '--config.mesh.fsdp=4')
-    assert code == 0 and '4 of v5e:2x2' in out, err
+    assert '4 of v5e:2x2' in out and 'fits into 16.0' in out and 'all-gather' in out
+    (file,) = tmp_path.glob('*-v5e-2x2.json')
+    found = json.loads(file.read_text())
+    assert found['chips'] == 4 and found['fits'] and found['config']['mesh']['fsdp'] == 4
+    assert found['total'] == pytest.approx(sum(found['bytes'].values()), abs=64)
+    line = found['roofline']
+    assert line['seconds'] == max(line['matmuls'], line['memory'], line['links']) > 0
+    assert found['samples_s'] == pytest.approx(4 / line['seconds'])
+    assert found['dollars_25k'] == pytest.approx(25_000 / found['samples_s'] / 3600 * 4 * 2)
+    assert f'written to {file}' in out
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,7 @@ def test_it_prints_the_compilers_bytes(script, model):
             ['--config=configs/llava_lang_only.py', '--config.mesh.fsdp=8'],
             'the mesh of the config needs 8 chips, v5e:2x2 has 4',
         ),
+        (['--topology=h100:8'], '--topology=h100:8: expected one of v5e, v5p, v6e, then :4x4'),
         (['another'], 'expected one model: python launch/compile.py MODEL'),
     ],
 )
