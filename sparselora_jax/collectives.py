@@ -56,25 +56,44 @@ def collectives(text: str, devices: int) -> list[Collective]:
     ends = [head.start() for head in heads[1:]] + [len(text)]
     parts = {head[1]: text[head.end() : end] for head, end in zip(heads, ends, strict=True)}
     entry = next(head[1] for head in heads if head[0].startswith('ENTRY'))
-    return list(_walk(parts, entry, 1, devices))
+    return list(_walk(parts, entry, 1, devices, set()))
 
 
-def _walk(parts: dict[str, str], name: str, times: int, devices: int) -> Iterator[Collective]:
+def _walk(parts: dict[str, str], name: str, times: int, devices: int, seen: set[str]) -> Iterator[Collective]:
+    """Of a computation and those that it calls.
+
+    Args:
+      seen: channels of this round of the innermost loop; a TPU's compiler writes a collective down in each of the
+        fusions that start it, compute beside it and end it.
+    """
     for result, operation, rest in _OPERATION.findall(parts[name]):
         kind = operation.removesuffix('-start')
         if kind in KINDS:
+            channel = re.search(r'channel_id=(\d+)', rest)
+            if channel and channel[1] in seen:
+                continue
+            seen |= {channel[1]} if channel else set()
             yield Collective(kind, _size(result, started=operation != kind), _group(rest, devices), times)
             continue
         for listed, one in _CALLED.findall(rest):
             for called in re.findall(r'[\w.\-]+', listed) if listed else [one]:
                 if operation != 'while':
-                    yield from _walk(parts, called, times, devices)
+                    yield from _walk(parts, called, times, devices, seen)
                     continue
-                inside = list(_walk(parts, called, times, devices))
-                rounds = re.search(r'"known_trip_count":{"n":"(\d+)"}', rest)
-                if inside and rounds is None:
+                inside = list(_walk(parts, called, times, devices, set()))
+                if inside and (rounds := _rounds(parts, rest)) is None:
                     raise ValueError(f'{inside[0].kind} in a loop ({called}) whose number of rounds is not known')
-                yield from (found._replace(times=found.times * int(rounds[1])) for found in inside)
+                yield from (found._replace(times=found.times * rounds) for found in inside)
+
+
+def _rounds(parts: dict[str, str], rest: str) -> int | None:
+    """Of a loop: as the compiler says it, or the number that its counter, which begins at 0, is compared with."""
+    if said := re.search(r'"known_trip_count":{"n":"(\d+)"}', rest):
+        return int(said[1])
+    condition = parts[re.search(r'condition=%?([\w.\-]+)', rest)[1]]
+    limits = re.findall(r'= s32\[\]\S* constant\((\d+)\)', condition)
+    counted = re.search(r'ROOT [^\n]* compare\([^\n]*direction=LT', condition)
+    return int(limits[0]) if counted and len(limits) == 1 else None
 
 
 def _size(result: str, *, started: bool) -> int:
@@ -101,6 +120,9 @@ def _group(rest: str, devices: int) -> int:
         return int(found[2])
     if found := re.search(r'replica_groups={{([\d,]+)}', rest):
         return len(found[1].split(','))
+    if found := re.search(r'replica_groups=mesh\[([^\]]*)\] {([^}]*)}', rest):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", found[2]))
     if found := re.search(r'source_target_pairs={(.*?)}}', rest):
         return 2
     return devices

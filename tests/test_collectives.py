@@ -81,3 +81,33 @@ ENTRY %main (p: bf16[4,8]) -> bf16[16,8] {
         Collective('all-reduce', 40, 2, 1),
         Collective('all-gather', 24, 8, 1),
     ]
+
+
+def test_the_text_of_a_tpus_compiler():
+    text = """HloModule m
+
+%start (p: bf16[2,8]) -> bf16[8,8] {
+  ROOT %g = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}
+}
+
+%end (p: bf16[2,8]) -> bf16[8,8] {
+  ROOT %g = bf16[8,8]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}
+}
+
+%body (p: (s32[], bf16[2,8])) -> (s32[], bf16[2,8]) {
+  %s = bf16[8,8]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%start
+  %e = bf16[8,8]{1,0:T(8,128)(2,1)} fusion(%s), kind=kCustom, calls=%end
+  %r = (f32[4]{0:T(128)S(1)}, /*index=1*/f32[4]{0}) all-reduce(%x, %y), replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+}
+
+%condition (p: (s32[], bf16[2,8])) -> pred[] {
+  %c = s32[]{:T(128)} constant(24)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
+}
+
+ENTRY %main (p: bf16[4,8]) -> bf16[16,8] {
+  %w = (s32[]{:T(128)}, bf16[2,8]{1,0:T(8,128)}) while(%t), condition=%condition, body=%body, metadata={op_name="while"}
+}
+"""
+    assert collectives(text, 8) == [Collective('all-gather', 128, 4, 24), Collective('all-reduce', 32, 8, 24)]
