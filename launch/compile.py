@@ -14,6 +14,7 @@ import os
 import sys
 
 os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # nothing is run, so several may compile side by side
 
 import json
 import time

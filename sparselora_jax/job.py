@@ -18,6 +18,7 @@ from sparselora_jax import pruning, sharding, storage, teacher
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
 from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.inspection import structs
 from sparselora_jax.models import embedded, hf, on_disk, streaming
 from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
@@ -96,8 +97,9 @@ class Job:
         vocab, restore = self.model.cfg.language.vocab, self.config.restore
         if restore.teacher == 'top_k' and restore.top_k >= vocab:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
-        _ = self.mesh
         check_batches(self.config)
+        for line in [] if self.mesh is None else sharding.undivided(structs(self.model.cfg), self.mesh):
+            print(f'mesh: {line}', flush=True)
         kept, questions = self.workdir / QUESTIONS, self.questions
         if kept.exists() and kept.read_text() != questions:
             raise ConfigError(

@@ -82,6 +82,30 @@ def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, 
     return rules_lib.unflatten({path: of(path, leaf) for path, leaf in flat.items()})
 
 
+def undivided(shapes: dict, mesh: Mesh | AbstractMesh) -> list[str]:
+    """A line for each axis that does not divide all kernels that it should split, with the nearest mesh that does.
+
+    Args:
+      shapes: params, by shapes.
+    """
+    lines = []
+    for axis in ('fsdp', 'tensor'):
+        split: dict[str, int] = {}  # path -> the dimension that this axis should split
+        for path, leaf in rules_lib.kernels(shapes).items():
+            for name, size in zip(rules_lib.first_match(RULES, path), leaf.shape, strict=False):
+                split |= {path: size} if name == axis else {}
+        devices = mesh.shape[axis]
+        if odd := {path: size for path, size in split.items() if size % devices}:
+            path, size = next(iter(odd.items()))
+            fits = next(n for n in range(devices, 0, -1) if devices % n == 0 and not any(s % n for s in split.values()))
+            better = dict(mesh.shape) | {axis: fits, 'data': mesh.shape['data'] * devices // fits}
+            lines.append(
+                f'{axis}={devices} does not divide {len(odd)} of {len(split)} kernels, e.g. the {size} of {path}: they '
+                f'lie whole on every device; {", ".join(f"{name}={n}" for name, n in better.items())} divides all'
+            )
+    return lines
+
+
 def shard(tree: dict, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> dict:
     """Puts params, masks or lora onto the mesh."""
     return jax.device_put(tree, shardings(tree, mesh, rules))

@@ -94,6 +94,17 @@ def test_a_dimension_over_two_axes_is_split_by_both_or_by_none():
     assert placed['does_not'].addressable_shards[0].data.shape == (2, 6)
 
 
+def test_what_a_mesh_does_not_divide_is_said_with_the_nearest_that_does():
+    shapes = {'language': llama.shapes(replace(CFG, heads=6, kv_heads=3, head_dim=2))}
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, 'float32'), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    (line,) = sharding.undivided(shapes, sharding.make_mesh(tensor=4))
+    assert line == (
+        'tensor=4 does not divide 2 of 7 kernels, e.g. the 6 of language/blocks/attn/k/kernel: they lie whole on every '
+        'device; data=2, fsdp=1, tensor=2 divides all'
+    )
+    assert not sharding.undivided(shapes, sharding.make_mesh(data=2, fsdp=2))
+
+
 def test_a_mesh_that_does_not_fit_is_named():
     with pytest.raises(sharding.MeshError, match='needs 3 devices, there are 4'):
         sharding.make_mesh(data=3)
