@@ -102,7 +102,8 @@ def report(found, chip, price):
     line = found['roofline']
     terms = ', '.join(f'{name} {line[name]:.3f}' for name in plan.Roofline._fields)
     rows['seconds a step, at least'] = f'{line["seconds"]:.3f} ({terms})'
-    rows["seconds by the compiler's estimate, loops counted once"] = f'{found["compiler_s"]}'
+    if found['compiler_s'] is not None:
+        rows["seconds by the compiler's estimate, loops counted once"] = f'{found["compiler_s"]:.3f}'
     rows['samples a second, at most'] = f'{found["samples_s"]:.1f} ({found["tokens_s"]:.0f} tokens)'
     rows['25,000 samples, at least'] = f'{found["dollars_25k"]:.2f} dollars, at {price:.2f} for a chip and hour'
     rows['compiled in'] = f'{found["compilation_s"]:.0f} s'

@@ -65,7 +65,7 @@ def restore(made: memory.Recipe, arguments: tuple, compiled: Any, chip: Chip) ->
 
     Returns:
       JSON: `bytes` by what they are, `temporary` and `total`, `fits`; `flops`; `collectives` by kind (how many, bytes
-      sent); `roofline` in seconds, by term; `compiler_s`, the compiler's own estimate, each loop counted once.
+      sent); `roofline` in seconds, by term; `compiler_s`, the compiler's own estimate, each loop counted once, or None.
     """
     chips, found = made.mesh.size if made.mesh else 1, compiled.memory_analysis()
     parts = held(arguments)
@@ -79,6 +79,7 @@ def restore(made: memory.Recipe, arguments: tuple, compiled: Any, chip: Chip) ->
         (_weights_read(made, parts) + 2 * temporary) / chip.bytes_s,
         sum(size for _, size in sent.values()) / chip.links_s,
     )
+    estimated = (compiled.cost_analysis() or {}).get('optimal_seconds', 0.0)  # negative where it counts collectives
     return {
         'chips': chips,
         'bytes': parts | {'outputs': outputs, 'temporary': temporary},
@@ -87,7 +88,7 @@ def restore(made: memory.Recipe, arguments: tuple, compiled: Any, chip: Chip) ->
         'flops': per_chip,
         'collectives': {kind: {'runs': runs, 'bytes': size} for kind, (runs, size) in sent.items()},
         'roofline': line._asdict() | {'seconds': line.seconds, 'bound': line.bound},
-        'compiler_s': (compiled.cost_analysis() or {}).get('optimal_seconds'),
+        'compiler_s': estimated if estimated > 0 else None,
     }
 
 
