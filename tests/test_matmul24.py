@@ -1,5 +1,6 @@
 """x @ packed weights: every lowering computes what the plain product does, at every edge; so does the gradient."""
 
+import functools
 import itertools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparselora_jax as sl
-from sparselora_jax.kernels import gpu, matmul24, tpu
+from sparselora_jax.kernels import cpu, gpu, matmul24, tpu
 from sparselora_jax.packing import packed24
 
 PAIRS = list(itertools.combinations(range(4), 2))
@@ -37,7 +38,7 @@ def check(got, x, weights):
     """Against numpy in float64; the bound is the rounding of fp32 sums, and of the result."""
     want = np.asarray(x, np.float64) @ np.asarray(weights, np.float64)
     size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(weights, np.float64))
-    eps = {'float32': 2e-6, 'bfloat16': 2**-8}[str(x.dtype)]
+    eps = {'float32': 2e-6, 'bfloat16': 2**-8, 'float16': 2**-11}[str(x.dtype)]
     assert got.dtype == x.dtype
     np.testing.assert_array_less(np.abs(np.asarray(got, np.float64) - want), eps * np.maximum(size, 1e-6))
 
@@ -84,6 +85,24 @@ def test_the_tpu_kernel_is_the_product(rows, inputs, outputs):
     for index in range(9):
         one = jax.tree.map(lambda leaf, index=index: leaf[index], packed)
         check(run(one), x, packed24.unpack24(one, jnp.float32))
+
+
+@pytest.mark.parametrize(('dtype', 'four_bits'), [*KINDS, (jnp.float16, False)])
+@pytest.mark.parametrize(('rows', 'inputs'), [(1, 300), (3, 20)])
+def test_few_rows_are_multiplied_as_packed(rows, inputs, dtype, four_bits):
+    packed, x, _ = packed_and_x(rows, inputs, 10, dtype, four_bits)
+    for index in range(9):
+        one = jax.tree.map(lambda leaf, index=index: leaf[index], packed)
+        check(cpu.matmul(x, one), x, packed24.unpack24(one, jnp.float32))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_few_rows_make_neither_kernels_nor_wider_values(dtype):
+    packed, x, _ = packed_and_x(1, 256, 256, dtype, False)
+    kernels = [jax.tree.map(lambda leaf, index=index: leaf[index], packed) for index in range(4)]
+    chain = jax.jit(lambda x, kernels: functools.reduce(matmul24.matmul24, kernels, x))
+    temporary = chain.lower(x, kernels).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < kernels[0].nbytes
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparselora_jax.kernels import gpu, tpu
+from sparselora_jax.kernels import cpu, gpu, tpu
 from sparselora_jax.packing.packed24 import Packed24, unpack24
 
 
 def matmul24(x: Float[Array, '*batch inputs'], kernel: Packed24) -> Float[Array, '*batch outputs']:
     """`x @ W` in x's dtype, summed in fp32; differentiable in x, and what is kept for that is packed.
 
-    On a GPU or a TPU by a Pallas kernel, where shapes and dtypes are those that it takes; else the kernel is unpacked
-    where it is used.
+    On a GPU or a TPU by a Pallas kernel, where shapes and dtypes are those that it takes; on a CPU, where x has few
+    rows, as it is packed; else the kernel is unpacked where it is used.
 
     >>> from sparselora_jax.packing.packed24 import pack24
     >>> matmul24(jnp.ones((1, 4)), pack24(jnp.array([[1.0], [0.0], [2.0], [0.0]]))).tolist()
@@ -43,6 +43,8 @@ _matmul24.defvjp(_forward, _backward)
 def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
     matrix = x.reshape(-1, x.shape[-1])
     branches = {'default': functools.partial(reference, transposed)}
+    if not transposed and cpu.takes(matrix):
+        branches['cpu'] = cpu.matmul
     if gpu.takes(matrix, kernel):
         branches['cuda'] = functools.partial(_on_gpu, transposed)
     if not transposed and tpu.takes(matrix, kernel):
