@@ -75,16 +75,29 @@ def test_the_gpu_kernels_are_the_product(rows, inputs, outputs, dtype, four_bits
         check(dx, g, weights.T)
 
 
+# Rows that a tile does not divide; outputs likewise; a sum of one step and of several.
+TPU_SHAPES = [(40, 768, 384), (1, 256, 128), (16, 512, 384)]
+
+
+@pytest.mark.parametrize('four_bits', [False, True])
 @pytest.mark.parametrize(
     ('rows', 'inputs', 'outputs'),
-    [(40, 768, 384), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((1, 256, 128), (16, 512, 384)))],
+    [TPU_SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in TPU_SHAPES[1:])],
 )
-def test_the_tpu_kernel_is_the_product(rows, inputs, outputs):
-    packed, x, _ = packed_and_x(rows, inputs, outputs, jnp.bfloat16, False)
-    run = jax.jit(lambda packed: tpu.matmul(x, packed, tpu.Tile(16, 256, 512), interpret=True))
+def test_the_tpu_kernels_are_the_product(rows, inputs, outputs, four_bits):
+    packed, x, g = packed_and_x(rows, inputs, outputs, jnp.bfloat16, four_bits)
+
+    @jax.jit
+    def both(packed):
+        y = tpu.matmul(x, packed, tpu.Tile(16, inputs, 256), interpret=True)
+        return y, tpu.matmul_transposed(g, packed, tpu.Tile(16, 256, 128), interpret=True)
+
     for index in range(9):
         one = jax.tree.map(lambda leaf, index=index: leaf[index], packed)
-        check(run(one), x, packed24.unpack24(one, jnp.float32))
+        weights = packed24.unpack24(one, jnp.float32)
+        y, dx = both(one)
+        check(y, x, weights)
+        check(dx, g, weights.T)
 
 
 @pytest.mark.parametrize(('dtype', 'four_bits'), [*KINDS, (jnp.float16, False)])
@@ -129,12 +142,13 @@ def test_the_backward_keeps_packed_kernels_only():
     assert temporary < 4 * dense[0].nbytes < dense.nbytes
 
 
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
 @pytest.mark.parametrize('four_bits', [False, True])
-def test_programs_for_gpus_hold_the_kernel(four_bits):
-    packed, x, _ = packed_and_x(4, 256, 64, jnp.bfloat16, four_bits)
+def test_programs_for_accelerators_hold_the_kernels(four_bits, platform):
+    packed, x, _ = packed_and_x(4, 256, 128, jnp.bfloat16, four_bits)
     one = jax.tree.map(lambda leaf: leaf[7], packed)
     step = jax.jit(jax.grad(lambda x: jnp.sum(matmul24.matmul24(x, one).astype(jnp.float32) ** 2)))
-    text = step.trace(x).lower(lowering_platforms=('cuda',)).as_text()
-    assert 'matmul24' in text and 'matmul24_transposed' in text
+    text = step.trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert all(f'"{name}"' in text for name in ('matmul24', 'matmul24_transposed'))
     here = step.trace(x).lower(lowering_platforms=('cpu',)).as_text()
     assert 'custom_call' not in here

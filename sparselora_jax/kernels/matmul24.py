@@ -47,8 +47,8 @@ def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
         branches['cpu'] = cpu.matmul
     if gpu.takes(matrix, kernel):
         branches['cuda'] = functools.partial(_on_gpu, transposed)
-    if not transposed and tpu.takes(matrix, kernel):
-        branches['tpu'] = functools.partial(tpu.matmul, tile=tpu.tile(matrix.shape[0], kernel))
+    if tpu.takes(matrix, kernel):
+        branches['tpu'] = functools.partial(_on_tpu, transposed)
     found = jax.lax.platform_dependent(matrix, kernel, **branches)
     return found.reshape(*x.shape[:-1], found.shape[-1])
 
@@ -62,3 +62,8 @@ def reference(transposed: bool, x: Float[Array, 'rows m'], kernel: Packed24) -> 
 
 def _on_gpu(transposed: bool, x: Array, kernel: Packed24) -> Any:
     return (gpu.matmul_transposed if transposed else gpu.matmul)(x, kernel, gpu.tile(x.shape[0]))
+
+
+def _on_tpu(transposed: bool, x: Array, kernel: Packed24) -> Any:
+    tile = tpu.tile(x.shape[0], kernel, transposed)
+    return (tpu.matmul_transposed if transposed else tpu.matmul)(x, kernel, tile)
