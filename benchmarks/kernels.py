@@ -6,16 +6,18 @@
 Nothing below was timed on a chip: the programs are compiled for it, and their time is the largest of three terms:
 
 - bytes: what is read and written once, over the memory's rate;
-- matmul: FLOPs, zeros included (the weights are unpacked before they are multiplied; on TPUs half as many again), over
-  the rate of bf16;
+- matmul: FLOPs, zeros included (the weights are unpacked before they are multiplied; on TPUs twice as many for the
+  transposed product of int4), over the rate of bf16;
 - vector: of GPUs the instructions in the kernel's loop (counted in the SASS), a warp's worth each, over the four that a
   multiprocessor issues a cycle; of TPUs the bundles of the kernel's schedule, one a cycle.
 
-The dense GPU kernel is the same kernel without the unpacking; the dense TPU program is XLA's own.
+The dense GPU kernel is the same kernel without the unpacking; the dense TPU program is XLA's own. What XLA itself says
+of a TPU program (`optimal_seconds`) counts a Pallas kernel's bytes and FLOPs, not its vector work.
 """
 
 import collections
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -217,32 +219,41 @@ def bundles() -> int:
     return found
 
 
+def compiled_for_tpu(chip: Chip, fn, *args):
+    """As in a program that runs on one of them."""
+    devices = topologies.get_topology_desc(platform='tpu', topology_name=chip.target).devices[:1]
+    sharding = NamedSharding(Mesh(np.array(devices), ('one',)), PartitionSpec())
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args)
+    return jax.jit(fn).lower(*placed).compile()
+
+
 def on_tpus(rows: int, inputs: int, outputs: int) -> None:
     """Prints one line a chip and kernel."""
-    packed = packed24_like(jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16))
-    tile = tpu.tile(rows, packed)
-    for chip in TPUS:
-        devices = topologies.get_topology_desc(platform='tpu', topology_name=chip.target).devices[:1]
-        sharding = NamedSharding(Mesh(np.array(devices), ('one',)), PartitionSpec())
-        x, w = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),  # noqa: B023
-            (jax.ShapeDtypeStruct((rows, inputs), jnp.bfloat16), packed),
-        )
-        jax.jit(functools.partial(tpu.matmul, tile=tile)).lower(x, w).compile()
-        steps = -(-rows // tile.rows) * -(-outputs // tile.outputs) * -(-inputs // tile.inputs)
-        dense = 2 * inputs * outputs
-        unpacking = steps * bundles() / chip.cores / chip.hertz
-        found = {'dense': (dense, 2, 0.0), 'packed': (packed_bytes(packed), 3, unpacking)}
+    dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
+    x, g = (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16) for size in (inputs, outputs))
+    for chip, transposed in itertools.product(TPUS, (False, True)):
+        matrix, product = (g, tpu.matmul_transposed) if transposed else (x, tpu.matmul)
+        dense_product = (lambda x, w: x @ w.T) if transposed else jnp.matmul
+        kernels = {'dense': (dense_product, dense, 0)}
+        for name, four_bits in (('packed', False), ('packed int4', True)):
+            packed = packed24_like(dense, four_bits=four_bits)
+            tile = tpu.tile(rows, packed, transposed)
+            steps = -(-rows // tile.rows) * -(-inputs // tile.inputs) * -(-outputs // tile.outputs)
+            kernels[name] = functools.partial(product, tile=tile), packed, steps
         estimates = {}
-        for name, (weights, flops, vector_s) in found.items():
-            moved = weights + 2 * rows * (inputs + outputs)
-            terms = times(chip, moved, flops * rows * inputs * outputs, vector_s)
+        for name, (fn, weights, steps) in kernels.items():
+            compiled = compiled_for_tpu(chip, fn, matrix, weights)
+            vector_s = steps * bundles() / chip.cores / chip.hertz if steps else 0.0
+            size = packed_bytes(weights)
+            # int4 scales make two numbers of one of g.
+            flops = (4 if transposed and name == 'packed int4' else 2) * rows * inputs * outputs
+            terms = times(chip, size + 2 * rows * (inputs + outputs), flops, vector_s)
             estimates[name] = max(terms.values())
             ratio = '' if name == 'dense' else f'{estimates[name] / estimates["dense"]:.2f}'
-            seconds = ' | '.join(f'{1e6 * term:.1f}' for term in terms.values())
-            binds = max(terms, key=terms.get)
-            start = f'| {chip.name} | {rows} | {inputs}x{outputs} | {name} | {weights / dense:.4f}'
-            print(f'{start} | {seconds} | {binds} | {ratio} |', flush=True)
+            columns = [chip.name, rows, f'{inputs}x{outputs}', name + ', transposed' * transposed]
+            columns += [f'{size / packed_bytes(dense):.4f}', *(f'{1e6 * term:.1f}' for term in terms.values())]
+            columns += [max(terms, key=terms.get), ratio, f'{1e6 * compiled.cost_analysis()["optimal_seconds"]:.1f}']
+            print('| ' + ' | '.join(map(str, columns)) + ' |', flush=True)
 
 
 def packed_bytes(packed: Packed24) -> int:
@@ -257,7 +268,7 @@ def main(argv):
     first = ('chip', 'rows', 'weights', 'kernel')
     built = ('registers', 'spilled, B', 'shared, B', 'tensor core', 'instructions an element')
     print('Static estimates: nothing was run on a chip.')
-    for head, table in (((*first, *built, *terms), on_gpus), ((*first, *terms), on_tpus)):
+    for head, table in (((*first, *built, *terms), on_gpus), ((*first, *terms, 'XLA says, us'), on_tpus)):
         print('\n| ' + ' | '.join(head) + ' |\n' + '|---' * len(head) + '|')
         for rows in map(int, ROWS.value):
             for shape in SHAPES.value:

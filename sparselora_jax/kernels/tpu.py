@@ -22,10 +22,11 @@ from jaxtyping import Array, Float
 
 from sparselora_jax.packing.packed24 import BYTE, SCALED, Packed24
 
-STRIP = 128  # outputs that are unpacked at a time: more leave the registers
+STRIPS = (256, 128)  # outputs that are unpacked at a time: the matrix unit's width, or half of it
 CHUNK = 2 * SCALED  # inputs whose positions fill a register
 BIAS = 24  # of int4 values
-WORK = 2**21  # weights of a step: each costs some 200 cycles of its own
+WORK = 2**21  # weights of a step, about: each costs some 200 cycles of its own
+WIDEST = 12288  # outputs that a step of the transposed product sums over
 ROWS = 256
 LARGEST = 2**22  # numbers of x in a tile
 
@@ -43,18 +44,19 @@ class Tile(NamedTuple):
 def takes(x: Array, packed: Packed24) -> bool:
     """Whether the kernels here read these: x of bf16, values of bf16 or int4, and whole registers of them."""
     bf16 = x.dtype == jnp.bfloat16 and (packed.scale is not None or packed.values.dtype == jnp.bfloat16)
-    return bf16 and packed.inputs % CHUNK == 0 and packed.shape[-1] % STRIP == 0
+    return bf16 and packed.inputs % CHUNK == 0 and packed.shape[-1] % STRIPS[-1] == 0
 
 
 def tile(rows: int, packed: Packed24, transposed: bool = False) -> Tile:
     """What to read at a time: all inputs of some outputs; transposed, a divisor of the outputs."""
     inputs, outputs = packed.shape
+    strip = _strip(outputs)
     if transposed:
-        strips = outputs // STRIP
-        outputs = STRIP * max(count for count in range(1, min(strips, 64) + 1) if strips % count == 0)
-        inputs = 2 * CHUNK if inputs % (2 * CHUNK) == 0 else CHUNK
+        strips = outputs // strip
+        outputs = strip * max(count for count in range(1, min(strips, WIDEST // strip) + 1) if strips % count == 0)
+        inputs = 2 * CHUNK if inputs % (2 * CHUNK) == 0 and 2 * CHUNK * outputs <= WORK else CHUNK
     else:
-        outputs = min(outputs, max(WORK // inputs // STRIP, 1) * STRIP)
+        outputs = min(outputs, max(WORK // inputs // strip, 1) * strip)
     most = min(ROWS, LARGEST // max(inputs, outputs) // 8 * 8)
     return Tile(min(-(-rows // 8) * 8, most), inputs, outputs)
 
@@ -122,14 +124,19 @@ def _dense(values_ref, positions_ref, chunk: int, strip) -> Iterator[Array]:
         yield pltpu.bitcast(jnp.concatenate([*halves[0], *halves[1]]), jnp.bfloat16)
 
 
+def _strip(outputs: int) -> int:
+    return next(strip for strip in STRIPS if outputs % strip == 0)
+
+
 def _strips(outputs: int) -> list[Any]:
-    return [pl.ds(start, STRIP) for start in range(0, outputs, STRIP)]
+    strip = _strip(outputs)
+    return [pl.ds(start, strip) for start in range(0, outputs, strip)]
 
 
 def _forward_kernel(x_ref, values_ref, positions_ref, *refs):
     *scaled_refs, out_ref = refs
     for strip in _strips(out_ref.shape[1]):
-        total = jnp.zeros((x_ref.shape[0], STRIP), jnp.float32)
+        total = jnp.zeros((x_ref.shape[0], strip.size), jnp.float32)
         if scaled_refs:
             sums_ref, scale_ref = scaled_refs
             scale = scale_ref[:, strip].astype(jnp.float32)
