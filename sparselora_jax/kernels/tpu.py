@@ -11,7 +11,6 @@ subtracted from the sum (transposed: from the weights, so that pruned ones give 
 output, are applied in fp32: to sums of 128 inputs, or to g, which then is two numbers of bf16, nothing rounded.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -42,9 +41,12 @@ class Tile(NamedTuple):
 
 
 def takes(x: Array, packed: Packed24) -> bool:
-    """Whether the kernels here read these: x of bf16, values of bf16 or int4, and whole registers of them."""
+    """Whether the kernels here read these: few rows of bf16, values of bf16 or int4, and whole registers of them."""
     bf16 = x.dtype == jnp.bfloat16 and (packed.scale is not None or packed.values.dtype == jnp.bfloat16)
-    return bf16 and packed.inputs % CHUNK == 0 and packed.shape[-1] % STRIPS[-1] == 0
+    # All weights are unpacked again for each 256 rows. With more rows than these it takes less to unpack them once and
+    # write them (by benchmarks/kernels.py: on v6e, and int4 on all).
+    few = x.shape[0] <= (2 * ROWS if packed.scale is None else ROWS)
+    return few and bf16 and packed.inputs % CHUNK == 0 and packed.shape[-1] % STRIPS[-1] == 0
 
 
 def tile(rows: int, packed: Packed24, transposed: bool = False) -> Tile:
@@ -108,20 +110,20 @@ def _biased(word: Array, at: int) -> Array:
     return bits & 0x00780078 ^ 0x41C041C0  # 16, and the sign's bit the other way round: 24
 
 
-def _dense(values_ref, positions_ref, chunk: int, strip) -> Iterator[Array]:
-    """256 inputs of a strip, 128 at a time, as bf16 `[128, outputs]`."""
+def _dense(values_ref, positions_ref, chunk: int, strip) -> list[Array]:
+    """256 inputs of a strip as bf16, `[256, outputs]`; of int4, those of each scale, `[128, outputs]`."""
     rows = CHUNK // BYTE
     positions = pltpu.bitcast(positions_ref[pl.ds(rows * chunk, rows), strip], jnp.uint32)
     codes = positions ^ jnp.uint32(0xCCCCCCCC)  # 3 - place of the second value: both are at home where 0 is
     at = _sublane(codes.shape)
     rows = values_ref.shape[0] // positions_ref.shape[0] * rows
-    values = pltpu.bitcast(values_ref[pl.ds(rows * chunk, rows), strip], jnp.uint32)
-    for block, words in enumerate(jnp.split(values, 2)):
-        if values_ref.dtype == jnp.uint8:
-            halves = _halves_of_int4(words, _pick(codes, (at >> 1) + 4 * block) >> (at & 1) * 16 & 0xFFFF)
-        else:
-            halves = _halves_of_bf16(words, _pick(codes, (at & 3) + 4 * block))
-        yield pltpu.bitcast(jnp.concatenate([*halves[0], *halves[1]]), jnp.bfloat16)
+    values = jnp.split(pltpu.bitcast(values_ref[pl.ds(rows * chunk, rows), strip], jnp.uint32), 2)
+    if values_ref.dtype == jnp.uint8:
+        of_words = [_pick(codes, (at >> 1) + 4 * block) >> (at & 1) * 16 & 0xFFFF for block in (0, 1)]
+        halves = [_halves_of_int4(words, code) for words, code in zip(values, of_words, strict=True)]
+        return [pltpu.bitcast(jnp.concatenate([*first, *second]), jnp.bfloat16) for first, second in halves]
+    halves = [_halves_of_bf16(words, _pick(codes, (at & 3) + 4 * block)) for block, words in enumerate(values)]
+    return [pltpu.bitcast(jnp.concatenate([word for both in halves for half in both for word in half]), jnp.bfloat16)]
 
 
 def _strip(outputs: int) -> int:
@@ -135,6 +137,7 @@ def _strips(outputs: int) -> list[Any]:
 
 def _forward_kernel(x_ref, values_ref, positions_ref, *refs):
     *scaled_refs, out_ref = refs
+    width = SCALED if scaled_refs else CHUNK
     for strip in _strips(out_ref.shape[1]):
         total = jnp.zeros((x_ref.shape[0], strip.size), jnp.float32)
         if scaled_refs:
@@ -142,10 +145,10 @@ def _forward_kernel(x_ref, values_ref, positions_ref, *refs):
             scale = scale_ref[:, strip].astype(jnp.float32)
             total -= jnp.dot(sums_ref[...], scale, precision='highest', preferred_element_type=jnp.float32)
         for chunk in range(x_ref.shape[1] // CHUNK):
-            for block, weights in enumerate(_dense(values_ref, positions_ref, chunk, strip), 2 * chunk):
-                x = x_ref[:, block * SCALED : (block + 1) * SCALED]
+            for at, weights in enumerate(_dense(values_ref, positions_ref, chunk, strip), chunk * CHUNK // width):
+                x = x_ref[:, pl.ds(at * width, width)]
                 part = jnp.dot(x, weights, preferred_element_type=jnp.float32)
-                total += part * scale[block : block + 1] if scaled_refs else part
+                total += part * scale[at : at + 1] if scaled_refs else part
         out_ref[:, strip] = total.astype(out_ref.dtype)
 
 
@@ -155,19 +158,19 @@ def _times_transposed(g: Array, weights: Array) -> Array:
 
 def _transposed_kernel(g_ref, values_ref, positions_ref, *refs):
     *scale_refs, out_ref, total_ref = refs
-    blocks = out_ref.shape[1] // SCALED
-    rows = g_ref.shape[0]
-    totals = [jnp.zeros((rows, SCALED), jnp.float32)] * blocks
+    rows, inputs = out_ref.shape
+    width = SCALED if scale_refs else CHUNK
+    totals = [jnp.zeros((rows, width), jnp.float32)] * (inputs // width)
     for strip in _strips(g_ref.shape[1]):
         g = g_ref[:, strip]
-        for chunk in range(blocks // 2):
-            for block, weights in enumerate(_dense(values_ref, positions_ref, chunk, strip), 2 * chunk):
+        for chunk in range(inputs // CHUNK):
+            for at, weights in enumerate(_dense(values_ref, positions_ref, chunk, strip), chunk * CHUNK // width):
                 if scale_refs:
-                    scaled = g.astype(jnp.float32) * scale_refs[0][0, block : block + 1, strip].astype(jnp.float32)
+                    scaled = g.astype(jnp.float32) * scale_refs[0][0, at : at + 1, strip].astype(jnp.float32)
                     both = _times_transposed(_in_two(scaled), weights - BIAS)
-                    totals[block] += both[:rows] + both[rows:]
+                    totals[at] += both[:rows] + both[rows:]
                 else:
-                    totals[block] += _times_transposed(g, weights)
+                    totals[at] += _times_transposed(g, weights)
     total = jnp.concatenate(totals, axis=1)
     step = pl.program_id(2)
 
