@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 import sparselora_jax as sl
 from sparselora_jax.kernels import cpu, gpu, matmul24, tpu
@@ -152,3 +154,60 @@ def test_programs_for_accelerators_hold_the_kernels(four_bits, platform):
     assert all(f'"{name}"' in text for name in ('matmul24', 'matmul24_transposed'))
     here = step.trace(x).lower(lowering_platforms=('cpu',)).as_text()
     assert 'custom_call' not in here
+
+
+def checked(monkeypatch):
+    """Has every load and store of the GPU kernels say whether all that its mask leaves lies within its array.
+
+    Pallas' interpreters check bounds of kernels for TPUs and Mosaic GPU only: for Triton's they pad, and cut off.
+    """
+    outside = []
+
+    def check(ref, mask):
+        (*_, index) = ref.transforms
+        within = jnp.ones((), bool)
+        for at, size in zip(index.indices, ref.ref.shape, strict=True):
+            where = at.start + jnp.arange(at.size, dtype=jnp.int32) if isinstance(at, pl.Slice) else at
+            within = within[..., None] & (where < size) & (where >= 0) if jnp.ndim(where) else within & (where < size)
+        jax.debug.callback(outside.append, jnp.sum(~within if mask is None else mask & ~within, dtype=jnp.int32))
+
+    def load(ref, mask=None, other=None, real=gpu.plgpu.load):
+        check(ref, mask)
+        return real(ref, mask=mask, other=other)
+
+    def store(ref, value, mask=None, real=gpu.plgpu.store):
+        check(ref, mask)
+        return real(ref, value, mask=mask)
+
+    monkeypatch.setattr(gpu.plgpu, 'load', load)
+    monkeypatch.setattr(gpu.plgpu, 'store', store)
+    return outside
+
+
+QUICK_ODD = [((3, 20, 6), KINDS[1]), ((17, 132, 34), KINDS[3])]
+ODD = [
+    pytest.param(*shape, *kind, marks=[] if (shape, kind) in QUICK_ODD else pytest.mark.slow)
+    for shape, kind in itertools.product([(3, 20, 6), (17, 132, 34), (5, 300, 30)], KINDS)
+]
+
+
+@pytest.mark.parametrize(('rows', 'inputs', 'outputs', 'dtype', 'four_bits'), ODD)
+def test_the_gpu_kernels_stay_within_their_arrays(monkeypatch, rows, inputs, outputs, dtype, four_bits):
+    packed, x, g = packed_and_x(rows, inputs, outputs, dtype, four_bits)
+    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    outside = checked(monkeypatch)
+    for product, by in ((gpu.matmul, x), (gpu.matmul_transposed, g)):
+        outside.clear()
+        jax.block_until_ready(product(by, one, TILE, interpret=True))
+        jax.effects_barrier()
+        assert outside and sum(map(int, outside)) == 0
+
+
+@pytest.mark.slow
+def test_the_tpu_kernel_stays_within_its_arrays():
+    packed, x, _ = packed_and_x(3, 768, 384, jnp.bfloat16, False)
+    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    strict = pltpu.InterpretParams(out_of_bounds_reads='raise', uninitialized_memory='nan')
+    with pltpu.force_tpu_interpret_mode(strict):
+        got = tpu.matmul(x, one, tpu.Tile(16, 256, 512))
+    check(got, x, packed24.unpack24(one, jnp.float32))
