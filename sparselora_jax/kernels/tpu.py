@@ -220,20 +220,21 @@ def matmul(
     """`x @ W`, summed in fp32, in x's dtype."""
     x, rows = _filled(x, tile.rows), x.shape[0]
     arrays = [ordered(x, packed.scale is not None), packed.values, packed.positions]
-    blocks = [(tile.rows, tile.inputs), *((array.shape[0], tile.outputs) for array in arrays[1:])]
     if packed.scale is not None:
-        sums = BIAS * jnp.sum(x.reshape(x.shape[0], -1, SCALED), axis=2, dtype=jnp.float32)
-        arrays += [sums, packed.scale]
-        blocks += [(tile.rows, sums.shape[1]), (sums.shape[1], tile.outputs)]
-    of_rows, of_outputs = (lambda i, j: (i, 0)), (lambda i, j: (0, j))
+        arrays += [BIAS * jnp.sum(x.reshape(x.shape[0], -1, SCALED), axis=2, dtype=jnp.float32), packed.scale]
+
+    def of_rows(array):
+        return pl.BlockSpec((tile.rows, array.shape[1]), lambda i, j: (i, 0))
+
+    def of_outputs(array):
+        return pl.BlockSpec((array.shape[0], tile.outputs), lambda i, j: (0, j))
+
+    specs = of_rows, of_outputs, of_outputs, of_rows, of_outputs
     return pl.pallas_call(
         _forward_kernel,
         name='matmul24',
         grid=(x.shape[0] // tile.rows, pl.cdiv(packed.shape[1], tile.outputs)),
-        in_specs=[
-            pl.BlockSpec(block, of_rows if block[0] == tile.rows and at in (0, 3) else of_outputs)
-            for at, block in enumerate(blocks)
-        ],
+        in_specs=[spec(array) for spec, array in zip(specs, arrays, strict=False)],
         out_specs=pl.BlockSpec((tile.rows, tile.outputs), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], packed.shape[1]), x.dtype),
         compiler_params=_compiler_params('parallel', 'parallel'),
