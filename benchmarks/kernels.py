@@ -12,8 +12,8 @@ Nothing below was timed on a chip: the programs are compiled for it, and their t
   multiprocessor issues a cycle; of TPUs the bundles of the kernel's schedule, one a cycle.
 
 The dense GPU kernel is the same kernel without the unpacking; the dense TPU program is XLA's own. What XLA itself says
-of a TPU program (`optimal_seconds`) is no bound: several times the bytes' time for a dense product, and for some programs
-with a Pallas kernel no time at all (negative), then left out.
+of a TPU program (`optimal_seconds`) is no bound: several times the bytes' time for a dense product, and negative for
+some programs with a Pallas kernel, then left out.
 """
 
 import collections
