@@ -204,10 +204,28 @@ def test_the_gpu_kernels_stay_within_their_arrays(monkeypatch, rows, inputs, out
 
 
 @pytest.mark.slow
-def test_the_tpu_kernel_stays_within_its_arrays():
-    packed, x, _ = packed_and_x(3, 768, 384, jnp.bfloat16, False)
+@pytest.mark.parametrize('four_bits', [False, True])
+def test_the_tpu_kernels_stay_within_their_arrays(four_bits):
+    packed, x, g = packed_and_x(3, 768, 384, jnp.bfloat16, four_bits)
     one = jax.tree.map(lambda leaf: leaf[7], packed)
+    weights = packed24.unpack24(one, jnp.float32)
     strict = pltpu.InterpretParams(out_of_bounds_reads='raise', uninitialized_memory='nan')
     with pltpu.force_tpu_interpret_mode(strict):
-        got = tpu.matmul(x, one, tpu.Tile(16, 256, 512))
-    check(got, x, packed24.unpack24(one, jnp.float32))
+        y, dx = tpu.matmul(x, one, tpu.Tile(8, 768, 256)), tpu.matmul_transposed(g, one, tpu.Tile(8, 256, 128))
+    check(y, x, weights)
+    check(dx, g, weights.T)
+
+
+@pytest.mark.parametrize('backend', ['gpu', 'tpu'])
+def test_what_no_kernel_takes_is_said_once(monkeypatch, caplog, backend):
+    packed, x, _ = packed_and_x(2, 16, 6, jnp.float16, False)
+    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    matmul24._say.cache_clear()
+    for _ in range(2):
+        check(matmul24.matmul24(x, one), x, packed24.unpack24(one, jnp.float32))
+    said = [record.getMessage() for record in caplog.records if 'matmul24' in record.getMessage()]
+    assert said == [
+        f'matmul24: no kernel on {backend} for x float16 and values float16 [16, 6]: '
+        'weights are unpacked where they are used'
+    ]

@@ -1,6 +1,7 @@
 """x @ W of a `Packed24`: one function, lowered for the platform that a program is compiled for."""
 
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -47,10 +48,27 @@ def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
         branches['cpu'] = cpu.matmul
     if gpu.takes(matrix, kernel):
         branches['cuda'] = functools.partial(_on_gpu, transposed)
-    if tpu.takes(matrix, kernel):
+    if tpu.takes(matrix, kernel) and tpu.pays(matrix.shape[0], kernel):
         branches['tpu'] = functools.partial(_on_tpu, transposed)
+    taken = {'gpu': gpu.takes(matrix, kernel), 'tpu': tpu.takes(matrix, kernel)}
+    if not taken.get(jax.default_backend(), True):
+        _say(f'matmul24: no kernel on {jax.default_backend()} for {_described(matrix, kernel)}: {UNPACKED}')
     found = jax.lax.platform_dependent(matrix, kernel, **branches)
     return found.reshape(*x.shape[:-1], found.shape[-1])
+
+
+UNPACKED = 'weights are unpacked where they are used'
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Once."""
+    logging.getLogger(__name__).warning(line)
+
+
+def _described(x: Array, kernel: Packed24) -> str:
+    values = 'int4' if kernel.scale is not None else kernel.values.dtype
+    return f'x {x.dtype} and values {values} {list(kernel.shape)}'
 
 
 def reference(transposed: bool, x: Float[Array, 'rows m'], kernel: Packed24) -> Float[Array, 'rows n']:
