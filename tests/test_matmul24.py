@@ -154,6 +154,9 @@ def test_programs_for_accelerators_hold_the_kernels(four_bits, platform):
     assert all(f'"{name}"' in text for name in ('matmul24', 'matmul24_transposed'))
     here = step.trace(x).lower(lowering_platforms=('cpu',)).as_text()
     assert 'custom_call' not in here
+    many = jnp.zeros((4096, 256), jnp.bfloat16)
+    text = jax.jit(matmul24.matmul24).trace(many, one).lower(lowering_platforms=('cuda',)).as_text()
+    assert 'custom_call' not in text
 
 
 def checked(monkeypatch):

@@ -1,31 +1,36 @@
 """x @ W and g @ W.T of a `Packed24`, for NVIDIA GPUs from Ampere on (Pallas, Triton).
 
-A tile of packed weights is read once. Eight inputs share a byte of positions, an octet; the eight phases of a tile
-(input 0 of every octet, input 1, ...) are made in registers, each for a product of its own with the same inputs of x.
-The dense tile is never in memory: what is saved is bytes (0.5625x of bf16), not FLOPs.
+A tile of packed weights is read once, its dense form is made in registers and multiplied at once: it is never in
+memory. What is saved is bytes (0.5625x of bf16), not FLOPs.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
+from sparselora_jax.kernels.gpu_tiles import TILES
 from sparselora_jax.packing.packed24 import BYTE, SCALED, Packed24
 
 
 class Tile(NamedTuple):
-    """What one program reads and computes at a time: powers of two, at least 16 each."""
+    """What one program reads and computes at a time: powers of two, rows and outputs at least 16, octets at least 2."""
 
     rows: int  # of x, or of g
     outputs: int
-    octets: int  # of inputs
+    octets: int  # eight inputs each, which share a byte of positions
     warps: int = 4
     stages: int = 3
+
+
+def _tiles(packed: Packed24, transposed: bool) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """By most rows; they were chosen for bf16."""
+    return TILES['transposed' if transposed else 'forward', 'values' if packed.scale is None else 'int4']
 
 
 def takes(x: Array, packed: Packed24) -> bool:
@@ -34,9 +39,18 @@ def takes(x: Array, packed: Packed24) -> bool:
     return same and x.dtype in (jnp.bfloat16, jnp.float32) and packed.shape[-1] % 2 == 0
 
 
-def tile(rows: int) -> Tile:
-    """What to read at a time."""
-    return Tile(rows=16 if rows <= 16 else 64, outputs=64, octets=16)
+def pays(rows: int, packed: Packed24, transposed: bool) -> bool:
+    """Whether that is faster than to unpack all weights once, write them, and leave the product to XLA.
+
+    With many rows FLOPs bind and not bytes; the table ends where, by benchmarks/tune.py.
+    """
+    return rows <= _tiles(packed, transposed)[-1][0]
+
+
+def tile(rows: int, packed: Packed24, transposed: bool) -> Tile:
+    """What to read at a time; of more rows than the kernels take, what the most of them read."""
+    tiles = _tiles(packed, transposed)
+    return Tile(*next((found for most, found in tiles if rows <= most), tiles[-1][1]))
 
 
 class _Along(NamedTuple):
@@ -63,131 +77,194 @@ def _load(ref, mask):
     return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 
 
-def _phases(packed_refs, octets: _Along, outputs: _Along, dtype, tile) -> Iterator[tuple[Array, ...]]:
-    """The eight phases of a tile, each as one matrix `[octets, outputs]` a lane; int4 values as numbers, not scaled.
+def _dense(packed_refs, step, octets: _Along, words: _Along, dtype, tile, interpret) -> Array:
+    """The dense form of a tile, `[8 * octets, outputs]`; int4 values as numbers, not scaled.
 
-    Values are words of 32 bits: of two-byte numbers two neighbouring outputs (lanes) lie in one, and are placed
-    together by masks, in a third of the instructions that comparing and selecting takes.
+    Args:
+      step: of the loop that this stands in.
+      words: outputs, in words of 32 bits: of two-byte numbers two neighbours (lanes) lie in one, and are placed
+        together by masks, in a third of the instructions that comparing and selecting takes.
     """
     values_ref, positions_ref, *scale_ref = packed_refs
-    lanes = 4 // dtype.itemsize
-    fits = _both(octets, outputs, (tile.octets, tile.outputs // lanes))
-    positions = _load(positions_ref.at[octets.at, outputs.at], fits).astype(jnp.uint32)
-    words = [
-        _load(values_ref.at[octets.at, jnp.int32(plane), outputs.at], fits) for plane in range(values_ref.shape[1])
-    ]
-    if scale_ref:
-        words = [_from_int4(word.astype(jnp.uint32), high, lanes) for word in words for high in (0, 4)]
-    if lanes == 2:
-        positions = positions & 0xFF | (positions & 0xFF00) << 8
+    fits = _both(octets, words, (tile.octets, tile.outputs // (4 // dtype.itemsize)))
+    positions = _load(positions_ref.at[octets.at, words.at], fits).astype(jnp.uint32)
+    planes = range(values_ref.shape[1])
+    values = [_load(values_ref.at[octets.at, jnp.int32(plane), words.at], fits) for plane in planes]
 
-    def bit(index):
-        """All bits of a lane where this bit of its positions is set."""
-        ones = (positions >> index) & (0x00010001 if lanes == 2 else 1)
-        return ones * jnp.uint32(0xFFFF if lanes == 2 else 0xFFFFFFFF)
+    def unpacked():
+        found = _from_int4(values, dtype, interpret) if scale_ref else values
+        return _matrix(_placed(found, positions, dtype, interpret), dtype)
 
-    for group in (0, 1):
-        first, second = words[2 * group], words[2 * group + 1]
-        first0, first1, second0, second1 = (bit(4 * group + index) for index in range(4))
-        # The first value stands before the second: it is never at 3, the second never at 0.
-        yield _lanes(first & ~(first0 | first1), dtype)
-        yield _lanes(first & first0 | second & ~second1, dtype)
-        yield _lanes(first & first1 | second & ~second0, dtype)
-        yield _lanes(second & (second0 & second1), dtype)
+    return _made(unpacked, step, (BYTE * tile.octets, tile.outputs), dtype)
 
 
-def _lanes(word: Array, dtype) -> tuple[Array, ...]:
-    """The numbers of a word, one matrix a lane."""
-    if dtype.itemsize == 4:
-        return (jax.lax.bitcast_convert_type(word, dtype),)
-    halves = word.astype(jnp.uint16), (word >> 16).astype(jnp.uint16)
-    return tuple(jax.lax.bitcast_convert_type(half, dtype) for half in halves)
+def _made(make: Callable[[], Array], step, shape, dtype) -> Array:
+    """`make()`, in a branch that is always taken.
 
-
-def _from_int4(word: Array, high: int, lanes: int) -> Array:
-    """Four bits of each byte as a float, in words of `lanes` floats.
-
-    Without a conversion, which runs at a quarter of the rate: the bits, offset by 8, end the fraction of 2**23.
+    Behind a join Triton halves the width in which it gives operands to the tensor core, and then sorts registers by
+    moves, one for each of an operand's words. It does not see joins in a branch.
     """
-    floats = []
-    for lane in range(lanes):
-        bits = (word >> (8 * lane + high)) & 15 ^ 8 | 0x4B000000
-        floats.append(jax.lax.bitcast_convert_type(bits, jnp.float32) - 8388616.0)
-    bits = [jax.lax.bitcast_convert_type(value, jnp.uint32) for value in floats]
-    return (
-        bits[0] if lanes == 1 else bits[0] >> 16 | bits[1] & jnp.uint32(0xFFFF0000)
-    )  # of small integers bf16 cuts zeros
+    return jax.lax.cond(step >= 0, make, lambda: jnp.zeros(shape, dtype))
 
 
-def _scales(packed_refs, octet, outputs: _Along) -> list[Array]:
-    """Of the 128 inputs that an octet is among: one array `[outputs]` a lane."""
-    ref, row = packed_refs[2], octet // (SCALED // BYTE)
-    lanes = range(ref.shape[2])
-    return [_load(ref.at[row, outputs.at, jnp.int32(lane)], outputs.fits).astype(jnp.float32) for lane in lanes]
+def _placed(values: Sequence[Array], positions: Array, dtype, interpret) -> list[Array]:
+    """Of each octet input 0, input 1, ... and input 7: one matrix of words each."""
+    found = []
+    for group in (0, 1):
+        first, second = values[2 * group], values[2 * group + 1]
+        first0, first1, second0, second1 = (
+            _ones_where(positions, 4 * group + index, dtype, interpret) for index in range(4)
+        )
+        # The first value stands before the second: it is never at 3, the second never at 0.
+        found.append(first & ~(first0 | first1))
+        found.append(first & first0 | second & ~second1)
+        found.append(first & first1 | second & ~second0)
+        found.append(second & (second0 & second1))
+    return found
 
 
-def _forward_kernel(x_ref, *refs, tile, sizes):
+def _ones_where(positions: UInt32[Array, 'octets words'], bit: int, dtype, interpret) -> UInt32[Array, 'octets words']:
+    """All bits of a lane where this bit of its byte of positions is set; a word holds one byte a lane, side by side."""
+    if dtype.itemsize == 4:
+        return ((positions >> bit) & 1) * jnp.uint32(0xFFFFFFFF)
+    return _ptx('prmt.b32 $0, $1, 0, 0x9988;', _signs, positions << (7 - bit), interpret)
+
+
+def _signs(word: UInt32[Array, '*of']) -> UInt32[Array, '*of']:
+    """What the instruction of `_ones_where` does: the sign of byte 0 in bytes 0 and 1, that of byte 1 in 2 and 3."""
+    return ((word >> 7) & 1) * jnp.uint32(0xFFFF) | ((word >> 15) & 1) * jnp.uint32(0xFFFF0000)
+
+
+def _from_int4(values: Sequence[Array], dtype, interpret) -> list[Array]:
+    """Four bits of each byte as a float: the first and the second value of a group from one word.
+
+    Without a conversion, which runs at a quarter of the rate: the bits, offset by 8, end a fraction.
+    """
+    words, found = [word.astype(jnp.uint32) for word in values], []
+    for word in words:
+        for high in (0, 4):
+            if dtype.itemsize == 4:
+                bits = (word >> high) & 15 ^ 0x4B000008  # 2**23 + 8
+                value = jax.lax.bitcast_convert_type(bits, jnp.float32) - 8388616.0
+                found.append(jax.lax.bitcast_convert_type(value, jnp.uint32))
+            else:
+                bits = ((word | word << 8) >> high) & 0x000F000F ^ 0x43084308  # 2**7 + 8
+                found.append(_ptx(_MINUS_136, _minus_136, bits, interpret))
+    return found
+
+
+_MINUS_136 = (
+    '{.reg .b32 one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; fma.rn.bf16x2 $0, $1, one, less;}'
+)
+
+
+def _minus_136(word: UInt32[Array, '*of']) -> UInt32[Array, '*of']:
+    """What `_MINUS_136` does: both bf16 of a word, less 136."""
+    upper = jnp.uint32(0xFFFF0000)
+    low, high = (jax.lax.bitcast_convert_type(bits, jnp.float32) - 136 for bits in (word << 16, word & upper))
+    low, high = (jax.lax.bitcast_convert_type(value, jnp.uint32) for value in (low, high))
+    return low >> 16 | high & upper
+
+
+def _ptx(code: str, meaning: Callable[[Array], Array], word: Array, interpret: bool) -> UInt32[Array, '*of']:
+    """One instruction where Triton finds several; an interpreter computes what it means."""
+    if interpret:
+        return meaning(word)
+    shape = jax.ShapeDtypeStruct(word.shape, jnp.int32)  # Triton's integers have no sign
+    (found,) = plgpu.elementwise_inline_asm(code, args=[word], constraints='=r,r', pack=1, result_shape_dtypes=[shape])
+    return found.astype(jnp.uint32)
+
+
+def _matrix(phases: Sequence[Array], dtype) -> Array:
+    """`[8 * octets, outputs]` of the words of the eight inputs of each octet."""
+    octets, words = phases[0].shape
+    word = _joined(phases).transpose(0, 2, 1).reshape(BYTE * octets, words)
+    if dtype.itemsize == 4:
+        return jax.lax.bitcast_convert_type(word, dtype)
+    lanes = [jax.lax.bitcast_convert_type(half.astype(jnp.uint16), dtype) for half in (word, word >> 16)]
+    return _joined(lanes).reshape(BYTE * octets, 2 * words)
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    """Stacked along a new last axis, by two at a time, as Triton can."""
+    shape = *arrays[0].shape, len(arrays)
+    while len(arrays) > 1:
+        half = len(arrays) // 2
+        arrays = [jnp.stack(pair, axis=-1) for pair in zip(arrays[:half], arrays[half:], strict=True)]
+    return arrays[0].reshape(shape)
+
+
+def _scales(packed_refs, octet, outputs: _Along) -> Float[Array, 'outputs']:
+    """Of the 128 inputs that an octet is among."""
+    return _load(packed_refs[2].at[octet // (SCALED // BYTE), outputs.at], outputs.fits)
+
+
+class _Sizes(NamedTuple):
+    rows: int
+    inputs: int
+    outputs: int
+    octets: int
+
+
+def _forward_kernel(x_ref, *refs, tile, sizes, interpret):
     *packed_refs, out_ref = refs
-    dtype, lanes = x_ref.dtype, 4 // x_ref.dtype.itemsize
-    wide = tile.outputs // lanes
-    rows = _Along.of(pl.program_id(0), tile.rows, sizes[0])
-    outputs = _Along.of(pl.program_id(1), wide, sizes[2])
+    lanes = 4 // x_ref.dtype.itemsize
+    rows = _Along.of(pl.program_id(0), tile.rows, sizes.rows)
+    words = _Along.of(pl.program_id(1), tile.outputs // lanes, sizes.outputs // lanes)
+    outputs = _Along.of(pl.program_id(1), tile.outputs, sizes.outputs)
 
-    def body(step, totals):
-        octets = _Along.of(step, tile.octets, sizes[1])
-        scaled = len(packed_refs) == 3
-        parts, fits = [jnp.zeros_like(total) if scaled else total for total in totals], None
-        fits = _both(rows, octets, (tile.rows, tile.octets))
-        for phase, weights in enumerate(_phases(packed_refs, octets, outputs, dtype, tile)):
-            x = _load(x_ref.at[jnp.int32(phase), rows.at, octets.at], fits)
-            parts = [part + plgpu.dot(x, of_lane) for part, of_lane in zip(parts, weights, strict=True)]
-        if not scaled:
-            return tuple(parts)
-        scales = _scales(packed_refs, step * tile.octets, outputs)
-        return tuple(total + part * scale[None] for total, part, scale in zip(totals, parts, scales, strict=True))
+    def body(step, total):
+        octets = _Along.of(step, tile.octets, sizes.octets)
+        inputs = _Along.of(step, BYTE * tile.octets, sizes.inputs)
+        x = _load(x_ref.at[rows.at, inputs.at], _both(rows, inputs, (tile.rows, BYTE * tile.octets)))
+        part = plgpu.dot(x, _dense(packed_refs, step, octets, words, x_ref.dtype, tile, interpret))
+        if len(packed_refs) == 2:
+            return total + part
+        return total + part * _scales(packed_refs, step * tile.octets, outputs).astype(jnp.float32)[None]
 
-    first = (jnp.zeros((tile.rows, wide), jnp.float32),) * lanes
-    totals = jax.lax.fori_loop(0, pl.cdiv(sizes[1], tile.octets), body, first)
-    plgpu.store(out_ref.at[rows.at, outputs.at], _word(totals, dtype), mask=_both(rows, outputs, (tile.rows, wide)))
+    first = jnp.zeros((tile.rows, tile.outputs), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(sizes.octets, tile.octets), body, first)
+    fits = _both(rows, outputs, (tile.rows, tile.outputs))
+    plgpu.store(out_ref.at[rows.at, outputs.at], total.astype(out_ref.dtype), mask=fits)
 
 
-def _word(lanes: tuple[Array, ...], dtype) -> Array:
-    """The inverse of `_lanes`, of sums in fp32."""
-    if len(lanes) == 1:
-        return jax.lax.bitcast_convert_type(lanes[0], jnp.uint32)
-    low, high = (jax.lax.bitcast_convert_type(lane.astype(dtype), jnp.uint16).astype(jnp.uint32) for lane in lanes)
-    return low | high << 16
+def _halves(product: Float[Array, 'rows outputs']) -> Float[Array, 'twice outputs']:
+    """A product of two bf16 as the sum of two, which is exact: two rows for one."""
+    high = product.astype(jnp.bfloat16)
+    rest = (product - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    return _joined([high, rest]).transpose(0, 2, 1).reshape(-1, product.shape[1])
 
 
-def _transposed_kernel(g_ref, *refs, tile, sizes):
+def _transposed_kernel(g_ref, *refs, tile, sizes, interpret):
     *packed_refs, out_ref = refs
-    dtype, lanes = out_ref.dtype, 4 // out_ref.dtype.itemsize
-    wide = tile.outputs // lanes
-    rows = _Along.of(pl.program_id(0), tile.rows, sizes[0])
+    dtype, lanes = g_ref.dtype, 4 // g_ref.dtype.itemsize
+    halves = lanes if len(packed_refs) == 3 else 1
+    rows = _Along.of(pl.program_id(0), tile.rows, sizes.rows)
     block = pl.program_id(1)
-    octets = _Along.of(block, tile.octets, sizes[1])
+    octets = _Along.of(block, tile.octets, sizes.octets)
+    inputs = _Along.of(block, BYTE * tile.octets, sizes.inputs)
 
-    def body(step, totals):
-        outputs = _Along.of(step, wide, sizes[2])
-        g = _lanes(_load(g_ref.at[rows.at, outputs.at], _both(rows, outputs, (tile.rows, wide))), dtype)
+    def body(step, total):
+        words = _Along.of(step, tile.outputs // lanes, sizes.outputs // lanes)
+        outputs = _Along.of(step, tile.outputs, sizes.outputs)
+        g = _load(g_ref.at[rows.at, outputs.at], _both(rows, outputs, (tile.rows, tile.outputs)))
+        weights = _dense(packed_refs, step, octets, words, dtype, tile, interpret)
         if len(packed_refs) == 3:
-            scales = _scales(packed_refs, block * tile.octets, outputs)
-            # Scales differ from output to output, so they go to g; in bf16 that would round it once more.
-            g = tuple(of_lane.astype(jnp.float32) * scale[None] for of_lane, scale in zip(g, scales, strict=True))
-        phases = _phases(packed_refs, octets, outputs, dtype, tile)
-        return tuple(_add_products(total, g, weights) for total, weights in zip(totals, phases, strict=True))
+            # Scales differ from output to output, along which is summed, so they go to g.
+            scaled = (
+                g.astype(jnp.float32) * _scales(packed_refs, block * tile.octets, outputs).astype(jnp.float32)[None]
+            )
+            g = scaled
+            if halves == 2:
+                g = _made(lambda: _halves(scaled), step, (2 * tile.rows, tile.outputs), dtype)
+        return total + plgpu.dot(g, weights, trans_b=True)
 
-    first = (jnp.zeros((tile.rows, tile.octets), jnp.float32),) * BYTE
-    totals = jax.lax.fori_loop(0, pl.cdiv(sizes[2], wide), body, first)
-    fits = _both(rows, octets, (tile.rows, tile.octets))
-    for phase, total in enumerate(totals):
-        plgpu.store(out_ref.at[jnp.int32(phase), rows.at, octets.at], total.astype(dtype), mask=fits)
-
-
-def _add_products(total, g, weights):
-    for of_lane, matrix in zip(g, weights, strict=True):
-        total += plgpu.dot(of_lane, matrix.astype(of_lane.dtype), trans_b=True)
-    return total
+    first = jnp.zeros((halves * tile.rows, BYTE * tile.octets), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(sizes.outputs, tile.outputs), body, first)
+    if halves == 2:
+        total = jnp.sum(total.reshape(tile.rows, 2, BYTE * tile.octets), axis=1)
+    fits = _both(rows, inputs, (tile.rows, BYTE * tile.octets))
+    plgpu.store(out_ref.at[rows.at, inputs.at], total.astype(dtype), mask=fits)
 
 
 def _as_words(array: Array, lanes: int, word: Any) -> Array:
@@ -196,54 +273,47 @@ def _as_words(array: Array, lanes: int, word: Any) -> Array:
     return jax.lax.bitcast_convert_type(array, word)
 
 
-def _call(body, name, first, packed: Packed24, tile: Tile, sizes, grid, out_shape, interpret) -> Array:
+def _call(body, name, x, packed: Packed24, tile: Tile, grid, out_width: int, interpret) -> Array:
     if packed.scale is not None and tile.octets > SCALED // BYTE:
         raise ValueError(f'{tile}: int4 values have a scale for {SCALED // BYTE} octets')
     octets, outputs = packed.positions.shape
-    lanes = outputs // sizes[2]
+    lanes = 4 // x.dtype.itemsize
     bits = {1: jnp.uint8, 2: jnp.uint16}[lanes]
     values = _as_words(packed.values, lanes, jnp.uint32 if packed.scale is None else bits)
     arrays = [values.reshape(octets, -1, outputs // lanes), _as_words(packed.positions, lanes, bits)]
     if packed.scale is not None:
-        arrays.append(packed.scale.reshape(-1, outputs // lanes, lanes))
+        arrays.append(packed.scale)
+    out = jax.ShapeDtypeStruct((x.shape[0], out_width), x.dtype)
+    sizes = _Sizes(x.shape[0], packed.inputs, outputs, octets)
     return pl.pallas_call(
-        functools.partial(body, tile=tile, sizes=sizes),
+        functools.partial(body, tile=tile, sizes=sizes, interpret=interpret),
         name=name,
         grid=grid,
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(arrays)),
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        out_shape=out_shape,
+        out_shape=out,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         cost_estimate=pl.CostEstimate(
-            flops=2 * sizes[0] * BYTE * sizes[1] * outputs,
-            bytes_accessed=first.nbytes + packed.nbytes + out_shape.size * out_shape.dtype.itemsize,
+            flops=2 * sizes.rows * sizes.inputs * sizes.outputs,
+            bytes_accessed=x.nbytes + packed.nbytes + out.size * out.dtype.itemsize,
             transcendentals=0,
         ),
-    )(first, *arrays)
+    )(x, *arrays)
 
 
 def matmul(
     x: Float[Array, 'rows inputs'], packed: Packed24, tile: Tile, *, interpret: bool = False
 ) -> Float[Array, 'rows outputs']:
     """`x @ W`, summed in fp32, in x's dtype."""
-    (octets, outputs), rows, lanes = packed.positions.shape, x.shape[0], 4 // x.dtype.itemsize
-    phases = jnp.pad(x, ((0, 0), (0, octets * BYTE - packed.inputs))).reshape(rows, octets, BYTE).transpose(2, 0, 1)
-    grid = pl.cdiv(rows, tile.rows), pl.cdiv(outputs, tile.outputs)
-    out = jax.ShapeDtypeStruct((rows, outputs // lanes), jnp.uint32)
-    sizes = rows, octets, outputs // lanes
-    words = _call(_forward_kernel, 'matmul24', phases, packed, tile, sizes, grid, out, interpret)
-    return jax.lax.bitcast_convert_type(words, x.dtype).reshape(rows, outputs)
+    outputs = packed.shape[-1]
+    grid = pl.cdiv(x.shape[0], tile.rows), pl.cdiv(outputs, tile.outputs)
+    return _call(_forward_kernel, 'matmul24', x, packed, tile, grid, outputs, interpret)
 
 
 def matmul_transposed(
     g: Float[Array, 'rows outputs'], packed: Packed24, tile: Tile, *, interpret: bool = False
 ) -> Float[Array, 'rows inputs']:
     """`g @ W.T`, summed in fp32, in g's dtype."""
-    (octets, outputs), rows, lanes = packed.positions.shape, g.shape[0], 4 // g.dtype.itemsize
-    words = _as_words(g, lanes, jnp.uint32)
-    grid = pl.cdiv(rows, tile.rows), pl.cdiv(octets, tile.octets)
-    out = jax.ShapeDtypeStruct((BYTE, rows, octets), g.dtype)
-    sizes = rows, octets, outputs // lanes
-    phases = _call(_transposed_kernel, 'matmul24_transposed', words, packed, tile, sizes, grid, out, interpret)
-    return phases.transpose(1, 2, 0).reshape(rows, octets * BYTE)[:, : packed.inputs]
+    grid = pl.cdiv(g.shape[0], tile.rows), pl.cdiv(packed.positions.shape[0], tile.octets)
+    return _call(_transposed_kernel, 'matmul24_transposed', g, packed, tile, grid, packed.inputs, interpret)

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,11 @@ def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
     branches = {'default': functools.partial(reference, transposed)}
     if not transposed and cpu.takes(matrix):
         branches['cpu'] = cpu.matmul
-    if gpu.takes(matrix, kernel):
-        branches['cuda'] = functools.partial(_on_gpu, transposed)
-    if tpu.takes(matrix, kernel) and tpu.pays(matrix.shape[0], kernel):
-        branches['tpu'] = functools.partial(_on_tpu, transposed)
-    taken = {'gpu': gpu.takes(matrix, kernel), 'tpu': tpu.takes(matrix, kernel)}
-    if not taken.get(jax.default_backend(), True):
+    for platform, chip in {'cuda': gpu, 'tpu': tpu}.items():
+        if chip.takes(matrix, kernel) and chip.pays(matrix.shape[0], kernel, transposed):
+            branches[platform] = functools.partial(_by_kernel, chip, transposed)
+    fits = {'gpu': gpu.takes(matrix, kernel), 'tpu': tpu.takes(matrix, kernel)}
+    if not fits.get(jax.default_backend(), True):
         _say(f'matmul24: no kernel on {jax.default_backend()} for {_described(matrix, kernel)}: {UNPACKED}')
     found = jax.lax.platform_dependent(matrix, kernel, **branches)
     return found.reshape(*x.shape[:-1], found.shape[-1])
@@ -78,10 +77,6 @@ def reference(transposed: bool, x: Float[Array, 'rows m'], kernel: Packed24) -> 
     return product.astype(x.dtype)
 
 
-def _on_gpu(transposed: bool, x: Array, kernel: Packed24) -> Any:
-    return (gpu.matmul_transposed if transposed else gpu.matmul)(x, kernel, gpu.tile(x.shape[0]))
-
-
-def _on_tpu(transposed: bool, x: Array, kernel: Packed24) -> Any:
-    tile = tpu.tile(x.shape[0], kernel, transposed)
-    return (tpu.matmul_transposed if transposed else tpu.matmul)(x, kernel, tile)
+def _by_kernel(chip: ModuleType, transposed: bool, x: Array, kernel: Packed24) -> Array:
+    tile = chip.tile(x.shape[0], kernel, transposed)
+    return (chip.matmul_transposed if transposed else chip.matmul)(x, kernel, tile)

@@ -37,15 +37,16 @@ def takes(x: Array, packed: Packed24) -> bool:
     return bf16 and packed.inputs % CHUNK == 0 and packed.shape[-1] % STRIPS[-1] == 0
 
 
-def pays(rows: int, packed: Packed24) -> bool:
+def pays(rows: int, packed: Packed24, transposed: bool) -> bool:
     """Whether that is faster than to unpack all weights once, write them, and leave the product to XLA.
 
     The kernels unpack all weights again for each 256 rows (limits by benchmarks/kernels.py: of v6e, and int4's of all).
     """
+    del transposed  # alike
     return rows <= (2 * ROWS if packed.scale is None else ROWS)
 
 
-def tile(rows: int, packed: Packed24, transposed: bool = False) -> Tile:
+def tile(rows: int, packed: Packed24, transposed: bool) -> Tile:
     """What to read at a time: all inputs of some outputs; transposed, a divisor of the outputs."""
     inputs, outputs = packed.shape
     strip = _strip(outputs)
