@@ -11,9 +11,10 @@ Nothing below was timed on a chip: the programs are compiled for it, and their t
 - vector: of GPUs the instructions in the kernel's loop (counted in the SASS), a warp's worth each, over the four that a
   multiprocessor issues a cycle; of TPUs the bundles of the kernel's schedule, one a cycle.
 
-The dense GPU kernel is the same kernel without the unpacking; the dense TPU program is XLA's own. What XLA itself says
-of a TPU program (`optimal_seconds`) is no bound: several times the bytes' time for a dense product, and negative for
-some programs with a Pallas kernel, then left out.
+A GPU's kernel is cut into programs: its matmul and vector terms are those of the multiprocessor that has most of them.
+The dense product has bytes and FLOPs at full rate on all of them and no vector term, alike for `x @ W` and `g @ W.T`.
+The dense TPU program is XLA's own. What XLA itself says of a TPU program (`optimal_seconds`) is no bound: several times
+the bytes' time for a dense product, and negative for some programs with a Pallas kernel, then left out.
 """
 
 import collections
@@ -36,9 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax.experimental import pallas as pl
 from jax.experimental import topologies
-from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparselora_jax.kernels import gpu, tpu
@@ -71,31 +70,6 @@ TPUS = (
     Chip('v6e', 1.64e12, 918e12, 1, 1.75e9, 'v6e:2x2'),
     Chip('v5p', 2.765e12, 459e12, 2, 1.75e9, 'v5p:2x2x1'),
 )
-
-
-def _dense_kernel(x_ref, w_ref, out_ref, *, tile, inputs):
-    rows, outputs = (pl.ds(pl.program_id(i) * size, size) for i, size in ((0, tile.rows), (1, tile.outputs)))
-    deep = tile.octets * BYTE
-
-    def body(step, total):
-        at = pl.ds(step * deep, deep)
-        return total + plgpu.dot(x_ref[rows, at], w_ref[at, outputs])
-
-    total = jax.lax.fori_loop(0, inputs // deep, body, jnp.zeros((tile.rows, tile.outputs), jnp.float32))
-    out_ref[rows, outputs] = total.astype(out_ref.dtype)
-
-
-def dense_on_gpu(x, w, tile: gpu.Tile):
-    """The same tiles, nothing to unpack; rows are a multiple of the tile's."""
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
-        functools.partial(_dense_kernel, tile=tile, inputs=x.shape[1]),
-        grid=(x.shape[0] // tile.rows, w.shape[1] // tile.outputs),
-        in_specs=[anywhere, anywhere],
-        out_specs=anywhere,
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-    )(x, w)
 
 
 def triton_ir(fn, *args) -> str:
@@ -162,11 +136,15 @@ def compile_for(text: str, tile: gpu.Tile, capability: int, rounds: int) -> Comp
 
 
 def executed(sass: str, rounds: int) -> int:
-    """Instructions that a warp executes, where its longest loop has that many rounds; without a loop, all of them."""
+    """Instructions that a warp executes, where its longest loop has that many rounds; without a loop, all of them.
+
+    Behind the last exit stand waits that spin, and jump back into the code: no loops.
+    """
     lines = re.findall(r'^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_]+)([^;]*);', sass, re.M)
     code = [(int(address, 16), name, rest) for address, name, rest in lines if name != 'NOP']
     jumps = [(re.search(r'0x([0-9a-f]+)', rest), at) for at, name, rest in code if name == 'BRA']
-    loops = [(int(to.group(1), 16), at) for to, at in jumps if to and int(to.group(1), 16) < at]
+    end = max(at for at, name, _ in code if name == 'EXIT')
+    loops = [(int(to.group(1), 16), at) for to, at in jumps if to and int(to.group(1), 16) < at < end]
     first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
     inside = sum(first <= at <= last for at, _, _ in code)
     return len(code) + (rounds - 1) * inside
@@ -177,33 +155,83 @@ def times(chip: Chip, moved: float, flops: float, vector_s: float) -> dict[str, 
     return {'bytes': moved / chip.bytes_s, 'matmul': flops / chip.flops_s, 'vector': vector_s}
 
 
+class Problem(NamedTuple):
+    """One product: `x @ W`, or `g @ W.T` (transposed), W being `[inputs, outputs]`."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    four_bits: bool
+    transposed: bool
+
+    @property
+    def packed(self) -> Packed24:
+        """Shapes of its weights."""
+        return packed24_like(jax.ShapeDtypeStruct((self.inputs, self.outputs), jnp.bfloat16), four_bits=self.four_bits)
+
+    def moved(self, weights: float) -> float:
+        """Bytes, where the weights are so many."""
+        return weights + 2 * self.rows * (self.inputs + self.outputs)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inputs * self.outputs
+
+
+def compiled(problem: Problem, tile: gpu.Tile, capability: int) -> Compiled:
+    """The kernel for whole tiles of rows."""
+    wide = problem.outputs if problem.transposed else problem.inputs
+    deep = tile.outputs if problem.transposed else BYTE * tile.octets
+    kernel = gpu.matmul_transposed if problem.transposed else gpu.matmul
+    x = jax.ShapeDtypeStruct((-(-problem.rows // tile.rows) * tile.rows, wide), jnp.bfloat16)
+    text = triton_ir(functools.partial(kernel, tile=tile), x, problem.packed)
+    return compile_for(text, tile, capability, wide // deep)
+
+
+def gpu_terms(chip: Chip, problem: Problem, tile: gpu.Tile, found: Compiled) -> dict[str, float]:
+    """Seconds of the three terms of a packed kernel."""
+    across = problem.inputs // (BYTE * tile.octets) if problem.transposed else problem.outputs // tile.outputs
+    programs = -(-problem.rows // tile.rows) * across
+    most = -(-programs // chip.cores)  # of one multiprocessor
+    vector_s = most * tile.warps * found.executed / (4 * chip.hertz)
+    moved = problem.moved(packed_bytes(problem.packed))
+    return times(chip, moved, problem.flops * most * chip.cores / programs, vector_s)
+
+
+def dense_terms(chip: Chip, problem: Problem) -> dict[str, float]:
+    """Seconds of a product with dense bf16 that only bytes and FLOPs bind."""
+    return times(chip, problem.moved(2 * problem.inputs * problem.outputs), problem.flops, 0.0)
+
+
+def unpacked_s(chip: Chip, problem: Problem) -> float:
+    """Seconds of unpacking to memory, and of a dense product."""
+    dense = 2 * problem.inputs * problem.outputs
+    return (packed_bytes(problem.packed) + dense) / chip.bytes_s + max(dense_terms(chip, problem).values())
+
+
 def on_gpus(rows: int, inputs: int, outputs: int) -> None:
     """Prints one line a chip and kernel."""
-    tile = gpu.tile(rows)
-    padded = -(-rows // tile.rows) * tile.rows
-    x = jax.ShapeDtypeStruct((padded, inputs), jnp.bfloat16)
-    dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
-    kernels = {'dense': (triton_ir(functools.partial(dense_on_gpu, tile=tile), x, dense), 2 * inputs * outputs)}
-    for name, four_bits in (('packed', False), ('packed int4', True)):
-        packed = packed24_like(dense, four_bits=four_bits)
-        kernels[name] = triton_ir(functools.partial(gpu.matmul, tile=tile), x, packed), packed_bytes(packed)
-    for chip in GPUS:
-        estimates = {}
-        for name, (text, weights) in kernels.items():
-            found = compile_for(text, tile, chip.target, inputs // (BYTE * tile.octets))
-            programs = padded // tile.rows * (outputs // tile.outputs)
-            issued = programs * tile.warps * found.executed
-            moved = weights + 2 * rows * (inputs + outputs)
-            terms = times(chip, moved, 2 * rows * inputs * outputs, issued / (4 * chip.cores * chip.hertz))
-            estimates[name] = max(terms.values())
-            binds = max(terms, key=terms.get)
-            an_element = found.executed * 32 * tile.warps / (inputs * tile.outputs)
-            ratio = '' if name == 'dense' else f'{estimates[name] / estimates["dense"]:.2f}'
+    for chip, transposed in itertools.product(GPUS, (False, True)):
+        product, where = ('g @ W.T' if transposed else 'x @ W'), f'{chip.name} | {rows} | {inputs}x{outputs}'
+        dense = dense_terms(chip, Problem(rows, inputs, outputs, False, transposed))
+        seconds = ' | '.join(f'{1e6 * term:.1f}' for term in dense.values())
+        binds = max(dense, key=dense.get)
+        print(f'| {where} | {product} | dense | | | | | | 1.0000 | {seconds} | {binds} | | |', flush=True)
+        for four_bits in (False, True):
+            problem = Problem(rows, inputs, outputs, four_bits, transposed)
+            tile = gpu.tile(rows, problem.packed, transposed)
+            found = compiled(problem, tile, chip.target)
+            terms = gpu_terms(chip, problem, tile, found)
+            deep = outputs if transposed else inputs
+            across = BYTE * tile.octets if transposed else tile.outputs
+            an_element = found.executed * 32 * tile.warps / (deep * across)
+            share = packed_bytes(problem.packed) / (2 * inputs * outputs)
             print(
-                f'| {chip.name} | {rows} | {inputs}x{outputs} | {name} | {found.registers} | {found.stack} | '
-                f'{found.shared} | {found.tensor} | {an_element:.1f} | {weights / inputs / outputs / 2:.4f} | '
+                f'| {where} | {product} | packed{" int4" if four_bits else ""} | {found.registers} | {found.stack} | '
+                f'{found.shared} | {found.tensor} | {an_element:.1f} | {share:.4f} | '
                 + ' | '.join(f'{1e6 * seconds:.1f}' for seconds in terms.values())
-                + f' | {binds} | {ratio} |',
+                + f' | {max(terms, key=terms.get)} | {max(terms.values()) / max(dense.values()):.2f} | '
+                f'{max(terms.values()) / unpacked_s(chip, problem):.2f} |',
                 flush=True,
             )
 
@@ -273,10 +301,12 @@ def main(argv):
     """Prints both tables."""
     del argv
     terms = ('bytes of bf16', 'bytes, us', 'matmul, us', 'vector, us', 'binds', 'packed / dense')
-    first = ('chip', 'rows', 'weights', 'kernel')
+    first = ('chip', 'rows', 'weights')
     built = ('registers', 'spilled, B', 'shared, B', 'tensor core', 'instructions an element')
     print('Static estimates: nothing was run on a chip.')
-    for head, table in (((*first, *built, *terms), on_gpus), ((*first, *terms, 'XLA says, us', 'HBM, MB'), on_tpus)):
+    gpu_head = *first, 'product', 'kernel', *built, *terms, 'packed / (unpack, then dense)'
+    tpu_head = *first, 'kernel', *terms, 'XLA says, us', 'HBM, MB'
+    for head, table in ((gpu_head, on_gpus), (tpu_head, on_tpus)):
         print('\n| ' + ' | '.join(head) + ' |\n' + '|---' * len(head) + '|')
         for rows in map(int, ROWS.value):
             for shape in SHAPES.value:
