@@ -13,13 +13,18 @@ The table ends where, in the same mean, unpacking to memory and a dense product 
 import collections
 import itertools
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-import kernels
+os.environ['JAX_PLATFORMS'] = 'cpu'
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import kernels_gpu
 from absl import app
+from kernels_roofline import Problem
 
 from sparselora_jax.kernels import gpu
 from sparselora_jax.packing.packed24 import BYTE, SCALED
@@ -50,9 +55,9 @@ def scores(job) -> dict[int, Scores]:
     """By most rows; none for what is no tile."""
     four_bits, transposed, tile = job
     parts = collections.defaultdict(list)
-    for chip in kernels.GPUS:
+    for chip in kernels_gpu.GPUS:
         try:
-            built = kernels.compiled(kernels.Problem(tile.rows, *SHAPES[0], four_bits, transposed), tile, chip.target)
+            built = kernels_gpu.compiled(Problem(tile.rows, *SHAPES[0], four_bits, transposed), tile, chip.target)
         except Exception as error:  # Triton's passes fail on some
             print(f'{job}, {chip.name}: {type(error).__name__}', flush=True)
             return {}
@@ -60,11 +65,14 @@ def scores(job) -> dict[int, Scores]:
             return {}
         for (most, rows), shape in itertools.product(CLASSES.items(), SHAPES):
             if rows == tile.rows:
-                problem = kernels.Problem(most, *shape, four_bits, transposed)
+                problem = Problem(most, *shape, four_bits, transposed)
                 longer = shape[transposed] / SHAPES[0][transposed]  # the loop, which is along what is summed
                 of_shape = built._replace(executed=built.executed * longer)
-                terms = kernels.gpu_terms(chip, problem, tile, of_shape)
-                dense, unpacked = max(kernels.dense_terms(chip, problem).values()), kernels.unpacked_s(chip, problem)
+                terms = kernels_gpu.gpu_terms(chip, problem, tile, of_shape)
+                dense, unpacked = (
+                    max(kernels_gpu.dense_terms(chip, problem).values()),
+                    kernels_gpu.unpacked_s(chip, problem),
+                )
                 longest = max(terms.values())
                 parts[most].append(Scores(longest / dense, terms['vector'], longest / unpacked))
     return {most: Scores(*map(mean, zip(*of_class, strict=True))) for most, of_class in parts.items()}

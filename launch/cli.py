@@ -8,6 +8,7 @@ sys.path.sort(key=lambda path: os.path.abspath(path) == os.path.dirname(os.path.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import difflib
+import logging
 import runpy
 import signal
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from sparselora_jax.errors import SparseloraError
@@ -153,7 +155,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Runs `main(positional arguments)`; what a user can act on ends as one line, not as a traceback."""
 
     def guarded(argv):
-        logging.set_verbosity(logging.ERROR)  # of the data libraries; ours are raised or printed
+        absl_logging.set_verbosity(absl_logging.ERROR)  # of the data libraries
+        logging.getLogger('sparselora_jax').setLevel(logging.WARNING)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         try:
             main(argv[1:])

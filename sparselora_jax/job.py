@@ -97,8 +97,9 @@ class Job:
         vocab, restore = self.model.cfg.language.vocab, self.config.restore
         if restore.teacher == 'top_k' and restore.top_k >= vocab:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
+        mesh = self.mesh
         check_batches(self.config)
-        for line in [] if self.mesh is None else sharding.undivided(structs(self.model.cfg), self.mesh):
+        for line in [] if mesh is None else sharding.undivided(structs(self.model.cfg), mesh):
             print(f'mesh: {line}', flush=True)
         kept, questions = self.workdir / QUESTIONS, self.questions
         if kept.exists() and kept.read_text() != questions:
