@@ -28,7 +28,7 @@ test: lint
 	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed-test
-	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto -m slow
+	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow
 	$(VENV)/bin/python -m pytest -n auto -m compiled tests
 
 clean:

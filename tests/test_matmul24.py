@@ -191,7 +191,7 @@ def checked(monkeypatch):
 QUICK_ODD = [((3, 20, 6), KINDS[1]), ((17, 132, 34), KINDS[3])]
 ODD = [
     pytest.param(*shape, *kind, marks=[] if (shape, kind) in QUICK_ODD else pytest.mark.slow)
-    for shape, kind in itertools.product([(3, 20, 6), (17, 132, 34), (5, 300, 30)], KINDS)
+    for shape, kind in [*QUICK_ODD, *itertools.product([(5, 300, 30)], KINDS)]
 ]
 
 
