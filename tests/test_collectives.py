@@ -10,8 +10,6 @@ from jax.sharding import PartitionSpec as P
 from sparselora_jax import sharding
 from sparselora_jax.collectives import Collective, by_kind, collectives
 
-pytestmark = pytest.mark.compiled
-
 
 def compiled(function, *shapes, in_specs, out_specs, **axes):
     mesh = sharding.make_mesh(**axes)

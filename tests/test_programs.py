@@ -97,7 +97,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(one_device, axes, accumulate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('axes', [{'data': 4}, {'data': 2, 'fsdp': 2}], ids=str)
+@pytest.mark.parametrize('axes', [{'data': 2, 'fsdp': 2}], ids=str)
 def test_devices_send_factors_and_one_layers_kernels(config, axes):
     """Along data nothing but what LoRA's gradients and a few scalars need; along fsdp kernels, a layer at a time."""
     config.mesh.update(axes)
