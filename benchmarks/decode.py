@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from absl import app, flags
-from timing import seconds
+from timing import in_turn
 
 import sparselora_jax as sl
 from sparselora_jax.generation import decode, search
@@ -66,12 +66,7 @@ def measure(model: Model, dtype: str, batch: int) -> None:
     runs = {
         name: lambda name=name: jax.block_until_ready(programs[name](formats[name], inputs, rules)) for name in formats
     }
-    for run in runs.values():
-        run()
-    times = {name: [] for name in runs}
-    for _ in range(ROUNDS.value):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
+    times = in_turn(runs, ROUNDS.value)
     for name, taken in times.items():
         bytes_held, of_bf16 = held(formats[name])
         token = 1e3 * np.array(taken) / NEW.value
@@ -90,17 +85,8 @@ def main(argv):
     del argv
     config = transformers.LlamaConfig(num_hidden_layers=LAYERS.value, tie_word_embeddings=True, **SIZES)
     model = Model(from_hf(config), Generation(eos=(0,), pad=1))
-    head = (
-        'dtype',
-        'batch',
-        'weights',
-        'ms a token, fastest',
-        'median',
-        '/ dense',
-        'MB held',
-        'of 16 bits',
-        'temporary, MB',
-    )
+    measured = 'ms a token, fastest', 'median', '/ dense', 'MB held', 'of 16 bits', 'temporary, MB'
+    head = 'dtype', 'batch', 'weights', *measured
     print('| ' + ' | '.join(head) + ' |\n' + '|---' * len(head) + '|')
     for dtype in DTYPES.value:
         for batch in BATCHES.value:

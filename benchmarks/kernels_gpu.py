@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from kernels_roofline import Chip, Problem, packed_bytes, times
+from kernels_roofline import Chip, Problem, times
 
 from sparselora_jax.kernels import gpu
 from sparselora_jax.packing.packed24 import BYTE
+from sparselora_jax.tracing import nbytes
 
 GPUS = (
     Chip('A100 80 GB (sm_80)', 2.04e12, 312e12, 108, 1.41e9, 80),
@@ -117,7 +118,7 @@ def gpu_terms(chip: Chip, problem: Problem, tile: gpu.Tile, found: Compiled) -> 
     programs = -(-problem.rows // tile.rows) * across
     most = -(-programs // chip.cores)  # of one multiprocessor
     vector_s = most * tile.warps * found.executed / (4 * chip.hertz)
-    moved = problem.moved(packed_bytes(problem.packed))
+    moved = problem.moved(nbytes(problem.packed))
     return times(chip, moved, problem.flops * most * chip.cores / programs, vector_s)
 
 
@@ -129,7 +130,7 @@ def dense_terms(chip: Chip, problem: Problem) -> dict[str, float]:
 def unpacked_s(chip: Chip, problem: Problem) -> float:
     """Seconds of unpacking to memory, and of a dense product."""
     dense = 2 * problem.inputs * problem.outputs
-    return (packed_bytes(problem.packed) + dense) / chip.bytes_s + max(dense_terms(chip, problem).values())
+    return (nbytes(problem.packed) + dense) / chip.bytes_s + max(dense_terms(chip, problem).values())
 
 
 def on_gpus(rows: int, inputs: int, outputs: int) -> None:
@@ -148,7 +149,7 @@ def on_gpus(rows: int, inputs: int, outputs: int) -> None:
             deep = outputs if transposed else inputs
             across = BYTE * tile.octets if transposed else tile.outputs
             an_element = found.executed * 32 * tile.warps / (deep * across)
-            share = packed_bytes(problem.packed) / (2 * inputs * outputs)
+            share = nbytes(problem.packed) / (2 * inputs * outputs)
             print(
                 f'| {where} | {product} | packed{" int4" if four_bits else ""} | {found.registers} | {found.stack} | '
                 f'{found.shared} | {found.tensor} | {an_element:.1f} | {share:.4f} | '

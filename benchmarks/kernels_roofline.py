@@ -25,11 +25,6 @@ def times(chip: Chip, moved: float, flops: float, vector_s: float) -> dict[str, 
     return {'bytes': moved / chip.bytes_s, 'matmul': flops / chip.flops_s, 'vector': vector_s}
 
 
-def packed_bytes(packed: Packed24) -> int:
-    """Of its arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed))
-
-
 class Problem(NamedTuple):
     """One product: `x @ W`, or `g @ W.T` (transposed), W being `[inputs, outputs]`."""
 

@@ -2,12 +2,11 @@
 
 import functools
 import statistics
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import in_turn
 
 import sparselora_jax as sl
 from sparselora_jax.kernels.matmul24 import matmul24
@@ -24,25 +23,25 @@ def timed(rows: int, inputs: int, outputs: int, *, rounds: int) -> None:
     weights = {'dense': unpack24(packed), 'packed': packed, 'packed int4': quantise24(packed)}
     for transposed in (False, True):
         x = jax.random.normal(jax.random.key(1), (rows, outputs if transposed else inputs), jnp.bfloat16)
-        times: dict[str, list[float]] = {name: [] for name in weights}
         errors = {name: error(x, w, transposed) for name, w in weights.items()}
-        runs = {name: functools.partial(layers, x, w, transposed=transposed) for name, w in weights.items()}
-        for run in runs.values():
-            jax.block_until_ready(run())
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(seconds(run) / LAYERS)
+        times = in_turn({name: functools.partial(run, x, w, transposed) for name, w in weights.items()}, rounds)
         where = f'{jax.devices()[0].device_kind} | {rows} | {inputs}x{outputs} | {"g @ W.T" if transposed else "x @ W"}'
         for name, of_name in times.items():
             ratios = [one / other for one, other in zip(of_name, times['dense'], strict=True)]
+            micros = [1e6 * one / LAYERS for one in of_name]
             print(
-                f'| {where} | {name} | {errors[name]:.1e} | {1e6 * statistics.median(of_name):.1f} | '
-                f'{1e6 * min(of_name):.1f} to {1e6 * max(of_name):.1f} | {statistics.median(ratios):.2f} | '
+                f'| {where} | {name} | {errors[name]:.1e} | {statistics.median(micros):.1f} | '
+                f'{min(micros):.1f} to {max(micros):.1f} | {statistics.median(ratios):.2f} | '
                 f'{min(ratios):.2f} to {max(ratios):.2f} |',
                 flush=True,
             )
             if not errors[name] < BOUND:
                 raise SystemExit(f'{name}: off by {errors[name]} of the sum of magnitudes, expected below {BOUND}')
+
+
+def run(x: jax.Array, weights: jax.Array | sl.Packed24, transposed: bool) -> None:
+    """One timed call."""
+    jax.block_until_ready(layers(x, weights, transposed=transposed))
 
 
 def product(x: jax.Array, weights: jax.Array | sl.Packed24, transposed: bool) -> jax.Array:
@@ -51,8 +50,8 @@ def product(x: jax.Array, weights: jax.Array | sl.Packed24, transposed: bool) ->
         return x @ (weights.T if transposed else weights)
     if not transposed:
         return matmul24(x, weights)
-    like = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), x.dtype)
-    return jax.linear_transpose(lambda y: matmul24(y, weights), like)(x)[0]
+    unused = jnp.zeros((x.shape[0], weights.shape[0]), x.dtype)
+    return jax.vjp(lambda y: matmul24(y, weights), unused)[1](x)[0]
 
 
 @functools.partial(jax.jit, static_argnames='transposed')
@@ -73,10 +72,3 @@ def error(x: jax.Array, weights: jax.Array | sl.Packed24, transposed: bool) -> f
     wide, rows = (wide.T if transposed else wide), np.asarray(x, np.float64)
     got = np.asarray(jax.jit(product, static_argnums=2)(x, one, transposed), np.float64)
     return float(np.max(np.abs(got - rows @ wide) / np.maximum(np.abs(rows) @ np.abs(wide), 1e-9)))
-
-
-def seconds(run: Callable[[], jax.Array]) -> float:
-    """Wall-clock time of one call."""
-    started = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - started

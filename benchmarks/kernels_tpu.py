@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from kernels_roofline import Chip, packed_bytes, times
+from kernels_roofline import Chip, times
 
 from sparselora_jax import chips
 from sparselora_jax.kernels import tpu
 from sparselora_jax.packing.like import packed24_like
+from sparselora_jax.tracing import nbytes
 
 DUMP = Path(os.environ['LIBTPU_INIT_ARGS'].split('=')[-1])  # of the TPU compiler
 CORES = {'v5e': (1, 1.5e9, 'v5e:2x2'), 'v6e': (1, 1.75e9, 'v6e:2x2'), 'v5p': (2, 1.75e9, 'v5p:2x2x1')}
@@ -69,13 +70,13 @@ def on_tpus(rows: int, inputs: int, outputs: int) -> None:
         for name, (fn, weights, steps) in kernels.items():
             compiled = compiled_for_tpu(chip, fn, matrix, weights)
             vector_s = steps * bundles() / chip.cores / chip.hertz if steps else 0.0
-            size = packed_bytes(weights)
+            size = nbytes(weights)
             # int4 scales make two numbers of one of g.
             flops = (4 if transposed and name == 'packed int4' else 2) * rows * inputs * outputs
             terms = times(chip, size + 2 * rows * (inputs + outputs), flops, vector_s)
             estimates[name] = max(terms.values())
             ratio = '' if name == 'dense' else f'{estimates[name] / estimates["dense"]:.2f}'
             columns = [chip.name, rows, f'{inputs}x{outputs}', name + ', transposed' * transposed]
-            columns += [f'{size / packed_bytes(dense):.4f}', *(f'{1e6 * term:.1f}' for term in terms.values())]
+            columns += [f'{size / nbytes(dense):.4f}', *(f'{1e6 * term:.1f}' for term in terms.values())]
             columns += [max(terms, key=terms.get), ratio, *said_by_xla(compiled)]
             print('| ' + ' | '.join(map(str, columns)) + ' |', flush=True)

@@ -1,4 +1,4 @@
-"""What the benchmarks that compare with torch share: one call's time, and the matmul rate of each library."""
+"""What the benchmarks share: times of calls, and the matmul rates of JAX and torch."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -16,8 +15,18 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round's call of each; every round takes them in turn, after a call of each that is not timed."""
+    for run in runs.values():
+        run()
+    times = [{name: seconds(run) for name, run in runs.items()} for _ in range(rounds)]
+    return {name: [of_round[name] for of_round in times] for name in runs}
+
+
 def matmul_runs(shape: tuple[int, int, int]) -> dict[str, tuple[Callable[[], object], float]]:
     """For each library: a function that repeats one `x @ W`, and the FLOPs of a call (about 20 G)."""
+    import torch
+
     m, k, n = shape
     rng = np.random.default_rng(0)
     x, w = (rng.normal(size=size).astype(np.float32) for size in ((m, k), (k, n)))

@@ -1,7 +1,7 @@
 """Presets of hardware, `hardware=<name>` in a config's argument: dtype of the base weights, mesh of devices.
 
-Meshes keep the model whole along fsdp within 16 chips, so that a batch of 8 or 16 rows a chip is enough; more chips are
-more rows, along data. `launch/compile.py --topology=...` says what each holds: v5e-16 is v5e:4x4, v5p-64 v5p:4x4x4.
+Weights are split along fsdp over at most 16 chips; more chips take more rows, along data. `launch/compile.py` says what
+a chip holds: v5e-16 is --topology=v5e:4x4, v5p-64 v5p:4x4x4.
 """
 
 

@@ -56,7 +56,8 @@ def main(argv):
     except jax.errors.JaxRuntimeError as error:
         print(f'  does not fit, or does not compile: {str(error)[:2000]}')
         sys.exit(1)
-    found = plan.restore(made, arguments, compiled, chip) | {'compilation_s': time.monotonic() - started}
+    took = {'compilation_s': time.monotonic() - started}
+    found = took | plan.restore(made, arguments, compiled, chip)
     price = chip.dollars_hour if PRICE.value is None else PRICE.value
     found |= plan.throughput(made, found['roofline']['seconds'], mesh.size, price)
     report(found, chip, price)

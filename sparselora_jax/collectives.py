@@ -5,14 +5,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'collective-broadcast')
 _HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) (?:\([^\n]*)?-> [^\n]*{$', re.M)
 _OPERATION = re.compile(r'^ *(?:ROOT )?%?[\w.\-]+ = (.+?) ([a-z][a-z\d\-]*)\((.*)$', re.M)
-_ARRAY = re.compile(r'\b([a-z]+\d+\w*|pred)\[([\d,]*)\]')
+_ARRAY = re.compile(r'\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')  # the bits of a number, the shape
 _CALLED = re.compile(r'(?:to_apply|calls|body|called_computations|branch_computations)=(?:{([^}]*)}|%?([\w.\-]+))')
-_NAMES = {'pred': 'bool', 'bf16': 'bfloat16', 'f16': 'float16', 'f32': 'float32', 'f64': 'float64'}
 
 
 class Collective(NamedTuple):
@@ -99,20 +96,13 @@ def _rounds(parts: dict[str, str], rest: str) -> int | None:
 def _size(result: str, *, started: bool) -> int:
     """Of the arrays that an operation leaves; one that is started leaves its operands beside them, before."""
     arrays = [
-        math.prod(int(n) for n in shape.split(',') if n) * jnp.dtype(_dtype(name)).itemsize
-        for name, shape in _ARRAY.findall(result)
+        math.prod(int(n) for n in shape.split(',') if n) * int(bits or 8) // 8 for bits, shape in _ARRAY.findall(result)
     ]
     if started and result.startswith('(('):  # ((operands), (results), ...)
         arrays = arrays[len(arrays) // 2 :]
     elif started and result.startswith('('):  # (operand, result, ...): what comes behind is a word or two
         arrays = arrays[1:2]
     return sum(arrays)
-
-
-def _dtype(name: str) -> str:
-    if re.fullmatch(r'[su]\d+', name):
-        return ('int' if name[0] == 's' else 'uint') + name[1:]
-    return _NAMES.get(name, 'uint8')  # the floats of eight bits
 
 
 def _group(rest: str, devices: int) -> int:
@@ -123,7 +113,7 @@ def _group(rest: str, devices: int) -> int:
     if found := re.search(r'replica_groups=mesh\[([^\]]*)\] {([^}]*)}', rest):
         sizes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", found[2]))
-    if found := re.search(r'source_target_pairs={(.*?)}}', rest):
+    if 'source_target_pairs=' in rest:
         return 2
     return devices
 

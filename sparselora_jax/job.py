@@ -97,10 +97,8 @@ class Job:
         vocab, restore = self.model.cfg.language.vocab, self.config.restore
         if restore.teacher == 'top_k' and restore.top_k >= vocab:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
-        mesh = self.mesh
+        _ = self.mesh
         check_batches(self.config)
-        for line in [] if mesh is None else sharding.undivided(structs(self.model.cfg), mesh):
-            print(f'mesh: {line}', flush=True)
         kept, questions = self.workdir / QUESTIONS, self.questions
         if kept.exists() and kept.read_text() != questions:
             raise ConfigError(
@@ -122,9 +120,14 @@ class Job:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh | None:
-        """The mesh that the config asks for; None: one device."""
+        """The mesh that the config asks for; None: one device. Says which kernels it does not split."""
         axes = self.config.mesh.to_dict()
-        return None if set(axes.values()) == {1} else sharding.make_mesh(**axes)
+        if set(axes.values()) == {1}:
+            return None
+        mesh = sharding.make_mesh(**axes)
+        for line in sharding.undivided(structs(self.model.cfg), mesh):
+            print(f'mesh: {line}', flush=True)
+        return mesh
 
     def shard(self, tree: dict) -> dict:
         """Params, masks or lora on the mesh."""

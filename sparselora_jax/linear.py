@@ -64,25 +64,24 @@ def _adapted(x: Float[Array, '*batch inputs'], weight: Adapted) -> Float[Array, 
     )  # without a mask both gradients of the combined weight are the same
     gradient = 'straight_through' if weight.gradient == 'exact' and not masked else weight.gradient
     parts = weight.parts if x.ndim > 1 and x.shape[0] % weight.parts == 0 else 1
-    return _adapted_matmul((gradient, parts), x, weight.kernel, weight.mask, weight.lora)
+    return _adapted_matmul(gradient, parts, x, weight.kernel, weight.mask, weight.lora)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted_matmul(how, x, kernel, mask, lora):
-    gradient, _ = how
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _adapted_matmul(gradient, parts, x, kernel, mask, lora):
+    del parts  # of the backward
     if gradient != 'plain':
         return x @ effective_weight(kernel, mask, lora, dtype=x.dtype)
     y = x @ effective_weight(kernel, mask, dtype=x.dtype)
     return y + lora.scale * ((x @ lora.a.astype(x.dtype)) @ lora.b.astype(x.dtype))
 
 
-def _adapted_forward(how, x, kernel, mask, lora):
-    # Saves the parts, not their combination: the backward rebuilds one layer's weight at a time.
-    return _adapted_matmul(how, x, kernel, mask, lora), (x, kernel, mask, lora)
+def _adapted_forward(gradient, parts, x, kernel, mask, lora):
+    # Saves what the weight is made of: the backward rebuilds one layer's weight at a time.
+    return _adapted_matmul(gradient, parts, x, kernel, mask, lora), (x, kernel, mask, lora)
 
 
-def _adapted_backward(how, saved, g):
-    gradient, parts = how
+def _adapted_backward(gradient, parts, saved, g):
     x, kernel, mask, lora = saved
     a, b, combined = lora.a, lora.b, None if gradient == 'plain' else lora
     dx = g @ effective_weight(kernel, mask, combined, dtype=g.dtype).T

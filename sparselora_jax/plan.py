@@ -1,16 +1,14 @@
 """What a restoration step asks of a slice of chips, from its compilation: bytes, FLOPs, what is sent, time, money."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from sparselora_jax import flops, memory
 from sparselora_jax.chips import Chip
 from sparselora_jax.collectives import by_kind, collectives
 from sparselora_jax.recipe import runs_teacher
-from sparselora_jax.tracing import batch_of, stacks
+from sparselora_jax.tracing import batch_of, nbytes, stacks
 
 PASSES = 2  # over the student's weights: forward, and backward (which reads them again)
 
@@ -36,11 +34,8 @@ class Roofline(NamedTuple):
 def bytes_on_chip(tree: Any) -> int:
     """Of a tree of shapes with shardings, as `programs.placed` makes them: those that lie on one chip."""
 
-    def of(leaf):
-        bits = 4 if leaf.dtype in (jnp.int4, jnp.uint4) else 8 * jnp.dtype(leaf.dtype).itemsize
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
-
-    return sum(map(of, jax.tree.leaves(tree)))
+    shards = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), tree)
+    return nbytes(shards)
 
 
 def held(arguments: tuple) -> dict[str, int]:

@@ -59,7 +59,7 @@ def make_step(
     def accumulated(trained, frozen, batch):
         if accumulate == 1:
             return gradients(trained, frozen, batch)
-        # Each takes every so manieth row: of a batch that is split over devices, some of each device's own.
+        # A part is every n-th row: of a batch that is split over devices, rows of each device's own.
         parts = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), batch)
         first = jax.tree.map(lambda leaf: leaf[0], parts)
         zeros = jax.tree.map(

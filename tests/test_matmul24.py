@@ -37,6 +37,20 @@ def packed_and_x(rows, inputs, outputs, dtype, four_bits):
     return packed, x, g
 
 
+def of_mask(packed, index):
+    return jax.tree.map(lambda leaf: leaf[index], packed)
+
+
+def check_both(both, packed, x, g):
+    """`both(packed)` is x @ W and g @ W.T, with every mask."""
+    for index in range(9):
+        one = of_mask(packed, index)
+        weights = packed24.unpack24(one, jnp.float32)
+        y, dx = both(one)
+        check(y, x, weights)
+        check(dx, g, weights.T)
+
+
 def check(got, x, weights):
     """Against numpy in float64; the bound is the rounding of fp32 sums, and of the result."""
     want = np.asarray(x, np.float64) @ np.asarray(weights, np.float64)
@@ -70,16 +84,11 @@ def test_the_gpu_kernels_are_the_product(rows, inputs, outputs, dtype, four_bits
     def both(packed):
         return gpu.matmul(x, packed, TILE, interpret=True), gpu.matmul_transposed(g, packed, TILE, interpret=True)
 
-    for index in range(9):
-        one = jax.tree.map(lambda leaf, index=index: leaf[index], packed)
-        weights = packed24.unpack24(one, jnp.float32)
-        y, dx = both(one)
-        check(y, x, weights)
-        check(dx, g, weights.T)
+    check_both(both, packed, x, g)
 
 
 # Rows and outputs that a tile does not divide, and sums of several steps; one row, and one step.
-TPU_SHAPES = [(40, 768, 384), (1, 256, 128)]
+TPU_SHAPES = [(40, 768, 384), (1, 256, 128), (16, 512, 384)]
 
 
 @pytest.mark.parametrize('four_bits', [False, True])
@@ -95,12 +104,7 @@ def test_the_tpu_kernels_are_the_product(rows, inputs, outputs, four_bits):
         y = tpu.matmul(x, packed, tpu.Tile(16, inputs, 256), interpret=True)
         return y, tpu.matmul_transposed(g, packed, tpu.Tile(16, 256, 128), interpret=True)
 
-    for index in range(9):
-        one = jax.tree.map(lambda leaf, index=index: leaf[index], packed)
-        weights = packed24.unpack24(one, jnp.float32)
-        y, dx = both(one)
-        check(y, x, weights)
-        check(dx, g, weights.T)
+    check_both(both, packed, x, g)
 
 
 @pytest.mark.parametrize(('dtype', 'four_bits'), [*KINDS, (jnp.float16, False)])
@@ -108,14 +112,14 @@ def test_the_tpu_kernels_are_the_product(rows, inputs, outputs, four_bits):
 def test_few_rows_are_multiplied_as_packed(rows, inputs, dtype, four_bits):
     packed, x, _ = packed_and_x(rows, inputs, 10, dtype, four_bits)
     for index in range(9):
-        one = jax.tree.map(lambda leaf, index=index: leaf[index], packed)
+        one = of_mask(packed, index)
         check(cpu.matmul(x, one), x, packed24.unpack24(one, jnp.float32))
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_few_rows_make_neither_kernels_nor_wider_values(dtype):
     packed, x, _ = packed_and_x(1, 256, 256, dtype, False)
-    kernels = [jax.tree.map(lambda leaf, index=index: leaf[index], packed) for index in range(4)]
+    kernels = [of_mask(packed, index) for index in range(4)]
     chain = jax.jit(lambda x, kernels: functools.reduce(matmul24.matmul24, kernels, x))
     temporary = chain.lower(x, kernels).compile().memory_analysis().temp_size_in_bytes
     assert temporary < kernels[0].nbytes
@@ -125,7 +129,7 @@ def test_few_rows_make_neither_kernels_nor_wider_values(dtype):
 @pytest.mark.parametrize('four_bits', [False, True])
 def test_this_platform_multiplies_and_differentiates(dtype, four_bits):
     packed, x, _ = packed_and_x(6, 24, 10, dtype, four_bits)
-    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    one = of_mask(packed, 7)
     weights = packed24.unpack24(one, jnp.float32)
     check(matmul24.matmul24(x, one), x, weights)
     batched = matmul24.matmul24(x.reshape(2, 3, 24), one)
@@ -149,7 +153,7 @@ def test_the_backward_keeps_packed_kernels_only():
 @pytest.mark.parametrize('four_bits', [False, True])
 def test_programs_for_accelerators_hold_the_kernels(four_bits, platform):
     packed, x, _ = packed_and_x(4, 256, 128, jnp.bfloat16, four_bits)
-    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    one = of_mask(packed, 7)
     step = jax.jit(jax.grad(lambda x: jnp.sum(matmul24.matmul24(x, one).astype(jnp.float32) ** 2)))
     text = step.trace(x).lower(lowering_platforms=(platform,)).as_text()
     assert all(f'"{name}"' in text for name in ('matmul24', 'matmul24_transposed'))
@@ -198,7 +202,7 @@ ODD = [
 @pytest.mark.parametrize(('rows', 'inputs', 'outputs', 'dtype', 'four_bits'), ODD)
 def test_the_gpu_kernels_stay_within_their_arrays(monkeypatch, rows, inputs, outputs, dtype, four_bits):
     packed, x, g = packed_and_x(rows, inputs, outputs, dtype, four_bits)
-    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    one = of_mask(packed, 7)
     outside = checked(monkeypatch)
     for product, by in ((gpu.matmul, x), (gpu.matmul_transposed, g)):
         outside.clear()
@@ -211,7 +215,7 @@ def test_the_gpu_kernels_stay_within_their_arrays(monkeypatch, rows, inputs, out
 @pytest.mark.parametrize('four_bits', [False, True])
 def test_the_tpu_kernels_stay_within_their_arrays(four_bits):
     packed, x, g = packed_and_x(3, 768, 384, jnp.bfloat16, four_bits)
-    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    one = of_mask(packed, 7)
     weights = packed24.unpack24(one, jnp.float32)
     strict = pltpu.InterpretParams(out_of_bounds_reads='raise', uninitialized_memory='nan')
     with pltpu.force_tpu_interpret_mode(strict):
@@ -223,9 +227,9 @@ def test_the_tpu_kernels_stay_within_their_arrays(four_bits):
 @pytest.mark.parametrize('backend', ['gpu', 'tpu'])
 def test_what_no_kernel_takes_is_said_once(monkeypatch, caplog, backend):
     packed, x, _ = packed_and_x(2, 16, 6, jnp.float16, False)
-    one = jax.tree.map(lambda leaf: leaf[7], packed)
+    one = of_mask(packed, 7)
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    matmul24._say.cache_clear()
+    matmul24._warn.cache_clear()
     caplog.set_level(logging.WARNING, logger=matmul24.__name__)  # absl's scripts set the root's
     for _ in range(2):
         check(matmul24.matmul24(x, one), x, packed24.unpack24(one, jnp.float32))

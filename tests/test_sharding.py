@@ -12,14 +12,15 @@ import sparselora_jax as sl
 from sparselora_jax import restore, sharding
 from sparselora_jax.models import llama
 from sparselora_jax.models.init import init_params
+from sparselora_jax.models.runners import scan_blocks
 
 CFG = llama.LlamaConfig(vocab=16, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
 
 
-def logits(w, batch):
+def logits(w, batch, run=scan_blocks):
     x = llama.embed_tokens(w['language'], CFG, batch['tokens'])
     valid = jnp.ones(batch['tokens'].shape, bool)
-    return llama.head(w['language'], CFG, llama.forward(w['language'], CFG, x, valid))
+    return llama.head(w['language'], CFG, llama.forward(w['language'], CFG, x, valid, run))
 
 
 def setup():
@@ -32,7 +33,8 @@ def setup():
 
 
 @pytest.mark.parametrize('axes', [{'data': 4}, {'fsdp': 4}, {'data': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}])
-def test_the_train_step_equals_one_device(axes):
+@pytest.mark.parametrize('gathering', [False, True])
+def test_the_train_step_equals_one_device(axes, gathering):
     params, masks, lora, batch = setup()
     tx = optax.sgd(0.1)
     step = restore.make_train_step(logits, tx)
@@ -40,6 +42,11 @@ def test_the_train_step_equals_one_device(axes):
     mesh = sharding.make_mesh(**axes)
     frozen = restore.Frozen(sharding.shard(params, mesh), sharding.shard(masks, mesh))
     state = sl.init_state(sharding.shard(lora, mesh), tx)
+    if gathering:
+        parts = axes.get('data', 1) * axes.get('fsdp', 1)
+        step = restore.make_train_step(
+            lambda w, batch: logits(w, batch, sharding.gathering(scan_blocks, mesh)), tx, parts=parts
+        )
     got, sharded = step(state, frozen, sharding.shard_batch(batch, mesh))
     np.testing.assert_allclose(sharded['loss'], metrics['loss'], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.trained, want.trained)

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from sparselora_jax.kernels.cost import cost
 from sparselora_jax.kernels.gpu_tiles import TILES
 from sparselora_jax.kernels.gpu_unpack import joined, unpacked
 from sparselora_jax.packing.packed24 import BYTE, SCALED, Packed24
@@ -83,8 +84,7 @@ def _dense(packed_refs, step, octets: _Along, words: _Along, dtype, tile, interp
 
     Args:
       step: of the loop that this stands in.
-      words: outputs, in words of 32 bits: of two-byte numbers two neighbours (lanes) lie in one, and are placed
-        together by masks, in a third of the instructions that comparing and selecting takes.
+      words: outputs, in words of 32 bits (see `gpu_unpack`).
     """
     values_ref, positions_ref, *scale_ref = packed_refs
     fits = _both(octets, words, (tile.octets, tile.outputs // (4 // dtype.itemsize)))
@@ -167,9 +167,8 @@ def _transposed_kernel(g_ref, *refs, tile, sizes, interpret):
             scaled = (
                 g.astype(jnp.float32) * _scales(packed_refs, block * tile.octets, outputs).astype(jnp.float32)[None]
             )
-            g = scaled
-            if halves == 2:
-                g = _made(lambda: _halves(scaled), step, (2 * tile.rows, tile.outputs), dtype)
+            in_two = functools.partial(_halves, scaled)
+            g = _made(in_two, step, (2 * tile.rows, tile.outputs), dtype) if halves == 2 else scaled
         return total + plgpu.dot(g, weights, trans_b=True)
 
     first = jnp.zeros((halves * tile.rows, BYTE * tile.octets), jnp.float32)
@@ -207,11 +206,7 @@ def _call(body, name, x, packed: Packed24, tile: Tile, grid, out_width: int, int
         out_shape=out,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * sizes.rows * sizes.inputs * sizes.outputs,
-            bytes_accessed=x.nbytes + packed.nbytes + out.size * out.dtype.itemsize,
-            transcendentals=0,
-        ),
+        cost_estimate=cost(x, packed),
     )(x, *arrays)
 
 

@@ -46,28 +46,26 @@ def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
     branches = {'default': functools.partial(reference, transposed)}
     if not transposed and cpu.takes(matrix):
         branches['cpu'] = cpu.matmul
-    for platform, chip in {'cuda': gpu, 'tpu': tpu}.items():
-        if chip.takes(matrix, kernel) and chip.pays(matrix.shape[0], kernel, transposed):
+    for platform, backend, chip in (('cuda', 'gpu', gpu), ('tpu', 'tpu', tpu)):
+        if not chip.takes(matrix, kernel):
+            _say_unpacked(backend, matrix, kernel)
+        elif chip.pays(matrix.shape[0], kernel, transposed):
             branches[platform] = functools.partial(_by_kernel, chip, transposed)
-    fits = {'gpu': gpu.takes(matrix, kernel), 'tpu': tpu.takes(matrix, kernel)}
-    if not fits.get(jax.default_backend(), True):
-        _say(f'matmul24: no kernel on {jax.default_backend()} for {_described(matrix, kernel)}: {UNPACKED}')
     found = jax.lax.platform_dependent(matrix, kernel, **branches)
     return found.reshape(*x.shape[:-1], found.shape[-1])
 
 
-UNPACKED = 'weights are unpacked where they are used'
+def _say_unpacked(backend: str, x: Array, kernel: Packed24) -> None:
+    """A line, once, where this process computes on such a backend."""
+    if jax.default_backend() == backend:
+        values = 'int4' if kernel.scale is not None else kernel.values.dtype
+        what = f'x {x.dtype} and values {values} {list(kernel.shape)}'
+        _warn(f'matmul24: no kernel on {backend} for {what}: weights are unpacked where they are used')
 
 
 @functools.cache
-def _say(line: str) -> None:
-    """Once."""
+def _warn(line: str) -> None:
     logging.getLogger(__name__).warning(line)
-
-
-def _described(x: Array, kernel: Packed24) -> str:
-    values = 'int4' if kernel.scale is not None else kernel.values.dtype
-    return f'x {x.dtype} and values {values} {list(kernel.shape)}'
 
 
 def reference(transposed: bool, x: Float[Array, 'rows m'], kernel: Packed24) -> Float[Array, 'rows n']:

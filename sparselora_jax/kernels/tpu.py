@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from sparselora_jax.kernels.cost import cost
 from sparselora_jax.kernels.tpu_unpack import BIAS, CHUNK, dense, in_order, ordered
 from sparselora_jax.packing.packed24 import SCALED, Packed24
 
@@ -152,7 +153,7 @@ def matmul(
         out_shape=jax.ShapeDtypeStruct((x.shape[0], packed.shape[1]), x.dtype),
         compiler_params=_compiler_params('parallel', 'parallel'),
         interpret=interpret,
-        cost_estimate=_cost(x, packed),
+        cost_estimate=cost(x, packed),
     )(*arrays)[:rows]
 
 
@@ -183,7 +184,7 @@ def matmul_transposed(
         scratch_shapes=[pltpu.VMEM((tile.rows, tile.inputs), jnp.float32)],
         compiler_params=_compiler_params('parallel', 'parallel', 'arbitrary'),
         interpret=interpret,
-        cost_estimate=_cost(g, packed),
+        cost_estimate=cost(g, packed),
     )(*arrays)[:rows]
     return in_order(found, packed.scale is not None)
 
@@ -195,12 +196,3 @@ def _filled(x: Array, rows: int) -> Array:
 
 def _compiler_params(*semantics: str) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=2**26)
-
-
-def _cost(x: Array, packed: Packed24) -> pl.CostEstimate:
-    (inputs, outputs), rows = packed.shape, x.shape[0]
-    return pl.CostEstimate(
-        flops=2 * rows * inputs * outputs,
-        bytes_accessed=packed.nbytes + rows * (inputs + outputs) * x.dtype.itemsize,
-        transcendentals=0,
-    )
