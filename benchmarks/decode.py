@@ -1,11 +1,12 @@
-"""Greedy decoding on a CPU with packed 2:4 weights, against dense ones.
+"""Greedy decoding with packed 2:4 weights, against dense ones.
 
     python benchmarks/decode.py [--batches=1,8] [--dtypes=float32,bfloat16] [--rounds=9]
+    python benchmarks/decode.py --size=llama-7b --dtypes=bfloat16 --formats=packed24,packed24_int4  # on a GPU
 
-A random model of SmolLM2-135M's size, pruned 2:4, `--new` tokens a prompt of 8. Every round times each format in turn,
-after calls that are not timed. A ratio is the median (min to max) over rounds of a format's time over dense's of the
-same round. `of 16 bits` is the bytes of the kernels that are pruned, over those of dense bf16 ones; `temporary` is what
-the compiled program takes beside its arguments (XLA's own count).
+A random model of SmolLM2-135M's or LLaMA-7B's size, pruned 2:4, `--new` tokens a prompt of 8. Every round times each
+format in turn, after calls that are not timed. A ratio is the median (min to max) over rounds of a format's time over
+dense's of the same round. `of 16 bits` is the bytes of the kernels that are pruned, over those of dense bf16 ones;
+`temporary` is what the compiled program takes beside its arguments (XLA's own count).
 """
 
 import sys
@@ -29,10 +30,22 @@ BATCHES = flags.DEFINE_list('batches', ['1', '8'], 'prompts decoded together')
 DTYPES = flags.DEFINE_list('dtypes', ['float32', 'bfloat16'], 'of weights and activations')
 FORMATS = flags.DEFINE_list('formats', ['packed24', 'packed24_int4', 'bitmask'], 'what is timed against dense')
 ROUNDS = flags.DEFINE_integer('rounds', 9, 'timed calls of each format')
-LAYERS = flags.DEFINE_integer('layers', 30, 'blocks of the model')
+LAYERS = flags.DEFINE_integer('layers', None, 'blocks of the model; all by default')
 NEW = flags.DEFINE_integer('new', 32, 'tokens generated')
 PROMPT = 8
-SIZES = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+SIZES = {
+    'smollm2-135m': transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    'llama-7b': transformers.LlamaConfig(),
+}
+SIZE = flags.DEFINE_enum('size', 'smollm2-135m', SIZES, 'of the model')
 
 
 def pruned(model: Model, dtype: str) -> tuple[dict, dict]:
@@ -57,7 +70,7 @@ def measure(model: Model, dtype: str, batch: int) -> None:
     """Prints one line a format."""
     dense, masks = pruned(model, dtype)
     formats = {'dense': dense} | {name: sl.pack(dense, masks, name) for name in FORMATS.value}
-    ids = np.random.default_rng(0).integers(1, SIZES['vocab_size'], (batch, PROMPT)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(1, SIZES[SIZE.value].vocab_size, (batch, PROMPT)).astype(np.int32)
     inputs = {'input_ids': ids, 'attention_mask': np.ones_like(ids)}
     rules = search.rules(NEW.value, length_penalty=1.0, early_stopping=False, min_new=NEW.value, eos=(0,), pad=1)
     programs = {
@@ -73,7 +86,7 @@ def measure(model: Model, dtype: str, batch: int) -> None:
         ratios = np.array(taken) / np.array(times['dense'])
         temporary = programs[name].memory_analysis().temp_size_in_bytes
         print(
-            f'| {dtype} | {batch} | {name} | {min(token):.1f} | {np.median(token):.1f} | '
+            f'| {dtype} | {batch} | {name} | {min(token):.2f} | {np.median(token):.2f} | '
             f'{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) | {bytes_held / 1e6:.1f} | '
             f'{bytes_held / of_bf16:.4f} | {temporary / 1e6:.1f} |',
             flush=True,
@@ -83,7 +96,8 @@ def measure(model: Model, dtype: str, batch: int) -> None:
 def main(argv):
     """Prints the table."""
     del argv
-    config = transformers.LlamaConfig(num_hidden_layers=LAYERS.value, tie_word_embeddings=True, **SIZES)
+    config = SIZES[SIZE.value]
+    config.num_hidden_layers = LAYERS.value or config.num_hidden_layers
     model = Model(from_hf(config), Generation(eos=(0,), pad=1))
     measured = 'ms a token, fastest', 'median', '/ dense', 'MB held', 'of 16 bits', 'temporary, MB'
     head = 'dtype', 'batch', 'weights', *measured

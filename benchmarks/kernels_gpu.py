@@ -1,4 +1,4 @@
-"""The packed GPU kernels, compiled for GPUs that are not here: what benchmarks/kernels.py and tune.py estimate with."""
+"""The packed GPU kernels, compiled for GPUs that are not here: what benchmarks/kernels.py estimates with."""
 
 import collections
 import functools
@@ -102,23 +102,24 @@ def executed(sass: str, rounds: int) -> int:
     return len(code) + (rounds - 1) * inside
 
 
-def compiled(problem: Problem, tile: gpu.Tile, capability: int) -> Compiled:
+def compiled(kind: str, problem: Problem, tile: gpu.Tile, capability: int) -> Compiled:
     """The kernel for whole tiles of rows."""
     wide = problem.outputs if problem.transposed else problem.inputs
     deep = tile.outputs if problem.transposed else BYTE * tile.octets
-    kernel = gpu.matmul_transposed if problem.transposed else gpu.matmul
     x = jax.ShapeDtypeStruct((-(-problem.rows // tile.rows) * tile.rows, wide), jnp.bfloat16)
-    text = triton_ir(functools.partial(kernel, tile=tile), x, problem.packed)
-    return compile_for(text, tile, capability, wide // deep)
+    text = triton_ir(functools.partial(gpu.MULTIPLY[kind], tile=tile), x, problem.packed)
+    return compile_for(text, tile, capability, -(-wide // deep // tile.splits))
 
 
 def gpu_terms(chip: Chip, problem: Problem, tile: gpu.Tile, found: Compiled) -> dict[str, float]:
     """Seconds of the three terms of a packed kernel."""
     across = problem.inputs // (BYTE * tile.octets) if problem.transposed else problem.outputs // tile.outputs
-    programs = -(-problem.rows // tile.rows) * across
+    programs = -(-problem.rows // tile.rows) * across * tile.splits
     most = -(-programs // chip.cores)  # of one multiprocessor
     vector_s = most * tile.warps * found.executed / (4 * chip.hertz)
     moved = problem.moved(nbytes(problem.packed))
+    if tile.splits > 1:  # parts of sums are written, and read to be added
+        moved += 2 * 4 * tile.splits * problem.rows * (problem.inputs if problem.transposed else problem.outputs)
     return times(chip, moved, problem.flops * most * chip.cores / programs, vector_s)
 
 
@@ -143,12 +144,17 @@ def on_gpus(rows: int, inputs: int, outputs: int) -> None:
         print(f'| {where} | {product} | dense | | | | | | 1.0000 | {seconds} | {binds} | | |', flush=True)
         for four_bits in (False, True):
             problem = Problem(rows, inputs, outputs, four_bits, transposed)
-            tile = gpu.tile(rows, problem.packed, transposed)
-            found = compiled(problem, tile, chip.target)
+            kind, tile = gpu.fastest(rows, problem.packed, transposed)
+            if tile is None:
+                print(
+                    f'| {where} | {product} | packed{" int4" if four_bits else ""} | unpacked, then dense', flush=True
+                )
+                continue
+            found = compiled(kind, problem, tile, chip.target)
             terms = gpu_terms(chip, problem, tile, found)
             deep = outputs if transposed else inputs
             across = BYTE * tile.octets if transposed else tile.outputs
-            an_element = found.executed * 32 * tile.warps / (deep * across)
+            an_element = found.executed * 32 * tile.warps * tile.splits / (deep * across)
             share = nbytes(problem.packed) / (2 * inputs * outputs)
             print(
                 f'| {where} | {product} | packed{" int4" if four_bits else ""} | {found.registers} | {found.stack} | '

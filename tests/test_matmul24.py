@@ -17,6 +17,8 @@ from sparselora_jax.packing import packed24
 
 PAIRS = list(itertools.combinations(range(4), 2))
 TILE = gpu.Tile(rows=16, outputs=32, octets=16)
+SPLIT = TILE._replace(splits=2)
+INTERPRET = jax.default_backend() != 'gpu'  # JAX_PLATFORMS=cuda where there is one: compiled, and run there
 
 
 def masks(inputs, outputs):
@@ -80,11 +82,36 @@ def test_the_gpu_kernels_are_the_product(rows, inputs, outputs, dtype, four_bits
     # 6 shapes x 4 kinds x 9 masks = 216.
     packed, x, g = packed_and_x(rows, inputs, outputs, dtype, four_bits)
 
+    tile = SPLIT if rows == 5 else TILE
+
     @jax.jit
     def both(packed):
-        return gpu.matmul(x, packed, TILE, interpret=True), gpu.matmul_transposed(g, packed, TILE, interpret=True)
+        y = gpu.matmul(x, packed, tile, interpret=INTERPRET)
+        return y, gpu.matmul_transposed(g, packed, tile, interpret=INTERPRET)
 
     check_both(both, packed, x, g)
+
+
+FEW_ROWS = [
+    pytest.param(*shape, *kind, marks=[] if (shape, kind) == ((3, 132, 34), KINDS[3]) else pytest.mark.slow)
+    for shape, kind in itertools.product([(1, 8, 2), (3, 132, 34), (4, 384, 64)], KINDS)
+]
+
+
+@pytest.mark.parametrize(('rows', 'inputs', 'outputs', 'dtype', 'four_bits'), FEW_ROWS)
+def test_the_gpu_kernels_for_few_rows_and_for_weights(rows, inputs, outputs, dtype, four_bits):
+    packed, x, _ = packed_and_x(rows, inputs, outputs, dtype, four_bits)
+
+    @jax.jit
+    def both(packed):
+        y = gpu.matmul_few(x, packed, SPLIT, interpret=INTERPRET)
+        return y, gpu.unpack(packed, dtype, TILE, interpret=INTERPRET)
+
+    for index in range(9):
+        one = of_mask(packed, index)
+        y, weights = both(one)
+        check(y, x, packed24.unpack24(one, jnp.float32))
+        assert (weights == packed24.unpack24(one, dtype)).all()
 
 
 # Rows and outputs that a tile does not divide, and sums of several steps; one row, and one step.
@@ -149,19 +176,19 @@ def test_the_backward_keeps_packed_kernels_only():
     assert temporary < 4 * dense[0].nbytes < dense.nbytes
 
 
-@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+@pytest.mark.parametrize(('platform', 'name'), [('cuda', 'matmul24_few'), ('tpu', 'matmul24')])
 @pytest.mark.parametrize('four_bits', [False, True])
-def test_programs_for_accelerators_hold_the_kernels(four_bits, platform):
-    packed, x, _ = packed_and_x(4, 256, 128, jnp.bfloat16, four_bits)
+def test_programs_for_accelerators_hold_the_kernels(four_bits, platform, name):
+    packed, x, _ = packed_and_x(1, 256, 128, jnp.bfloat16, four_bits)
     one = of_mask(packed, 7)
     step = jax.jit(jax.grad(lambda x: jnp.sum(matmul24.matmul24(x, one).astype(jnp.float32) ** 2)))
     text = step.trace(x).lower(lowering_platforms=(platform,)).as_text()
-    assert all(f'"{name}"' in text for name in ('matmul24', 'matmul24_transposed'))
+    assert all(f'"{of}"' in text for of in (name, 'matmul24_transposed'))
     here = step.trace(x).lower(lowering_platforms=('cpu',)).as_text()
     assert 'custom_call' not in here
     many = jnp.zeros((4096, 256), jnp.bfloat16)
     text = jax.jit(matmul24.matmul24).trace(many, one).lower(lowering_platforms=('cuda',)).as_text()
-    assert 'custom_call' not in text
+    assert '"unpack24"' in text and '"matmul24' not in text
 
 
 def checked(monkeypatch):
@@ -204,9 +231,12 @@ def test_the_gpu_kernels_stay_within_their_arrays(monkeypatch, rows, inputs, out
     packed, x, g = packed_and_x(rows, inputs, outputs, dtype, four_bits)
     one = of_mask(packed, 7)
     outside = checked(monkeypatch)
-    for product, by in ((gpu.matmul, x), (gpu.matmul_transposed, g)):
+    products = (gpu.matmul, x), (gpu.matmul_transposed, g), (gpu.matmul_few, x[:3])
+    calls = [functools.partial(product, by) for product, by in products]
+    calls += [lambda one, *args, **kwargs: gpu.unpack(one, dtype, *args, **kwargs)]
+    for call, tile in itertools.product(calls, (TILE, SPLIT)):
         outside.clear()
-        jax.block_until_ready(product(by, one, TILE, interpret=True))
+        jax.block_until_ready(call(one, tile, interpret=True))
         jax.effects_barrier()
         assert outside and sum(map(int, outside)) == 0
 

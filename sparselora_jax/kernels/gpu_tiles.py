@@ -1,29 +1,32 @@
-"""Tiles of the kernels in gpu.py; written by `python benchmarks/tune.py`.
+"""Tiles of the kernels in gpu.py, by times on an NVIDIA H200; `python benchmarks/tune.py` finds them anew.
 
-Of a product and a kind of weights: up to so many rows this tile: rows, outputs, octets, warps, stages. Where the rows
-are more than the last, unpacking to memory and a dense product are estimated to take no longer.
+Of a kernel and a kind of weights: up to so many rows this tile: rows, outputs, octets, warps, stages, splits. Beyond
+the last, another kernel is faster, or unpacking to memory and a dense product.
 """
 
 TILES = {
+    ('few', 'values'): (
+        (1, (1, 128, 8, 4, 1, 16)),  # 0.73 of dense; next best 0.81
+    ),
+    ('few', 'int4'): (
+        (1, (1, 128, 8, 2, 1, 32)),  # 0.71 of dense; next best 0.76
+    ),
     ('forward', 'values'): (
-        (16, (16, 32, 32, 4, 3)),
-        (64, (64, 32, 32, 4, 3)),
-        (256, (128, 64, 16, 8, 3)),
-        (512, (128, 64, 16, 8, 3)),
+        (16, (16, 128, 8, 4, 5, 4)),  # 0.81 of dense; next best 2.38
+        (64, (64, 128, 8, 4, 4, 4)),  # 0.80 of dense; next best 2.02
     ),
     ('forward', 'int4'): (
-        (16, (16, 32, 16, 4, 3)),
-        (64, (64, 32, 16, 4, 3)),
-        (256, (128, 64, 16, 8, 3)),
+        (16, (16, 128, 8, 4, 3, 16)),  # 0.82 of dense; next best 2.09
+        (64, (64, 64, 16, 4, 3, 4)),  # 0.94 of dense; next best 1.81
     ),
     ('transposed', 'values'): (
-        (16, (16, 128, 4, 4, 3)),
-        (64, (64, 128, 4, 4, 3)),
-        (256, (128, 128, 8, 8, 3)),
-        (512, (128, 128, 8, 8, 3)),
+        (16, (16, 64, 16, 4, 5, 4)),  # 0.81 of dense; next best 2.31
+        (64, (64, 64, 8, 4, 3, 4)),  # 1.14 of dense; next best 2.05
     ),
     ('transposed', 'int4'): (
-        (16, (16, 128, 4, 4, 3)),
-        (64, (64, 128, 8, 4, 3)),
+        (16, (16, 64, 16, 4, 3, 16)),  # 1.04 of dense; next best 2.03
+        (64, (64, 32, 16, 8, 3, 8)),  # 1.72 of dense; next best 1.83
     ),
+    ('unpack', 'values'): ((0, (1, 256, 4, 4, 1, 1)),),
+    ('unpack', 'int4'): ((0, (1, 256, 4, 4, 1, 1)),),
 }

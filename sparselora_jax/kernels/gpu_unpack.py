@@ -1,4 +1,4 @@
-"""Packed weights as dense ones in the registers of a GPU: what gpu.py multiplies with.
+"""Packed weights as dense ones in the registers of a GPU: what gpu_kernels.py multiplies with.
 
 Values come in words of 32 bits: of two-byte numbers two neighbouring outputs (lanes) lie in one, and masks place both
 together, in a third of the instructions that comparing and selecting takes.
@@ -21,12 +21,12 @@ def unpacked(values: Sequence[Array], positions: Array, dtype, *, four_bits: boo
       values: words `[octets, words]`: of each octet's four values in turn, or bytes of two int4 ones.
       positions: a byte for each lane of a word, side by side.
     """
-    found = _from_int4(values, dtype, interpret) if four_bits else values
-    return _matrix(_placed(found, positions, dtype, interpret), dtype)
+    return _matrix(placed(values, positions, dtype, four_bits=four_bits, interpret=interpret), dtype)
 
 
-def _placed(values: Sequence[Array], positions: Array, dtype, interpret) -> list[Array]:
+def placed(values: Sequence[Array], positions: Array, dtype, *, four_bits: bool, interpret: bool) -> list[Array]:
     """Of each octet input 0, input 1, ... and input 7: one matrix of words each."""
+    values = _from_int4(values, dtype, interpret) if four_bits else values
     found = []
     for group in (0, 1):
         first, second = values[2 * group], values[2 * group + 1]
@@ -78,10 +78,8 @@ _MINUS_136 = (
 
 def _minus_136(word: UInt32[Array, '*of']) -> UInt32[Array, '*of']:
     """What `_MINUS_136` does: both bf16 of a word, less 136."""
-    upper = jnp.uint32(0xFFFF0000)
-    low, high = (jax.lax.bitcast_convert_type(bits, jnp.float32) - 136 for bits in (word << 16, word & upper))
-    low, high = (jax.lax.bitcast_convert_type(value, jnp.uint32) for value in (low, high))
-    return low >> 16 | high & upper
+    low, high = (jax.lax.bitcast_convert_type(number - 136, jnp.uint32) for number in numbers(word, jnp.bfloat16.dtype))
+    return low >> 16 | high & jnp.uint32(0xFFFF0000)
 
 
 def _ptx(code: str, meaning: Callable[[Array], Array], word: Array, interpret: bool) -> UInt32[Array, '*of']:
@@ -101,6 +99,14 @@ def _matrix(phases: Sequence[Array], dtype) -> Array:
         return jax.lax.bitcast_convert_type(word, dtype)
     lanes = [jax.lax.bitcast_convert_type(half.astype(jnp.uint16), dtype) for half in (word, word >> 16)]
     return joined(lanes).reshape(BYTE * octets, 2 * words)
+
+
+def numbers(word: UInt32[Array, '*of'], dtype) -> list[Array]:
+    """The numbers of a word's lanes, in fp32."""
+    if dtype.itemsize == 4:
+        return [jax.lax.bitcast_convert_type(word, jnp.float32)]
+    halves = word << 16, word & jnp.uint32(0xFFFF0000)
+    return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
 
 
 def joined(arrays: Sequence[Array]) -> Array:

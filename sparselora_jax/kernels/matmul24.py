@@ -2,14 +2,13 @@
 
 import functools
 import logging
-from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparselora_jax.kernels import cpu, gpu, tpu
-from sparselora_jax.packing.packed24 import Packed24, unpack24
+from sparselora_jax.kernels.reference import reference
+from sparselora_jax.packing.packed24 import Packed24
 
 
 def matmul24(x: Float[Array, '*batch inputs'], kernel: Packed24) -> Float[Array, '*batch outputs']:
@@ -43,14 +42,14 @@ _matmul24.defvjp(_forward, _backward)
 
 def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
     matrix = x.reshape(-1, x.shape[-1])
-    branches = {'default': functools.partial(reference, transposed)}
+    branches = {'default': functools.partial(reference, transposed=transposed)}
     if not transposed and cpu.takes(matrix):
         branches['cpu'] = cpu.matmul
     for platform, backend, chip in (('cuda', 'gpu', gpu), ('tpu', 'tpu', tpu)):
-        if not chip.takes(matrix, kernel):
+        if chip.takes(matrix.dtype, kernel):
+            branches[platform] = functools.partial(chip.product, transposed=transposed)
+        else:
             _say_unpacked(backend, matrix, kernel)
-        elif chip.pays(matrix.shape[0], kernel, transposed):
-            branches[platform] = functools.partial(_by_kernel, chip, transposed)
     found = jax.lax.platform_dependent(matrix, kernel, **branches)
     return found.reshape(*x.shape[:-1], found.shape[-1])
 
@@ -66,15 +65,3 @@ def _say_unpacked(backend: str, x: Array, kernel: Packed24) -> None:
 @functools.cache
 def _warn(line: str) -> None:
     logging.getLogger(__name__).warning(line)
-
-
-def reference(transposed: bool, x: Float[Array, 'rows m'], kernel: Packed24) -> Float[Array, 'rows n']:
-    """`x @ W` or `x @ W.T` on any platform."""
-    weights = unpack24(kernel, x.dtype)
-    product = jnp.matmul(x, weights.T if transposed else weights, preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
-
-
-def _by_kernel(chip: ModuleType, transposed: bool, x: Array, kernel: Packed24) -> Array:
-    tile = chip.tile(x.shape[0], kernel, transposed)
-    return (chip.matmul_transposed if transposed else chip.matmul)(x, kernel, tile)

@@ -5,6 +5,7 @@ that pruned ones give zero). Scales, one for 128 inputs of an output, are applie
 g, which then is two numbers of bf16, nothing rounded.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sparselora_jax.kernels.cost import cost
+from sparselora_jax.kernels.reference import reference
 from sparselora_jax.kernels.tpu_unpack import BIAS, CHUNK, dense, in_order, ordered
 from sparselora_jax.packing.packed24 import SCALED, Packed24
 
@@ -32,19 +34,23 @@ class Tile(NamedTuple):
     outputs: int
 
 
-def takes(x: Array, packed: Packed24) -> bool:
+def takes(dtype: Any, packed: Packed24) -> bool:
     """Whether the kernels here read these: x of bf16, values of bf16 or int4, and whole registers of them."""
-    bf16 = x.dtype == jnp.bfloat16 and (packed.scale is not None or packed.values.dtype == jnp.bfloat16)
+    bf16 = dtype == jnp.bfloat16 and (packed.scale is not None or packed.values.dtype == jnp.bfloat16)
     return bf16 and packed.inputs % CHUNK == 0 and packed.shape[-1] % STRIPS[-1] == 0
 
 
-def pays(rows: int, packed: Packed24, transposed: bool) -> bool:
-    """Whether that is faster than to unpack all weights once, write them, and leave the product to XLA.
+@functools.partial(jax.jit, static_argnames='transposed')  # a kernel's body is traced once for a shape
+def product(x: Float[Array, 'rows m'], packed: Packed24, *, transposed: bool) -> Float[Array, 'rows n']:
+    """`x @ W` or `x @ W.T`, summed in fp32, in x's dtype.
 
-    The kernels unpack all weights again for each 256 rows (limits by benchmarks/kernels.py: of v6e, and int4's of all).
+    The kernels unpack all weights again for each 256 rows. Of more rows than here it is faster to unpack them once,
+    write them, and leave the product to XLA (limits by benchmarks/kernels.py: of v6e, and int4's of all).
     """
-    del transposed  # alike
-    return rows <= (2 * ROWS if packed.scale is None else ROWS)
+    rows = x.shape[0]
+    if rows > (2 * ROWS if packed.scale is None else ROWS):
+        return reference(x, packed, transposed=transposed)
+    return (matmul_transposed if transposed else matmul)(x, packed, tile(rows, packed, transposed))
 
 
 def tile(rows: int, packed: Packed24, transposed: bool) -> Tile:

@@ -16,8 +16,10 @@ from sparselora_jax.packing.bitmask import (
     unpack_mask,
 )
 from sparselora_jax.packing.errors import PackingError
-from sparselora_jax.packing.packed24 import Packed24, mask24, pack24, quantise24, unpack24
-from sparselora_jax.packing.quantised import FOUR_BITS, dequantise, quantise
+from sparselora_jax.packing.packed24 import Packed24, mask24, pack24, quantise24
+from sparselora_jax.packing.quantised import FOUR_BITS, dequantise, quantise  # isort: split
+
+from sparselora_jax.kernels.dense24 import dense24  # behind the formats, which the kernels read
 
 FORMATS = {
     'packed24': pack24,
@@ -126,7 +128,7 @@ def reduced(kernel: Any) -> bool:
 def dense_kernel(kernel: Any, dtype: Any = None) -> Any:
     """A kernel of any kind as an array."""
     if isinstance(kernel, Packed24):
-        return unpack24(kernel, dtype)
+        return dense24(kernel, dtype)
     if isinstance(kernel, qwix.QArray):
         return dequantise(kernel).astype(dtype or kernel.dtype)
     if isinstance(kernel, Bitmask):
