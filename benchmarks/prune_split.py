@@ -22,7 +22,7 @@ from timing import matmul_runs, seconds
 import sparselora_jax as sl
 from sparselora_jax import calibrate, rules, sparsity
 from sparselora_jax.models import embedded, gguf, layers, llama
-from sparselora_jax.pruning import sparsegpt, walker
+from sparselora_jax.pruning import sparsegpt, walk, walker
 
 SEQUENCES, LENGTH = 128, 128
 
@@ -46,7 +46,7 @@ def main() -> None:
     tokens = jax.random.randint(jax.random.key(0), (SEQUENCES, LENGTH), 0, cfg.vocab)
     valid = jnp.ones(tokens.shape, bool)
     x, ctx = llama.embed(language, cfg, llama.embed_tokens(language, cfg, tokens), layers.causal_view(valid))
-    chunks = walker._split(x, ctx | {'valid': valid}, CHUNK)
+    chunks = walk.in_chunks(x, ctx | {'valid': valid}, CHUNK)
     kernels = rules.kernels(blocks)
     patterns = {pattern: dict.fromkeys(kernels, sparsity.parse_pattern(pattern)) for pattern in ('2:4', '0.5')}
     methods = {'wanda': sl.Wanda(), 'sparsegpt': sl.SparseGPT(block=BLOCK, damp=DAMP)}

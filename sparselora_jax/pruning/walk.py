@@ -58,7 +58,7 @@ def walk(
     def run(tower, block, weights, x, ctx, cache=None):
         visit = enter(tower, block)
         step = jax.jit(lambda w, x, ctx: block(w, x, ctx, None)[0])
-        chunks = _split(x, ctx, chunk)
+        chunks = in_chunks(x, ctx, chunk)
         layers = jax.tree.leaves(weights)[0].shape[0]
         for layer in range(layers):
             w = rules_lib.flatten(jax.tree.map(lambda leaf, layer=layer: jnp.asarray(leaf[layer]), weights))
@@ -73,7 +73,7 @@ def walk(
     forward(params, samples, run)
 
 
-def _split(x: Array, ctx: dict, chunk: int) -> list[tuple[Array, dict]]:
+def in_chunks(x: Array, ctx: dict, chunk: int) -> list[tuple[Array, dict]]:
     """Chunks of samples; arrays of `ctx` have the batch, or 1, as their leading axis."""
     batch = x.shape[0]
     return [_part((x, ctx), first, batch=batch, size=min(chunk, batch - first)) for first in range(0, batch, chunk)]
