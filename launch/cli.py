@@ -16,10 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from sparselora_jax import processes
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.recipe import DTYPES, ConfigError, field_names
 from sparselora_jax.train import Interrupted
@@ -28,8 +30,12 @@ DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penal
 
 
 def define_config(default: str = 'configs/blip2_lang_only.py', workdir: str = 'runs/demo') -> tuple:
-    """The flags `--config` and `--workdir`; a config that does not exist ends the script here."""
+    """The flags `--config`, `--workdir`, and of many processes; a config that does not exist ends the script here."""
     config = define_recipe(default)
+    flags.DEFINE_bool('distributed', False, 'one of many processes, which JAX finds by the environment')
+    flags.DEFINE_string('coordinator', None, 'host:port of the first of many processes, which need no environment then')
+    flags.DEFINE_integer('num_processes', None, 'with --coordinator', lower_bound=1)
+    flags.DEFINE_integer('process_id', None, 'with --coordinator: 0 is the first', lower_bound=0)
     return config, flags.DEFINE_string('workdir', workdir, 'where results, logs and checkpoints go')
 
 
@@ -159,6 +165,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         logging.getLogger('sparselora_jax').setLevel(logging.WARNING)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         try:
+            _connect()
             main(argv[1:])
         except (SparseloraError, OSError) as error:
             _fail(error)
@@ -168,6 +175,14 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(guarded)
 
 
+def _connect() -> None:
+    """Joins the other processes, if flags say that there are any."""
+    values = flags.FLAGS
+    if getattr(values, 'distributed', False) or getattr(values, 'coordinator', None):
+        processes.connect(values.coordinator, values.num_processes, values.process_id)
+
+
 def _fail(error: Exception) -> None:
-    print(f'{"stopped" if isinstance(error, Interrupted) else "error"}: {error}', file=sys.stderr)
+    who = f'process {jax.process_index()}: ' if jax.distributed.is_initialized() and jax.process_count() > 1 else ''
+    print(f'{"stopped" if isinstance(error, Interrupted) else "error"}: {who}{error}', file=sys.stderr)
     sys.exit(130 if isinstance(error, Interrupted) else 1)

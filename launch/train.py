@@ -5,7 +5,7 @@ python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
 import cli
 
-from sparselora_jax import stages
+from sparselora_jax import processes, stages
 from sparselora_jax.evaluation import report
 from sparselora_jax.job import Job
 
@@ -17,8 +17,10 @@ def main(argv):
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     stages.run(job)
-    print(report.summary(report.write(job)))
-    print(f'complete: {job.workdir}/report.html, {job.workdir}/exported/')
+    summary = processes.agreed(lambda: report.summary(report.write(job)))
+    if processes.first():
+        print(summary)
+        print(f'complete: {job.workdir}/report.html, {job.workdir}/exported/')
 
 
 if __name__ == '__main__':

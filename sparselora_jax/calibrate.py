@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from sparselora_jax import processes
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.errors import SparseloraError
 
@@ -179,9 +179,9 @@ def collect(
 
 
 def _checked(path: str, stacked: bool, stat: Callable, total: Any, tokens: Array) -> tuple[Any, Array]:
-    if not np.asarray(tokens).all():
+    if not processes.on_host(tokens).all():
         raise CalibrationError(f'{path}: no token reached it during calibration')
-    bad = np.asarray(_not_finite(total))
+    bad = processes.on_host(_not_finite(total))
     if bad.any():
         layer = f', layer {int(bad.argmax())}' if stacked else ''
         raise CalibrationError(f'{path}{layer}: activations are not finite during calibration')

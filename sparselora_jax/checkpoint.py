@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from sparselora_jax import processes
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.storage import write_text
 
@@ -39,16 +40,33 @@ class Checkpoints:
         self.warn = warn or (lambda message: print(message, file=sys.stderr))
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first."""
+        """Steps with a complete checkpoint, oldest first; the same in all processes."""
+        return processes.agreed(self._complete)
+
+    def _complete(self) -> list[int]:
         return sorted(int(path.parent.name) for path in self.folder.glob(f'*/{MANIFEST}'))
 
     def save(self, step: int, tree: Any) -> None:
         """Writes a state, then its manifest; older ones beyond `keep` go afterwards.
 
+        Of many processes each writes its own parts of arrays, and the first the manifest of all.
+
         Raises:
           CheckpointError: the disk is too full. What was there before stays.
         """
         target = self.folder / str(step)
+        processes.agreed(lambda: self._make_room(target, tree))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(target, tree)
+        processes.agreed(lambda: self._count(target))
+
+    def _count(self, target: Path) -> None:
+        """From now on this is one of the checkpoints."""
+        write_text(target / MANIFEST, json.dumps(_hashes(target)))
+        for old in self._complete()[: -self.keep]:
+            shutil.rmtree(self.folder / str(old))
+
+    def _make_room(self, target: Path, tree: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self.folder).free
@@ -58,20 +76,21 @@ class Checkpoints:
             )
         if target.exists():
             shutil.rmtree(target)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(target, tree)
-        write_text(target / MANIFEST, json.dumps(_hashes(target)))
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / str(old))
 
     def restore(self, like: Any) -> Any | None:
         """The newest state whose hashes hold, shaped and sharded as `like`; None if there is none."""
         for step in reversed(self.steps()):
             folder = self.folder / str(step)
-            if (folder / MANIFEST).read_text() != json.dumps(_hashes(folder)):
-                self.warn(f'{folder}: the checkpoint is damaged (hashes differ); falling back to the one before')
-                (folder / MANIFEST).unlink()  # it no longer counts, so it displaces no good one
+            if not processes.agreed(lambda folder=folder: self._good(folder)):
                 continue
             with ocp.StandardCheckpointer() as checkpointer:
                 return checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         return None
+
+    def _good(self, folder: Path) -> bool:
+        """Whether the hashes hold; else it no longer counts, so that it displaces no good one."""
+        if (folder / MANIFEST).read_text() == json.dumps(_hashes(folder)):
+            return True
+        self.warn(f'{folder}: the checkpoint is damaged (hashes differ); falling back to the one before')
+        (folder / MANIFEST).unlink()
+        return False

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax import pruning, sharding, storage, teacher
+from sparselora_jax import processes, pruning, sharding, storage, teacher
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
 from sparselora_jax.data.text_format import TextFormat
@@ -74,15 +74,18 @@ class Job:
     def stage(self, name: str, compute: Callable[[], dict]) -> dict:
         """The result of a stage: read from `<name>.json`, or computed and written there with its time and memory."""
         file = self.workdir / f'{name}.json'
-        if not file.exists():
+        if not processes.agreed(file.exists):
             self.check()
-            claim(self.workdir, self.config)
-            storage.write_text(self.workdir / QUESTIONS, self.questions)
-            print(f'-- {name}', flush=True)
+            processes.agreed(lambda: self._begin(name))
             started = time.monotonic()
             result = compute() | {'seconds': time.monotonic() - started, 'peak_memory_bytes': peak_memory()}
-            storage.write_text(file, json.dumps(result))
-        return json.loads(file.read_text())
+            processes.agreed(lambda: storage.write_text(file, json.dumps(result)))
+        return processes.agreed(lambda: json.loads(file.read_text()))
+
+    def _begin(self, name: str) -> None:
+        claim(self.workdir, self.config)
+        storage.write_text(self.workdir / QUESTIONS, self.questions)
+        print(f'-- {name}', flush=True)
 
     def check(self) -> None:
         """Names what does not fit the model, before any long work.
@@ -122,20 +125,16 @@ class Job:
     def mesh(self) -> jax.sharding.Mesh | None:
         """The mesh that the config asks for; None: one device. Says which kernels it does not split."""
         axes = self.config.mesh.to_dict()
-        if set(axes.values()) == {1}:
+        if set(axes.values()) == {1} and jax.process_count() == 1:
             return None
         mesh = sharding.make_mesh(**axes)
-        for line in sharding.undivided(structs(self.model.cfg), mesh):
+        for line in sharding.undivided(structs(self.model.cfg), mesh) if processes.first() else ():
             print(f'mesh: {line}', flush=True)
         return mesh
 
     def shard(self, tree: dict) -> dict:
         """Params, masks or lora on the mesh."""
         return tree if self.mesh is None else sharding.shard(tree, self.mesh)
-
-    def shard_batch(self, batch: dict) -> dict:
-        """A batch on the mesh."""
-        return batch if self.mesh is None else sharding.shard_batch(batch, self.mesh)
 
     @functools.cached_property
     def _opened(self) -> tuple[Model, Any]:
@@ -182,11 +181,11 @@ class Job:
     def dataset(self) -> Dataset:
         """What is trained on and evaluated with."""
         if self.config.data == 'easy_vqa':
-            return easy_vqa.load(self.config.data_dir)
+            return processes.first_then_others(lambda: easy_vqa.load(self.config.data_dir))  # which writes its files
         return folder.load(self.config.data, pipeline.misfit(self.processor, self.text))
 
     def batches(self, batch: int, seed: int, *, taught: bool = False) -> Any:
-        """Training batches by step.
+        """Training batches by step; of many processes each reads the rows of its own devices.
 
         Args:
           taught: with what the stage `teacher` has kept of the teacher's logits.
@@ -194,11 +193,13 @@ class Job:
         train, shares = self.dataset.train, self.config.restore.shares
         groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
         transform = pipeline.vqa_transform(self.processor, self.text)
-        drawn = pipeline.batches(train.source, transform, batch=batch, seed=seed, groups=groups, shares=shares or (1,))
+        rows = None if self.mesh is None else sharding.local_rows(self.mesh, batch)
+        knobs = {'batch': batch, 'seed': seed, 'groups': groups, 'shares': shares or (1,), 'rows': rows}
+        drawn = pipeline.batches(train.source, transform, **knobs)
         if taught:
             kept = self.workdir / TEACHER
-            drawn = drawn.map_with_index(lambda step, batch: batch | {'teacher': teacher.read(kept, step)})
-        return drawn if self.mesh is None else drawn.map(self.shard_batch)
+            drawn = drawn.map_with_index(lambda step, batch: batch | {'teacher': teacher.read(kept, step, rows)})
+        return drawn if self.mesh is None else drawn.map(lambda local: sharding.shard_batch(local, self.mesh))
 
     @property
     def masks(self) -> dict:

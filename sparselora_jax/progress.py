@@ -6,20 +6,25 @@ import sys
 import time
 from pathlib import Path
 
+from sparselora_jax import processes
+
 
 class Log:
     """Scalars of one job: `<workdir>/log.jsonl` and tensorboard events beside it."""
 
     def __init__(self, workdir: str | Path):
         """The log is appended to, so a resumed job goes on in the same file."""
-        from tensorboardX import SummaryWriter
-
         self.path = Path(workdir) / 'log.jsonl'
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.writer = SummaryWriter(str(workdir))
+        if processes.first():
+            from tensorboardX import SummaryWriter
+
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(str(workdir))
 
     def scalars(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """One record."""
+        """One record; of many processes the first writes it."""
+        if not processes.first():
+            return
         with self.path.open('a') as file:
             file.write(json.dumps({'stage': stage, 'step': step} | values) + '\n')
         for name, value in values.items():
@@ -44,7 +49,7 @@ class Progress:
         """`done` of `total` are done."""
         now = time.monotonic()
         tty, ended = self.file.isatty(), done >= self.total
-        if not (ended or now - self.printed >= (0.1 if tty else self.interval)):
+        if not processes.first() or not (ended or now - self.printed >= (0.1 if tty else self.interval)):
             return
         self.printed = now
         each = (now - self.started) / max(done - self.first, 1)

@@ -111,9 +111,20 @@ def shard(tree: dict, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = R
     return jax.device_put(tree, shardings(tree, mesh, rules))
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Splits the leading axis of every array over data and fsdp together."""
-    return jax.device_put(batch, NamedSharding(mesh, BATCH))
+def local_rows(mesh: Mesh, batch: int) -> list[int]:
+    """The rows of a batch of this size that devices of this process hold."""
+    where = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch,))
+    return sorted({row for (rows,) in where.values() for row in range(batch)[rows]})
+
+
+def shard_batch(rows: Any, mesh: Mesh) -> Any:
+    """Splits the leading axis of every array over data and fsdp together.
+
+    Args:
+      rows: a batch; of many processes, each has its `local_rows`.
+    """
+    where = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(where, array), rows)
 
 
 def gathered(tree: dict, mesh: Mesh | AbstractMesh) -> dict:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
+from sparselora_jax import processes
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.errors import SparseloraError
 
@@ -234,7 +235,7 @@ def violations(
         counts = None if zeros is None else [spread(int(total), outputs) for total in zeros.reshape(-1)]
         want = pattern.zeros(inputs) if counts is None else np.stack(counts).reshape(*layers, outputs)
     wrong = jnp.sum(~groups, axis=-1, dtype=jnp.int32) != jnp.asarray(want, jnp.int32)
-    return np.asarray(jnp.sum(wrong, axis=tuple(range(len(layers), wrong.ndim))))
+    return processes.on_host(jnp.sum(wrong, axis=tuple(range(len(layers), wrong.ndim))))
 
 
 def check_masks(
@@ -272,7 +273,7 @@ def check_sparse(params: dict, masks: dict) -> None:
     for path, mask in rules_lib.flatten(masks).items():
         if path not in flat:
             raise PatternError(f'{path}: has a mask but no kernel')
-        leaks = np.asarray(jnp.sum((flat[path] != 0) & ~mask, axis=(-2, -1)))
+        leaks = processes.on_host(jnp.sum((flat[path] != 0) & ~mask, axis=(-2, -1)))
         if leaks.any():
             layer = np.argwhere(np.atleast_1d(leaks))[0].tolist()
             count = np.atleast_1d(leaks)[tuple(layer)]

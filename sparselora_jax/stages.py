@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparselora_jax import packing, pruning, storage, teacher
+from sparselora_jax import packing, processes, pruning, storage, teacher
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.data import text_format
 from sparselora_jax.evaluation import vqa
@@ -252,29 +252,31 @@ def export(job: Job) -> dict:
     """Writes `exported/`, a Hugging Face directory of the merged model, and `adapter/`, LoRA alone; reads back."""
 
     def compute():
-        model, merged = job.model, job.merged()
-        folder = job.workdir / 'exported'
-        texts = {text_format.FILE: text_format.dump(job.text)}
-        if model.source is None:
-            embedded.save(folder, model, merged, texts=texts)
-        else:
-            hf_export.export_model(folder, model, merged, texts=texts)
-        if job.config.restore.trained == 'lora' and job.config.restore.base in ('dense', 'packed'):
-            # The weights that it was trained on, unless they were rounded: in a directory of their own only where they
-            # were pruned from disk.
-            base = str(job.workdir / 'pruned') if job.config.stream else None
-            peft_adapter.save_peft(job.workdir / 'adapter', model, job.trained('restore'), base=base)
-        hf_export.check_export(folder, model, merged)
-        return count_zeros(job, merged, job.trained('restore')) | {
-            'bytes': {
-                'dense': _size(model.source)
-                if model.source
-                else sum(leaf.nbytes for leaf in jax.tree.leaves(job.params)),
-                'exported': _size(folder),
-            },
-        }
+        source, merged = job.model.source, job.merged()
+        counted = count_zeros(job, merged, job.trained('restore'))
+        dense = _size(source) if source else sum(leaf.nbytes for leaf in jax.tree.leaves(job.params))
+        if jax.process_count() > 1:
+            merged = jax.tree.map(processes.on_host, merged)
+        exported = processes.agreed(lambda: _write_export(job, merged))
+        return counted | {'bytes': {'dense': dense, 'exported': exported}}
 
     return job.stage('export', compute)
+
+
+def _write_export(job: Job, merged: dict) -> int:
+    """Bytes of the weights."""
+    folder, texts = job.workdir / 'exported', {text_format.FILE: text_format.dump(job.text)}
+    if job.model.source is None:
+        embedded.save(folder, job.model, merged, texts=texts)
+    else:
+        hf_export.export_model(folder, job.model, merged, texts=texts)
+    if job.config.restore.trained == 'lora' and job.config.restore.base in ('dense', 'packed'):
+        # The weights that it was trained on, unless they were rounded: in a directory of their own only where they
+        # were pruned from disk.
+        base = str(job.workdir / 'pruned') if job.config.stream else None
+        peft_adapter.save_peft(job.workdir / 'adapter', job.model, job.trained('restore'), base=base)
+    hf_export.check_export(folder, job.model, merged)
+    return _size(folder)
 
 
 PACKED = ('packed', 'packed_int4', 'packed_lora')

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.numpy import save_file
 
-from sparselora_jax import rules
+from sparselora_jax import processes, rules
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.packing import PackedMask, kept, parts
 from sparselora_jax.weights import Adapted, Lora
@@ -51,6 +50,8 @@ def write_text(path: Path, text: str) -> None:
 def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] | None = None) -> None:
     """Writes params (packed or not), masks or lora; the file appears whole or not at all.
 
+    Of many processes, all of which must call it, the first writes, and all have the file then.
+
     Args:
       tree: an `Adapted` kernel must be a packed one, whose mask it has.
       metadata: strings kept in the header, e.g. the config that made the tree.
@@ -69,12 +70,14 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
             arrays[name] = leaf
         else:
             raise StorageError(f'{path}: {name} is a {type(leaf).__name__}, which safetensors files here do not hold')
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, arrays = Path(path), {name: processes.on_host(array) for name, array in arrays.items()}
     header = (metadata or {}) | ({'lora_scales': json.dumps(scales)} if scales else {})
     header |= {'packed': json.dumps(packed)} if packed else {}
-    with whole(path) as partial:
-        save_file({name: jnp.asarray(array) for name, array in arrays.items()}, partial, metadata=header)
+    if processes.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as partial:
+            save_file(arrays, partial, metadata=header)
+    processes.wait(path.name)
 
 
 def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
@@ -110,6 +113,8 @@ def safetensors_header(
 def layer_writer(path: str | Path, like: dict[str, Any]) -> Iterator[Callable[[str, int, Any], None]]:
     """A file of stacked arrays that is written a layer at a time, in any order; it appears whole or not at all.
 
+    Of many processes, all of which must write, the first does.
+
     Args:
       like: path -> anything with the stacked array's `shape` and `dtype`.
 
@@ -119,17 +124,22 @@ def layer_writer(path: str | Path, like: dict[str, Any]) -> Iterator[Callable[[s
     tensors = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in like.items()}
     header, starts = safetensors_header(tensors)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial, partial.open('wb') as file:
-        file.write(header)
-        file.truncate(len(header) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()))
+    if not processes.first():
+        yield lambda name, layer, array: processes.on_host(array)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as partial, partial.open('wb') as file:
+            file.write(header)
+            file.truncate(len(header) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()))
 
-        def write(name, layer, array):
-            data = np.ascontiguousarray(np.asarray(array, like[name].dtype)).reshape(-1).view(np.uint8)
-            file.seek(starts[name] + layer * data.size)
-            file.write(data)
+            def write(name, layer, array):
+                data = np.ascontiguousarray(processes.on_host(array).astype(like[name].dtype, copy=False))
+                data = data.reshape(-1).view(np.uint8)
+                file.seek(starts[name] + layer * data.size)
+                file.write(data)
 
-        yield write
+            yield write
+    processes.wait(path.name)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A teacher's likeliest tokens on disk, batch by batch, so that the dense model need not run while another learns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from sparselora_jax import processes
 from sparselora_jax.losses import TopK, top_k
 from sparselora_jax.storage import StorageError, load_safetensors, save_safetensors
 
@@ -33,14 +34,14 @@ def keep(
     """
     kept = jax.jit(lambda weights, batch: top_k(logits(weights, batch), k, temperature=temperature))
     for step in range(steps):
-        if not _file(folder, step).exists():
+        if not processes.agreed(_file(folder, step).exists):
             save_safetensors(_file(folder, step), kept(weights, batches[step])._asdict())
             progress(step + 1)
     return sum(_file(folder, step).stat().st_size for step in range(steps))
 
 
-def read(folder: str | Path, step: int) -> TopK:
-    """What was kept of a step's batch.
+def read(folder: str | Path, step: int, rows: Sequence[int] | None = None) -> TopK:
+    """What was kept of a step's batch, or of some rows of it.
 
     Raises:
       StorageError: the file is missing or damaged.
@@ -48,7 +49,7 @@ def read(folder: str | Path, step: int) -> TopK:
     arrays, _ = load_safetensors(_file(folder, step))
     if arrays.keys() != set(TopK._fields):
         raise StorageError(f'{_file(folder, step)}: holds {sorted(arrays)}, expected {", ".join(TopK._fields)}')
-    return TopK(**{name: np.asarray(array) for name, array in arrays.items()})
+    return TopK(**{name: np.asarray(array)[... if rows is None else rows] for name, array in arrays.items()})
 
 
 def _file(folder: str | Path, step: int) -> Path:

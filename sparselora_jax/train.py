@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 
 from sparselora_jax.checkpoint import Checkpoints
@@ -83,7 +84,13 @@ def make_step(
 
 @contextmanager
 def stop_signal():
-    """Yields a function that tells whether SIGTERM or Ctrl-C has arrived; a second Ctrl-C ends at once."""
+    """Yields a function of the step that tells whether SIGTERM or Ctrl-C has arrived; a second Ctrl-C ends at once.
+
+    Of many processes any may have been told: JAX then finds a step at which all of them stop (SIGTERM only).
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     arrived = []
 
     def note(number, frame):
@@ -93,7 +100,7 @@ def stop_signal():
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(arrived)
+        yield lambda step: bool(arrived)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -130,8 +137,9 @@ def fit(
                 last = f'that of step {saved[-1]}' if saved else 'the start'
                 raise NonFiniteLoss(f'step {index + 1}: {bad[0]} is {values[bad[0]]}; the last good state is {last}')
             log(index + 1, values)
-            if (index + 1) % every == 0 or index + 1 == steps or stopped():
+            stopping = stopped(index + 1)
+            if (index + 1) % every == 0 or index + 1 == steps or stopping:
                 checkpoints.save(index + 1, state)
-            if stopped():
+            if stopping:
                 raise Interrupted(f'step {index + 1} of {steps} is saved; the same command goes on from there')
     return state

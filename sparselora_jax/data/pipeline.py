@@ -71,6 +71,7 @@ def batches(
     seed: int,
     groups: Sequence[Sequence[int]],
     shares: Sequence[int | float],
+    rows: Sequence[int] | None = None,
     augment: Callable[[dict, np.random.Generator], dict] | None = None,
 ) -> grain.MapDataset:
     """An endless dataset whose item `step` is the batch of that step, stacked.
@@ -79,6 +80,7 @@ def batches(
       source: random access to records.
       groups: indices into `source`, each group shuffled anew every epoch of its own.
       shares: the weight of each group in a batch, e.g. (2, 1, 1) for half, a quarter, a quarter.
+      rows: those of each batch that are made, others are not read; None: all.
       augment: applied to each example, with a generator that is a function of seed and position.
     """
     if not all(len(group) for group in groups):
@@ -90,7 +92,10 @@ def batches(
     examples = mixed.map(lambda index: transform(source[index]))
     if augment is not None:
         examples = examples.seed(seed).random_map(augment)
-    return examples.batch(batch)
+    if rows is None or len(rows) == batch:
+        return examples.batch(batch)
+    steps = grain.MapDataset.range(len(examples) // batch * len(rows))
+    return steps.map(lambda i: examples[i // len(rows) * batch + rows[i % len(rows)]]).batch(len(rows))
 
 
 def groups_by_kind(split: Split, dataset: Dataset) -> list[list[int]]:

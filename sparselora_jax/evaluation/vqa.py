@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparselora_jax import processes
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.generate import generate
@@ -82,7 +83,7 @@ def evaluate(
       settings: of `generate`.
     """
     source = split.source
-    predicted = _read_answers(kept, batch)
+    predicted = processes.agreed(lambda: _read_answers(kept, batch))
     true = [source[index]['answer'] for index in indices[: len(predicted)]]
     for first in range(len(predicted), len(indices), batch):
         records = [source[index] for index in indices[first : first + batch]]
@@ -95,8 +96,9 @@ def evaluate(
         new = generate_answers(model, weights, processor, text, images, questions, **settings)[: len(records)]
         predicted += new
         if kept is not None:
-            with kept.open('a') as file:
-                file.writelines(json.dumps(answer) + '\n' for answer in new)
+            if processes.first():
+                with kept.open('a') as file:
+                    file.writelines(json.dumps(answer) + '\n' for answer in new)
         progress(len(predicted))
     return Answers(predicted, true)
 

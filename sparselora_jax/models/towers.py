@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from sparselora_jax import processes
 from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, llama, opt, t5
@@ -97,7 +98,7 @@ def check_ids(cfg: Any, batch: dict) -> None:
         ids = batch.get(name)
         if ids is None or not vocab or isinstance(ids, jax.core.Tracer):
             continue
-        ids = np.asarray(ids)
+        ids = processes.on_host(ids)
         wrong = (ids < 0) | (ids >= vocab)
         if name == 'input_ids' and image is not None:
             wrong &= ids != image
@@ -111,8 +112,8 @@ def check_ids(cfg: Any, batch: dict) -> None:
 
 def check_image_tokens(cfg: Any, tokens: Any, mask: Any) -> None:
     """Raises `BatchError` unless every row, but those of nothing but pads, has one image token a soft word."""
-    counts = np.asarray(tokens == cfg.image_token).sum(axis=1)
-    wrong = np.flatnonzero((counts != cfg.image_tokens) & np.asarray(mask).any(axis=1))
+    counts = (processes.on_host(tokens) == cfg.image_token).sum(axis=1)
+    wrong = np.flatnonzero((counts != cfg.image_tokens) & processes.on_host(mask).any(axis=1))
     if wrong.size:
         found = f'row {wrong[0]} of input_ids has {counts[wrong[0]]} image tokens ({cfg.image_token})'
         raise BatchError(f'{found}: expected {cfg.image_tokens}, one for each soft word of an image')
