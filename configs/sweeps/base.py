@@ -3,7 +3,7 @@
   python launch/sweep.py --config=configs/sweeps/base.py --workdir=runs/base
 
 Pruning is the same everywhere; factors are merged in high precision. `top-k KL` is another loss than the teacher's
-whole distribution (`losses.top_k_kl`). Argument and budgets: `grid.py`.
+whole distribution (`losses.top_k_kl`). What int4 takes is also tried to be won back by more steps. Argument and budgets: `grid.py`.
 """
 
 from ml_collections import ConfigDict
@@ -13,6 +13,7 @@ from sparselora_jax.recipe import BASES
 from sparselora_jax.sweep import Point
 
 TEACHERS = {'model': {}, 'top-k KL': {'restore.teacher': 'top_k'}, 'none': {'restore.kd': 0.0}}
+LONG = 4  # times the steps
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -29,7 +30,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
         for base, teacher in grids
     ]
+    points += [
+        Point(
+            grid.name(base, 'long'),
+            {'base': base, 'teacher': f'model, {LONG} x the steps'},
+            pruned | {'restore.base': base},
+            ('restored',),
+            share=LONG,
+        )
+        for base in ('dense', 'packed_int4')
+    ]
     plot = {'kind': 'bars', 'x': 'base', 'series': 'teacher', 'title': 'Restoring on a smaller base'}
-    hour = grid.budget(seeds=2, steps=60, batch=8, questions=500, samples=128)
+    hour = grid.budget(seeds=1, steps=60, batch=8, questions=500, samples=128)
     full = grid.budget(seeds=3, steps=300, batch=16, questions=2000, samples=128)
     return grid.config('base', arg, points, plot, hour=hour, full=full)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
 
 from sparselora_jax.packing.errors import PackingError
@@ -16,7 +17,9 @@ from sparselora_jax.packing.stacks import kernel_shape, of_layer, over_layers
 
 BYTE = 8  # inputs that share a byte of positions: two groups of four
 SCALED = 128  # inputs that share an int4 scale
-LARGEST = 7  # of int4 values, both ways, so that zero is exact and signs are alike
+# Scales that are tried for int4 values, over the largest magnitude: those that make it 7, 8, or more, which is cut off.
+# Negative ones too: int4 has -8 and no 8.
+SHARES = 1 / np.array([7.0, *np.arange(8.0, 12.1, 0.5)], np.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +180,11 @@ def _mask_matrix(positions):
 
 
 def quantise24(packed: Packed24) -> Packed24:
-    """Values as int4 with a bf16 scale for 128 inputs of each output: to the nearest, the largest value to 7."""
+    """Values as int4 with a bf16 scale for 128 inputs of each output: to the nearest, with the least squared error.
+
+    A scale is tried that makes the largest magnitude -8, which int4 has on one side only, and smaller ones, which cut
+    off the largest values and round the others more finely.
+    """
     if packed.scale is not None:
         return packed
     values, scale = over_layers(_quantise_matrix, packed.ndim)(packed.values)
@@ -188,10 +195,20 @@ def _quantise_matrix(values: Float[Array, 'rows outputs']):
     rows, outputs = values.shape
     per = SCALED // 2  # half of the inputs are kept
     wide = jnp.pad(values.astype(jnp.float32), ((0, -rows % per), (0, 0))).reshape(-1, per, outputs)
-    scale = (jnp.max(jnp.abs(wide), axis=1) / LARGEST).astype(jnp.bfloat16)
-    by = jnp.where(scale == 0, 1, scale).astype(jnp.float32)[:, None]
-    codes = jnp.clip(jnp.round(wide / by), -LARGEST, LARGEST).astype(jnp.int32).reshape(-1, outputs)[:rows] & 15
-    return (codes[0::2] | codes[1::2] << 4).astype(jnp.uint8), scale
+    largest = jnp.max(jnp.abs(wide), axis=1)
+
+    def codes(scale):
+        by = jnp.where(scale == 0, 1, scale).astype(jnp.float32)[:, None]
+        return jnp.clip(jnp.round(wide / by), -8, 7)
+
+    def error(share):
+        scale = (largest * share).astype(jnp.bfloat16)
+        return scale, jnp.sum(jnp.square(wide - codes(scale) * scale.astype(jnp.float32)[:, None]), axis=1)
+
+    scales, errors = jax.lax.map(error, np.concatenate([SHARES, -SHARES]))
+    scale = jnp.take_along_axis(scales, jnp.argmin(errors, axis=0)[None], axis=0)[0]
+    found = codes(scale).astype(jnp.int32).reshape(-1, outputs)[:rows] & 15
+    return (found[0::2] | found[1::2] << 4).astype(jnp.uint8), scale
 
 
 def check_packed24(packed: Packed24) -> None:
