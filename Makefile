@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-processes lint clean
 
 $(VENV)/installed: requirements.txt requirements-assets.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ test: lint
 test-slow: $(VENV)/installed-test
 	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow
 	$(VENV)/bin/python -m pytest -n auto -m compiled tests
+
+# Real processes, each with its share of four CPU devices.
+test-processes: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -m processes tests/test_processes.py
 
 clean:
 	rm -rf $(VENV) runs

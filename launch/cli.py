@@ -166,7 +166,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         try:
             _connect()
-            main(argv[1:])
+            with processes.joint():
+                main(argv[1:])
         except (SparseloraError, OSError) as error:
             _fail(error)
         except KeyboardInterrupt:
@@ -183,6 +184,7 @@ def _connect() -> None:
 
 
 def _fail(error: Exception) -> None:
-    who = f'process {jax.process_index()}: ' if jax.distributed.is_initialized() and jax.process_count() > 1 else ''
-    print(f'{"stopped" if isinstance(error, Interrupted) else "error"}: {who}{error}', file=sys.stderr)
+    if jax.distributed.is_initialized() and not isinstance(error, Interrupted):
+        processes.leave(error)
+    print(f'{"stopped" if isinstance(error, Interrupted) else "error"}: {error}', file=sys.stderr)
     sys.exit(130 if isinstance(error, Interrupted) else 1)

@@ -3,8 +3,13 @@
 They share the workdir's file system. With one process nothing here communicates.
 """
 
+import atexit
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -15,6 +20,10 @@ from jaxtyping import Shaped
 from sparselora_jax.errors import SparseloraError
 
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as gone, and the others end
+GONE = (
+    'error: this process was ended from outside: killed, or by JAX, because another process of this run is gone (its '
+    'own log says why); the same command, started everywhere, goes on from the newest checkpoint'
+)
 
 
 class ProcessError(SparseloraError, RuntimeError):
@@ -32,12 +41,59 @@ def connect(coordinator: str | None = None, count: int | None = None, index: int
       ProcessError: the environment says nothing, or the others do not come.
     """
     try:
-        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT)
+        timeouts = {'heartbeat_timeout_seconds': HEARTBEAT, 'shutdown_timeout_seconds': HEARTBEAT}
+        jax.distributed.initialize(coordinator, count, index, **timeouts)
     except (ValueError, RuntimeError) as error:
         raise ProcessError(
             f'the processes of this run cannot be joined ({error}); pass --coordinator=HOST:PORT --num_processes=N '
             '--process_id=I, or start it where JAX finds them itself (docs/scaling.md)'
         ) from None
+    _say_when_ended()
+
+
+def _say_when_ended() -> None:
+    """Has a shell say what happened should this process end otherwise than by itself.
+
+    JAX ends the processes that are left by abort(), with a stack trace of C++ and no way to catch it.
+    """
+    shell = ['sh', '-c', 'read -r line; test "$line" = done || echo "$0" >&2', GONE]
+    watch = subprocess.Popen(shell, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    _AT_THE_END.append(lambda: watch.communicate('done\n'))
+    atexit.register(_end)
+
+
+_AT_THE_END: list[Callable[[], object]] = []
+
+
+def _end() -> None:
+    while _AT_THE_END:
+        _AT_THE_END.pop()()
+
+
+def leave(error: Exception) -> None:
+    """Ends one of many processes for an error that others need not have: at once, where JAX would wait for them.
+
+    They find out by its missing signs of life.
+    """
+    print(f'error: process {jax.process_index()}: {error}', file=sys.stderr, flush=True)
+    _end()
+    os._exit(1)
+
+
+@contextmanager
+def joint() -> Iterator[None]:
+    """What cuts a run of many processes short, as an error that says so.
+
+    Raises:
+      ProcessError: another process is gone, or cannot be reached.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        line = str(error).splitlines()[0]
+        raise ProcessError(f'another process of this run is gone, or out of reach; its log says why ({line})') from None
 
 
 def first() -> bool:

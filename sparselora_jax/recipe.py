@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,8 @@ def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             found += _differences(a, b, f'{prefix}{name}.')
         elif a != b:
-            found.append(f'{prefix}{name} is {a!r} here and {b!r} there')
+            here, there = (textwrap.shorten(repr(value), 60, placeholder=' ...') for value in (a, b))
+            found.append(f'{prefix}{name} is {here} here and {there} there')
     return found
 
 

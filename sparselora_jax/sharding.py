@@ -111,6 +111,16 @@ def shard(tree: dict, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = R
     return jax.device_put(tree, shardings(tree, mesh, rules))
 
 
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """What is not on the mesh yet, whole on each of its devices."""
+
+    def put(leaf):
+        on_mesh = isinstance(getattr(leaf, 'sharding', None), NamedSharding)
+        return leaf if on_mesh else jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(put, tree)
+
+
 def local_rows(mesh: Mesh, batch: int) -> list[int]:
     """The rows of a batch of this size that devices of this process hold."""
     where = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch,))

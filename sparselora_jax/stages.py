@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparselora_jax import packing, processes, pruning, storage, teacher
+from sparselora_jax import packing, processes, pruning, sharding, storage, teacher
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.data import text_format
 from sparselora_jax.evaluation import vqa
@@ -238,6 +238,8 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
 
         batches = job.batches(knobs.batch, job.config.seed, taught=taught)
         state = init_state(job.shard(first), tx)
+        if job.mesh is not None:  # its counters too, or a checkpoint would bring them back to one device
+            state = sharding.everywhere(state, job.mesh)
         last[0] = time.monotonic()
         every = knobs.checkpoint_every
         state = fit(step, state, base, batches, steps=knobs.steps, checkpoints=checkpoints, every=every, log=note)

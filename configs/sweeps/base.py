@@ -3,7 +3,8 @@
   python launch/sweep.py --config=configs/sweeps/base.py --workdir=runs/base
 
 Pruning is the same everywhere; factors are merged in high precision. `top-k KL` is another loss than the teacher's
-whole distribution (`losses.top_k_kl`). What int4 takes is also tried to be won back by more steps. Argument and budgets: `grid.py`.
+whole distribution (`losses.top_k_kl`). What int4 takes is also tried to be won back by more steps. Argument and
+budgets: `grid.py`.
 """
 
 from ml_collections import ConfigDict
