@@ -121,17 +121,29 @@ def test_several_processes_leave_what_one_does(start, alone, tmp_path, count, me
     check_same(tmp_path, alone)
 
 
-def test_a_killed_process_ends_the_others_and_the_rerun_resumes(start, alone, tmp_path):
-    first, second = start(2, tmp_path, pause=1)
-    while not list(tmp_path.glob('checkpoints/restore/2/manifest.json')):
-        assert first.poll() is None and second.poll() is None
+def reach(step, workdir, processes):
+    """Waits for a checkpoint of this step."""
+    while not list(workdir.glob(f'checkpoints/restore/{step}/manifest.json')):
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.1)
+
+
+def test_a_killed_or_terminated_process_ends_the_others_and_the_rerun_resumes(start, alone, tmp_path):
+    first, second = start(2, tmp_path, pause=1)
+    reach(2, tmp_path, (first, second))
     second.kill()
     killed = time.monotonic()
     _, said = first.communicate(timeout=60)
     assert first.returncode != 0 and time.monotonic() - killed < 60
     assert 'another process of this run' in said, said[-2000:]
     before = (tmp_path / 'prune.json').read_text()
+
+    both = start(2, tmp_path, pause=1)
+    reach(4, tmp_path, both)
+    both[1].terminate()
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert all('of 6 is saved' in of_process for of_process in said), said
+
     finish(start(2, tmp_path))
     check_same(tmp_path, alone)
     assert (tmp_path / 'prune.json').read_text() == before
