@@ -94,7 +94,7 @@ def test_the_gpu_kernels_are_the_product(rows, inputs, outputs, dtype, four_bits
 
 FEW_ROWS = [
     pytest.param(*shape, *kind, marks=[] if (shape, kind) == ((3, 132, 34), KINDS[3]) else pytest.mark.slow)
-    for shape, kind in itertools.product([(1, 8, 2), (3, 132, 34), (4, 384, 64)], KINDS)
+    for shape, kind in [*itertools.product([(3, 132, 34)], KINDS), ((1, 8, 2), KINDS[0]), ((4, 384, 64), KINDS[1])]
 ]
 
 
@@ -231,12 +231,11 @@ def test_the_gpu_kernels_stay_within_their_arrays(monkeypatch, rows, inputs, out
     packed, x, g = packed_and_x(rows, inputs, outputs, dtype, four_bits)
     one = of_mask(packed, 7)
     outside = checked(monkeypatch)
-    products = (gpu.matmul, x), (gpu.matmul_transposed, g), (gpu.matmul_few, x[:3])
-    calls = [functools.partial(product, by) for product, by in products]
-    calls += [lambda one, *args, **kwargs: gpu.unpack(one, dtype, *args, **kwargs)]
-    for call, tile in itertools.product(calls, (TILE, SPLIT)):
+    products = (gpu.matmul, x, SPLIT), (gpu.matmul_transposed, g, SPLIT), (gpu.matmul_few, x[:3], SPLIT)
+    calls = [functools.partial(product, by, one, tile) for product, by, tile in products]
+    for call in [*calls, functools.partial(gpu.unpack, one, dtype, TILE)]:
         outside.clear()
-        jax.block_until_ready(call(one, tile, interpret=True))
+        jax.block_until_ready(call(interpret=True))
         jax.effects_barrier()
         assert outside and sum(map(int, outside)) == 0
 
