@@ -29,11 +29,11 @@ test: lint
 
 test-slow: $(VENV)/installed-test
 	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow
-	$(VENV)/bin/python -m pytest -n auto -m compiled tests
+	$(VENV)/bin/python -m pytest -n auto -m compiled $(shell grep -l mark.compiled tests/test_*.py)
 
-# Real processes, each with its share of four CPU devices.
+# Tests that start processes of their own: several for one run, a sweep's points, the pretraining script.
 test-processes: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -m processes tests/test_processes.py
+	$(VENV)/bin/python -m pytest -m processes $(shell grep -l mark.processes tests/test_*.py)
 
 clean:
 	rm -rf $(VENV) runs

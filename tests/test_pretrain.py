@@ -53,7 +53,7 @@ def test_queries_that_are_words_have_no_regression_loss(random_params):
     assert float(metrics['nearest']) == 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_the_script_makes_a_bridge_that_loads_and_resumes(
     script, tmp_path, monkeypatch, random_params, easy_vqa_builder
 ):

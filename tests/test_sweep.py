@@ -86,7 +86,7 @@ def never(run, folder):
 # One real sweep, in this process.
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_real_sweep_shares_pruning_and_leaves_results_but_no_weights(
     tmp_path, monkeypatch, easy_vqa_builder, tiny_blip2, compiled_once
 ):
