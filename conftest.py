@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
-jax.config.update('jax_default_matmul_precision', 'highest')  # of fp32 on a GPU, which takes TF32 else
+if os.environ['JAX_PLATFORMS'] != 'cpu':
+    jax.config.update('jax_default_matmul_precision', 'highest')  # of fp32 on a GPU, which takes TF32 else
 
 
 REAL_WEIGHTS = ('test_llama', 'test_decode', 'test_embedded')  # the others compile much and run little

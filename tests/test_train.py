@@ -71,6 +71,7 @@ def whole(tmp_path_factory, compiled_once):
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_and_resumed_is_bit_identical(tmp_path, whole, compiled_once, number):
     cut = tmp_path / 'cut'
