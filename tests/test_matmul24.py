@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import sparselora_jax as sl
+from sparselora_jax import packing
 from sparselora_jax.kernels import cpu, gpu, matmul24, tpu
 from sparselora_jax.packing import packed24
 
@@ -267,3 +268,15 @@ def test_what_no_kernel_takes_is_said_once(monkeypatch, caplog, backend):
         f'matmul24: no kernel on {backend} for x float16 and values float16 [16, 6]: '
         'weights are unpacked where they are used'
     ]
+
+
+@pytest.mark.parametrize('four_bits', [False, True])
+def test_one_gpu_unpacks_by_the_kernel(monkeypatch, four_bits):
+    packed, _, _ = packed_and_x(1, 24, 10, jnp.bfloat16, four_bits)
+    one = of_mask(packed, 7)
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    for dtype in (None, jnp.float32):
+        weights = packing.dense_kernel(one, dtype)
+        assert weights.dtype == (dtype or one.dtype) and (weights == packed24.unpack24(one, dtype)).all()
+    lowered = jax.jit(packing.dense_kernel).trace(one).lower(lowering_platforms=('cuda',))
+    assert '"unpack24"' in lowered.as_text()

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparselora_jax.kernels import gpu
@@ -15,9 +16,9 @@ def dense24(packed: Packed24, dtype: Any = None) -> Float[Array, '*layers inputs
 
     (On several XLA divides what it unpacks itself; a kernel it would run whole on each.)
     """
-    made = packed.values.dtype if packed.scale is None else 'float32'  # as `unpack24` does, before it casts
+    made = jnp.dtype('float32') if packed.scale is not None else packed.values.dtype  # as `unpack24`, before it casts
     if packed.ndim != 2 or jax.device_count() > 1 or not gpu.takes(made, packed):
         return unpack24(packed, dtype)
-    cuda = functools.partial(gpu.unpacked, dtype=jax.numpy.dtype(made))
+    cuda = functools.partial(gpu.unpacked, dtype=made)
     matrix = jax.lax.platform_dependent(packed, default=functools.partial(unpack24, dtype=made), cuda=cuda)
     return matrix.astype(dtype or packed.dtype)
