@@ -84,6 +84,7 @@ class Job:
 
     def _begin(self, name: str) -> None:
         claim(self.workdir, self.config)
+        storage.hold(self.workdir)
         storage.write_text(self.workdir / QUESTIONS, self.questions)
         print(f'-- {name}', flush=True)
 

@@ -19,6 +19,9 @@ class Log:
             from tensorboardX import SummaryWriter
 
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not self.path.read_bytes().endswith(b'\n'):
+                with self.path.open('a') as file:  # a run ended while it wrote, for want of room
+                    file.write('\n')
             self.writer = SummaryWriter(str(workdir))
 
     def scalars(self, stage: str, step: int, values: dict[str, float]) -> None:
@@ -31,9 +34,19 @@ class Log:
             self.writer.add_scalar(f'{stage}/{name}', value, step)
 
     def curve(self, stage: str, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a scalar; of steps run twice, because a job was killed between, the last counts."""
-        records = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        return sorted({r['step']: r[name] for r in records if r['stage'] == stage and name in r}.items())
+        """(step, value) of a scalar; of steps run twice, because a job was killed between, the last counts.
+
+        Lines that are not whole are left out.
+        """
+        records = [_record(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        return sorted({r['step']: r[name] for r in records if r.get('stage') == stage and name in r}.items())
+
+
+def _record(line: str) -> dict:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return {}
 
 
 class Progress:

@@ -12,6 +12,7 @@ from typing import Any
 from sparselora_jax import flops, inspection, memory, stages
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.job import TEACHER, Job
+from sparselora_jax.storage import whole
 from sparselora_jax.train import Interrupted
 
 LAST = 'measured'  # the stage that ends a run
@@ -114,8 +115,8 @@ def _link(files: tuple[str, ...], source: Path, target: Path) -> None:
             try:
                 os.link(source / name, target / name)
             except OSError:
-                shutil.copyfile(source / name, target / (name + '.partial'))
-                (target / (name + '.partial')).replace(target / name)
+                with whole(target / name) as partial:
+                    shutil.copyfile(source / name, partial)
 
 
 def take(shared_stages: Sequence[str], config: Any, folder: Path, shared: Path) -> None:

@@ -1,11 +1,16 @@
 """Any tree comes back bit for bit; a file that is not whole is named."""
 
+import resource
+import subprocess
+import sys
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import sparselora_jax as sl
-from sparselora_jax import packing
+from sparselora_jax import packing, storage
 
 
 def test_each_tree_comes_back_bit_for_bit(tmp_path):
@@ -57,3 +62,43 @@ def test_what_no_file_holds_is_named(tmp_path):
     ):
         with pytest.raises(sl.StorageError, match=rf'q/kernel is a {type(leaf).__name__}, which safetensors'):
             sl.save_safetensors(tmp_path / 'w.safetensors', {'q': {'kernel': leaf}})
+
+
+@contextmanager
+def files_of_at_most(size):
+    """The kernel refuses larger ones, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_where_there_is_no_room_the_old_file_stays(tmp_path):
+    tree, text, layers = (tmp_path / name for name in ('w.safetensors', 'text.json', 'masks.safetensors'))
+    like = {'a': jnp.zeros((2, 1000))}
+    sl.save_safetensors(tree, {'a': jnp.ones(3)})
+    storage.write_text(text, 'old')
+    with files_of_at_most(2000):
+        with pytest.raises(sl.StorageError, match='w.safetensors cannot be written .*; make room, then'):
+            sl.save_safetensors(tree, {'a': jnp.ones(1000)})
+        with pytest.raises(sl.StorageError, match='text.json cannot be written'):
+            storage.write_text(text, 'x' * 3000)
+        with pytest.raises(sl.StorageError, match='masks.safetensors cannot be written'):
+            with storage.layer_writer(layers, like) as write:
+                write('a', 1, jnp.ones(1000))
+    assert sl.load_safetensors(tree)[0]['a'].shape == (3,) and text.read_text() == 'old'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['text.json', 'w.safetensors']
+
+
+def test_two_processes_cannot_hold_a_folder(tmp_path):
+    script = 'import sys; from pathlib import Path; from sparselora_jax import storage; storage.hold(Path(sys.argv[1]))'
+    other = [sys.executable, '-c', script + '; print(1, flush=True); sys.stdin.read()', str(tmp_path)]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(sl.StorageError, match=rf'another run is in it \(process {holder.pid} on .*\); use another'):
+            storage.hold(tmp_path)
+        holder.kill()
+    storage.hold(tmp_path)
+    storage.hold(tmp_path)  # a process may hold it twice

@@ -21,7 +21,7 @@ from sparselora_jax.models import checkpoint_files, layout, streaming
 from sparselora_jax.models.checkpoint_files import CONFIG, Checkpoint
 from sparselora_jax.models.layout import Piece
 from sparselora_jax.models.model import Model
-from sparselora_jax.storage import StorageError, check_shapes
+from sparselora_jax.storage import PARTIAL, StorageError, check_shapes, whole
 
 # Files that hold weights: those that are ours to write, and others, which would hold the model as it was before.
 WEIGHTS = ('.safetensors', *checkpoint_files.PICKLES, '.h5', '.msgpack', '.onnx', '.gguf', '.ot')
@@ -99,15 +99,11 @@ def _claim(folder: Path, checkpoint: Checkpoint, others: Iterable[Path]) -> None
     if folder.resolve() == checkpoint.folder.resolve():
         raise StorageError(f'{folder}: is the directory the model was read from; export into another')
     own = {path.relative_to(checkpoint.folder) for path in checkpoint.files} | set(others)
-    own |= {_partial(name) for name in own}
+    own |= {name.with_name(name.name + PARTIAL) for name in own}
     if foreign := [str(name) for name in files_below(folder) if name not in own]:
         raise StorageError(f'{folder}: holds files of something else ({", ".join(foreign[:3])}); choose an empty one')
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + '.partial')
 
 
 def write_texts(folder: Path, texts: dict[Any, str]) -> None:
@@ -121,11 +117,8 @@ def write_texts(folder: Path, texts: dict[Any, str]) -> None:
 def placed(path: Path) -> Iterator[BinaryIO]:
     """A new file, which takes its place once all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(path).open('wb') as file:
+    with whole(path) as partial, partial.open('wb') as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
-    _partial(path).replace(path)
 
 
 def write_pieces(new: BinaryIO, pieces: list[Piece], params: dict, old: BinaryIO | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import jax.numpy as jnp
 from sparselora_jax import rules
 from sparselora_jax.models import layout
 from sparselora_jax.models.checkpoint_files import CONFIG, SINGLE, Checkpoint, Entry
-from sparselora_jax.models.hf_export import WEIGHTS, files_below, placed, write_pieces, write_texts
+from sparselora_jax.models.hf_export import (
+    WEIGHTS,
+    copy_beside,
+    files_below,
+    placed,
+    write_pieces,
+    write_texts,
+)
 from sparselora_jax.models.model import Model
 from sparselora_jax.storage import StorageError, check_shapes, safetensors_header
 
@@ -64,19 +72,21 @@ def write_beside(
     from transformers import GenerationConfig
 
     hf_config = copy.deepcopy(hf_config)
+    hf_config.dtype = jnp.dtype(rules.flatten(params)[layout.EMBED].dtype).name
     tokens = model.generation
-    GenerationConfig(
+    generation = GenerationConfig(
         eos_token_id=list(tokens.eos) if len(tokens.eos) > 1 else (*tokens.eos, None)[0],
         pad_token_id=tokens.pad,
         bos_token_id=tokens.bos,
         decoder_start_token_id=tokens.start,
         **dict(tokens.options),
-    ).save_pretrained(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
+    )
     write_texts(folder, texts or {})
-    hf_config.dtype = jnp.dtype(rules.flatten(params)[layout.EMBED].dtype).name
-    hf_config.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as apart:  # transformers would write into the files as they are
+        for part in (generation, processor, hf_config):
+            if part is not None:
+                part.save_pretrained(apart)
+        copy_beside(folder, Path(apart), files_below(Path(apart)))
 
 
 def _new_header(file: Path, model: Model, params: dict) -> tuple[bytes, dict[str, Entry]]:
