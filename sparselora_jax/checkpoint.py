@@ -1,13 +1,16 @@
 """Checkpoints by Orbax, each with a manifest of hashes: what is read back is what was written, or is not used.
 
-A process killed while it writes leaves a folder without a manifest, which is never read.
+They are written while training goes on. A process killed meanwhile leaves a folder without a manifest, which is never
+read.
 """
 
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,16 @@ class CheckpointError(SparseloraError, RuntimeError):
     """A checkpoint that cannot be written."""
 
 
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """What Orbax raises, as an error that names the checkpoint; it has many kinds for a disk that is full."""
+    try:
+        yield
+    except Exception as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f'{target} cannot be written ({line}); the checkpoints before it stay') from error
+
+
 def _hashes(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != MANIFEST)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -38,33 +51,56 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.warn = warn or (lambda message: print(message, file=sys.stderr))
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future | None = None
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first; the same in all processes."""
+        """Steps with a complete checkpoint, oldest first; the same in all processes.
+
+        Raises:
+          CheckpointError: see `finish`.
+        """
+        self.finish()
         return processes.agreed(self._complete)
 
     def _complete(self) -> list[int]:
         return sorted(int(path.parent.name) for path in self.folder.glob(f'*/{MANIFEST}'))
 
     def save(self, step: int, tree: Any) -> None:
-        """Writes a state, then its manifest; older ones beyond `keep` go afterwards.
+        """Copies a state and begins to write it; then its manifest, after which older ones beyond `keep` go.
 
         Of many processes each writes its own parts of arrays, and the first the manifest of all.
 
         Raises:
-          CheckpointError: the disk is too full. What was there before stays.
+          CheckpointError: the disk is too full, or the state before could not be written. Those before it stay.
         """
+        self.finish()
         target = self.folder / str(step)
         processes.agreed(lambda: self._make_room(target, tree))
-        with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer = ocp.StandardCheckpointer()
+        with _named(target):
             checkpointer.save(target, tree)
-        processes.agreed(lambda: self._count(target))
+        self._written = self._writer.submit(self._write, checkpointer, target)
 
-    def _count(self, target: Path) -> None:
-        """From now on this is one of the checkpoints."""
-        write_text(target / MANIFEST, json.dumps(_hashes(target)))
-        for old in self._complete()[: -self.keep]:
-            shutil.rmtree(self.folder / str(old))
+    def _write(self, checkpointer: ocp.StandardCheckpointer, target: Path) -> None:
+        """Waits for the arrays, then makes this one of the checkpoints; in a thread beside the steps."""
+        with _named(target), checkpointer:
+            checkpointer.wait_until_finished()
+        if processes.first():
+            write_text(target / MANIFEST, json.dumps(_hashes(target)))
+            for old in self._complete()[: -self.keep]:
+                shutil.rmtree(self.folder / str(old))
+
+    def finish(self) -> None:
+        """Waits until the state that was saved last lies on the disk.
+
+        Raises:
+          CheckpointError, StorageError, OSError: it could not be written. Those before it stay.
+        """
+        if (written := self._written) is not None:
+            self._written = None
+            processes.agreed(written.result)
+            written.result()
 
     def _make_room(self, target: Path, tree: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
