@@ -96,6 +96,11 @@ def base() -> ConfigDict:
     config.restore.accumulate = 1  # micro-batches a step
     config.restore.remat = False  # True: a block's activations are computed again in the backward, less memory
     config.restore.checkpoint_every = 25
+    # A step is bad if its loss or a gradient is not finite or, unless `spike` is 0, if the loss is more than so many
+    # times the mean of the last 50 good ones. stop: the run ends, the last checkpoint stays. skip: weights and moments
+    # stay as they are, and the run ends at 10 bad steps in a row.
+    config.restore.on_bad_step = 'stop'
+    config.restore.spike = 0.0
     # True: train the same LoRA budget on the dense model too, to tell restoring from more training.
     config.restore.control = False
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from sparselora_jax import memory, sharding
+from sparselora_jax import guard, memory, sharding
 from sparselora_jax.losses import TopK
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
@@ -25,6 +25,8 @@ def restore_program(model: Model, config: Any, mesh: Mesh | AbstractMesh | None)
     knobs = config.restore
     schedule = ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')
     tx = paper_optimizer(knobs.steps, **{name: knobs[name] for name in schedule})
+    if knobs.on_bad_step == 'skip' or knobs.spike:
+        tx = guard.skip_bad_steps(tx, spike=knobs.spike or None)
     run = remat_blocks if knobs.remat else scan_blocks
     loss = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
     loss = {name: knobs[name] for name in loss}

@@ -12,6 +12,7 @@ from sparselora_jax import pruning
 from sparselora_jax.data.easy_vqa import KINDS
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.errors import DataError, SparseloraError
+from sparselora_jax.guard import POLICIES
 from sparselora_jax.losses import KL_REDUCTIONS
 from sparselora_jax.packing import FOUR_BITS
 from sparselora_jax.restore import TRAINED
@@ -46,9 +47,12 @@ def check_values(config: Any) -> None:
     _check_allocation(config)
     restore = config.restore
     fields = {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS, 'trained': TRAINED}
-    for field, values in (fields | {'base': BASES, 'teacher': TEACHERS}).items():
+    fields |= {'base': BASES, 'teacher': TEACHERS, 'on_bad_step': POLICIES}
+    for field, values in fields.items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
+    if restore.spike != 0 and not restore.spike > 1:
+        raise ConfigError(f'restore.spike {restore.spike}: expected more than 1 (times the usual loss), or 0')
     if not 0 <= config.prune.threshold < float('inf'):
         raise ConfigError(f'prune.threshold {config.prune.threshold}: expected 0 or more, per token')
     if restore.trained == 'weights':

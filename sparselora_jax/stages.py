@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparselora_jax import packing, processes, pruning, sharding, storage, teacher
+from sparselora_jax import guard, packing, processes, pruning, sharding, storage, teacher
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.data import text_format
 from sparselora_jax.evaluation import vqa
@@ -234,15 +234,17 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
             now = time.monotonic()
             job.log.scalars(name, index, metrics | {'seconds': now - last[0]})
             last[0] = now
-            progress(index, f'loss {metrics["loss"]:.4f}')
+            left_out = ', left out' if metrics.get('skipped') else ''
+            progress(index, f'loss {metrics["loss"]:.4f}{left_out}')
 
         batches = job.batches(knobs.batch, job.config.seed, taught=taught)
         state = init_state(job.shard(first), tx)
         if job.mesh is not None:  # its counters too, or a checkpoint would bring them back to one device
             state = sharding.everywhere(state, job.mesh)
         last[0] = time.monotonic()
-        every = knobs.checkpoint_every
-        state = fit(step, state, base, batches, steps=knobs.steps, checkpoints=checkpoints, every=every, log=note)
+        patience = guard.PATIENCE if knobs.on_bad_step == 'skip' else 1
+        loop = {'every': knobs.checkpoint_every, 'patience': patience, 'log': note}
+        state = fit(step, state, base, batches, steps=knobs.steps, checkpoints=checkpoints, **loop)
         storage.save_safetensors(job.workdir / f'{name}.safetensors', state.trained)
         seconds = [value for _, value in job.log.curve(name, 'seconds')]
         return {'step_s': float(np.median(seconds)), 'steps_s': float(np.sum(seconds))}

@@ -12,12 +12,13 @@ import optax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 
+from sparselora_jax import guard
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.errors import SparseloraError
 
 
-class NonFiniteLoss(SparseloraError, RuntimeError):
-    """A loss or a gradient that is not finite; the last good checkpoint is kept."""
+class BadStep(SparseloraError, RuntimeError):
+    """A loss or a gradient that is not finite, or a loss that spikes; the last good checkpoint is kept."""
 
 
 class Interrupted(SparseloraError):
@@ -47,12 +48,15 @@ def make_step(
     """The jitted step, `(state, frozen, batch) -> (state, metrics)`; only `state` is donated.
 
     Args:
-      loss: `loss(trained, frozen, batch) -> (loss, metrics)`, differentiated in `trained`.
+      loss: `loss(trained, frozen, batch) -> (loss, metrics)`, differentiated in `trained`; metrics have it as `loss`.
+      tx: under `guard.skip_bad_steps`, metrics have the bad steps in a row as `skipped`.
       accumulate: micro-batches a step; must divide the batch. Their losses, metrics and gradients are *added*, so the
         loss of a part must be its share of the whole batch's.
       prepare: applied to the whole batch before it is divided: what makes such a loss possible, e.g. the weight of each
         token, which depends on how many there are.
     """
+
+    tx = optax.with_extra_args_support(tx)
 
     def gradients(trained, frozen, batch):
         return jax.grad(loss, has_aux=True)(trained, frozen, batch)
@@ -75,8 +79,10 @@ def make_step(
     def step(state, frozen, batch):
         grads, metrics = accumulated(state.trained, frozen, prepare(batch))
         with jax.numpy_dtype_promotion('standard'):  # optax's Adam multiplies its integer counter with floats
-            updates, optimizer = tx.update(grads, state.optimizer, state.trained)
+            updates, optimizer = tx.update(grads, state.optimizer, state.trained, value=metrics['loss'])
         metrics['grad_norm'] = optax.tree.norm(grads)
+        if (skipped := guard.skipped(optimizer)) is not None:
+            metrics['skipped'] = skipped
         return State(optax.apply_updates(state.trained, updates), optimizer, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -115,31 +121,45 @@ def fit(
     steps: int,
     checkpoints: Checkpoints,
     every: int = 100,
+    patience: int = 1,
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> State:
     """Runs `step` up to global step `steps`, from the newest checkpoint if there is one.
 
     Args:
       batches: `batches[i]` is the batch of global step i, whatever ran before.
-      every: steps between checkpoints; a killed process loses at most these.
+      every: steps between checkpoints; a killed process loses at most these, and those made while one is written.
+      patience: with an optimizer under `guard.skip_bad_steps`: bad steps in a row at which to stop.
       log: called with the number of steps done and the metrics of the last.
 
     Raises:
-      NonFiniteLoss: names the step. Interrupted: the state was saved first.
+      BadStep: names the step. Interrupted: the state was saved first. CheckpointError: see `Checkpoints.finish`.
     """
     state = checkpoints.restore(state) or state
     with stop_signal() as stopped:
         for index in range(int(state.step), steps):
             state, metrics = step(state, frozen, batches[index])
             values = {name: float(value) for name, value in metrics.items()}
-            if bad := [name for name in sorted(values, key='loss'.__ne__) if not math.isfinite(values[name])]:
+            if bad := _why_bad(values, patience):
                 saved = checkpoints.steps()
                 last = f'that of step {saved[-1]}' if saved else 'the start'
-                raise NonFiniteLoss(f'step {index + 1}: {bad[0]} is {values[bad[0]]}; the last good state is {last}')
+                raise BadStep(f'step {index + 1}: {bad}; the last good state is {last}')
             log(index + 1, values)
             stopping = stopped(index + 1)
             if (index + 1) % every == 0 or index + 1 == steps or stopping:
                 checkpoints.save(index + 1, state)
             if stopping:
+                checkpoints.finish()
                 raise Interrupted(f'step {index + 1} of {steps} is saved; the same command goes on from there')
+    checkpoints.finish()
     return state
+
+
+def _why_bad(values: dict[str, float], patience: int) -> str | None:
+    """What is wrong with a step after which training must not go on."""
+    wrong = [name for name in sorted(values, key='loss'.__ne__) if not math.isfinite(values[name])]
+    in_a_row = values.get('skipped', patience if wrong else 0)
+    if in_a_row < patience:
+        return None
+    what = f'{wrong[0]} is {values[wrong[0]]}' if wrong else f'the loss has jumped to {values["loss"]:.4g}'
+    return what + (f', {in_a_row:.0f} bad steps in a row' if patience > 1 else '')

@@ -13,7 +13,7 @@ import pytest
 
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.progress import Log
-from sparselora_jax.train import NonFiniteLoss, fit, init_state, make_step
+from sparselora_jax.train import BadStep, fit, init_state, make_step
 
 SCRIPT = """
 import sys, time
@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_state(tmp_p
     batches = [jnp.ones(2), jnp.ones(2), jnp.full(2, jnp.nan)]
     tx = optax.sgd(0.1)
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(NonFiniteLoss, match='step 3: loss is nan; the last good state is that of step 2'):
+    with pytest.raises(BadStep, match='step 3: loss is nan; the last good state is that of step 2'):
         fit(make_step(loss, tx), init_state(jnp.ones(2), tx), None, batches, steps=3, checkpoints=checkpoints, every=1)
     assert checkpoints.steps() == [1, 2]
 
@@ -110,3 +110,11 @@ def test_of_steps_run_twice_the_last_record_counts(tmp_path):
         log.scalars('restore', step, {'loss': loss})
     assert log.curve('restore', 'loss') == [(1, 3.0), (2, 1.5)]
     assert json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[0])['loss'] == 3.0
+
+
+def test_a_record_that_a_full_disk_cut_off_is_left_out(tmp_path):
+    Log(tmp_path).scalars('restore', 1, {'loss': 3.0})
+    with (tmp_path / 'log.jsonl').open('a') as file:
+        file.write('{"stage": "rest')
+    Log(tmp_path).scalars('restore', 2, {'loss': 2.0})
+    assert Log(tmp_path).curve('restore', 'loss') == [(1, 3.0), (2, 2.0)]
