@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo test test-slow test-processes lint clean
+.PHONY: demo test test-slow test-processes soak lint clean
 
 $(VENV)/installed: requirements.txt requirements-assets.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ test-slow: $(VENV)/installed-test
 # Tests that start processes of their own: several for one run, a sweep's points, the pretraining script.
 test-processes: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -m processes $(shell grep -l mark.processes tests/test_*.py)
+
+# A main job struck by SIGTERM and SIGKILL a hundred times, at random moments; every rerun must end bit-identical.
+soak: $(VENV)/installed-test
+	SOAK_KILLS=100 $(VENV)/bin/python -m pytest -m processes -s tests/test_soak.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,14 +1,12 @@
 """The main job on a tiny directory of every family, by every pruner; what it exports, torch reads back."""
 
 import functools
-import json
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
-from tiny_models import CLASSES, save
+from tiny_models import CLASSES, save, save_data
 
 import sparselora_jax as sl
 from configs import blip2_both, instructblip_both, llava_both, paligemma_both
@@ -49,13 +47,8 @@ SMALL = {
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     """A folder of images with questions."""
-    folder, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
-    lines = []
-    for index in range(12):
-        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / f'{index}.png')
-        split, answer = ('test', 'train', 'train')[index % 3], ('yes', 'teal')[index % 2]
-        lines.append({'image': f'{index}.png', 'prompt': 'is it red?', 'answer': answer, 'split': split})
-    (folder / 'data.jsonl').write_text('\n'.join(json.dumps(line) for line in lines))
+    folder = tmp_path_factory.mktemp('images')
+    save_data(folder, 12)
     return folder
 
 

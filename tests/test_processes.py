@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file
 from test_family_jobs import RECIPES, SMALL
-from tiny_models import save
+from tiny_models import save, save_data
 
 pytestmark = pytest.mark.processes
 
@@ -52,12 +51,8 @@ FILES = 'masks.safetensors', 'restore.safetensors', 'exported/model.safetensors'
 @pytest.fixture(scope='module')
 def start(tmp_path_factory):
     """`start(count, workdir, mesh, pause)`: the processes of a run."""
-    folder, rng, lines = tmp_path_factory.mktemp('world'), np.random.default_rng(0), []
-    for index in range(24):
-        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / f'{index}.png')
-        split, answer = ('test', 'train', 'train')[index % 3], ('yes', 'teal')[index % 2]
-        lines.append({'image': f'{index}.png', 'prompt': 'is it red?', 'answer': answer, 'split': split})
-    (folder / 'data.jsonl').write_text('\n'.join(json.dumps(line) for line in lines))
+    folder = tmp_path_factory.mktemp('world')
+    save_data(folder, 24)
     (folder / 'model').mkdir()
     save('blip2-opt', folder / 'model')
     recipe = f'model={folder / "model"},data={folder},pattern=2:4,hardware=cpu'

@@ -1,7 +1,11 @@
-"""Small Hugging Face directories of every family, weights included, as torch's transformers saves them."""
+"""Small Hugging Face directories of every family, weights included, as torch's transformers saves them; and data."""
 
+import json
+
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tiny_processors import make
 
 TEXT = {
@@ -52,3 +56,13 @@ def save(kind, folder, **options):
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder, **options)
     return model
+
+
+def save_data(folder, count):
+    """Writes a folder of so many images with a question each, a third of them for tests."""
+    rng, lines = np.random.default_rng(0), []
+    for index in range(count):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / f'{index}.png')
+        split, answer = ('test', 'train', 'train')[index % 3], ('yes', 'teal')[index % 2]
+        lines.append({'image': f'{index}.png', 'prompt': 'is it red?', 'answer': answer, 'split': split})
+    (folder / 'data.jsonl').write_text('\n'.join(json.dumps(line) for line in lines))
