@@ -107,9 +107,7 @@ class Checkpoints:
         need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self.folder).free
         if free < 1.1 * need:
-            raise CheckpointError(
-                f'{target}: {need / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free on this disk'
-            )
+            raise CheckpointError(f'{target}: {-(-need // 2**20)} MiB to write, {free // 2**20} MiB free on this disk')
         if target.exists():
             shutil.rmtree(target)
 

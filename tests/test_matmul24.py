@@ -254,18 +254,20 @@ def test_the_tpu_kernels_stay_within_their_arrays(four_bits):
     check(dx, g, weights.T)
 
 
-@pytest.mark.parametrize('backend', ['gpu', 'tpu'])
-def test_what_no_kernel_takes_is_said_once(monkeypatch, caplog, backend):
-    packed, x, _ = packed_and_x(2, 16, 6, jnp.float16, False)
+@pytest.mark.parametrize(
+    ('platform', 'dtype'), [('cuda', 'float16'), ('tpu', 'float16'), ('rocm', 'float32'), ('metal', 'float32')]
+)
+def test_what_no_kernel_takes_is_said_once(monkeypatch, caplog, platform, dtype):
+    packed, x, _ = packed_and_x(2, 16, 6, jnp.dtype(dtype), False)
     one = of_mask(packed, 7)
-    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    monkeypatch.setattr(matmul24, '_platform', lambda: platform)
     matmul24._warn.cache_clear()
     caplog.set_level(logging.WARNING, logger=matmul24.__name__)  # absl's scripts set the root's
     for _ in range(2):
         check(matmul24.matmul24(x, one), x, packed24.unpack24(one, jnp.float32))
     said = [record.getMessage() for record in caplog.records if 'matmul24' in record.getMessage()]
     assert said == [
-        f'matmul24: no kernel on {backend} for x float16 and values float16 [16, 6]: '
+        f'matmul24: no kernel on {platform} for x {dtype} and values {dtype} [16, 6]: '
         'weights are unpacked where they are used'
     ]
 

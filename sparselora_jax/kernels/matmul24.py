@@ -45,21 +45,28 @@ def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
     branches = {'default': functools.partial(reference, transposed=transposed)}
     if not transposed and cpu.takes(matrix):
         branches['cpu'] = cpu.matmul
-    for platform, backend, chip in (('cuda', 'gpu', gpu), ('tpu', 'tpu', tpu)):
+    for platform, chip in (('cuda', gpu), ('tpu', tpu)):
         if chip.takes(matrix.dtype, kernel):
             branches[platform] = functools.partial(chip.product, transposed=transposed)
-        else:
-            _say_unpacked(backend, matrix, kernel)
+    if (here := _platform()) not in ('cpu', *branches):
+        _say_unpacked(here, matrix, kernel)
     found = jax.lax.platform_dependent(matrix, kernel, **branches)
     return found.reshape(*x.shape[:-1], found.shape[-1])
 
 
-def _say_unpacked(backend: str, x: Array, kernel: Packed24) -> None:
-    """A line, once, where this process computes on such a backend."""
-    if jax.default_backend() == backend:
-        values = 'int4' if kernel.scale is not None else kernel.values.dtype
-        what = f'x {x.dtype} and values {values} {list(kernel.shape)}'
-        _warn(f'matmul24: no kernel on {backend} for {what}: weights are unpacked where they are used')
+def _platform() -> str:
+    """What this process computes on, by the names that lowering has: JAX calls both makes of GPU `gpu`."""
+    backend = jax.default_backend()
+    if backend == 'gpu':
+        return 'rocm' if 'rocm' in jax.devices()[0].client.platform_version.lower() else 'cuda'
+    return backend
+
+
+def _say_unpacked(platform: str, x: Array, kernel: Packed24) -> None:
+    """A line, once."""
+    values = 'int4' if kernel.scale is not None else kernel.values.dtype
+    what = f'x {x.dtype} and values {values} {list(kernel.shape)}'
+    _warn(f'matmul24: no kernel on {platform} for {what}: weights are unpacked where they are used')
 
 
 @functools.cache
