@@ -40,7 +40,7 @@ def base() -> ConfigDict:
     # block by block and takes 'matrix' as the whole block.
     config.prune.group = ConfigDict(dict(vision='matrix', qformer='output', language='output'))
     config.prune.samples = 128
-    config.prune.chunk = 32  # samples at a time
+    config.prune.chunk = 32  # samples at a time, on each device
     # How the zeros that unstructured patterns ask for are shared out over the layers of all towers (uniform: each layer
     # has what its pattern says): uniform | global_magnitude | owl | ecoflap_first | ecoflap_zeroth.
     config.prune.allocation = 'uniform'

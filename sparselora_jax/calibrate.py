@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from sparselora_jax import processes
+from sparselora_jax import processes, sharding
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.errors import SparseloraError
 
@@ -87,6 +88,7 @@ def make_observer(
     *,
     stats: Callable[[str], Callable[[Array], Any] | None],
     valid: Callable[[str, Any], Any] = lambda path, batch: None,
+    mesh: Mesh | None = None,
 ) -> Callable[[dict, Iterable[Any]], dict[str, tuple[Any, Array]]]:
     """`(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
 
@@ -95,11 +97,13 @@ def make_observer(
     Args:
       stats: the statistic of a kernel's path, or None: it is not watched.
       valid: (path, batch) -> True for the rows of that kernel's input that count, or None (all do).
+      mesh: over which the rows of all batches are split (`sharding.mesh_of_rows`). Each device runs `forward` on its
+        own rows with whole weights, and what they find is added up in the order of the devices: the sums are, bit for
+        bit, those of one device that is given their rows as batches, one after the other.
       forward: see `collect`, as for what is raised.
     """
     leaders: dict[str, str] = {}
 
-    @jax.jit
     def observe(params, batch):
         flat = rules_lib.flatten(params)
         recorders = {}
@@ -114,18 +118,21 @@ def make_observer(
         forward(rules_lib.unflatten(flat), batch)
         leaders.update(_leaders(recorders))
         own = {path: (r.total, r.tokens) for path, r in recorders.items() if leaders[path] == path}
-        return jax.tree.map(lambda ref: ref[...], own)
+        return jax.tree.map(lambda ref: ref[...][None], own)
+
+    observe = jax.jit(sharding.on_own_rows(observe, mesh))  # of each device: the leading axis
 
     @functools.partial(jax.jit, donate_argnums=0)  # a Hessian is added to in place
-    def add(sums, params, batch):
-        return jax.tree.map(jnp.add, sums, observe(params, batch))
+    def add_statistics(sums, params, batch):
+        return jax.tree.map(lambda total, parts: _add_in_order(total, parts, mesh), sums, observe(params, batch))
 
     def total(params, batches):
         sums = None
         for batch in batches:
-            if sums is None:  # traces what `add` then calls; compiles nothing
-                sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observe.eval_shape(params, batch))
-            sums = add(sums, params, batch)
+            if sums is None:  # traces what `add_statistics` then calls; compiles nothing
+                found = observe.eval_shape(params, batch)
+                sums = jax.tree.map(lambda s: jnp.zeros(s.shape[1:], s.dtype, device=_place_of_sum(s, mesh)), found)
+            sums = add_statistics(sums, params, batch)
         if sums is None:
             raise CalibrationError('the calibration set is empty: no batch arrived')
         shapes = rules_lib.kernels(params)
@@ -133,6 +140,26 @@ def make_observer(
         return {path: checked[leader] for path, leader in leaders.items()}
 
     return total
+
+
+def _place_of_sum(parts: Any, mesh: Mesh | None) -> NamedSharding | None:
+    """Where the sum of [devices, layers, ...] lies: vectors on every device, of a Hessian some columns on each."""
+    if mesh is None:
+        return None
+    columns = (None, None, *sharding.BATCH) if len(parts.shape) == 4 else ()
+    return sharding.fitting(mesh, PartitionSpec(*columns), parts.shape[1:])
+
+
+def _add_in_order(total: Array, parts: Array, mesh: Mesh | None) -> Array:
+    """`total + parts[0] + parts[1] + ...`, in this order; each device has one of the parts.
+
+    Of Hessians a device is sent its columns of all of them: as many bytes as by a reduction, whose order is not known.
+    """
+    if mesh is None:
+        return total + parts[0]
+    place = PartitionSpec(None, *_place_of_sum(parts, mesh).spec)
+    parts = jax.lax.with_sharding_constraint(sharding.split_rows(parts, mesh), NamedSharding(mesh, place))
+    return jax.lax.scan(lambda total, part: (total + part, None), total, parts)[0]
 
 
 def _leaders(recorders: dict[str, Recorder]) -> dict[str, str]:
@@ -192,5 +219,5 @@ def _checked(path: str, stacked: bool, stat: Callable, total: Any, tokens: Array
 
 @jax.jit
 def _not_finite(total: Any) -> Bool[Array, ' layers']:
-    finite = [jnp.isfinite(leaf.reshape(leaf.shape[0], -1)).all(axis=1) for leaf in jax.tree.leaves(total)]
+    finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(total)]
     return ~jnp.stack(finite).all(axis=0)

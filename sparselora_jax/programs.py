@@ -37,8 +37,7 @@ def restore_program(model: Model, config: Any, mesh: Mesh | AbstractMesh | None)
         weights = sharding.gather_outside_blocks(weights, mesh)
         return model.answer_logits(weights, batch, sharding.gathering(run, mesh))
 
-    parts = mesh.shape['data'] * mesh.shape['fsdp']
-    return make_train_step(forward, tx, **loss, parts=parts), tx
+    return make_train_step(forward, tx, **loss, parts=sharding.row_parts(mesh)), tx
 
 
 def restore_step(made: memory.Recipe) -> tuple[Any, tuple]:

@@ -1,5 +1,6 @@
 """Where arrays live on many devices: a mesh of axes data, fsdp, tensor, and ordered rules path -> PartitionSpec."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,6 +136,45 @@ def shard_batch(rows: Any, mesh: Mesh) -> Any:
     """
     where = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(where, array), rows)
+
+
+def on_mesh(array: Any) -> NamedSharding | None:
+    """Where an array lies on a mesh of `make_mesh`; None: it does not."""
+    where = getattr(array, 'sharding', None)
+    return where if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES else None
+
+
+def mesh_of_rows(batch: Any) -> Mesh | None:
+    """The mesh over which `shard_batch` has split the rows of a batch; None: it has not."""
+    found = (where for where in map(on_mesh, jax.tree.leaves(batch)) if where is not None)
+    return next((where.mesh for where in found if tuple(where.spec)[:1] == tuple(BATCH)), None)
+
+
+def row_parts(mesh: Mesh | AbstractMesh | None) -> int:
+    """Into how many parts `shard_batch` splits rows; None: one device."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH[0])
+
+
+def on_own_rows(function: Callable[..., Any], mesh: Mesh | None) -> Callable[[Any, Any], Any]:
+    """`function(weights, batch)`, in a program, as each device runs it alone: whole weights, its own rows of the batch.
+
+    What a device runs is the program of one device with as many rows, so they come out with the same bits. Along tensor
+    the compiler still divides weights and products. All results are split by rows.
+
+    Args:
+      mesh: see `mesh_of_rows`; None: one device, the function as it is.
+    """
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def run(weights, batch):
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        split = jax.tree.map(lambda leaf: BATCH if leaf.shape[:1] == (rows,) else PartitionSpec(), batch)
+        knobs = {'mesh': mesh, 'axis_names': set(BATCH[0]), 'check_vma': False}
+        return jax.shard_map(function, in_specs=(PartitionSpec(), split), out_specs=BATCH, **knobs)(weights, batch)
+
+    return run
 
 
 def gathered(tree: dict, mesh: Mesh | AbstractMesh) -> dict:

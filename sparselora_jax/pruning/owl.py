@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparselora_jax import calibrate
+from sparselora_jax import calibrate, sharding
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.pruning.allocate import block_of, check_left, round_zeros, total
 from sparselora_jax.pruning.targets import in_blocks
@@ -59,11 +59,12 @@ def outlier_shares(
     Raises:
       CalibrationError: no batch, or non-finite activations. RuleError: a kernel outside of all blocks.
     """
-    paths, shares = set(paths), {}
+    samples, paths, shares = joined(batches, chunk), set(paths), {}
+    mesh = sharding.mesh_of_rows(samples)
 
     def enter(tower, block):
         names = sorted(in_blocks(paths, tower))
-        observe = block_observer(block, dict.fromkeys(names, calibrate.squares).get)
+        observe = block_observer(block, dict.fromkeys(names, calibrate.squares).get, mesh)
 
         def visit(layer, layers, w, chunks):
             progress(tower, layer, layers)
@@ -76,7 +77,7 @@ def outlier_shares(
 
         return visit
 
-    walk(forward, params, joined(batches), enter, chunk=chunk)
+    walk(forward, params, samples, enter, chunk=chunk)
     if missed := sorted(path for path in paths if block_of(path) not in shares):
         raise rules_lib.RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
     return {tower: np.array(of_layers) for tower, of_layers in shares.items()}

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from sparselora_jax import calibrate
+from sparselora_jax import calibrate, sharding
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.pruning.targets import in_blocks, methods_of, pattern_zeros, patterns_of, per_group
 from sparselora_jax.pruning.walk import block_observer, joined, walk
@@ -31,14 +32,31 @@ def _prune_kernel(kernel: Array, statistic: Any, zeros: Any, *, method: Any, pat
     return jax.lax.map(lambda layer: method(layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros))
 
 
-@functools.partial(jax.jit, static_argnames=('method', 'pattern'))
+@functools.partial(jax.jit, static_argnames=('method', 'pattern', 'places'))
 def _prune_joined(
-    kernels: tuple[Array, ...], statistic: Any, zeros: Any, *, method: Any, pattern: Pattern
+    kernels: tuple[Array, ...], statistic: Any, zeros: Any, *, method: Any, pattern: Pattern, places: tuple | None
 ) -> tuple[list[Array], list[Array], Array]:
-    """Kernels with one statistic, side by side: (pruned kernels, masks, whether all is finite)."""
-    pruned, mask = method(jnp.concatenate(kernels, axis=-1), statistic, pattern, zeros)
+    """Kernels with one statistic, side by side: (pruned kernels, masks, whether all is finite).
+
+    Args:
+      places: where each kernel lies on a mesh. A method walks along inputs, so a device prunes some outputs, with all
+        their inputs: no group is cut.
+    """
+    kernel = jnp.concatenate(kernels, axis=-1)
+    constrain = jax.lax.with_sharding_constraint
+    if places is not None:
+        mesh = places[0].mesh
+        outputs = sharding.fitting(mesh, PartitionSpec(None, ('fsdp', 'tensor')), kernel.shape)
+        statistic = jax.tree.map(lambda leaf: constrain(leaf, NamedSharding(mesh, PartitionSpec())), statistic)
+        kernel = constrain(kernel, outputs)
+    pruned, mask = method(kernel, statistic, pattern, zeros)
+    if places is not None:
+        pruned, mask = constrain((pruned, mask), outputs)
     ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1].tolist()
-    return jnp.split(pruned, ends, axis=-1), jnp.split(mask, ends, axis=-1), jnp.isfinite(pruned).all()
+    results = jnp.split(pruned, ends, axis=-1), jnp.split(mask, ends, axis=-1)
+    if places is not None:
+        results = constrain(results, (list(places), list(places)))
+    return *results, jnp.isfinite(pruned).all()
 
 
 def prune_tree(
@@ -113,7 +131,8 @@ def prune(
       batches: dicts of arrays of one shape, samples first.
       rules: `(regex, pattern)`; only kernels inside blocks can be pruned.
       method: see `prune_tree`, as for `zeros`.
-      chunk: samples a time.
+      chunk: samples a time, on each device that has samples of its own (see docs/scaling.md for what then is the same
+        as on one device).
       keep: `keep(path, layer, kernel, mask)` is handed every pruned layer at once, and the result holds `params` as
         they came and no masks: for a model that memory does not hold, or holds once. A layer is read once, before
         it is kept, so `keep` may write over a numpy array.
@@ -122,7 +141,8 @@ def prune(
     Raises:
       CalibrationError: no batch, or non-finite activations. PatternError, RuleError: see `prune_tree`.
     """
-    samples = joined(batches)
+    samples = joined(batches, chunk)
+    mesh = sharding.mesh_of_rows(samples)
     patterns, methods = patterns_of(params, rules), methods_of(params, method)
     totals = pattern_zeros(rules_lib.flatten(params), patterns, methods, zeros)
     pruned, masks, tokens = {}, {}, {}
@@ -136,7 +156,7 @@ def prune(
         here = {name: patterns[path] for name, path in paths.items()}
         of_block = {name: methods[path] for name, path in paths.items()}
         stats_of = {name: method.statistic or calibrate.squares for name, method in of_block.items()}
-        observe = block_observer(block, stats_of.get)
+        observe = block_observer(block, stats_of.get, mesh)
 
         def visit(layer, layers, w, chunks):
             progress(tower, layer, layers)
@@ -193,7 +213,10 @@ def _prune_block(
         counts = [per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
         counts = counts[0] if len(names) == 1 or pattern.structured else np.concatenate(counts)
         kernels = tuple(w[name] for name in names)
-        *results, finite = _prune_joined(kernels, statistic, counts, method=method, pattern=pattern.kind)
+        places = tuple(map(sharding.on_mesh, kernels))
+        places = None if None in places else places
+        knobs = {'method': method, 'pattern': pattern.kind, 'places': places}
+        *results, finite = _prune_joined(kernels, statistic, counts, **knobs)
         _check_finite(names[0], finite)
         for into, result in zip((pruned, masks), results, strict=True):
             into.update(zip(names, result, strict=True))
