@@ -308,11 +308,14 @@ def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
 def refuse_other(workdir: Path, config: Any) -> None:
     """Checks that a workdir is this config's, or nobody's yet.
 
+    The mesh may be another: what was saved on one is read on any.
+
     Raises:
       ConfigError: it holds the run of another config; names the fields that differ.
     """
-    kept = workdir / 'config.json'
-    if kept.exists() and (found := _differences(json.loads(config.to_json()), json.loads(kept.read_text()))):
+    kept, ours = workdir / 'config.json', json.loads(config.to_json())
+    theirs = json.loads(kept.read_text()) | {'mesh': ours['mesh']} if kept.exists() else ours
+    if found := _differences(ours, theirs):
         raise ConfigError(f'{workdir} holds the run of another config ({"; ".join(found)}); use another workdir')
 
 

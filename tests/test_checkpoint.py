@@ -1,6 +1,7 @@
 """Contracts of checkpoints: read back bit for bit, damage falls back, a full disk loses nothing."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ import pytest
 from test_storage import files_of_at_most
 
 import sparselora_jax as sl
+from sparselora_jax import sharding
 from sparselora_jax.checkpoint import CheckpointError, Checkpoints
 
 
@@ -30,6 +32,23 @@ def test_read_back_bit_for_bit_and_only_the_newest_are_kept(tmp_path):
     got = checkpoints.restore(state(0.0))
     assert got.trained['q']['kernel'].scale == 2.0
     np.testing.assert_array_equal(got.trained['q']['kernel'].a, state(1.0).trained['q']['kernel'].a)
+
+
+def test_what_four_devices_saved_is_read_on_any_mesh(tmp_path):
+    lora = {'blocks': {'attn': {'q': {'kernel': sl.Lora(jnp.ones((1, 4, 2)), jnp.ones((1, 2, 8)), 2.0)}}}}
+    one_device = sl.init_state(lora, optax.adamw(1e-3))
+
+    def on(**axes):
+        mesh = sharding.make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
+        return sharding.everywhere(sl.init_state(sharding.shard(lora, mesh), optax.adamw(1e-3)), mesh)
+
+    values = jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) + 1, one_device)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, jax.device_put(values, jax.tree.map(lambda leaf: leaf.sharding, on(fsdp=2, tensor=2))))
+    for like in (one_device, on(fsdp=2), on(data=2, tensor=2)):
+        got = checkpoints.restore(like)
+        jax.tree.map(np.testing.assert_array_equal, got, values)
+        assert all(a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (got, like)), strict=True))
 
 
 def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path):

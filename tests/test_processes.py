@@ -123,7 +123,7 @@ def reach(step, workdir, processes):
         time.sleep(0.1)
 
 
-def test_a_killed_or_terminated_process_ends_the_others_and_the_rerun_resumes(start, alone, tmp_path):
+def test_a_killed_or_terminated_process_ends_the_others_and_the_rerun_resumes_on_any_mesh(start, alone, tmp_path):
     first, second = start(2, tmp_path, pause=1)
     reach(2, tmp_path, (first, second))
     second.kill()
@@ -139,6 +139,6 @@ def test_a_killed_or_terminated_process_ends_the_others_and_the_rerun_resumes(st
     said = [process.communicate(timeout=60)[1] for process in both]
     assert all('of 6 is saved' in of_process for of_process in said), said
 
-    finish(start(2, tmp_path))
+    finish(start(1, tmp_path, mesh=(2, 2)))  # on all four devices, split otherwise
     check_same(tmp_path, alone)
     assert (tmp_path / 'prune.json').read_text() == before
