@@ -19,10 +19,15 @@ from jaxtyping import Shaped
 
 from sparselora_jax.errors import SparseloraError
 
+JOIN = 120  # seconds for all processes to come
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as gone, and the others end
 GONE = (
     'error: this process was ended from outside: killed, or by JAX, because another process of this run is gone (its '
     'own log says why); the same command, started everywhere, goes on from the newest checkpoint'
+)
+APART = (
+    'error: the processes of this run did not find each other within {} seconds: were all of them started, with the '
+    'same --num_processes, and does {} lead to the first? (docs/scaling.md)'
 )
 
 
@@ -30,33 +35,41 @@ class ProcessError(SparseloraError, RuntimeError):
     """Processes that do not find each other, or what the first of them could not do."""
 
 
-def connect(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+def connect(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None, *, timeout: int = JOIN
+) -> None:
     """Joins the others; before anything is computed.
+
+    JAX ends a process that waits for others in vain by abort(); a line then says so.
 
     Args:
       coordinator: `host:port` of the first process; None, as the other two: what the environment says (Cloud TPU, GKE,
         SLURM, Open MPI; JAX knows them).
+      timeout: seconds for the others to come.
 
     Raises:
-      ProcessError: the environment says nothing, or the others do not come.
+      ProcessError: the environment says nothing, or flags contradict each other.
     """
+    _say_when_ended(APART.format(timeout, coordinator or 'the address that JAX found'))
     try:
         timeouts = {'heartbeat_timeout_seconds': HEARTBEAT, 'shutdown_timeout_seconds': HEARTBEAT}
-        jax.distributed.initialize(coordinator, count, index, **timeouts)
+        jax.distributed.initialize(coordinator, count, index, initialization_timeout=timeout, **timeouts)
     except (ValueError, RuntimeError) as error:
         raise ProcessError(
             f'the processes of this run cannot be joined ({error}); pass --coordinator=HOST:PORT --num_processes=N '
             '--process_id=I, or start it where JAX finds them itself (docs/scaling.md)'
         ) from None
-    _say_when_ended()
+    finally:
+        _end()
+    _say_when_ended(GONE)
 
 
-def _say_when_ended() -> None:
+def _say_when_ended(what: str) -> None:
     """Has a shell say what happened should this process end otherwise than by itself.
 
     JAX ends the processes that are left by abort(), with a stack trace of C++ and no way to catch it.
     """
-    shell = ['sh', '-c', 'read -r line; test "$line" = done || echo "$0" >&2', GONE]
+    shell = ['sh', '-c', 'read -r line; test "$line" = done || echo "$0" >&2', what]
     watch = subprocess.Popen(shell, stdin=subprocess.PIPE, text=True, start_new_session=True)
     _AT_THE_END.append(lambda: watch.communicate('done\n'))
     atexit.register(_end)
@@ -144,3 +157,9 @@ def on_host(array: Any) -> Shaped[np.ndarray, '...']:
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
+
+
+def on_first(array: Any) -> Shaped[np.ndarray, '...'] | None:
+    """All of an array, in the process that writes; the others, which must ask too, keep nothing of it."""
+    whole = on_host(array)
+    return whole if first() else None

@@ -260,7 +260,7 @@ def export(job: Job) -> dict:
         counted = count_zeros(job, merged, job.trained('restore'))
         dense = _size(source) if source else sum(leaf.nbytes for leaf in jax.tree.leaves(job.params))
         if jax.process_count() > 1:
-            merged = jax.tree.map(processes.on_host, merged)
+            merged = jax.tree.map(processes.on_first, merged)
         exported = processes.agreed(lambda: _write_export(job, merged))
         return counted | {'bytes': {'dense': dense, 'exported': exported}}
 

@@ -128,7 +128,7 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
             arrays[name] = leaf
         else:
             raise StorageError(f'{path}: {name} is a {type(leaf).__name__}, which safetensors files here do not hold')
-    path, arrays = Path(path), {name: processes.on_host(array) for name, array in arrays.items()}
+    path, arrays = Path(path), {name: processes.on_first(array) for name, array in arrays.items()}
     header = (metadata or {}) | ({'lora_scales': json.dumps(scales)} if scales else {})
     header |= {'packed': json.dumps(packed)} if packed else {}
     if processes.first():

@@ -116,6 +116,21 @@ def test_several_processes_leave_what_one_does(start, alone, tmp_path, count, me
     check_same(tmp_path, alone)
 
 
+def test_processes_that_find_no_others_say_so_soon():
+    alone = """
+from sparselora_jax import processes
+try:
+    processes.connect()
+except processes.ProcessError as error:
+    print(error, flush=True)
+processes.connect('localhost:1', 2, 1, timeout=2)
+"""
+    streams = {'capture_output': True, 'text': True, 'cwd': Path(__file__).parents[1]}
+    done = subprocess.run([sys.executable, '-c', alone], timeout=60, **streams)
+    assert 'pass --coordinator=HOST:PORT' in done.stdout
+    assert done.returncode and 'within 2 seconds' in done.stderr and 'does localhost:1 lead to the first' in done.stderr
+
+
 def reach(step, workdir, processes):
     """Waits for a checkpoint of this step."""
     while not list(workdir.glob(f'checkpoints/restore/{step}/manifest.json')):
