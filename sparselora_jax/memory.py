@@ -154,7 +154,19 @@ def _statistics(made: Recipe, stack: Stack) -> dict[str, int]:
 def _observing(made: Recipe, stack: Stack) -> dict[str, int]:
     # A sum so far, a chunk's, and both added.
     statistics = 3 * _sum(_statistics(made, stack))
-    return {'one block': _block(made, stack), 'its statistics, thrice': statistics, 'one chunk in it': _working(stack)}
+    terms = {'one block': _block(made, stack), 'its statistics, thrice': statistics, 'one chunk in it': _working(stack)}
+    if made.mesh is not None and made.mesh.shape['fsdp'] > 1:
+        terms['the block, gathered along fsdp'] = _gathered(made, stack)
+    return terms
+
+
+def _gathered(made: Recipe, stack: Stack) -> int:
+    """Bytes of one block's params on a device that runs it."""
+    prefix = f'{stack.tower}/blocks/'
+    flat = {path: leaf for path, leaf in rules_lib.flatten(made.params).items() if path.startswith(prefix)}
+    where = rules_lib.flatten(sharding.gathered(rules_lib.unflatten(flat), made.mesh))
+    shapes = (jax.ShapeDtypeStruct(where[path].shard_shape(leaf.shape), leaf.dtype) for path, leaf in flat.items())
+    return nbytes(list(shapes)) // stack.depth
 
 
 def _cutting(made: Recipe, stack: Stack) -> dict[str, int]:

@@ -111,6 +111,14 @@ def test_a_frozen_tower_before_the_first_lora_keeps_nothing(config):
     assert [whole - without, without - language, language] == [stack.depth * stack.outputs for stack in stacks]
 
 
+def test_a_block_is_pruned_with_whole_kernels_where_fsdp_keeps_parts(config):
+    moments = {}
+    for fsdp in (1, 4):
+        config.mesh.fsdp = fsdp
+        moments[fsdp] = memory.prune(memory.recipe(CFG, config)).moments['observing a block']
+    assert moments[4]['the block, gathered along fsdp'] == moments[1]['one block'] > moments[4]['one block']
+
+
 def test_more_of_a_knob_takes_what_it_should(config):
     def total(stage, **fields):
         changed = config.copy_and_resolve_references()
