@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax import processes, pruning, sharding, storage, teacher
+from sparselora_jax import processes, pruning, rules, sharding, storage, teacher
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
 from sparselora_jax.data.text_format import TextFormat
@@ -22,6 +22,7 @@ from sparselora_jax.inspection import structs
 from sparselora_jax.models import embedded, hf, on_disk, streaming
 from sparselora_jax.models.model import Model
 from sparselora_jax.progress import Log, peak_memory
+from sparselora_jax.pruning import targets
 from sparselora_jax.recipe import (
     ConfigError,
     base_formats,
@@ -30,6 +31,7 @@ from sparselora_jax.recipe import (
     check_values,
     claim,
     lora_rules,
+    prune_methods,
     prune_rules,
     refuse_other,
     runs_teacher,
@@ -53,7 +55,8 @@ def check_fit(config: Any, shapes: dict) -> None:
     like = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda shape: isinstance(shape, tuple)
     )
-    pruning.patterns_of(like, prune_rules(config))
+    patterns = pruning.patterns_of(like, prune_rules(config))
+    targets.pattern_zeros(rules.flatten(like), patterns, targets.methods_of(like, prune_methods(config)))
     check_allocation(config, like)
     jax.eval_shape(lambda key: init_lora(key, like, lora_rules(config)), jax.random.key(0))
 

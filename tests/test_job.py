@@ -312,6 +312,10 @@ def test_an_impossible_allocation_is_named_before_any_work(world, tmp_path):
         check(prune__allocation='evenly')
     with pytest.raises(sparsity.PatternError, match="prune.pattern.language '2:4' .* N:M leaves nothing to allocate"):
         check(**{'prune.pattern.language': '2:4'}, prune__allocation='owl')
+    with pytest.raises(
+        sparsity.PatternError, match='language/.*: sparsity 0.01 of 16 weights is less than one: ask for'
+    ):
+        check(**{'prune.pattern.language': '0.01'})
     with pytest.raises(sparsity.PatternError, match='no zeros to allocate'):
         check(**{'prune.pattern.language': 'dense'}, prune__allocation='owl')
     with pytest.raises(sparsity.PatternError, match='prune.highest: .* highest sparsity of 0.6 allows'):

@@ -47,7 +47,11 @@ def pattern_zeros(
     methods: dict[str, Any],
     given: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Zeros of every layer's kernel, counted here on the host: `given`, or what the pattern asks of each group."""
+    """Zeros of every layer's kernel, counted here on the host: `given`, or what the pattern asks of each group.
+
+    Raises:
+      PatternError: numbers that cannot be, or a sparsity so low that it is none.
+    """
     for path in given or {}:
         if path not in patterns or patterns[path].structured:
             kind = str(patterns[path]) if path in patterns else 'dense'
@@ -58,6 +62,10 @@ def pattern_zeros(
         if path not in (given or {}):
             by_output = pattern.structured or methods[path].group == 'output'
             total = pattern.zeros(inputs) * outputs if by_output else pattern.zeros(inputs * outputs)
+            if not total:
+                size = inputs if by_output else inputs * outputs
+                what = f'sparsity {pattern.sparsity:g} of {size} weights is less than one'
+                raise PatternError(f"{path}: {what}: ask for more, for group 'matrix', or for 'dense'")
             found[path] = np.full(layers, total)
             continue
         found[path] = zeros = np.asarray(given[path])
