@@ -29,6 +29,7 @@ def base() -> ConfigDict:
     config.seed = 42
     config.dtype = 'float32'  # of the base weights; LoRA, optimiser and statistics are always float32
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))  # devices along each axis
+    config.profile = False  # True: steps 3 to 5 of restoration are traced; XProf and TensorBoard open the workdir
     config.stream = False  # True: prune block by block from disk, for a model that memory does not hold
     config.text = ConfigDict(dict(prompt='Question: {} Short answer:', prompt_tokens=16, answer_tokens=3))
 

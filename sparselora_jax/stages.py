@@ -244,6 +244,7 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
         last[0] = time.monotonic()
         patience = guard.PATIENCE if knobs.on_bad_step == 'skip' else 1
         loop = {'every': knobs.checkpoint_every, 'patience': patience, 'log': note}
+        loop |= {'profile': job.workdir if job.config.profile else None}
         state = fit(step, state, base, batches, steps=knobs.steps, checkpoints=checkpoints, **loop)
         storage.save_safetensors(job.workdir / f'{name}.safetensors', state.trained)
         seconds = [value for _, value in job.log.curve(name, 'seconds')]

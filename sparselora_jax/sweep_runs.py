@@ -12,6 +12,7 @@ from typing import Any
 from sparselora_jax import flops, inspection, memory, stages
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.job import TEACHER, Job
+from sparselora_jax.recipe import NO_RESULT
 from sparselora_jax.storage import whole
 from sparselora_jax.train import Interrupted
 
@@ -100,7 +101,7 @@ def measure(job: Job, models: tuple[str, ...]) -> dict:
 def _key(stage: str, config: Any) -> str:
     """Of the fields that a shared stage depends on: neither LoRA nor restoration, but for what orders the data."""
     fields = json.loads(config.to_json())
-    read = {name: fields[name] for name in fields if name not in ('lora', 'restore', 'evaluate')}
+    read = {name: fields[name] for name in fields if name not in ('lora', 'restore', 'evaluate', *NO_RESULT)}
     read['shares'] = fields['restore']['shares']
     if stage != 'prune':
         read['evaluate'] = fields['evaluate']

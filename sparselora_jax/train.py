@@ -3,7 +3,8 @@
 import math
 import signal
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import optax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 
-from sparselora_jax import guard
+from sparselora_jax import guard, profiling
 from sparselora_jax.checkpoint import Checkpoints
 from sparselora_jax.errors import SparseloraError
 
@@ -123,6 +124,7 @@ def fit(
     every: int = 100,
     patience: int = 1,
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    profile: str | Path | None = None,
 ) -> State:
     """Runs `step` up to global step `steps`, from the newest checkpoint if there is one.
 
@@ -131,14 +133,18 @@ def fit(
       every: steps between checkpoints; a killed process loses at most these, and those made while one is written.
       patience: with an optimizer under `guard.skip_bad_steps`: bad steps in a row at which to stop.
       log: called with the number of steps done and the metrics of the last.
+      profile: a folder for a trace of a few steps, see `profiling.steps`; None: none.
 
     Raises:
       BadStep: names the step. Interrupted: the state was saved first. CheckpointError: see `Checkpoints.finish`.
     """
     state = checkpoints.restore(state) or state
-    with stop_signal() as stopped:
-        for index in range(int(state.step), steps):
-            state, metrics = step(state, frozen, batches[index])
+    indices = profiling.steps(range(int(state.step), steps), profile)
+    with stop_signal() as stopped, closing(indices):
+        for index in indices:
+            with jax.profiler.TraceAnnotation(profiling.DATA):
+                batch = batches[index]
+            state, metrics = step(state, frozen, batch)
             values = {name: float(value) for name, value in metrics.items()}
             if bad := _why_bad(values, patience):
                 saved = checkpoints.steps()

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import sparselora_jax as sl
 from configs import blip2_lang_only
@@ -71,7 +72,7 @@ def wanda(world, tmp_path_factory):
 def sparsegpt(world, tmp_path_factory):
     """The workdir of a run that edits kept weights, prunes vision too, restores language alone, and has the control."""
     fields = {'prune.method': 'sparsegpt', 'prune.pattern.vision': '0.5', 'lora.rank.vision': 0, 'lora.rank.qformer': 0}
-    return run(tmp_path_factory.mktemp('sparsegpt'), **fields, **{'restore.control': True})
+    return run(tmp_path_factory.mktemp('sparsegpt'), **fields, **{'restore.control': True, 'profile': True})
 
 
 def read(workdir, name):
@@ -360,6 +361,13 @@ def test_the_workdir_of_another_config_is_refused_and_the_field_named(wanda):
     with pytest.raises(ConfigError, match=r'restore\.steps is 4 here and 3 there'):
         Job(tiny_config(**{'restore.steps': 4}), wanda)
     assert (wanda / 'config.json').read_bytes() == before
+
+
+def test_a_trace_of_each_training_lies_in_the_workdir_which_is_no_other_configs_for_it(sparsegpt):
+    assert len(list(sparsegpt.glob('plugins/profile/*/*.xplane.pb'))) == 2
+    config = ConfigDict(json.loads((sparsegpt / 'config.json').read_text()))
+    config.profile = False
+    Job(config, sparsegpt)
 
 
 def test_a_method_or_a_model_that_does_not_exist_is_named(tmp_path):
