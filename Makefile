@@ -33,7 +33,7 @@ test-slow: $(VENV)/installed-test
 
 # Tests that start processes of their own: several for one run, a sweep's points, the pretraining script.
 test-processes: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -m processes $(shell grep -l mark.processes tests/test_*.py)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m processes $(shell grep -l mark.processes tests/test_*.py)
 
 # A main job struck by SIGTERM and SIGKILL a hundred times, at random moments; every rerun must end bit-identical.
 soak: $(VENV)/installed-test
