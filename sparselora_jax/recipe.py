@@ -24,7 +24,7 @@ ALLOCATIONS = ('uniform', 'global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_z
 BASES = ('dense', 'packed', 'packed_int4', *FOUR_BITS)  # what restoration holds pruned kernels as
 TEACHERS = ('model', 'top_k')
 DTYPES = ('float32', 'bfloat16', 'float16')
-NO_RESULT = ('profile',)  # fields that change none: whatever they say, a run is the same
+NO_RESULT = ('mesh', 'profile')  # fields that change none beyond rounding: a run goes on whatever they say
 BLOCKS = '(.*/)?blocks/'  # below a tower's name: T5 has an encoder's and a decoder's
 
 
@@ -315,7 +315,7 @@ def refuse_other(workdir: Path, config: Any) -> None:
       ConfigError: it holds the run of another config; names the fields that differ.
     """
     kept, ours = workdir / 'config.json', json.loads(config.to_json())
-    theirs = json.loads(kept.read_text()) | {'mesh': ours['mesh']} if kept.exists() else ours
+    theirs = json.loads(kept.read_text()) if kept.exists() else ours
     if found := _differences(ours, theirs):
         raise ConfigError(f'{workdir} holds the run of another config ({"; ".join(found)}); use another workdir')
 
