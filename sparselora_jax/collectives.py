@@ -84,13 +84,26 @@ def _walk(parts: dict[str, str], name: str, times: int, devices: int, seen: set[
 
 
 def _rounds(parts: dict[str, str], rest: str) -> int | None:
-    """Of a loop: as the compiler says it, or the number that its counter, which begins at 0, is compared with."""
+    """Of a loop: as the compiler says it, or by its counter, from 0: what it is compared with, and what is added."""
     if said := re.search(r'"known_trip_count":{"n":"(\d+)"}', rest):
         return int(said[1])
-    condition = parts[re.search(r'condition=%?([\w.\-]+)', rest)[1]]
-    limits = re.findall(r'= s32\[\]\S* constant\((\d+)\)', condition)
-    counted = re.search(r'ROOT [^\n]* compare\([^\n]*direction=LT', condition)
-    return int(limits[0]) if counted and len(limits) == 1 else None
+    condition, body = (parts[re.search(rf'{name}=%?([\w.\-]+)', rest)[1]] for name in ('condition', 'body'))
+    compared = re.search(r'ROOT [^\n]* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT', condition)
+    if not compared or (limit := _constant(condition, compared[2])) is None:
+        return None
+    place = re.search(rf'%?{re.escape(compared[1])} = [^\n]*get-tuple-element\([^\n]*index=(\d+)', condition)
+    after = re.search(r'ROOT [^\n]* tuple\(([^\n)]*)\)', body)
+    if not place or not after:
+        return None
+    counter = re.sub(r'/\*index=\d+\*/', '', after[1]).split(', ')[int(place[1])].removeprefix('%')
+    grown = re.search(rf'%?{re.escape(counter)} = \S+ add\(%?[\w.\-]+, %?([\w.\-]+)\)', body)
+    step = _constant(body, grown[1]) if grown else None
+    return -(-limit // step) if step else None
+
+
+def _constant(part: str, name: str) -> int | None:
+    found = re.search(rf'%?{re.escape(name)} = [su]32\[\]\S* constant\((\d+)\)', part)
+    return int(found[1]) if found else None
 
 
 def _size(result: str, *, started: bool) -> int:

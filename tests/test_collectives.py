@@ -96,11 +96,14 @@ def test_the_text_of_a_tpus_compiler():
   %s = bf16[8,8]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%start
   %e = bf16[8,8]{1,0:T(8,128)(2,1)} fusion(%s), kind=kCustom, calls=%end
   %r = (f32[4]{0:T(128)S(1)}, /*index=1*/f32[4]{0}) all-reduce(%x, %y), replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %t = (s32[]{:T(128)}, bf16[2,8]{1,0:T(8,128)}) tuple(%next, /*index=1*/%z)
 }
 
 %condition (p: (s32[], bf16[2,8])) -> pred[] {
   %c = s32[]{:T(128)} constant(24)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0, metadata={}
   ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
 }
 
@@ -109,3 +112,5 @@ ENTRY %main (p: bf16[4,8]) -> bf16[16,8] {
 }
 """
     assert collectives(text, 8) == [Collective('all-gather', 128, 4, 24), Collective('all-reduce', 32, 8, 24)]
+    by_threes = text.replace('constant(1)', 'constant(3)').replace('s32', 'u32')  # as a product in a ring counts
+    assert [found.times for found in collectives(by_threes, 8)] == [8, 8]
