@@ -111,10 +111,11 @@ def load(made: Recipe) -> Stage:
 
 
 def prune(made: Recipe) -> Stage:
-    """Pruning block by block, with the hidden states of the whole calibration set in memory."""
-    config, masked = made.config, rules_lib.flatten(made.masks)
+    """Pruning block by block, with the hidden states of the whole calibration set in memory; the job writes each pruned
+    layer to disk at once.
+    """
+    config = made.config
     samples = _samples(made, config.prune.samples)
-    pruned, masks = _only(made, masked.__contains__), on_device(made.masks, made.mesh)
     held = {
         'params': _only(made, lambda path: '/blocks/' not in path) if config.stream else _only(made, lambda path: True),
         'calibration batch': nbytes(batch_of(made.cfg, config.text, samples)),
@@ -125,9 +126,6 @@ def prune(made: Recipe) -> Stage:
     observing = [_observing(made, stack) for stack in chunks]
     cutting = [_cutting(made, stack) for stack in chunks]
     moments = {'observing a block': max(observing, key=_sum), 'pruning a block': max(cutting, key=_sum)}
-    if not config.stream:
-        held |= {'pruned kernels': pruned, 'masks (1 byte a weight)': masks}
-        moments['stacking the layers'] = {'pruned kernels': pruned, 'masks': masks}
     return Stage(held, moments)
 
 
