@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.memory import Recipe
@@ -19,6 +20,8 @@ from sparselora_jax.tracing import batch_of, stacks
 def matmul_flops(function: Callable, *args: Any) -> int:
     """FLOPs of all matmuls in `function(*args)`: a product `[m, k] @ [k, n]` is 2mkn. Norms, softmax etc. are left out.
 
+    So are products that no result depends on, which no compiler leaves in.
+
     Args:
       args: arrays or their shapes.
 
@@ -29,7 +32,9 @@ def matmul_flops(function: Callable, *args: Any) -> int:
     >>> matmul_flops(lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], x, w)
     180
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(used)
 
 
 def _count(jaxpr: Any) -> int:
