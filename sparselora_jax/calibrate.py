@@ -7,11 +7,11 @@
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax import processes, sharding
@@ -83,25 +83,28 @@ class Calibrating:
         return self.kernel
 
 
-def make_observer(
+class Sums(NamedTuple):
+    """Statistics of a forward as they are summed up over batches; one entry for kernels that read the same array.
+
+    Attributes:
+      zeros: `zeros(params, batch)`: what sums begin with.
+      add: `add(sums, params, batch)`, jitted; the sums are donated.
+      leaders: {path: the path that its sum goes by}, known once `zeros` or `add` is traced.
+    """
+
+    zeros: Callable[[dict, Any], dict]
+    add: Callable[[dict, dict, Any], dict]
+    leaders: dict[str, str]
+
+
+def make_sums(
     forward: Callable[[dict, Any], Any],
     *,
     stats: Callable[[str], Callable[[Array], Any] | None],
     valid: Callable[[str, Any], Any] = lambda path, batch: None,
-    mesh: Mesh | None = None,
-) -> Callable[[dict, Iterable[Any]], dict[str, tuple[Any, Array]]]:
-    """`(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
-
-    Kernels that read the very same array (q, k and v) have one accumulator, and the very same result.
-
-    Args:
-      stats: the statistic of a kernel's path, or None: it is not watched.
-      valid: (path, batch) -> True for the rows of that kernel's input that count, or None (all do).
-      mesh: over which the rows of all batches are split (`sharding.mesh_of_rows`). Each device runs `forward` on its
-        own rows with whole weights, and what they find is added up in the order of the devices: the sums are, bit for
-        bit, those of one device that is given their rows as batches, one after the other.
-      forward: see `collect`, as for what is raised.
-    """
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Sums:
+    """The programs of `make_observer`, whose arguments these are."""
     leaders: dict[str, str] = {}
 
     def observe(params, batch):
@@ -126,38 +129,64 @@ def make_observer(
     def add_statistics(sums, params, batch):
         return jax.tree.map(lambda total, parts: _add_in_order(total, parts, mesh), sums, observe(params, batch))
 
+    def zeros(params, batch):  # traces what `add_statistics` then calls; compiles nothing
+        found = observe.eval_shape(params, batch)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape[1:], s.dtype, device=place_of_sum(s.shape[1:], mesh)), found)
+
+    return Sums(zeros, add_statistics, leaders)
+
+
+def make_observer(
+    forward: Callable[[dict, Any], Any],
+    *,
+    stats: Callable[[str], Callable[[Array], Any] | None],
+    valid: Callable[[str, Any], Any] = lambda path, batch: None,
+    mesh: Mesh | None = None,
+) -> Callable[[dict, Iterable[Any]], dict[str, tuple[Any, Array]]]:
+    """`(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
+
+    Kernels that read the very same array (q, k and v) have one accumulator, and the very same result.
+
+    Args:
+      stats: the statistic of a kernel's path, or None: it is not watched.
+      valid: (path, batch) -> True for the rows of that kernel's input that count, or None (all do).
+      mesh: over which the rows of all batches are split (`sharding.mesh_of_rows`). Each device runs `forward` on its
+        own rows with whole weights, and what they find is added up in the order of the devices: the sums are, bit for
+        bit, those of one device that is given their rows as batches, one after the other.
+      forward: see `collect`, as for what is raised.
+    """
+    programs = make_sums(forward, stats=stats, valid=valid, mesh=mesh)
+
     def total(params, batches):
         sums = None
         for batch in batches:
-            if sums is None:  # traces what `add_statistics` then calls; compiles nothing
-                found = observe.eval_shape(params, batch)
-                sums = jax.tree.map(lambda s: jnp.zeros(s.shape[1:], s.dtype, device=_place_of_sum(s, mesh)), found)
-            sums = add_statistics(sums, params, batch)
+            sums = programs.zeros(params, batch) if sums is None else sums
+            sums = programs.add(sums, params, batch)
         if sums is None:
             raise CalibrationError('the calibration set is empty: no batch arrived')
         shapes = rules_lib.kernels(params)
         checked = {path: _checked(path, shapes[path].ndim == 3, stats(path), *value) for path, value in sums.items()}
-        return {path: checked[leader] for path, leader in leaders.items()}
+        return {path: checked[leader] for path, leader in programs.leaders.items()}
 
     return total
 
 
-def _place_of_sum(parts: Any, mesh: Mesh | None) -> NamedSharding | None:
-    """Where the sum of [devices, layers, ...] lies: vectors on every device, of a Hessian some columns on each."""
+def place_of_sum(shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None) -> NamedSharding | None:
+    """Where a sum, [layers, ...], lies: vectors on every device, of a Hessian some columns on each."""
     if mesh is None:
         return None
-    columns = (None, None, *sharding.BATCH) if len(parts.shape) == 4 else ()
-    return sharding.fitting(mesh, PartitionSpec(*columns), parts.shape[1:])
+    columns = (None, None, *sharding.BATCH) if len(shape) == 3 else ()
+    return sharding.fitting(mesh, PartitionSpec(*columns), shape)
 
 
-def _add_in_order(total: Array, parts: Array, mesh: Mesh | None) -> Array:
+def _add_in_order(total: Array, parts: Array, mesh: Mesh | AbstractMesh | None) -> Array:
     """`total + parts[0] + parts[1] + ...`, in this order; each device has one of the parts.
 
     Of Hessians a device is sent its columns of all of them: as many bytes as by a reduction, whose order is not known.
     """
     if mesh is None:
         return total + parts[0]
-    place = PartitionSpec(None, *_place_of_sum(parts, mesh).spec)
+    place = PartitionSpec(None, *place_of_sum(parts.shape[1:], mesh).spec)
     parts = jax.lax.with_sharding_constraint(sharding.split_rows(parts, mesh), NamedSharding(mesh, place))
     return jax.lax.scan(lambda total, part: (total + part, None), total, parts)[0]
 

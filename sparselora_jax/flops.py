@@ -52,6 +52,8 @@ def _of_equation(equation: Any) -> int:
         raise ValueError('a matmul in a while loop: the trace does not know how often it runs')
     if name == 'cond':
         return max(inside, default=0)
+    if name == 'shard_map':  # what one device does
+        return math.prod(params['mesh'].shape[axis] for axis in params['newly_manual_axes']) * sum(inside)
     return params.get('length', 1) * sum(inside) if name == 'scan' else sum(inside)
 
 

@@ -1,18 +1,21 @@
 """The programs of a recipe and the shapes of what they read: to count, trace or compile them without any weights."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from sparselora_jax import guard, memory, sharding
+from sparselora_jax import calibrate, guard, memory, sharding
+from sparselora_jax import rules as rules_lib
 from sparselora_jax.losses import TopK
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
-from sparselora_jax.recipe import reads_teacher
+from sparselora_jax.pruning.walk import block_step, block_sums
+from sparselora_jax.recipe import prune_methods, reads_teacher
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
-from sparselora_jax.tracing import batch_of
+from sparselora_jax.tracing import Stack, batch_of, stacks
 from sparselora_jax.train import State, init_state
 
 
@@ -83,3 +86,68 @@ def placed(arguments: tuple, mesh: Mesh) -> tuple:
 
 def _at(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+class Pass(NamedTuple):
+    """One program of a calibration pass: a chunk of samples in one block of a tower.
+
+    Attributes:
+      runs: how often it runs, over all layers and chunks.
+      program: `(sums, w, pruned, x, ctx) -> (sums, x)`, jitted: statistics of what the kernels that are to be pruned
+        read are added to sums, then the chunk goes on through the block as it was pruned. In a tower that stays dense
+        sums are empty and it only goes on.
+      arguments: their shapes.
+    """
+
+    tower: str
+    runs: int
+    program: Callable
+    arguments: tuple
+
+
+def calibration(made: memory.Recipe) -> list[Pass]:
+    """The programs with which the pruner calibrates a recipe's model, one for each run of blocks.
+
+    Each device has `prune.chunk` samples at a time. Between these programs kernels are pruned, and before them images
+    and words are embedded: neither is in them.
+    """
+    config, parts = made.config, made.config.mesh.data * made.config.mesh.fsdp
+    samples = config.prune.samples // parts
+    chunk = min(config.prune.chunk, samples)
+    found = stacks(made.cfg, made.params, batch_of(made.cfg, config.text, chunk * parts))
+    return [_pass(made, stack, stack.depth * -(-samples // chunk)) for stack in found]
+
+
+def _pass(made: memory.Recipe, stack: Stack, runs: int) -> Pass:
+    step, methods = block_step(stack.block, made.mesh), prune_methods(made.config)
+    paths = {name: f'{stack.tower}/blocks/{name}' for name in stack.inputs}
+    pruned = {name: rules_lib.first_match(methods, path) for name, path in paths.items() if path in made.densities}
+    stats = {name: method.statistic or calibrate.squares for name, method in pruned.items()}
+    sums = block_sums(stack.block, stats.get, made.mesh)
+
+    def observe_and_go_on(before, w, pruned, x, ctx):
+        return sums.add(before, w, (x, ctx)) if stats else before, step(pruned, (x, ctx))
+
+    zeros = jax.eval_shape(sums.zeros, stack.weights, (stack.x, stack.ctx)) if stats else {}
+    program = jax.jit(observe_and_go_on, donate_argnums=0)
+    return Pass(stack.tower, runs, program, (zeros, stack.weights, stack.weights, stack.x, stack.ctx))
+
+
+def placed_pass(made: memory.Recipe, one: Pass, mesh: Mesh) -> tuple:
+    """The shapes of a pass's arguments, each with where it lies: weights by `sharding.RULES`, samples by row."""
+    stacked = rules_lib.flatten(sharding.shardings(made.params, mesh))
+    sums, w, pruned, x, ctx = one.arguments
+
+    def of_layer(tree):
+        flat = {
+            name: _at(leaf, NamedSharding(mesh, PartitionSpec(*stacked[f'{one.tower}/blocks/{name}'].spec[1:])))
+            for name, leaf in rules_lib.flatten(tree).items()
+        }
+        return rules_lib.unflatten(flat)
+
+    by_row = (
+        jax.tree.map(lambda leaf: _at(leaf, sharding.fitting(mesh, sharding.BATCH, leaf.shape)), part)
+        for part in (x, ctx)
+    )
+    sums = jax.tree.map(lambda leaf: _at(leaf, calibrate.place_of_sum(leaf.shape, mesh)), sums)
+    return sums, of_layer(w), of_layer(pruned), *by_row

@@ -155,7 +155,7 @@ def row_parts(mesh: Mesh | AbstractMesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
-def on_own_rows(function: Callable[..., Any], mesh: Mesh | None) -> Callable[[Any, Any], Any]:
+def on_own_rows(function: Callable[..., Any], mesh: Mesh | AbstractMesh | None) -> Callable[[Any, Any], Any]:
     """`function(weights, batch)`, in a program, as each device runs it alone: whole weights, its own rows of the batch.
 
     What a device runs is the program of one device with as many rows, so they come out with the same bits. Along tensor

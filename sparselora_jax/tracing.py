@@ -26,7 +26,9 @@ class Stack(NamedTuple):
     """A tower's blocks as one batch runs through them, by shapes."""
 
     tower: str
+    block: Callable  # of `models.runners`
     depth: int
+    weights: dict  # of one block
     x: Any  # hidden states between blocks
     ctx: dict
     inputs: dict[str, Any]  # what each kernel of a block reads
@@ -99,7 +101,7 @@ def stacks(cfg: Any, params: dict, batch: dict) -> list[Stack]:
         kernels = rules_lib.kernels(one)
         outputs = sum(nbytes(read) // read.shape[-1] * kernels[name].shape[-1] for name, read in inputs.items())
         depth = jax.tree.leaves(weights)[0].shape[0]
-        found.append(Stack(tower, depth, x_shape, ctx_shape, inputs, leaders, outputs, max(inside)))
+        found.append(Stack(tower, block, depth, one, x_shape, ctx_shape, inputs, leaders, outputs, max(inside)))
         return x, cache
 
     jax.eval_shape(lambda params, batch: model.hidden(params, batch, run), params, batch)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array
 
 from sparselora_jax import calibrate, sharding
@@ -46,12 +46,31 @@ def block_observer(block: Callable, stats: Callable[[str], Callable | None], mes
       stats: the statistic of a kernel, by its name within the block, or None: it is not watched.
       mesh: over which samples are split; see `sharding.mesh_of_rows`.
     """
-    return calibrate.make_observer(
-        lambda w, inputs: block(w, *inputs, None),
-        stats=stats,
-        valid=lambda name, inputs: valid_rows(name, inputs[1]),
-        mesh=mesh,
-    )
+    return calibrate.make_observer(**_watched(block, stats), mesh=mesh)
+
+
+def block_sums(
+    block: Callable, stats: Callable[[str], Callable | None], mesh: Mesh | AbstractMesh | None
+) -> calibrate.Sums:
+    """The programs that `block_observer` runs."""
+    return calibrate.make_sums(**_watched(block, stats), mesh=mesh)
+
+
+def _watched(block: Callable, stats: Callable[[str], Callable | None]) -> dict[str, Callable]:
+    return {
+        'forward': lambda w, inputs: block(w, *inputs, None),
+        'stats': stats,
+        'valid': lambda name, inputs: valid_rows(name, inputs[1]),
+    }
+
+
+def block_step(block: Callable, mesh: Mesh | AbstractMesh | None) -> Callable[..., Any]:
+    """`(w, (x, ctx)) -> x`: the program that takes a chunk through a layer."""
+
+    def run_block(w, inputs):
+        return block(w, *inputs, None)[0]
+
+    return jax.jit(sharding.on_own_rows(run_block, mesh))
 
 
 def walk(
@@ -77,11 +96,7 @@ def walk(
 
     def run(tower, block, weights, x, ctx, cache=None):
         visit = enter(tower, block)
-
-        def run_block(w, inputs):
-            return block(w, *inputs, None)[0]
-
-        step = jax.jit(sharding.on_own_rows(run_block, mesh))
+        step = block_step(block, mesh)
         chunks = in_chunks(x, ctx, chunk, mesh)
         layers = jax.tree.leaves(weights)[0].shape[0]
         for layer in range(layers):
