@@ -1,4 +1,4 @@
-"""The script that compiles a recipe for chips that are not there; here for CPUs, by the same way."""
+"""The script that compiles a recipe for chips that are not there; for CPUs, by the same way, and (`tpu`) for a TPU."""
 
 import json
 from types import SimpleNamespace
@@ -11,6 +11,15 @@ from jax.experimental import topologies
 CFG = {'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 2}
 
 
+def save(folder, depth=2):
+    """A config alone, of a tiny LLaVA with so many layers in its language tower."""
+    text = CFG | {'model_type': 'llama', 'vocab_size': 64, 'num_key_value_heads': 1, 'intermediate_size': 48}
+    text |= {'num_hidden_layers': depth}
+    vision = CFG | {'model_type': 'clip_vision_model', 'image_size': 28, 'patch_size': 14}
+    transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=60).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """A directory with a config alone, and a topology of four chips."""
@@ -21,33 +30,53 @@ def model(tmp_path, monkeypatch):
         return SimpleNamespace(devices=jax.devices())
 
     monkeypatch.setattr(topologies, 'get_topology_desc', describe)
-    text = CFG | {'model_type': 'llama', 'vocab_size': 64, 'num_key_value_heads': 1, 'intermediate_size': 48}
-    vision = CFG | {'model_type': 'clip_vision_model', 'image_size': 28, 'patch_size': 14}
-    transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=60).save_pretrained(tmp_path)
-    return tmp_path
+    return save(tmp_path)
+
+
+FIELDS = ['--config=configs/llava_lang_only.py', '--config.restore.batch=4', '--config.prune.samples=8']
+FIELDS += ['--config.prune.chunk=1']
+
+
+def check(found, samples, price):
+    """What holds of the figures of any program."""
+    line = found['roofline']
+    assert found['fits'] and sum(found['bytes'].values()) <= found['total'] + 64  # a TPU's arrays are padded
+    assert line['seconds'] == max(line['matmuls'], line['memory'], line['links']) > 0
+    assert found['samples_s'] == pytest.approx(samples / line['seconds'])
+    assert found['dollars_25k'] == pytest.approx(25_000 / found['samples_s'] / 3600 * found['chips'] * price)
 
 
 def test_it_prints_and_writes_what_a_step_asks_for(script, model, tmp_path):
-    arguments = [model, '--config=configs/llava_lang_only.py', '--config.restore.batch=4', f'--workdir={tmp_path}']
-    mesh = ['--config.mesh.fsdp=4']
-    code, out, err = script('compile.py', *arguments, *mesh, '--price=2')
+    mesh = ['--config.restore.kd=0', '--config.mesh.fsdp=4', '--price=2', f'--workdir={tmp_path}']
+    code, out, err = script('compile.py', model, *FIELDS, *mesh)
     assert code == 0, err
-    assert '4 of v5e:2x2' in out and 'fits into 16.0' in out and 'all-gather' in out
-    (file,) = tmp_path.glob('*-v5e-2x2.json')
-    found = json.loads(file.read_text())
-    assert found['chips'] == 4 and found['fits'] and found['config']['mesh']['fsdp'] == 4
+    assert 'mesh: data=1, fsdp=4, tensor=1' in out and 'fits into 16.0' in out and 'all-gather' in out
+    (file,) = tmp_path.glob('*-restore-v5e-2x2.json')
+    kept = json.loads(file.read_text())
+    (found,) = kept['tried']
+    assert kept['price'] == 2 and found['chips'] == 4 and found['mesh']['fsdp'] == 4
+    check(found, 4, 2)
     assert found['total'] == pytest.approx(sum(found['bytes'].values()), abs=64)
-    line = found['roofline']
-    assert line['seconds'] == max(line['matmuls'], line['memory'], line['links']) > 0
-    assert found['samples_s'] == pytest.approx(4 / line['seconds'])
-    assert found['dollars_25k'] == pytest.approx(25_000 / found['samples_s'] / 3600 * 4 * 2)
     assert f'written to {file}' in out
+
+
+def test_the_best_mesh_is_kept_and_a_pass_counts_layers_and_chunks(script, model, tmp_path):
+    best = ['--program=calibrate', '--mesh=best', '--tries=2', f'--workdir={tmp_path}']
+    code, out, err = script('compile.py', model, *FIELDS, *best)
+    assert code == 0, err
+    (file,) = tmp_path.glob('*-calibrate-v5e-2x2.json')
+    tried = json.loads(file.read_text())['tried']
+    fastest = min(tried, key=lambda found: found['roofline']['seconds'])
+    assert len(tried) == 2 and out.count('GiB by shapes, ') >= 2
+    assert f'mesh: {", ".join(f"{axis}={n}" for axis, n in fastest["mesh"].items())}' in out
+    for found in tried:
+        check(found, 8, 1.2)
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--topology=v5e:3x3'], '--topology=v5e:3x3: no topology v5e:3x3; is jax[tpu] installed?'),
+        (['--topology=v5e:3x3'], '--topology=v5e:3x3: no topology v5e:3x3; is requirements-tpu.txt installed?'),
         (
             ['--config=configs/llava_lang_only.py', '--config.mesh.fsdp=8'],
             'the mesh of the config needs 8 chips, v5e:2x2 has 4',
@@ -59,3 +88,32 @@ def test_it_prints_and_writes_what_a_step_asks_for(script, model, tmp_path):
 def test_what_cannot_be_compiled_is_one_line(script, model, arguments, message):
     code, _, err = script('compile.py', model, *arguments)
     assert code == 1 and err.startswith('error: ') and message in err and err.count('\n') == 1, err
+
+
+@pytest.mark.tpu
+def test_a_tpus_programs_ask_in_proportion_to_layers(script, tmp_path):
+    """FLOPs, what is sent and how often, by the compiler for TPUs, which peels and counts loops in its own way."""
+    fields = [*FIELDS, '--config.restore.kd=0', '--config.mesh.fsdp=4', f'--workdir={tmp_path}']
+    asked = []
+    for depth in (2, 4, 6):
+        code, out, err = script('compile.py', save(tmp_path / 'model', depth), *fields, '--topology=v5e:2x2')
+        assert code == 0, err
+        (file,) = tmp_path.glob('*-restore-v5e-2x2.json')
+        (found,) = json.loads(file.read_text())['tried']
+        check(found, 4, 1.2)
+        assert found['collectives'].keys() == {'all-gather', 'all-reduce'}
+        counts = [of_kind[what] for of_kind in found['collectives'].values() for what in ('runs', 'bytes')]
+        asked.append([found['flops'], *counts])
+    two, four, six = asked
+    assert all(few < more for few, more in zip(two, four, strict=True))
+    assert [b - a for a, b in zip(two, four, strict=True)] == [b - a for a, b in zip(four, six, strict=True)]
+    code, out, err = script(
+        'compile.py',
+        tmp_path / 'model',
+        *FIELDS,
+        '--program=calibrate',
+        '--mesh=best',
+        '--tries=1',
+        f'--workdir={tmp_path}',
+    )
+    assert code == 0 and 'seconds a pass of 8' in out, err

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_memory import CFG, config
 
-from sparselora_jax import memory, programs, rules, sharding, tracing
+from sparselora_jax import flops, memory, meshes, programs, rules, sharding, tracing
 from sparselora_jax.collectives import collectives
 
 assert config  # a fixture
@@ -49,6 +49,33 @@ def test_arguments_lie_where_arrays_would(config):
         for leaf in jax.tree.leaves(frozen.params)
     )
     assert held == memory.restore(made).held['params']
+
+
+def test_a_calibration_pass_runs_each_block_on_each_chunk(config):
+    config.mesh.data, config.prune.samples, config.prune.chunk = 2, 8, 2  # four samples a device, two at a time
+    config.prune.pattern.vision = 'dense'
+    made = memory.recipe(CFG, config)
+    passes = {one.tower: one for one in programs.calibration(made)}
+    depths = {'vision': CFG.vision.depth, 'qformer': CFG.qformer.pairs, 'language': CFG.language.depth}
+    assert {tower: one.runs for tower, one in passes.items()} == {tower: 2 * depth for tower, depth in depths.items()}
+    sums, *_ = passes['language'].arguments
+    lm, (batch, tokens, width) = CFG.language, passes['language'].arguments[3].shape
+    assert batch == 4 and not passes['vision'].arguments[0]
+    assert sorted(total.shape[-1] for total, _ in sums.values()) == [
+        width,
+        width,
+        width,
+        lm.mlp_width,
+    ]  # q k v, o, gate up
+    kernels = sum(width * n for n in (lm.heads * lm.head_dim, 2 * lm.kv_heads * lm.head_dim, lm.heads * lm.head_dim))
+    kernels += 3 * width * lm.mlp_width
+    attention = 2 * lm.heads * lm.head_dim * tokens
+    unread = width * lm.mlp_width  # statistics need no output of the last kernel
+    want = 2 * batch * tokens * (2 * (kernels + attention) - unread)
+    assert flops.matmul_flops(passes['language'].program, *passes['language'].arguments) == want
+    placed = programs.placed_pass(made, passes['language'], sharding.make_mesh(data=2, fsdp=2))
+    assert placed[3].sharding.shard_shape(placed[3].shape) == (1, tokens, width)
+    assert placed[1]['attn']['q']['kernel'].sharding.spec[0] == 'fsdp'
 
 
 def drawn(arguments):
@@ -108,6 +135,7 @@ def test_devices_send_factors_and_one_layers_kernels(config, axes):
     assert {c.kind for c in found} <= {'all-reduce', 'reduce-scatter', 'all-gather'}
     assert sum(c.sent for c in reduced) < 2 * factors + 4096
     assert bool(gathers) == ('fsdp' in axes)
+    assert sum(c.sent for c in found) == pytest.approx(meshes.sent(made), rel=0.5)  # which only compares meshes
     if not gathers:
         return
     kernels = rules.kernels(made.params)
