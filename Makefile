@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo test test-slow test-processes soak lint clean
+.PHONY: demo test test-slow test-processes test-tpu soak lint clean
 
 $(VENV)/installed: requirements.txt requirements-assets.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,6 +12,14 @@ $(VENV)/installed: requirements.txt requirements-assets.txt
 
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(VENV)/bin/pip install --quiet -r requirements-test.txt
+	touch $@
+
+# The TPU's compiler in an environment of its own, on top of the other's packages: where it is installed, jax looks for TPUs.
+PACKAGES := -c 'import site; print(site.getsitepackages()[0])'
+$(VENV)/tpu/installed: $(VENV)/installed-test requirements-tpu.txt
+	$(PYTHON) -m venv $(VENV)/tpu
+	$(VENV)/bin/python $(PACKAGES) > $$($(VENV)/tpu/bin/python $(PACKAGES))/below.pth
+	$(VENV)/tpu/bin/pip install --quiet -r requirements-tpu.txt
 	touch $@
 
 demo: $(VENV)/installed
@@ -34,6 +42,10 @@ test-slow: $(VENV)/installed-test
 # Tests that start processes of their own: several for one run, a sweep's points, the pretraining script.
 test-processes: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m processes $(shell grep -l mark.processes tests/test_*.py)
+
+# Programs compiled for a TPU slice that is not there.
+test-tpu: $(VENV)/tpu/installed
+	$(VENV)/tpu/bin/python -m pytest -m tpu tests/test_compile.py
 
 # A main job struck by SIGTERM and SIGKILL a hundred times, at random moments; every rerun must end bit-identical.
 soak: $(VENV)/installed-test

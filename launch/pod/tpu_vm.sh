@@ -18,7 +18,7 @@ case "${1:-}" in
 setup)
     repository=${2:?the repository to clone}
     on_every_host "git clone $(printf %q "$repository") sparselora-jax && cd sparselora-jax && make .venv/installed && \
-        .venv/bin/pip install 'jax[tpu]==0.10.2'"
+        .venv/bin/pip install -r requirements-tpu.txt"
     ;;
 run)
     shift
