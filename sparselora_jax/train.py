@@ -49,7 +49,7 @@ def make_step(
     """The jitted step, `(state, frozen, batch) -> (state, metrics)`; only `state` is donated.
 
     Args:
-      loss: `loss(trained, frozen, batch) -> (loss, metrics)`, differentiated in `trained`; metrics have it as `loss`.
+      loss: `loss(trained, frozen, batch) -> (loss, metrics)`, differentiated in `trained`.
       tx: under `guard.skip_bad_steps`, metrics have the bad steps in a row as `skipped`.
       accumulate: micro-batches a step; must divide the batch. Their losses, metrics and gradients are *added*, so the
         loss of a part must be its share of the whole batch's.
@@ -60,7 +60,7 @@ def make_step(
     tx = optax.with_extra_args_support(tx)
 
     def gradients(trained, frozen, batch):
-        return jax.grad(loss, has_aux=True)(trained, frozen, batch)
+        return jax.value_and_grad(loss, has_aux=True)(trained, frozen, batch)
 
     def accumulated(trained, frozen, batch):
         if accumulate == 1:
@@ -78,9 +78,9 @@ def make_step(
         return jax.lax.scan(add, zeros, parts)[0]
 
     def step(state, frozen, batch):
-        grads, metrics = accumulated(state.trained, frozen, prepare(batch))
+        (value, metrics), grads = accumulated(state.trained, frozen, prepare(batch))
         with jax.numpy_dtype_promotion('standard'):  # optax's Adam multiplies its integer counter with floats
-            updates, optimizer = tx.update(grads, state.optimizer, state.trained, value=metrics['loss'])
+            updates, optimizer = tx.update(grads, state.optimizer, state.trained, value=value)
         metrics['grad_norm'] = optax.tree.norm(grads)
         if (skipped := guard.skipped(optimizer)) is not None:
             metrics['skipped'] = skipped
