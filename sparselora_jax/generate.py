@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from sparselora_jax import sharding
 from sparselora_jax.errors import SparseloraError
 from sparselora_jax.generation import decode, search
 from sparselora_jax.models import layers, towers
@@ -56,7 +57,7 @@ def generate(
     beams and of new tokens.
 
     Args:
-      weights: params, or what `bind` made of them.
+      weights: params, or what `bind` made of them; on a mesh, the batch is split along data where that divides it.
       batch: see `models.model`; without `input_ids` the prompt is the image and the BOS token. An encoder-decoder's
         `decoder_input_ids` are the beginning of what it generates.
       max_length: in tokens, those of the prompt (or of `decoder_input_ids`) included; so is `min_length`.
@@ -90,7 +91,7 @@ def generate(
     }
     prompt = np.asarray(batch['decoder_input_ids' if model.encoder_decoder else 'input_ids'])
     beams, rules = _rules(model, {k: v for k, v in given.items() if v is not None}, prompt.shape[1])
-    tokens, length = decode.decode(model, weights, batch, rules, beams=beams)
+    tokens, length = decode.decode(model, weights, batch, rules, beams=beams, mesh=sharding.mesh_of(weights))
     return np.concatenate([prompt, np.asarray(tokens)[:, : int(length)]], axis=1)
 
 

@@ -15,6 +15,9 @@ from sparselora_jax.weights import Lora
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))  # of a batch's leading axis
+# Of what is decoded, and of its caches [rows, heads, slots, head_dim]. Not along fsdp: each token would gather all
+# weights, where it now adds up its few activations.
+DECODED, CACHE = PartitionSpec('data'), PartitionSpec('data', 'tensor')
 
 # Kernels are [layers, in, out], a head's [in, out]. Attention's and the MLP's first kernels split their outputs, the
 # second their inputs.
@@ -144,6 +147,11 @@ def on_mesh(array: Any) -> NamedSharding | None:
     return where if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES else None
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh on which the arrays of a tree lie; None: on none."""
+    return next((where.mesh for where in map(on_mesh, jax.tree.leaves(tree)) if where is not None), None)
+
+
 def mesh_of_rows(batch: Any) -> Mesh | None:
     """The mesh over which `shard_batch` has split the rows of a batch; None: it has not."""
     found = (where for where in map(on_mesh, jax.tree.leaves(batch)) if where is not None)
@@ -183,9 +191,9 @@ def gathered(tree: dict, mesh: Mesh | AbstractMesh) -> dict:
     return shardings(tree, mesh, rules)
 
 
-def split_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def split_rows(tree: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec = BATCH) -> Any:
     """Activations, in a program: each device with rows of its own."""
-    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, fitting(mesh, BATCH, leaf.shape)), tree)
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, fitting(mesh, spec, leaf.shape)), tree)
 
 
 def gathering(run: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:

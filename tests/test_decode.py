@@ -11,9 +11,10 @@ from tiny_families import IMAGES, NEW
 
 import sparselora_jax as sl
 from sparselora_jax.generation import decode, search
+from sparselora_jax.models.init import init_params
 from sparselora_jax.models.model import Generation, Model, from_hf
 
-BYTES = {'pred': 1, 's32': 4, 'u32': 4, 'f32': 4}
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's4': 0.5, 'bf16': 2, 's32': 4, 'u32': 4, 'f32': 4}
 NAMES = {'parameter', 'get-tuple-element', 'tuple', 'bitcast'}  # for values that are there
 
 
@@ -82,6 +83,43 @@ def test_a_step_copies_neither_caches_nor_weights(config, beams, bound):
     rules = search.rules(NEW, length_penalty=1.0, early_stopping=False, min_new=0, eos=(2,), pad=1)
     text = decode.decode.lower(model, params, batch, rules, beams=beams).compile().as_text()
     assert large_results(text, 2**16) == ([], 4)
+
+
+def carried(compiled):
+    """Bytes of what the loop over tokens carries, the weights that it reads among them."""
+    (types,) = [
+        re.search(r'= (\(.*\)) while\(', line)[1]
+        for line in compiled.as_text().splitlines()
+        if ' while(' in line and 'known_trip_count' not in line
+    ]
+    shapes = re.findall(r'(\w+)\[([\d,]*)\]', types)
+    return sum(BYTES[dtype] * np.prod([int(n) for n in shape.split(',') if n]) for dtype, shape in shapes)
+
+
+@pytest.mark.parametrize('rows', [2, 12])  # multiplied as they are on a CPU, and unpacked
+@pytest.mark.parametrize('base', ['packed24', 'packed24_int4', 'int4'])
+def test_the_loop_holds_reduced_kernels_as_they_are(base, rows):
+    config = llama_step()
+    config.num_hidden_layers = 4
+    model = Model(from_hf(config), Generation(eos=(2,), pad=1))
+    dense = init_params(jax.random.key(0), model.shapes())
+    _, masks = sl.prune_tree(dense, None, [('.*/blocks/.*', '2:4'), ('.*', 'dense')], method=sl.Magnitude())
+    reduced, masks, _ = sl.reduce_base(sl.Frozen(dense, masks), base)
+    rules = search.rules(NEW, length_penalty=1.0, early_stopping=False, min_new=0, eos=(2,), pad=1)
+    ids = np.zeros((rows, 16), np.int32)
+    batch = {'input_ids': ids, 'attention_mask': ids}
+    programs = [
+        decode.decode.lower(model, weights, batch, rules, beams=1).compile()
+        for weights in (dense, sl.bind(reduced, masks))
+    ]
+    saved = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (dense, (reduced, masks))]
+    saved = saved[0] - saved[1]
+    assert saved > 2**18
+    first, second = (carried(one) for one in programs)
+    assert first - second > 0.95 * saved
+    if rows == 2 and base != 'int4':  # what is unpacked, the prompt's blocks one after the other, is one block's
+        first, second = (one.memory_analysis().temp_size_in_bytes for one in programs)
+        assert first - second > 0.5 * saved
 
 
 def test_a_copy_would_be_seen():

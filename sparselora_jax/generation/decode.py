@@ -10,39 +10,52 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from sparselora_jax import rules as rules_lib
+from sparselora_jax import sharding
 from sparselora_jax.generation import search
 from sparselora_jax.models import layers
 from sparselora_jax.models.model import Model
-from sparselora_jax.models.runners import unrolled_blocks, unstack
-from sparselora_jax.packing import reduced
+from sparselora_jax.models.runners import scan_blocks, unrolled_blocks, unstack
+from sparselora_jax.packing import Bitmask, dense_kernel, reduced
 from sparselora_jax.weights import Adapted, Masked, effective_weight
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'beams'))
+@functools.partial(jax.jit, static_argnames=('model', 'beams', 'mesh'))
 def decode(
-    model: Model, weights: dict, batch: dict, rules: search.Rules, *, beams: int
+    model: Model, weights: dict, batch: dict, rules: search.Rules, *, beams: int, mesh: Mesh | None = None
 ) -> tuple[Int[Array, 'batch new'], Int[Array, '']]:
-    """The best continuation of each prompt, and how many columns the longest one fills."""
+    """The best continuation of each prompt, and how many columns the longest one fills; whole on every device.
+
+    Args:
+      mesh: where the weights lie; None: on one device.
+    """
+    if mesh is not None:
+        batch = sharding.split_rows(batch, mesh, sharding.DECODED)
     language, cfg = model.language, model.cfg.language
-    weights = weights | {'language': jax.tree.map(_fold, weights['language'], is_leaf=_is_bound)}
+    flat = rules_lib.flatten(weights['language'])  # of blocks each layer is folded by itself, below
+    language_weights = {path: leaf if 'blocks/' in path else _fold(leaf) for path, leaf in flat.items()}
+    weights = weights | {'language': rules_lib.unflatten(language_weights)}
     w, new = weights['language'], rules.weight.shape[0]
     begun = (_begin_decoder if model.encoder_decoder else _begin)(model, weights, batch)
-    blocks = unstack(begun.blocks)
 
-    def run(x, view, caches):
+    def run(runner, blocks, x, view, caches):
         x, ctx = language.embed(w, cfg, x.astype(begun.x.dtype), view)
 
         def block(w, x, ctx, cache):
-            return language.block(w, cfg, x, ctx, cache)
+            return language.block(_unpacked_here(w, x), cfg, x, ctx, cache)
 
-        return unrolled_blocks('language', block, blocks, x, ctx | begun.ctx, caches)
+        return runner('language', block, blocks, x, ctx | begun.ctx, caches)
 
     def logits(x):
         return language.head(w, cfg, language.finish(w, cfg, x))
 
-    x, caches = run(begun.x, begun.view, begun.caches)
+    # The prompt by one traced block: unrolled, packed kernels of all blocks may be unpacked side by side.
+    caches = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *begun.caches)
+    x, caches = run(scan_blocks, begun.blocks, begun.x, begun.view, caches)
+    caches, blocks = unstack(caches), jax.tree.map(_fold, unstack(begun.blocks), is_leaf=_is_no_array)
     first = logits(x[:, -1:])
     rows, _, vocab = first.shape
     first = jnp.broadcast_to(first, (rows, beams, vocab))
@@ -52,14 +65,17 @@ def decode(
         index, caches, state = carry
         tokens = jax.lax.dynamic_index_in_dim(state.tokens, index - 1, axis=2, keepdims=False)
         view = _view(begun.view.positions, begun.valid, state.ancestry, index)
-        x, caches = run(language.embed_tokens(w, cfg, tokens), view, caches)
+        x, caches = run(unrolled_blocks, blocks, language.embed_tokens(w, cfg, tokens), view, caches)
         return index + 1, caches, search.step(rules, state, index, logits(x))
 
     # A barrier, or XLA moves what made a cache (T5's cross-attention: a transpose) into the loop that reads it.
     caches = jax.lax.optimization_barrier(_grow(caches, beams * new))
+    if mesh is not None:
+        caches = sharding.split_rows(caches, mesh, sharding.CACHE)
     carry = (jnp.ones((), jnp.int32), caches, state)
     _, _, state = jax.lax.while_loop(lambda carry: carry[2].unfinished, advance, carry)
-    return state.finished[:, 0], jnp.max(state.lengths[:, 0])
+    found = state.finished[:, 0], jnp.max(state.lengths[:, 0])
+    return found if mesh is None else sharding.split_rows(found, mesh, PartitionSpec())
 
 
 class _Begun(NamedTuple):
@@ -122,15 +138,30 @@ def _is_cache(leaf: Any) -> bool:
     return isinstance(leaf, layers.KVCache)
 
 
-def _is_bound(leaf: Any) -> bool:
-    return isinstance(leaf, Masked | Adapted)
+def _is_no_array(kernel: Any) -> bool:
+    return isinstance(kernel, Masked | Adapted) or reduced(kernel)
 
 
 def _fold(leaf: Any) -> Any:
-    """A plain kernel: what is bound to one would be combined again for every token.
+    """A plain kernel: what is bound to one would be combined again for every token, and so would a bitmask.
 
     Packed and quantised kernels are: that is what it takes to hold them in fewer bytes.
     """
-    if not _is_bound(leaf) or reduced(leaf.kernel):
+    bound = isinstance(leaf, Masked | Adapted)
+    kernel = leaf.kernel if bound else leaf
+    if reduced(kernel) and not isinstance(kernel, Bitmask):
         return leaf
-    return effective_weight(leaf.kernel, leaf.mask, getattr(leaf, 'lora', None))
+    return effective_weight(kernel, leaf.mask, getattr(leaf, 'lora', None)) if bound else dense_kernel(kernel)
+
+
+def _unpacked_here(w: dict, x: Array) -> dict:
+    """A block whose packed kernels seem to depend on what it reads.
+
+    Else XLA unpacks them outside of the loop over tokens: it would hold the dense kernels, or every bit of a position
+    as a byte.
+    """
+
+    def here(leaf):
+        return jax.lax.optimization_barrier((leaf, x))[0] if _is_no_array(leaf) else leaf
+
+    return jax.tree.map(here, w, is_leaf=_is_no_array)

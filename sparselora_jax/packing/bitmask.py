@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Shaped
 from sparselora_jax.packing.errors import PackingError
 from sparselora_jax.packing.stacks import kernel_shape, over_layers
 
+WORD = 32
+BIT = np.left_shift(np.uint32(1), np.arange(WORD, dtype=np.uint32))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -106,12 +109,18 @@ def unpack_bitmask(packed: Bitmask) -> Shaped[Array, '*layers inputs outputs']:
 
 def _unpack_matrix(packed: Bitmask) -> Array:
     mask = unpack_mask(packed.mask)
-    kept = mask.reshape(-1)
     if not packed.values.size:  # nothing to take from
         return jnp.zeros(mask.shape, packed.dtype)
-    index = jnp.cumsum(kept, dtype=jnp.int32) - 1
+    # Where a value stands is how many are kept before it: those of all words of 32 before, by a sum over words (over
+    # weights it would take twice as long as all the rest), and those of lower bits of its own.
+    bits = jnp.pad(mask.reshape(-1), (0, -mask.size % WORD)).reshape(-1, WORD)
+    words = jnp.sum(jnp.where(bits, BIT, jnp.uint32(0)), axis=1, dtype=jnp.uint32)
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    before = jax.lax.population_count(words[:, None] & (BIT - 1)).astype(jnp.int32)
+    index = (jnp.cumsum(counts, dtype=jnp.int32) - counts)[:, None] + before
     values = packed.values.at[index].get(mode='clip')
-    return jnp.where(kept, values, jnp.zeros((), values.dtype)).reshape(mask.shape)
+    kernel = jnp.where(bits, values, jnp.zeros((), values.dtype))
+    return kernel.reshape(-1)[: mask.size].reshape(mask.shape)
 
 
 def check_bitmask(packed: Bitmask | PackedMask) -> None:

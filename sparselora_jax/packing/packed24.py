@@ -17,6 +17,7 @@ from sparselora_jax.packing.stacks import kernel_shape, of_layer, over_layers
 
 BYTE = 8  # inputs that share a byte of positions: two groups of four
 SCALED = 128  # inputs that share an int4 scale
+HALVES, PLACES = (np.arange(count, dtype=np.int32)[:, None] for count in (2, 4))  # of a byte, and of a group
 # Scales that are tried for int4 values, over the largest magnitude: those that make it 7, 8, or more, which is cut off.
 # Negative ones too: int4 has -8 and no 8.
 SHARES = 1 / np.array([7.0, *np.arange(8.0, 12.1, 0.5)], np.float32)
@@ -122,25 +123,24 @@ def split_codes(positions: UInt8[Array, 'bytes outputs']) -> Int[Array, 'groups 
     >>> split_codes(jnp.uint8([[0b01001101]])).tolist() == [[0b1101], [0b0100]]
     True
     """
-    word = positions.astype(jnp.int32)
-    return jnp.stack([word & 15, word >> 4], axis=1).reshape(-1, positions.shape[1])
+    word = positions.astype(jnp.int32)[:, None]
+    return ((word >> 4 * HALVES) & 15).reshape(-1, positions.shape[1])
 
 
 def _split_values(packed: Packed24) -> Array:
     """`[groups, 2, outputs]` of one matrix; int4 values as integers, not scaled."""
     if packed.scale is None:
         return packed.values.reshape(-1, 2, packed.values.shape[-1])
-    word = packed.values.astype(jnp.int32)
-    return jnp.stack([nibble(word, False), nibble(word, True)], axis=1)
+    return nibble(packed.values.astype(jnp.int32)[:, None], HALVES)
 
 
-def nibble(word: Int[Array, '*of'], high: bool) -> Int[Array, '*of']:
+def nibble(word: Int[Array, '*of'], high: bool | np.ndarray) -> Int[Array, '...']:
     """Four bits of a byte as a signed number.
 
     >>> int(nibble(jnp.int32(0xF3), True)), int(nibble(jnp.int32(0xF3), False))
     (-1, 3)
     """
-    return (word << (24 if high else 28)) >> 28  # the shift to the right copies the sign
+    return (word << 28 - 4 * high) >> 28  # the shift to the right copies the sign
 
 
 def unpack24(packed: Packed24, dtype: Any = None) -> Float[Array, '*layers inputs outputs']:
@@ -153,12 +153,10 @@ def unpack24(packed: Packed24, dtype: Any = None) -> Float[Array, '*layers input
 
 
 def _unpack_matrix(packed: Packed24) -> Array:
-    values, codes = _split_values(packed), split_codes(packed.positions)
-    first, second, zero = codes & 3, codes >> 2, jnp.zeros((), values.dtype)
-    rows = [
-        jnp.where(first == place, values[:, 0], jnp.where(second == place, values[:, 1], zero)) for place in range(4)
-    ]
-    matrix = jnp.stack(rows, axis=1).reshape(-1, packed.shape[-1])[: packed.inputs]
+    # Elementwise over [groups, 4, outputs]: rows that are stacked instead would take XLA twice as long on a CPU.
+    values, codes = _split_values(packed), split_codes(packed.positions)[:, None]
+    second = jnp.where(codes >> 2 == PLACES, values[:, 1:], jnp.zeros((), values.dtype))
+    matrix = jnp.where(codes & 3 == PLACES, values[:, :1], second).reshape(-1, packed.shape[-1])[: packed.inputs]
     return matrix if packed.scale is None else scaled(matrix, packed.scale)
 
 
@@ -175,8 +173,7 @@ def mask24(packed: Packed24) -> Bool[Array, '*layers inputs outputs']:
 
 def _mask_matrix(positions):
     codes = split_codes(positions)[:, None]
-    place = jnp.arange(4, dtype=jnp.int32)[:, None]
-    return ((codes & 3 == place) | (codes >> 2 == place)).reshape(-1, positions.shape[1])
+    return ((codes & 3 == PLACES) | (codes >> 2 == PLACES)).reshape(-1, positions.shape[1])
 
 
 def quantise24(packed: Packed24) -> Packed24:
