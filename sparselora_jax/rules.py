@@ -18,8 +18,12 @@ class RuleError(SparseloraError, ValueError):
 
 
 def flatten(tree: dict) -> dict[str, Any]:
-    """Nested dict -> {'language/blocks/attn/q/kernel': leaf}. Non-dict containers (Lora, arrays) are leaves."""
-    return traverse_util.flatten_dict(tree, sep='/')
+    """Nested dict -> {'language/blocks/attn/q/kernel': leaf}, by name. Non-dict containers (Lora, arrays) are leaves.
+
+    Sorted, whatever the tree's own order: JAX sorts keys wherever it maps a tree, so a tree that was put on a mesh has
+    another order than the one that was read, and what is drawn for the n-th kernel must not depend on that.
+    """
+    return dict(sorted(traverse_util.flatten_dict(tree, sep='/').items()))
 
 
 def unflatten(flat: dict[str, Any]) -> dict:

@@ -12,6 +12,11 @@ def test_first_match_wins():
     assert values == {PATHS[0]: 2, PATHS[1]: 1, PATHS[2]: 3}
 
 
+def test_leaves_come_by_name_whatever_the_order_of_the_tree():
+    flat = rules.flatten({'b': {'y': 1, 'x': 2}, 'a': 3})
+    assert list(flat) == ['a', 'b/x', 'b/y'] and rules.unflatten(flat) == {'b': {'y': 1, 'x': 2}, 'a': 3}
+
+
 def test_path_without_a_rule_is_an_error():
     with pytest.raises(rules.RuleError, match="no rule matches kernel 'projection/kernel'"):
         rules.match([('.*/blocks/.*', 1)], PATHS)

@@ -1,5 +1,6 @@
 """Four devices equal one: the train step and the pruner under data, fsdp and tensor sharding."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -12,8 +13,9 @@ import sparselora_jax as sl
 from sparselora_jax import calibrate, restore, sharding
 from sparselora_jax.collectives import collectives
 from sparselora_jax.linear import linear
-from sparselora_jax.models import llama
+from sparselora_jax.models import causal, llama
 from sparselora_jax.models.init import init_params
+from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.models.runners import scan_blocks
 
 CFG = llama.LlamaConfig(vocab=16, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
@@ -55,6 +57,15 @@ def test_the_train_step_equals_one_device(axes, gathering):
     if 'fsdp' in axes or 'tensor' in axes:
         kernel = frozen.params['language']['blocks']['mlp']['up']['kernel']
         assert kernel.addressable_shards[0].data.size == kernel.size // (axes.get('fsdp', 1) * axes.get('tensor', 1))
+
+
+def test_lora_begins_alike_on_a_mesh():
+    params, rules = {'language': init_params(jax.random.key(0), llama.shapes(CFG))}, [('.*', (2, 4))]
+    params['language']['blocks'] = dict(reversed(params['language']['blocks'].items()))
+    sharded = sharding.shard(params, sharding.make_mesh(fsdp=4))
+    assert list(sharded['language']['blocks']) != list(params['language']['blocks'])  # JAX has sorted the keys
+    made = [sl.init_lora(jax.random.key(1), tree, rules) for tree in (params, sharded)]
+    jax.tree.map(np.testing.assert_array_equal, *made)
 
 
 @pytest.mark.parametrize('base', ['packed24', 'int4'])
@@ -108,6 +119,72 @@ def pruned_alone():
     return params, batch, scores, sl.prune(mlp_tower, params, [batch], PATTERNS, method=METHODS, chunk=2)
 
 
+MESHES = [(4, 1, 1), (1, 2, 2)]
+
+
+@pytest.fixture(scope='module')
+def random_mlp():
+    rng = np.random.default_rng(0)
+    mlp = {name: {'kernel': rng.normal(size=(2, *shape)).astype(np.float32)} for name, shape in KERNELS.items()}
+    batch = {'x': rng.normal(size=(16, 6, 32)).astype(np.float32), 'valid': rng.random((16, 6)) < 0.8}
+    return {'language': {'blocks': {'mlp': mlp}}}, batch
+
+
+@pytest.fixture(scope='module')
+def swapped_alone(random_mlp):
+    return swapped(*random_mlp)
+
+
+def swapped(params, batch):
+    """DSnoT's masks, unstructured and within groups of four."""
+    knobs = {'method': sl.DSnoT(), 'chunk': 2}
+    return [sl.prune(mlp_tower, params, [batch], [('.*', pattern)], **knobs).masks for pattern in ('0.5', '2:4')]
+
+
+@pytest.mark.parametrize('data, fsdp, tensor', MESHES)
+def test_dsnot_equals_one_device(data, fsdp, tensor, random_mlp, swapped_alone):
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    params, batch = random_mlp
+    got = swapped(sharding.shard(params, mesh), sharding.shard_batch(batch, mesh))
+    jax.tree.map(np.testing.assert_array_equal, got, swapped_alone)  # nothing here is a near-tie
+
+
+@pytest.fixture(scope='module')
+def scored_alone(random_mlp):
+    return scored(*random_mlp)
+
+
+def mean_square(w, batch, run):
+    return jnp.mean(jnp.square(mlp_tower(w, batch, run)))
+
+
+EPS = 1e-2  # of the zeroth order
+
+
+def scored(params, batch):
+    """What each allocation decides by: (first order, zeroth order, OWL's shares, zeros by magnitude)."""
+    uniform = sl.pruning.uniform_zeros(params, [('.*', '0.5')], method=sl.Wanda())
+    paths, of_noise = tuple(uniform), {'key': jax.random.key(0), 'eps': EPS}
+    return (
+        sl.pruning.first_order_scores(mean_square, params, [batch], paths),
+        sl.pruning.zeroth_order_scores(mean_square, params, [batch], paths, **of_noise),
+        sl.pruning.outlier_shares(mlp_tower, params, [batch], paths, threshold=2.0, chunk=2),
+        sl.pruning.global_magnitude_zeros(params, uniform, highest=0.9),
+    )
+
+
+@pytest.mark.parametrize('data, fsdp, tensor', MESHES)
+def test_allocations_decide_as_on_one_device(data, fsdp, tensor, random_mlp, scored_alone):
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    params, batch = random_mlp
+    got = scored(sharding.shard(params, mesh), sharding.shard_batch(batch, mesh))
+    loss = np.float32(mean_square(params, batch, scan_blocks))
+    rounding = 16 * np.spacing(loss) / EPS  # of losses, over their distance
+    bounds = {'rtol': 1e-5}, {'atol': rounding, 'rtol': 0}, {'rtol': 0}, {'rtol': 0}
+    for one, other, bound in zip(got, scored_alone, bounds, strict=True):
+        jax.tree.map(lambda a, b, bound=bound: np.testing.assert_allclose(a, b, **bound), one, other)
+
+
 def bytes_of(shapes):
     return sorted(4 * rows * columns for rows, columns in shapes)
 
@@ -149,6 +226,25 @@ def test_the_pruner_equals_one_device(data, fsdp, tensor, pruned_alone):
         assert sum(c.size for c in observed if c.kind != 'all-to-all') <= sum(gathered) + 2 * vectors + 64
     every = [c for program in (block, observed, *pruning[0]) for c in program]
     assert max((c.size * c.times for c in every), default=0) <= bytes_of([(64, 64)])[0]  # no stack of kernels
+
+
+@pytest.mark.parametrize('data, fsdp, tensor', [(4, 1, 1), (2, 1, 2), (1, 2, 2)])
+def test_decoding_equals_one_device_and_its_caches_are_split(data, fsdp, tensor):
+    model = Model(causal.CausalConfig(CFG), Generation(eos=(15,), pad=0))
+    tokens = np.asarray(jax.random.randint(jax.random.key(2), (4, 5), 1, 15))
+    params = init_params(jax.random.key(0), {'language': llama.shapes(CFG)}, std=1.0)
+    knobs = {'num_beams': 2, 'max_new_tokens': 7, 'length_penalty': 1.0}
+    want = sl.generate(model, params, {'input_ids': tokens}, **knobs)
+    mesh, client = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[0].client
+    before = client.live_executables()
+    got = sl.generate(model, sharding.shard(params, mesh), {'input_ids': tokens}, **knobs)
+    np.testing.assert_array_equal(got, want)
+    (program,) = [
+        m for e in client.live_executables() if e not in before for m in e.hlo_modules() if 'decode' in m.name
+    ]
+    heads, slots = CFG.kv_heads // tensor, 5 + 2 * 7
+    loop = re.findall(r'= \((.*)\) while\(', program.to_string())[-1]
+    assert loop.count(f'f32[{4 // data},{heads},{slots},{CFG.width // CFG.heads}]') == 2 * CFG.depth
 
 
 def test_an_untied_head_is_split_over_both_axes():
