@@ -18,6 +18,8 @@ def steps(indices: range, folder: str | Path | None) -> Iterator[int]:
     Args:
       folder: those of `TRACED` are traced into `<folder>/plugins/profile`; None: none.
     """
+    if folder is not None and len(indices) < TRACED.start:
+        print(f'profile: no trace, since {len(indices)} steps are left and the first {TRACED.start - 1} are not traced')
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with ExitStack() as trace:

@@ -139,12 +139,20 @@ def fit(
       BadStep: names the step. Interrupted: the state was saved first. CheckpointError: see `Checkpoints.finish`.
     """
     state = checkpoints.restore(state) or state
-    indices = profiling.steps(range(int(state.step), steps), profile)
+    first = int(state.step)
+    indices = profiling.steps(range(first, steps), profile)
+
+    def draw(index):
+        if index == steps:
+            return None
+        with jax.profiler.TraceAnnotation(profiling.DATA):
+            return batches[index]
+
     with stop_signal() as stopped, closing(indices):
+        batch = draw(min(first, steps))
         for index in indices:
-            with jax.profiler.TraceAnnotation(profiling.DATA):
-                batch = batches[index]
             state, metrics = step(state, frozen, batch)
+            batch = draw(index + 1)  # before its numbers are waited for, so that the device has work meanwhile
             values = {name: float(value) for name, value in metrics.items()}
             if bad := _why_bad(values, patience):
                 saved = checkpoints.steps()

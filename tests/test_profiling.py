@@ -57,3 +57,9 @@ def test_a_run_that_ends_within_the_trace_leaves_it(tmp_path):
     with pytest.raises(BadStep):
         run(tmp_path, [np.ones(2, np.float32)] * 3 + [np.full(2, np.nan, np.float32)] * 2)
     assert [stats['step_num'] for *_, stats in read(tmp_path)[profiling.STEP]] == [3, 4]
+
+
+def test_a_run_of_fewer_steps_says_that_there_is_no_trace(tmp_path, capsys):
+    run(tmp_path, [np.ones(2, np.float32)] * 2)
+    assert 'profile: no trace, since 2 steps are left' in capsys.readouterr().out
+    assert not (tmp_path / 'plugins').exists()

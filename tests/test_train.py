@@ -104,6 +104,26 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_state(tmp_p
     assert checkpoints.steps() == [1, 2]
 
 
+def test_the_next_batch_is_drawn_before_a_steps_numbers_are_waited_for(tmp_path):
+    events = []
+
+    class Batches:
+        def __getitem__(self, index):
+            events.append(f'batch {index}')
+            return jnp.ones(2)
+
+    def loss(trained, frozen, batch):
+        value = jnp.sum(trained * batch)
+        return value, {'loss': value}
+
+    tx, knobs = optax.sgd(0.1), {'steps': 3, 'checkpoints': Checkpoints(tmp_path)}
+    knobs['log'] = lambda step, metrics: events.append(f'step {step} done')
+    state = fit(make_step(loss, tx), init_state(jnp.ones(2), tx), None, Batches(), **knobs)
+    assert events == ['batch 0', 'batch 1', 'step 1 done', 'batch 2', 'step 2 done', 'step 3 done']
+    fit(make_step(loss, tx), state, None, Batches(), **knobs)
+    assert len(events) == 6  # nothing was left to do
+
+
 def test_of_steps_run_twice_the_last_record_counts(tmp_path):
     log = Log(tmp_path)
     for step, loss in [(1, 3.0), (2, 2.0), (2, 1.5)]:
