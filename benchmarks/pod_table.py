@@ -10,6 +10,7 @@ is one run of `launch/compile.py`: a step on the best mesh, a calibration pass o
 """
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +30,14 @@ MODELS = {
     'Salesforce/blip2-opt-6.7b': 'configs/blip2_lang_only.py:data=data',
     'Salesforce/instructblip-flan-t5-xxl': 'configs/instructblip_lang_only.py',
 }
-SLICES = {  # in the order in which they are compiled: name -> topology, chips
-    'v5e-8': ('v5e:2x4', 8),
-    'v5e-4': ('v5e:2x2', 4),
-    'v5e-256': ('v5e:16x16', 256),
-    'v5e-16': ('v5e:4x4', 16),
-    'v5e-64': ('v5e:8x8', 64),
-    'v6e-256': ('v6e:16x16', 256),
-    'v5p, 64 chips': ('v5p:4x4x4', 64),
+SLICES = {  # name -> topology, in the order in which they are compiled
+    'v5e-8': 'v5e:2x4',
+    'v5e-4': 'v5e:2x2',
+    'v5e-256': 'v5e:16x16',
+    'v5e-16': 'v5e:4x4',
+    'v5e-64': 'v5e:8x8',
+    'v6e-256': 'v6e:16x16',
+    'v5p, 64 chips': 'v5p:4x4x4',
 }
 COLUMNS = 'slice', 'mesh', 'GiB a chip', 'TFLOP a chip', 'GiB sent', 'matmuls, s', 'memory, s', 'links, s', 'tokens/s'
 LARGE, SMALL = 'v5e-256', 'v5e-4'  # weak scaling: with as many tokens a chip, time of one over that of the other
@@ -55,17 +56,21 @@ def main(argv):
             print_table(model, program, of)
 
 
+def chips(slice_):
+    """How many a slice has."""
+    return math.prod(map(int, SLICES[slice_].split(':')[1].split('x')))
+
+
 def file_of(model, slice_, program):
     """Where `launch/compile.py` leaves a row."""
-    topology, _ = SLICES[slice_]
-    return Path(WORKDIR.value) / f'{model.replace("/", "--")}-{program}-{topology.replace(":", "-")}.json'
+    return Path(WORKDIR.value) / f'{model.replace("/", "--")}-{program}-{SLICES[slice_].replace(":", "-")}.json'
 
 
 def compile_row(model, config, slice_, program):
     """One row, in a process of its own."""
-    topology, chips = SLICES[slice_]
-    fields = {'dtype': 'bfloat16', 'restore.batch': ROWS * chips, 'restore.remat': True}
-    fields |= {'prune.samples': ROWS * chips, 'prune.chunk': ROWS}
+    samples = ROWS * chips(slice_)
+    fields = {'dtype': 'bfloat16', 'restore.batch': samples, 'restore.remat': True}
+    fields |= {'prune.samples': samples, 'prune.chunk': ROWS}
     mesh = ['--mesh=best', f'--tries={TRIES.value}']
     if program == 'calibrate':
         if (step := best(model, slice_, 'restore')) is None:
@@ -73,23 +78,21 @@ def compile_row(model, config, slice_, program):
         fields |= {f'mesh.{axis}': count for axis, count in step['mesh'].items()}
         mesh = []
     flags_ = [f'--config={config}', *(f'--config.{name}={value}' for name, value in fields.items()), *mesh]
-    script = [sys.executable, 'launch/compile.py', model, f'--topology={topology}', f'--program={program}']
+    script = [sys.executable, 'launch/compile.py', model, f'--topology={SLICES[slice_]}', f'--program={program}']
     subprocess.run([*script, *flags_, f'--workdir={WORKDIR.value}'], check=False)
 
 
 def best(model, slice_, program):
     """The figures on the fastest mesh that fits; None: there is none, or none was compiled yet."""
     file = file_of(model, slice_, program)
-    tried = json.loads(file.read_text())['tried'] if file.exists() else []
-    fitting = [found for found in tried if found.get('fits')]
-    return min(fitting, key=lambda found: found['roofline']['seconds'], default=None)
+    return json.loads(file.read_text())['best'] if file.exists() else None
 
 
 def print_table(model, program, of):
     """In Markdown, a row for each slice."""
     columns = *COLUMNS, 'dollars, 25,000 samples', 'compiled in, s'
     print(f'\n{of} of {model}:\n\n| ' + ' | '.join(columns) + ' |\n' + '|---' * len(columns) + '|')
-    for slice_ in sorted(SLICES, key=lambda name: (name[:3], SLICES[name][1])):
+    for slice_ in sorted(SLICES, key=lambda name: (name[:3], chips(name))):
         cells = [slice_, *row(model, slice_, program)]
         print('| ' + ' | '.join(cells + [''] * (len(columns) - len(cells))) + ' |')
     if (large := best(model, LARGE, program)) and (small := best(model, SMALL, program)):

@@ -69,12 +69,12 @@ def main(argv):
         tried.append({'mesh': axes} | compile_on(memory.recipe(cfg, config), devices, chip, price))
         if tried[-1].get('fits') and tried[-1]['roofline']['bound'] == 'matmuls':
             break
-    keep(name, config, price, tried)
+    best = min((found for found in tried if found.get('fits')), key=seconds, default=None)
+    keep(name, config, price, {'best': best, 'tried': tried})
     if not tried:
         raise recipe.ConfigError(f'{TOPOLOGY.value}: no mesh of its {len(devices)} chips holds this, by shapes alone')
-    fitting = [found for found in tried if found.get('fits')]
-    report(min(fitting, key=seconds) if fitting else tried[0], chip, price)
-    if not fitting:
+    report(best or tried[0], chip, price)
+    if not best:
         sys.exit(1)
 
 
@@ -126,13 +126,13 @@ def compile_on(made, devices, chip, price):
     return found | plan.throughput(made, samples, seconds(found), mesh.size, price)
 
 
-def keep(name, config, price, tried):
-    """Writes what was found."""
+def keep(name, config, price, found):
+    """Writes what was found: of all meshes that were tried, and of the best that fits."""
     file = Path(WORKDIR.value) / f'{name.replace("/", "--")}-{PROGRAM.value}-{TOPOLOGY.value.replace(":", "-")}.json'
     file.parent.mkdir(parents=True, exist_ok=True)
     said = {'model': name, 'program': PROGRAM.value, 'topology': TOPOLOGY.value, 'price': price}
-    said |= {'effort': EFFORT.value, 'config': json.loads(config.to_json()), 'tried': tried}
-    storage.write_text(file, json.dumps(said, indent=1))
+    said |= {'effort': EFFORT.value, 'config': json.loads(config.to_json())}
+    storage.write_text(file, json.dumps(said | found, indent=1))
     print(f'  written to {file}')
 
 

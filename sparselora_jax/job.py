@@ -87,7 +87,6 @@ class Job:
 
     def _begin(self, name: str) -> None:
         claim(self.workdir, self.config)
-        storage.hold(self.workdir)
         storage.write_text(self.workdir / QUESTIONS, self.questions)
         print(f'-- {name}', flush=True)
 
@@ -132,7 +131,12 @@ class Job:
         if set(axes.values()) == {1} and jax.process_count() == 1:
             return None
         mesh = sharding.make_mesh(**axes)
-        for line in sharding.undivided(structs(self.model.cfg), mesh) if processes.first() else ():
+        lines, batch = sharding.undivided(structs(self.model.cfg), mesh), self.config.evaluate.batch
+        if batch % mesh.shape['data']:
+            lines.append(
+                f'data={mesh.shape["data"]} does not divide evaluate.batch, {batch}: every device answers all questions'
+            )
+        for line in lines if processes.first() else ():
             print(f'mesh: {line}', flush=True)
         return mesh
 

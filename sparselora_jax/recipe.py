@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sparselora_jax.losses import KL_REDUCTIONS
 from sparselora_jax.packing import FOUR_BITS
 from sparselora_jax.restore import TRAINED
 from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
-from sparselora_jax.storage import write_text
+from sparselora_jax.storage import hold, write_text
 from sparselora_jax.weights import GRADIENTS, LoraSpec
 
 ALLOCATIONS = ('uniform', 'global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_zeroth')
@@ -100,15 +101,22 @@ def check_batches(config: Any) -> None:
     """Names batches that the mesh cannot split.
 
     Raises:
-      ConfigError: the field and what does not divide it.
+      ConfigError: the field, what does not divide it, and the nearest mesh of as many devices that splits all.
     """
-    rows, restore = config.mesh.data * config.mesh.fsdp, config.restore
-    for field, count in {
-        'restore.batch / restore.accumulate': restore.batch // restore.accumulate,
-        'prune.samples': config.prune.samples,
-    }.items():
+    mesh, restore, prune = config.mesh, config.restore, config.prune
+    rows, counts = mesh.data * mesh.fsdp, {'restore.batch / restore.accumulate': restore.batch // restore.accumulate}
+    counts['prune.samples'] = prune.samples
+    if prune.allocation.startswith('ecoflap'):
+        counts['prune.score_batch'] = prune.score_batch
+    for field, count in counts.items():
         if count % rows:
-            raise ConfigError(f'{field} is {count}: mesh.data * mesh.fsdp = {rows} does not divide it')
+            fits = math.gcd(rows, *counts.values())
+            fsdp = math.gcd(mesh.fsdp, fits)
+            better = f'data={fits // fsdp}, fsdp={fsdp}, tensor={mesh.tensor * rows // fits}'
+            raise ConfigError(
+                f'{field} is {count}: mesh.data * mesh.fsdp = {rows} does not divide it; {better} divides all, or ask '
+                f'for a multiple of {rows}'
+            )
 
 
 def _check_allocation(config: Any) -> None:
@@ -321,6 +329,11 @@ def refuse_other(workdir: Path, config: Any) -> None:
 
 
 def claim(workdir: Path, config: Any) -> None:
-    """Makes the workdir this config's."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Makes the workdir this config's, and keeps other processes out of it until this one ends.
+
+    Raises:
+      StorageError: another run is in it. ConfigError: see `refuse_other`. Nothing is written then.
+    """
+    hold(workdir)
+    refuse_other(workdir, config)  # another run may have come and gone since it was looked at
     write_text(workdir / 'config.json', json.dumps(json.loads(config.to_json()), indent=1))

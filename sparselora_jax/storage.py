@@ -77,7 +77,7 @@ _HELD: dict[Path, IO] = {}
 
 
 def hold(folder: Path) -> None:
-    """Keeps other processes out of a folder until this one ends, however it ends.
+    """Makes a folder, and keeps other processes out of it until this one ends, however it ends.
 
     Raises:
       StorageError: another one is in it.
@@ -85,6 +85,7 @@ def hold(folder: Path) -> None:
     path = folder.resolve() / LOCK
     if path in _HELD:
         return
+    folder.mkdir(parents=True, exist_ok=True)
     file = path.open('a+')
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from sparselora_jax.models import embedded, hf
 from sparselora_jax.models.model import FAMILIES
 from sparselora_jax.progress import Progress
 from sparselora_jax.recipe import ConfigError, check_values, claim, override, refuse_other
-from sparselora_jax.storage import hold, write_text
+from sparselora_jax.storage import write_text
 from sparselora_jax.train import Interrupted
 
 MODELS = ('dense', 'pruned', 'restored', 'control')
@@ -157,7 +157,6 @@ def run(
     if left:
         check(planned)
     claim(workdir, config)
-    hold(workdir)
     progress = Progress(config.name, len(planned), first=len(planned) - len(left), interval=0)
     failed = []
     for index, one in enumerate(left):

@@ -164,7 +164,11 @@ def image(tmp_path):
 
 def test_batches_that_the_mesh_cannot_split_are_named_before_any_work(refused, tiny_model):
     err = refused('train.py', '--config.mesh.fsdp=4', '--config.restore.batch=6')
-    assert 'restore.batch / restore.accumulate is 6: mesh.data * mesh.fsdp = 4 does not divide it' in err
+    assert 'restore.batch / restore.accumulate is 6: mesh.data * mesh.fsdp = 4 does not divide it; ' in err
+    assert 'data=1, fsdp=2, tensor=2 divides all, or ask for a multiple of 4' in err
+    allocation = ['--config.prune.allocation=ecoflap_first', '--config.prune.pattern.language=0.5']
+    scored = ['--config.prune.score_batch=2', '--config.prune.score_samples=8']
+    assert 'prune.score_batch is 2: mesh' in refused('train.py', '--config.mesh.fsdp=4', *allocation, *scored)
 
 
 @pytest.mark.parametrize('flag', ['--batch=0', '--questions=0', '--dtype=floaty'])

@@ -1,5 +1,6 @@
 """Any tree comes back bit for bit; a file that is not whole is named."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from contextlib import contextmanager
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 import sparselora_jax as sl
-from sparselora_jax import packing, storage
+from sparselora_jax import packing, recipe, storage
 
 
 def test_each_tree_comes_back_bit_for_bit(tmp_path):
@@ -92,13 +94,30 @@ def test_where_there_is_no_room_the_old_file_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['text.json', 'w.safetensors']
 
 
-def test_two_processes_cannot_hold_a_folder(tmp_path):
+@contextmanager
+def held_by_another(folder):
+    """Yields the process that holds it."""
     script = 'import sys; from pathlib import Path; from sparselora_jax import storage; storage.hold(Path(sys.argv[1]))'
-    other = [sys.executable, '-c', script + '; print(1, flush=True); sys.stdin.read()', str(tmp_path)]
+    other = [sys.executable, '-c', script + '; print(1, flush=True); sys.stdin.read()', str(folder)]
     with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
+        yield holder
+        holder.kill()
+
+
+def test_two_processes_cannot_hold_a_folder(tmp_path):
+    with held_by_another(tmp_path) as holder:
         with pytest.raises(sl.StorageError, match=rf'another run is in it \(process {holder.pid} on .*\); use another'):
             storage.hold(tmp_path)
-        holder.kill()
     storage.hold(tmp_path)
     storage.hold(tmp_path)  # a process may hold it twice
+
+
+def test_a_folder_that_another_process_holds_is_left_as_it_is(tmp_path):
+    config = ConfigDict({'seed': 0, 'mesh': {'data': 2}})
+    with held_by_another(tmp_path):
+        with pytest.raises(sl.StorageError, match='another run is in it'):
+            recipe.claim(tmp_path, config)
+        assert not (tmp_path / 'config.json').exists()
+    recipe.claim(tmp_path, config)
+    assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 0
