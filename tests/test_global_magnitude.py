@@ -27,7 +27,7 @@ def draw(kind, dtype):
     params = {path: rng.normal(size=shape, scale=1 + i) for i, (path, shape) in enumerate(SHAPES.items())}
     if kind == 'tied':  # many equal weights, of both signs, zeros among them
         params = {path: np.round(leaf) for path, leaf in params.items()}
-    return {path: jnp.asarray(leaf, dtype) for path, leaf in params.items()}
+    return {path: jnp.asarray(leaf, dtype) for path, leaf in sorted(params.items())}
 
 
 @pytest.mark.parametrize('kind', ['distinct', 'tied'])

@@ -46,7 +46,7 @@ def global_magnitude_zeros(
         it goes to the smallest weights of the other layers.
 
     Returns:
-      {path: zeros}. Of equal weights those of the earlier path, layer and position are pruned first.
+      {path: zeros}. Of equal weights those of the earlier path (by name), layer and position are pruned first.
 
     Raises:
       PatternError: a layer's kernel would keep no weight, or the budget does not fit under `highest`.
