@@ -136,3 +136,16 @@ def test_pruning_from_disk_equals_pruning_in_memory(directory, data, tmp_path, k
     merged = sl.merge(jobs[0].frozen.params, jobs[0].frozen.masks)
     hf_export.check_export(jobs[1].workdir / 'pruned', model, merged)
     sl.check_sparse(params, jobs[0].frozen.masks)
+
+
+@pytest.mark.slow
+def test_pruning_from_disk_on_a_mesh_is_pruning_in_memory_on_one_device(directory, data, tmp_path):
+    fields = {'prune.method': 'sparsegpt', 'prune.samples': 8, 'restore.batch': 4}
+    jobs = [
+        Job(config_of('blip2-opt', directory('blip2-opt'), data, **fields, **more), tmp_path / str(len(more)))
+        for more in ({}, {'stream': True, 'mesh.data': 4})
+    ]
+    for job in jobs:
+        stages.prune(job)
+    for name in ('masks.safetensors', 'kernels.safetensors'):
+        assert (jobs[0].workdir / name).read_bytes() == (jobs[1].workdir / name).read_bytes()
