@@ -69,15 +69,15 @@ def random_packed(key: jax.Array, like: Packed24) -> Packed24:
 def random_params(key: jax.Array, like: dict) -> dict:
     """Params of shapes, packed or not, one leaf after the other."""
 
-    def leaf(path, like):
-        of_path = jax.random.fold_in(key, sum(path.encode()))
+    def leaf(key, name, like):
         if isinstance(like, Packed24):
-            return jax.jit(lambda key: random_packed(key, like))(of_path)
-        name = path.split('/')[-1]
+            return jax.jit(lambda key: random_packed(key, like))(key)
         shapes = {name: like.shape}
-        return jax.jit(lambda key: init_params(key, shapes, dtype=like.dtype)[name])(of_path)
+        return jax.jit(lambda key: init_params(key, shapes, dtype=like.dtype)[name])(key)
 
-    return rules.unflatten({path: leaf(path, leaf_like) for path, leaf_like in rules.flatten(like).items()})
+    flat = enumerate(rules.flatten(like).items())
+    found = {path: leaf(jax.random.fold_in(key, i), path.split('/')[-1], like) for i, (path, like) in flat}
+    return rules.unflatten(found)
 
 
 def random_masks(key: jax.Array, like: dict) -> dict:
@@ -115,12 +115,12 @@ def measure(name: str, case: str) -> None:
     config = instructblip_lang_only.get_config('hardware=gpu')
     config.restore.update(CASES[case] | {'batch': BATCH.value, 'accumulate': BATCH.value, 'remat': True})
     made = memory.recipe(cfg, config)
-    step, (state_like, frozen_like, batch_like) = programs.restore_step(made)
+    step, tx = programs.restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config, None)
+    _, (state_like, frozen_like, batch_like) = programs.restore_step(made)
     key = jax.random.key(0)
     params, masks = random_params(key, frozen_like.params), frozen_like.masks
     frozen = Frozen(params, None if masks is None else random_masks(key, masks), None)
     lora = jax.jit(lambda key: init_lora(key, made.params, recipe.lora_rules(config)))(key)
-    _, tx = programs.restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config, None)
     state, batch = init_state(lora, tx), jax.device_put(random_batch(batch_like))
     assert jax.tree.structure(state) == jax.tree.structure(state_like)
     compiled = step.lower(state, frozen, batch).compile()
@@ -142,8 +142,8 @@ def measure(name: str, case: str) -> None:
 
 def main(argv):
     """Prints the table, a process a base; in such a process, its line."""
-    if unknown := [base for base in BASES.value if base not in CASES] or len(argv) != 2:
-        raise SystemExit(f'expected one model and --bases of {", ".join(CASES)}, not {unknown}')
+    if len(argv) != 2 or set(BASES.value) - set(CASES):
+        raise SystemExit(f'expected one model, not {argv[1:]}, and --bases of {", ".join(CASES)}, not {BASES.value}')
     if len(BASES.value) == 1:
         measure(argv[1], *BASES.value)
         return

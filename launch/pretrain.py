@@ -51,7 +51,6 @@ def main(argv):
     """Runs the stages in order."""
     del argv
     config, workdir = CONFIG.value, Path(WORKDIR.value)
-    recipe.refuse_other(workdir, config)
     recipe.claim(workdir, config)
     log, key = Log(workdir), jax.random.key(config.seed)
     path = embedded.language_model_file()

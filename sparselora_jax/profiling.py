@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 
+from sparselora_jax import processes
+
 TRACED = range(3, 6)  # steps of a run, from 1: the first compiles, and whatever else is new at first is over
 STEP, DATA = 'step', 'data'  # what annotations are called: of a whole step, and of waiting for its batch in there
 
@@ -18,7 +20,7 @@ def steps(indices: range, folder: str | Path | None) -> Iterator[int]:
     Args:
       folder: those of `TRACED` are traced into `<folder>/plugins/profile`; None: none.
     """
-    if folder is not None and len(indices) < TRACED.start:
+    if folder is not None and len(indices) < TRACED.start and processes.first():
         print(f'profile: no trace, since {len(indices)} steps are left and the first {TRACED.start - 1} are not traced')
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0

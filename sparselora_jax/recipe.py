@@ -332,7 +332,7 @@ def claim(workdir: Path, config: Any) -> None:
     """Makes the workdir this config's, and keeps other processes out of it until this one ends.
 
     Raises:
-      StorageError: another run is in it. ConfigError: see `refuse_other`. Nothing is written then.
+      StorageError: another run is in it. ConfigError: see `refuse_other`. What it holds stays then.
     """
     hold(workdir)
     refuse_other(workdir, config)  # another run may have come and gone since it was looked at

@@ -191,8 +191,10 @@ def gathered(tree: dict, mesh: Mesh | AbstractMesh) -> dict:
     return shardings(tree, mesh, rules)
 
 
-def split_rows(tree: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec = BATCH) -> Any:
-    """Activations, in a program: each device with rows of its own."""
+def split_rows(tree: Any, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec = BATCH) -> Any:
+    """Activations, in a program: each device with rows of its own; mesh None: one device, the tree as it is."""
+    if mesh is None:
+        return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, fitting(mesh, spec, leaf.shape)), tree)
 
 

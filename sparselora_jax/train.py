@@ -143,13 +143,13 @@ def fit(
     indices = profiling.steps(range(first, steps), profile)
 
     def draw(index):
-        if index == steps:
+        if index >= steps:
             return None
         with jax.profiler.TraceAnnotation(profiling.DATA):
             return batches[index]
 
     with stop_signal() as stopped, closing(indices):
-        batch = draw(min(first, steps))
+        batch = draw(first)
         for index in indices:
             state, metrics = step(state, frozen, batch)
             batch = draw(index + 1)  # before its numbers are waited for, so that the device has work meanwhile

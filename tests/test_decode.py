@@ -18,17 +18,19 @@ BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's4': 0.5, 'bf16': 2, 's32': 4, 'u32': 4, 
 NAMES = {'parameter', 'get-tuple-element', 'tuple', 'bitcast'}  # for values that are there
 
 
+def token_loops(text):
+    """Lines of the loops that end when their data says so: scans are left out."""
+    return [line for line in text.splitlines() if ' while(' in line and 'known_trip_count' not in line]
+
+
 def large_results(text, least):
     """What a compiled loop makes of `least` bytes or more, as (opcode, type); and how many writes in place there are.
 
-    A loop that ends when its data says so: scans are left out. In place is a slice written into what the loop carries.
+    In place is a slice written into what the loop carries.
     """
     found = re.findall(r'^(?:ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}', text, re.S | re.M)
     bodies = {name: body.splitlines() for name, body in found}
-    loops = [
-        line for lines in bodies.values() for line in lines if ' while(' in line and 'known_trip_count' not in line
-    ]
-    todo = [re.search(r'body=%?([\w.-]+)', line)[1] for line in loops]
+    todo = [re.search(r'body=%?([\w.-]+)', line)[1] for line in token_loops(text)]
     results, writes, seen = [], 0, set()
     while todo:
         if (name := todo.pop()) in seen:
@@ -87,12 +89,8 @@ def test_a_step_copies_neither_caches_nor_weights(config, beams, bound):
 
 def carried(compiled):
     """Bytes of what the loop over tokens carries, the weights that it reads among them."""
-    (types,) = [
-        re.search(r'= (\(.*\)) while\(', line)[1]
-        for line in compiled.as_text().splitlines()
-        if ' while(' in line and 'known_trip_count' not in line
-    ]
-    shapes = re.findall(r'(\w+)\[([\d,]*)\]', types)
+    (loop,) = token_loops(compiled.as_text())
+    shapes = re.findall(r'(\w+)\[([\d,]*)\]', re.search(r'= (\(.*\)) while\(', loop)[1])
     return sum(BYTES[dtype] * np.prod([int(n) for n in shape.split(',') if n]) for dtype, shape in shapes)
 
 

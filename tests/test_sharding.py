@@ -99,6 +99,14 @@ def mlp_tower(w, batch, run=scan_blocks):
     return run('language', block, w['language']['blocks'], batch['x'], ctx)[0]
 
 
+def draw_mlp():
+    """(params, batch)."""
+    rng = np.random.default_rng(0)
+    mlp = {name: {'kernel': rng.normal(size=(2, *shape)).astype(np.float32)} for name, shape in KERNELS.items()}
+    batch = {'x': rng.normal(size=(16, 6, 32)).astype(np.float32), 'valid': rng.random((16, 6)) < 0.8}
+    return {'language': {'blocks': {'mlp': mlp}}}, batch
+
+
 @pytest.fixture(scope='module')
 def pruned_alone():
     """(params, batch, Wanda's scores in the first block, what one device makes of them).
@@ -106,10 +114,8 @@ def pruned_alone():
     Of every second output all scores of a group of four are the same but for rounding: the slightest change of a
     statistic changes the mask.
     """
-    rng, scores = np.random.default_rng(0), {}
-    mlp = {name: {'kernel': rng.normal(size=(2, *shape)).astype(np.float32)} for name, shape in KERNELS.items()}
-    params = {'language': {'blocks': {'mlp': mlp}}}
-    batch = {'x': rng.normal(size=(16, 6, 32)).astype(np.float32), 'valid': rng.random((16, 6)) < 0.8}
+    (params, batch), scores = draw_mlp(), {}
+    mlp = params['language']['blocks']['mlp']
     for name in ('o', 'fc1'):  # in the order in which they run
         path = f'language/blocks/mlp/{name}/kernel'
         found = calibrate.collect(mlp_tower, params, [batch], valid=lambda b: b['valid'], select=path.__eq__)
@@ -124,10 +130,7 @@ MESHES = [(4, 1, 1), (1, 2, 2)]
 
 @pytest.fixture(scope='module')
 def random_mlp():
-    rng = np.random.default_rng(0)
-    mlp = {name: {'kernel': rng.normal(size=(2, *shape)).astype(np.float32)} for name, shape in KERNELS.items()}
-    batch = {'x': rng.normal(size=(16, 6, 32)).astype(np.float32), 'valid': rng.random((16, 6)) < 0.8}
-    return {'language': {'blocks': {'mlp': mlp}}}, batch
+    return draw_mlp()
 
 
 @pytest.fixture(scope='module')

@@ -32,8 +32,7 @@ def decode(
     Args:
       mesh: where the weights lie; None: on one device.
     """
-    if mesh is not None:
-        batch = sharding.split_rows(batch, mesh, sharding.DECODED)
+    batch = sharding.split_rows(batch, mesh, sharding.DECODED)
     language, cfg = model.language, model.cfg.language
     flat = rules_lib.flatten(weights['language'])  # of blocks each layer is folded by itself, below
     language_weights = {path: leaf if 'blocks/' in path else _fold(leaf) for path, leaf in flat.items()}
@@ -70,12 +69,11 @@ def decode(
 
     # A barrier, or XLA moves what made a cache (T5's cross-attention: a transpose) into the loop that reads it.
     caches = jax.lax.optimization_barrier(_grow(caches, beams * new))
-    if mesh is not None:
-        caches = sharding.split_rows(caches, mesh, sharding.CACHE)
+    caches = sharding.split_rows(caches, mesh, sharding.CACHE)
     carry = (jnp.ones((), jnp.int32), caches, state)
     _, _, state = jax.lax.while_loop(lambda carry: carry[2].unfinished, advance, carry)
     found = state.finished[:, 0], jnp.max(state.lengths[:, 0])
-    return found if mesh is None else sharding.split_rows(found, mesh, PartitionSpec())
+    return sharding.split_rows(found, mesh, PartitionSpec())
 
 
 class _Begun(NamedTuple):
