@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from sparselora_jax import rules as rules_lib
 from sparselora_jax.errors import SparseloraError
@@ -196,6 +197,24 @@ def split_rows(tree: Any, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec 
     if mesh is None:
         return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, fitting(mesh, spec, leaf.shape)), tree)
+
+
+def top_k(
+    scores: Float[Array, 'rows candidates'], k: int, *, mesh: Mesh | None
+) -> tuple[Float[Array, 'rows {k}'], Int[Array, 'rows {k}']]:
+    """`jax.lax.top_k` of decoded rows: each device's own. The compiler would gather all rows on every device.
+
+    Args:
+      mesh: None: one device.
+    """
+
+    def best(own):
+        return tuple(jax.lax.top_k(own, k))
+
+    if mesh is None:
+        return best(scores)
+    rows = fitting(mesh, DECODED, scores.shape).spec
+    return jax.shard_map(best, mesh=mesh, in_specs=rows, out_specs=rows)(scores)
 
 
 def gathering(run: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:

@@ -58,14 +58,14 @@ def decode(
     first = logits(x[:, -1:])
     rows, _, vocab = first.shape
     first = jnp.broadcast_to(first, (rows, beams, vocab))
-    state = search.step(rules, search.start(rules, rows, beams), jnp.zeros((), jnp.int32), first)
+    state = search.step(rules, search.start(rules, rows, beams), jnp.zeros((), jnp.int32), first, mesh)
 
     def advance(carry):
         index, caches, state = carry
         tokens = jax.lax.dynamic_index_in_dim(state.tokens, index - 1, axis=2, keepdims=False)
         view = _view(begun.view.positions, begun.valid, state.ancestry, index)
         x, caches = run(unrolled_blocks, blocks, language.embed_tokens(w, cfg, tokens), view, caches)
-        return index + 1, caches, search.step(rules, state, index, logits(x))
+        return index + 1, caches, search.step(rules, state, index, logits(x), mesh)
 
     # A barrier, or XLA moves what made a cache (T5's cross-attention: a transpose) into the loop that reads it.
     caches = jax.lax.optimization_barrier(_grow(caches, beams * new))

@@ -4,12 +4,17 @@ Nothing here knows a model: `start` and `step` see logits only. `ancestry` is wh
 the tokens of every beam stay where they were written, and a table says which of them belong to whom.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
+
+from sparselora_jax import sharding
 
 WORST = -1e9  # transformers' score of what must not be chosen
 
@@ -85,13 +90,21 @@ def start(rules: Rules, batch: int, beams: int) -> Search:
     )
 
 
-def step(rules: Rules, state: Search, index: Int[Array, ''], logits: Float[Array, 'batch beams vocab']) -> Search:
-    """Chooses the token number `index` (from 0) of every beam; one beam: greedily."""
+def step(
+    rules: Rules,
+    state: Search,
+    index: Int[Array, ''],
+    logits: Float[Array, 'batch beams vocab'],
+    mesh: Mesh | None = None,
+) -> Search:
+    """Chooses the token number `index` (from 0) of every beam; one beam: greedily. `mesh`: that of `decode`."""
     greedy = logits.shape[1] == 1
     ends = jnp.zeros(logits.shape[-1], bool).at[rules.eos].set(True)
     scores = logits if greedy else jax.nn.log_softmax(logits, axis=-1)  # before any is forbidden, as transformers does
     scores = jnp.where(ends & (index < rules.min_new), -jnp.inf, scores)
-    return (_greedy_step if greedy else _beam_step)(rules, state, index, scores, ends)
+    if greedy:
+        return _greedy_step(rules, state, index, scores, ends)
+    return _beam_step(rules, state, index, scores, ends, functools.partial(sharding.top_k, mesh=mesh))
 
 
 def _greedy_step(rules: Rules, state: Search, index: Array, scores: Array, ends: Array) -> Search:
@@ -109,19 +122,19 @@ def _greedy_step(rules: Rules, state: Search, index: Array, scores: Array, ends:
     )
 
 
-def _beam_step(rules: Rules, state: Search, index: Array, scores: Array, ends: Array) -> Search:
+def _beam_step(rules: Rules, state: Search, index: Array, scores: Array, ends: Array, top_k: Callable) -> Search:
     batch, beams, vocab = scores.shape
     last = index == rules.weight.shape[0] - 1
 
     # Enough candidates that `beams` of them go on even if all the others end.
     candidates = max(2, 1 + rules.eos.shape[0]) * beams
-    scores, best = jax.lax.top_k((scores + state.scores[..., None]).reshape(batch, -1), candidates)
+    scores, best = top_k((scores + state.scores[..., None]).reshape(batch, -1), candidates)
     tokens, ancestry = _pick((state.tokens, state.ancestry), best // vocab)
     token = (best % vocab).astype(jnp.int32)
     tokens = _write(tokens, token, index)
     ended = ends[token] | last
 
-    running_scores, chosen = jax.lax.top_k(scores + jnp.where(ended, WORST, 0.0), beams)
+    running_scores, chosen = top_k(scores + jnp.where(ended, WORST, 0.0), beams)
     running, ancestry = _pick((tokens, ancestry), chosen)
     ancestry = _write(ancestry, jnp.broadcast_to(jnp.arange(beams), (batch, beams)), index)
 
@@ -129,7 +142,7 @@ def _beam_step(rules: Rules, state: Search, index: Array, scores: Array, ends: A
     finishes = ended & (jnp.arange(candidates) < beams)
     closed = ~state.improvable | (rules.early & jnp.all(state.lengths > 0, axis=1, keepdims=True))
     scores = scores / rules.weight[index] + jnp.where(closed, WORST, 0.0) + jnp.where(finishes, 0.0, WORST)
-    scores, chosen = jax.lax.top_k(jnp.concatenate([state.finished_scores, scores], axis=1), beams)
+    scores, chosen = top_k(jnp.concatenate([state.finished_scores, scores], axis=1), beams)
     finished = jnp.concatenate([state.finished, tokens], axis=1)
     lengths = jnp.concatenate([state.lengths, jnp.where(finishes, index + 1, 0)], axis=1)
     finished, lengths = _pick((finished, lengths), chosen)
