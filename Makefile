@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo test test-slow test-processes test-tpu soak lint clean
+.PHONY: demo test test-slow test-processes test-compilers soak lint clean
 
 $(VENV)/installed: requirements.txt requirements-assets.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,12 +14,13 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(VENV)/bin/pip install --quiet -r requirements-test.txt
 	touch $@
 
-# The TPU's compiler in an environment of its own, on top of the other's packages: where it is installed, jax looks for TPUs.
+# The compilers for TPUs and GPUs in an environment of their own, on top of the other's packages: where they are installed,
+# jax looks for the chips.
 PACKAGES := -c 'import site; print(site.getsitepackages()[0])'
-$(VENV)/tpu/installed: $(VENV)/installed-test requirements-tpu.txt
-	$(PYTHON) -m venv $(VENV)/tpu
-	$(VENV)/bin/python $(PACKAGES) > $$($(VENV)/tpu/bin/python $(PACKAGES))/below.pth
-	$(VENV)/tpu/bin/pip install --quiet -r requirements-tpu.txt
+$(VENV)/compilers/installed: $(VENV)/installed-test requirements-tpu.txt requirements-gpu.txt
+	$(PYTHON) -m venv $(VENV)/compilers
+	$(VENV)/bin/python $(PACKAGES) > $$($(VENV)/compilers/bin/python $(PACKAGES))/below.pth
+	$(VENV)/compilers/bin/pip install --quiet -r requirements-tpu.txt -r requirements-gpu.txt
 	touch $@
 
 demo: $(VENV)/installed
@@ -43,9 +44,9 @@ test-slow: $(VENV)/installed-test
 test-processes: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m processes $(shell grep -l mark.processes tests/test_*.py)
 
-# Programs compiled for a TPU slice that is not there.
-test-tpu: $(VENV)/tpu/installed
-	$(VENV)/tpu/bin/python -m pytest -m tpu tests/test_compile.py
+# Programs compiled for TPUs and GPUs that are not there.
+test-compilers: $(VENV)/compilers/installed
+	$(VENV)/compilers/bin/python -m pytest -m compilers tests/test_compile.py
 
 # A main job struck by SIGTERM and SIGKILL a hundred times, at random moments; every rerun must end bit-identical.
 soak: $(VENV)/installed-test

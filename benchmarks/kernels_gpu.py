@@ -13,15 +13,22 @@ import jax
 import jax.numpy as jnp
 from kernels_roofline import Chip, Problem, times
 
+from sparselora_jax import chips
 from sparselora_jax.kernels import gpu
 from sparselora_jax.packing.packed24 import BYTE
 from sparselora_jax.tracing import nbytes
 
-GPUS = (
-    Chip('A100 80 GB (sm_80)', 2.04e12, 312e12, 108, 1.41e9, 80),
-    Chip('H100 SXM (sm_90)', 3.35e12, 989e12, 132, 1.83e9, 90),
-    Chip('B200 (sm_100)', 8.0e12, 2250e12, 148, 1.85e9, 100),
-)
+GPUS = [
+    Chip(
+        f'{gpu.chip.name} (sm_{gpu.capability}0)',
+        gpu.chip.bytes_s,
+        gpu.chip.flops_s,
+        gpu.cores,
+        gpu.hertz,
+        10 * gpu.capability,
+    )
+    for gpu in (chips.GPUS[name] for name in ('a100', 'h100', 'b200'))
+]
 
 
 def triton_ir(fn, *args) -> str:

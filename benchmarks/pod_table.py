@@ -1,8 +1,9 @@
 """Compiles models for slices of chips that are not here, and prints the tables of docs/scaling.md.
 
-pip install -r requirements-tpu.txt
+pip install -r requirements-tpu.txt -r requirements-gpu.txt
 python benchmarks/pod_table.py            # goes on where it stopped; hours on two cores
 python benchmarks/pod_table.py --table    # of what is there
+python benchmarks/pod_table.py --slices='8 H100,8 A100'
 
 Language-only 2:4 pruning by Wanda, then restoration with the dense model as the teacher: bf16 base, LoRA of the
 paper's ranks, blocks recomputed in the backward. A step and the calibration set have 16 samples for every chip. A row
@@ -37,8 +38,11 @@ SLICES = {  # name -> topology, in the order in which they are compiled
     'v5e-16': 'v5e:4x4',
     'v5e-64': 'v5e:8x8',
     'v6e-256': 'v6e:16x16',
-    'v5p, 64 chips': 'v5p:4x4x4',
+    'v5p 64 chips': 'v5p:4x4x4',
+    '8 H100': 'h100:8',
+    '8 A100': 'a100:8',
 }
+CHOSEN = flags.DEFINE_list('slices', list(SLICES), 'of the tables')
 COLUMNS = 'slice', 'mesh', 'GiB a chip', 'TFLOP a chip', 'GiB sent', 'matmuls, s', 'memory, s', 'links, s', 'tokens/s'
 LARGE, SMALL = 'v5e-256', 'v5e-4'  # weak scaling: with as many tokens a chip, time of one over that of the other
 
@@ -47,7 +51,7 @@ def main(argv):
     """Compiles what is missing, then prints."""
     del argv
     for model, config in () if TABLE.value else MODELS.items():
-        for slice_ in SLICES:
+        for slice_ in CHOSEN.value:
             for program in ('restore', 'calibrate'):
                 if not file_of(model, slice_, program).exists():
                     compile_row(model, config, slice_, program)
@@ -92,9 +96,11 @@ def print_table(model, program, of):
     """In Markdown, a row for each slice."""
     columns = *COLUMNS, 'dollars, 25,000 samples', 'compiled in, s'
     print(f'\n{of} of {model}:\n\n| ' + ' | '.join(columns) + ' |\n' + '|---' * len(columns) + '|')
-    for slice_ in sorted(SLICES, key=lambda name: (name[:3], chips(name))):
+    for slice_ in sorted(CHOSEN.value, key=lambda name: (name[:3], chips(name))):
         cells = [slice_, *row(model, slice_, program)]
         print('| ' + ' | '.join(cells + [''] * (len(columns) - len(cells))) + ' |')
+    if not {LARGE, SMALL} <= set(CHOSEN.value):
+        return
     if (large := best(model, LARGE, program)) and (small := best(model, SMALL, program)):
         print(f'\n{LARGE} over {SMALL}: {large["roofline"]["seconds"] / small["roofline"]["seconds"]:.3f}')
 
@@ -110,7 +116,8 @@ def row(model, slice_, program):
     sent = sum(of_kind['bytes'] for of_kind in found['collectives'].values())
     figures = [mesh, f'{found["total"] / GIB:.1f}', f'{found["flops"] / 1e12:.0f}', f'{sent / GIB:.1f}']
     figures += [f'{line[term]:.2f}' for term in ('matmuls', 'memory', 'links')]
-    return [*figures, f'{found["tokens_s"]:,.0f}', f'{found["dollars_25k"]:.2f}', f'{found["compilation_s"]:.0f}']
+    dollars = '' if found['dollars_25k'] is None else f'{found["dollars_25k"]:.2f}'
+    return [*figures, f'{found["tokens_s"]:,.0f}', dollars, f'{found["compilation_s"]:.0f}']
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
-"""Compiles a recipe's programs for a TPU slice that is not there: do they fit, how fast, for how much?
+"""Compiles a recipe's programs for a TPU slice, or GPUs, that are not there: do they fit, how fast, for how much?
 
-pip install -r requirements-tpu.txt
+pip install -r requirements-tpu.txt  # or requirements-gpu.txt
 python launch/compile.py Salesforce/instructblip-vicuna-7b --topology=v5p:2x2x1 \
     --config=configs/instructblip_lang_only.py:hardware=gpu --config.restore.base=packed --config.restore.teacher=top_k
 
@@ -31,22 +31,23 @@ from pathlib import Path
 import cli
 import jax
 from absl import flags
-from jax.experimental import topologies
 
-from sparselora_jax import chips, memory, meshes, plan, programs, recipe, sharding, storage
+from sparselora_jax import memory, meshes, plan, programs, recipe, sharding, storage, topology
 
 GIB = 2**30
 CONFIG = cli.define_recipe(None)
-TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'of a TPU slice, e.g. v5e:4x4, v5p:2x2x1, v6e:2x2')
+TOPOLOGY = flags.DEFINE_string(
+    'topology', 'v5e:2x2', 'of a TPU slice, e.g. v5e:4x4, v5p:2x2x1, v6e:2x2, or of GPUs, e.g. h100:8'
+)
 STAGES = {'restore': memory.restore, 'calibrate': memory.prune}
 PROGRAM = flags.DEFINE_enum('program', 'restore', list(STAGES), 'what is compiled')
 MESH = flags.DEFINE_enum(
     'mesh', 'config', ['config', 'best'], "the config's mesh, or the best one of the whole topology"
 )
 TRIES = flags.DEFINE_integer('tries', 3, 'with --mesh=best: meshes that are compiled', lower_bound=1)
-PRICE = flags.DEFINE_float('price', None, 'dollars for a chip and hour; by default a list price (chips.py)')
+PRICE = flags.DEFINE_float('price', None, "dollars for a chip and hour; a TPU's by default a list price (chips.py)")
 EFFORT = flags.DEFINE_float(
-    'effort', -1.0, "the compiler's, to 0, a run's own: five times as long, and less temporary memory", -1.0, 1.0
+    'effort', -1.0, "a TPU's compiler's, to 0, a run's own: five times as long, and less temporary memory", -1.0, 1.0
 )
 WORKDIR = flags.DEFINE_string('workdir', 'runs/compile', 'where the figures are written')
 
@@ -59,7 +60,7 @@ def main(argv):
     if config is None:
         raise recipe.ConfigError(f'{name}: no recipe for a language model alone: give one with --config=...')
     recipe.check_values(config)
-    chip, devices = find_chip(TOPOLOGY.value), find_devices(TOPOLOGY.value)
+    chip, devices = topology.find(TOPOLOGY.value)
     price = chip.dollars_hour if PRICE.value is None else PRICE.value
     print(f'{name} on {TOPOLOGY.value} ({chip.name}), {PROGRAM.value}:', flush=True)
     tried = []
@@ -106,7 +107,7 @@ def compile_on(made, devices, chip, price):
     """The figures of the program on one mesh; `error`, where it does not compile."""
     config = made.config
     mesh = sharding.make_mesh(**config.mesh, devices=devices[: math.prod(config.mesh.values())])
-    started, options = time.monotonic(), {'exec_time_optimization_effort': EFFORT.value} if EFFORT.value else {}
+    started, options = time.monotonic(), topology.compiler_options(chip, EFFORT.value)
     try:
         if PROGRAM.value == 'restore':
             samples = config.restore.batch
@@ -136,24 +137,6 @@ def keep(name, config, price, found):
     print(f'  written to {file}')
 
 
-def find_chip(topology):
-    """What is known of the chips of a topology."""
-    kind = topology.split(':')[0]
-    if kind not in chips.TPUS:
-        raise recipe.ConfigError(
-            f'--topology={topology}: expected one of {", ".join(chips.TPUS)}, then :4x4 or the like'
-        )
-    return chips.TPUS[kind]
-
-
-def find_devices(topology):
-    """The chips of a topology."""
-    try:
-        return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-    except (RuntimeError, ValueError) as error:
-        raise recipe.ConfigError(f'--topology={topology}: {error}; is requirements-tpu.txt installed?') from None
-
-
 def report(found, chip, price):
     """The figures of one mesh, for people."""
     print(f'  mesh: {describe(found["mesh"])}')
@@ -174,7 +157,8 @@ def report(found, chip, price):
     if found['compiler_s'] is not None:
         rows["seconds by the compiler's estimate, its loops counted once"] = f'{found["compiler_s"]:.3f}'
     rows['samples a second, at most'] = f'{found["samples_s"]:.1f} ({found["tokens_s"]:.0f} tokens)'
-    rows['25,000 samples, at least'] = f'{found["dollars_25k"]:.2f} dollars, at {price:.2f} for a chip and hour'
+    if price is not None:
+        rows['25,000 samples, at least'] = f'{found["dollars_25k"]:.2f} dollars, at {price:.2f} for a chip and hour'
     rows['compiled in'] = f'{found["compilation_s"]:.0f} s'
     for what, value in rows.items():
         print(f'  {what}: {value}')

@@ -155,15 +155,17 @@ def weights_read(made: memory.Recipe, parts: dict[str, int]) -> int:
     return made.config.restore.accumulate * gathered * (student + teacher) + 3 * (parts['trained'] + parts['optimizer'])
 
 
-def throughput(made: memory.Recipe, samples: int, seconds: float, chips: int, dollars_hour: float) -> dict[str, float]:
+def throughput(
+    made: memory.Recipe, samples: int, seconds: float, chips: int, dollars_hour: float | None
+) -> dict[str, float | None]:
     """Of programs that take so long for these samples: samples and tokens a second, and dollars for 25,000 samples.
 
-    Tokens are those that the language tower reads, image tokens among them.
+    Tokens are those that the language tower reads, image tokens among them. Without a price there are no dollars.
     """
     rate = samples / seconds
     tokens = sum(stack.x.shape[1] for stack in _language(made))
-    hours = 25_000 / rate / 3600
-    return {'samples_s': rate, 'tokens_s': rate * tokens, 'dollars_25k': hours * chips * dollars_hour}
+    dollars = None if dollars_hour is None else 25_000 / rate / 3600 * chips * dollars_hour
+    return {'samples_s': rate, 'tokens_s': rate * tokens, 'dollars_25k': dollars}
 
 
 def _language(made: memory.Recipe) -> list[Any]:
