@@ -46,7 +46,7 @@ test-processes: $(VENV)/installed-test
 
 # Programs compiled for TPUs and GPUs that are not there.
 test-compilers: $(VENV)/compilers/installed
-	$(VENV)/compilers/bin/python -m pytest -m compilers tests/test_compile.py
+	$(VENV)/compilers/bin/python -m pytest -n auto -m compilers tests/test_compile.py
 
 # A main job struck by SIGTERM and SIGKILL a hundred times, at random moments; every rerun must end bit-identical.
 soak: $(VENV)/installed-test
