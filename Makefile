@@ -42,7 +42,7 @@ test-slow: $(VENV)/installed-test
 
 # Tests that start processes of their own: several for one run, a sweep's points, the pretraining script.
 test-processes: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m processes $(shell grep -l mark.processes tests/test_*.py)
+	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist loadfile -m processes $(shell grep -l mark.processes tests/test_*.py)
 
 # Programs compiled for TPUs and GPUs that are not there.
 test-compilers: $(VENV)/compilers/installed
