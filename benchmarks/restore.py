@@ -2,11 +2,11 @@
 
     python benchmarks/restore.py Salesforce/instructblip-vicuna-7b [--bases=dense,packed,packed_int4] [--steps=5]
 
-Random weights of the model's shapes, its language tower 2:4, LoRA of the family's recipe on all towers, `--batch`
-samples in micro-batches of one, blocks rematerialised. `dense+teacher` runs the teacher in the step, as the paper does
-(it is the base, read without masks); the others read its 64 likeliest tokens, of random numbers too. `arguments` and
-`temporary` are the compiler's count, `peak` is the most that the device's allocator held in the whole process, `shapes`
-what `memory.py` says beforehand. Each base is measured in a process of its own.
+Random weights of the model's shapes, its language tower 2:4, LoRA of the family's recipe on all towers, 8 samples in
+micro-batches of one (`--batch`, `--accumulate`), blocks rematerialised. `dense+teacher` runs the teacher in the step, as
+the paper does (it is the base, read without masks); the others read its 64 likeliest tokens, of random numbers too.
+`arguments` and `temporary` are the compiler's count, `peak` is the most that the device's allocator held in the whole
+process, `shapes` what `memory.py` says beforehand. Each base is measured in a process of its own.
 """
 
 import subprocess
@@ -41,7 +41,8 @@ CASES = {
     'packed_int4': {'base': 'packed_int4', 'teacher': 'top_k'},
 }
 BASES = flags.DEFINE_list('bases', list(CASES), 'what is measured')
-BATCH = flags.DEFINE_integer('batch', 8, 'samples a step, in micro-batches of one')
+BATCH = flags.DEFINE_integer('batch', 8, 'samples a step')
+ACCUMULATE = flags.DEFINE_integer('accumulate', 8, 'micro-batches that they are cut into')
 STEPS = flags.DEFINE_integer('steps', 5, 'timed steps')
 CODES = np.array([first | second << 2 for second in range(4) for first in range(second)], np.uint8)  # two of four
 WORDS = 40  # of a vocabulary, which are drawn from
@@ -113,7 +114,8 @@ def measure(name: str, case: str) -> None:
     """Prints one line."""
     cfg = published.model_config(published.find_config(name))
     config = instructblip_lang_only.get_config('hardware=gpu')
-    config.restore.update(CASES[case] | {'batch': BATCH.value, 'accumulate': BATCH.value, 'remat': True})
+    size = {'batch': BATCH.value, 'accumulate': ACCUMULATE.value}
+    config.restore.update(CASES[case] | size | {'remat': True})
     made = memory.recipe(cfg, config)
     step, tx = programs.restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config, None)
     _, (state_like, frozen_like, batch_like) = programs.restore_step(made)
