@@ -3,8 +3,8 @@
     python benchmarks/restore.py Salesforce/instructblip-vicuna-7b [--bases=dense,packed,packed_int4] [--steps=5]
 
 Random weights of the model's shapes, its language tower 2:4, LoRA of the family's recipe on all towers, 8 samples in
-micro-batches of one (`--batch`, `--accumulate`), blocks rematerialised. `dense+teacher` runs the teacher in the step, as
-the paper does (it is the base, read without masks); the others read its 64 likeliest tokens, of random numbers too.
+micro-batches of one (`--batch`, `--accumulate`), blocks rematerialised. `dense+teacher` runs the teacher in the step,
+as the paper does (it is the base, read without masks); the others read its 64 likeliest tokens, of random numbers too.
 `arguments` and `temporary` are the compiler's count, `peak` is the most that the device's allocator held in the whole
 process, `shapes` what `memory.py` says beforehand. Each base is measured in a process of its own.
 """
