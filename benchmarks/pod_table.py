@@ -43,6 +43,7 @@ SLICES = {  # name -> topology, in the order in which they are compiled
     '8 A100': 'a100:8',
 }
 CHOSEN = flags.DEFINE_list('slices', list(SLICES), 'of the tables')
+flags.register_validator('slices', lambda names: set(names) <= set(SLICES), f'expected some of {", ".join(SLICES)}')
 COLUMNS = 'slice', 'mesh', 'GiB a chip', 'TFLOP a chip', 'GiB sent', 'matmuls, s', 'memory, s', 'links, s', 'tokens/s'
 LARGE, SMALL = 'v5e-256', 'v5e-4'  # weak scaling: with as many tokens a chip, time of one over that of the other
 
@@ -99,9 +100,9 @@ def print_table(model, program, of):
     for slice_ in sorted(CHOSEN.value, key=lambda name: (name[:3], chips(name))):
         cells = [slice_, *row(model, slice_, program)]
         print('| ' + ' | '.join(cells + [''] * (len(columns) - len(cells))) + ' |')
-    if not {LARGE, SMALL} <= set(CHOSEN.value):
-        return
-    if (large := best(model, LARGE, program)) and (small := best(model, SMALL, program)):
+    ends = [best(model, slice_, program) for slice_ in (LARGE, SMALL) if slice_ in CHOSEN.value]
+    if len(ends) == 2 and all(ends):
+        large, small = ends
         print(f'\n{LARGE} over {SMALL}: {large["roofline"]["seconds"] / small["roofline"]["seconds"]:.3f}')
 
 
