@@ -54,7 +54,8 @@ def candidates(kernel: str, most: int, kind: str) -> list[gpu.Tile]:
     elif kernel == 'few':
         found = tiles(1, inside[2048, 16384], (2, 4), (1,), (8, 16, 32))
     elif most == 16:
-        found = tiles(16, inside[4096, 8192], (4,), (3,) if kind == 'int4' else (3, 5), (4, 8, 16))
+        warps, stages = ((2, 4), (3,)) if kind == 'int4' else ((4,), (3, 5))
+        found = tiles(16, inside[4096, 8192], warps, stages, (4, 8, 16))
     elif most == 64:
         four_bits = kind == 'int4'
         found = tiles(64, inside[4096, 8192], (4, 8) if four_bits else (4,), (3,) if four_bits else (3, 4), (2, 4, 8))

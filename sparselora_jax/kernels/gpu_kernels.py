@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from sparselora_jax.kernels.gpu_ptx import product_in_two
 from sparselora_jax.kernels.gpu_unpack import joined, numbers, placed, unpacked
 from sparselora_jax.packing.packed24 import BYTE, SCALED
 
@@ -88,7 +89,7 @@ def _words(packed_refs, octets: _Along, words: _Along, dtype, tile: Tile) -> tup
     """Words of a tile's values, and its positions: `[octets, words]` each."""
     values_ref, positions_ref, *_ = packed_refs
     fits = _both(octets, words, (tile.octets, tile.outputs // _lanes(dtype)))
-    positions = _load(positions_ref.at[octets.at, words.at], fits).astype(jnp.uint32)
+    positions = _load(positions_ref.at[octets.at, words.at], fits)
     planes = range(values_ref.shape[1])
     return [_load(values_ref.at[octets.at, jnp.int32(plane), words.at], fits) for plane in planes], positions
 
@@ -149,18 +150,10 @@ def forward(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
     _store(out_ref, jax.lax.fori_loop(0, along.steps, body, first), rows, outputs)
 
 
-def _halves(product: Float[Array, 'rows outputs']) -> Float[Array, 'twice outputs']:
-    """A product of two bf16 as the sum of two, which is exact: two rows for one."""
-    high = product.astype(jnp.bfloat16)
-    rest = (product - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    return joined([high, rest]).transpose(0, 2, 1).reshape(-1, product.shape[1])
-
-
 def transposed(g_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
     """`g @ W.T` by the tensor core; grid: rows, inputs, shares of the sum."""
     *packed_refs, out_ref = refs
     dtype, lanes = g_ref.dtype, _lanes(g_ref.dtype)
-    halves = lanes if _four_bits(packed_refs) else 1
     rows = _Along.of(pl.program_id(0), tile.rows, sizes.rows)
     block = pl.program_id(1)
     octets = _Along.of(block, tile.octets, sizes.octets)
@@ -174,19 +167,18 @@ def transposed(g_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
         g = _load(g_ref.at[rows.at, outputs.at], _both(rows, outputs, (tile.rows, tile.outputs)))
         dense = _dense(packed_refs, octets, words, dtype, tile, interpret)
         weights = _made(dense, step, (BYTE * tile.octets, tile.outputs), dtype)
+        parts = [g]
         if _four_bits(packed_refs):
             # Scales differ from output to output, along which is summed, so they go to g.
-            scale = _scales(packed_refs, block * tile.octets, outputs).astype(jnp.float32)
-            scaled = g.astype(jnp.float32) * scale[None]
-            in_two = functools.partial(_halves, scaled)
-            g = _made(in_two, step, (2 * tile.rows, tile.outputs), dtype) if halves == 2 else scaled
-        return total + plgpu.dot(g, weights, trans_b=True)
+            scale = _scales(packed_refs, block * tile.octets, outputs).astype(dtype)[None]
+            wide = jnp.broadcast_to(scale, g.shape)
+            parts = [g * scale] if lanes == 1 else product_in_two(g, wide, interpret=interpret)
+        for part in parts:
+            total += plgpu.dot(part, weights, trans_b=True)
+        return total
 
-    first = jnp.zeros((halves * tile.rows, BYTE * tile.octets), jnp.float32)
-    total = jax.lax.fori_loop(0, along.steps, body, first)
-    if halves == 2:
-        total = jnp.sum(total.reshape(tile.rows, 2, BYTE * tile.octets), axis=1)
-    _store(out_ref, total, rows, inputs)
+    first = jnp.zeros((tile.rows, BYTE * tile.octets), jnp.float32)
+    _store(out_ref, jax.lax.fori_loop(0, along.steps, body, first), rows, inputs)
 
 
 def few(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:

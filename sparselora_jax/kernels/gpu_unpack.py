@@ -4,13 +4,13 @@ Values come in words of 32 bits: of two-byte numbers two neighbouring outputs (l
 together, in a third of the instructions that comparing and selecting takes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, UInt, UInt32
 
+from sparselora_jax.kernels import gpu_ptx
 from sparselora_jax.packing.packed24 import BYTE
 
 
@@ -18,7 +18,8 @@ def unpacked(values: Sequence[Array], positions: Array, dtype, *, four_bits: boo
     """The dense form of a tile, `[8 * octets, outputs]`; int4 values as numbers, not scaled.
 
     Args:
-      values: words `[octets, words]`: of each octet's four values in turn, or bytes of two int4 ones.
+      values: words `[octets, words]`: of each octet's four values in turn, or of each group's two int4 ones, a byte a
+        lane.
       positions: a byte for each lane of a word, side by side.
     """
     return _matrix(placed(values, positions, dtype, four_bits=four_bits, interpret=interpret), dtype)
@@ -26,7 +27,7 @@ def unpacked(values: Sequence[Array], positions: Array, dtype, *, four_bits: boo
 
 def placed(values: Sequence[Array], positions: Array, dtype, *, four_bits: bool, interpret: bool) -> list[Array]:
     """Of each octet input 0, input 1, ... and input 7: one matrix of words each."""
-    values = _from_int4(values, dtype, interpret) if four_bits else values
+    values = _from_int4(*values, dtype, interpret) if four_bits else values
     found = []
     for group in (0, 1):
         first, second = values[2 * group], values[2 * group + 1]
@@ -41,54 +42,21 @@ def placed(values: Sequence[Array], positions: Array, dtype, *, four_bits: bool,
     return found
 
 
-def _ones_where(positions: UInt32[Array, 'octets words'], bit: int, dtype, interpret) -> UInt32[Array, 'octets words']:
-    """All bits of a lane where this bit of its byte of positions is set; a word holds one byte a lane, side by side."""
+def _ones_where(positions: UInt[Array, 'octets words'], bit: int, dtype, interpret) -> UInt32[Array, 'octets words']:
+    """All bits of a lane where this bit of its byte of positions is set."""
     if dtype.itemsize == 4:
-        return ((positions >> bit) & 1) * jnp.uint32(0xFFFFFFFF)
-    return _ptx('prmt.b32 $0, $1, 0, 0x9988;', _signs, positions << (7 - bit), interpret)
+        return ((positions.astype(jnp.uint32) >> bit) & 1) * jnp.uint32(0xFFFFFFFF)
+    return gpu_ptx.ones_where(positions, bit, interpret=interpret)
 
 
-def _signs(word: UInt32[Array, '*of']) -> UInt32[Array, '*of']:
-    """What the instruction of `_ones_where` does: the sign of byte 0 in bytes 0 and 1, that of byte 1 in 2 and 3."""
-    return ((word >> 7) & 1) * jnp.uint32(0xFFFF) | ((word >> 15) & 1) * jnp.uint32(0xFFFF0000)
-
-
-def _from_int4(values: Sequence[Array], dtype, interpret) -> list[Array]:
-    """Four bits of each byte as a float: the first and the second value of a group from one word.
-
-    Without a conversion, which runs at a quarter of the rate: the bits, offset by 8, end a fraction.
-    """
-    words, found = [word.astype(jnp.uint32) for word in values], []
-    for word in words:
-        for high in (0, 4):
-            if dtype.itemsize == 4:
-                bits = (word >> high) & 15 ^ 0x4B000008  # 2**23 + 8
-                value = jax.lax.bitcast_convert_type(bits, jnp.float32) - 8388616.0
-                found.append(jax.lax.bitcast_convert_type(value, jnp.uint32))
-            else:
-                bits = ((word | word << 8) >> high) & 0x000F000F ^ 0x43084308  # 2**7 + 8
-                found.append(_ptx(_MINUS_136, _minus_136, bits, interpret))
-    return found
-
-
-_MINUS_136 = (
-    '{.reg .b32 one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; fma.rn.bf16x2 $0, $1, one, less;}'
-)
-
-
-def _minus_136(word: UInt32[Array, '*of']) -> UInt32[Array, '*of']:
-    """What `_MINUS_136` does: both bf16 of a word, less 136."""
-    low, high = (jax.lax.bitcast_convert_type(number - 136, jnp.uint32) for number in numbers(word, jnp.bfloat16.dtype))
-    return low >> 16 | high & jnp.uint32(0xFFFF0000)
-
-
-def _ptx(code: str, meaning: Callable[[Array], Array], word: Array, interpret: bool) -> UInt32[Array, '*of']:
-    """One instruction where Triton finds several; an interpreter computes what it means."""
-    if interpret:
-        return meaning(word)
-    shape = jax.ShapeDtypeStruct(word.shape, jnp.int32)  # Triton's integers have no sign
-    (found,) = plgpu.elementwise_inline_asm(code, args=[word], constraints='=r,r', pack=1, result_shape_dtypes=[shape])
-    return found.astype(jnp.uint32)
+def _from_int4(even: Array, odd: Array, dtype, interpret) -> list[Array]:
+    """The four values of an octet as floats, from the bytes of its two groups."""
+    if dtype.itemsize == 4:
+        words = [word.astype(jnp.uint32) >> high for word in (even, odd) for high in (0, 4)]
+        numbers = [jax.lax.bitcast_convert_type(word & 15 ^ 0x4B000008, jnp.float32) for word in words]
+        return [jax.lax.bitcast_convert_type(number - (2**23 + 8), jnp.uint32) for number in numbers]
+    octets = gpu_ptx.side_by_side(even, odd, interpret=interpret)
+    return [gpu_ptx.int4_as_bf16(octets >> at, interpret=interpret) for at in range(0, 16, 4)]
 
 
 def _matrix(phases: Sequence[Array], dtype) -> Array:
