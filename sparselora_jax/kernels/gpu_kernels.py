@@ -105,14 +105,16 @@ def _four_bits(packed_refs) -> bool:
     return len(packed_refs) == 3
 
 
-def _made(make: Callable[[], Array], step, shape, dtype) -> Array:
+def _made(make: Callable[[], Any], step: Array) -> Any:
     """`make()`, in a branch that is always taken.
 
     Behind a join Triton halves the width in which it gives operands to the tensor core, and then sorts registers by
-    moves, one for each of an operand's words. It does not see joins in a branch; nor does it fetch ahead what a branch
-    reads, so that is read before.
+    moves, one for each of an operand's words; what is elementwise it computes in the order in which the tensor core
+    reads, once in each warp. It does not see either in a branch; nor does it fetch ahead what a branch reads, so that
+    is read before.
     """
-    return jax.lax.cond(step >= 0, make, lambda: jnp.zeros(shape, dtype))
+    nothing = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(make))
+    return jax.lax.cond(step >= 0, make, lambda: nothing)
 
 
 def _scales(packed_refs, octet, along: _Along) -> Array:
@@ -141,7 +143,7 @@ def forward(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
         inputs = _Along.of(step, BYTE * tile.octets, sizes.inputs, along.runs)
         x = _load(x_ref.at[rows.at, inputs.at], _both(rows, inputs, (tile.rows, BYTE * tile.octets)))
         dense = _dense(packed_refs, octets, words, dtype, tile, interpret)
-        part = plgpu.dot(x, _made(dense, step, (BYTE * tile.octets, tile.outputs), dtype))
+        part = plgpu.dot(x, _made(dense, step))
         if not _four_bits(packed_refs):
             return total + part
         return total + part * _scales(packed_refs, step * tile.octets, outputs).astype(jnp.float32)[None]
@@ -166,13 +168,13 @@ def transposed(g_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
         outputs = _Along.of(step, tile.outputs, sizes.outputs, along.runs)
         g = _load(g_ref.at[rows.at, outputs.at], _both(rows, outputs, (tile.rows, tile.outputs)))
         dense = _dense(packed_refs, octets, words, dtype, tile, interpret)
-        weights = _made(dense, step, (BYTE * tile.octets, tile.outputs), dtype)
+        weights = _made(dense, step)
         parts = [g]
         if _four_bits(packed_refs):
             # Scales differ from output to output, along which is summed, so they go to g.
-            scale = _scales(packed_refs, block * tile.octets, outputs).astype(dtype)[None]
-            wide = jnp.broadcast_to(scale, g.shape)
-            parts = [g * scale] if lanes == 1 else product_in_two(g, wide, interpret=interpret)
+            scale = jnp.broadcast_to(_scales(packed_refs, block * tile.octets, outputs).astype(dtype)[None], g.shape)
+            split = functools.partial(product_in_two, g, scale, interpret=interpret)
+            parts = _made(split, step) if dtype == jnp.bfloat16 else [g * scale]
         for part in parts:
             total += plgpu.dot(part, weights, trans_b=True)
         return total
