@@ -24,7 +24,7 @@ TILES = {
         (64, (64, 64, 8, 4, 3, 4)),  # 1.14 of dense; next best 2.05
     ),
     ('transposed', 'int4'): (
-        (16, (16, 64, 16, 4, 3, 8)),
+        (16, (16, 64, 16, 4, 3, 8)),  # with 16 splits 3 % faster on an H100, and 0.68 by the estimate for a B200
         (64, (64, 64, 8, 4, 3, 4)),  # 1.45 of dense; next best 1.85
     ),
     ('unpack', 'values'): ((0, (1, 256, 4, 4, 1, 1)),),
