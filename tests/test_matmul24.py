@@ -115,22 +115,22 @@ def test_the_gpu_kernels_for_few_rows_and_for_weights(rows, inputs, outputs, dty
         assert (weights == packed24.unpack24(one, dtype)).all()
 
 
-# Rows and outputs that a tile does not divide, and sums of several steps; one row, and one step.
-TPU_SHAPES = [(40, 768, 384), (1, 256, 128), (16, 512, 384)]
+# Rows and outputs that a tile does not divide, and sums of several steps; one row, and one step; more rows than a few.
+TPU_SHAPES = [(40, 768, 384, 16), (1, 256, 128, 16), (16, 512, 384, 16), (40, 256, 128, tpu.FEW + 8)]
 
 
 @pytest.mark.parametrize('four_bits', [False, True])
 @pytest.mark.parametrize(
-    ('rows', 'inputs', 'outputs'),
-    [TPU_SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in TPU_SHAPES[1:])],
+    ('rows', 'inputs', 'outputs', 'tile'),
+    [TPU_SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in TPU_SHAPES[1:3]), TPU_SHAPES[3]],
 )
-def test_the_tpu_kernels_are_the_product(rows, inputs, outputs, four_bits):
+def test_the_tpu_kernels_are_the_product(rows, inputs, outputs, tile, four_bits):
     packed, x, g = packed_and_x(rows, inputs, outputs, jnp.bfloat16, four_bits)
 
     @jax.jit
     def both(packed):
-        y = tpu.matmul(x, packed, tpu.Tile(16, inputs, 256), interpret=True)
-        return y, tpu.matmul_transposed(g, packed, tpu.Tile(16, 256, 128), interpret=True)
+        y = tpu.matmul(x, packed, tpu.Tile(tile, inputs, 256), interpret=True)
+        return y, tpu.matmul_transposed(g, packed, tpu.Tile(tile, 256, 128), interpret=True)
 
     check_both(both, packed, x, g)
 

@@ -1,8 +1,10 @@
 """x @ W and g @ W.T of a `Packed24`, for TPUs (Pallas, Mosaic); weights are unpacked in registers (`tpu_unpack.py`).
 
-int4 values arrive as 24 + value: what the 24 add up to is subtracted from the sum (transposed: from the weights, so
-that pruned ones give zero). Scales, one for 128 inputs of an output, are applied in fp32: to sums of 128 inputs, or to
-g, which then is two numbers of bf16, nothing rounded.
+int4 values arrive as 24 + value: what the 24 add up to is subtracted from the sum. Transposed, that is the sum of an
+input all of whose weights are pruned, multiplied and added up as the others', so that pruned ones give zero. It takes
+the matrix unit as long as 128 inputs do: of more than a few rows the 24 are subtracted from the weights. Scales, one
+for 128 inputs of an output, are applied in fp32: to sums of 128 inputs, or to g, which then is two numbers of bf16,
+nothing rounded.
 """
 
 import functools
@@ -23,6 +25,8 @@ STRIPS = (256, 128)  # outputs that are unpacked at a time: the matrix unit's wi
 WORK = 2**21  # weights of a step, about: each costs some 200 cycles of its own
 WIDEST = 12288  # outputs that a step of the transposed product sums over
 ROWS = 256
+FEW = 16  # rows up to which the transposed product is of int4 values with the 24
+PRUNED = 8  # inputs of pruned weights alone that these are multiplied with: a register's
 LARGEST = 2**22  # numbers of x in a tile
 
 
@@ -57,10 +61,11 @@ def tile(rows: int, packed: Packed24, transposed: bool) -> Tile:
     """What to read at a time: all inputs of some outputs; transposed, a divisor of the outputs."""
     inputs, outputs = packed.shape
     strip = _strip(outputs)
+    few = packed.scale is not None and rows <= FEW  # more inputs then share the product with pruned weights
     if transposed:
         strips = outputs // strip
         outputs = strip * max(count for count in range(1, min(strips, WIDEST // strip) + 1) if strips % count == 0)
-        inputs = 2 * CHUNK if inputs % (2 * CHUNK) == 0 and 2 * CHUNK * outputs <= WORK else CHUNK
+        inputs = 2 * CHUNK if inputs % (2 * CHUNK) == 0 and (few or 2 * CHUNK * outputs <= WORK) else CHUNK
     else:
         outputs = min(outputs, max(WORK // inputs // strip, 1) * strip)
     most = min(ROWS, LARGEST // max(inputs, outputs) // 8 * 8)
@@ -101,17 +106,24 @@ def _transposed_kernel(g_ref, values_ref, positions_ref, *refs):
     *scale_refs, out_ref, total_ref = refs
     rows, inputs = out_ref.shape
     width = SCALED if scale_refs else CHUNK
-    totals = [jnp.zeros((rows, width), jnp.float32)] * (inputs // width)
+    blocks = inputs // width
+    biased = bool(scale_refs) and rows <= FEW
+    totals = [jnp.zeros((rows, width), jnp.float32)] * blocks
+    pruned = [jnp.zeros((rows, PRUNED), jnp.float32)] * blocks
     for strip in _strips(g_ref.shape[1]):
-        g = g_ref[:, strip]
+        gs = [g_ref[:, strip]] * blocks
+        if scale_refs:
+            scales = [scale_refs[0][0, at : at + 1, strip].astype(jnp.float32) for at in range(blocks)]
+            gs = [_in_two(g.astype(jnp.float32) * scale) for g, scale in zip(gs, scales, strict=True)]
+        if biased:
+            found = _times_transposed(jnp.concatenate(gs), jnp.full((PRUNED, strip.size), BIAS, gs[0].dtype))
+            pruned = [total + _of_two(two) for total, two in zip(pruned, jnp.split(found, blocks), strict=True)]
         for chunk in range(inputs // CHUNK):
             for at, weights in enumerate(dense(values_ref, positions_ref, chunk, strip), chunk * CHUNK // width):
-                if scale_refs:
-                    scaled = g.astype(jnp.float32) * scale_refs[0][0, at : at + 1, strip].astype(jnp.float32)
-                    both = _times_transposed(_in_two(scaled), weights - BIAS)
-                    totals[at] += both[:rows] + both[rows:]
-                else:
-                    totals[at] += _times_transposed(g, weights)
+                found = _times_transposed(gs[at], weights - BIAS if scale_refs and not biased else weights)
+                totals[at] += _of_two(found) if scale_refs else found
+    if biased:
+        totals = [total - none[:, :1] for total, none in zip(totals, pruned, strict=True)]
     total = jnp.concatenate(totals, axis=1)
     step = pl.program_id(2)
 
@@ -132,6 +144,12 @@ def _in_two(x: Array) -> Array:
     """Products of two bf16 as bf16, nothing rounded: the upper bits of all rows, then the lower ones."""
     upper = pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.concatenate([upper, x - upper]).astype(jnp.bfloat16)
+
+
+def _of_two(found: Array) -> Array:
+    """What was multiplied in two, added up."""
+    upper, lower = jnp.split(found, 2)
+    return upper + lower
 
 
 def matmul(
