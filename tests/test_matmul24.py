@@ -117,13 +117,14 @@ def test_the_gpu_kernels_for_few_rows_and_for_weights(rows, inputs, outputs, dty
 
 # Rows and outputs that a tile does not divide, and sums of several steps; one row, and one step; more rows than a few.
 TPU_SHAPES = [(40, 768, 384, 16), (1, 256, 128, 16), (16, 512, 384, 16), (40, 256, 128, tpu.FEW + 8)]
+QUICK_TPU = [(TPU_SHAPES[0], False), (TPU_SHAPES[0], True), (TPU_SHAPES[3], True)]
+TPU_GRID = [
+    pytest.param(*shape, four_bits, marks=[] if (shape, four_bits) in QUICK_TPU else pytest.mark.slow)
+    for shape, four_bits in itertools.product(TPU_SHAPES, [False, True])
+]
 
 
-@pytest.mark.parametrize('four_bits', [False, True])
-@pytest.mark.parametrize(
-    ('rows', 'inputs', 'outputs', 'tile'),
-    [TPU_SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in TPU_SHAPES[1:3]), TPU_SHAPES[3]],
-)
+@pytest.mark.parametrize(('rows', 'inputs', 'outputs', 'tile', 'four_bits'), TPU_GRID)
 def test_the_tpu_kernels_are_the_product(rows, inputs, outputs, tile, four_bits):
     packed, x, g = packed_and_x(rows, inputs, outputs, jnp.bfloat16, four_bits)
 
