@@ -51,7 +51,7 @@ def _ones_where(positions: UInt[Array, 'octets words'], bit: int, dtype, interpr
 
 def _from_int4(even: Array, odd: Array, dtype, interpret) -> list[Array]:
     """The four values of an octet as floats, from the bytes of its two groups."""
-    if dtype.itemsize == 4:
+    if dtype.itemsize == 4:  # as `gpu_ptx.int4_as_bf16`, behind 2**23
         words = [word.astype(jnp.uint32) >> high for word in (even, odd) for high in (0, 4)]
         numbers = [jax.lax.bitcast_convert_type(word & 15 ^ 0x4B000008, jnp.float32) for word in words]
         return [jax.lax.bitcast_convert_type(number - (2**23 + 8), jnp.uint32) for number in numbers]
