@@ -125,8 +125,10 @@ def build(name, perturbed, from_torch):
     oracle = perturbed(kind(config()))
     cfg = from_hf(oracle.config)
     speaker = oracle.language_model if hasattr(cfg, 'qformer') else oracle
-    with torch.no_grad():  # sharper: otherwise many of the best tokens are near ties
-        speaker.get_output_embeddings().weight.mul_(2.0)
+    with torch.no_grad():
+        words = speaker.get_output_embeddings().weight
+        words.mul_(2.0)  # sharper: otherwise many of the best tokens are near ties
+        words[IMAGE] = 0.0  # never written: where rows differ they are read again, and one more image would be refused
     speaker.generation_config.eos_token_id = None
     pad = 0 if speaker.config.model_type == 't5' else PAD
     model = Model(cfg, Generation(eos=(), pad=pad, start=0, bos=3))
