@@ -1,22 +1,27 @@
-"""x @ W of few rows on a CPU, without unpacking W: each value is multiplied by the input that its position picks.
+"""x @ W and g @ W.T of a `Packed24` on a CPU.
 
-A run of inputs becomes one row of partial sums, elementwise over outputs, which XLA compiles to one vectorised pass
-over the packed bytes; a product with ones adds the rows up. (A sum over them would be fused, and read by columns.)
+Few rows are multiplied without unpacking W: each value by the input that its position picks. A run of inputs becomes
+one row of partial sums, elementwise over outputs, which XLA compiles to one vectorised pass over the packed bytes; a
+product with ones adds the rows up. (A sum over them would be fused, and read by columns.)
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, UInt8
 
-from sparselora_jax.packing.packed24 import BYTE, SCALED, Packed24, nibble
+from sparselora_jax.kernels.reference import reference
+from sparselora_jax.packing.packed24 import BYTE, SCALED, Packed24, as_bits, nibble
 
 RUN = 2  # bytes of positions in a partial sum: more of them compile longer and run no faster
 ROWS = 8  # beyond, unpacking pays: it is done once for all rows
 
 
-def takes(x: Num[Array, 'rows inputs']) -> bool:
-    """Whether x has few enough rows."""
-    return x.shape[0] <= ROWS
+def product(x: Float[Array, 'rows m'], kernel: Packed24, *, transposed: bool) -> Float[Array, 'rows n']:
+    """`x @ W` or `x @ W.T`, summed in fp32, in x's dtype."""
+    if not transposed and x.shape[0] <= ROWS:
+        return matmul(x, kernel)
+    # In fp32, to which XLA for CPUs widens both sides of any other product: it would write W once more for that.
+    return reference(x.astype(jnp.float32), kernel, transposed=transposed).astype(x.dtype)
 
 
 @jax.jit
@@ -26,7 +31,7 @@ def matmul(x: Float[Array, 'rows inputs'], kernel: Packed24) -> Float[Array, 'ro
     runs = -(-octets // RUN)
     inputs = _filled(x.astype(jnp.float32).T, runs * RUN * BYTE).T.reshape(rows, runs, RUN, BYTE, 1)
     positions = _filled(kernel.positions, runs * RUN).reshape(runs, RUN, outputs)
-    values = _filled(_bits(kernel.values), runs * RUN * kernel.values.shape[0] // octets).reshape(
+    values = _filled(as_bits(kernel.values), runs * RUN * kernel.values.shape[0] // octets).reshape(
         runs, RUN, -1, outputs
     )
     sums = jnp.zeros((), jnp.float32)
@@ -42,11 +47,6 @@ def matmul(x: Float[Array, 'rows inputs'], kernel: Packed24) -> Float[Array, 'ro
 def _filled(array: Array, rows: int) -> Array:
     """With zeros behind its rows."""
     return jnp.pad(array, ((0, rows - array.shape[0]), (0, 0)))
-
-
-def _bits(values: Array) -> Array:
-    """bf16 as the integers that its bits are: XLA would widen all values in memory before it cuts rows out of them."""
-    return jax.lax.bitcast_convert_type(values, jnp.uint16) if values.dtype == jnp.bfloat16 else values
 
 
 def _pick(inputs: list[Float[Array, 'rows runs 1']], octet: UInt8[Array, 'runs outputs']) -> list[Array]:

@@ -42,14 +42,13 @@ _matmul24.defvjp(_forward, _backward)
 
 def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
     matrix = x.reshape(-1, x.shape[-1])
-    branches = {'default': functools.partial(reference, transposed=transposed)}
-    if not transposed and cpu.takes(matrix):
-        branches['cpu'] = cpu.matmul
+    products = {'default': reference, 'cpu': cpu.product}
     for platform, chip in (('cuda', gpu), ('tpu', tpu)):
         if chip.takes(matrix.dtype, kernel):
-            branches[platform] = functools.partial(chip.product, transposed=transposed)
-    if (here := _platform()) not in ('cpu', *branches):
+            products[platform] = chip.product
+    if (here := _platform()) not in products:
         _say_unpacked(here, matrix, kernel)
+    branches = {name: functools.partial(product, transposed=transposed) for name, product in products.items()}
     found = jax.lax.platform_dependent(matrix, kernel, **branches)
     return found.reshape(*x.shape[:-1], found.shape[-1])
 

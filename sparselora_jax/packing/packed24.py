@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, Num, Shaped, UInt8
 
 from sparselora_jax.packing.errors import PackingError
 from sparselora_jax.packing.stacks import kernel_shape, of_layer, over_layers
@@ -128,10 +128,19 @@ def split_codes(positions: UInt8[Array, 'bytes outputs']) -> Int[Array, 'groups 
 
 
 def _split_values(packed: Packed24) -> Array:
-    """`[groups, 2, outputs]` of one matrix; int4 values as integers, not scaled."""
+    """`[groups, 2, outputs]` of one matrix; int4 values as integers, not scaled; bf16 as `as_bits`."""
     if packed.scale is None:
-        return packed.values.reshape(-1, 2, packed.values.shape[-1])
+        return as_bits(packed.values).reshape(-1, 2, packed.values.shape[-1])
     return nibble(packed.values.astype(jnp.int32)[:, None], HALVES)
+
+
+def as_bits(values: Num[Array, '*of']) -> Num[Array, '*of']:
+    """bf16 as the integers that its bits are, others as they are: XLA for CPUs widens bf16 to cut it up, or to select.
+
+    >>> as_bits(jnp.bfloat16([1.0])).tolist() == [0x3F80]
+    True
+    """
+    return jax.lax.bitcast_convert_type(values, jnp.uint16) if values.dtype == jnp.bfloat16 else values
 
 
 def nibble(word: Int[Array, '*of'], high: bool | np.ndarray) -> Int[Array, '...']:
@@ -157,7 +166,9 @@ def _unpack_matrix(packed: Packed24) -> Array:
     values, codes = _split_values(packed), split_codes(packed.positions)[:, None]
     second = jnp.where(codes >> 2 == PLACES, values[:, 1:], jnp.zeros((), values.dtype))
     matrix = jnp.where(codes & 3 == PLACES, values[:, :1], second).reshape(-1, packed.shape[-1])[: packed.inputs]
-    return matrix if packed.scale is None else scaled(matrix, packed.scale)
+    if packed.scale is not None:
+        return scaled(matrix, packed.scale)
+    return matrix if matrix.dtype == packed.dtype else jax.lax.bitcast_convert_type(matrix, packed.dtype)
 
 
 def scaled(matrix: Integer[Array, 'inputs outputs'], scale: Float[Array, 'blocks outputs']) -> Float[Array, '...']:
