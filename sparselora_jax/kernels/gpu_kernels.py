@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from sparselora_jax.kernels.gpu_ptx import product_in_two
-from sparselora_jax.kernels.gpu_unpack import joined, numbers, placed, unpacked
+from sparselora_jax.kernels.gpu_ptx import numbers, product_in_two
+from sparselora_jax.kernels.gpu_unpack import joined, placed, unpacked
 from sparselora_jax.packing.packed24 import BYTE, SCALED
 
 LAST = 2  # axis of the grid along which programs share a sum

@@ -13,6 +13,14 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, BFloat16, Num, UInt16, UInt32
 
 
+def numbers(word: UInt32[Array, '*of'], dtype) -> list[Array]:
+    """The numbers of a word's lanes, in fp32."""
+    if dtype.itemsize == 4:
+        return [jax.lax.bitcast_convert_type(word, jnp.float32)]
+    halves = word << 16, word & jnp.uint32(0xFFFF0000)
+    return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
+
+
 def ones_where(positions: UInt16[Array, '*of'], bit: int, *, interpret: bool) -> UInt32[Array, '*of']:
     """All bits of a lane of a word where this bit of a byte is set."""
 
@@ -44,8 +52,7 @@ def int4_as_bf16(word: UInt32[Array, '*of'], *, interpret: bool) -> UInt32[Array
 
     def meaning(word):
         bits = word & 0x000F000F ^ 0x43084308
-        halves = (jax.lax.bitcast_convert_type(bits << at & jnp.uint32(0xFFFF0000), jnp.float32) for at in (16, 0))
-        low, high = (jax.lax.bitcast_convert_type(half - 136, jnp.uint32) for half in halves)
+        low, high = (jax.lax.bitcast_convert_type(lane - 136, jnp.uint32) for lane in numbers(bits, jnp.bfloat16.dtype))
         return low >> 16 | high
 
     code = (
@@ -83,9 +90,9 @@ def _ptx(code: str, meaning: Callable[..., Array], *args: Array, interpret: bool
     Args:
       pack: elements of an argument that share a register.
     """
-    out = jax.eval_shape(meaning, *args)
     if interpret:
         return meaning(*args)
+    out = jax.eval_shape(meaning, *args)
     registers = pack * out.dtype.itemsize // 4
     (found,) = plgpu.elementwise_inline_asm(
         code,

@@ -69,14 +69,6 @@ def _matrix(phases: Sequence[Array], dtype) -> Array:
     return joined(lanes).reshape(BYTE * octets, 2 * words)
 
 
-def numbers(word: UInt32[Array, '*of'], dtype) -> list[Array]:
-    """The numbers of a word's lanes, in fp32."""
-    if dtype.itemsize == 4:
-        return [jax.lax.bitcast_convert_type(word, jnp.float32)]
-    halves = word << 16, word & jnp.uint32(0xFFFF0000)
-    return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
-
-
 def joined(arrays: Sequence[Array]) -> Array:
     """Stacked along a new last axis, by two at a time, as Triton can."""
     shape = *arrays[0].shape, len(arrays)

@@ -61,8 +61,8 @@ def tile(rows: int, packed: Packed24, transposed: bool) -> Tile:
     """What to read at a time: all inputs of some outputs; transposed, a divisor of the outputs."""
     inputs, outputs = packed.shape
     strip = _strip(outputs)
-    few = packed.scale is not None and rows <= FEW  # more inputs then share the product with pruned weights
     if transposed:
+        few = packed.scale is not None and rows <= FEW  # more inputs then share the product with pruned weights
         strips = outputs // strip
         outputs = strip * max(count for count in range(1, min(strips, WIDEST // strip) + 1) if strips % count == 0)
         inputs = 2 * CHUNK if inputs % (2 * CHUNK) == 0 and (few or 2 * CHUNK * outputs <= WORK) else CHUNK
