@@ -1,5 +1,6 @@
 """Four fake CPU devices, strict dtype promotion, one thread of torch's: for every test."""
 
+import functools
 import importlib.util
 import os
 import runpy
@@ -11,16 +12,24 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # on tiny models more only wait for each other
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
 
+import filelock
 import jax
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 if os.environ['JAX_PLATFORMS'] != 'cpu':
     jax.config.update('jax_default_matmul_precision', 'highest')  # of fp32 on a GPU, which takes TF32 else
 
 
-REAL_WEIGHTS = ('test_llama', 'test_decode', 'test_embedded')  # the others compile much and run little
+REAL_WEIGHTS = ('test_decode', 'test_embedded')  # the others compile much and run little
+
+
+def of_all_workers(tmp_path_factory) -> Path:
+    """A folder of this run."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -39,10 +48,36 @@ def optimised():
 
 
 @pytest.fixture(scope='session', autouse=True)
+def lowered_in_one_context():
+    """JAX registers a compiler's dialects for each program anew: of thousands of tiny ones a tenth of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, 'make_ir_context', functools.cache(mlir.make_ir_context))
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def read_once():
+    """The real vocabulary and the real data's texts, which take each job seconds."""
+    from sparselora_jax.data import easy_vqa
+    from sparselora_jax.models import gguf
+
+    texts, read_texts = {}, easy_vqa.read_texts
+
+    def kept(builder, split):
+        if (builder.data_path, split) not in texts:
+            texts[builder.data_path, split] = read_texts(builder, split)
+        return texts[builder.data_path, split]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, 'load_tokenizer', functools.cache(gguf.load_tokenizer))
+        patch.setattr(easy_vqa, 'read_texts', kept)
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
 def compiled_once(tmp_path_factory):
     """A program is compiled once a run, whichever worker and test it is met in first; the next run starts anew."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+    folder = of_all_workers(tmp_path_factory)
     jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     return folder / 'compiled'
@@ -74,7 +109,9 @@ def easy_vqa_builder(tmp_path_factory):
     """The real data set, prepared once for all tests."""
     from sparselora_jax.data import easy_vqa
 
-    return easy_vqa.prepare(tmp_path_factory.mktemp('data'))
+    folder = of_all_workers(tmp_path_factory)
+    with filelock.FileLock(folder / 'data.lock'):
+        return easy_vqa.prepare(folder / 'data')
 
 
 @pytest.fixture(scope='session')
@@ -173,6 +210,8 @@ def script(monkeypatch, capsys):
                 runpy.run_path(str(root / 'launch' / name), run_name='__main__')
         finally:
             signal.signal(signal.SIGTERM, handler)
+            if sys.modules['torch'] is None:  # the scripts go without; tests behind this one may not
+                del sys.modules['torch']
             for flag in set(flags.FLAGS) - before:
                 delattr(flags.FLAGS, flag)
         return end.value.code or 0, *capsys.readouterr()

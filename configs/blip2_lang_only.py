@@ -71,10 +71,10 @@ def base() -> ConfigDict:
     config.lora.targets = ConfigDict(dict(vision='.*', qformer='.*', language='.*'))
 
     # Restoration. The paper: one epoch of 25k pairs at batch 32, 1000 warm-up steps to 1e-4. This run is shorter
-    # (100 steps of 16), so its peak is higher.
+    # (100 steps of 8), so its peak is higher.
     config.restore = ConfigDict()
     config.restore.steps = 100
-    config.restore.batch = 16
+    config.restore.batch = 8
     config.restore.shares = (2, 1, 1)  # yes/no, shape, colour; (): records as they come
     config.restore.peak = 1e-3
     config.restore.warmup = 10

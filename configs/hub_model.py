@@ -19,6 +19,7 @@ def base(model: str, family: str) -> ConfigDict:
     config.text = ConfigDict(
         dict(prompt=text.prompt, prompt_tokens=text.prompt_tokens, answer_tokens=text.answer_tokens)
     )
+    config.restore.batch = 16
     config.restore.shares = ()  # kinds of answers are easy-VQA's
     config.evaluate.num_beams = 5
     config.evaluate.length_penalty = -1.0

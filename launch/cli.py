@@ -6,6 +6,10 @@ import sys
 # The repository first and this folder last, before anything else is imported: Python's own `inspect` is not ours.
 sys.path.sort(key=lambda path: os.path.abspath(path) == os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# Nothing here computes with torch, which transformers would import where it is installed: half the time until a script
+# begins. That it is not there is no news then.
+sys.modules.setdefault('torch', None)
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 import difflib
 import logging

@@ -4,6 +4,7 @@
 a merged weight equals the one trained with, bit for bit.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -179,6 +180,7 @@ def merge(
     return rules_lib.unflatten(flat)
 
 
+@functools.partial(jax.jit, static_argnames='dtype')  # kernels of one shape are one program, which towers have many of
 def _merged(kernel: Any, mask: Any, lora: Any, dtype: Any) -> Array:
     """`effective_weight`, a layer at a time: its fp32 sum of a whole stack would be several times the model's share."""
     if kernel.ndim == 2:

@@ -100,6 +100,7 @@ def test_missing_directories_configs_and_weights_are_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_pickles_are_refused_with_a_command_that_converts_them(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

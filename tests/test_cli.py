@@ -215,6 +215,7 @@ def test_a_missing_or_damaged_bridge_is_named(refused, image, tmp_path, monkeypa
     assert f'{path}: not a complete safetensors file' in refused('evaluate.py')
 
 
+@pytest.mark.slow
 def test_generate_answers_as_evaluation_does(script, image, tmp_path, tiny_blip2):
     model, params = tiny_blip2
     pixels, text = pipeline.read_image(image), TextFormat(decoding={'max_new_tokens': 4})

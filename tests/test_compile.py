@@ -60,6 +60,7 @@ def test_it_prints_and_writes_what_a_step_asks_for(script, model, tmp_path):
     assert f'written to {file}' in out
 
 
+@pytest.mark.slow
 def test_the_best_mesh_is_kept_and_a_pass_counts_layers_and_chunks(script, model, tmp_path):
     best = ['--program=calibrate', '--mesh=best', '--tries=2', f'--workdir={tmp_path}']
     code, out, err = script('compile.py', model, *FIELDS, *best)

@@ -94,7 +94,14 @@ def carried(compiled):
     return sum(BYTES[dtype] * np.prod([int(n) for n in shape.split(',') if n]) for dtype, shape in shapes)
 
 
-@pytest.mark.parametrize('base, rows', [('packed24', 2), ('packed24_int4', 12), ('int4', 2)])
+@pytest.mark.parametrize(
+    'base, rows',
+    [
+        ('packed24', 2),
+        pytest.param('packed24_int4', 12, marks=pytest.mark.slow),
+        pytest.param('int4', 2, marks=pytest.mark.slow),
+    ],
+)
 def test_the_loop_holds_reduced_kernels_as_they_are(base, rows):
     config = llama_step()
     config.num_hidden_layers = 4

@@ -29,9 +29,9 @@ def packed_kernel(inputs, four_bits):
     ('inputs', 'split', 'sent'),
     [
         (512, WHOLE, []),
-        (512, BY_OUTPUTS, []),
+        pytest.param(512, BY_OUTPUTS, [], marks=pytest.mark.slow),
         (512, BY_INPUTS, ['all-reduce']),  # of the product alone
-        (40, BY_OUTPUTS, []),
+        pytest.param(40, BY_OUTPUTS, [], marks=pytest.mark.slow),
         (40, BY_INPUTS, None),  # no device has whole octets, or a whole run with one scale
         (36, BY_OUTPUTS, []),  # the last octet is filled up
     ],

@@ -121,7 +121,8 @@ def torch_reads(exported, source, model, params, job):
     assert {path.name for path in exported.iterdir()} == files
 
 
-@pytest.mark.parametrize('kind', ['blip2-opt', 'instructblip-t5'])  # a decoder alone, and an encoder-decoder
+# A decoder alone, and an encoder-decoder.
+@pytest.mark.parametrize('kind', ['blip2-opt', pytest.param('instructblip-t5', marks=pytest.mark.slow)])
 def test_pruning_from_disk_equals_pruning_in_memory(directory, data, tmp_path, kind):
     folder = directory(kind)
     jobs = [

@@ -1,5 +1,7 @@
 """FLOPs counted from traces against counts by hand: every matmul once for each time it runs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -117,6 +119,7 @@ def test_an_answer_counts_pruned_kernels_at_their_density(made):
 def test_a_recipes_step_costs_what_it_trains(made):
     """Distillation a forward more; whole kernels in proportion to the batch, LoRA's products not."""
 
+    @functools.cache
     def step(**fields):
         config = made.config.copy_and_resolve_references()
         config.restore.update(fields)

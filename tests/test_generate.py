@@ -73,7 +73,12 @@ def settings(prompt):
     return [way | lengths for way in ways] + [way | lengths | {'min_length': prompt + 5} for way in late]
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+ALIKE = 'blip-2 opt', 'llava', 'instructblip t5'  # towers and a search that other families have too
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in FAMILIES]
+)
 def test_tokens_equal_transformers(name, cases):
     case = cases(name)
     outputs = []

@@ -242,7 +242,7 @@ def new_models():
         yield cfg, hf_configs.blip2_config(cfg, GENERATION)
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('dtype', [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('cfg, config', list(new_models()), ids=['llama', 'blip2', 'untied llama', 'untied blip2'])
 def test_a_model_without_a_directory_gets_one(cfg, config, dtype, random_params, tmp_path, tokenizer):
     model = Model(cfg, GENERATION)

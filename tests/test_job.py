@@ -180,6 +180,7 @@ def test_the_base_is_untouched_and_restoring_changed_what_it_adapts(wanda, tiny_
         assert changed == ('/blocks/' in path and path.endswith('kernel')), path
 
 
+@pytest.mark.slow
 def test_the_control_is_reported_only_if_asked_for(wanda, sparsegpt):
     control, stage = read(sparsegpt, 'report')['baselines']['dense_control'], read(sparsegpt, 'evaluate_control')
     assert control['overall'] == stage['accuracy']['overall'] and control['perplexity'] == stage['perplexity']
@@ -187,6 +188,7 @@ def test_the_control_is_reported_only_if_asked_for(wanda, sparsegpt):
     assert not (wanda / 'control.json').exists()
 
 
+@pytest.mark.slow
 def test_sparsegpt_edits_kept_weights_and_learns_from_the_dense_teacher(sparsegpt, tiny_blip2):
     dense = rules.flatten(tiny_blip2[1])
     masks = rules.flatten(storage.load_safetensors(sparsegpt / 'masks.safetensors')[0])
@@ -207,6 +209,7 @@ def test_sparsegpt_edits_kept_weights_and_learns_from_the_dense_teacher(sparsegp
     }
 
 
+@pytest.mark.slow
 def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(world, tmp_path):
     """QSparseLoRA: the base packed in int4, the teacher's likeliest tokens on disk; both merges."""
     fields = {'restore.base': 'packed_int4', 'restore.teacher': 'top_k', 'restore.top_k': 5, 'lora.rank.language': 2}
@@ -363,6 +366,7 @@ def test_the_workdir_of_another_config_is_refused_and_the_field_named(wanda):
     assert (wanda / 'config.json').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_trace_of_each_training_lies_in_the_workdir_which_is_no_other_configs_for_it(sparsegpt):
     assert len(list(sparsegpt.glob('plugins/profile/*/*.xplane.pb'))) == 2
     config = ConfigDict(json.loads((sparsegpt / 'config.json').read_text()))

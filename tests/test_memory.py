@@ -119,6 +119,7 @@ def test_a_block_is_pruned_with_whole_kernels_where_fsdp_keeps_parts(config):
     assert moments[4]['the block, gathered along fsdp'] == moments[1]['one block'] > moments[4]['one block']
 
 
+@pytest.mark.slow
 def test_more_of_a_knob_takes_what_it_should(config):
     def total(stage, **fields):
         changed = config.copy_and_resolve_references()

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.processes
 
 JOB = """
 import json, sys, time
+sys.modules['torch'] = None  # as the scripts have it
 import jax
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_disable_most_optimizations', True)
@@ -49,7 +50,7 @@ FILES = 'masks.safetensors', 'restore.safetensors', 'exported/model.safetensors'
 
 
 @pytest.fixture(scope='module')
-def start(tmp_path_factory):
+def start(tmp_path_factory, compiled_once):
     """`start(count, workdir, mesh, pause)`: the processes of a run."""
     folder = tmp_path_factory.mktemp('world')
     save_data(folder, 24)
@@ -58,6 +59,10 @@ def start(tmp_path_factory):
     recipe = f'model={folder / "model"},data={folder},pattern=2:4,hardware=cpu'
     steps = {'restore.batch': 8, 'restore.steps': 6, 'restore.checkpoint_every': 2}
     small = SMALL | steps | {'text.prompt': RECIPES['blip2-opt'][1], 'prune.samples': 8, 'prune.chunk': 8}
+    compiled = {
+        'JAX_COMPILATION_CACHE_DIR': str(compiled_once),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
     flags = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 '
 
     def run(count, workdir, mesh=(4, 1), pause=0):
@@ -65,7 +70,7 @@ def start(tmp_path_factory):
             free.bind(('localhost', 0))
             coordinator = f'localhost:{free.getsockname()[1]}'
         devices = flags + f'--xla_force_host_platform_device_count={4 // count}'
-        environment = os.environ | {'XLA_FLAGS': devices, 'JAX_PLATFORMS': 'cpu'}
+        environment = os.environ | {'XLA_FLAGS': devices, 'JAX_PLATFORMS': 'cpu'} | compiled
         fields = json.dumps(small | {'mesh.data': mesh[0], 'mesh.fsdp': mesh[1]})
         streams = {
             'cwd': Path(__file__).parents[1],

@@ -16,9 +16,9 @@ assert config  # a fixture
     'fields',
     [
         {},
-        {'trained': 'weights'},
+        pytest.param({'trained': 'weights'}, marks=pytest.mark.slow),
         {'base': 'packed', 'teacher': 'top_k'},
-        {'base': 'packed_int4'},
+        pytest.param({'base': 'packed_int4'}, marks=pytest.mark.slow),
         {'base': 'nf4', 'teacher': 'top_k', 'accumulate': 2},
     ],
 )

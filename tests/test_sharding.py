@@ -36,8 +36,17 @@ def setup():
     return params, masks, lora, {'tokens': tokens, 'targets': tokens, 'answer': jnp.ones((8, 6), bool)}
 
 
-@pytest.mark.parametrize('axes', [{'data': 4}, {'fsdp': 4}, {'data': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}])
-@pytest.mark.parametrize('gathering', [False, True])
+AXES = {'data': 4}, {'fsdp': 4}, {'data': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}
+
+
+@pytest.mark.parametrize(
+    'axes, gathering',
+    [
+        pytest.param(axes, gathering, marks=[pytest.mark.slow] if gathering == ('data' in axes) else [])
+        for axes in AXES
+        for gathering in (False, True)
+    ],
+)
 def test_the_train_step_equals_one_device(axes, gathering):
     params, masks, lora, batch = setup()
     tx = optax.sgd(0.1)
@@ -68,7 +77,7 @@ def test_lora_begins_alike_on_a_mesh():
     jax.tree.map(np.testing.assert_array_equal, *made)
 
 
-@pytest.mark.parametrize('base', ['packed24', 'int4'])
+@pytest.mark.parametrize('base', ['packed24', pytest.param('int4', marks=pytest.mark.slow)])
 def test_a_base_in_fewer_bytes_is_split_too(base):
     params, masks, lora, batch = setup()
     reduced, tx = restore.reduce_base(restore.Frozen(params, masks), base), optax.sgd(0.1)
@@ -125,7 +134,7 @@ def pruned_alone():
     return params, batch, scores, sl.prune(mlp_tower, params, [batch], PATTERNS, method=METHODS, chunk=2)
 
 
-MESHES = [(4, 1, 1), (1, 2, 2)]
+MESHES = [pytest.param(4, 1, 1, marks=pytest.mark.slow), (1, 2, 2)]
 
 
 @pytest.fixture(scope='module')
@@ -192,7 +201,17 @@ def bytes_of(shapes):
     return sorted(4 * rows * columns for rows, columns in shapes)
 
 
-@pytest.mark.parametrize('data, fsdp, tensor', [(4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)])
+@pytest.mark.parametrize(
+    'data, fsdp, tensor',
+    [
+        (4, 1, 1),
+        (1, 4, 1),
+        pytest.param(1, 1, 4, marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 1, 2, marks=pytest.mark.slow),
+        (1, 2, 2),
+    ],
+)
 def test_the_pruner_equals_one_device(data, fsdp, tensor, pruned_alone):
     params, batch, scores, want = pruned_alone
     mesh, programs = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor), []
@@ -231,7 +250,10 @@ def test_the_pruner_equals_one_device(data, fsdp, tensor, pruned_alone):
     assert max((c.size * c.times for c in every), default=0) <= bytes_of([(64, 64)])[0]  # no stack of kernels
 
 
-@pytest.mark.parametrize('data, fsdp, tensor', [(4, 1, 1), (2, 1, 2), (1, 4, 1)])
+@pytest.mark.parametrize(
+    'data, fsdp, tensor',
+    [pytest.param(4, 1, 1, marks=pytest.mark.slow), (2, 1, 2), pytest.param(1, 4, 1, marks=pytest.mark.slow)],
+)
 def test_decoding_equals_one_device_and_its_caches_are_split(data, fsdp, tensor):
     model = Model(causal.CausalConfig(CFG), Generation(eos=(15,), pad=0))
     tokens = np.asarray(jax.random.randint(jax.random.key(2), (4, 5), 1, 15))

@@ -95,9 +95,16 @@ def test_one_shot_prunes_any_tree():
 
 
 @pytest.mark.parametrize(
-    'method', [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.SparseGPT(block=8, group='block')]
+    'method, pattern',
+    [
+        (pruning.Wanda(), '0.5'),
+        (pruning.SparseGPT(block=8), '2:4'),
+        (pruning.SparseGPT(block=8, group='block'), '0.5'),
+        pytest.param(pruning.Wanda(), '2:4', marks=pytest.mark.slow),
+        pytest.param(pruning.SparseGPT(block=8), '0.5', marks=pytest.mark.slow),
+        pytest.param(pruning.SparseGPT(block=8, group='block'), '2:4', marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize('pattern', ['2:4', '0.5'])
 def test_kernels_that_share_an_input_are_pruned_as_if_alone(method, pattern):
     params, batch = setup()
     rules_of_first = [('language/blocks/.*', pattern)]

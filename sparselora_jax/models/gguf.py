@@ -37,11 +37,18 @@ def _open(path: str | Path) -> tuple[Any, Callable[[str], Any]]:
     """The file's reader, and a function from a header's key (and what holds without it) to its value."""
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):
+        """Without a memory map for each word of the header: a fifth of the seconds that a vocabulary takes."""
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            dtype = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
+            return np.frombuffer(self.data, dtype, int(count), int(offset))
+
     path = Path(path)
     if not path.is_file():
         raise AssetError(f'{path}: no such file')
     try:
-        reader = GGUFReader(path)
+        reader = Reader(path)
     except (ValueError, IndexError) as error:
         raise AssetError(f'{path}: not a complete GGUF file ({error}); install or download it again') from None
 
