@@ -1,6 +1,7 @@
 """Four fake CPU devices, strict dtype promotion, one thread of torch's: for every test."""
 
 import functools
+import gc
 import importlib.util
 import os
 import runpy
@@ -23,19 +24,20 @@ if os.environ['JAX_PLATFORMS'] != 'cpu':
     jax.config.update('jax_default_matmul_precision', 'highest')  # of fp32 on a GPU, which takes TF32 else
 
 
-REAL_WEIGHTS = ('test_decode', 'test_embedded')  # the others compile much and run little
-
-
 def of_all_workers(tmp_path_factory) -> Path:
     """A folder of this run."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
 
 
+def pytest_collection_finish():
+    gc.freeze()  # a million objects of torch and transformers, which each full collection would walk
+
+
 @pytest.fixture(scope='module', autouse=True)
 def optimisations(request):
-    """Programs of most tests are compiled without optimisations: half the time."""
-    jax.config.update('jax_disable_most_optimizations', request.path.stem not in REAL_WEIGHTS)
+    """Programs are compiled without optimisations, in half the time, but where what becomes of them is looked at."""
+    jax.config.update('jax_disable_most_optimizations', request.path.stem != 'test_decode')
 
 
 @pytest.fixture

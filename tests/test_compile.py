@@ -46,6 +46,7 @@ def check(found, samples, price):
     assert found['dollars_25k'] == pytest.approx(25_000 / found['samples_s'] / 3600 * found['chips'] * price)
 
 
+@pytest.mark.slow
 def test_it_prints_and_writes_what_a_step_asks_for(script, model, tmp_path):
     mesh = ['--config.restore.kd=0', '--config.mesh.fsdp=4', '--price=2', f'--workdir={tmp_path}']
     code, out, err = script('compile.py', model, *FIELDS, *mesh)

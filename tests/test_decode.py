@@ -67,7 +67,7 @@ def t5_step():
 
 @pytest.mark.parametrize(
     'config, beams, bound',
-    [(llama_step, 1, False), (llama_step, 5, True), (t5_step, 5, False)],
+    [(llama_step, 1, False), (llama_step, 5, True), pytest.param(t5_step, 5, False, marks=pytest.mark.slow)],
     ids=['llama', 'llama, 5 beams, masked', 't5, 5 beams'],
 )
 def test_a_step_copies_neither_caches_nor_weights(config, beams, bound):
@@ -97,9 +97,9 @@ def carried(compiled):
 @pytest.mark.parametrize(
     'base, rows',
     [
-        ('packed24', 2),
+        pytest.param('packed24', 2, marks=pytest.mark.slow),
         pytest.param('packed24_int4', 12, marks=pytest.mark.slow),
-        pytest.param('int4', 2, marks=pytest.mark.slow),
+        ('int4', 2),
     ],
 )
 def test_the_loop_holds_reduced_kernels_as_they_are(base, rows):

@@ -129,8 +129,10 @@ def miss(mask, kernel, x):
 
 @pytest.mark.parametrize(
     'initial, pattern',
-    [(initial, pattern) for initial in INITIAL for pattern in ('0.5', '0.6', '0.7')]
-    + [(initial, pattern) for initial in INITIAL if 'matrix' not in initial for pattern in ('2:4', '4:8')]
+    [(initial, '0.5') for initial in INITIAL]
+    + [pytest.param(initial, pattern, marks=pytest.mark.slow) for initial in INITIAL for pattern in ('0.6', '0.7')]
+    + [(initial, '2:4') for initial in INITIAL if 'matrix' not in initial]
+    + [pytest.param(initial, '4:8', marks=pytest.mark.slow) for initial in INITIAL if 'matrix' not in initial]
     + [('wanda', '3:6'), ('wanda', '1:4')],
 )
 def test_masks_equal_numpy_in_float64(initial, pattern):
@@ -255,6 +257,7 @@ def test_ratios_do_not_recompile():
     assert len(traces) == 2  # one number for all outputs, and one for each
 
 
+@pytest.mark.slow
 def test_a_model_is_pruned_with_one_trace_a_block(monkeypatch):
     params, batch = setup()
     traces = []
@@ -300,6 +303,7 @@ def test_calibration_hands_on_means_over_valid_tokens():
     assert stat == pruning.DSnoT(pruning.SparseGPT(damp=0.1)).statistic != pruning.DSnoT().statistic
 
 
+@pytest.mark.slow
 def test_one_shot_prunes_a_stack_and_names_a_singular_hessian():
     params, batch = setup()
     method = pruning.DSnoT(pruning.SparseGPT(block=8, damp=0.0))

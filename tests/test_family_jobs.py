@@ -25,7 +25,6 @@ RECIPES = {
     'paligemma': (paligemma_both, '{}'),
 }
 METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt', 'dsnot')
-QUICK = {('blip2-opt', 'wanda')}  # in `make test`; `make test-slow` runs the others
 SMALL = {
     'text.prompt_tokens': 40,
     'text.answer_tokens': 8,
@@ -75,9 +74,10 @@ def config_of(kind, folder, data, **fields):
 def pairs():
     for kind in RECIPES:
         for method in METHODS:
-            yield pytest.param(kind, method, marks=[] if (kind, method) in QUICK else pytest.mark.slow)
+            yield kind, method
 
 
+@pytest.mark.slow  # in `make test` tests/test_job.py has the embedded model's
 @pytest.mark.parametrize('kind, method', list(pairs()))
 def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(directory, data, tmp_path, kind, method):
     folder = directory(kind)

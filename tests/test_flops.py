@@ -116,6 +116,7 @@ def test_an_answer_counts_pruned_kernels_at_their_density(made):
     )
 
 
+@pytest.mark.slow
 def test_a_recipes_step_costs_what_it_trains(made):
     """Distillation a forward more; whole kernels in proportion to the batch, LoRA's products not."""
 

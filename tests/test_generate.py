@@ -73,11 +73,11 @@ def settings(prompt):
     return [way | lengths for way in ways] + [way | lengths | {'min_length': prompt + 5} for way in late]
 
 
-ALIKE = 'blip-2 opt', 'llava', 'instructblip t5'  # towers and a search that other families have too
+QUICK = 'llama', 'blip-2 t5'  # a decoder alone, and an encoder-decoder behind an image
 
 
 @pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in FAMILIES]
+    'name', [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
 )
 def test_tokens_equal_transformers(name, cases):
     case = cases(name)

@@ -48,7 +48,8 @@ def test_it_is_the_same_model(model, tmp_path):
     assert halves['language']['embed'].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize('beams', [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('beams', [1, 3])
 def test_it_generates_the_same_words(model, beams):
     of, params, masks = model
     batch = torch_models.batch(of)

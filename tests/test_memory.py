@@ -36,7 +36,9 @@ def on_first_device(tree):
     return sum(shard.data.nbytes for shard in shards if shard.device == first)
 
 
-@pytest.mark.parametrize('axes', [(1, 1, 1), (1, 4, 1), (1, 2, 2), (4, 1, 1)])
+@pytest.mark.parametrize(
+    'axes', [(1, 1, 1), (1, 2, 2), *(pytest.param(a, marks=pytest.mark.slow) for a in ((1, 4, 1), (4, 1, 1)))]
+)
 def test_params_masks_and_lora_are_exact_on_every_mesh(config, axes):
     config.mesh = dict(zip(sharding.AXES, axes, strict=True))
     config.dtype = 'bfloat16'

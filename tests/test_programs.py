@@ -19,7 +19,7 @@ assert config  # a fixture
         pytest.param({'trained': 'weights'}, marks=pytest.mark.slow),
         {'base': 'packed', 'teacher': 'top_k'},
         pytest.param({'base': 'packed_int4'}, marks=pytest.mark.slow),
-        {'base': 'nf4', 'teacher': 'top_k', 'accumulate': 2},
+        pytest.param({'base': 'nf4', 'teacher': 'top_k', 'accumulate': 2}, marks=pytest.mark.slow),
     ],
 )
 def test_the_step_of_a_recipe_keeps_its_state(config, fields):

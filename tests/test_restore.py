@@ -193,6 +193,7 @@ def test_a_base_in_fewer_bytes_trains_as_the_kernels_that_it_holds(base):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
 
 
+@pytest.mark.slow
 def test_what_was_kept_of_a_teacher_stands_in_for_it():
     """With all tokens but one it is the teacher; with two, the loss is another."""
     params, masks, lora, batch = setup()

@@ -37,12 +37,13 @@ def setup():
 
 
 AXES = {'data': 4}, {'fsdp': 4}, {'data': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}
+QUICK = ({'data': 4}, False), ({'fsdp': 2, 'tensor': 2}, True)
 
 
 @pytest.mark.parametrize(
     'axes, gathering',
     [
-        pytest.param(axes, gathering, marks=[pytest.mark.slow] if gathering == ('data' in axes) else [])
+        pytest.param(axes, gathering, marks=[] if (axes, gathering) in QUICK else [pytest.mark.slow])
         for axes in AXES
         for gathering in (False, True)
     ],
@@ -153,6 +154,7 @@ def swapped(params, batch):
     return [sl.prune(mlp_tower, params, [batch], [('.*', pattern)], **knobs).masks for pattern in ('0.5', '2:4')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('data, fsdp, tensor', MESHES)
 def test_dsnot_equals_one_device(data, fsdp, tensor, random_mlp, swapped_alone):
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
@@ -205,7 +207,7 @@ def bytes_of(shapes):
     'data, fsdp, tensor',
     [
         (4, 1, 1),
-        (1, 4, 1),
+        pytest.param(1, 4, 1, marks=pytest.mark.slow),
         pytest.param(1, 1, 4, marks=pytest.mark.slow),
         pytest.param(2, 2, 1, marks=pytest.mark.slow),
         pytest.param(2, 1, 2, marks=pytest.mark.slow),
