@@ -58,21 +58,12 @@ def lowered_in_one_context():
 
 
 @pytest.fixture(scope='session', autouse=True)
-def read_once():
-    """The real vocabulary and the real data's texts, which take each job seconds."""
-    from sparselora_jax.data import easy_vqa
+def tokenizer_read_once():
+    """The real vocabulary, which takes each job seconds."""
     from sparselora_jax.models import gguf
-
-    texts, read_texts = {}, easy_vqa.read_texts
-
-    def kept(builder, split):
-        if (builder.data_path, split) not in texts:
-            texts[builder.data_path, split] = read_texts(builder, split)
-        return texts[builder.data_path, split]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, 'load_tokenizer', functools.cache(gguf.load_tokenizer))
-        patch.setattr(easy_vqa, 'read_texts', kept)
         yield
 
 
@@ -108,12 +99,21 @@ def tokenizer(smollm2_file):
 
 @pytest.fixture(scope='session')
 def easy_vqa_builder(tmp_path_factory):
-    """The real data set, prepared once for all tests."""
+    """The real data set, prepared once for all tests; its texts are read once, which take each job seconds."""
     from sparselora_jax.data import easy_vqa
 
-    folder = of_all_workers(tmp_path_factory)
+    folder, texts, read = of_all_workers(tmp_path_factory), {}, easy_vqa.read_texts
+
+    def kept(builder, split):
+        if (builder.data_path, split) not in texts:
+            texts[builder.data_path, split] = read(builder, split)
+        return texts[builder.data_path, split]
+
     with filelock.FileLock(folder / 'data.lock'):
-        return easy_vqa.prepare(folder / 'data')
+        builder = easy_vqa.prepare(folder / 'data')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(easy_vqa, 'read_texts', kept)
+        yield builder
 
 
 @pytest.fixture(scope='session')

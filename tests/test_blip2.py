@@ -126,7 +126,7 @@ def logits(module, model, given):
         return module(**{name: torch.asarray(array) for name, array in given.items()}).logits.numpy()
 
 
-@pytest.mark.parametrize('pads', [(), (0, 3, 5)])
+@pytest.mark.parametrize('pads', [pytest.param((), marks=pytest.mark.slow), (0, 3, 5)])
 def test_logits_equal_torch(pads, oracle):
     module, model, params = oracle
     given = batch(model, *pads)

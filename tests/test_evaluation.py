@@ -83,6 +83,7 @@ def evaluate(tiny_blip2, easy_vqa_builder):
     return run
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(evaluate):
     done = []
     two, three = (evaluate(INDICES, batch=batch, progress=done.append) for batch in (2, 3))

@@ -103,6 +103,7 @@ def test_scores_are_those_of_transformers(cases):
     np.testing.assert_allclose(scores.sum(axis=1) / lengths, want.sequences_scores, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_end_one_end_and_many(cases):
     """Without one all rows have the full length; with many nearly every candidate ends."""
     case = cases('llama')
@@ -115,6 +116,7 @@ def test_no_end_one_end_and_many(cases):
         np.testing.assert_array_equal(case._replace(model=model).ours(**options), want)
 
 
+@pytest.mark.slow
 def test_defaults_and_options(cases):
     """Arguments go before the model's options, those before transformers' defaults: 20 new tokens, one beam."""
     case = cases('opt')

@@ -16,7 +16,7 @@ LOGITS = jax.jit(Model.logits, static_argnums=0)
 RULES = [('language/.*blocks/.*', '2:4'), ('.*/blocks/.*', '0.6'), ('.*', 'dense')]
 
 
-@pytest.fixture(scope='module', params=['llama', 'blip2 t5'])
+@pytest.fixture(scope='module', params=['llama', pytest.param('blip2 t5', marks=pytest.mark.slow)])
 def model(request, tmp_path_factory, perturbed):
     """(model, merged params, masks) of a directory with a tokenizer beside the weights."""
     folder = tmp_path_factory.mktemp('model')

@@ -80,6 +80,7 @@ def test_training_the_pruned_kernels_keeps_every_zero_and_moves_nothing_else():
         assert np.array_equal(leaf, trained.get(path, dense[path])), path
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_pruned_kernels_is_that_of_the_masked_loss():
     """And the teacher is the dense model, not what is trained."""
     params, masks, _, batch = setup()
@@ -101,6 +102,7 @@ def test_the_gradient_of_the_pruned_kernels_is_that_of_the_masked_loss():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
+@pytest.mark.slow
 def test_trained_kernels_resume_bit_for_bit(tmp_path):
     params, masks, _, batch = setup()
     tx = restore.paper_optimizer(4, peak=1e-2, warmup=1)
