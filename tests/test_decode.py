@@ -67,7 +67,11 @@ def t5_step():
 
 @pytest.mark.parametrize(
     'config, beams, bound',
-    [(llama_step, 1, False), (llama_step, 5, True), pytest.param(t5_step, 5, False, marks=pytest.mark.slow)],
+    [
+        (llama_step, 1, False),
+        pytest.param(llama_step, 5, True, marks=pytest.mark.slow),
+        pytest.param(t5_step, 5, False, marks=pytest.mark.slow),
+    ],
     ids=['llama', 'llama, 5 beams, masked', 't5, 5 beams'],
 )
 def test_a_step_copies_neither_caches_nor_weights(config, beams, bound):

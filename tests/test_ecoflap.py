@@ -123,6 +123,7 @@ def test_one_compilation_serves_all_kernels_and_layers():
     assert len(scores) == len(PATHS) * CFG.depth
 
 
+@pytest.mark.slow
 def test_bf16_weights_are_scored_in_fp32():
     params, batches = setup()
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)

@@ -100,7 +100,7 @@ def test_names_of_published_vision_towers_are_read(saved, tmp_path):
     check(module, folder)
 
 
-@pytest.mark.parametrize('name', ['llama', 'blip2 opt'])
+@pytest.mark.parametrize('name', ['llama', pytest.param('blip2 opt', marks=pytest.mark.slow)])
 def test_a_mesh_holds_the_same_arrays(name, saved, monkeypatch):
     monkeypatch.setattr(layout, 'PIECE', 3000)
     _, folder = saved(name)

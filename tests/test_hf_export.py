@@ -58,7 +58,12 @@ def pruned(params):
     return sl.prune_tree(changed, None, [('.*/blocks/.*', '2:4'), ('.*', 'dense')], method=sl.Magnitude())
 
 
-@pytest.mark.parametrize('name', torch_models.CONFIGS)
+OF_SEVERAL = 'blip2 opt', 'instructblip t5'  # whose towers others have too
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[pytest.mark.slow] if n in OF_SEVERAL else []) for n in torch_models.CONFIGS]
+)
 def test_torch_reads_the_same_model(name, saved, tmp_path):
     model, params = hf.load_model(saved(name))
     params, _ = pruned(params)

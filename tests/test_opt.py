@@ -92,6 +92,7 @@ def test_tokens_one_by_one_are_as_all_at_once(model, run):
     np.testing.assert_allclose(jnp.concatenate(out, axis=1)[valid], want[valid], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_beams_are_tokens_of_one_row(model):
     cfg, w, _ = model
     prompt, beams = jnp.asarray(TOKENS[:1, :4], jnp.int32), jnp.asarray(TOKENS[1:3, 4:7], jnp.int32)

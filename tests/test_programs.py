@@ -17,7 +17,7 @@ assert config  # a fixture
     [
         {},
         pytest.param({'trained': 'weights'}, marks=pytest.mark.slow),
-        {'base': 'packed', 'teacher': 'top_k'},
+        pytest.param({'base': 'packed', 'teacher': 'top_k'}, marks=pytest.mark.slow),
         pytest.param({'base': 'packed_int4'}, marks=pytest.mark.slow),
         pytest.param({'base': 'nf4', 'teacher': 'top_k', 'accumulate': 2}, marks=pytest.mark.slow),
     ],

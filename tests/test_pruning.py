@@ -53,7 +53,15 @@ def numpy_sparsegpt(kernel, hessian, pattern, block, group, damp=0.01):
 
 
 @pytest.mark.parametrize('pattern', ['2:4', '4:8', '0.5', '0.6', '0.7'])
-@pytest.mark.parametrize('group, block', [('output', 16), ('block', 16), ('output', 24), ('block', 24)])
+@pytest.mark.parametrize(
+    'group, block',
+    [
+        ('output', 16),
+        pytest.param('block', 16, marks=pytest.mark.slow),
+        pytest.param('output', 24, marks=pytest.mark.slow),
+    ]
+    + [('block', 24)],
+)
 def test_sparsegpt_equals_numpy_in_float64(pattern, group, block):  # 24 does not divide the inputs
     pattern = sparsity.parse_pattern(pattern)
     kernel, x = data()

@@ -325,6 +325,7 @@ def test_the_markdown_table_is_one_and_says_what_made_it(done):
     assert '| 56.0% ± 2.5 |' in lines[4 + 2 + 5]
 
 
+@pytest.mark.slow
 def test_the_same_results_make_the_same_files(done):
     config, workdir = done
     names = [f'sweep.{kind}' for kind in ('csv', 'md', 'png', 'svg')]

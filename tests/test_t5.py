@@ -116,6 +116,7 @@ def test_tokens_one_by_one_are_as_all_at_once(model, run):
     np.testing.assert_allclose(jnp.concatenate(out, axis=1)[ANSWER_VALID], hidden(w, cfg)[ANSWER_VALID], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_beams_are_tokens_of_one_row(model):
     cfg, w, _ = model
     length, prompt, beams = 8, jnp.asarray(ANSWER[:1, :1], jnp.int32), jnp.asarray(ANSWER[1:3, 1:9], jnp.int32)

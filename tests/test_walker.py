@@ -97,7 +97,7 @@ def test_one_shot_prunes_any_tree():
 @pytest.mark.parametrize(
     'method, pattern',
     [
-        (pruning.Wanda(), '0.5'),
+        pytest.param(pruning.Wanda(), '0.5', marks=pytest.mark.slow),
         (pruning.SparseGPT(block=8), '2:4'),
         pytest.param(pruning.SparseGPT(block=8, group='block'), '0.5', marks=pytest.mark.slow),
         pytest.param(pruning.Wanda(), '2:4', marks=pytest.mark.slow),
