@@ -1,6 +1,7 @@
 """The main job on a tiny directory of every family, by every pruner; what it exports, torch reads back."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -71,14 +72,8 @@ def config_of(kind, folder, data, **fields):
     return config
 
 
-def pairs():
-    for kind in RECIPES:
-        for method in METHODS:
-            yield kind, method
-
-
 @pytest.mark.slow  # in `make test` tests/test_job.py has the embedded model's
-@pytest.mark.parametrize('kind, method', list(pairs()))
+@pytest.mark.parametrize('kind, method', list(itertools.product(RECIPES, METHODS)))
 def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(directory, data, tmp_path, kind, method):
     folder = directory(kind)
     job = Job(config_of(kind, folder, data, **{'prune.method': method}), tmp_path / 'run')

@@ -59,8 +59,8 @@ def numpy_sparsegpt(kernel, hessian, pattern, block, group, damp=0.01):
         ('output', 16),
         pytest.param('block', 16, marks=pytest.mark.slow),
         pytest.param('output', 24, marks=pytest.mark.slow),
-    ]
-    + [('block', 24)],
+        ('block', 24),
+    ],
 )
 def test_sparsegpt_equals_numpy_in_float64(pattern, group, block):  # 24 does not divide the inputs
     pattern = sparsity.parse_pattern(pattern)
