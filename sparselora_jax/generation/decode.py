@@ -5,6 +5,7 @@ the next tokens of all its beams, and a mask made of their ancestry says which o
 ever gathered or copied but the small tables of `search`, and the weights are cut into layers once per call.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from sparselora_jax.generation import search
 from sparselora_jax.models import layers
 from sparselora_jax.models.model import Model
 from sparselora_jax.models.runners import scan_blocks, unrolled_blocks, unstack
-from sparselora_jax.packing import Bitmask, dense_kernel, reduced
+from sparselora_jax.packing import Bitmask, Packed24, dense_kernel, reduced
 from sparselora_jax.weights import Adapted, Masked, effective_weight
 
 
@@ -44,17 +45,20 @@ def decode(
         x, ctx = language.embed(w, cfg, x.astype(begun.x.dtype), view)
 
         def block(w, x, ctx, cache):
-            return language.block(_unpacked_here(w, x), cfg, x, ctx, cache)
+            return language.block(_unpacked_here(w, x, mesh), cfg, x, ctx, cache)
 
         return runner('language', block, blocks, x, ctx | begun.ctx, caches)
 
     def logits(x):
         return language.head(w, cfg, language.finish(w, cfg, x))
 
-    # The prompt by one traced block: unrolled, packed kernels of all blocks may be unpacked side by side.
-    caches = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *begun.caches)
-    x, caches = run(scan_blocks, begun.blocks, begun.x, begun.view, caches)
-    caches, blocks = unstack(caches), jax.tree.map(_fold, unstack(begun.blocks), is_leaf=_is_no_array)
+    blocks = jax.tree.map(_fold, unstack(begun.blocks), is_leaf=_is_no_array)
+    if _all_folded(begun.blocks, blocks):  # read as they are, instead of being unpacked once more
+        x, caches = run(unrolled_blocks, blocks, begun.x, begun.view, begun.caches)
+    else:  # by one traced block: of all blocks it would compile twice as long
+        caches = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *begun.caches)
+        x, caches = run(scan_blocks, begun.blocks, begun.x, begun.view, caches)
+        caches = unstack(caches)
     first = logits(x[:, -1:])
     rows, _, vocab = first.shape
     first = jnp.broadcast_to(first, (rows, beams, vocab))
@@ -152,7 +156,13 @@ def _fold(leaf: Any) -> Any:
     return effective_weight(kernel, leaf.mask, getattr(leaf, 'lora', None)) if bound else dense_kernel(kernel)
 
 
-def _unpacked_here(w: dict, x: Array) -> dict:
+def _all_folded(stacked: dict, blocks: tuple[dict, ...]) -> bool:
+    """Whether there were bitmasks, and nothing is left that is unpacked where it is read."""
+    before, after = (jax.tree.leaves(tree, is_leaf=_is_no_array) for tree in (stacked, blocks))
+    return any(isinstance(leaf, Bitmask) for leaf in before) and not any(_is_no_array(leaf) for leaf in after)
+
+
+def _unpacked_here(w: dict, x: Array, mesh: Mesh | None) -> dict:
     """A block whose packed kernels seem to depend on what it reads.
 
     Else XLA unpacks them outside of the loop over tokens: it would hold the dense kernels, or every bit of a position
@@ -162,4 +172,19 @@ def _unpacked_here(w: dict, x: Array) -> dict:
     def here(leaf):
         return jax.lax.optimization_barrier((leaf, x))[0] if _is_no_array(leaf) else leaf
 
-    return jax.tree.map(here, w, is_leaf=_is_no_array)
+    def later(leaf):
+        if not isinstance(leaf, Packed24):
+            return leaf
+        return jax.lax.platform_dependent(leaf, x, cpu=_unpacked_after, default=lambda leaf, x: leaf)
+
+    w = jax.tree.map(here, w, is_leaf=_is_no_array)
+    # On a mesh x lies on several devices, which would have to tell each other.
+    return w if mesh else jax.tree.map(later, w, is_leaf=lambda leaf: isinstance(leaf, Packed24))
+
+
+def _unpacked_after(packed: Packed24, x: Array) -> Packed24:
+    """The same, for XLA for CPUs: it drops barriers before it orders operations, and would unpack all blocks side by
+    side, into memory for each. No number is above infinity, but that it does not know.
+    """
+    nothing = (x.reshape(-1)[0] > jnp.inf).astype(packed.positions.dtype)
+    return dataclasses.replace(packed, positions=packed.positions | nothing)

@@ -5,11 +5,16 @@ and `block(w, x, ctx, cache) -> (x, cache)` is one of them. `ctx` is what blocks
 its arrays is the batch (or 1).
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from sparselora_jax.packing import Packed24
 
 Block = Callable[[dict, Any, dict, Any], tuple[Any, Any]]
 
@@ -20,13 +25,35 @@ def scan_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cach
 
 
 def _scan(block: Block, weights: dict, x: Any, ctx: dict, cache: Any, policy: Any) -> tuple[Any, Any]:
-    block = jax.checkpoint(block, prevent_cse=False, policy=policy)  # a scan's body needs no barrier against CSE
+    # A scan's body needs no barrier against CSE.
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+    def one(w, index, x, ctx, cache):
+        return block(_cut_out(w, index), x, ctx, cache)
 
     def body(x, layer):
-        w, layer_cache = layer
-        return block(w, x, ctx, layer_cache)
+        w, index, layer_cache = layer
+        return one(w, index, x, ctx, layer_cache)
 
-    return jax.lax.scan(body, x, (weights, cache))
+    layers = jax.tree.leaves(weights)[0].shape[0]
+    return jax.lax.scan(body, x, (weights, jnp.arange(layers), cache))
+
+
+def _cut_out(w: dict, index: Int[Array, '']) -> dict:
+    """A block's weights; on a CPU, packed ones as arrays of their own.
+
+    XLA for CPUs would read them weight by weight through the stack that they are a layer of: unpacking takes five times
+    as long or more. It copies what a conditional returns, and cannot know that this one always takes the same branch.
+    """
+
+    def cut(leaf):
+        if not isinstance(leaf, Packed24):
+            return leaf
+        return jax.lax.platform_dependent(leaf, cpu=copy, default=lambda leaf: leaf)
+
+    def copy(leaf):
+        return jax.lax.cond(index < 0, lambda leaf: jax.tree.map(jnp.zeros_like, leaf), lambda leaf: leaf, leaf)
+
+    return jax.tree.map(cut, w, is_leaf=lambda leaf: isinstance(leaf, Packed24))
 
 
 def remat_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cache: Any = None) -> tuple[Any, Any]:

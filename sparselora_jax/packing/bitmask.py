@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Int, Shaped, UInt32
 
 from sparselora_jax.packing.errors import PackingError
 from sparselora_jax.packing.stacks import kernel_shape, over_layers
 
 WORD = 32
+RUNS = 2  # of words, to be a loop
 BIT = np.left_shift(np.uint32(1), np.arange(WORD, dtype=np.uint32))
 
 
@@ -111,16 +112,24 @@ def _unpack_matrix(packed: Bitmask) -> Array:
     mask = unpack_mask(packed.mask)
     if not packed.values.size:  # nothing to take from
         return jnp.zeros(mask.shape, packed.dtype)
-    # Where a value stands is how many are kept before it: those of all words of 32 before, by a sum over words (over
-    # weights it would take twice as long as all the rest), and those of lower bits of its own.
-    bits = jnp.pad(mask.reshape(-1), (0, -mask.size % WORD)).reshape(-1, WORD)
-    words = jnp.sum(jnp.where(bits, BIT, jnp.uint32(0)), axis=1, dtype=jnp.uint32)
+    bits = jnp.pad(mask.reshape(-1), (0, -mask.size % (RUNS * WORD))).reshape(RUNS, -1, WORD)
+    words = jnp.sum(jnp.where(bits, BIT, jnp.uint32(0)), axis=2, dtype=jnp.uint32)
+    _, places = jax.lax.scan(_places, jnp.zeros((), jnp.int32), words)
+    values = packed.values.at[places.reshape(-1)[: mask.size].reshape(mask.shape)].get(mode='clip')
+    return jnp.where(mask, values, jnp.zeros((), values.dtype))
+
+
+def _places(start: Int[Array, ''], words: UInt32[Array, 'words']) -> tuple[Int[Array, ''], Int[Array, 'words 32']]:
+    """How many weights are kept until behind these words, and before each of their bits: there its value stands.
+
+    Those of all words before, by a sum over words (over weights it would take twice as long as all the rest), and those
+    of lower bits of its own. A step of a loop, or XLA for CPUs would count within the gather of the values, bit by bit,
+    in three times the time.
+    """
     counts = jax.lax.population_count(words).astype(jnp.int32)
-    before = jax.lax.population_count(words[:, None] & (BIT - 1)).astype(jnp.int32)
-    index = (jnp.cumsum(counts, dtype=jnp.int32) - counts)[:, None] + before
-    values = packed.values.at[index].get(mode='clip')
-    kernel = jnp.where(bits, values, jnp.zeros((), values.dtype))
-    return kernel.reshape(-1)[: mask.size].reshape(mask.shape)
+    until = start + jnp.cumsum(counts, dtype=jnp.int32)
+    lower = jax.lax.population_count(words[:, None] & (BIT - 1)).astype(jnp.int32)
+    return until[-1], (until - counts)[:, None] + lower
 
 
 def check_bitmask(packed: Bitmask | PackedMask) -> None:
