@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import sparselora_jax as sl
 from sparselora_jax.models import layers, llama, runners
 from sparselora_jax.models.init import init_params
 
@@ -33,3 +34,11 @@ def test_unrolled_blocks_have_the_output_of_scan():
     unrolled, caches = runners.unrolled_blocks('language', block, runners.unstack(PARAMS['blocks']), x, ctx)
     np.testing.assert_allclose(unrolled, scanned, atol=1e-5)
     assert caches == (None,) * CFG.depth
+
+
+def test_packed_kernels_are_copied_out_of_their_stack_on_cpus_alone():
+    _, masks = sl.prune_tree(PARAMS, None, [('.*', '2:4')], method=sl.Magnitude())
+    traced = jax.jit(lambda w: llama.forward(w, CFG, X, VALID)).trace(sl.pack(PARAMS, masks))
+    lowered = {on: traced.lower(lowering_platforms=(on,)).as_text() for on in ('cpu', 'tpu', 'cuda')}
+    branches = {on: text.count('stablehlo.case') for on, text in lowered.items()}  # others choose a platform
+    assert branches['tpu'] == branches['cuda'] == branches['cpu'] - len(jax.tree.leaves(masks))

@@ -77,13 +77,13 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, whole, compiled_once
     cut = tmp_path / 'cut'
     process = start(cut, 0.3, compiled_once)
     for line in process.stdout:
-        if int(line) == 5:
+        if int(line) >= 5 and Checkpoints(cut / 'c').steps():  # written beside the steps
             process.send_signal(number)
             break
     process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)
     kept = Checkpoints(cut / 'c').steps()[-1]
-    assert kept >= 5 if number == signal.SIGTERM else kept == 3
+    assert kept >= 5 if number == signal.SIGTERM else kept % 3 == 0
     again = start(cut, 0, compiled_once)
     first = int(again.stdout.readline())
     assert first == kept + 1
