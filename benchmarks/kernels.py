@@ -16,6 +16,10 @@ A GPU's kernel is cut into programs: its matmul and vector terms are those of th
 The dense product has bytes and FLOPs at full rate on all of them and no vector term, alike for `x @ W` and `g @ W.T`.
 The dense TPU program is XLA's own. What XLA itself says of a TPU program (`optimal_seconds`) is no bound: several times
 the bytes' time for a dense product, and negative for some programs with a Pallas kernel, then left out.
+
+The bytes of an output tile are its weights', its rows' of x and what is written, fp32 parts of shared sums included;
+beside them is their ratio to those of the same tile with dense weights. VMEM is what a TPU's kernel allocates: each
+window twice, scratch, and the registers that it spills.
 """
 
 if __name__ == '__main__':  # transformers asks a package `kernels` for its version, and may find this file instead

@@ -148,7 +148,7 @@ def on_gpus(rows: int, inputs: int, outputs: int) -> None:
         dense = dense_terms(chip, Problem(rows, inputs, outputs, False, transposed))
         seconds = ' | '.join(f'{1e6 * term:.1f}' for term in dense.values())
         binds = max(dense, key=dense.get)
-        print(f'| {where} | {product} | dense | | | | | | 1.0000 | {seconds} | {binds} | | |', flush=True)
+        print(f'| {where} | {product} | dense | | | | | | | 1.0000 | {seconds} | {binds} | | |', flush=True)
         for four_bits in (False, True):
             problem = Problem(rows, inputs, outputs, four_bits, transposed)
             kind, tile = gpu.fastest(rows, problem.packed, transposed)
@@ -165,7 +165,8 @@ def on_gpus(rows: int, inputs: int, outputs: int) -> None:
             share = nbytes(problem.packed) / (2 * inputs * outputs)
             print(
                 f'| {where} | {product} | packed{" int4" if four_bits else ""} | {found.registers} | {found.stack} | '
-                f'{found.shared} | {found.tensor} | {an_element:.1f} | {share:.4f} | '
+                f'{found.shared} | {found.tensor} | {an_element:.1f} | '
+                f'{problem.a_tile(tile.rows, across, tile.splits)} | {share:.4f} | '
                 + ' | '.join(f'{1e6 * seconds:.1f}' for seconds in terms.values())
                 + f' | {max(terms, key=terms.get)} | {max(terms.values()) / max(dense.values()):.2f} | '
                 f'{max(terms.values()) / unpacked_s(chip, problem):.2f} |',

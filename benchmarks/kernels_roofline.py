@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from sparselora_jax.packing.like import packed24_like
 from sparselora_jax.packing.packed24 import Packed24
+from sparselora_jax.tracing import nbytes
 
 
 class Chip(NamedTuple):
@@ -42,6 +43,20 @@ class Problem(NamedTuple):
     def moved(self, weights: float) -> float:
         """Bytes, where the weights are so many."""
         return weights + 2 * self.rows * (self.inputs + self.outputs)
+
+    def of_tile(self, weights: float, rows: int, wide: int) -> float:
+        """Bytes read and written for a tile of the product, `rows` x `wide`: the weights' share, its rows, itself."""
+        deep, across = (self.outputs, self.inputs) if self.transposed else (self.inputs, self.outputs)
+        return weights * wide / across + 2 * rows * (deep + wide)
+
+    def a_tile(self, rows: int, wide: int, shared: int = 1) -> str:
+        """The same as a column: KB, and their ratio to a tile of dense bf16 weights.
+
+        Args:
+          shared: programs that share a sum, and write their parts in fp32, which are read to be added up.
+        """
+        moved = self.of_tile(nbytes(self.packed), rows, wide) + (8 * shared * rows * wide if shared > 1 else 0)
+        return f'{moved / 1e3:.0f} ({moved / self.of_tile(2 * self.inputs * self.outputs, rows, wide):.2f})'
 
     @property
     def flops(self) -> int:

@@ -26,8 +26,10 @@ ROUNDS = flags.DEFINE_integer('rounds', 15, 'timed calls of each product, on a c
 
 
 FIRST = 'chip', 'rows', 'weights'
+TILE = 'KB an output tile (of dense)'
 TERMS = 'bytes of bf16', 'bytes, us', 'matmul, us', 'vector, us', 'binds', 'packed / dense'
-BUILT = 'registers', 'spilled, B', 'shared, B', 'tensor core', 'instructions an element'
+OF_XLA = 'XLA says, us', 'HBM, MB', 'VMEM, MB', 'spilled, MB'
+BUILT = 'registers', 'spilled, B', 'shared, B', 'tensor core', 'instructions an element', TILE
 
 
 def tables():
@@ -38,7 +40,7 @@ def tables():
         return [(columns, functools.partial(timed, rounds=ROUNDS.value))]
     print('Static estimates: nothing was run on a chip.')
     of_gpus = *FIRST, 'product', 'kernel', *BUILT, *TERMS, 'packed / (unpack, then dense)'
-    return [(of_gpus, on_gpus), ((*FIRST, 'kernel', *TERMS, 'XLA says, us', 'HBM, MB'), on_tpus)]
+    return [(of_gpus, on_gpus), ((*FIRST, 'kernel', TILE, *TERMS, *OF_XLA), on_tpus)]
 
 
 def main(argv):

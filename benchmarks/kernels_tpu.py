@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ |= {'LIBTPU_INIT_ARGS': f'--xla_jf_dump_llo_text=true --xla_jf_dump_to={tempfile.mkdtemp()}'}
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from kernels_roofline import Chip, times
+from kernels_roofline import Chip, Problem, times
 
 from sparselora_jax import chips
 from sparselora_jax.kernels import tpu
@@ -26,16 +27,28 @@ CORES = {'v5e': (1, 1.5e9, 'v5e:2x2'), 'v6e': (1, 1.75e9, 'v6e:2x2'), 'v5p': (2,
 TPUS = [Chip(name, chips.TPUS[name].bytes_s, chips.TPUS[name].flops_s, *rest) for name, rest in CORES.items()]
 
 
-def bundles() -> int:
-    """Of the schedule of the one packed kernel that was compiled since the last call."""
-    found = None
+class Dumped(NamedTuple):
+    """What the TPU compiler has written of a kernel."""
+
+    bundles: int  # of its schedule
+    vmem: int  # bytes it allocates: each window twice, scratch, spilled registers
+    spilled: int  # bytes of these
+
+
+def dumped(kernel: str) -> Dumped:
+    """Of the one whose name begins so, or of several that with most VMEM, compiled since the last call."""
+    found, scheduled = [], re.compile(rf'(.*-{kernel}.*)-\d+-schedule-analysis_final_bundles.txt')
+    for name in filter(None, map(scheduled.fullmatch, os.listdir(DUMP))):
+        bundles = re.search(r'total scheduled bundles:\s+(\d+)', (DUMP / name[0]).read_text())
+        for file in DUMP.glob(f'{name[1]}-*-post-delay-converter.txt'):  # the last to say what is allocated
+            places = re.findall(r'#allocation\d+(_spill)? \[.*?space=vmem, size = (0x[0-9a-f]+)', file.read_text())
+            vmem, spilled = (sum(int(size, 16) for spill, size in places if spill or every) for every in (True, False))
+            found.append(Dumped(int(bundles[1]), vmem, spilled))
     for file in DUMP.iterdir():
-        if re.search(r'matmul24.*schedule-analysis_final_bundles', file.name):
-            found = int(re.search(r'total scheduled bundles:\s+(\d+)', file.read_text()).group(1))
         file.unlink()
-    if found is None:
-        raise SystemExit(f'{DUMP}: libtpu has left no schedule of matmul24; another version of it?')
-    return found
+    if not found:
+        raise SystemExit(f'{DUMP}: libtpu has left no schedule of {kernel or "a kernel"}; another version of it?')
+    return max(found, key=lambda kernel: kernel.vmem)
 
 
 def compiled_for_tpu(chip: Chip, fn, *args):
@@ -60,23 +73,27 @@ def on_tpus(rows: int, inputs: int, outputs: int) -> None:
     for chip, transposed in itertools.product(TPUS, (False, True)):
         matrix, product = (g, tpu.matmul_transposed) if transposed else (x, tpu.matmul)
         dense_product = (lambda x, w: x @ w.T) if transposed else jnp.matmul
-        kernels = {'dense': (dense_product, dense, 0)}
+        kernels = {'dense': (dense_product, dense, None)}
         for name, four_bits in (('packed', False), ('packed int4', True)):
             packed = packed24_like(dense, four_bits=four_bits)
             tile = tpu.tile(rows, packed, transposed)
-            steps = -(-rows // tile.rows) * -(-inputs // tile.inputs) * -(-outputs // tile.outputs)
-            kernels[name] = functools.partial(product, tile=tile), packed, steps
+            kernels[name] = functools.partial(product, tile=tile), packed, tile
         estimates = {}
-        for name, (fn, weights, steps) in kernels.items():
+        for name, (fn, weights, tile) in kernels.items():
+            problem = Problem(rows, inputs, outputs, name == 'packed int4', transposed)
             compiled = compiled_for_tpu(chip, fn, matrix, weights)
-            vector_s = steps * bundles() / chip.cores / chip.hertz if steps else 0.0
-            size = nbytes(weights)
+            kernel, vector_s, a_tile = dumped('matmul24' if tile else ''), 0.0, ''
+            if tile:
+                steps = -(-rows // tile.rows) * -(-inputs // tile.inputs) * -(-outputs // tile.outputs)
+                vector_s = steps * kernel.bundles / chip.cores / chip.hertz
+                a_tile = problem.a_tile(tile.rows, tile.inputs if transposed else tile.outputs)
             # int4 scales make two numbers of one of g.
-            flops = (4 if transposed and name == 'packed int4' else 2) * rows * inputs * outputs
-            terms = times(chip, size + 2 * rows * (inputs + outputs), flops, vector_s)
+            flops = problem.flops * (2 if transposed and problem.four_bits else 1)
+            terms = times(chip, problem.moved(nbytes(weights)), flops, vector_s)
             estimates[name] = max(terms.values())
             ratio = '' if name == 'dense' else f'{estimates[name] / estimates["dense"]:.2f}'
-            columns = [chip.name, rows, f'{inputs}x{outputs}', name + ', transposed' * transposed]
-            columns += [f'{size / nbytes(dense):.4f}', *(f'{1e6 * term:.1f}' for term in terms.values())]
+            columns = [chip.name, rows, f'{inputs}x{outputs}', name + ', transposed' * transposed, a_tile]
+            columns += [f'{nbytes(weights) / nbytes(dense):.4f}', *(f'{1e6 * term:.1f}' for term in terms.values())]
             columns += [max(terms, key=terms.get), ratio, *said_by_xla(compiled)]
+            columns += [f'{size / 1e6:.2f}' for size in (kernel.vmem, kernel.spilled)]
             print('| ' + ' | '.join(map(str, columns)) + ' |', flush=True)
