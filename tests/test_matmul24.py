@@ -12,8 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import sparselora_jax as sl
-from sparselora_jax import packing
+from sparselora_jax import packing, rules
 from sparselora_jax.kernels import cpu, gpu, matmul24, tpu
+from sparselora_jax.models import embedded
 from sparselora_jax.packing import packed24
 
 PAIRS = list(itertools.combinations(range(4), 2))
@@ -134,6 +135,42 @@ def test_the_tpu_kernels_are_the_product(rows, inputs, outputs, tile, four_bits)
         return y, tpu.matmul_transposed(g, packed, tpu.Tile(tile, 256, 128), interpret=True)
 
     check_both(both, packed, x, g)
+
+
+@functools.cache
+def trained():
+    return rules.flatten(embedded.load(dtype=jnp.bfloat16)[1])
+
+
+REAL = [
+    ('language/blocks/attn/k/kernel', 12),
+    ('language/blocks/mlp/down/kernel', 12),
+    ('vision/blocks/mlp/fc2/kernel', 3),
+]
+FOR_TPU = 'qformer/blocks/first/mlp/fc1/kernel', 1  # sizes that its kernels take
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('four_bits', [False, True])
+@pytest.mark.parametrize('rows', [1, 16])
+@pytest.mark.parametrize(('chip', 'layer'), [*itertools.product(['gpu'], [*REAL, FOR_TPU]), ('tpu', FOR_TPU)])
+def test_layers_of_a_trained_model_by_the_tiles_that_are_used(chip, layer, rows, four_bits):
+    path, index = layer
+    kernel = {'kernel': trained()[path][index]}
+    pruned, masks = sl.prune_tree(kernel, None, [('kernel', '2:4')], method=sl.Magnitude())
+    packed = packed24.pack24(pruned['kernel'], masks['kernel'])
+    packed = packed24.quantise24(packed) if four_bits else packed
+    sizes = zip((4, 5), packed.shape, strict=True)
+    x, g = (jax.random.normal(jax.random.key(key), (rows, size), jnp.bfloat16) for key, size in sizes)
+    weights = packed24.unpack24(packed, jnp.float32)
+    assert four_bits or (weights == pruned['kernel'].astype(jnp.float32)).all()
+    for of, want, transposed in ((x, weights, False), (g, weights.T, True)):
+        if chip == 'gpu':
+            got = gpu.product(of, packed, transposed=transposed, interpret=INTERPRET)
+        else:
+            multiply = tpu.matmul_transposed if transposed else tpu.matmul
+            got = multiply(of, packed, tpu.tile(rows, packed, transposed), interpret=True)
+        check(got, of, want)
 
 
 @pytest.mark.parametrize(('dtype', 'four_bits'), [*KINDS, (jnp.float16, False)])
