@@ -43,6 +43,7 @@ from sparselora_jax.weights import init_lora, with_kernels
 
 TEACHER = 'teacher'  # a folder, see teacher.py
 MASKS, KERNELS = 'masks.safetensors', 'kernels.safetensors'  # what pruning leaves; the second if kept weights changed
+ROUNDED = 'rounded.safetensors'  # kernels whose values four bits hold, see `stages.round_base`
 QUESTIONS = 'questions.json'
 
 
@@ -228,12 +229,16 @@ class Job:
     def base(self) -> Frozen:
         """Params, masks and teacher as LoRA is trained on them: `frozen`, or its pruned kernels in fewer bytes.
 
-        Dense weights that nothing needs any more are let go (but for the embedded model's, which is read as a whole).
+        Values are rounded to the nearest of four bits, unless `stages.round_base` has chosen them. Dense weights that
+        nothing needs any more are let go (but for the embedded model's, which is read as a whole).
         """
-        formats = base_formats(self.config)
+        formats, pruned = base_formats(self.config), self.frozen
         if formats is None:
-            return self.frozen
-        params, masks, _ = reduce_base(self.frozen, formats)
+            return pruned
+        if (self.workdir / ROUNDED).exists():
+            rounded = self.shard(storage.load_safetensors(self.workdir / ROUNDED)[0])
+            pruned = pruned._replace(params=with_kernels(pruned.params, rounded))
+        params, masks, _ = reduce_base(pruned, formats)
         dense = self.params if runs_teacher(self.config) else None
         for name in ('frozen', 'params') if dense is None else ('frozen',):
             self.__dict__.pop(name, None)

@@ -194,6 +194,16 @@ def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
     return [*rules, ('.*', Pattern())]
 
 
+def rounded_rules(config: Any) -> list[tuple[str, Pattern]]:
+    """(regex, pattern) of what `restore.base` holds as 2:4 in four bits, everything else dense; empty: nothing is."""
+    if config.restore.base != 'packed_int4':
+        return []
+    held = [
+        (regex, pattern if (pattern.n, pattern.m) == (2, 4) else Pattern()) for regex, pattern in prune_rules(config)
+    ]
+    return held if any(not pattern.dense for _, pattern in held) else []
+
+
 def pack_formats(config: Any, *, four_bits: bool) -> list[tuple[str, str]]:
     """(regex, format of `packing.pack`) of each pruned tower: 2:4 as `packed24`, other patterns as `bitmask`.
 

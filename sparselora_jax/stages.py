@@ -21,13 +21,21 @@ from sparselora_jax.data import text_format
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.evaluation.density import block_count, layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.evaluation.perplexity import perplexity
-from sparselora_jax.job import KERNELS, MASKS, TEACHER, Job
+from sparselora_jax.job import KERNELS, MASKS, ROUNDED, TEACHER, Job
 from sparselora_jax.losses import answer_loss
 from sparselora_jax.models import embedded, hf_configs, hf_export, hf_packed, on_disk, peft_adapter
 from sparselora_jax.programs import restore_program
 from sparselora_jax.progress import Progress
 from sparselora_jax.pruning.allocate import total
-from sparselora_jax.recipe import ConfigError, lora_rules, pack_formats, prune_methods, prune_rules, reads_teacher
+from sparselora_jax.recipe import (
+    ConfigError,
+    lora_rules,
+    pack_formats,
+    prune_methods,
+    prune_rules,
+    reads_teacher,
+    rounded_rules,
+)
 from sparselora_jax.restore import Frozen, pruned_kernels
 from sparselora_jax.rules import flatten
 from sparselora_jax.sparsity import check_masks, check_sparse
@@ -56,6 +64,7 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
     if 'pruned' in models:
         evaluate(job, 'pruned', lambda: pruned_params(job))
     if 'restored' in models:
+        round_base(job)
         restore(job, 'restore', lambda: job.base)
         evaluate(job, 'restored', job.merged)
     if 'control' in models:
@@ -167,13 +176,6 @@ def prune(job: Job) -> dict:
         calibration = _calibration(job)
         rules, methods = prune_rules(config), prune_methods(config)
         flat, patterns = flatten(params), pruning.patterns_of(params, rules)
-        progress = Progress('prune', block_count(params), interval=5)
-        done = []
-
-        def tick(tower, layer, layers):
-            done.append(layer)
-            progress(len(done), f'{tower} layer {layer + 1} of {layers}')
-
         masks_like = {path: jax.ShapeDtypeStruct(flat[path].shape, bool) for path in patterns}
         kernels_like = {path: flat[path] for path in patterns} if config.prune.method == 'sparsegpt' else {}
         with ExitStack() as files:
@@ -190,15 +192,51 @@ def prune(job: Job) -> dict:
                 if kernels_like:
                     write_kernel(path, layer, kernel)
 
-            chunk = config.prune.chunk
-            knobs = {'method': methods, 'zeros': zeros, 'chunk': chunk, 'keep': keep, 'progress': tick}
-            result = pruning.prune(model.hidden, params, calibration, rules, **knobs)
+            knobs = {'method': methods, 'zeros': zeros, 'keep': keep, 'progress': _by_layer('prune', params)}
+            result = pruning.prune(model.hidden, params, calibration, rules, chunk=config.prune.chunk, **knobs)
         if config.stream:
             pruned = on_disk.pruned_on_disk(params, job.workdir / MASKS, job.workdir / KERNELS)
             hf_export.export_model(job.workdir / 'pruned', model, pruned)
         return {'tokens': result.tokens}
 
     return job.stage('prune', compute)
+
+
+def _by_layer(name: str, params: dict) -> Callable[[str, int, int], None]:
+    """What shows the progress of a walk over all blocks."""
+    progress, done = Progress(name, block_count(params), interval=5), []
+
+    def show(tower, layer, layers):
+        done.append(layer)
+        progress(len(done), f'{tower} layer {layer + 1} of {layers}')
+
+    return show
+
+
+def round_base(job: Job) -> None:
+    """Chooses what a base in int4 rounds its 2:4 kernels to (GPTQ, on the samples of pruning); `rounded.safetensors`.
+
+    Without samples (`prune.samples=0`) values are rounded to the nearest, and nothing is written.
+    """
+    rules, config = rounded_rules(job.config), job.config
+    if not rules or config.prune.samples == 0:
+        return
+
+    def compute():
+        model = job.model
+        if config.stream:
+            params = on_disk.pruned_on_disk(job.params_on_disk(), job.workdir / MASKS, job.workdir / KERNELS)
+        else:
+            params = pruned_params(job)
+        flat = flatten(params)
+        like = {path: flat[path] for path in pruning.patterns_of(params, rules)}
+        with storage.layer_writer(job.workdir / ROUNDED, like) as write:
+            knobs = {'method': pruning.GPTQ(config.prune.damp), 'progress': _by_layer('round', params)}
+            knobs |= {'keep': lambda path, layer, kernel, mask: write(path, layer, kernel)}
+            result = pruning.prune(model.hidden, params, _calibration(job), rules, chunk=config.prune.chunk, **knobs)
+        return {'tokens': result.tokens}
+
+    job.stage('round', compute)
 
 
 def keep_teacher(job: Job) -> dict:

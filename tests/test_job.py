@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import sparselora_jax as sl
 from configs import blip2_lang_only
-from sparselora_jax import pruning, rules, sparsity, stages, storage
+from sparselora_jax import packing, pruning, rules, sparsity, stages, storage
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.errors import DataError
@@ -219,10 +219,13 @@ def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(wor
     assert len(list((workdir / 'teacher').iterdir())) == 3
     assert all(0 < record['kl'] for record in map(json.loads, (workdir / 'log.jsonl').open()) if 'kl' in record)
     held = rules.flatten(job.base.params)
+    rounded = rules.flatten(storage.load_safetensors(workdir / 'rounded.safetensors')[0])
     assert job.__dict__.keys().isdisjoint({'params', 'frozen'})
     assert all(
         isinstance(held[path], sl.Packed24) and held[path].scale is not None for path in rules.flatten(job.masks)
     )
+    for path, kernel in rounded.items():  # what GPTQ has chosen is what is held
+        np.testing.assert_array_equal(packing.dense_kernel(held[path], np.float32), kernel)
     merged = job.merged()
     sl.check_sparse(merged, job.masks)
     _, exported = sl.load_model(workdir / 'exported')
@@ -238,7 +241,7 @@ def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(wor
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     prompt = {name: batch[name] for name in ('pixel_values', 'input_ids', 'attention_mask')}
     np.testing.assert_array_equal(*(sl.generate(model, w, prompt, max_new_tokens=4) for w in (bound, merged)))
-    assert {'teacher', 'restore'} <= read(workdir, 'report')['time_s'].keys()
+    assert {'round', 'teacher', 'restore'} <= read(workdir, 'report')['time_s'].keys()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ def build(job: Any) -> dict:
         baselines['dense_control'] = control['accuracy'] | kept
     lost = evaluations['dense']['accuracy']['overall'] - evaluations['pruned']['accuracy']['overall']
     won = evaluations['restored']['accuracy']['overall'] - evaluations['pruned']['accuracy']['overall']
-    times = {name: results[name]['seconds'] for name in ('zeros', 'prune', 'teacher', 'export') if name in results}
+    times = {
+        name: results[name]['seconds'] for name in ('zeros', 'prune', 'round', 'teacher', 'export') if name in results
+    }
     times['evaluate'] = sum(e['seconds'] for e in evaluations.values())
     times['restore'] = restore['steps_s']  # all sessions of an interrupted run
     return {

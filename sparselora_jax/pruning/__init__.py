@@ -7,6 +7,7 @@ from sparselora_jax.pruning.allocate import allocate, check_bound, kernel_sizes,
 from sparselora_jax.pruning.dsnot import DSnoT
 from sparselora_jax.pruning.ecoflap import first_order_scores, zeroth_order_scores
 from sparselora_jax.pruning.global_magnitude import global_magnitude_zeros
+from sparselora_jax.pruning.gptq import GPTQ
 from sparselora_jax.pruning.magnitude import Magnitude, Random
 from sparselora_jax.pruning.owl import outlier_shares, owl_zeros
 from sparselora_jax.pruning.sparsegpt import SparseGPT
@@ -15,6 +16,7 @@ from sparselora_jax.pruning.walker import PruneResult, prune, prune_tree
 from sparselora_jax.pruning.wanda import Wanda
 
 __all__ = [
+    'GPTQ',
     'DSnoT',
     'Magnitude',
     'PruneResult',

@@ -1,0 +1,85 @@
+"""Rounding under a mask: the values are those of the paper's algorithm in numpy, four bits hold them, outputs gain."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import sparselora_jax as sl
+from sparselora_jax import calibrate, pruning
+from sparselora_jax.packing import packed24
+
+PATTERN = sl.parse_pattern('2:4')
+
+
+def pruned_and_inputs(inputs=200, outputs=6, tokens=500):
+    """A kernel at 2:4, and tokens in which a few directions prevail."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(inputs, outputs))
+    kernel *= np.asarray(sl.mask_from_scores(jnp.abs(jnp.asarray(kernel, jnp.float32)), '2:4'))
+    few = rng.normal(size=(tokens, inputs // 10)) @ rng.normal(size=(inputs // 10, inputs))
+    return kernel, few + 0.3 * rng.normal(size=(tokens, inputs))
+
+
+def nearest(weights, scale):
+    return np.clip(np.round(weights / scale), -8, 7) * scale
+
+
+def numpy_scale(weights):
+    shares = np.concatenate([packed24.SHARES, -packed24.SHARES]).astype(np.float64)
+    scales = (np.abs(weights).max() * shares).astype(ml_dtypes.bfloat16).astype(np.float64)
+    return scales[np.argmin([np.sum((nearest(weights, scale) - weights) ** 2) for scale in scales])]
+
+
+def numpy_gptq(kernel, hessian, damp=0.01):
+    """One input after the other; what is left is corrected by the inverse Hessian of what is left."""
+    w, mask = kernel.copy(), kernel != 0
+    inverse = np.linalg.inv(hessian + damp * np.mean(np.diag(hessian)) * np.eye(len(hessian)))
+    for i in range(len(w)):
+        if i % 128 == 0:
+            part = slice(i, i + 128)
+            scales = [numpy_scale(w[part, o][mask[part, o]]) for o in range(w.shape[1])]
+        rounded = np.where(mask[i], [nearest(v, scale) for v, scale in zip(w[i], scales, strict=True)], 0)
+        error = (w[i] - rounded) / inverse[i, i]
+        w[i:] -= np.outer(inverse[i:, i], error)
+        w[i] = rounded
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return w
+
+
+def test_equals_numpy_in_float64():
+    kernel, x = pruned_and_inputs()
+    want = numpy_gptq(kernel, x.T @ x)
+    with jax.enable_x64(True):
+        got, mask = pruning.GPTQ()(jnp.asarray(kernel), jnp.asarray(x.T @ x), PATTERN)
+    np.testing.assert_allclose(got, want, atol=1e-9)
+    np.testing.assert_array_equal(mask, kernel != 0)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_four_bits_hold_the_values_and_outputs_are_nearer_than_by_rounding_to_the_nearest(dtype):
+    kernel, x = (jnp.asarray(array, dtype) for array in pruned_and_inputs())
+    hessian = calibrate.hessian(x)
+    got, mask = pruning.GPTQ()(kernel, hessian, PATTERN)
+    assert got.dtype == dtype and (mask == (kernel != 0)).all() and not got[~mask].any()
+    held, plain = (
+        packed24.unpack24(packed24.quantise24(packed24.pack24(weights, mask)), jnp.float32) for weights in (got, kernel)
+    )
+    if dtype == jnp.float32:
+        np.testing.assert_array_equal(held, got)
+    errors = [jnp.linalg.norm(x.astype(jnp.float32) @ (w - kernel.astype(jnp.float32))) for w in (held, plain)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_dead_inputs_do_not_break_the_hessian():
+    kernel, x = pruned_and_inputs()
+    x[:, [3, 130]] = 0
+    got, _ = pruning.GPTQ()(jnp.asarray(kernel, jnp.float32), jnp.asarray(x.T @ x, jnp.float32), PATTERN)
+    assert jnp.isfinite(got).all()
+
+
+def test_a_singular_hessian_is_said():
+    kernel, x = (jnp.asarray(array, jnp.float32) for array in pruned_and_inputs(tokens=5))
+    got, _ = pruning.GPTQ(damp=0.0)(kernel, x.T @ x, PATTERN)
+    assert jnp.isnan(got).all()
