@@ -35,7 +35,7 @@ from sparselora_jax.models.hf import load_model
 from sparselora_jax.models.hf_export import export_model
 from sparselora_jax.models.model import Model
 from sparselora_jax.packing import Bitmask, Packed24, PackingError, pack, pack_masks, unpack
-from sparselora_jax.pruning import DSnoT, Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
+from sparselora_jax.pruning import GPTQ, DSnoT, Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
 from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, reduce_base
 from sparselora_jax.rules import RuleError
 from sparselora_jax.sparsity import (
@@ -57,6 +57,7 @@ __all__ = [
     'Adapted',
     'Bitmask',
     'CalibrationError',
+    'GPTQ',
     'DSnoT',
     'Frozen',
     'GenerationError',

@@ -214,16 +214,15 @@ def _by_layer(name: str, params: dict) -> Callable[[str, int, int], None]:
 
 
 def round_base(job: Job) -> None:
-    """Chooses what a base in int4 rounds its 2:4 kernels to (GPTQ, on the samples of pruning); `rounded.safetensors`.
+    """Chooses what a base in int4 rounds its 2:4 kernels to: GPTQ, on the samples of pruning; `rounded.safetensors`.
 
     Without samples (`prune.samples=0`) values are rounded to the nearest, and nothing is written.
     """
     rules, config = rounded_rules(job.config), job.config
-    if not rules or config.prune.samples == 0:
+    if not rules or not config.prune.samples:
         return
 
     def compute():
-        model = job.model
         if config.stream:
             params = on_disk.pruned_on_disk(job.params_on_disk(), job.workdir / MASKS, job.workdir / KERNELS)
         else:
@@ -231,9 +230,10 @@ def round_base(job: Job) -> None:
         flat = flatten(params)
         like = {path: flat[path] for path in pruning.patterns_of(params, rules)}
         with storage.layer_writer(job.workdir / ROUNDED, like) as write:
-            knobs = {'method': pruning.GPTQ(config.prune.damp), 'progress': _by_layer('round', params)}
+            knobs = {'method': pruning.GPTQ(config.prune.damp), 'chunk': config.prune.chunk}
             knobs |= {'keep': lambda path, layer, kernel, mask: write(path, layer, kernel)}
-            result = pruning.prune(model.hidden, params, _calibration(job), rules, chunk=config.prune.chunk, **knobs)
+            knobs |= {'progress': _by_layer('round', params)}
+            result = pruning.prune(job.model.hidden, params, _calibration(job), rules, **knobs)
         return {'tokens': result.tokens}
 
     job.stage('round', compute)
