@@ -56,9 +56,8 @@ class GPTQ:
 
         state = jnp.zeros_like(weights), jnp.zeros_like(weights)
         rounded, _ = jax.lax.fori_loop(0, (inputs + padding) // SCALED, round_slab, state)
-        rounded = jnp.where(
-            jnp.isfinite(factor).all(), rounded, jnp.nan
-        )  # as in SparseGPT: zeros would look like weights
+        # As in SparseGPT: without a factor zeros would look like weights.
+        rounded = jnp.where(jnp.isfinite(factor).all(), rounded, jnp.nan)
         return rounded[:inputs].astype(kernel.dtype), kernel != 0
 
 
