@@ -55,7 +55,7 @@ def base() -> ConfigDict:
     # OWL: an outlier exceeds this many times the mean score of its block (M); ratios differ by 2 * spread (lambda).
     config.prune.outlier = 5.0
     config.prune.spread = 0.08
-    config.prune.damp = 0.01  # SparseGPT (also as DSnoT's initial method), as is `block`; and GPTQ, of a base in int4
+    config.prune.damp = 0.01  # SparseGPT (also as DSnoT's initial method), as is `block`; GPTQ of a base in four bits
     config.prune.block = 64
     # DSnoT only: whose mask it starts from, the most swaps of an output, and the expected error of an output, per
     # token, below which it is left alone (the public code's 0.1 is per sample of 2048 tokens).
@@ -88,8 +88,8 @@ def base() -> ConfigDict:
     config.restore.gradient = 'exact'  # exact | straight_through | plain (LoRA beside the mask, cut at the merge)
     config.restore.trained = 'lora'  # lora | weights (the pruned kernels themselves, under their masks)
     # What pruned kernels are held as while LoRA is trained on them (QSparseLoRA): dense | packed (2:4 without its
-    # zeros, others as a bitmask; lossless) | packed_int4 (2:4 in four bits, chosen by GPTQ on the samples of pruning) |
-    # int4 | nf4 (to the nearest; any pattern, zeros included).
+    # zeros, others as a bitmask; lossless) | packed_int4 (2:4 in four bits) | int4 | nf4 (any pattern, zeros included).
+    # What four bits hold is chosen by GPTQ on the samples of pruning.
     config.restore.base = 'dense'
     # model: the dense model runs beside the student. top_k: its top_k likeliest tokens of each position are written to
     # the workdir before, so it need not be in memory; a loss of its own (losses.top_k_kl).

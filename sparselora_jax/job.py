@@ -229,8 +229,8 @@ class Job:
     def base(self) -> Frozen:
         """Params, masks and teacher as LoRA is trained on them: `frozen`, or its pruned kernels in fewer bytes.
 
-        Values are rounded to the nearest of four bits, unless `stages.round_base` has chosen them. Dense weights that
-        nothing needs any more are let go (but for the embedded model's, which is read as a whole).
+        What four bits hold is what `stages.round_base` has chosen. Dense weights that nothing needs any more are let go
+        (but for the embedded model's, which is read as a whole).
         """
         formats, pruned = base_formats(self.config), self.frozen
         if formats is None:

@@ -25,6 +25,7 @@ ALLOCATIONS = ('uniform', 'global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_z
 BASES = ('dense', 'packed', 'packed_int4', *FOUR_BITS)  # what restoration holds pruned kernels as
 TEACHERS = ('model', 'top_k')
 DTYPES = ('float32', 'bfloat16', 'float16')
+TWO_OF_FOUR = parse_pattern('2:4')
 NO_RESULT = ('mesh', 'profile')  # fields that change none beyond rounding: a run goes on whatever they say
 BLOCKS = '(.*/)?blocks/'  # below a tower's name: T5 has an encoder's and a decoder's
 
@@ -195,13 +196,13 @@ def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
 
 
 def rounded_rules(config: Any) -> list[tuple[str, Pattern]]:
-    """(regex, pattern) of what `restore.base` holds as 2:4 in four bits, everything else dense; empty: nothing is."""
-    if config.restore.base != 'packed_int4':
+    """(regex, pattern) of what `restore.base` holds in four bits, everything else dense; empty: nothing is."""
+    base, rules = config.restore.base, prune_rules(config)
+    if base == 'packed_int4':
+        rules = [(regex, pattern if pattern == TWO_OF_FOUR else Pattern()) for regex, pattern in rules]
+    elif base not in FOUR_BITS:
         return []
-    held = [
-        (regex, pattern if (pattern.n, pattern.m) == (2, 4) else Pattern()) for regex, pattern in prune_rules(config)
-    ]
-    return held if any(not pattern.dense for _, pattern in held) else []
+    return rules if any(not pattern.dense for _, pattern in rules) else []
 
 
 def pack_formats(config: Any, *, four_bits: bool) -> list[tuple[str, str]]:
@@ -213,7 +214,7 @@ def pack_formats(config: Any, *, four_bits: bool) -> list[tuple[str, str]]:
     two_of_four = 'packed24_int4' if four_bits else 'packed24'
     patterns = {tower: parse_pattern(config.prune.pattern[tower]) for tower in towers(config)}
     return [
-        (f'{tower}/.*', two_of_four if (pattern.n, pattern.m) == (2, 4) else 'bitmask')
+        (f'{tower}/.*', two_of_four if pattern == TWO_OF_FOUR else 'bitmask')
         for tower, pattern in patterns.items()
         if not pattern.dense
     ]

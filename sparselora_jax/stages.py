@@ -214,12 +214,9 @@ def _by_layer(name: str, params: dict) -> Callable[[str, int, int], None]:
 
 
 def round_base(job: Job) -> None:
-    """Chooses what a base in int4 rounds its 2:4 kernels to: GPTQ, on the samples of pruning; `rounded.safetensors`.
-
-    Without samples (`prune.samples=0`) values are rounded to the nearest, and nothing is written.
-    """
+    """Chooses what a base in four bits holds: GPTQ, on the samples of pruning; writes `rounded.safetensors`."""
     rules, config = rounded_rules(job.config), job.config
-    if not rules or not config.prune.samples:
+    if not rules:
         return
 
     def compute():
@@ -230,7 +227,9 @@ def round_base(job: Job) -> None:
         flat = flatten(params)
         like = {path: flat[path] for path in pruning.patterns_of(params, rules)}
         with storage.layer_writer(job.workdir / ROUNDED, like) as write:
-            knobs = {'method': pruning.GPTQ(config.prune.damp), 'chunk': config.prune.chunk}
+            base = config.restore.base
+            held = base if base in packing.FOUR_BITS else 'packed24_int4'
+            knobs = {'method': pruning.GPTQ(config.prune.damp, held), 'chunk': config.prune.chunk}
             knobs |= {'keep': lambda path, layer, kernel, mask: write(path, layer, kernel)}
             knobs |= {'progress': _by_layer('round', params)}
             result = pruning.prune(job.model.hidden, params, _calibration(job), rules, **knobs)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import sparselora_jax as sl
-from sparselora_jax import calibrate, pruning
-from sparselora_jax.packing import packed24
+from sparselora_jax import calibrate, packing, pruning
+from sparselora_jax.packing import four_bits
 
 PATTERN = sl.parse_pattern('2:4')
 
@@ -22,25 +22,26 @@ def pruned_and_inputs(inputs=200, outputs=6, tokens=500):
     return kernel, few + 0.3 * rng.normal(size=(tokens, inputs))
 
 
-def nearest(weights, scale):
-    return np.clip(np.round(weights / scale), -8, 7) * scale
+def nearest(weights, scale, kind):
+    levels = np.array(four_bits.LEVELS[kind])
+    return levels[np.abs(np.asarray(weights)[..., None] / scale - levels).argmin(axis=-1)] * scale
 
 
-def numpy_scale(weights):
-    shares = np.concatenate([packed24.SHARES, -packed24.SHARES]).astype(np.float64)
+def numpy_scale(weights, kind):
+    shares = four_bits.shares(kind).astype(np.float64)
     scales = (np.abs(weights).max() * shares).astype(ml_dtypes.bfloat16).astype(np.float64)
-    return scales[np.argmin([np.sum((nearest(weights, scale) - weights) ** 2) for scale in scales])]
+    return scales[np.argmin([np.sum((nearest(weights, scale, kind) - weights) ** 2) for scale in scales])]
 
 
-def numpy_gptq(kernel, hessian, damp=0.01):
+def numpy_gptq(kernel, hessian, kind, size, damp=0.01):
     """One input after the other; what is left is corrected by the inverse Hessian of what is left."""
     w, mask = kernel.copy(), kernel != 0
     inverse = np.linalg.inv(hessian + damp * np.mean(np.diag(hessian)) * np.eye(len(hessian)))
     for i in range(len(w)):
-        if i % 128 == 0:
-            part = slice(i, i + 128)
-            scales = [numpy_scale(w[part, o][mask[part, o]]) for o in range(w.shape[1])]
-        rounded = np.where(mask[i], [nearest(v, scale) for v, scale in zip(w[i], scales, strict=True)], 0)
+        if i % size == 0:
+            part = slice(i, i + size)
+            scales = [numpy_scale(w[part, o][mask[part, o]], kind) for o in range(w.shape[1])]
+        rounded = np.where(mask[i], [nearest(v, scale, kind) for v, scale in zip(w[i], scales, strict=True)], 0)
         error = (w[i] - rounded) / inverse[i, i]
         w[i:] -= np.outer(inverse[i:, i], error)
         w[i] = rounded
@@ -48,27 +49,39 @@ def numpy_gptq(kernel, hessian, damp=0.01):
     return w
 
 
-def test_equals_numpy_in_float64():
-    kernel, x = pruned_and_inputs()
-    want = numpy_gptq(kernel, x.T @ x)
+@pytest.mark.parametrize(
+    'held, kind, inputs, size',
+    [('packed24_int4', 'int4', 200, 128), ('int4', 'int4', 192, 64), ('nf4', 'nf4', 192, 64)],
+)
+def test_equals_numpy_in_float64(held, kind, inputs, size):
+    kernel, x = pruned_and_inputs(inputs)
+    want = numpy_gptq(kernel, x.T @ x, kind, size)
     with jax.enable_x64(True):
-        got, mask = pruning.GPTQ()(jnp.asarray(kernel), jnp.asarray(x.T @ x), PATTERN)
+        got, mask = pruning.GPTQ(held=held)(jnp.asarray(kernel), jnp.asarray(x.T @ x), PATTERN)
     np.testing.assert_allclose(got, want, atol=1e-9)
     np.testing.assert_array_equal(mask, kernel != 0)
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_four_bits_hold_the_values_and_outputs_are_nearer_than_by_rounding_to_the_nearest(dtype):
-    kernel, x = (jnp.asarray(array, dtype) for array in pruned_and_inputs())
-    hessian = calibrate.hessian(x)
-    got, mask = pruning.GPTQ()(kernel, hessian, PATTERN)
-    assert got.dtype == dtype and (mask == (kernel != 0)).all() and not got[~mask].any()
-    held, plain = (
-        packed24.unpack24(packed24.quantise24(packed24.pack24(weights, mask)), jnp.float32) for weights in (got, kernel)
+def through(held, weights, mask):
+    """The kernel as it is read from what holds it."""
+    params, masks = {'kernel': weights}, {'kernel': mask}
+    made = (
+        packing.pack(params, masks, held) if held in packing.FORMATS else packing.quantise_masked(params, masks, held)
     )
+    return packing.unpack(made, jnp.float32)['kernel']
+
+
+@pytest.mark.parametrize('held', ['packed24_int4', *packing.FOUR_BITS])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_four_bits_hold_the_values_and_outputs_are_nearer_than_by_rounding_to_the_nearest(dtype, held):
+    kernel, x = (jnp.asarray(array, dtype) for array in pruned_and_inputs(256))
+    hessian = calibrate.hessian(x)
+    got, mask = pruning.GPTQ(held=held)(kernel, hessian, PATTERN)
+    assert got.dtype == dtype and (mask == (kernel != 0)).all() and not got[~mask].any()
+    read, plain = (through(held, weights, mask) for weights in (got, kernel))
     if dtype == jnp.float32:
-        np.testing.assert_array_equal(held, got)
-    errors = [jnp.linalg.norm(x.astype(jnp.float32) @ (w - kernel.astype(jnp.float32))) for w in (held, plain)]
+        np.testing.assert_array_equal(read, got)
+    errors = [jnp.linalg.norm(x.astype(jnp.float32) @ (w - kernel.astype(jnp.float32))) for w in (read, plain)]
     assert errors[0] < 0.7 * errors[1]
 
 

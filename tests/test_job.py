@@ -244,6 +244,21 @@ def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(wor
     assert {'round', 'teacher', 'restore'} <= read(workdir, 'report')['time_s'].keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('base', packing.FOUR_BITS)
+def test_any_pattern_is_held_in_four_bits_as_it_was_chosen(world, tmp_path, base):
+    fields = {'prune.method': 'magnitude', 'prune.pattern.language': '0.5', 'restore.base': base}
+    job = Job(tiny_config(**fields), tmp_path)
+    stages.prune(job)
+    stages.round_base(job)
+    chosen = rules.flatten(storage.load_safetensors(tmp_path / 'rounded.safetensors')[0])
+    held = rules.flatten(job.base.params)
+    assert chosen.keys() == rules.flatten(job.masks).keys()
+    for path, kernel in chosen.items():
+        np.testing.assert_array_equal(packing.dense_kernel(held[path], np.float32), kernel)
+    sl.check_sparse(packing.unpack(job.base.params), job.masks)
+
+
 @pytest.mark.parametrize(
     'fields, said',
     [

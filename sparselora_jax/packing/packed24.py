@@ -13,14 +13,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Num, Shaped, UInt8
 
 from sparselora_jax.packing.errors import PackingError
+from sparselora_jax.packing.four_bits import best_scale, nearest
 from sparselora_jax.packing.stacks import kernel_shape, of_layer, over_layers
 
 BYTE = 8  # inputs that share a byte of positions: two groups of four
 SCALED = 128  # inputs that share an int4 scale
 HALVES, PLACES = (np.arange(count, dtype=np.int32)[:, None] for count in (2, 4))  # of a byte, and of a group
-# Scales that are tried for int4 values, over the largest magnitude: those that make it 7, 8, or more, which is cut off;
-# and less, which finds the scale again of values that lie on a grid already. Negative ones too: int4 has -8 and no 8.
-SHARES = 1 / np.array([7.0, *np.arange(8.0, 12.1, 0.5), *range(1, 7)], np.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -203,30 +201,9 @@ def _quantise_matrix(values: Float[Array, 'rows outputs']):
     rows, outputs = values.shape
     per = SCALED // 2  # half of the inputs are kept
     wide = jnp.pad(values.astype(jnp.float32), ((0, -rows % per), (0, 0))).reshape(-1, per, outputs)
-    scale = int4_scale(wide)
-    found = int4_codes(wide, scale).astype(jnp.int32).reshape(-1, outputs)[:rows] & 15
+    scale = best_scale(wide, 'int4')
+    found = (nearest(wide, scale, 'int4') - 8).reshape(-1, outputs)[:rows] & 15
     return (found[0::2] | found[1::2] << 4).astype(jnp.uint8), scale
-
-
-def int4_scale(values: Float[Array, '*blocks rows outputs']) -> Float[Array, '*blocks outputs']:
-    """In bf16: of those tried, the one by which an output's rows are rounded with the least squared error."""
-    largest = jnp.max(jnp.abs(values), axis=-2)
-
-    def error(share):
-        scale = (largest * share).astype(jnp.bfloat16)
-        rounded = int4_codes(values, scale) * scale.astype(values.dtype)[..., None, :]
-        return scale, jnp.sum(jnp.square(values - rounded), axis=-2)
-
-    scales, errors = jax.lax.map(error, np.concatenate([SHARES, -SHARES]).astype(values.dtype))
-    return jnp.take_along_axis(scales, jnp.argmin(errors, axis=0)[None], axis=0)[0]
-
-
-def int4_codes(
-    values: Float[Array, '*blocks rows outputs'], scale: Float[Array, '*blocks outputs']
-) -> Float[Array, '*blocks rows outputs']:
-    """The whole numbers from -8 to 7 that are nearest to values over their scale."""
-    by = jnp.where(scale == 0, 1, scale).astype(values.dtype)[..., None, :]
-    return jnp.clip(jnp.round(values / by), -8, 7)
 
 
 def check_packed24(packed: Packed24) -> None:

@@ -8,18 +8,27 @@ import jax.numpy as jnp
 import qwix
 from jaxtyping import Array, Float
 
-TILE = 128  # inputs that share a scale, or the largest power of two below it that divides the inputs
+from sparselora_jax.packing.four_bits import best_scale, nearest
+
 FOUR_BITS = {'int4': jnp.int4, 'nf4': 'nf4'}
+
+
+def tile(inputs: int) -> int:
+    """Inputs that share a scale: 128, or the largest power of two below it that divides the inputs."""
+    return math.gcd(inputs, 128)
 
 
 def quantise(kernel: Float[Array, '*layers inputs outputs'], kind: str) -> qwix.QArray:
     """A kernel in four bits, with a bf16 scale for 128 inputs of each output.
 
+    Of the scales that are tried the one with the least squared error is taken. Values that lie on a grid already, as
+    `sl.GPTQ` leaves them, are held as they are.
+
     Args:
       kind: `int4`: evenly spaced levels; `nf4`: levels at quantiles of the normal distribution (QLoRA, section 3 of
         arXiv 2305.14314).
 
-    >>> quantise(jnp.array([[7.5], [-3.2]]), 'int4').qvalue.tolist()
+    >>> quantise(jnp.array([[7.0], [-3.2]]), 'int4').qvalue.tolist()
     [[7], [-3]]
     """
     if kernel.ndim == 2:
@@ -30,13 +39,11 @@ def quantise(kernel: Float[Array, '*layers inputs outputs'], kind: str) -> qwix.
 
 @functools.partial(jax.jit, static_argnames='kind')
 def _quantise_matrix(kernel, kind):
-    return qwix.quantize(
-        kernel.astype(jnp.float32),
-        FOUR_BITS[kind],
-        channelwise_axes=[1],
-        tiled_axes={0: math.gcd(kernel.shape[0], TILE)},
-        scale_dtype=jnp.bfloat16,
-    )
+    blocks = kernel.astype(jnp.float32).reshape(-1, tile(kernel.shape[0]), kernel.shape[1])
+    scale = best_scale(blocks, kind)
+    codes = nearest(blocks, scale, kind).reshape(kernel.shape)
+    codes = (codes - 8).astype(jnp.int4) if kind == 'int4' else codes.astype(jnp.uint4)  # as qwix stores them
+    return qwix.QArray(codes, scale, None, FOUR_BITS[kind])
 
 
 def dequantise(kernel: qwix.QArray) -> Float[Array, '*layers inputs outputs']:

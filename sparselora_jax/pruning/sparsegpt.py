@@ -13,17 +13,26 @@ from sparselora_jax import calibrate
 from sparselora_jax.sparsity import Pattern, PatternError, keep_largest, keep_n_of_m
 
 
-def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float) -> Float[Array, 'inputs inputs']:
-    """Upper Cholesky factor of the damped Hessian's inverse; `damp` is a share of the mean diagonal.
+def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float, slab: int = 1) -> Float[Array, 'padded padded']:
+    """Lower Cholesky factor of the damped Hessian's inverse; NaN if even so it is not positive definite.
 
     With H = R R^T and R upper triangular (a Cholesky factor of H, axes reversed), H^-1 = (R^-1)^T R^-1: only a triangle
-    is inverted, and no inverse is factored again.
+    is inverted, and no inverse is factored again. An input that is always zero says nothing, and must not make H
+    singular.
+
+    Args:
+      damp: added to the diagonal, as a share of its mean.
+      slab: the factor is filled up to a multiple of it, by inputs that don't exist and touch no other.
     """
-    n = hessian.shape[0]
-    hessian = hessian + damp * jnp.mean(jnp.diagonal(hessian)) * jnp.eye(n, dtype=hessian.dtype)
-    lower = jnp.linalg.cholesky(hessian[::-1, ::-1])
-    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(n, dtype=hessian.dtype), lower=True)
-    return inverse[::-1, ::-1]
+    inputs, dtype = hessian.shape[0], hessian.dtype
+    hessian = hessian + jnp.diag((jnp.diagonal(hessian) == 0).astype(dtype))
+    hessian = hessian + damp * jnp.mean(jnp.diagonal(hessian)) * jnp.eye(inputs, dtype=dtype)
+    reversed_factor = jnp.linalg.cholesky(hessian[::-1, ::-1])
+    inverse = jax.scipy.linalg.solve_triangular(reversed_factor, jnp.eye(inputs, dtype=dtype), lower=True)
+    padding = -inputs % slab
+    return jnp.pad(inverse[::-1, ::-1].T, (0, padding)) + jnp.diag(
+        (jnp.arange(inputs + padding) >= inputs).astype(dtype)
+    )
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,8 @@ class SparseGPT:
         if self.group not in ('output', 'block'):
             raise PatternError(f"SparseGPT group {self.group!r}: expected 'output' or 'block'")
         dtype = statistic.dtype
-        # An input that is always zero says nothing: its weights are set to zero and it must not make H singular.
-        dead = jnp.diagonal(statistic) == 0
-        weights = jnp.where(dead[:, None], 0.0, kernel.astype(dtype))
-        factor = inverse_factor(statistic + jnp.diag(dead.astype(dtype)), self.damp)
+        weights = jnp.where((jnp.diagonal(statistic) == 0)[:, None], 0.0, kernel.astype(dtype))  # inputs of zeros
+        lower = inverse_factor(statistic, self.damp, size)
         compared = outputs if self.group == 'block' else 1
         ends = np.array([min(end, inputs) for end in range(0, inputs + size, size)], np.int32)
         total = pattern.zeros(inputs * compared) if num_zeros is None else num_zeros
@@ -77,8 +84,6 @@ class SparseGPT:
         padding = -inputs % size
         zeros = zeros.at[-1].add(jnp.asarray(padding * compared, jnp.int32))
         weights = jnp.pad(weights, ((0, padding), (0, 0)))
-        factor = jnp.pad(factor, (0, padding)) + jnp.diag((jnp.arange(inputs + padding) >= inputs).astype(dtype))
-        lower = factor.T
 
         def prune_slab(index, state):
             weights, mask, errors = state
@@ -95,7 +100,7 @@ class SparseGPT:
         state = (weights, jnp.ones(weights.shape, bool), jnp.zeros_like(weights))
         weights, mask, _ = jax.lax.fori_loop(0, len(ends) - 1, prune_slab, state)
         # Scores without a factor are NaN and all pruned: say so, instead of zeros that look like weights.
-        weights = jnp.where(jnp.isfinite(factor).all(), weights, jnp.nan)
+        weights = jnp.where(jnp.isfinite(lower).all(), weights, jnp.nan)
         return weights[:inputs].astype(kernel.dtype), mask[:inputs]
 
 
