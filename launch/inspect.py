@@ -84,6 +84,8 @@ def print_memory(made):
     rows = []
     for title, stage in memory.STAGES.items():
         found = stage(made)
+        if not found.held:  # the recipe has no such stage
+            continue
         rows.append((title, '', f'{found.total / GIB:.2f}'))
         rows += [('', term, f'{size / GIB:.3f}') for term, size in found.held.items()]
         highest = max(found.moments, key=lambda name, of=found.moments: sum(of[name].values()), default=None)

@@ -37,7 +37,7 @@ from sparselora_jax.recipe import (
     runs_teacher,
     text_format,
 )
-from sparselora_jax.restore import Frozen, merge_trained, reduce_base
+from sparselora_jax.restore import Frozen, merge_trained
 from sparselora_jax.sparsity import check_sparse
 from sparselora_jax.weights import init_lora, with_kernels
 
@@ -143,7 +143,7 @@ class Job:
 
     def shard(self, tree: dict) -> dict:
         """Params, masks or lora on the mesh."""
-        return tree if self.mesh is None else sharding.shard(tree, self.mesh)
+        return jax.device_put(tree) if self.mesh is None else sharding.shard(tree, self.mesh)
 
     @functools.cached_property
     def _opened(self) -> tuple[Model, Any]:
@@ -171,8 +171,19 @@ class Job:
         return streaming.read_params(model.shapes(), found, self.dtype, self.mesh)
 
     def params_on_disk(self) -> dict:
-        """The dense weights, their blocks to be read when they are needed."""
-        return on_disk.params_on_disk(*self._opened, self.dtype)
+        """The dense weights, their blocks to be read when they are needed (the embedded model's are in memory)."""
+        model, found = self._opened
+        return found if self.config.model == 'embedded' else on_disk.params_on_disk(model, found, self.dtype)
+
+    def pruned_on_disk(self) -> dict:
+        """The pruned model, its kernels to be read a layer at a time: as `stages.round_base` left them, if it did."""
+        kernels = (self.workdir / name for name in (KERNELS, ROUNDED))
+        return on_disk.pruned_on_disk(self.params_on_disk(), self.workdir / MASKS, *kernels)
+
+    def let_go(self) -> None:
+        """Of the dense weights, unless the teacher is to run; they are read again when they are asked for."""
+        for name in ('frozen',) if runs_teacher(self.config) else ('frozen', 'params'):
+            self.__dict__.pop(name, None)
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -229,19 +240,14 @@ class Job:
     def base(self) -> Frozen:
         """Params, masks and teacher as LoRA is trained on them: `frozen`, or its pruned kernels in fewer bytes.
 
-        What four bits hold is what `stages.round_base` has chosen. Dense weights that nothing needs any more are let go
-        (but for the embedded model's, which is read as a whole).
+        Those are made a layer at a time, of what is read from disk, after the dense weights were let go.
         """
-        formats, pruned = base_formats(self.config), self.frozen
+        formats = base_formats(self.config)
         if formats is None:
-            return pruned
-        if (self.workdir / ROUNDED).exists():
-            rounded = self.shard(storage.load_safetensors(self.workdir / ROUNDED)[0])
-            pruned = pruned._replace(params=with_kernels(pruned.params, rounded))
-        params, masks, _ = reduce_base(pruned, formats)
+            return self.frozen
+        self.let_go()
+        params, masks, _ = on_disk.reduce_on_disk(self.pruned_on_disk(), formats)
         dense = self.params if runs_teacher(self.config) else None
-        for name in ('frozen', 'params') if dense is None else ('frozen',):
-            self.__dict__.pop(name, None)
         return Frozen(self.shard(params), None if masks is None else self.shard(masks), dense)
 
     def trained(self, name: str) -> dict:

@@ -17,7 +17,7 @@ from sparselora_jax import rules as rules_lib
 from sparselora_jax.inspection import structs
 from sparselora_jax.models.layout import PIECE
 from sparselora_jax.packing.like import base_like
-from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules, runs_teacher
+from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules, rounded_rules, runs_teacher
 from sparselora_jax.tracing import Stack, batch_of, nbytes, stacks
 from sparselora_jax.weights import init_lora
 
@@ -114,17 +114,31 @@ def prune(made: Recipe) -> Stage:
     """Pruning block by block, with the hidden states of the whole calibration set in memory; the job writes each pruned
     layer to disk at once.
     """
+    methods = prune_methods(made.config)
+    pruners = {path: rules_lib.first_match(methods, path) for path in made.densities}
+    return _walk(made, pruners, from_disk=made.config.stream)
+
+
+def round_base(made: Recipe) -> Stage:
+    """Choosing what a base in four bits holds, which goes block by block too, of what is read from disk; or nothing."""
+    if not (rules := rounded_rules(made.config)):
+        return Stage({}, {})
+    return _walk(made, dict.fromkeys(pruning.patterns_of(made.params, rules), pruning.GPTQ()), from_disk=True)
+
+
+def _walk(made: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
+    """`methods`: of every kernel that is to be changed, by path."""
     config = made.config
     samples = _samples(made, config.prune.samples)
     held = {
-        'params': _only(made, lambda path: '/blocks/' not in path) if config.stream else _only(made, lambda path: True),
+        'params': _only(made, lambda path: not from_disk or '/blocks/' not in path),
         'calibration batch': nbytes(batch_of(made.cfg, config.text, samples)),
         # What came in, what the last block put out, what this one does; what blocks only read, whole and in chunks.
         'hidden states of the calibration set': max(3 * s.hidden + 2 * nbytes(s.ctx) for s in _traced(made, samples)),
     }
     chunks = _traced(made, min(config.prune.chunk, samples))
-    observing = [_observing(made, stack) for stack in chunks]
-    cutting = [_cutting(made, stack) for stack in chunks]
+    observing = [_observing(made, stack, methods) for stack in chunks]
+    cutting = [_cutting(made, stack, methods) for stack in chunks]
     moments = {'observing a block': max(observing, key=_sum), 'pruning a block': max(cutting, key=_sum)}
     return Stage(held, moments)
 
@@ -138,20 +152,20 @@ def _block(made: Recipe, stack: Stack) -> int:
     return _only(made, lambda path: path.startswith(f'{stack.tower}/blocks/')) // stack.depth
 
 
-def _statistics(made: Recipe, stack: Stack) -> dict[str, int]:
+def _statistics(stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
     """Bytes of one block's statistics: {the first kernel that reads an array: of its statistic}."""
-    methods, masked, sizes = prune_methods(made.config), rules_lib.flatten(made.masks), {}
+    sizes = {}
     for name, read in stack.inputs.items():
-        if (path := f'{stack.tower}/blocks/{name}') in masked:
-            statistic = rules_lib.first_match(methods, path).statistic or calibrate.squares
+        if (path := f'{stack.tower}/blocks/{name}') in methods:
+            statistic = methods[path].statistic or calibrate.squares
             rows = jax.ShapeDtypeStruct((1, read.shape[-1]), jnp.float32)
             sizes[stack.leaders[name]] = nbytes(jax.eval_shape(statistic, rows))
     return sizes
 
 
-def _observing(made: Recipe, stack: Stack) -> dict[str, int]:
+def _observing(made: Recipe, stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
     # A sum so far, a chunk's, and both added.
-    statistics = 3 * _sum(_statistics(made, stack))
+    statistics = 3 * _sum(_statistics(stack, methods))
     terms = {'one block': _block(made, stack), 'its statistics, thrice': statistics, 'one chunk in it': _working(stack)}
     if made.mesh is not None and made.mesh.shape['fsdp'] > 1:
         terms['the block, gathered along fsdp'] = _gathered(made, stack)
@@ -167,18 +181,18 @@ def _gathered(made: Recipe, stack: Stack) -> int:
     return nbytes(list(shapes)) // stack.depth
 
 
-def _cutting(made: Recipe, stack: Stack) -> dict[str, int]:
-    statistics, kernels = _statistics(made, stack), rules_lib.kernels(made.params)
+def _cutting(made: Recipe, stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
+    statistics, kernels = _statistics(stack, methods), rules_lib.kernels(made.params)
     groups: dict[str, int] = {}  # kernels that read the same array are pruned as one
     for name, leader in stack.leaders.items():
         if leader in statistics:
             inputs, outputs = kernels[f'{stack.tower}/blocks/{name}'].shape[-2:]
             groups[leader] = groups.get(leader, 0) + inputs * outputs * FLOAT
     terms = {'one block': _block(made, stack), 'its statistics': _sum(statistics)}
-    prune = made.config.prune
-    if 'sparsegpt' in (prune.method, prune.initial if prune.method == 'dsnot' else None):
+    used = set(methods.values())
+    if any(isinstance(getattr(method, 'initial', method), pruning.SparseGPT | pruning.GPTQ) for method in used):
         terms['inverting the largest Hessian, thrice its size'] = 3 * max(statistics.values(), default=0)
-    copies = 6 if prune.method == 'dsnot' else 4
+    copies = 6 if any(isinstance(method, pruning.DSnoT) for method in used) else 4
     return terms | {'weights, scores, ranks of kernels pruned as one': copies * max(groups.values(), default=0)}
 
 
@@ -242,4 +256,4 @@ def merge(made: Recipe) -> Stage:
     return Stage(held, {'merging a stack': {'the largest stack, float32': copies * largest * FLOAT // width}})
 
 
-STAGES = {'load': load, 'prune': prune, 'restore': restore, 'merge and export': merge}
+STAGES = {'load': load, 'prune': prune, 'round': round_base, 'restore': restore, 'merge and export': merge}

@@ -23,7 +23,7 @@ from sparselora_jax.evaluation.density import block_count, layer_density, plain_
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.job import KERNELS, MASKS, ROUNDED, TEACHER, Job
 from sparselora_jax.losses import answer_loss
-from sparselora_jax.models import embedded, hf_configs, hf_export, hf_packed, on_disk, peft_adapter
+from sparselora_jax.models import embedded, hf_configs, hf_export, hf_packed, peft_adapter
 from sparselora_jax.programs import restore_program
 from sparselora_jax.progress import Progress
 from sparselora_jax.pruning.allocate import total
@@ -195,8 +195,7 @@ def prune(job: Job) -> dict:
             knobs = {'method': methods, 'zeros': zeros, 'keep': keep, 'progress': _by_layer('prune', params)}
             result = pruning.prune(model.hidden, params, calibration, rules, chunk=config.prune.chunk, **knobs)
         if config.stream:
-            pruned = on_disk.pruned_on_disk(params, job.workdir / MASKS, job.workdir / KERNELS)
-            hf_export.export_model(job.workdir / 'pruned', model, pruned)
+            hf_export.export_model(job.workdir / 'pruned', model, job.pruned_on_disk())
         return {'tokens': result.tokens}
 
     return job.stage('prune', compute)
@@ -220,10 +219,8 @@ def round_base(job: Job) -> None:
         return
 
     def compute():
-        if config.stream:
-            params = on_disk.pruned_on_disk(job.params_on_disk(), job.workdir / MASKS, job.workdir / KERNELS)
-        else:
-            params = pruned_params(job)
+        job.let_go()
+        params = job.pruned_on_disk()
         flat = flatten(params)
         like = {path: flat[path] for path in pruning.patterns_of(params, rules)}
         with storage.layer_writer(job.workdir / ROUNDED, like) as write:

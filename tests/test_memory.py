@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import blip2_both
-from sparselora_jax import calibrate, memory, programs, rules, sharding, tracing
+from sparselora_jax import calibrate, memory, programs, pruning, rules, sharding, tracing
 from sparselora_jax.models import blip2, llama, qformer, t5, vit
 from sparselora_jax.restore import paper_optimizer
 
@@ -71,12 +71,12 @@ def test_a_step_is_estimated_close_to_the_compilers_count(optimised, config, rem
 
 
 def test_statistics_are_those_that_calibration_gathers(config):
-    config.prune.method = 'sparsegpt'
     made = memory.recipe(CFG, config)
     params, _, _ = arrays(made)
     stack = tracing.stacks(CFG, made.params, tracing.batch_of(CFG, config.text, 4))[-1]
     assert (stack.tower, stack.depth, stack.x.shape) == ('language', 3, (4, 8 + 24 + 8 - 1, 128))
-    hessians = memory._statistics(made, stack)
+    sparsegpt = dict.fromkeys(made.densities, pruning.SparseGPT())
+    hessians = memory._statistics(stack, sparsegpt)
     assert hessians == {'attn/q/kernel': 4 * 128**2, 'attn/o/kernel': 4 * 128**2} | {
         'mlp/gate/kernel': 4 * 128**2,
         'mlp/down/kernel': 4 * 256**2,
@@ -88,6 +88,13 @@ def test_statistics_are_those_that_calibration_gathers(config):
     )
     gathered = {id(total): total for total, _ in observe(weights, [(x, ctx)]).values()}
     assert sum(total.nbytes for total in gathered.values()) == sum(hessians.values())
+
+
+def test_rounding_a_base_takes_what_sparsegpt_takes_from_disk_and_nothing_where_nothing_is_rounded(config):
+    assert memory.round_base(memory.recipe(CFG, config)).total == 0
+    config.restore.base, config.prune.method, config.stream = 'nf4', 'sparsegpt', True
+    made = memory.recipe(CFG, config)
+    assert memory.round_base(made) == memory.prune(made)
 
 
 def test_the_stacks_of_an_encoder_decoder_and_what_they_read(config):

@@ -1,9 +1,12 @@
 """Kernels in fewer bytes: sparse ones without their zeros (docs/formats.md), or dense ones in four bits."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
 
 from sparselora_jax import rules as rules_lib
@@ -44,6 +47,7 @@ __all__ = [
     'pack_masks',
     'quantise_masked',
     'reduced',
+    'stack',
     'unpack',
     'unpack_bitmask',
     'unpack_mask',
@@ -113,6 +117,17 @@ def quantise_masked(params: dict, masks: dict, kind: str) -> dict:
 def pack_masks(masks: dict) -> dict:
     """Masks in one bit an element, which `bind` and `merge` take as they take others."""
     return rules_lib.unflatten({path: pack_mask(mask) for path, mask in rules_lib.flatten(masks).items()})
+
+
+def stack(layers: Sequence[Any]) -> Any:
+    """Kernels or masks of single layers, of one kind and shape, as one of a stack; on the host."""
+    if isinstance(layers[0], Bitmask):
+        longest = max(layer.values.size for layer in layers)
+        layers = [
+            dataclasses.replace(layer, values=np.pad(layer.values, (0, longest - layer.values.size)))
+            for layer in layers
+        ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
 
 
 def kept(kernel: Any) -> bool:
