@@ -246,14 +246,15 @@ def restore(made: Recipe) -> Stage:
 
 
 def merge(made: Recipe) -> Stage:
-    """Folding LoRA into the kernels, a stack of layers at a time; then writing them."""
+    """Folding LoRA into the kernels, a layer at a time; then writing them."""
     changed = rules_lib.flatten(made.masks).keys() | rules_lib.flatten(made.lora).keys()
     held = _held_base(made)
     held |= {'LoRA (float32)': on_device(made.lora, made.mesh), 'merged kernels': _only(made, changed.__contains__)}
-    largest = max((_only(made, path.__eq__) for path in rules_lib.flatten(made.lora)), default=0)
+    depths = {path: math.prod(leaf.shape[:-2]) for path, leaf in rules_lib.kernels(made.params).items()}
+    largest = max((_only(made, path.__eq__) // depths[path] for path in rules_lib.flatten(made.lora)), default=0)
     width = jnp.dtype(made.config.dtype).itemsize
     copies = 2 if width == FLOAT else 3  # the kernel unless it is float32, its update, and their sum
-    return Stage(held, {'merging a stack': {'the largest stack, float32': copies * largest * FLOAT // width}})
+    return Stage(held, {'merging a layer': {'its largest kernel, float32': copies * largest * FLOAT // width}})
 
 
 STAGES = {'load': load, 'prune': prune, 'round': round_base, 'restore': restore, 'merge and export': merge}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import blip2_both
-from sparselora_jax import calibrate, memory, programs, pruning, rules, sharding, tracing
+from sparselora_jax import calibrate, memory, programs, pruning, rules, sharding, tracing, weights
 from sparselora_jax.models import blip2, llama, qformer, t5, vit
 from sparselora_jax.restore import paper_optimizer
 
@@ -95,6 +95,15 @@ def test_rounding_a_base_takes_what_sparsegpt_takes_from_disk_and_nothing_where_
     config.restore.base, config.prune.method, config.stream = 'nf4', 'sparsegpt', True
     made = memory.recipe(CFG, config)
     assert memory.round_base(made) == memory.prune(made)
+
+
+@pytest.mark.compiled
+def test_merging_takes_a_layer_beside_what_it_merges(optimised, config):
+    made = memory.recipe(CFG, config)
+    path = 'language/blocks/mlp/gate/kernel'
+    trees = (rules.unflatten({path: rules.flatten(tree)[path]}) for tree in (made.params, made.masks, made.lora))
+    found = jax.jit(weights.merge).lower(*trees).compile().memory_analysis()
+    assert found.temp_size_in_bytes < 1.2 * sum(memory.merge(made).moments['merging a layer'].values())
 
 
 def test_the_stacks_of_an_encoder_decoder_and_what_they_read(config):
