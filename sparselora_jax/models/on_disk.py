@@ -14,6 +14,7 @@ from sparselora_jax.models import checkpoint_files, streaming
 from sparselora_jax.models.checkpoint_files import Entry
 from sparselora_jax.models.layout import Piece
 from sparselora_jax.models.model import Model
+from sparselora_jax.progress import Progress
 from sparselora_jax.restore import Frozen, reduce_base
 from sparselora_jax.weights import effective_weight
 
@@ -97,11 +98,13 @@ def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> Froze
       PackingError: see `packing.pack`.
     """
     flat, masks = rules.flatten(params), {}
-    pruned = [path for path, leaf in flat.items() if isinstance(leaf, Pruned)]
+    pruned = {path: leaf for path, leaf in flat.items() if isinstance(leaf, Pruned)}
     formats = dict.fromkeys(pruned, base) if isinstance(base, str) else rules.match(base, pruned)
+    progress, done = Progress('base', len(pruned), interval=5), 0
     for path, leaf in flat.items():
-        if path in formats:
+        if path in pruned:
             layers = [_reduce_layer(path, leaf, layer, formats[path]) for layer in range(leaf.shape[0])]
+            progress(done := done + 1, path)
             flat[path] = packing.stack([kernel for kernel, _ in layers])
             if layers[0][1] is not None:
                 masks[path] = packing.stack([mask for _, mask in layers])
