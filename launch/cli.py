@@ -7,9 +7,14 @@ import sys
 sys.path.sort(key=lambda path: os.path.abspath(path) == os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # Nothing here computes with torch, which transformers would import where it is installed: half the time until a script
-# begins. That it is not there is no news then.
-sys.modules.setdefault('torch', None)
+# begins. That it is not there is no news then. transformers asks once; later on others must find no None in its place.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+if 'torch' not in sys.modules:
+    sys.modules['torch'] = None
+    from transformers.utils import is_torch_available
+
+    is_torch_available()
+    del sys.modules['torch']
 
 import difflib
 import logging

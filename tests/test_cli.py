@@ -43,6 +43,14 @@ def test_a_shell_sees_one_line_and_the_code(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+def test_scripts_do_without_torch_and_leave_no_none_where_others_look_for_it():
+    looks = (
+        "import sys; sys.path.append('launch'); import cli; from transformers.utils import is_torch_available as has"
+    )
+    command = [sys.executable, '-c', f"{looks}; assert not has() and 'torch' not in sys.modules"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+
+
 @pytest.mark.parametrize('name', ['train.py', 'prune.py', 'export.py', 'pretrain.py'])
 def test_a_config_that_is_missing_is_named_with_the_nearest(refused, name):
     err = refused(name, '--config=configs/blip2_lang_onyl.py')
