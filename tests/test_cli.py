@@ -44,10 +44,9 @@ def test_a_shell_sees_one_line_and_the_code(tmp_path):
 
 
 def test_scripts_do_without_torch_and_leave_no_none_where_others_look_for_it():
-    looks = (
-        "import sys; sys.path.append('launch'); import cli; from transformers.utils import is_torch_available as has"
-    )
-    command = [sys.executable, '-c', f"{looks}; assert not has() and 'torch' not in sys.modules"]
+    has = 'from transformers.utils import is_torch_available'
+    check = "assert not is_torch_available() and 'torch' not in sys.modules"
+    command = [sys.executable, '-c', f"import sys; sys.path.append('launch'); import cli; {has}; {check}"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
 
 
