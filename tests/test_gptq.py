@@ -71,8 +71,8 @@ def through(held, weights, mask):
     return packing.unpack(made, jnp.float32)['kernel']
 
 
-@pytest.mark.parametrize('held', ['packed24_int4', *packing.FOUR_BITS])
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('held', ['packed24_int4', 'nf4', pytest.param('int4', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('dtype', [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_four_bits_hold_the_values_and_outputs_are_nearer_than_by_rounding_to_the_nearest(dtype, held):
     kernel, x = (jnp.asarray(array, dtype) for array in pruned_and_inputs(256))
     hessian = calibrate.hessian(x)

@@ -9,7 +9,7 @@ import sparselora_jax as sl
 from sparselora_jax import packing, restore, rules, storage, weights
 from sparselora_jax.models import on_disk
 
-BASES = ('int4', 'nf4', 'packed24', 'packed24_int4', 'bitmask')
+SLOW = [pytest.param(base, marks=pytest.mark.slow) for base in ('int4', 'packed24', 'bitmask')]
 
 
 def write(file, tree):
@@ -38,7 +38,7 @@ def pruned(tmp_path):
     return weights.with_kernels(dense, last), masks, found
 
 
-@pytest.mark.parametrize('base', [*BASES, [('a/.*', 'packed24_int4'), ('b/.*', 'bitmask')]])
+@pytest.mark.parametrize('base', ['nf4', [('a/.*', 'packed24_int4'), ('b/.*', 'bitmask')], *SLOW])
 def test_by_layer_is_at_once(pruned, base):
     params, masks, found = pruned
     got, want = on_disk.reduce_on_disk(found, base), sl.reduce_base(sl.Frozen(params, masks), base)
