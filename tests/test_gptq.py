@@ -96,3 +96,9 @@ def test_a_singular_hessian_is_said():
     kernel, x = (jnp.asarray(array, jnp.float32) for array in pruned_and_inputs(tokens=5))
     got, _ = pruning.GPTQ(damp=0.0)(kernel, x.T @ x, PATTERN)
     assert jnp.isnan(got).all()
+
+
+def test_an_unknown_holder_is_named():
+    kernel, x = (jnp.asarray(array, jnp.float32) for array in pruned_and_inputs())
+    with pytest.raises(packing.PackingError, match="GPTQ held 'int3': expected one of packed24_int4, int4, nf4"):
+        pruning.GPTQ(held='int3')(kernel, x.T @ x, PATTERN)

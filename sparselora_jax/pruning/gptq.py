@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax import calibrate
+from sparselora_jax.packing.errors import PackingError
 from sparselora_jax.packing.four_bits import best_scale, rounded
 from sparselora_jax.packing.packed24 import SCALED
 from sparselora_jax.packing.quantised import FOUR_BITS, tile
@@ -41,8 +42,14 @@ class GPTQ:
         pattern: Pattern,
         num_zeros: Any = None,
     ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
-        """The pruned kernel with its values rounded, and the mask that it came with: where it is not zero."""
+        """The pruned kernel with its values rounded, and the mask that it came with: where it is not zero.
+
+        Raises:
+          PackingError: an unknown `held`.
+        """
         del pattern, num_zeros
+        if self.held not in ('packed24_int4', *FOUR_BITS):
+            raise PackingError(f'GPTQ held {self.held!r}: expected one of packed24_int4, {", ".join(FOUR_BITS)}')
         inputs, dtype = kernel.shape[0], statistic.dtype
         kind, size = (self.held, tile(inputs)) if self.held in FOUR_BITS else ('int4', SCALED)
         lower = inverse_factor(statistic, self.damp, size)
