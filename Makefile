@@ -38,19 +38,19 @@ test: lint
 
 test-slow: $(VENV)/installed-test
 	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow
-	$(VENV)/bin/python -m pytest -n auto -m compiled $(shell grep -l mark.compiled tests/test_*.py)
+	$(VENV)/bin/python -m pytest -n auto -m compiled $(shell grep -rl mark.compiled tests)
 
 # Tests that start processes of their own: several for one run, a sweep's points, the pretraining script.
 test-processes: $(VENV)/installed-test
-	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist loadfile -m processes $(shell grep -l mark.processes tests/test_*.py)
+	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist loadfile -m processes $(shell grep -rl mark.processes tests)
 
 # Programs compiled for TPUs and GPUs that are not there.
 test-compilers: $(VENV)/compilers/installed
-	$(VENV)/compilers/bin/python -m pytest -n auto -m compilers tests/test_compile.py
+	$(VENV)/compilers/bin/python -m pytest -n auto -m compilers tests/launch/test_compile.py
 
 # A main job struck by SIGTERM and SIGKILL a hundred times, at random moments; every rerun must end bit-identical.
 soak: $(VENV)/installed-test
-	SOAK_KILLS=100 $(VENV)/bin/python -m pytest -m processes -s tests/test_soak.py
+	SOAK_KILLS=100 $(VENV)/bin/python -m pytest -m processes -s tests/jobs/test_soak.py
 
 clean:
 	rm -rf $(VENV) runs

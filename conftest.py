@@ -60,7 +60,7 @@ def lowered_in_one_context():
 @pytest.fixture(scope='session', autouse=True)
 def tokenizer_read_once():
     """The real vocabulary, which takes each job seconds."""
-    from sparselora_jax.models import gguf
+    from sparselora_jax.checkpoints import gguf
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, 'load_tokenizer', functools.cache(gguf.load_tokenizer))
@@ -92,7 +92,7 @@ def smollm2_file() -> Path:
 @pytest.fixture(scope='session')
 def tokenizer(smollm2_file):
     """SmolLM2's tokenizer; three seconds to read."""
-    from sparselora_jax.models import gguf
+    from sparselora_jax.checkpoints import gguf
 
     return gguf.load_tokenizer(smollm2_file)
 
@@ -119,7 +119,7 @@ def easy_vqa_builder(tmp_path_factory):
 @pytest.fixture(scope='session')
 def random_params():
     """`random_params(shapes, std)`: like `init_params`, but by numpy (no compilation), no scale or bias trivial."""
-    from sparselora_jax import rules
+    from sparselora_jax.sparse import rules
 
     def draw(shapes, std=0.2):
         rng = np.random.default_rng(0)
@@ -136,8 +136,8 @@ def random_params():
 @pytest.fixture(scope='session')
 def from_torch():
     """`from_torch(state_dict, keys, shapes, prefix='')`: our params from a torch module's, as the key table says."""
-    from sparselora_jax import rules
     from sparselora_jax.models.keys import Part
+    from sparselora_jax.sparse import rules
 
     def matrix(tensor):  # [out, in], or a convolution over patches [out, channels, rows, columns] -> [in, out]
         return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
@@ -181,7 +181,8 @@ def perturbed():
 @pytest.fixture(scope='session')
 def tiny_blip2(random_params):
     """(model, params) of a random model that reads the real images and words, small enough to run a whole job on."""
-    from sparselora_jax.models import blip2, embedded, llama, qformer, vit
+    from sparselora_jax.checkpoints import embedded
+    from sparselora_jax.models import blip2, llama, qformer, vit
     from sparselora_jax.models.model import Model
 
     cfg = blip2.Blip2Config(

@@ -22,7 +22,7 @@ from absl import app, flags
 from timing import in_turn
 
 import sparselora_jax as sl
-from sparselora_jax.generation import decode, search
+from sparselora_jax.evaluation import decode, search
 from sparselora_jax.models.init import init_params
 from sparselora_jax.models.model import Generation, Model, from_hf
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from kernels_roofline import Chip, Problem, times
 
-from sparselora_jax import chips
-from sparselora_jax.kernels import gpu
-from sparselora_jax.packing.packed24 import BYTE
-from sparselora_jax.tracing import nbytes
+from sparselora_jax.planning import chips
+from sparselora_jax.planning.tracing import nbytes
+from sparselora_jax.sparse.kernels import gpu
+from sparselora_jax.sparse.packing.packed24 import BYTE
 
 GPUS = [
     Chip(

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax.packing.like import packed24_like
-from sparselora_jax.packing.packed24 import Packed24
-from sparselora_jax.tracing import nbytes
+from sparselora_jax.planning.tracing import nbytes
+from sparselora_jax.sparse.packing.like import packed24_like
+from sparselora_jax.sparse.packing.packed24 import Packed24
 
 
 class Chip(NamedTuple):

@@ -11,8 +11,8 @@ from gpu_times import kernel_seconds
 from timing import in_turn
 
 import sparselora_jax as sl
-from sparselora_jax.kernels.matmul24 import matmul24
-from sparselora_jax.packing.packed24 import pack24, quantise24, unpack24
+from sparselora_jax.sparse.kernels.matmul24 import matmul24
+from sparselora_jax.sparse.packing.packed24 import pack24, quantise24, unpack24
 
 LAYERS = 16  # different weights, one after the other, so that no cache holds them
 BOUND = 2**-7  # of an error, over the sum of magnitudes: bf16 rounds to 2**-9

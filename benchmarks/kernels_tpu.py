@@ -17,10 +17,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernels_roofline import Chip, Problem, times
 
-from sparselora_jax import chips
-from sparselora_jax.kernels import tpu
-from sparselora_jax.packing.like import packed24_like
-from sparselora_jax.tracing import nbytes
+from sparselora_jax.planning import chips
+from sparselora_jax.planning.tracing import nbytes
+from sparselora_jax.sparse.kernels import tpu
+from sparselora_jax.sparse.packing.like import packed24_like
 
 DUMP = Path(os.environ['LIBTPU_INIT_ARGS'].split('=')[-1])  # of the TPU compiler
 CORES = {'v5e': (1, 1.5e9, 'v5e:2x2'), 'v6e': (1, 1.75e9, 'v6e:2x2'), 'v5p': (2, 1.75e9, 'v5p:2x2x1')}

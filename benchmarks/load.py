@@ -103,8 +103,8 @@ def measure(folder: Path, cold: bool) -> dict[str, float]:
     import jax.numpy as jnp
     import transformers
 
-    from sparselora_jax.models import hf
-    from sparselora_jax.progress import peak_memory
+    from sparselora_jax.checkpoints import load as hf
+    from sparselora_jax.runtime.progress import peak_memory
 
     assert transformers.AutoConfig  # imported, with all it takes, before memory is looked at
     jnp.zeros(()).block_until_ready()

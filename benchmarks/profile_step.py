@@ -17,7 +17,7 @@ import jax
 import step as benchmark
 from absl import app, flags
 
-from sparselora_jax.restore import Frozen
+from sparselora_jax.restoration.restore import Frozen
 
 GRADIENT = flags.DEFINE_enum('gradient', 'exact', benchmark.GRADIENTS, 'the step to trace')
 TOP = flags.DEFINE_integer('top', 30, 'operations to print')

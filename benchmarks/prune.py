@@ -38,7 +38,8 @@ NUMBERS = f'{"seconds":>8} {"cpu":>6} {"MiB":>6} {"above":>6} {"perplexity":>10}
 
 def smollm2() -> tuple[Any, dict]:
     """The model and its params, fp32."""
-    from sparselora_jax.models import causal, embedded, gguf
+    from sparselora_jax.checkpoints import embedded, gguf
+    from sparselora_jax.models import causal
     from sparselora_jax.models.model import Model
 
     cfg, language = gguf.load_llama(embedded.language_model_file())
@@ -47,7 +48,8 @@ def smollm2() -> tuple[Any, dict]:
 
 def write_model(folder: Path, model: Any, params: dict) -> None:
     """SmolLM2 as a Hugging Face directory."""
-    from sparselora_jax.models import embedded, gguf, hf_configs, hf_new
+    from sparselora_jax.checkpoints import embedded, gguf, hf_configs
+    from sparselora_jax.checkpoints import new as hf_new
 
     config = hf_configs.llama_config(model.cfg.language, model.generation)
     tokenizer = gguf.load_tokenizer(embedded.language_model_file())
@@ -58,7 +60,7 @@ def write_tokens(file: Path, sequences: int, length: int) -> None:
     """Calibration tokens: the topics of Python's help, one after the other."""
     from pydoc_data.topics import topics
 
-    from sparselora_jax.models import embedded, gguf
+    from sparselora_jax.checkpoints import embedded, gguf
 
     tokenizer = gguf.load_tokenizer(embedded.language_model_file())
     tokens = np.asarray(tokenizer('\n\n'.join(topics[name] for name in sorted(topics)))['input_ids'], np.int32)
@@ -77,7 +79,7 @@ def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, 
     import jax
 
     import sparselora_jax as sl
-    from sparselora_jax import rules
+    from sparselora_jax.sparse import rules
 
     compiling = []
 
@@ -108,9 +110,10 @@ def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, 
 def check(folder: Path, pattern: str) -> dict[str, Any]:
     """Perplexity on held-out text, density of the blocks' kernels, and N:M groups with fewer zeros than promised."""
     import sparselora_jax as sl
-    from sparselora_jax import rules, stages
+    from sparselora_jax.checkpoints import embedded, gguf
     from sparselora_jax.evaluation.perplexity import perplexity
-    from sparselora_jax.models import embedded, gguf
+    from sparselora_jax.jobs import stages
+    from sparselora_jax.sparse import rules
 
     model, params = sl.load_model(folder, dtype='float32')
     held_out = gguf.load_tokenizer(embedded.language_model_file())(stages.TEXT.read_text())['input_ids']

@@ -20,9 +20,12 @@ from prune import BLOCK, CHUNK, DAMP
 from timing import matmul_runs, seconds
 
 import sparselora_jax as sl
-from sparselora_jax import calibrate, rules, sparsity
-from sparselora_jax.models import embedded, gguf, layers, llama
-from sparselora_jax.pruning import sparsegpt, walk, walker
+from sparselora_jax.checkpoints import embedded, gguf
+from sparselora_jax.models import layers, llama
+from sparselora_jax.pruning import calibrate, sparsegpt, walk
+from sparselora_jax.pruning import pruner as walker
+from sparselora_jax.sparse import masks as sparsity
+from sparselora_jax.sparse import rules
 
 SEQUENCES, LENGTH = 128, 128
 

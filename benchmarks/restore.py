@@ -23,16 +23,17 @@ import numpy as np
 from absl import app, flags
 
 from configs import instructblip_lang_only
-from sparselora_jax import memory, programs, recipe, rules
-from sparselora_jax.losses import TopK
-from sparselora_jax.models import published
+from sparselora_jax import recipe
 from sparselora_jax.models.init import init_params
 from sparselora_jax.models.model import Generation, Model
-from sparselora_jax.packing.like import packed24_like
-from sparselora_jax.packing.packed24 import Packed24, mask24
-from sparselora_jax.restore import Frozen
-from sparselora_jax.train import init_state
-from sparselora_jax.weights import init_lora
+from sparselora_jax.planning import memory, programs, published
+from sparselora_jax.restoration.losses import TopK
+from sparselora_jax.restoration.restore import Frozen
+from sparselora_jax.restoration.train import init_state
+from sparselora_jax.sparse import rules
+from sparselora_jax.sparse.packing.like import packed24_like
+from sparselora_jax.sparse.packing.packed24 import Packed24, mask24
+from sparselora_jax.sparse.weights import init_lora
 
 CASES = {
     'dense+teacher': {'base': 'dense', 'teacher': 'model'},

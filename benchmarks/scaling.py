@@ -36,13 +36,14 @@ from absl import logging as absl_logging
 from timing import seconds
 
 from configs import blip2_lang_only
-from sparselora_jax import profiling, stages
-from sparselora_jax.checkpoint import Checkpoints
-from sparselora_jax.job import Job
-from sparselora_jax.programs import restore_program
+from sparselora_jax.jobs import stages
+from sparselora_jax.jobs.job import Job
+from sparselora_jax.planning.programs import restore_program
 from sparselora_jax.recipe import lora_rules
-from sparselora_jax.train import fit, init_state
-from sparselora_jax.weights import init_lora
+from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.train import fit, init_state
+from sparselora_jax.runtime import profiling
+from sparselora_jax.sparse.weights import init_lora
 
 ROOT = Path(__file__).parents[1]
 EVERY = flags.DEFINE_integer('every', 5, 'steps between checkpoints where their cost is measured')

@@ -29,8 +29,9 @@ from step_torch import KD, LR, SCALE, TEMPERATURE, WEIGHT_DECAY, torch_variant
 from timing import matmul_runs, seconds
 
 import sparselora_jax as sl
-from sparselora_jax import restore
-from sparselora_jax.models import embedded, gguf, llama
+from sparselora_jax.checkpoints import embedded, gguf
+from sparselora_jax.models import llama
+from sparselora_jax.restoration import restore
 
 BATCH = flags.DEFINE_integer('batch', 16, 'sequences')
 TOKENS = flags.DEFINE_integer('tokens', 32, 'tokens a sequence')

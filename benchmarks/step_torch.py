@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sparselora_jax import rules
+from sparselora_jax.sparse import rules
 
 SCALE, KD, TEMPERATURE, LR, WEIGHT_DECAY = 2.0, 0.1, 2.0, 1e-4, 0.05
 

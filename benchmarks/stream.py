@@ -32,9 +32,10 @@ def make(folder: str) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from sparselora_jax import rules
-    from sparselora_jax.models import blip2, embedded, llama, qformer, vit
+    from sparselora_jax.checkpoints import embedded
+    from sparselora_jax.models import blip2, llama, qformer, vit
     from sparselora_jax.models.model import Model
+    from sparselora_jax.sparse import rules
 
     cfg = blip2.Blip2Config(
         vision=vit.ViTConfig(image_size=64, patch_size=16, width=64, depth=2, heads=2, mlp_width=128),
@@ -82,7 +83,7 @@ def check(folder: Path) -> int:
     """Counts the zeros of every pruned kernel of an exported directory; returns how many kernels there are."""
     import numpy as np
 
-    from sparselora_jax.models import checkpoint_files
+    from sparselora_jax.checkpoints import checkpoint_files
 
     kernels = 0
     for entry in checkpoint_files.open_checkpoint(folder).entries.values():

@@ -26,8 +26,8 @@ from absl import app, flags
 from gpu_times import kernel_seconds
 
 import sparselora_jax as sl
-from sparselora_jax.kernels import gpu
-from sparselora_jax.packing.packed24 import BYTE, SCALED, pack24, quantise24, unpack24
+from sparselora_jax.sparse.kernels import gpu
+from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED, pack24, quantise24, unpack24
 
 SHAPES = flags.DEFINE_list('shapes', ['4096x4096', '4096x11008'], 'inputs x outputs')
 TABLE = flags.DEFINE_string('table', str(Path(gpu.__file__).with_name('gpu_tiles.py')), 'the file that is written')

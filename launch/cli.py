@@ -30,10 +30,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from sparselora_jax import processes
-from sparselora_jax.errors import SparseloraError
 from sparselora_jax.recipe import DTYPES, ConfigError, field_names
-from sparselora_jax.train import Interrupted
+from sparselora_jax.restoration.train import Interrupted
+from sparselora_jax.runtime import processes
+from sparselora_jax.runtime.errors import SparseloraError
 
 DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0}  # of generate
 
@@ -74,8 +74,9 @@ def define_model() -> None:
 
 def load_model() -> tuple:
     """(model, params, processor, text format) of `--model`; flags go before what its text format says."""
+    from sparselora_jax.checkpoints import embedded
+    from sparselora_jax.checkpoints import load as hf
     from sparselora_jax.data import processing, text_format
-    from sparselora_jax.models import embedded, hf
 
     values = flags.FLAGS
     if values.model is None:
@@ -98,7 +99,9 @@ def find_model(argv: list[str], config: ConfigDict | None) -> tuple:
     Raises:
       ConfigError: no model, or more than one; and what finding it raises.
     """
-    from sparselora_jax.models import embedded, hf, published
+    from sparselora_jax.checkpoints import embedded
+    from sparselora_jax.checkpoints import load as hf
+    from sparselora_jax.planning import published
 
     if len(argv) > 1 or not argv and config is None:
         script = Path(sys.argv[0]).name
@@ -114,7 +117,7 @@ def find_model(argv: list[str], config: ConfigDict | None) -> tuple:
 
 def family_recipe(cfg: Any) -> ConfigDict | None:
     """The `*_lang_only` recipe of a model's family; None: a language model alone has none."""
-    from sparselora_jax.inspection import family_name
+    from sparselora_jax.planning.inspection import family_name
 
     family = family_name(cfg)
     return None if family == 'causal' else read_config(f'configs/{family}_lang_only.py')

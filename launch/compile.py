@@ -32,7 +32,10 @@ import cli
 import jax
 from absl import flags
 
-from sparselora_jax import memory, meshes, plan, programs, recipe, sharding, storage, topology
+from sparselora_jax import recipe
+from sparselora_jax.planning import memory, meshes, plan, programs, topology
+from sparselora_jax.runtime import files
+from sparselora_jax.sparse import sharding
 
 GIB = 2**30
 CONFIG = cli.define_recipe(None)
@@ -133,7 +136,7 @@ def keep(name, config, price, found):
     file.parent.mkdir(parents=True, exist_ok=True)
     said = {'model': name, 'program': PROGRAM.value, 'topology': TOPOLOGY.value, 'price': price}
     said |= {'effort': EFFORT.value, 'config': json.loads(config.to_json())}
-    storage.write_text(file, json.dumps(said | found, indent=1))
+    files.write_text(file, json.dumps(said | found, indent=1))
     print(f'  written to {file}')
 
 

@@ -10,7 +10,7 @@ from absl import flags
 
 from sparselora_jax.data import easy_vqa, folder, pipeline
 from sparselora_jax.evaluation import vqa
-from sparselora_jax.progress import Progress
+from sparselora_jax.runtime.progress import Progress
 
 cli.define_model()
 QUESTIONS = flags.DEFINE_integer('questions', 1000, 'how many of the test questions', lower_bound=1)

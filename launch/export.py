@@ -11,8 +11,8 @@ for `evaluate.py` and `generate.py` (docs/formats.md). `packed`: without the zer
 import cli
 from absl import flags
 
-from sparselora_jax import stages
-from sparselora_jax.job import Job
+from sparselora_jax.jobs import stages
+from sparselora_jax.jobs.job import Job
 
 CONFIG, WORKDIR = cli.define_config()
 FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *stages.PACKED), 'of the weights')

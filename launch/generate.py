@@ -6,8 +6,8 @@ python launch/generate.py IMAGE "what color is the shape?" [--model=runs/demo/ex
 import cli
 
 from sparselora_jax.data import pipeline
-from sparselora_jax.errors import DataError
 from sparselora_jax.evaluation import vqa
+from sparselora_jax.runtime.errors import DataError
 
 cli.define_model()
 

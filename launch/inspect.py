@@ -12,7 +12,9 @@ import sys
 
 import cli
 
-from sparselora_jax import inspection, memory, recipe, rules
+from sparselora_jax import recipe
+from sparselora_jax.planning import inspection, memory
+from sparselora_jax.sparse import rules
 
 GIB = 2**30
 

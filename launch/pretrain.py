@@ -13,15 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparselora_jax as sl
-from sparselora_jax import pretrain, recipe, storage
-from sparselora_jax.checkpoint import Checkpoints
+from sparselora_jax import recipe
+from sparselora_jax.checkpoints import embedded, gguf
 from sparselora_jax.data import easy_vqa, pipeline
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import vqa
-from sparselora_jax.models import blip2, embedded, gguf, qformer, vit
+from sparselora_jax.jobs import pretrain
+from sparselora_jax.models import blip2, qformer, vit
 from sparselora_jax.models.model import Model
-from sparselora_jax.progress import Log, Progress
-from sparselora_jax.train import fit, make_step
+from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.train import fit, make_step
+from sparselora_jax.runtime import files
+from sparselora_jax.runtime.progress import Log, Progress
 
 CONFIG, WORKDIR = cli.define_config('configs/demo_pretrain.py', 'runs/pretrain')
 
@@ -104,7 +107,7 @@ def main(argv):
                 'progress': Progress(f'evaluate {name}', len(indices)),
             }
             answers = vqa.evaluate(model, weights, processor, text, dataset.test, indices, **options)
-            storage.write_text(file, json.dumps(answers.accuracy(dataset.kind_of), indent=1))
+            files.write_text(file, json.dumps(answers.accuracy(dataset.kind_of), indent=1))
         print(name, file.read_text())
 
     trained = stage(

@@ -5,8 +5,8 @@ python launch/prune.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
 import cli
 
-from sparselora_jax import stages
-from sparselora_jax.job import Job
+from sparselora_jax.jobs import stages
+from sparselora_jax.jobs.job import Job
 
 CONFIG, WORKDIR = cli.define_config()
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import cli
 from absl import flags
 
-from sparselora_jax import sweep, sweep_runs
-from sparselora_jax.evaluation import plots, table
+from sparselora_jax.jobs import plots, sweep, sweep_runs, table
 from sparselora_jax.recipe import ConfigError
-from sparselora_jax.train import Interrupted
+from sparselora_jax.restoration.train import Interrupted
 
 CONFIG, WORKDIR = cli.define_config('configs/sweeps/modality.py', 'runs/sweep')
 RUN = flags.DEFINE_string('run', None, 'do one run alone, in this process: what the sweep starts for each')

@@ -5,9 +5,9 @@ python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
 import cli
 
-from sparselora_jax import processes, stages
-from sparselora_jax.evaluation import report
-from sparselora_jax.job import Job
+from sparselora_jax.jobs import report, stages
+from sparselora_jax.jobs.job import Job
+from sparselora_jax.runtime import processes
 
 CONFIG, WORKDIR = cli.define_config()
 

@@ -28,17 +28,18 @@ Everything works on any nested dict of kernels. A Flax model that is not ours, p
 (True, 0.5)
 """
 
-from sparselora_jax.calibrate import CalibrationError, collect, hessian, squares
-from sparselora_jax.generate import GenerationError, generate
-from sparselora_jax.linear import linear
-from sparselora_jax.models.hf import load_model
-from sparselora_jax.models.hf_export import export_model
+from sparselora_jax.checkpoints.export import export_model
+from sparselora_jax.checkpoints.load import load_model
+from sparselora_jax.checkpoints.trees import load_safetensors, save_safetensors
+from sparselora_jax.evaluation.generate import GenerationError, generate
 from sparselora_jax.models.model import Model
-from sparselora_jax.packing import Bitmask, Packed24, PackingError, pack, pack_masks, unpack
 from sparselora_jax.pruning import GPTQ, DSnoT, Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
-from sparselora_jax.restore import Frozen, make_train_step, paper_optimizer, reduce_base
-from sparselora_jax.rules import RuleError
-from sparselora_jax.sparsity import (
+from sparselora_jax.pruning.calibrate import CalibrationError, collect, hessian, squares
+from sparselora_jax.restoration.restore import Frozen, make_train_step, paper_optimizer, reduce_base
+from sparselora_jax.restoration.train import State, init_state, make_step
+from sparselora_jax.runtime.files import StorageError
+from sparselora_jax.sparse.linear import linear
+from sparselora_jax.sparse.masks import (
     Pattern,
     PatternError,
     check_masks,
@@ -47,9 +48,9 @@ from sparselora_jax.sparsity import (
     mask_from_scores,
     parse_pattern,
 )
-from sparselora_jax.storage import StorageError, load_safetensors, save_safetensors
-from sparselora_jax.train import State, init_state, make_step
-from sparselora_jax.weights import Adapted, Lora, LoraSpec, Masked, bind, effective_weight, init_lora, merge
+from sparselora_jax.sparse.packing import Bitmask, Packed24, PackingError, pack, pack_masks, unpack
+from sparselora_jax.sparse.rules import RuleError
+from sparselora_jax.sparse.weights import Adapted, Lora, LoraSpec, Masked, bind, effective_weight, init_lora, merge
 
 __version__ = '0.1.0'
 

@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 from sparselora_jax import pruning
 from sparselora_jax.data.easy_vqa import KINDS
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.errors import DataError, SparseloraError
-from sparselora_jax.guard import POLICIES
-from sparselora_jax.losses import KL_REDUCTIONS
-from sparselora_jax.packing import FOUR_BITS
-from sparselora_jax.restore import TRAINED
-from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern
-from sparselora_jax.storage import hold, write_text
-from sparselora_jax.weights import GRADIENTS, LoraSpec
+from sparselora_jax.restoration.guard import POLICIES
+from sparselora_jax.restoration.losses import KL_REDUCTIONS
+from sparselora_jax.restoration.restore import TRAINED
+from sparselora_jax.runtime.errors import DataError, SparseloraError
+from sparselora_jax.runtime.files import hold, write_text
+from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern
+from sparselora_jax.sparse.packing import FOUR_BITS
+from sparselora_jax.sparse.weights import GRADIENTS, LoraSpec
 
 ALLOCATIONS = ('uniform', 'global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_zeroth')
 BASES = ('dense', 'packed', 'packed_int4', *FOUR_BITS)  # what restoration holds pruned kernels as

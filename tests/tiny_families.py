@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import transformers as hf
 
-from sparselora_jax.generate import generate
+from sparselora_jax.evaluation.generate import generate
 from sparselora_jax.models.model import Generation, Model, from_hf
 
 ROWS, WORDS, NEW, VOCAB, IMAGE, PAD = 200, 6, 10, 60, 58, 1

@@ -10,8 +10,8 @@ budgets: `grid.py`.
 from ml_collections import ConfigDict
 
 from configs.sweeps import grid
+from sparselora_jax.jobs.sweep import Point
 from sparselora_jax.recipe import BASES
-from sparselora_jax.sweep import Point
 
 TEACHERS = {'model': {}, 'top-k KL': {'restore.teacher': 'top_k'}, 'none': {'restore.kd': 0.0}}
 LONG = 4  # times the steps

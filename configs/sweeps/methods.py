@@ -10,7 +10,7 @@ allocations go with Wanda, as their papers have it. Argument and budgets: `grid.
 from ml_collections import ConfigDict
 
 from configs.sweeps import grid
-from sparselora_jax.sweep import Point
+from sparselora_jax.jobs.sweep import Point
 
 PATTERNS = {'50 %': '0.5', '2:4': '2:4', '70 %': '0.7'}
 PRUNERS = {'random': 'random', 'magnitude': 'magnitude', 'Wanda': 'wanda', 'SparseGPT': 'sparsegpt', 'DSnoT': 'dsnot'}

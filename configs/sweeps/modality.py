@@ -8,7 +8,7 @@ The paper's first experiment (arXiv 2404.02424). Argument and budgets: `grid.py`
 from ml_collections import ConfigDict
 
 from configs.sweeps import grid
-from sparselora_jax.sweep import Point
+from sparselora_jax.jobs.sweep import Point
 
 PATTERNS = {'50 %': '0.5', '4:8': '4:8', '2:4': '2:4', '60 %': '0.6', '70 %': '0.7'}
 MODALITIES = {'both': ('vision', 'language'), 'language only': ('language',), 'vision only': ('vision',)}

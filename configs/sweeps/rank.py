@@ -8,7 +8,7 @@ Argument and budgets: `grid.py`.
 from ml_collections import ConfigDict
 
 from configs.sweeps import grid
-from sparselora_jax.sweep import Point
+from sparselora_jax.jobs.sweep import Point
 
 PATTERNS = {'2:4': '2:4', '70 %': '0.7'}
 RANKS = (1, 2, 4, 8, 16, 32)

@@ -11,7 +11,7 @@ budgets: `grid.py`.
 from ml_collections import ConfigDict
 
 from configs.sweeps import grid
-from sparselora_jax.sweep import Point
+from sparselora_jax.jobs.sweep import Point
 
 PATTERNS = {'2:4': '2:4', '70 %': '0.7'}
 LORA = {'restore.peak': 2e-3}

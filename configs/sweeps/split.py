@@ -8,7 +8,7 @@ The paper's second experiment (arXiv 2404.02424): 10:90 to 90:10, and 30:90 to 9
 from ml_collections import ConfigDict
 
 from configs.sweeps import grid
-from sparselora_jax.sweep import Point
+from sparselora_jax.jobs.sweep import Point
 
 BUDGETS = {100: range(10, 91, 10), 120: range(30, 91, 10)}
 

@@ -8,7 +8,7 @@ Every point has its whole schedule, warm-up and decay, in its own steps. Argumen
 from ml_collections import ConfigDict
 
 from configs.sweeps import grid
-from sparselora_jax.sweep import Point
+from sparselora_jax.jobs.sweep import Point
 
 PATTERNS = {'2:4': '2:4', '70 %': '0.7'}
 PARTS = (16, 8, 4, 2, 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from sparselora_jax.errors import DataError, UnsupportedModel
+from sparselora_jax.runtime.errors import DataError, UnsupportedModel
 
 CLASSES = {
     'blip-2': transformers.Blip2Processor,

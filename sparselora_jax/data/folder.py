@@ -27,7 +27,7 @@ from PIL import Image
 
 from sparselora_jax.data import pipeline
 from sparselora_jax.data.dataset import Dataset, Split
-from sparselora_jax.errors import DataError
+from sparselora_jax.runtime.errors import DataError
 
 FIELDS = ('image', 'prompt', 'answer')
 SPLITS = ('train', 'test')

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.errors import DataError
+from sparselora_jax.runtime.errors import DataError
 
 # What Pillow raises for a file that is there.
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)

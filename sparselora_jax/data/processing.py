@@ -19,7 +19,7 @@ from jaxtyping import Integer, UInt8
 from PIL import Image
 
 from sparselora_jax.data import directory
-from sparselora_jax.errors import DataError
+from sparselora_jax.runtime.errors import DataError
 
 IN_TEXT = ('llava', 'paligemma')  # the image's placeholders are part of the text, which is padded as a whole
 INPUTS = ('pixel_values', 'input_ids', 'attention_mask', 'qformer_input_ids', 'qformer_attention_mask')

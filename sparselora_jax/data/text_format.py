@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparselora_jax.errors import DataError
+from sparselora_jax.runtime.errors import DataError
 
 
 @dataclass(frozen=True)

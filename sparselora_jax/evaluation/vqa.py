@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparselora_jax import processes
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.generate import generate
+from sparselora_jax.evaluation.generate import generate
 from sparselora_jax.models.model import Model
-from sparselora_jax.storage import write_text
+from sparselora_jax.runtime import processes
+from sparselora_jax.runtime.files import write_text
 
 
 class Answers(NamedTuple):

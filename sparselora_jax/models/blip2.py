@@ -8,10 +8,10 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, qformer, towers, vit
 from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.runtime.errors import UnsupportedModel
 
 RENAMES: list[tuple[str, str]] = []  # published names are the modules' own
 IGNORED = [

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import towers
 from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.runtime.errors import UnsupportedModel
 
 RENAMES = [(r'^(?=(decoder|layers|embed_tokens|norm)\.)', 'model.')]  # files of the model without its head
 IGNORED = [r'.*\.rotary_emb\.inv_freq']

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.errors import BatchError, UnsupportedModel
-from sparselora_jax.linear import linear
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.sparse.linear import linear
 
 
 class KVCache(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.runtime.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)

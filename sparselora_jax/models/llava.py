@@ -5,10 +5,10 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, towers, vit
 from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.runtime.errors import UnsupportedModel
 
 # Three layouts: as saved before transformers 4.52 and by default since (`language_model.model.`, `vision_tower.`), with
 # `model.` before all but the head, and with `vision_model.` in the vision tower's names, as version 4 had it.

@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import blip2, causal, llava, paligemma, towers
 from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.runtime.errors import UnsupportedModel
 
 FAMILIES: dict[type, ModuleType] = {
     blip2.Blip2Config: blip2,

@@ -5,9 +5,9 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.runtime.errors import UnsupportedModel
 
 OFFSET = 2  # the first two rows of the table of positions belong to no token that is read
 NORM_EPS = 1e-5  # no field of the config says it

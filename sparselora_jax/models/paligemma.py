@@ -5,10 +5,10 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from sparselora_jax.errors import BatchError
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, llava, towers, vit
 from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.runtime.errors import BatchError
 
 RENAMES = llava.RENAMES
 IGNORED = [r'.*\.position_ids', r'.*\.rotary_emb\.inv_freq', r'model\.vision_tower\.head\..*']

@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
 
 
 @dataclass(frozen=True)

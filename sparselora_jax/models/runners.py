@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from sparselora_jax.packing import Packed24
+from sparselora_jax.sparse.packing import Packed24
 
 Block = Callable[[dict, Any, dict, Any], tuple[Any, Any]]
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.errors import UnsupportedModel
 from sparselora_jax.models import layers
 from sparselora_jax.models.relative import relative_bias
 from sparselora_jax.models.runners import scan_blocks, unstack
+from sparselora_jax.runtime.errors import UnsupportedModel
 
 EMBED = 'shared.weight'  # the word embeddings in checkpoints, which may hold copies, or one of these alone:
 COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')

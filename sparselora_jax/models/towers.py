@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sparselora_jax import processes
-from sparselora_jax.errors import BatchError, UnsupportedModel
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, llama, opt, t5
+from sparselora_jax.runtime import processes
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
 
 
 class Prompt(NamedTuple):

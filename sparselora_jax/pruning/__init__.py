@@ -10,9 +10,9 @@ from sparselora_jax.pruning.global_magnitude import global_magnitude_zeros
 from sparselora_jax.pruning.gptq import GPTQ
 from sparselora_jax.pruning.magnitude import Magnitude, Random
 from sparselora_jax.pruning.owl import outlier_shares, owl_zeros
+from sparselora_jax.pruning.pruner import PruneResult, prune, prune_tree
 from sparselora_jax.pruning.sparsegpt import SparseGPT
 from sparselora_jax.pruning.targets import patterns_of
-from sparselora_jax.pruning.walker import PruneResult, prune, prune_tree
 from sparselora_jax.pruning.wanda import Wanda
 
 __all__ = [

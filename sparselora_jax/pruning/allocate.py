@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sparselora_jax import rules as rules_lib
 from sparselora_jax.pruning.targets import methods_of, pattern_zeros, patterns_of
-from sparselora_jax.sparsity import Pattern, PatternError
+from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.sparse.masks import Pattern, PatternError
 
 GRANULARITIES = ('block', 'kernel')
 

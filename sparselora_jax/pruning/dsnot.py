@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparselora_jax import calibrate
+from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.wanda import Wanda
-from sparselora_jax.sparsity import Pattern
+from sparselora_jax.sparse.masks import Pattern
 
 
 class Moments(NamedTuple):

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparselora_jax import calibrate
-from sparselora_jax import rules as rules_lib
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
+from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.targets import in_blocks
+from sparselora_jax.sparse import rules as rules_lib
 
 ROWS = 32  # inputs of a kernel whose noise is drawn at once
 

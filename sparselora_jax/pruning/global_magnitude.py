@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparselora_jax import rules as rules_lib
 from sparselora_jax.pruning.allocate import bounds, check_left, kernel_sizes, total
-from sparselora_jax.sparsity import ordered_bits
+from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.sparse.masks import ordered_bits
 
 DIGIT = 16  # bits of a weight that one pass over the model settles
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparselora_jax import calibrate
-from sparselora_jax.packing.errors import PackingError
-from sparselora_jax.packing.four_bits import best_scale, rounded
-from sparselora_jax.packing.packed24 import SCALED
-from sparselora_jax.packing.quantised import FOUR_BITS, tile
+from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.sparsegpt import inverse_factor
-from sparselora_jax.sparsity import Pattern
+from sparselora_jax.sparse.masks import Pattern
+from sparselora_jax.sparse.packing.errors import PackingError
+from sparselora_jax.sparse.packing.four_bits import best_scale, rounded
+from sparselora_jax.sparse.packing.packed24 import SCALED
+from sparselora_jax.sparse.packing.quantised import FOUR_BITS, tile
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparselora_jax.sparsity import Pattern, mask_from_scores
+from sparselora_jax.sparse.masks import Pattern, mask_from_scores
 
 
 @dataclass(frozen=True)

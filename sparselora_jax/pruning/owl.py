@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparselora_jax import calibrate, sharding
-from sparselora_jax import rules as rules_lib
+from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.allocate import block_of, check_left, round_zeros, total
 from sparselora_jax.pruning.targets import in_blocks
 from sparselora_jax.pruning.walk import block_observer, joined, walk
-from sparselora_jax.sparsity import PatternError
+from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.sparse import sharding
+from sparselora_jax.sparse.masks import PatternError
 
 
 @jax.jit

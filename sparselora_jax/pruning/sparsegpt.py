@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax import calibrate
-from sparselora_jax.sparsity import Pattern, PatternError, keep_largest, keep_n_of_m
+from sparselora_jax.pruning import calibrate
+from sparselora_jax.sparse.masks import Pattern, PatternError, keep_largest, keep_n_of_m
 
 
 def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float, slab: int = 1) -> Float[Array, 'padded padded']:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from sparselora_jax import rules as rules_lib
-from sparselora_jax.sparsity import Pattern, PatternError, parse_pattern, spread
+from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern, spread
 
 
 def patterns_of(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pattern]:

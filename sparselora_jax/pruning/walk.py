@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array
 
-from sparselora_jax import calibrate, sharding
-from sparselora_jax import rules as rules_lib
 from sparselora_jax.models.runners import valid_rows
+from sparselora_jax.pruning import calibrate
+from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.sparse import sharding
 
 
 def joined(batches: Iterable[dict], chunk: int) -> dict:

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparselora_jax import calibrate
-from sparselora_jax.sparsity import Pattern, mask_from_scores
+from sparselora_jax.pruning import calibrate
+from sparselora_jax.sparse.masks import Pattern, mask_from_scores
 
 
 @dataclass(frozen=True)

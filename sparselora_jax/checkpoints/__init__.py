@@ -1,0 +1,1 @@
+"""Reads and writes model files: Hugging Face, PEFT, packed, GGUF."""

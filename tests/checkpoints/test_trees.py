@@ -1,0 +1,115 @@
+"""Any tree comes back bit for bit; a file that is not whole is named."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+from small_disk import files_of_at_most
+
+import sparselora_jax as sl
+from sparselora_jax import recipe
+from sparselora_jax.checkpoints import trees
+from sparselora_jax.runtime import files
+from sparselora_jax.sparse import packing
+
+
+def test_each_tree_comes_back_bit_for_bit(tmp_path):
+    params = {'a': {'kernel': jax.random.normal(jax.random.key(0), (2, 8, 4), jnp.bfloat16)}, 'n': jnp.ones(3)}
+    _, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
+    lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(2, 3))])
+    for name, tree in {'params': params, 'masks': masks, 'lora': lora}.items():
+        path = tmp_path / 'new' / f'{name}.safetensors'
+        sl.save_safetensors(path, tree, metadata={'made': 'here'})
+        back, metadata = sl.load_safetensors(path)
+        assert metadata == {'made': 'here'}
+        assert jax.tree.structure(back) == jax.tree.structure(tree)
+        assert jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and jnp.array_equal(x, y), back, tree))
+    assert [path.suffix for path in (tmp_path / 'new').iterdir()] == ['.safetensors'] * 3
+
+
+def test_missing_and_truncated_files_are_named(tmp_path):
+    path = tmp_path / 'w.safetensors'
+    with pytest.raises(sl.StorageError, match='w.safetensors: no such file'):
+        sl.load_safetensors(path)
+    sl.save_safetensors(path, {'a': jnp.ones(100)})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(sl.StorageError, match='w.safetensors: not a complete'):
+        sl.load_safetensors(path)
+
+
+def test_a_packed_kernel_comes_back_with_its_factors(tmp_path):
+    kernel = jnp.where(jnp.arange(8)[:, None] % 4 < 2, jax.random.normal(jax.random.key(0), (8, 3)), 0)
+    factors = sl.Lora(jnp.ones((8, 2)), jnp.ones((2, 3)), 0.5)
+    tree = {'q': {'kernel': sl.Adapted(packing.pack24(kernel), None, factors)}, 'k': {'kernel': factors}}
+    sl.save_safetensors(tmp_path / 'w.safetensors', tree)
+    back, _ = sl.load_safetensors(tmp_path / 'w.safetensors')
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, back, tree))
+
+
+def test_factors_of_another_shape_are_refused(tmp_path):
+    factors = sl.Lora(jnp.ones((8, 2)), jnp.ones((2, 5)), 0.5)
+    tree = {'q': {'kernel': sl.Adapted(packing.pack24(jnp.zeros((8, 3))), None, factors)}}
+    sl.save_safetensors(tmp_path / 'w.safetensors', tree)
+    with pytest.raises(sl.StorageError, match=r'q/kernel: factors \(8, 2\) x \(2, 5\) beside a kernel \(8, 3\)'):
+        sl.load_safetensors(tmp_path / 'w.safetensors')
+
+
+def test_what_no_file_holds_is_named(tmp_path):
+    for leaf in (
+        sl.Masked(jnp.ones((4, 4)), jnp.ones((4, 4), bool)),
+        packing.quantised.quantise(jnp.ones((4, 4)), 'nf4'),
+    ):
+        with pytest.raises(sl.StorageError, match=rf'q/kernel is a {type(leaf).__name__}, which safetensors'):
+            sl.save_safetensors(tmp_path / 'w.safetensors', {'q': {'kernel': leaf}})
+
+
+def test_where_there_is_no_room_the_old_file_stays(tmp_path):
+    tree, text, layers = (tmp_path / name for name in ('w.safetensors', 'text.json', 'masks.safetensors'))
+    like = {'a': jnp.zeros((2, 1000))}
+    sl.save_safetensors(tree, {'a': jnp.ones(3)})
+    files.write_text(text, 'old')
+    with files_of_at_most(2000):
+        with pytest.raises(sl.StorageError, match='w.safetensors cannot be written .*; make room, then'):
+            sl.save_safetensors(tree, {'a': jnp.ones(1000)})
+        with pytest.raises(sl.StorageError, match='text.json cannot be written'):
+            files.write_text(text, 'x' * 3000)
+        with pytest.raises(sl.StorageError, match='masks.safetensors cannot be written'):
+            with trees.layer_writer(layers, like) as write:
+                write('a', 1, jnp.ones(1000))
+    assert sl.load_safetensors(tree)[0]['a'].shape == (3,) and text.read_text() == 'old'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['text.json', 'w.safetensors']
+
+
+@contextmanager
+def held_by_another(folder):
+    """Yields the process that holds it."""
+    script = 'import sys; from pathlib import Path; from sparselora_jax import storage; files.hold(Path(sys.argv[1]))'
+    other = [sys.executable, '-c', script + '; print(1, flush=True); sys.stdin.read()', str(folder)]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        yield holder
+        holder.kill()
+
+
+def test_two_processes_cannot_hold_a_folder(tmp_path):
+    with held_by_another(tmp_path) as holder:
+        with pytest.raises(sl.StorageError, match=rf'another run is in it \(process {holder.pid} on .*\); use another'):
+            files.hold(tmp_path)
+    files.hold(tmp_path)
+    files.hold(tmp_path)  # a process may hold it twice
+
+
+def test_a_folder_that_another_process_holds_is_left_as_it_is(tmp_path):
+    config = ConfigDict({'seed': 0, 'mesh': {'data': 2}})
+    with held_by_another(tmp_path):
+        with pytest.raises(sl.StorageError, match='another run is in it'):
+            recipe.claim(tmp_path, config)
+        assert not (tmp_path / 'config.json').exists()
+    recipe.claim(tmp_path, config)
+    assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 0

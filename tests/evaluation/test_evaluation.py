@@ -1,0 +1,194 @@
+"""The figures of a report against plain numpy and torch: accuracy, intervals, floors, densities, perplexity."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sparselora_jax as sl
+from sparselora_jax.checkpoints import embedded
+from sparselora_jax.data import easy_vqa
+from sparselora_jax.data.dataset import Split
+from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.evaluation import bootstrap, density, vqa
+from sparselora_jax.evaluation.perplexity import perplexity
+from sparselora_jax.models import llama
+
+
+def answers_with(rate, seed):
+    return np.random.default_rng(seed).random(1000) < rate
+
+
+@pytest.mark.parametrize('level, deviations', [(0.95, 1.96), (0.8, 1.2816)])
+def test_an_interval_agrees_with_the_normal_approximation(level, deviations):
+    first, second = answers_with(0.9, 1), answers_with(0.7, 2)
+    difference = first.astype(float) - second
+    half = deviations * difference.std() / np.sqrt(1000)
+    low, high = bootstrap.paired_interval(first, second, level=level, resamples=4000)
+    np.testing.assert_allclose([low, high], [difference.mean() - half, difference.mean() + half], atol=0.003)
+
+
+def test_an_interval_is_paired_signed_and_repeatable():
+    first, second = answers_with(0.9, 1), answers_with(0.9, 2)
+    assert bootstrap.paired_interval(first, first) == (0, 0)  # unpaired, chance would show
+    low, high = bootstrap.paired_interval(first, second)
+    np.testing.assert_allclose(bootstrap.paired_interval(second, first), (-high, -low), atol=1e-12)
+    assert bootstrap.paired_interval(first, second) == (low, high)
+
+
+def test_accuracy_is_of_whole_answers_overall_and_per_kind():
+    answers = vqa.Answers(
+        ['yes', 'no', 'circle', 'red', 'yes', 'circles'], ['yes', 'yes', 'circle', 'blue', 'no', 'circle']
+    )
+    assert answers.accuracy(easy_vqa.kind_of) == {'overall': 2 / 6, 'yes/no': 1 / 3, 'shape': 1 / 2, 'colour': 0}
+    assert vqa.Answers(['Yes'], ['yes']).accuracy(easy_vqa.kind_of) == {
+        'overall': 1,
+        'yes/no': 1,
+    }  # no kind that was not asked
+
+
+def test_the_blind_floor_answers_as_training_mostly_did():
+    train = [('what?', a) for a in ('red', 'blue', 'blue')] + [('is it?', 'no'), ('which?', 'teal')]
+    test = [('what?', 'red'), ('what?', 'blue'), ('is it?', 'no'), ('never asked?', 'yes')]
+    floor = vqa.blind_floor(train, test)
+    assert floor.predicted == ['blue', 'blue', 'no', 'blue']
+    assert floor.true == ['red', 'blue', 'no', 'yes']
+
+
+def test_a_sample_is_the_same_for_every_model():
+    drawn = vqa.sample(50, 1000, seed=3)
+    assert drawn == sorted(set(drawn)) == vqa.sample(50, 1000, seed=3) and len(drawn) == 50
+    assert drawn != vqa.sample(50, 1000, seed=4)
+    assert vqa.sample(50, 20, seed=3) == list(range(20))
+
+
+INDICES = [3, 500, 4000, 9000, 7777]
+
+
+@pytest.fixture(scope='module')
+def evaluate(tiny_blip2, easy_vqa_builder):
+    """`evaluate(indices, records=..., **options)` of the tiny model; `evaluate.source` are the test records."""
+    model, params = tiny_blip2
+    processor, text = embedded.load_processor(model.cfg), TextFormat()
+    source = easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1]).test.source
+
+    def run(indices, records=source, **options):
+        split = Split(records, lambda: [])
+        return vqa.evaluate(model, params, processor, text, split, indices, max_new_tokens=4, **options)
+
+    run.source = source
+    return run
+
+
+@pytest.mark.slow
+def test_answers_do_not_depend_on_the_batch(evaluate):
+    done = []
+    two, three = (evaluate(INDICES, batch=batch, progress=done.append) for batch in (2, 3))
+    assert two == three
+    assert len(set(two.predicted)) > 1
+    assert two.true == [evaluate.source[index]['answer'] for index in INDICES]
+    assert done == [2, 4, 5, 3, 5]
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_after_its_last_whole_batch(evaluate, tmp_path):
+    kept, done = tmp_path / 'answers.jsonl', []
+    whole = evaluate(INDICES, batch=2)
+    assert evaluate(INDICES, batch=2, kept=kept) == whole
+    lines = kept.read_text().splitlines(keepends=True)
+    assert len(lines) == 5
+    kept.write_text(''.join(lines[:3]) + lines[3][:-2])  # killed while the second batch was being written
+    assert evaluate(INDICES, batch=2, kept=kept, progress=done.append) == whole
+    assert done == [4, 5]
+    assert kept.read_text() == ''.join(lines)
+
+
+def test_shuffled_images_are_those_of_the_questions_half_the_list_on(evaluate):
+    source, others = evaluate.source, INDICES[2:] + INDICES[:2]
+    moved = [source[a] | {'image': source[b]['image']} for a, b in zip(INDICES, others, strict=True)]
+    assert evaluate(INDICES, batch=3, shuffle_images=True) == evaluate(range(5), moved, batch=3)
+
+
+def test_beams_answer_too(evaluate):
+    assert len(evaluate(INDICES[:2], batch=2, num_beams=3, length_penalty=-1.0).predicted) == 2
+
+
+def sparse_tree():
+    """Kernels with zeros at random, so that some groups break the pattern."""
+    rng = np.random.default_rng(0)
+    q, mlp = (rng.normal(size=shape) * (rng.random(shape) < 0.6) for shape in ((2, 8, 6), (2, 4, 10)))
+    kernels = {'attn': {'q': {'kernel': q, 'bias': np.zeros((2, 6))}}, 'mlp': {'kernel': mlp}}
+    tree = {'language': {'blocks': kernels, 'head': {'kernel': np.ones((6, 9))}}}
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree), q, mlp
+
+
+def test_sparsity_of_a_tower_is_counted_over_its_blocks():
+    tree, q, mlp = sparse_tree()
+    kept = (np.count_nonzero(q) + np.count_nonzero(mlp)) / (q.size + mlp.size)
+    assert density.tower_sparsity(tree, 'language', 'dense') == {'pattern': 'dense', 'density': kept, 'violations': 0}
+    groups = np.concatenate([np.moveaxis(k, 1, -1).reshape(-1, 4) for k in (q, mlp)])
+    wrong = sum(np.count_nonzero(group) != 2 for group in groups)
+    assert density.tower_sparsity(tree, 'language', '2:4') == {'pattern': '2:4', 'density': kept, 'violations': wrong}
+    columns = [column for k in (q, mlp) for layer in k for column in layer.T]
+    wrong = sum(np.count_nonzero(column) != len(column) // 2 for column in columns)
+    assert density.tower_sparsity(tree, 'language', 0.5)['violations'] == wrong
+    layers = density.layer_density(tree, 'language')
+    for path, kernel in {'attn/q/kernel': q, 'mlp/kernel': mlp}.items():
+        np.testing.assert_allclose(layers.pop(f'language/blocks/{path}'), (kernel != 0).mean((1, 2)), rtol=1e-6)
+    assert not layers
+
+
+def test_zeros_that_were_allocated_are_no_violations():
+    kernel = jnp.ones((2, 4, 2)).at[0, 0].set(0.0).at[1, :3].set(0.0)  # 2 and 6 zeros
+    tree = {'language': {'blocks': {'q': {'kernel': kernel}}}}
+
+    def violations(zeros):
+        given = {'language/blocks/q/kernel': np.array(zeros)}
+        return density.tower_sparsity(tree, 'language', 0.5, zeros=given)['violations']
+
+    assert density.tower_sparsity(tree, 'language', 0.5)['violations'] == 4  # every output of both layers
+    assert [violations([2, 6]), violations([2, 5]), violations([4, 4])] == [0, 1, 4]
+
+
+def test_plain_lora_would_fill_the_zeros_of_the_kernels_it_adapts():
+    tree, q, mlp = sparse_tree()
+    rules = [('language/blocks/.*', '2:4'), ('.*', 'dense')]
+    params, masks = sl.prune_tree(tree, None, rules, method=sl.Magnitude())
+    blocks, size = params['language']['blocks'], q.size + mlp.size
+    kept_q, kept_mlp = np.count_nonzero(blocks['attn']['q']['kernel']), np.count_nonzero(blocks['mlp']['kernel'])
+    untrained = sl.init_lora(jax.random.key(0), params, [('.*/q/kernel', sl.LoraSpec(2, 4)), ('.*', None)])
+    assert density.plain_lora_density(params, masks, untrained) == (kept_q + kept_mlp) / size
+    trained = jax.tree.map(jnp.ones_like, untrained)  # fills q, leaves the rest
+    assert density.plain_lora_density(params, masks, trained) == (q.size + kept_mlp) / size
+    assert density.plain_lora_density(params, {}, {}) == 1
+
+
+def test_perplexity_equals_torch(from_torch, perturbed):
+    cfg = llama.LlamaConfig(vocab=48, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
+    tokens = np.random.default_rng(0).integers(0, 48, 55)
+    oracle = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=48,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=24,
+            rms_norm_eps=cfg.norm_eps,
+            tie_word_embeddings=True,
+        )
+    )
+    oracle = perturbed(oracle)
+    params = from_torch(oracle.state_dict(), llama.keys(cfg), llama.shapes(cfg), 'model.')
+    windows = torch.asarray(tokens[:48].reshape(3, 16))  # the last seven tokens fill no window
+    with torch.no_grad():
+        want = float(torch.exp(oracle(windows, labels=windows).loss))
+    assert perplexity(params, cfg, tokens, window=16) == pytest.approx(want, rel=1e-4)
+    masked = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())[1]
+    bound = perplexity(sl.bind(params, masked), cfg, tokens, window=16)
+    assert bound == pytest.approx(perplexity(sl.merge(params, masked), cfg, tokens, window=16), rel=1e-6)
+    with pytest.raises(ValueError, match='55 tokens, fewer than one window of 128'):
+        perplexity(params, cfg, tokens)

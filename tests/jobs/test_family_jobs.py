@@ -1,0 +1,125 @@
+"""The main job on a tiny directory of every family, by every pruner; what it exports, torch reads back."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_jobs import RECIPES, SMALL
+from tiny_models import CLASSES, save, save_data
+
+import sparselora_jax as sl
+from sparselora_jax.checkpoints import export as hf_export
+from sparselora_jax.checkpoints import trees
+from sparselora_jax.data import processing
+from sparselora_jax.jobs import report, stages
+from sparselora_jax.jobs.job import Job
+from sparselora_jax.sparse import rules
+
+METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt', 'dsnot')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A folder of images with questions."""
+    folder = tmp_path_factory.mktemp('images')
+    save_data(folder, 12)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def directory(tmp_path_factory):
+    """`directory(kind)`: that of a tiny model, made once."""
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        save(kind, folder)
+        return folder
+
+    return make
+
+
+def config_of(kind, folder, data, **fields):
+    recipe, prompt = RECIPES[kind]
+    config = recipe.get_config(f'model={folder},data={data},pattern=2:4,hardware=cpu')
+    config.update_from_flattened_dict(SMALL | {'text.prompt': prompt} | fields)
+    return config
+
+
+@pytest.mark.slow  # in `make test` tests/jobs/test_job.py has the embedded model's
+@pytest.mark.parametrize('kind, method', list(itertools.product(RECIPES, METHODS)))
+def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(directory, data, tmp_path, kind, method):
+    folder = directory(kind)
+    job = Job(config_of(kind, folder, data, **{'prune.method': method}), tmp_path / 'run')
+    stages.run(job)
+    got = report.build(job)
+    for tower, found in got['sparsity'].items():
+        density = 1.0 if tower == 'qformer' else 0.5
+        assert (found['density'], found['violations']) == (density, 0), tower
+
+    exported = tmp_path / 'run' / 'exported'
+    model, params = sl.load_model(exported)
+    masks, _ = trees.load_safetensors(tmp_path / 'run' / 'masks.safetensors')
+    sl.check_sparse(params, masks)
+    assert set(rules.kernels(params)) > set(rules.flatten(masks))
+    assert {path.split('/')[0] for path in rules.flatten(masks)} == {'vision', 'language'}
+    torch_reads(exported, folder, model, params, job)
+
+
+def torch_reads(exported, source, model, params, job):
+    kind = CLASSES[transformers.AutoConfig.from_pretrained(exported).model_type]
+    theirs, info = kind.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    processor = processing.load_processor(exported)
+    prompt = job.text.write('is it red?')
+    example = processor.example(np.zeros((20, 20, 3), np.uint8), prompt, 'teal', prompt_tokens=40, answer_tokens=8)
+    targets, answer = example.pop('targets'), example.pop('answer')
+    batch = {name: value[None] for name, value in example.items()}
+    tensors = {name: torch.asarray(value) for name, value in batch.items()}
+    tensors = {name: value if value.dtype == torch.float32 else value.long() for name, value in tensors.items()}
+    if not model.encoder_decoder:  # transformers' own forward counts pads that lie behind the image
+        mask = tensors['attention_mask']
+        tensors['position_ids'] = torch.clip(mask.cumsum(1) - 1, 0)
+    if 'opt' in type(model.cfg.language).__name__.lower():
+        del tensors['position_ids']
+    with torch.no_grad():
+        want = theirs.eval()(**tensors).logits.numpy()[:, -len(targets) :]
+    got = model.answer_logits(params, batch | {'targets': targets[None]})
+    np.testing.assert_allclose(np.asarray(got)[:, answer], want[:, answer], atol=1e-4)
+    files = {path.name for path in source.iterdir()} | {'text_format.json'}
+    assert {path.name for path in exported.iterdir()} == files
+
+
+# A decoder alone, and an encoder-decoder.
+@pytest.mark.parametrize('kind', ['blip2-opt', pytest.param('instructblip-t5', marks=pytest.mark.slow)])
+def test_pruning_from_disk_equals_pruning_in_memory(directory, data, tmp_path, kind):
+    folder = directory(kind)
+    jobs = [
+        Job(config_of(kind, folder, data, **{'prune.method': 'sparsegpt', 'stream': stream}), tmp_path / str(stream))
+        for stream in (False, True)
+    ]
+    for job in jobs:
+        stages.prune(job)
+    for name in ('masks.safetensors', 'kernels.safetensors'):
+        assert (jobs[0].workdir / name).read_bytes() == (jobs[1].workdir / name).read_bytes()
+    model, params = sl.load_model(jobs[1].workdir / 'pruned')
+    merged = sl.merge(jobs[0].frozen.params, jobs[0].frozen.masks)
+    hf_export.check_export(jobs[1].workdir / 'pruned', model, merged)
+    sl.check_sparse(params, jobs[0].frozen.masks)
+
+
+@pytest.mark.slow
+def test_pruning_from_disk_on_a_mesh_is_pruning_in_memory_on_one_device(directory, data, tmp_path):
+    fields = {'prune.method': 'sparsegpt', 'prune.samples': 8, 'restore.batch': 4, 'restore.base': 'nf4'}
+    jobs = [
+        Job(config_of('blip2-opt', directory('blip2-opt'), data, **fields, **more), tmp_path / str(len(more)))
+        for more in ({}, {'stream': True, 'mesh.data': 4})
+    ]
+    for job in jobs:
+        stages.prune(job)
+        stages.round_base(job)
+    for name in ('masks.safetensors', 'kernels.safetensors', 'rounded.safetensors'):
+        assert (jobs[0].workdir / name).read_bytes() == (jobs[1].workdir / name).read_bytes()

@@ -1,0 +1,235 @@
+"""What a user can act on ends a script as one line that names what and where, with an exit code and no traceback."""
+
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparselora_jax.checkpoints import embedded
+from sparselora_jax.data import easy_vqa, pipeline, text_format
+from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.evaluation import vqa
+
+ROOT = Path(__file__).parents[2]
+QUESTION = 'what color is the circle?'
+
+
+@pytest.fixture
+def refused(script, tmp_path):
+    """`refused(name, *arguments)`: the one line of a script that cannot go on; nothing is left in its workdir."""
+
+    def run(name, *arguments):
+        workdir = [] if name in ('generate.py', 'evaluate.py') else [f'--workdir={tmp_path / "run"}']
+        code, out, err = script(name, *arguments, *workdir)
+        assert code == 1
+        assert err.startswith('error: ') and err.count('\n') == 1, err
+        assert 'Traceback' not in out + err
+        return err
+
+    return run
+
+
+def test_a_shell_sees_one_line_and_the_code(tmp_path):
+    command = [sys.executable, 'launch/train.py', '--config.restore.stepz=3', f'--workdir={tmp_path / "run"}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: config has no field 'restore.stepz'; did you mean 'restore.steps'?\n"
+    assert not (tmp_path / 'run').exists()
+
+
+def test_scripts_do_without_torch_and_leave_no_none_where_others_look_for_it():
+    has = 'from transformers.utils import is_torch_available'
+    check = "assert not is_torch_available() and 'torch' not in sys.modules"
+    command = [sys.executable, '-c', f"import sys; sys.path.append('launch'); import cli; {has}; {check}"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize('name', ['train.py', 'prune.py', 'export.py', 'pretrain.py'])
+def test_a_config_that_is_missing_is_named_with_the_nearest(refused, name):
+    err = refused(name, '--config=configs/blip2_lang_onyl.py')
+    assert 'configs/blip2_lang_onyl.py: no such config; did you mean configs/blip2_lang_only.py?' in err
+
+
+def test_a_flag_and_its_value_may_be_two_words(refused):
+    err = refused('train.py', '--config', 'configs/blip2_both.py', '--config.prune.sampels', '3')
+    assert "no field 'prune.sampels'; did you mean 'prune.samples'?" in err
+
+
+def test_a_directory_or_a_folder_of_data_that_is_not_there_is_named(refused, tmp_path):
+    err = refused('train.py', '--config=configs/blip2_lang_only.py:model=no/such/directory')
+    assert 'no/such/directory: no such directory' in err
+    err = refused('train.py', f'--config=configs/llava_both.py:model={tmp_path}')
+    assert f'{tmp_path}: no config.json' in err
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('argument', ['some/dir', 'modle=some/dir', 'model=', 'pattern=2:4,pattern=2:4', 'data'])
+def test_a_malformed_config_argument_is_named(refused, argument):
+    err = refused('train.py', f'--config=configs/blip2_both.py:{argument}')
+    assert f"configs/blip2_both.py: config argument '{argument.split(',')[-1]}': expected model=" in err
+
+
+def test_hardware_that_has_no_preset_is_named(refused):
+    err = refused('train.py', '--config=configs/blip2_both.py:hardware=abacus')
+    assert "hardware 'abacus': expected one of cpu, gpu, " in err
+
+
+def test_a_mesh_that_the_devices_cannot_form_is_named(refused, tiny_model):
+    assert 'a mesh of data=1, fsdp=64' in refused('prune.py', '--config.mesh.fsdp=64')
+
+
+@pytest.mark.parametrize('pattern', ['5:4', '2:4:8', '1.5', 'half'])
+def test_a_pattern_that_does_not_parse_is_named(refused, tmp_path, pattern):
+    assert f"pattern '{pattern}': " in refused('prune.py', f'--config.prune.pattern.language={pattern}')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_method_that_does_not_exist_is_named(refused):
+    assert "prune.method 'wandas': expected one of random, " in refused('prune.py', '--config.prune.method=wandas')
+
+
+@pytest.fixture
+def tiny_model(monkeypatch, tiny_blip2):
+    monkeypatch.setattr(embedded, 'load', lambda *args, **kw: tiny_blip2)
+    monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: pytest.fail('work began: the data were read'))
+
+
+def test_a_group_that_does_not_divide_is_named_before_any_work(refused, tiny_model):
+    err = refused('train.py', '--config.prune.pattern.language=2:7')
+    assert re.search(r'language/blocks/\S+/kernel: pattern 2:7 does not fit: 7 does not divide .* of \d+', err)
+
+
+def test_lora_targets_that_match_nothing_are_named_before_any_work(refused, tiny_model):
+    err = refused('train.py', '--config.lora.targets.language=attn/z/.*')
+    assert "rule 'language/(.*/)?blocks/attn/z/.*' matches none" in err
+
+
+def test_a_workdir_is_not_claimed_by_a_config_that_cannot_run(refused, tiny_model, tmp_path):
+    refused('train.py', '--config.prune.pattern.language=2:7')
+    assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+@pytest.mark.parametrize('field', ['gradient=inexact', 'kl_reduction=tokens', 'accumulate=3'])
+def test_a_knob_of_restoring_that_cannot_work_is_named_before_any_work(refused, tiny_model, field):
+    assert field.partition('=')[0] in refused('train.py', f'--config.restore.{field}')
+
+
+@pytest.mark.parametrize(
+    'field',
+    [
+        'dtype=floaty',
+        'lora.rank.language=-1',
+        'prune.chunk=0',
+        'prune.cycles=0',
+        'prune.initial=dsnot',
+        'prune.threshold=-1.0',
+        'restore.checkpoint_every=0',
+        'evaluate.questions=0',
+        'text.prompt=Question:',
+        'restore.shares=(1,2)',
+        'stream=True',
+        'text.prompt={} {}',
+        'evaluate.max_new_tokens=1',
+    ],
+)
+def test_a_value_that_cannot_work_is_named_before_any_work(refused, field):
+    assert field.partition('=')[0] in refused('train.py', f'--config.{field}')
+
+
+@pytest.fixture
+def no_data(monkeypatch, tiny_model):
+    """The tiny model and a data set without questions."""
+    empty = Split([], lambda: [])
+    monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: Dataset(empty, empty, (), str))
+
+
+def test_a_workdir_that_cannot_be_one_is_named(script, no_data):
+    code, _, err = script('prune.py', '--workdir=README.md')
+    assert code == 1 and err.count('\n') == 1 and 'README.md' in err
+
+
+def test_a_config_that_is_not_python_is_named(refused):
+    assert 'README.md: ' in refused('train.py', '--config=README.md')
+
+
+def test_exporting_before_restoring_names_what_is_missing(refused, no_data):
+    assert 'masks.safetensors: no such file' in refused('export.py')
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / 'image.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 64, 3), np.uint8)).save(path)
+    return path
+
+
+def test_batches_that_the_mesh_cannot_split_are_named_before_any_work(refused, tiny_model):
+    err = refused('train.py', '--config.mesh.fsdp=4', '--config.restore.batch=6')
+    assert 'restore.batch / restore.accumulate is 6: mesh.data * mesh.fsdp = 4 does not divide it; ' in err
+    assert 'data=1, fsdp=2, tensor=2 divides all, or ask for a multiple of 4' in err
+    allocation = ['--config.prune.allocation=ecoflap_first', '--config.prune.pattern.language=0.5']
+    scored = ['--config.prune.score_batch=2', '--config.prune.score_samples=8']
+    assert 'prune.score_batch is 2: mesh' in refused('train.py', '--config.mesh.fsdp=4', *allocation, *scored)
+
+
+@pytest.mark.parametrize('flag', ['--batch=0', '--questions=0', '--dtype=floaty'])
+def test_a_flag_of_evaluate_that_cannot_work_is_named(script, flag):
+    code, out, err = script('evaluate.py', flag)
+    assert code != 0 and flag.strip('-').partition('=')[0] in err and 'Traceback' not in out + err
+
+
+def test_generate_names_an_image_that_it_cannot_read(refused, tmp_path):
+    assert 'absent.png: no such file' in refused('generate.py', 'absent.png', QUESTION)
+    (tmp_path / 'text.png').write_text('no image')
+    assert 'text.png: not a readable image' in refused('generate.py', tmp_path / 'text.png', QUESTION)
+
+
+def test_generate_needs_an_image_and_a_question(refused, image):
+    assert 'expected two arguments: IMAGE "question"' in refused('generate.py', image)
+    assert 'the question is empty' in refused('generate.py', image, ' ')
+
+
+def damaged(path):
+    """The same path, as a file cut short."""
+    with embedded.BRIDGE.open('rb') as source:
+        path.write_bytes(source.read(100_000))
+    return path
+
+
+@pytest.mark.parametrize('name, arguments', [('generate.py', ('image.png', QUESTION)), ('evaluate.py', ())])
+def test_a_missing_or_damaged_export_is_named(refused, image, tmp_path, name, arguments):
+    arguments = [image if argument == 'image.png' else argument for argument in arguments]
+    path = tmp_path / 'export' / 'model.safetensors'
+    assert f'{path.parent}: no such directory' in refused(name, *arguments, f'--model={path.parent}')
+    path.parent.mkdir()
+    (path.parent / 'config.json').write_text('{"model_type": "blip-2"}')
+    damaged(path)
+    assert f'{path}: ' in refused(name, *arguments, f'--model={path.parent}')
+
+
+def test_a_missing_or_damaged_bridge_is_named(refused, image, tmp_path, monkeypatch):
+    path = tmp_path / 'bridge.safetensors'
+    monkeypatch.setattr(embedded, 'load', functools.partial(embedded.load, path))
+    assert f'{path}: no such file' in refused('generate.py', image, QUESTION)
+    damaged(path)
+    assert f'{path}: not a complete safetensors file' in refused('generate.py', image, QUESTION)
+    assert f'{path}: not a complete safetensors file' in refused('evaluate.py')
+
+
+@pytest.mark.slow
+def test_generate_answers_as_evaluation_does(script, image, tmp_path, tiny_blip2):
+    model, params = tiny_blip2
+    pixels, text = pipeline.read_image(image), TextFormat(decoding={'max_new_tokens': 4})
+    embedded.save(tmp_path / 'export', model, params, texts={text_format.FILE: text_format.dump(text)})
+    record = {'image': pixels, 'question': QUESTION, 'answer': 'teal'}
+    processor, split = embedded.load_processor(model.cfg), Split([record], lambda: [])
+    want = vqa.evaluate(model, params, processor, text, split, [0], batch=1, **text.decoding).predicted
+    code, out, err = script('generate.py', image, QUESTION, f'--model={tmp_path / "export"}')
+    assert code == 0, err
+    assert out.splitlines() == want[0].splitlines()

@@ -1,0 +1,84 @@
+"""Statistics equal numpy's on the same activations; pads do not count; nothing to learn from is an error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparselora_jax.models import llama
+from sparselora_jax.models.init import init_params
+from sparselora_jax.pruning import calibrate
+from sparselora_jax.sparse.linear import linear
+
+PARAMS = {'blocks': {'fc': {'kernel': 0.3 * jax.random.normal(jax.random.key(0), (3, 8, 8))}}}
+
+
+def forward(weights, batch):
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(linear(x, w['fc']['kernel'])), None), batch['x'], weights['blocks'])
+    return x
+
+
+def batches(count=3):
+    return [{'x': jax.random.normal(jax.random.key(i), (2, 5, 8))} for i in range(count)]
+
+
+@pytest.mark.parametrize('stat', [calibrate.squares, calibrate.hessian])
+def test_statistics_under_scan_equal_numpy(stat):
+    total, tokens = calibrate.collect(forward, PARAMS, batches(), stat=stat)['blocks/fc/kernel']
+    x = np.concatenate([np.asarray(b['x']).reshape(-1, 8) for b in batches()]).astype(np.float64)
+    for layer in range(3):
+        want = np.sum(x**2, axis=0) if stat is calibrate.squares else x.T @ x
+        np.testing.assert_allclose(total[layer], want, rtol=1e-4, atol=1e-4)
+        x = np.tanh(x @ np.asarray(PARAMS['blocks']['fc']['kernel'][layer], np.float64))
+    assert tokens.tolist() == [30, 30, 30]
+
+
+def test_pads_do_not_count():
+    batch = batches(1)[0] | {'valid': jnp.arange(5)[None] >= jnp.array([2, 0])[:, None]}
+    other = batch | {'x': jnp.where(batch['valid'][..., None], batch['x'], 99.0)}
+    runs = [calibrate.collect(forward, PARAMS, [b], valid=lambda b: b['valid']) for b in (batch, other)]
+    (total, tokens), (same, _) = (run['blocks/fc/kernel'] for run in runs)
+    assert tokens.tolist() == [8, 8, 8]
+    assert jnp.array_equal(total, same)
+
+
+def test_a_tower_of_ours_needs_no_hook():
+    cfg = llama.LlamaConfig(vocab=11, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
+    params = init_params(jax.random.key(0), llama.shapes(cfg))
+    valid = jnp.arange(6)[None] >= jnp.array([0, 3])[:, None]
+    batch = {'x': jax.random.normal(jax.random.key(1), (2, 6, 16)), 'valid': valid}
+    stats = calibrate.collect(
+        lambda w, b: llama.forward(w, cfg, b['x'], b['valid']), params, [batch], valid=lambda b: b['valid']
+    )
+    assert set(stats) == {f'blocks/attn/{n}/kernel' for n in 'qkvo'} | {
+        f'blocks/mlp/{n}/kernel' for n in ('gate', 'up', 'down')
+    }
+    assert all(tokens.tolist() == [9, 9] for _, tokens in stats.values())
+    assert jnp.array_equal(stats['blocks/attn/q/kernel'][0], stats['blocks/attn/v/kernel'][0])
+    assert not jnp.array_equal(stats['blocks/attn/q/kernel'][0], stats['blocks/attn/o/kernel'][0])
+
+
+def test_kernels_that_share_an_input_share_its_statistic():
+    params = {name: {'kernel': jnp.eye(4)} for name in ('q', 'k', 'twice')}
+
+    def forward(w, x):
+        y = linear(x, w['q']['kernel']) + linear(x, w['k']['kernel'])
+        return linear(linear(y, w['twice']['kernel']), w['twice']['kernel'])
+
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    stats = calibrate.collect(forward, params, [x])
+    assert stats['q/kernel'][0] is stats['k/kernel'][0]
+    # A kernel that is read twice counts both inputs: here 2x each.
+    np.testing.assert_allclose(stats['twice/kernel'][0], 8 * stats['q/kernel'][0], rtol=1e-6)
+    assert int(stats['twice/kernel'][1]) == 6
+
+
+def test_empty_set_is_refused():
+    with pytest.raises(calibrate.CalibrationError, match='empty'):
+        calibrate.collect(forward, PARAMS, [])
+
+
+def test_non_finite_activations_name_path_and_layer():
+    params = {'blocks': {'fc': {'kernel': PARAMS['blocks']['fc']['kernel'].at[0, 0, 0].set(jnp.nan)}}}
+    with pytest.raises(calibrate.CalibrationError, match='blocks/fc/kernel, layer 1: activations are not finite'):
+        calibrate.collect(forward, params, batches())

@@ -1,0 +1,195 @@
+"""Sequential pruning: each block sees what the pruned blocks before it produce; one trace a block; pads excluded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparselora_jax import pruning
+from sparselora_jax.models import layers, llama
+from sparselora_jax.models.init import init_params
+from sparselora_jax.pruning import calibrate
+from sparselora_jax.sparse import masks as sparsity
+from sparselora_jax.sparse import rules
+
+CFG = llama.LlamaConfig(vocab=11, width=16, depth=3, heads=4, kv_heads=2, mlp_width=24)
+RULES = [('language/blocks/.*/kernel', '2:4')]
+
+
+def forward(w, batch, run):
+    return llama.forward(w['language'], CFG, batch['x'], batch['valid'], run)
+
+
+def setup():
+    params = {'language': init_params(jax.random.key(0), llama.shapes(CFG))}
+    valid = jnp.arange(6)[None] >= jnp.array([0, 3, 1, 2])[:, None]
+    return params, {'x': jax.random.normal(jax.random.key(1), (4, 6, 16)), 'valid': valid}
+
+
+@pytest.mark.parametrize('method', [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.Magnitude()])
+def test_sequential_pruning_gives_the_pattern_and_one_trace_a_block(method, monkeypatch):
+    params, batch = setup()
+    traces = []
+    block = llama.block
+    monkeypatch.setattr(llama, 'block', lambda *args: traces.append(1) or block(*args))
+    result = pruning.prune(forward, params, [batch], RULES, method=method, chunk=2)
+    assert len(traces) == 2  # the observing block and the pruned one, whatever the number of layers
+    sparsity.check_masks(result.masks, RULES)
+    sparsity.check_sparse(result.params, result.masks)
+    assert set(result.tokens.values()) == {18}
+    assert sparsity.density(result.masks)['total'] == 0.5
+
+
+def test_a_block_is_calibrated_on_the_output_of_the_pruned_ones():
+    params, batch = setup()
+    result = pruning.prune(forward, params, [batch], RULES, method=pruning.Wanda())
+
+    def statistics(params):
+        return calibrate.collect(
+            lambda w, b: llama.forward(w['language'], CFG, b['x'], b['valid']),
+            params,
+            [batch],
+            valid=lambda b: b['valid'],
+        )
+
+    # Pruning the last block's kernels again, on the statistics of the finished model's earlier blocks, changes nothing.
+    path = 'language/blocks/attn/q/kernel'
+    stats = statistics(result.params)[path][0]
+    original = rules.flatten(params)[path]
+    _, mask = pruning.Wanda()(original[-1], stats[-1], sparsity.parse_pattern('2:4'))
+    assert jnp.array_equal(mask, rules.flatten(result.masks)[path][-1])
+
+
+def test_chunks_and_batches_change_nothing():
+    params, batch = setup()
+    halves = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 2], batch) for i in (0, 2)]
+    whole = pruning.prune(forward, params, [batch], RULES, method=pruning.Wanda(), chunk=4)
+    parts = pruning.prune(forward, params, halves, RULES, method=pruning.Wanda(), chunk=1)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.masks, parts.masks))
+
+
+def test_pads_change_nothing():
+    params, batch = setup()
+    other = batch | {'x': jnp.where(batch['valid'][..., None], batch['x'], 7.0)}
+    runs = [pruning.prune(forward, params, [b], RULES, method=pruning.Wanda()) for b in (batch, other)]
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, runs[0].masks, runs[1].masks))
+
+
+def test_weights_in_numpy_arrays_may_be_written_over_as_they_are_pruned():
+    params, batch = setup()
+    want = pruning.prune(forward, params, [batch], RULES, method=pruning.SparseGPT(block=8))
+    arrays = rules.flatten(params) | {p: np.array(w) for p, w in rules.kernels(params).items() if '/blocks/' in p}
+
+    def keep(path, layer, kernel, mask):
+        arrays[path][layer] = kernel
+
+    pruning.prune(forward, rules.unflatten(arrays), [batch], RULES, method=pruning.SparseGPT(block=8), keep=keep)
+    for path, kernel in rules.flatten(want.params).items():
+        np.testing.assert_array_equal(arrays[path], kernel)
+
+
+def test_one_shot_prunes_any_tree():
+    params = {'fc': {'kernel': jax.random.normal(jax.random.key(0), (3, 8, 4))}, 'head': {'kernel': jnp.ones((8, 2))}}
+    stats = {'fc/kernel': (jnp.ones((3, 8)), jnp.ones(3, jnp.int32))}
+    pruned, masks = pruning.prune_tree(params, stats, [('fc/.*', 0.5), ('.*', 'dense')], method=pruning.Wanda())
+    magnitude, _ = pruning.prune_tree(params, None, [('fc/.*', 0.5), ('.*', 'dense')], method=pruning.Magnitude())
+    assert list(rules.flatten(masks)) == ['fc/kernel']
+    assert jnp.array_equal(pruned['fc']['kernel'], magnitude['fc']['kernel'])
+
+
+@pytest.mark.parametrize(
+    'method, pattern',
+    [
+        pytest.param(pruning.Wanda(), '0.5', marks=pytest.mark.slow),
+        (pruning.SparseGPT(block=8), '2:4'),
+        pytest.param(pruning.SparseGPT(block=8, group='block'), '0.5', marks=pytest.mark.slow),
+        pytest.param(pruning.Wanda(), '2:4', marks=pytest.mark.slow),
+        pytest.param(pruning.SparseGPT(block=8), '0.5', marks=pytest.mark.slow),
+        pytest.param(pruning.SparseGPT(block=8, group='block'), '2:4', marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_that_share_an_input_are_pruned_as_if_alone(method, pattern):
+    params, batch = setup()
+    rules_of_first = [('language/blocks/.*', pattern)]
+    together = pruning.prune(forward, params, [batch], rules_of_first, method=method)
+    first = jax.tree.map(lambda leaf: leaf[0], params['language']['blocks'])
+    x, ctx = llama.embed({}, CFG, batch['x'], layers.causal_view(batch['valid']))
+    stats = calibrate.collect(
+        lambda w, x: llama.block(w, CFG, x, ctx, None),
+        first,
+        [x],
+        stat=method.statistic,
+        valid=lambda x: batch['valid'],
+    )
+    alone, masks = pruning.prune_tree(first, stats, [('.*', pattern)], method=method)
+    for path, mask in rules.flatten(masks).items():
+        assert jnp.array_equal(mask, rules.flatten(together.masks)[f'language/blocks/{path}'][0])
+        joint = rules.flatten(together.params)[f'language/blocks/{path}'][0]
+        assert jnp.allclose(joint, rules.flatten(alone)[path], atol=1e-5)
+
+
+def test_rules_choose_a_method_for_each_kernel():
+    params, batch = setup()
+    methods = [('.*/attn/.*', pruning.Wanda()), ('.*/mlp/.*', pruning.SparseGPT(block=8)), ('.*', pruning.Magnitude())]
+    mixed = pruning.prune(forward, params, [batch], RULES, method=methods)
+    wanda = pruning.prune(forward, params, [batch], RULES, method=pruning.Wanda())
+    q, down = (rules.flatten(mixed.masks)[f'language/blocks/{name}/kernel'] for name in ('attn/q', 'mlp/down'))
+    assert jnp.array_equal(q[0], rules.flatten(wanda.masks)['language/blocks/attn/q/kernel'][0])
+    assert not jnp.array_equal(down[0], rules.flatten(wanda.masks)['language/blocks/mlp/down/kernel'][0])
+    # Only SparseGPT changes the weights that it keeps.
+    kept = [
+        jnp.where(mixed.masks['language']['blocks'][a][b]['kernel'], p['language']['blocks'][a][b]['kernel'], 0)
+        for p in (params, mixed.params)
+        for a, b in (('attn', 'q'), ('mlp', 'down'))
+    ]
+    assert jnp.array_equal(kept[0], kept[2]) and not jnp.array_equal(kept[1], kept[3])
+
+
+def test_a_dense_tower_is_run_in_chunks_too(monkeypatch):
+    params, batch = setup()
+    params['vision'] = params['language']
+    seen = []
+    block = llama.block
+    monkeypatch.setattr(llama, 'block', lambda w, cfg, x, *rest: seen.append(len(x)) or block(w, cfg, x, *rest))
+
+    def both(w, batch, run):
+        def as_vision(tower, *args):
+            return run('vision', *args)
+
+        x = llama.forward(w['vision'], CFG, batch['x'], batch['valid'], as_vision)
+        return llama.forward(w['language'], CFG, x, batch['valid'], run)
+
+    rules_of_both = [('language/blocks/.*', '2:4'), ('.*', 'dense')]
+    pruning.prune(both, params, [batch], rules_of_both, method=pruning.Wanda(), chunk=2)
+    assert set(seen) == {2}
+
+
+def test_activations_that_are_not_finite_name_path_and_layer():
+    params, batch = setup()
+    down = params['language']['blocks']['mlp']['down']
+    down['kernel'] = down['kernel'].at[0].set(jnp.nan)
+    with pytest.raises(
+        calibrate.CalibrationError, match=r'language/blocks/attn/[qkv]/kernel: .* not finite .* \(layer 1\)'
+    ):
+        pruning.prune(forward, params, [batch], [('.*/attn/.*', '2:4'), ('.*', 'dense')], method=pruning.Wanda())
+
+
+def test_a_singular_hessian_is_named():
+    kernel = {'fc': {'kernel': jnp.ones((8, 4))}}
+    x = jnp.ones((1, 8))
+    stats = {'fc/kernel': (x.T @ x, jnp.ones((), jnp.int32))}
+    with pytest.raises(calibrate.CalibrationError, match='fc/kernel: pruned weights are not finite'):
+        pruning.prune_tree(kernel, stats, [('.*', '2:4')], method=pruning.SparseGPT(damp=0.0))
+
+
+def test_what_does_not_fit_is_named_before_any_work():
+    params, batch = setup()
+    with pytest.raises(sparsity.PatternError, match='language/blocks/attn/k/kernel: pattern 3:5'):
+        pruning.prune(forward, params, [batch], [('.*/k/kernel', '3:5'), ('.*', 'dense')], method=pruning.Wanda())
+    with pytest.raises(calibrate.CalibrationError, match='empty'):
+        pruning.prune(forward, params, [], RULES, method=pruning.Wanda())
+    with pytest.raises(calibrate.CalibrationError, match='no statistic'):
+        pruning.prune_tree(params, None, RULES, method=pruning.Wanda())
+    params['other'] = {'kernel': jnp.ones((4, 4))}
+    with pytest.raises(rules.RuleError, match='other/kernel: not inside the blocks'):
+        pruning.prune(forward, params, [batch], [('.*', '2:4')], method=pruning.Wanda())

@@ -1,0 +1,143 @@
+"""Contracts of the loop: an interrupted run that goes on ends bit-identical; a loss that is not finite stops it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.train import BadStep, fit, init_state, make_step
+from sparselora_jax.runtime.progress import Log
+
+SCRIPT = """
+import sys, time
+import jax, jax.numpy as jnp, numpy as np
+import sparselora_jax as sl
+from sparselora_jax.checkpoint import Checkpoints
+from sparselora_jax.models import llama
+from sparselora_jax.models.init import init_params
+from sparselora_jax.train import Interrupted, fit
+
+cfg = llama.LlamaConfig(vocab=16, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
+params = init_params(jax.random.key(0), llama.shapes(cfg), std=1.0)
+_, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
+lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(4, 8))])
+class Batches:
+    def __getitem__(self, step):
+        tokens = jnp.asarray(np.random.default_rng(step).integers(0, 16, (4, 6)), jnp.int32)
+        return {'tokens': tokens, 'targets': tokens, 'answer': jnp.ones((4, 6), bool)}
+def forward(w, batch):
+    x = llama.embed_tokens(w, cfg, batch['tokens'])
+    return llama.head(w, cfg, llama.forward(w, cfg, x, jnp.ones(batch['tokens'].shape, bool)))
+def log(step, metrics):
+    print(step, flush=True)
+    time.sleep(float(sys.argv[2]))
+tx = sl.paper_optimizer(12, peak=1e-2, warmup=3)
+step = sl.make_train_step(forward, tx)
+frozen, state = sl.Frozen(params, masks), sl.init_state(lora, tx)
+try:
+    state = fit(step, state, frozen, Batches(), steps=12, checkpoints=Checkpoints(sys.argv[1] + '/c'), every=3, log=log)
+except Interrupted as error:
+    sys.exit(130)
+sl.save_safetensors(sys.argv[1] + '/lora.safetensors', state.trained)
+"""
+
+
+def start(folder: Path, pause: float, compiled: Path) -> subprocess.Popen:
+    cache = {
+        'JAX_COMPILATION_CACHE_DIR': str(compiled),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    env = os.environ | {'XLA_FLAGS': ''} | cache
+    command = [sys.executable, '-c', SCRIPT, str(folder), str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+
+
+def last_line(process: subprocess.Popen) -> int:
+    return int(process.communicate(timeout=120)[0].split()[-1])
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, compiled_once):
+    """The folder of a run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp('runs') / 'whole'
+    assert last_line(start(folder, 0, compiled_once)) == 12
+    return folder
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_and_resumed_is_bit_identical(tmp_path, whole, compiled_once, number):
+    cut = tmp_path / 'cut'
+    process = start(cut, 0.3, compiled_once)
+    for line in process.stdout:
+        if int(line) == 5:
+            while not Checkpoints(cut / 'c').steps() and process.poll() is None:  # written beside the steps
+                time.sleep(0.02)
+            process.send_signal(number)
+            break
+    process.communicate(timeout=120)
+    assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+    kept = Checkpoints(cut / 'c').steps()[-1]
+    assert kept >= 5 if number == signal.SIGTERM else kept == 3
+    again = start(cut, 0, compiled_once)
+    first = int(again.stdout.readline())
+    assert first == kept + 1
+    assert last_line(again) == 12
+    assert (cut / 'lora.safetensors').read_bytes() == (whole / 'lora.safetensors').read_bytes()
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_state(tmp_path):
+    def loss(trained, frozen, batch):
+        value = jnp.sum(trained * batch)
+        return value, {'loss': value}
+
+    batches = [jnp.ones(2), jnp.ones(2), jnp.full(2, jnp.nan)]
+    tx = optax.sgd(0.1)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(BadStep, match='step 3: loss is nan; the last good state is that of step 2'):
+        fit(make_step(loss, tx), init_state(jnp.ones(2), tx), None, batches, steps=3, checkpoints=checkpoints, every=1)
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_the_next_batch_is_drawn_before_a_steps_numbers_are_waited_for(tmp_path):
+    events = []
+
+    class Batches:
+        def __getitem__(self, index):
+            events.append(f'batch {index}')
+            return jnp.ones(2)
+
+    def loss(trained, frozen, batch):
+        value = jnp.sum(trained * batch)
+        return value, {'loss': value}
+
+    tx, knobs = optax.sgd(0.1), {'steps': 3, 'checkpoints': Checkpoints(tmp_path)}
+    knobs['log'] = lambda step, metrics: events.append(f'step {step} done')
+    state = fit(make_step(loss, tx), init_state(jnp.ones(2), tx), None, Batches(), **knobs)
+    assert events == ['batch 0', 'batch 1', 'step 1 done', 'batch 2', 'step 2 done', 'step 3 done']
+    fit(make_step(loss, tx), state, None, Batches(), **knobs)
+    assert len(events) == 6  # nothing was left to do
+
+
+def test_of_steps_run_twice_the_last_record_counts(tmp_path):
+    log = Log(tmp_path)
+    for step, loss in [(1, 3.0), (2, 2.0), (2, 1.5)]:
+        log.scalars('restore', step, {'loss': loss})
+    assert log.curve('restore', 'loss') == [(1, 3.0), (2, 1.5)]
+    assert json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[0])['loss'] == 3.0
+
+
+def test_a_record_that_a_full_disk_cut_off_is_left_out(tmp_path):
+    Log(tmp_path).scalars('restore', 1, {'loss': 3.0})
+    with (tmp_path / 'log.jsonl').open('a') as file:
+        file.write('{"stage": "rest')
+    Log(tmp_path).scalars('restore', 2, {'loss': 2.0})
+    assert Log(tmp_path).curve('restore', 'loss') == [(1, 3.0), (2, 2.0)]
