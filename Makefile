@@ -29,6 +29,9 @@ demo: $(VENV)/installed
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python .ci/measure_code.py --check
 
 # XLA's older emitters compile in half the time; what is asserted about compiled programs is so about those that users get.
 QUICK_XLA := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1

@@ -7,7 +7,19 @@ from pathlib import Path
 report = json.loads(Path(sys.argv[1]).read_text())
 scores, intervals = report['scores'], report['intervals']
 kinds, language = report['scores_by_kind']['dense'], report['sparsity']['language']
-KEYS = 'scores intervals perplexity baselines sparsity time_s step_s peak_memory_bytes bytes config versions'.split()
+KEYS = [
+    'scores',
+    'intervals',
+    'perplexity',
+    'baselines',
+    'sparsity',
+    'time_s',
+    'step_s',
+    'peak_memory_bytes',
+    'bytes',
+    'config',
+    'versions',
+]
 checks = {
     'every key is there': report.keys() >= set(KEYS) and report['time_s'].keys() >= {'evaluate', 'prune', 'restore'},
     'what restoring wins is sure': intervals['restored - dense'][0] > intervals['pruned - dense'][1],

@@ -32,33 +32,53 @@ FAMILIES = flags.DEFINE_list('families', ['blip2_opt', 'blip2_t5', 'llava'], 'wh
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'timed calls of each library')
 BATCH, TEXT, PADS, ANSWERS, NEW, BEAMS, RANK, LR = 8, 32, 8, 16, 32, 5, 8, 1e-4
 GOALS = {'forward': 1.0, 'LoRA step': 1.1, 'greedy': 1.5, 'beams': 1.5}  # torch's time over ours
-EVA = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, image_size=112)
-BRIDGE = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536)
-OPT = dict(model_type='opt', hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12)
-T5 = dict(model_type='t5', d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12)
-LLAMA = dict(model_type='llama', hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12)
-CLIP = dict(model_type='clip_vision_model', hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+EVA = {
+    'hidden_size': 512,
+    'intermediate_size': 2048,
+    'num_hidden_layers': 8,
+    'num_attention_heads': 8,
+    'image_size': 112,
+}
+BRIDGE = {'hidden_size': 384, 'num_hidden_layers': 6, 'num_attention_heads': 6, 'intermediate_size': 1536}
+OPT = {'model_type': 'opt', 'hidden_size': 768, 'ffn_dim': 3072, 'num_hidden_layers': 12, 'num_attention_heads': 12}
+T5 = {
+    'model_type': 't5',
+    'd_model': 768,
+    'd_kv': 64,
+    'd_ff': 2048,
+    'num_layers': 12,
+    'num_decoder_layers': 12,
+    'num_heads': 12,
+}
+LLAMA = {
+    'model_type': 'llama',
+    'hidden_size': 768,
+    'intermediate_size': 2048,
+    'num_hidden_layers': 12,
+    'num_attention_heads': 12,
+}
+CLIP = {'model_type': 'clip_vision_model', 'hidden_size': 512, 'intermediate_size': 2048, 'num_hidden_layers': 8}
 
 
 def torch_model(family: str):
     """A random torch model of that family."""
-    end = dict(eos_token_id=None, bos_token_id=2, pad_token_id=1)
+    end = {'eos_token_id': None, 'bos_token_id': 2, 'pad_token_id': 1}
     if family == 'llava':
         config = transformers.LlavaConfig(
-            vision_config=CLIP | dict(num_attention_heads=8, image_size=112, patch_size=14, projection_dim=512),
-            text_config=LLAMA | dict(vocab_size=32064, tie_word_embeddings=False) | end,
+            vision_config=CLIP | {'num_attention_heads': 8, 'image_size': 112, 'patch_size': 14, 'projection_dim': 512},
+            text_config=LLAMA | {'vocab_size': 32064, 'tie_word_embeddings': False} | end,
             image_token_index=32000,
         )
         return transformers.LlavaForConditionalGeneration(config)
     text = {
-        'blip2_opt': OPT | dict(vocab_size=50304, word_embed_proj_dim=768, max_position_embeddings=512) | end,
+        'blip2_opt': OPT | {'vocab_size': 50304, 'word_embed_proj_dim': 768, 'max_position_embeddings': 512} | end,
         'blip2_t5': T5
-        | dict(vocab_size=32128, feed_forward_proj='gated-gelu', tie_word_embeddings=False)
-        | dict(decoder_start_token_id=0, eos_token_id=None, pad_token_id=0),
+        | {'vocab_size': 32128, 'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False}
+        | {'decoder_start_token_id': 0, 'eos_token_id': None, 'pad_token_id': 0},
     }[family]
     config = transformers.Blip2Config(
-        vision_config=EVA | dict(patch_size=14),
-        qformer_config=BRIDGE | dict(encoder_hidden_size=512),
+        vision_config=EVA | {'patch_size': 14},
+        qformer_config=BRIDGE | {'encoder_hidden_size': 512},
         text_config=text,
         num_query_tokens=32,
         image_token_index=50265 if family == 'blip2_opt' else 32100,
@@ -89,7 +109,7 @@ def decode(library: str, model, weights, batch: dict, beams: int):
     if library == 'jax':
         return lambda: sl.generate(model, weights, batch, num_beams=beams, max_new_tokens=NEW)
     tensors = {name: torch.asarray(value) for name, value in batch.items()}
-    knobs = dict(num_beams=beams, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    knobs = {'num_beams': beams, 'max_new_tokens': NEW, 'min_new_tokens': NEW, 'do_sample': False}
 
     def run():
         with torch.no_grad():
@@ -132,7 +152,7 @@ def torch_runs(model, batch: dict, encoder_decoder: bool) -> dict:
     names = ['q_proj', 'k_proj', 'v_proj', 'out_proj', 'o_proj', 'fc1', 'fc2', 'gate_proj', 'up_proj', 'down_proj']
     names += ['q', 'k', 'v', 'o', 'wi_0', 'wi_1', 'wo']
     targets = rf'.*language_model\..*\.({"|".join(names)})'
-    knobs = dict(r=RANK, lora_alpha=2 * RANK, target_modules=targets, lora_dropout=0.0)
+    knobs = {'r': RANK, 'lora_alpha': 2 * RANK, 'target_modules': targets, 'lora_dropout': 0.0}
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**knobs)).eval()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LR, weight_decay=1e-4)
     labels = tensors['decoder_input_ids' if encoder_decoder else 'input_ids'][:, -ANSWERS:]

@@ -42,12 +42,13 @@ def main(argv):
     compiled = step.lower(state, frozen, batch).compile()
     print(f'temporary memory: {compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB')
     for _ in range(2):
-        state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
+        state, _metrics = jax.block_until_ready(compiled(state, frozen, batch))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             jax.block_until_ready(compiled(state, frozen, batch))
         (file,) = Path(folder).rglob('perfetto_trace.json.gz')
-        events = json.load(gzip.open(file))['traceEvents']
+        with gzip.open(file) as trace:
+            events = json.load(trace)['traceEvents']
     known, total, kinds = operations(compiled.as_text()), collections.Counter(), collections.Counter()
     for event in events:
         if event.get('ph') == 'X' and event['name'] in known:

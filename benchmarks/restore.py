@@ -118,7 +118,7 @@ def measure(name: str, case: str) -> None:
     size = {'batch': BATCH.value, 'accumulate': ACCUMULATE.value}
     config.restore.update(CASES[case] | size | {'remat': True})
     made = memory.recipe(cfg, config)
-    step, tx = programs.restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config, None)
+    step, tx = recipe.restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config, None)
     _, (state_like, frozen_like, batch_like) = programs.restore_step(made)
     key = jax.random.key(0)
     params, masks = random_params(key, frozen_like.params), frozen_like.masks

@@ -38,8 +38,7 @@ from timing import seconds
 from configs import blip2_lang_only
 from sparselora_jax.jobs import stages
 from sparselora_jax.jobs.job import Job
-from sparselora_jax.planning.programs import restore_program
-from sparselora_jax.recipe import lora_rules
+from sparselora_jax.recipe import lora_rules, restore_program
 from sparselora_jax.restoration.checkpoint import Checkpoints
 from sparselora_jax.restoration.train import fit, init_state
 from sparselora_jax.runtime import profiling

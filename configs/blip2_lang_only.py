@@ -28,18 +28,18 @@ def base() -> ConfigDict:
     config.data_dir = 'runs/data'  # where easy-VQA is prepared
     config.seed = 42
     config.dtype = 'float32'  # of the base weights; LoRA, optimiser and statistics are always float32
-    config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))  # devices along each axis
+    config.mesh = ConfigDict({'data': 1, 'fsdp': 1, 'tensor': 1})  # devices along each axis
     config.profile = False  # True: steps 3 to 5 of restoration are traced; XProf and TensorBoard open the workdir
     config.stream = False  # True: prune block by block from disk, for a model that memory does not hold
-    config.text = ConfigDict(dict(prompt='Question: {} Short answer:', prompt_tokens=16, answer_tokens=3))
+    config.text = ConfigDict({'prompt': 'Question: {} Short answer:', 'prompt_tokens': 16, 'answer_tokens': 3})
 
     # Pruning: a pattern per tower (dense | 0.5 | 2:4 | 4:8), over the kernels of its blocks.
     config.prune = ConfigDict()
     config.prune.method = 'wanda'  # random | magnitude | wanda | sparsegpt | dsnot
-    config.prune.pattern = ConfigDict(dict(vision='dense', qformer='dense', language='2:4'))
+    config.prune.pattern = ConfigDict({'vision': 'dense', 'qformer': 'dense', 'language': '2:4'})
     # Unstructured patterns compare the weights of one output, or of the whole matrix (the paper's ViT); SparseGPT goes
     # block by block and takes 'matrix' as the whole block.
-    config.prune.group = ConfigDict(dict(vision='matrix', qformer='output', language='output'))
+    config.prune.group = ConfigDict({'vision': 'matrix', 'qformer': 'output', 'language': 'output'})
     config.prune.samples = 128
     config.prune.chunk = 32  # samples at a time, on each device
     # How the zeros that unstructured patterns ask for are shared out over the layers of all towers (uniform: each layer
@@ -65,10 +65,10 @@ def base() -> ConfigDict:
 
     # LoRA: the paper's ranks; rank 0 leaves a tower alone. The scale is alpha / rank.
     config.lora = ConfigDict()
-    config.lora.rank = ConfigDict(dict(vision=4, qformer=2, language=8))
-    config.lora.alpha = ConfigDict(dict(vision=8.0, qformer=4.0, language=16.0))
+    config.lora.rank = ConfigDict({'vision': 4, 'qformer': 2, 'language': 8})
+    config.lora.alpha = ConfigDict({'vision': 8.0, 'qformer': 4.0, 'language': 16.0})
     # Which kernels of a tower's blocks, by regex over the rest of the path, e.g. 'attn/[qv]/kernel'.
-    config.lora.targets = ConfigDict(dict(vision='.*', qformer='.*', language='.*'))
+    config.lora.targets = ConfigDict({'vision': '.*', 'qformer': '.*', 'language': '.*'})
 
     # Restoration. The paper: one epoch of 25k pairs at batch 32, 1000 warm-up steps to 1e-4. This run is shorter
     # (100 steps of 8), so its peak is higher.

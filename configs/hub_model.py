@@ -17,7 +17,7 @@ def base(model: str, family: str) -> ConfigDict:
     config.data = 'data'
     text = text_format.OF_FAMILY[family]
     config.text = ConfigDict(
-        dict(prompt=text.prompt, prompt_tokens=text.prompt_tokens, answer_tokens=text.answer_tokens)
+        {'prompt': text.prompt, 'prompt_tokens': text.prompt_tokens, 'answer_tokens': text.answer_tokens}
     )
     config.restore.batch = 16
     config.restore.shares = ()  # kinds of answers are easy-VQA's

@@ -103,7 +103,7 @@ def find_model(argv: list[str], config: ConfigDict | None) -> tuple:
     from sparselora_jax.checkpoints import load as hf
     from sparselora_jax.planning import published
 
-    if len(argv) > 1 or not argv and config is None:
+    if len(argv) > 1 or (not argv and config is None):
         script = Path(sys.argv[0]).name
         raise ConfigError(f'expected one model: python launch/{script} MODEL [--config=configs/NAME.py:ARGUMENT]')
     name = argv[0] if argv else config.model

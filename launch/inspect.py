@@ -13,6 +13,7 @@ import sys
 import cli
 
 from sparselora_jax import recipe
+from sparselora_jax.models.model import abstract_params
 from sparselora_jax.planning import inspection, memory
 from sparselora_jax.sparse import rules
 
@@ -40,7 +41,7 @@ def main(argv):
 
 def print_model(name, family, hf, cfg):
     """The towers and the whole."""
-    params = inspection.structs(cfg)
+    params = abstract_params(cfg)
     towers = inspection.towers(cfg, params)
     rows = [(t.name, t.blocks or '', t.width, f'{t.parameters:,}', f'{t.share:.1%}') for t in towers]
     rows.append(('total', sum(t.blocks for t in towers), '', f'{inspection.count(params):,}', ''))

@@ -35,6 +35,7 @@ def main(argv):
     plots.write(config, table.write(config, workdir), workdir)
     print((workdir / f'{config.name}.md').read_text())
     print(f'complete: {workdir}/{config.name}.csv, .md, .png, .svg')
+    return None
 
 
 def run_alone(config, workdir):

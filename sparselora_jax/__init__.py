@@ -38,6 +38,7 @@ from sparselora_jax.pruning.calibrate import CalibrationError, collect, hessian,
 from sparselora_jax.restoration.restore import Frozen, make_train_step, paper_optimizer, reduce_base
 from sparselora_jax.restoration.train import State, init_state, make_step
 from sparselora_jax.runtime.files import StorageError
+from sparselora_jax.sparse.dense import unpack
 from sparselora_jax.sparse.linear import linear
 from sparselora_jax.sparse.masks import (
     Pattern,
@@ -48,17 +49,17 @@ from sparselora_jax.sparse.masks import (
     mask_from_scores,
     parse_pattern,
 )
-from sparselora_jax.sparse.packing import Bitmask, Packed24, PackingError, pack, pack_masks, unpack
+from sparselora_jax.sparse.packing import Bitmask, Packed24, PackingError, pack, pack_masks
 from sparselora_jax.sparse.rules import RuleError
 from sparselora_jax.sparse.weights import Adapted, Lora, LoraSpec, Masked, bind, effective_weight, init_lora, merge
 
 __version__ = '0.1.0'
 
 __all__ = [
+    'GPTQ',
     'Adapted',
     'Bitmask',
     'CalibrationError',
-    'GPTQ',
     'DSnoT',
     'Frozen',
     'GenerationError',

@@ -7,16 +7,20 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
 from sparselora_jax.data.easy_vqa import KINDS
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.restoration.guard import POLICIES
+from sparselora_jax.models.model import Model
+from sparselora_jax.models.runners import remat_blocks, scan_blocks
+from sparselora_jax.restoration import guard
 from sparselora_jax.restoration.losses import KL_REDUCTIONS
-from sparselora_jax.restoration.restore import TRAINED
+from sparselora_jax.restoration.restore import TRAINED, make_train_step, paper_optimizer
 from sparselora_jax.runtime.errors import DataError, SparseloraError
 from sparselora_jax.runtime.files import hold, write_text
+from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern
 from sparselora_jax.sparse.packing import FOUR_BITS
 from sparselora_jax.sparse.weights import GRADIENTS, LoraSpec
@@ -50,7 +54,7 @@ def check_values(config: Any) -> None:
     _check_allocation(config)
     restore = config.restore
     fields = {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS, 'trained': TRAINED}
-    fields |= {'base': BASES, 'teacher': TEACHERS, 'on_bad_step': POLICIES}
+    fields |= {'base': BASES, 'teacher': TEACHERS, 'on_bad_step': guard.POLICIES}
     for field, values in fields.items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
@@ -348,3 +352,27 @@ def claim(workdir: Path, config: Any) -> None:
     hold(workdir)
     refuse_other(workdir, config)  # another run may have come and gone since it was looked at
     write_text(workdir / 'config.json', json.dumps(json.loads(config.to_json()), indent=1))
+
+
+def restore_program(model: Model, config: Any, mesh: Mesh | AbstractMesh | None) -> tuple[Any, Any]:
+    """(the jitted step of restoration, its optimizer), as a recipe asks for them.
+
+    Args:
+      mesh: where its arguments will lie; None: on one device.
+    """
+    knobs = config.restore
+    schedule = ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')
+    tx = paper_optimizer(knobs.steps, **{name: knobs[name] for name in schedule})
+    if knobs.on_bad_step == 'skip' or knobs.spike:
+        tx = guard.skip_bad_steps(tx, spike=knobs.spike or None)
+    run = remat_blocks if knobs.remat else scan_blocks
+    loss = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
+    loss = {name: knobs[name] for name in loss}
+    if mesh is None:
+        return make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss), tx
+
+    def forward(weights, batch):
+        weights = sharding.gather_outside_blocks(weights, mesh)
+        return model.answer_logits(weights, batch, sharding.gathering(run, mesh))
+
+    return make_train_step(forward, tx, **loss, parts=sharding.row_parts(mesh)), tx

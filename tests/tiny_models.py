@@ -9,19 +9,31 @@ from PIL import Image
 from tiny_processors import make
 
 TEXT = {
-    'opt': dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32),
-    't5': dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4),
-    'llama': dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
-    'gemma': dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8),
+    'opt': {
+        'hidden_size': 32,
+        'ffn_dim': 64,
+        'num_hidden_layers': 2,
+        'num_attention_heads': 4,
+        'word_embed_proj_dim': 32,
+    },
+    't5': {'d_model': 32, 'd_kv': 8, 'd_ff': 64, 'num_layers': 2, 'num_decoder_layers': 2, 'num_heads': 4},
+    'llama': {'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 4},
+    'gemma': {
+        'hidden_size': 32,
+        'intermediate_size': 64,
+        'num_hidden_layers': 2,
+        'num_attention_heads': 4,
+        'head_dim': 8,
+    },
 }
 MORE = {
-    'opt': dict(max_position_embeddings=128),
-    't5': dict(feed_forward_proj='gated-gelu'),
-    'llama': dict(num_key_value_heads=4, tie_word_embeddings=False),
-    'gemma': dict(num_key_value_heads=1),
+    'opt': {'max_position_embeddings': 128},
+    't5': {'feed_forward_proj': 'gated-gelu'},
+    'llama': {'num_key_value_heads': 4, 'tie_word_embeddings': False},
+    'gemma': {'num_key_value_heads': 1},
 }
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-QFORMER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+VISION = {'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 4}
+QFORMER = {'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 4}
 CLASSES = {
     'blip-2': transformers.Blip2ForConditionalGeneration,
     'instructblip': transformers.InstructBlipForConditionalGeneration,

@@ -41,7 +41,7 @@ def bpe(bos, eos, pad, *, image, template=None, spaces='bytes'):
     if template:
         pair = template + ' $B'
         tokenizer.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=ids)
-    tokens = dict(bos_token=bos, eos_token=eos, pad_token=pad, unk_token='<unk>')
+    tokens = {'bos_token': bos, 'eos_token': eos, 'pad_token': pad, 'unk_token': '<unk>'}
     names = ['input_ids', 'attention_mask']
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **tokens)
 
@@ -64,7 +64,7 @@ def bert_tokenizer():
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
     ids = [('[CLS]', 1), ('[SEP]', 2)]
     tokenizer.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=ids)
-    tokens = dict(cls_token='[CLS]', sep_token='[SEP]', pad_token='[PAD]', unk_token='[UNK]')
+    tokens = {'cls_token': '[CLS]', 'sep_token': '[SEP]', 'pad_token': '[PAD]', 'unk_token': '[UNK]'}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
 
 

@@ -4,20 +4,22 @@ from typing import Any
 
 from sparselora_jax.models import blip2, llama
 from sparselora_jax.models.model import Generation
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 
 
 def llama_config(cfg: llama.LlamaConfig, generation: Generation) -> Any:
     """The `LlamaConfig` of a LLaMA.
 
     Raises:
-      UnsupportedModel: names the field that only a Gemma or a Mistral has, or two stretches of rotary positions.
+      UnsupportedModelError: names the field that only a Gemma or a Mistral has, or two stretches of rotary positions.
     """
     from transformers import LlamaConfig
 
     for name, plain in {'norm_offset': 0.0, 'embed_scale': 1.0, 'window': None}.items():
         if (value := getattr(cfg, name)) != plain:
-            raise UnsupportedModel(f"{name} {value}: transformers' LlamaConfig has no field for it, expected {plain}")
+            raise UnsupportedModelError(
+                f"{name} {value}: transformers' LlamaConfig has no field for it, expected {plain}"
+            )
     return LlamaConfig(
         architectures=['LlamaForCausalLM'],
         vocab_size=cfg.vocab,
@@ -45,7 +47,7 @@ def _rope_parameters(cfg: llama.LlamaConfig) -> dict[str, Any]:
     if stretch is None:
         return base | ({'rope_type': 'default'} if linear == 1.0 else {'rope_type': 'linear', 'factor': linear})
     if linear != 1.0:
-        raise UnsupportedModel(f'rope_linear {linear} beside rope_llama3: a LlamaConfig names one of them')
+        raise UnsupportedModelError(f'rope_linear {linear} beside rope_llama3: a LlamaConfig names one of them')
     return base | {
         'rope_type': 'llama3',
         'factor': stretch.factor,
@@ -59,7 +61,7 @@ def blip2_config(cfg: blip2.Blip2Config, generation: Generation) -> Any:
     """The `Blip2Config` of a model whose language tower is a LLaMA.
 
     Raises:
-      UnsupportedModel: see `llama_config`.
+      UnsupportedModelError: see `llama_config`.
     """
     from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from sparselora_jax.checkpoints import checkpoint_files, layout, streaming
 from sparselora_jax.checkpoints import packed as hf_packed
 from sparselora_jax.models.model import FAMILY_OF, Generation, Model
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
 
 # Of a hub's repository: what models, tokenizers and processors are made of; no pickles (*.bin), nothing deeper.
@@ -30,7 +30,7 @@ def load_model(dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | Non
 
     Raises:
       StorageError, PackingError: files are missing, damaged, pickled, or do not fit their config.
-      UnsupportedModel: a kind of model, or a field of its config, that is not known here; a T5 in float16.
+      UnsupportedModelError: a kind of model, or a field of its config, that is not known here; a T5 in float16.
     """
     folder = find_directory(dir_or_hub_id)
     if (folder / hf_packed.FILE).is_file():
@@ -47,7 +47,7 @@ def open_model(dir_or_hub_id: str | Path) -> tuple[Model, list[layout.Piece]]:
     """A model and where each of its weights lies, everything checked; no weight is read (but a doubtful head).
 
     Raises:
-      StorageError, UnsupportedModel: see `load_model`.
+      StorageError, UnsupportedModelError: see `load_model`.
     """
     folder = find_directory(dir_or_hub_id)
     checkpoint = checkpoint_files.open_checkpoint(folder)
@@ -95,7 +95,7 @@ def read_config(folder: Path) -> Any:
 
     Raises:
       StorageError: config.json is not one.
-      UnsupportedModel: its kind is not known here.
+      UnsupportedModelError: its kind is not known here.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -107,9 +107,11 @@ def read_config(folder: Path) -> Any:
     except (ValueError, AttributeError) as error:
         raise StorageError(f'{path}: not a model config ({error}); download it again') from None
     if kind not in FAMILY_OF:
-        raise UnsupportedModel(f'{path}: model_type {kind!r} is not known; known are {", ".join(sorted(FAMILY_OF))}')
+        raise UnsupportedModelError(
+            f'{path}: model_type {kind!r} is not known; known are {", ".join(sorted(FAMILY_OF))}'
+        )
     if raw.get('quantization_config'):
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f'{path}: quantised weights (quantization_config) cannot be pruned; use the original ones'
         )
     try:

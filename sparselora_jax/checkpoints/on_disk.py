@@ -1,5 +1,6 @@
 """Weights that stay in their checkpoint and are read a layer at a time: how a model larger than memory is pruned, and
-becomes the smaller base that it is restored on."""
+becomes the smaller base that it is restored on.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from sparselora_jax.checkpoints import checkpoint_files, streaming
 from sparselora_jax.checkpoints.checkpoint_files import Entry
 from sparselora_jax.checkpoints.layout import Piece
 from sparselora_jax.models.model import Model
-from sparselora_jax.restoration.restore import Frozen, reduce_base
 from sparselora_jax.runtime.progress import Progress
 from sparselora_jax.sparse import packing, rules
 from sparselora_jax.sparse.weights import effective_weight
@@ -87,12 +87,12 @@ def params_on_disk(model: Model, pieces: list[Piece], dtype: Any) -> dict:
     return rules.unflatten(flat)
 
 
-def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> Frozen:
-    """`reduce_base` a layer at a time, into arrays on the host: no device holds more than a layer of what is pruned.
+def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> tuple[dict, dict | None]:
+    """Store pruned kernels in fewer bytes a layer at a time, in host memory: a device holds one pruned layer at most.
 
     Args:
       params: of `pruned_on_disk`.
-      base: see `restore.reduce_base`.
+      base: see `packing.reduce_kernels`.
 
     Raises:
       PackingError: see `packing.pack`.
@@ -110,14 +110,14 @@ def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> Froze
                 masks[path] = packing.stack([mask for _, mask in layers])
         elif isinstance(leaf, OnDisk):
             flat[path] = np.stack([leaf[layer] for layer in range(leaf.shape[0])])
-    return Frozen(rules.unflatten(flat), rules.unflatten(masks) if masks else None)
+    return rules.unflatten(flat), rules.unflatten(masks) if masks else None
 
 
 def _reduce_layer(path: str, leaf: Pruned, layer: int, form: str) -> tuple[Any, Any]:
     """(kernel, mask) of one layer, on the host, so that nothing of it stays on the device."""
     trees = ({path: leaf[layer]}, {path: leaf.mask_of(layer)})
     try:
-        params, masks, _ = reduce_base(Frozen(*map(rules.unflatten, trees)), form)
+        params, masks = packing.reduce_kernels(*map(rules.unflatten, trees), form)
     except packing.PackingError as error:
         raise packing.PackingError(f'layer {layer} of {error}') from None
     found = rules.flatten(params)[path], None if masks is None else rules.flatten(masks)[path]

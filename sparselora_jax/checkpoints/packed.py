@@ -60,7 +60,7 @@ def keep_factors(params: dict, lora: dict) -> dict:
       params: as `sl.pack` makes them.
     """
     flat, factors = rules.flatten(params), rules.flatten(lora)
-    beside = {path: Adapted(flat[path], None, of) for path, of in factors.items() if packing.kept(flat[path])}
+    beside = {path: Adapted(flat[path], None, of) for path, of in factors.items() if packing.is_packed(flat[path])}
     merged = merge(params, None, rules.unflatten({path: of for path, of in factors.items() if path not in beside}))
     return rules.unflatten(rules.flatten(merged) | beside)
 

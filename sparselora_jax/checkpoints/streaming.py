@@ -28,7 +28,7 @@ def read_params(shapes: dict, pieces: list[Piece], dtype: Any = None, mesh: Mesh
       dtype: None: the widest that an array's tensors have in the files.
 
     Raises:
-      UnsupportedModel: a T5 in float16; nothing has been read then.
+      UnsupportedModelError: a T5 in float16; nothing has been read then.
     """
     shapes = rules.flatten(shapes)
     dtypes = _dtypes(pieces) if dtype is None else dict.fromkeys(shapes, jnp.dtype(dtype))

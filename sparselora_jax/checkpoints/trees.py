@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError, whole
 from sparselora_jax.sparse import rules
-from sparselora_jax.sparse.packing import PackedMask, kept, parts
+from sparselora_jax.sparse.packing import PackedMask, is_packed, parts
 from sparselora_jax.sparse.weights import Adapted, Lora
 
 DTYPES = {  # names of safetensors, https://huggingface.co/docs/safetensors, "Format"
@@ -46,7 +46,7 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     for name, leaf in _leaves(tree):
         if isinstance(leaf, Lora):
             arrays[f'{name}/a'], arrays[f'{name}/b'], scales[name] = leaf.a, leaf.b, leaf.scale
-        elif kept(leaf) or isinstance(leaf, PackedMask):
+        elif is_packed(leaf) or isinstance(leaf, PackedMask):
             of_leaf, packed[name] = parts.take_apart(leaf)
             arrays |= {f'{name}/{part}': array for part, array in of_leaf.items()}
         elif hasattr(leaf, '__array__'):
@@ -66,7 +66,7 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
 def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
     """By path; a packed kernel and the factors beside it one after the other."""
     for name, leaf in rules.flatten(tree).items():
-        if isinstance(leaf, Adapted) and kept(leaf.kernel) and leaf.gradient == 'exact':
+        if isinstance(leaf, Adapted) and is_packed(leaf.kernel) and leaf.gradient == 'exact':
             yield from ((name, leaf.kernel), (name, leaf.lora))
         else:
             yield name, leaf
@@ -163,7 +163,7 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
       PackingError: packed arrays that contradict their format; names the path.
     """
     with _opened(path) as file:
-        flat = {name: file.get_tensor(name) for name in file.keys()}
+        flat = {name: file.get_tensor(name) for name in file}
         metadata = dict(file.metadata() or {})
     for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from sparselora_jax.runtime.errors import DataError, UnsupportedModel
+from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
 
 CLASSES = {
     'blip-2': transformers.Blip2Processor,
@@ -22,7 +22,7 @@ def read_config(folder: Path) -> Any:
 
     Raises:
       DataError: the file is missing or unreadable.
-      UnsupportedModel: another `model_type`.
+      UnsupportedModelError: another `model_type`.
     """
     if not (folder / 'config.json').is_file():
         raise DataError(f'{folder}: no config.json; a model directory as transformers saves it is needed')
@@ -32,7 +32,9 @@ def read_config(folder: Path) -> Any:
         raise DataError(f'{folder}/config.json cannot be read: {error}') from error
     if config.model_type not in CLASSES:
         known = ', '.join(CLASSES)
-        raise UnsupportedModel(f'{folder}: no image processing for model_type {config.model_type!r}; known: {known}')
+        raise UnsupportedModelError(
+            f'{folder}: no image processing for model_type {config.model_type!r}; known: {known}'
+        )
     return config
 
 
@@ -85,7 +87,7 @@ def read_processor(folder: Path, config: Any) -> Any:
 
 
 def _check_files(folder: Path, family: str) -> None:
-    """transformers itself would take another tokenizer, or ask the hub, where a file is missing."""
+    """Transformers itself would take another tokenizer, or ask the hub, where a file is missing."""
     for where in (folder, folder / 'qformer_tokenizer')[: 1 + (family == 'instructblip')]:
         if not any((where / name).is_file() for name in TOKENIZER_FILES):
             raise DataError(f'{where}: no tokenizer (none of {", ".join(TOKENIZER_FILES)}); copy the original files')

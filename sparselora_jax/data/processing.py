@@ -190,7 +190,7 @@ def load_processor(folder: str | Path) -> Processor:
     config.json. Texts are padded on the left, those of a T5 encoder and of a Q-Former on the right.
 
     Raises:
-      UnsupportedModel: another `model_type`.
+      UnsupportedModelError: another `model_type`.
       DataError: a file is missing or unreadable, or what the processor makes does not fit config.json: another size
         of images, image token, or number of them.
     """

@@ -20,7 +20,8 @@ from sparselora_jax.models.model import Model
 from sparselora_jax.models.runners import scan_blocks, unrolled_blocks, unstack
 from sparselora_jax.sparse import rules as rules_lib
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.packing import Bitmask, Packed24, dense_kernel, reduced
+from sparselora_jax.sparse.dense import dense_kernel
+from sparselora_jax.sparse.packing import Bitmask, Packed24, is_reduced
 from sparselora_jax.sparse.weights import Adapted, Masked, effective_weight
 
 
@@ -141,7 +142,7 @@ def _is_cache(leaf: Any) -> bool:
 
 
 def _is_no_array(kernel: Any) -> bool:
-    return isinstance(kernel, Masked | Adapted) or reduced(kernel)
+    return isinstance(kernel, Masked | Adapted) or is_reduced(kernel)
 
 
 def _fold(leaf: Any) -> Any:
@@ -151,7 +152,7 @@ def _fold(leaf: Any) -> Any:
     """
     bound = isinstance(leaf, Masked | Adapted)
     kernel = leaf.kernel if bound else leaf
-    if reduced(kernel) and not isinstance(kernel, Bitmask):
+    if is_reduced(kernel) and not isinstance(kernel, Bitmask):
         return leaf
     return effective_weight(kernel, leaf.mask, getattr(leaf, 'lora', None)) if bound else dense_kernel(kernel)
 

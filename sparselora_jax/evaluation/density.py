@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparselora_jax.sparse import rules
+from sparselora_jax.sparse.dense import dense_kernel
 from sparselora_jax.sparse.masks import parse_pattern, violations
-from sparselora_jax.sparse.packing import dense_kernel
 
 
 def _block_kernels(params: dict, tower: str) -> dict:

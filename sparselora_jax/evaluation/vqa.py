@@ -95,10 +95,9 @@ def evaluate(
         images, questions = ([row[name] for row in rows] for name in ('image', 'question'))
         new = generate_answers(model, weights, processor, text, images, questions, **settings)[: len(records)]
         predicted += new
-        if kept is not None:
-            if processes.first():
-                with kept.open('a') as file:
-                    file.writelines(json.dumps(answer) + '\n' for answer in new)
+        if kept is not None and processes.first():
+            with kept.open('a') as file:
+                file.writelines(json.dumps(answer) + '\n' for answer in new)
         progress(len(predicted))
     return Answers(predicted, true)
 

@@ -20,8 +20,7 @@ from sparselora_jax.checkpoints import load as hf
 from sparselora_jax.data import easy_vqa, folder, pipeline, processing
 from sparselora_jax.data.dataset import Dataset
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.models.model import Model
-from sparselora_jax.planning.inspection import structs
+from sparselora_jax.models.model import Model, abstract_params
 from sparselora_jax.pruning import targets
 from sparselora_jax.recipe import (
     ConfigError,
@@ -136,7 +135,7 @@ class Job:
         if set(axes.values()) == {1} and jax.process_count() == 1:
             return None
         mesh = sharding.make_mesh(**axes)
-        lines, batch = sharding.undivided(structs(self.model.cfg), mesh), self.config.evaluate.batch
+        lines, batch = sharding.undivided(abstract_params(self.model.cfg), mesh), self.config.evaluate.batch
         if batch % mesh.shape['data']:
             lines.append(
                 f'data={mesh.shape["data"]} does not divide evaluate.batch, {batch}: every device answers all questions'
@@ -250,7 +249,7 @@ class Job:
         if formats is None:
             return self.frozen
         self.let_go()
-        params, masks, _ = on_disk.reduce_on_disk(self.pruned_on_disk(), formats)
+        params, masks = on_disk.reduce_on_disk(self.pruned_on_disk(), formats)
         dense = self.params if runs_teacher(self.config) else None
         return Frozen(self.shard(params), None if masks is None else self.shard(masks), dense)
 

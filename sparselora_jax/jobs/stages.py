@@ -25,7 +25,6 @@ from sparselora_jax.evaluation import vqa
 from sparselora_jax.evaluation.density import block_count, layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.jobs.job import KERNELS, MASKS, ROUNDED, TEACHER, Job
-from sparselora_jax.planning.programs import restore_program
 from sparselora_jax.pruning.allocate import total
 from sparselora_jax.recipe import (
     ConfigError,
@@ -34,6 +33,7 @@ from sparselora_jax.recipe import (
     prune_methods,
     prune_rules,
     reads_teacher,
+    restore_program,
     rounded_rules,
 )
 from sparselora_jax.restoration import guard, teacher
@@ -45,6 +45,7 @@ from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.runtime.progress import Progress
 from sparselora_jax.sparse import packing, sharding
+from sparselora_jax.sparse.dense import dense_kernel
 from sparselora_jax.sparse.masks import check_masks, check_sparse
 from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import Adapted, init_lora, merge
@@ -375,7 +376,7 @@ def _relative_error(packed: Any, kernel: Array) -> float:
     """Of what is read in a kernel's place, in the Frobenius norm."""
     if isinstance(packed, Adapted):
         packed = merge({'kernel': packed.kernel}, None, {'kernel': packed.lora}, dtype=kernel.dtype)['kernel']
-    error = jnp.linalg.norm(packing.dense_kernel(packed, jnp.float32) - kernel.astype(jnp.float32))
+    error = jnp.linalg.norm(dense_kernel(packed, jnp.float32) - kernel.astype(jnp.float32))
     return float(error / jnp.linalg.norm(kernel.astype(jnp.float32)))
 
 

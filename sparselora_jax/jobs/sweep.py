@@ -6,8 +6,9 @@ the budget.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -44,7 +45,7 @@ class Point(NamedTuple):
 
     name: str
     labels: dict[str, Any]
-    fields: dict[str, Any] = {}
+    fields: Mapping[str, Any] = MappingProxyType({})
     models: tuple[str, ...] = ('pruned', 'restored')
     share: float = 1.0
 
@@ -85,7 +86,7 @@ def runs(config: Any) -> list[Run]:
             recipe = ConfigDict(config.base.to_dict())
             override(recipe, _flat(budget), of=f'budget {config.budget}')
             recipe.restore.steps = max(1, round(point.share * recipe.restore.steps))
-            override(recipe, point.fields | {'seed': seed}, of=f'point {point.name}')
+            override(recipe, {**point.fields, 'seed': seed}, of=f'point {point.name}')
             try:
                 check_values(recipe)
             except SparseloraError as error:

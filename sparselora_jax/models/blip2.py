@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, qformer, towers, vit
 from sparselora_jax.models.runners import scan_blocks
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 
 RENAMES: list[tuple[str, str]] = []  # published names are the modules' own
 IGNORED = [
@@ -76,10 +76,12 @@ def from_hf(hf: Any) -> Blip2Config:
     """The config of a transformers `Blip2Config` or `InstructBlipConfig`.
 
     Raises:
-      UnsupportedModel: names the field whose value is not supported.
+      UnsupportedModelError: names the field whose value is not supported.
     """
     if hf.image_token_id is None:
-        raise UnsupportedModel(f'{hf.model_type} without image_token_index: say in config.json which token is an image')
+        raise UnsupportedModelError(
+            f'{hf.model_type} without image_token_index: say in config.json which token is an image'
+        )
     return Blip2Config(
         vision=vit.from_hf(hf.vision_config),
         qformer=qformer.from_hf(hf.qformer_config, hf.num_query_tokens),

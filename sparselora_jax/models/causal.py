@@ -6,7 +6,7 @@ from typing import Any
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import towers
 from sparselora_jax.models.runners import scan_blocks
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 
 RENAMES = [(r'^(?=(decoder|layers|embed_tokens|norm)\.)', 'model.')]  # files of the model without its head
 IGNORED = [r'.*\.rotary_emb\.inv_freq']
@@ -38,8 +38,8 @@ def from_hf(hf: Any) -> CausalConfig:
     """The config of a transformers config of a decoder-only language model.
 
     Raises:
-      UnsupportedModel: names the field whose value is not supported.
+      UnsupportedModelError: names the field whose value is not supported.
     """
     if getattr(hf, 'use_bidirectional_attention', None):
-        raise UnsupportedModel(f'use_bidirectional_attention of {hf.model_type}: only causal attention is known')
+        raise UnsupportedModelError(f'use_bidirectional_attention of {hf.model_type}: only causal attention is known')
     return CausalConfig(towers.from_hf(hf))

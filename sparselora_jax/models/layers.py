@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 from sparselora_jax.sparse.linear import linear
 
 
@@ -162,10 +162,10 @@ def known_activation(name: str, owner: str) -> str:
     """`name`, if it is one of `ACTIVATIONS`.
 
     Raises:
-      UnsupportedModel: it is not; the error names `owner`, the part of a model that asks for it.
+      UnsupportedModelError: it is not; the error names `owner`, the part of a model that asks for it.
     """
     if name not in ACTIVATIONS:
-        raise UnsupportedModel(f'activation {name!r} of {owner}: expected one of {", ".join(ACTIVATIONS)}')
+        raise UnsupportedModelError(f'activation {name!r} of {owner}: expected one of {", ".join(ACTIVATIONS)}')
     return name
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,14 @@ def from_hf(hf: Any) -> LlamaConfig:
     """The config of a transformers `LlamaConfig`, `MistralConfig` or `GemmaConfig`.
 
     Raises:
-      UnsupportedModel: names the field whose value is not supported.
+      UnsupportedModelError: names the field whose value is not supported.
     """
     rope = dict(hf.rope_parameters)
     kind = rope.get('rope_type', 'default')
     if kind not in ('default', 'linear', 'llama3'):
-        raise UnsupportedModel(f"rope_type {kind!r} of {hf.model_type}: expected 'default', 'linear' or 'llama3'")
+        raise UnsupportedModelError(f"rope_type {kind!r} of {hf.model_type}: expected 'default', 'linear' or 'llama3'")
     if hf.hidden_act not in layers.ACTIVATIONS:
-        raise UnsupportedModel(f'hidden_act {hf.hidden_act!r} of {hf.model_type} is not known')
+        raise UnsupportedModelError(f'hidden_act {hf.hidden_act!r} of {hf.model_type} is not known')
     names = {'factor', 'low_freq_factor', 'high_freq_factor'}
     llama3 = {name: float(rope[name]) for name in names} if kind == 'llama3' else None
     gemma = hf.model_type == 'gemma'

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, towers, vit
 from sparselora_jax.models.runners import scan_blocks
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 
 # Three layouts: as saved before transformers 4.52 and by default since (`language_model.model.`, `vision_tower.`), with
 # `model.` before all but the head, and with `vision_model.` in the vision tower's names, as version 4 had it.
@@ -76,13 +76,15 @@ def from_hf(hf: Any) -> LlavaConfig:
     """The config of a transformers `LlavaConfig`.
 
     Raises:
-      UnsupportedModel: names the field whose value is not supported.
+      UnsupportedModelError: names the field whose value is not supported.
     """
     layer, strategy = hf.vision_feature_layer, hf.vision_feature_select_strategy
     if not isinstance(layer, int):
-        raise UnsupportedModel(f'vision_feature_layer {layer} of llava: expected one integer')
+        raise UnsupportedModelError(f'vision_feature_layer {layer} of llava: expected one integer')
     if strategy not in ('default', 'full'):
-        raise UnsupportedModel(f"vision_feature_select_strategy {strategy!r} of llava: expected 'default' or 'full'")
+        raise UnsupportedModelError(
+            f"vision_feature_select_strategy {strategy!r} of llava: expected 'default' or 'full'"
+        )
     return LlavaConfig(
         vision=vit.from_hf(hf.vision_config, layer=layer, drop_first=strategy == 'default'),
         # The whole model's field ties the head, not the text config's.

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparselora_jax.models import blip2, causal, llava, paligemma, towers
 from sparselora_jax.models.runners import scan_blocks
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
+from sparselora_jax.sparse import rules
 
 FAMILIES: dict[type, ModuleType] = {
     blip2.Blip2Config: blip2,
@@ -39,11 +41,17 @@ def from_hf(hf: Any) -> Any:
     """The family's config from transformers' config.
 
     Raises:
-      UnsupportedModel: no family knows the model, or a field's value.
+      UnsupportedModelError: no family knows the model, or a field's value.
     """
     if hf.model_type not in FAMILY_OF:
-        raise UnsupportedModel(f'model_type {hf.model_type!r}: expected one of {", ".join(FAMILY_OF)}')
+        raise UnsupportedModelError(f'model_type {hf.model_type!r}: expected one of {", ".join(FAMILY_OF)}')
     return FAMILY_OF[hf.model_type].from_hf(hf)
+
+
+def abstract_params(cfg: Any, dtype: Any = 'float32') -> dict:
+    """A params tree of `jax.ShapeDtypeStruct`s, from a family's config."""
+    flat = rules.flatten(FAMILIES[type(cfg)].shapes(cfg))
+    return rules.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in flat.items()})
 
 
 def _arrays(batch: dict) -> dict:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 
 OFFSET = 2  # the first two rows of the table of positions belong to no token that is read
 NORM_EPS = 1e-5  # no field of the config says it
@@ -158,12 +158,14 @@ def from_hf(hf: Any) -> OptConfig:
     """The config of a transformers `OPTConfig`.
 
     Raises:
-      UnsupportedModel: names the field whose value is not supported.
+      UnsupportedModelError: names the field whose value is not supported.
     """
     if not hf.layer_norm_elementwise_affine:
-        raise UnsupportedModel('layer_norm_elementwise_affine False of opt: only norms with scale and bias are known')
+        raise UnsupportedModelError(
+            'layer_norm_elementwise_affine False of opt: only norms with scale and bias are known'
+        )
     if hf.activation_function not in layers.ACTIVATIONS:
-        raise UnsupportedModel(f'activation_function {hf.activation_function!r} of opt is not known')
+        raise UnsupportedModelError(f'activation_function {hf.activation_function!r} of opt is not known')
     return OptConfig(
         vocab=hf.vocab_size,
         tied=hf.tie_word_embeddings,

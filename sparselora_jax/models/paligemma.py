@@ -63,7 +63,7 @@ def from_hf(hf: Any) -> PaliGemmaConfig:
     """The config of a transformers `PaliGemmaConfig`.
 
     Raises:
-      UnsupportedModel: names the field whose value is not supported.
+      UnsupportedModelError: names the field whose value is not supported.
     """
     return PaliGemmaConfig(
         vision=vit.from_hf(hf.vision_config),

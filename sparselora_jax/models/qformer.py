@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -146,15 +146,15 @@ def from_hf(hf: Any, queries: int) -> QFormerConfig:
     """The config of a transformers `Blip2QFormerConfig` or `InstructBlipQFormerConfig`; `queries`: num_query_tokens.
 
     Raises:
-      UnsupportedModel: names the field whose value is not supported.
+      UnsupportedModelError: names the field whose value is not supported.
     """
     if hf.cross_attention_frequency != 2 or hf.num_hidden_layers % 2:
         found = f'cross_attention_frequency {hf.cross_attention_frequency}, num_hidden_layers {hf.num_hidden_layers}'
-        raise UnsupportedModel(f'{found} of {hf.model_type}: expected 2 and an even number')
+        raise UnsupportedModelError(f'{found} of {hf.model_type}: expected 2 and an even number')
     if getattr(hf, 'use_qformer_text_input', False):
-        raise UnsupportedModel(f'use_qformer_text_input of {hf.model_type}: only retrieval models read text there')
+        raise UnsupportedModelError(f'use_qformer_text_input of {hf.model_type}: only retrieval models read text there')
     if getattr(hf, 'position_embedding_type', 'absolute') != 'absolute':
-        raise UnsupportedModel(f"position_embedding_type {hf.position_embedding_type!r}: expected 'absolute'")
+        raise UnsupportedModelError(f"position_embedding_type {hf.position_embedding_type!r}: expected 'absolute'")
     reads_text = hf.model_type == 'instructblip_qformer'
     return QFormerConfig(
         queries=queries,

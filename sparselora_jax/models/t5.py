@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparselora_jax.models import layers
 from sparselora_jax.models.relative import relative_bias
 from sparselora_jax.models.runners import scan_blocks, unstack
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 
 EMBED = 'shared.weight'  # the word embeddings in checkpoints, which may hold copies, or one of these alone:
 COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
@@ -208,10 +208,10 @@ def from_hf(hf: Any) -> T5Config:
     its `shared.weight` needs `tied=False` all the same.
 
     Raises:
-      UnsupportedModel: names the field whose value is not supported.
+      UnsupportedModelError: names the field whose value is not supported.
     """
     if hf.dense_act_fn not in layers.ACTIVATIONS:
-        raise UnsupportedModel(f'feed_forward_proj {hf.feed_forward_proj!r} of t5 is not known')
+        raise UnsupportedModelError(f'feed_forward_proj {hf.feed_forward_proj!r} of t5 is not known')
     return T5Config(
         vocab=hf.vocab_size,
         width=hf.d_model,

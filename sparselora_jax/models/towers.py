@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers, llama, opt, t5
 from sparselora_jax.runtime import processes
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
 
 class Prompt(NamedTuple):
@@ -69,18 +69,18 @@ def from_hf(hf: Any) -> Any:
     """The config of a language tower from transformers' config of it.
 
     Raises:
-      UnsupportedModel: no module here runs that kind, or a field's value is not supported.
+      UnsupportedModelError: no module here runs that kind, or a field's value is not supported.
     """
     if hf.model_type not in MODEL_TYPES:
-        raise UnsupportedModel(f'language model {hf.model_type!r}: expected one of {", ".join(MODEL_TYPES)}')
+        raise UnsupportedModelError(f'language model {hf.model_type!r}: expected one of {", ".join(MODEL_TYPES)}')
     return MODEL_TYPES[hf.model_type].from_hf(hf)
 
 
 def check_dtypes(dtypes: dict[str, Any]) -> None:
-    """Raises `UnsupportedModel` if a T5's weights, by path, are to be float16: its hidden states outgrow that."""
+    """Raises `UnsupportedModelError` if a T5's weights, by path, are to be float16: its hidden states outgrow that."""
     half = [path for path, dtype in dtypes.items() if dtype == jnp.float16]
     if t5s := [path for path in half if path.startswith(('language/encoder/', 'language/decoder/'))]:
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f'{t5s[0]} in float16, in which a T5 overflows (torch keeps parts of it in float32): '
             'load as float32 or bfloat16'
         )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from sparselora_jax.models import keys as names
 from sparselora_jax.models import layers
 from sparselora_jax.models.runners import scan_blocks
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -146,22 +146,26 @@ def from_hf(hf: Any, *, layer: int | None = None, drop_first: bool = False) -> V
       drop_first: see `ViTConfig`.
 
     Raises:
-      UnsupportedModel: names the field whose value is not supported.
+      UnsupportedModelError: names the field whose value is not supported.
     """
     eva = hf.model_type in ('blip_2_vision_model', 'instructblip_vision_model')
     clip, siglip = hf.model_type == 'clip_vision_model', hf.model_type == 'siglip_vision_model'
     if not (eva or clip or siglip):
-        raise UnsupportedModel(f'vision model {hf.model_type!r}: expected that of BLIP-2, InstructBLIP, CLIP or SigLIP')
+        raise UnsupportedModelError(
+            f'vision model {hf.model_type!r}: expected that of BLIP-2, InstructBLIP, CLIP or SigLIP'
+        )
     for field in ('image_size', 'patch_size'):
         if not isinstance(getattr(hf, field), int):
-            raise UnsupportedModel(f'{field} {getattr(hf, field)} of {hf.model_type}: expected one integer, a square')
+            raise UnsupportedModelError(
+                f'{field} {getattr(hf, field)} of {hf.model_type}: expected one integer, a square'
+            )
     if getattr(hf, 'num_channels', 3) != 3:
-        raise UnsupportedModel(f'num_channels {hf.num_channels} of {hf.model_type}: expected 3')
+        raise UnsupportedModelError(f'num_channels {hf.num_channels} of {hf.model_type}: expected 3')
     depth = hf.num_hidden_layers
     if layer is not None:
         depth = layer if layer >= 0 else depth + 1 + layer
         if not 1 <= depth <= hf.num_hidden_layers:
-            raise UnsupportedModel(
+            raise UnsupportedModelError(
                 f'hidden state {layer} of {hf.num_hidden_layers} vision layers: no layer puts it out'
             )
     return ViTConfig(

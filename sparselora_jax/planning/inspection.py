@@ -44,12 +44,6 @@ def family_name(cfg: Any) -> str:
     return FAMILIES[type(cfg)].__name__.rsplit('.', 1)[-1]
 
 
-def structs(cfg: Any, dtype: Any = 'float32') -> dict:
-    """A params tree of `jax.ShapeDtypeStruct`s, from a family's config."""
-    flat = rules_lib.flatten(FAMILIES[type(cfg)].shapes(cfg))
-    return rules_lib.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in flat.items()})
-
-
 def count(tree: Any) -> int:
     """How many numbers a tree of arrays, or of their shapes, holds."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

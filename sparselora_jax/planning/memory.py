@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints.layout import PIECE
-from sparselora_jax.planning.inspection import structs
+from sparselora_jax.models.model import abstract_params
 from sparselora_jax.planning.tracing import Stack, batch_of, nbytes, stacks
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules, rounded_rules, runs_teacher
@@ -65,7 +65,7 @@ def recipe(cfg: Any, config: Any) -> Recipe:
     Raises:
       PatternError, RuleError: the recipe does not fit the model. ConfigError: an unknown method.
     """
-    params, axes = structs(cfg, config.dtype), config.mesh.to_dict()
+    params, axes = abstract_params(cfg, config.dtype), config.mesh.to_dict()
     kernels = rules_lib.kernels(params)
     pruned = pruning.patterns_of(params, prune_rules(config))
     masks = rules_lib.unflatten({path: jax.ShapeDtypeStruct(kernels[path].shape, jnp.bool_) for path in pruned})

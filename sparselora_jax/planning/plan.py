@@ -35,7 +35,6 @@ class Roofline(NamedTuple):
 
 def bytes_on_chip(tree: Any) -> int:
     """Of a tree of shapes with shardings, as `programs.placed` makes them: those that lie on one chip."""
-
     shards = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), tree)
     return nbytes(shards)
 

@@ -5,45 +5,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparselora_jax.models.model import Generation, Model
-from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.planning import memory
 from sparselora_jax.planning.tracing import Stack, batch_of, stacks
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.walk import block_step, block_sums
-from sparselora_jax.recipe import prune_methods, reads_teacher
-from sparselora_jax.restoration import guard
+from sparselora_jax.recipe import prune_methods, reads_teacher, restore_program
 from sparselora_jax.restoration.losses import TopK
-from sparselora_jax.restoration.restore import Frozen, make_train_step, paper_optimizer, pruned_kernels
+from sparselora_jax.restoration.restore import Frozen, pruned_kernels
 from sparselora_jax.restoration.train import State, init_state
 from sparselora_jax.sparse import rules as rules_lib
 from sparselora_jax.sparse import sharding
-
-
-def restore_program(model: Model, config: Any, mesh: Mesh | AbstractMesh | None) -> tuple[Any, Any]:
-    """(the jitted step of restoration, its optimizer), as a recipe asks for them.
-
-    Args:
-      mesh: where its arguments will lie; None: on one device.
-    """
-    knobs = config.restore
-    schedule = ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')
-    tx = paper_optimizer(knobs.steps, **{name: knobs[name] for name in schedule})
-    if knobs.on_bad_step == 'skip' or knobs.spike:
-        tx = guard.skip_bad_steps(tx, spike=knobs.spike or None)
-    run = remat_blocks if knobs.remat else scan_blocks
-    loss = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
-    loss = {name: knobs[name] for name in loss}
-    if mesh is None:
-        return make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss), tx
-
-    def forward(weights, batch):
-        weights = sharding.gather_outside_blocks(weights, mesh)
-        return model.answer_logits(weights, batch, sharding.gathering(run, mesh))
-
-    return make_train_step(forward, tx, **loss, parts=sharding.row_parts(mesh)), tx
 
 
 def restore_step(made: memory.Recipe) -> tuple[Any, tuple]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from sparselora_jax.checkpoints.load import read_config
 from sparselora_jax.models import model, t5
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
 
 _OPT = {'model_type': 'opt', 'vocab_size': 50304, 'num_attention_heads': 32, 'num_hidden_layers': 32}
@@ -95,12 +95,12 @@ def config_of(hub_id: str) -> Any:
     """The transformers config of a published checkpoint.
 
     Raises:
-      UnsupportedModel: the table has no such id.
+      UnsupportedModelError: the table has no such id.
     """
     import transformers
 
     if hub_id not in CONFIGS:
-        raise UnsupportedModel(f'{hub_id!r} is none of the published checkpoints: {", ".join(CONFIGS)}')
+        raise UnsupportedModelError(f'{hub_id!r} is none of the published checkpoints: {", ".join(CONFIGS)}')
     kind, fields = CONFIGS[hub_id]
     return getattr(transformers, kind)(**{name: _copied(value) for name, value in fields.items()})
 
@@ -113,7 +113,7 @@ def find_config(name: str, *, others: Sequence[str] = ()) -> Any:
 
     Raises:
       StorageError: there is no such directory, nor does the hub give it; or its config.json is not one.
-      UnsupportedModel: no family knows its kind.
+      UnsupportedModelError: no family knows its kind.
     """
     if Path(name).is_dir():
         if not (Path(name) / 'config.json').is_file():
@@ -154,7 +154,7 @@ def model_config(hf: Any) -> Any:
     """Our config of a transformers config without its weights: the head of a T5 1.1 is taken to be its own.
 
     Raises:
-      UnsupportedModel: no family knows the model, or a field's value.
+      UnsupportedModelError: no family knows the model, or a field's value.
     """
     cfg = model.from_hf(hf)
     untied = isinstance(cfg.language, t5.T5Config) and not cfg.language.scale_head

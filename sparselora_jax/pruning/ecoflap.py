@@ -112,7 +112,7 @@ def _check_paths(flat: dict, paths: Sequence[str]) -> None:
 
 
 def noise(key: Array, row: Int[Array, ''], row_like: Float[Array, ' outputs']) -> Float[Array, ' outputs']:
-    """z of one input's weights: standard normal, in the dtype in which it is added."""
+    """Z of one input's weights: standard normal, in the dtype in which it is added."""
     return jax.random.normal(jax.random.fold_in(key, row), row_like.shape, score_dtype(row_like))
 
 

@@ -86,7 +86,7 @@ class SparseGPT:
         weights = jnp.pad(weights, ((0, padding), (0, 0)))
 
         def prune_slab(index, state):
-            weights, mask, errors = state
+            weights, _mask, errors = state
             start = index * size
             # What the inputs before the slab did to it, all at once: the rows of `errors` from here on are still zero.
             rows = jax.lax.dynamic_slice_in_dim(lower, start, size)
@@ -125,7 +125,7 @@ def _prune_slab(
     A few inputs at a time, as the kernel goes slab by slab: one after the other touches only those few, and what the
     inputs before them did is one product.
     """
-    size, outputs = w.shape
+    size, _outputs = w.shape
     diagonal = jnp.diagonal(lower)
     saliency = jnp.where(real[:, None], _saliency(w, diagonal), -1.0)
     if pattern.structured:

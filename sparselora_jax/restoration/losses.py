@@ -13,7 +13,8 @@ KL_REDUCTIONS = ('token', 'sequence')
 
 class TokenWeights(NamedTuple):
     """What each position counts in the two sums of the loss. They are shared out over a whole batch, so the losses of
-    its micro-batches add up to the loss of the batch."""
+    its micro-batches add up to the loss of the batch.
+    """
 
     ce: Float[Array, 'batch tokens']
     kl: Float[Array, 'batch tokens']
@@ -122,7 +123,8 @@ def answer_loss(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_losses(temperature, student, teacher, targets):
     """Cross-entropy and KL of each token, with the gradient written out: autodiff of the two softmaxes walks the
-    vocabulary three times as often, and keeps more of it."""
+    vocabulary three times as often, and keeps more of it.
+    """
     return _token_losses_forward(temperature, student, teacher, targets)[0]
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Array
 
 from sparselora_jax.restoration.losses import distillation_loss, token_weights
 from sparselora_jax.restoration.train import State, make_step
-from sparselora_jax.sparse.packing import FOUR_BITS, pack, pack_masks, quantise_masked, reduced, unpack
+from sparselora_jax.sparse.dense import unpack
+from sparselora_jax.sparse.packing import is_reduced, reduce_kernels
 from sparselora_jax.sparse.rules import flatten, unflatten
 from sparselora_jax.sparse.weights import bind, merge, with_kernels
 
@@ -54,10 +55,8 @@ def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen
     Raises:
       PackingError: see `packing.pack`.
     """
-    if isinstance(base, str) and base in FOUR_BITS:
-        params = quantise_masked(frozen.params, frozen.masks, base)
-        return Frozen(params, pack_masks(frozen.masks), frozen.teacher)
-    return Frozen(pack(frozen.params, frozen.masks, base), None, frozen.teacher)
+    params, masks = reduce_kernels(frozen.params, frozen.masks, base)
+    return Frozen(params, masks, frozen.teacher)
 
 
 def merge_trained(frozen: Frozen, trained: dict, kind: str, *, dtype: jax.typing.DTypeLike | None = None) -> dict:
@@ -147,7 +146,7 @@ def make_train_step(
 def _teacher_weights(frozen: Frozen) -> dict:
     if frozen.teacher is not None:
         return frozen.teacher
-    changed = [path for path, leaf in flatten(frozen.params).items() if reduced(leaf)]
+    changed = [path for path, leaf in flatten(frozen.params).items() if is_reduced(leaf)]
     if changed:
         raise ValueError(
             f'{changed[0]} is packed or quantised, so the params are no dense teacher: '

@@ -19,11 +19,11 @@ from sparselora_jax.runtime import profiling
 from sparselora_jax.runtime.errors import SparseloraError
 
 
-class BadStep(SparseloraError, RuntimeError):
+class BadStepError(SparseloraError, RuntimeError):
     """A loss or a gradient that is not finite, or a loss that spikes; the last good checkpoint is kept."""
 
 
-class Interrupted(SparseloraError):
+class Interrupted(SparseloraError):  # noqa: N818  a stop that was asked for, no error
     """SIGTERM or Ctrl-C: the state was saved, the same command goes on from there."""
 
 
@@ -57,7 +57,6 @@ def make_step(
       prepare: applied to the whole batch before it is divided: what makes such a loss possible, e.g. the weight of each
         token, which depends on how many there are.
     """
-
     tx = optax.with_extra_args_support(tx)
 
     def gradients(trained, frozen, batch):
@@ -137,7 +136,7 @@ def fit(
       profile: a folder for a trace of a few steps, see `profiling.steps`; None: none.
 
     Raises:
-      BadStep: names the step. Interrupted: the state was saved first. CheckpointError: see `Checkpoints.finish`.
+      BadStepError: names the step. Interrupted: the state was saved first. CheckpointError: see `Checkpoints.finish`.
     """
     state = checkpoints.restore(state) or state
     first = int(state.step)
@@ -158,7 +157,7 @@ def fit(
             if bad := _why_bad(values, patience):
                 saved = checkpoints.steps()
                 last = f'that of step {saved[-1]}' if saved else 'the start'
-                raise BadStep(f'step {index + 1}: {bad}; the last good state is {last}')
+                raise BadStepError(f'step {index + 1}: {bad}; the last good state is {last}')
             log(index + 1, values)
             stopping = stopped(index + 1)
             if (index + 1) % every == 0 or index + 1 == steps or stopping:

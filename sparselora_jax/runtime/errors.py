@@ -5,7 +5,7 @@ class SparseloraError(Exception):
     """What was wrong, where, and what to do."""
 
 
-class UnsupportedModel(SparseloraError, ValueError):
+class UnsupportedModelError(SparseloraError, ValueError):
     """A model, or a field of its config, that no family here knows."""
 
 

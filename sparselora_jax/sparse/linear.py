@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from sparselora_jax.sparse import packing
+from sparselora_jax.sparse.dense import dense_kernel, dense_mask
 from sparselora_jax.sparse.kernels.matmul24 import matmul24
 from sparselora_jax.sparse.weights import Adapted, Lora, Masked, effective_weight
 
@@ -44,7 +45,7 @@ def linear(
 
 @jax.custom_vjp
 def _bitmask_matmul(x, kernel):
-    return x @ packing.dense_kernel(kernel, x.dtype)
+    return x @ dense_kernel(kernel, x.dtype)
 
 
 def _bitmask_forward(x, kernel):
@@ -52,14 +53,14 @@ def _bitmask_forward(x, kernel):
 
 
 def _bitmask_backward(kernel, g):
-    return g @ packing.dense_kernel(kernel, g.dtype).T, None
+    return g @ dense_kernel(kernel, g.dtype).T, None
 
 
 _bitmask_matmul.defvjp(_bitmask_forward, _bitmask_backward)
 
 
 def _adapted(x: Float[Array, '*batch inputs'], weight: Adapted) -> Float[Array, '*batch outputs']:
-    masked = weight.mask is not None or packing.kept(
+    masked = weight.mask is not None or packing.is_packed(
         weight.kernel
     )  # without a mask both gradients of the combined weight are the same
     gradient = 'straight_through' if weight.gradient == 'exact' and not masked else weight.gradient
@@ -88,7 +89,7 @@ def _adapted_backward(gradient, parts, saved, g):
     x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     if gradient == 'exact':
         x3, g3 = (rows.reshape(parts, -1, rows.shape[-1]) for rows in (x2, g2))
-        dw = jnp.where(packing.dense_mask(mask, kernel), jax.vmap(_contract_rows)(x3, g3), 0.0)
+        dw = jnp.where(dense_mask(mask, kernel), jax.vmap(_contract_rows)(x3, g3), 0.0)
         da, db = (jnp.sum(of_parts, 0) for of_parts in (dw @ b.astype(dw.dtype).T, a.astype(dw.dtype).T @ dw))
     else:
         # Barriers, or XLA folds the small transposes into products that walk x and g by columns (16x slower on a CPU).

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float
 from qwix import QArray
 
 from sparselora_jax.sparse import rules as rules_lib
-from sparselora_jax.sparse.packing import Bitmask, Packed24, PackedMask, dense_kernel, dense_mask
+from sparselora_jax.sparse.dense import dense_kernel, dense_mask
+from sparselora_jax.sparse.packing import Bitmask, Packed24, PackedMask
 
 GRADIENTS = ('exact', 'straight_through', 'plain')
 

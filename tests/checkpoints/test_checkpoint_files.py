@@ -60,7 +60,8 @@ def edit_index(folder, **changes):
 @pytest.mark.parametrize('kind', ['folder', 'sharded'])
 def test_every_dtype_and_shape_comes_back(kind, request):
     checkpoint = open_checkpoint(request.getfixturevalue(kind))
-    assert checkpoint.entries.keys() == TENSORS.keys() and len(checkpoint.files) == (1 if kind == 'folder' else 2)
+    assert checkpoint.entries.keys() == TENSORS.keys()
+    assert len(checkpoint.files) == (1 if kind == 'folder' else 2)
     for name, want in TENSORS.items():
         got = read(checkpoint.entries[name])
         assert got.dtype == want.dtype
@@ -93,10 +94,10 @@ def test_a_file_cut_while_it_is_read_is_named(folder):
 def test_missing_directories_configs_and_weights_are_named(tmp_path):
     with pytest.raises(sl.StorageError, match='absent: no such directory'):
         open_checkpoint(tmp_path / 'absent')
-    with pytest.raises(sl.StorageError, match='no config.json'):
+    with pytest.raises(sl.StorageError, match=r'no config.json'):
         open_checkpoint(tmp_path)
     (tmp_path / 'config.json').write_text('{}')
-    with pytest.raises(sl.StorageError, match='neither model.safetensors nor model.safetensors.index.json'):
+    with pytest.raises(sl.StorageError, match=r'neither model.safetensors nor model.safetensors.index.json'):
         open_checkpoint(tmp_path)
 
 
@@ -137,7 +138,7 @@ def item(begin, end, shape=(2,), dtype='F32'):
 
 
 @pytest.mark.parametrize(
-    'content, message',
+    ('content', 'message'),
     [
         (b'', 'not a safetensors file'),
         (b'1234567', 'not a safetensors file'),
@@ -178,7 +179,7 @@ def test_an_index_that_points_outside_is_refused(name, sharded):
 @pytest.mark.parametrize('name', [3, 'model-1.bin', None])
 def test_an_index_that_names_no_safetensors_is_refused(name, sharded):
     edit_index(sharded, a=name)
-    with pytest.raises(sl.StorageError, match='expected the name of a .safetensors file'):
+    with pytest.raises(sl.StorageError, match=r'expected the name of a .safetensors file'):
         open_checkpoint(sharded)
 
 
@@ -197,23 +198,23 @@ def test_a_missing_shard_is_named(sharded):
 
 def test_a_tensor_that_its_shard_lacks_is_named(sharded):
     edit_index(sharded, z='model-1.safetensors')
-    with pytest.raises(sl.StorageError, match='index.json: z should lie in model-1.safetensors, which has no such'):
+    with pytest.raises(sl.StorageError, match=r'index.json: z should lie in model-1.safetensors, which has no such'):
         open_checkpoint(sharded)
     edit_index(sharded, z='model-1.safetensors', a='model-2.safetensors')
-    with pytest.raises(sl.StorageError, match='a should lie in model-2.safetensors'):
+    with pytest.raises(sl.StorageError, match=r'a should lie in model-2.safetensors'):
         open_checkpoint(sharded)
 
 
 def test_a_tensor_in_two_shards_is_named(sharded):
     save_file({name: TENSORS[name] for name in [*list(TENSORS)[4:], 'a']}, sharded / 'model-2.safetensors')
-    with pytest.raises(sl.StorageError, match='model-2.safetensors: a also lies in model-1.safetensors'):
+    with pytest.raises(sl.StorageError, match=r'model-2.safetensors: a also lies in model-1.safetensors'):
         open_checkpoint(sharded)
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{}', '{"weight_map": 3}', '{"weight_map": {"a": "x", "a": "y"}}'])
 def test_an_index_that_is_none_is_named(text, sharded):
     (sharded / 'model.safetensors.index.json').write_text(text)
-    with pytest.raises(sl.StorageError, match='index.json: not an index'):
+    with pytest.raises(sl.StorageError, match=r'index.json: not an index'):
         open_checkpoint(sharded)
 
 
@@ -226,7 +227,8 @@ def test_an_empty_index_is_named(sharded):
 def test_nothing_is_mapped_or_kept(folder):
     entry = open_checkpoint(folder).entries['a']
     array = read(entry)
-    assert array.flags.writeable and array.base.base is None  # its own memory, seen as another dtype and shape
+    assert array.flags.writeable
+    assert array.base.base is None
     array[:] = 0
     np.testing.assert_array_equal(read(entry), TENSORS['a'])
     assert checkpoint_files.DTYPES['BF16'].itemsize == 2

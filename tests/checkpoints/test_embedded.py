@@ -26,7 +26,8 @@ def test_the_model_loads_whole_and_fits_its_config():
 
 
 def test_the_tokenizer_knows_the_words_of_the_model(tokenizer):
-    assert tokenizer.vocab_size == 49152 and tokenizer.eos_token_id == 2
+    assert tokenizer.vocab_size == 49152
+    assert tokenizer.eos_token_id == 2
     assert tokenizer.decode(tokenizer(' teal')['input_ids']) == ' teal'
 
 
@@ -48,11 +49,11 @@ def test_the_processor_puts_the_image_first_and_scales_pixels_from_minus_one_to_
 
 def test_a_missing_or_truncated_bridge_is_named(tmp_path):
     path = tmp_path / 'bridge.safetensors'
-    with pytest.raises(sl.StorageError, match='bridge.safetensors: no such file'):
+    with pytest.raises(sl.StorageError, match=r'bridge.safetensors: no such file'):
         embedded.load(path)
     with embedded.BRIDGE.open('rb') as source:
         path.write_bytes(source.read(1_000_000))
-    with pytest.raises(sl.StorageError, match='bridge.safetensors: not a complete safetensors file'):
+    with pytest.raises(sl.StorageError, match=r'bridge.safetensors: not a complete safetensors file'):
         embedded.load(path)
 
 
@@ -60,11 +61,11 @@ def test_a_bridge_without_a_config_or_of_other_shapes_is_named(tmp_path, tiny_bl
     model, params = tiny_blip2
     path, bridge = tmp_path / 'bridge.safetensors', {name: params[name] for name in ('vision', 'qformer', 'projection')}
     sl.save_safetensors(path, bridge)
-    with pytest.raises(sl.StorageError, match='bridge.safetensors: the header holds no config'):
+    with pytest.raises(sl.StorageError, match=r'bridge.safetensors: the header holds no config'):
         embedded.load(path)
     bridge['qformer'] = {name: w for name, w in bridge['qformer'].items() if name != 'norm'}
     sl.save_safetensors(path, bridge, metadata={'config': embedded.to_json(model.cfg)})
-    with pytest.raises(sl.StorageError, match='bridge.safetensors: qformer/norm/bias'):
+    with pytest.raises(sl.StorageError, match=r'bridge.safetensors: qformer/norm/bias'):
         embedded.load(path)
 
 

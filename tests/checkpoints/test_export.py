@@ -82,7 +82,8 @@ def test_zeros_are_zeros_in_the_file_and_nothing_else_is(name, dtype, saved, tmp
                 rows = np.split(entries[key], place.of)[place.index]
                 np.testing.assert_array_equal(rows != 0, masks[place.path][place.layer].T)
                 checked.add(place.path)
-    assert checked == masks.keys() and len(checked) >= 7
+    assert checked == masks.keys()
+    assert len(checked) >= 7
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -93,7 +94,8 @@ def test_what_was_not_changed_is_the_same_to_the_byte(name, dtype, saved, tmp_pa
     model, params = hf.load_model(source, dtype=jnp.float32)
     hf_export.export_model(tmp_path, model, params)
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file())
-    assert 'templates/chat.jinja' in names and 'model.safetensors.index.json' in names
+    assert 'templates/chat.jinja' in names
+    assert 'model.safetensors.index.json' in names
     own = [str(path.relative_to(source)) for path in source.rglob('*') if path.is_file()]
     assert names == sorted(name for name in own if not name.startswith('.cache') and not name.endswith('.bin'))
     for file in names:
@@ -173,7 +175,8 @@ def test_an_interrupted_export_is_not_a_model_and_can_be_repeated(saved, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         hf_export.export_model(tmp_path, model, changed, texts={'more.json': '[]'})
     monkeypatch.undo()
-    assert not (tmp_path / 'config.json').exists() and not list(tmp_path.glob('*.partial'))
+    assert not (tmp_path / 'config.json').exists()
+    assert not list(tmp_path.glob('*.partial'))
     for file in tmp_path.glob(WEIGHTS):
         load_file(file)  # whole: as it was, or as it should be
     hf_export.export_model(tmp_path, model, changed, texts={'more.json': '[1]'})
@@ -240,7 +243,7 @@ def new_models():
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('cfg, config', list(new_models()), ids=['llama', 'blip2', 'untied llama', 'untied blip2'])
+@pytest.mark.parametrize(('cfg', 'config'), list(new_models()), ids=['llama', 'blip2', 'untied llama', 'untied blip2'])
 def test_a_model_without_a_directory_gets_one(cfg, config, dtype, random_params, tmp_path, tokenizer):
     model = Model(cfg, GENERATION)
     params, _ = pruned(jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(model.shapes())))
@@ -248,9 +251,12 @@ def test_a_model_without_a_directory_gets_one(cfg, config, dtype, random_params,
     hf_export.check_export(tmp_path, model, params)
     again, read = hf.load_model(tmp_path)
     assert again == model or isinstance(cfg, blip2.Blip2Config)
-    assert again.cfg == cfg and again.generation.eos == (2, 3) and again.generation.pad == 1
+    assert again.cfg == cfg
+    assert again.generation.eos == (2, 3)
+    assert again.generation.pad == 1
     assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), read, params))
-    assert (tmp_path / 'tokenizer.json').exists() and (tmp_path / 'more.json').read_text() == '[]'
+    assert (tmp_path / 'tokenizer.json').exists()
+    assert (tmp_path / 'more.json').read_text() == '[]'
     module = torch_models.load(tmp_path, torch_models.CLASSES[type(config)])
     assert module.get_input_embeddings().weight.dtype == (torch.float32 if dtype == jnp.float32 else torch.bfloat16)
     if dtype == jnp.float32:

@@ -55,7 +55,7 @@ def test_heads_may_be_wider_than_their_share(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'header, tensors, message',
+    ('header', 'tensors', 'message'),
     [
         ({'rope.scaling.type': 'yarn'}, {}, "llama.rope.scaling.type 'yarn': only plain rotary positions are known"),
         ({'rope.scale_linear': 2.0}, {}, 'llama.rope.scale_linear 2.0: only plain'),
@@ -76,7 +76,7 @@ def test_plain_positions_may_be_said(tmp_path):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(gguf.AssetError, match='absent.gguf: no such file'):
+    with pytest.raises(gguf.AssetError, match=r'absent.gguf: no such file'):
         gguf.load_llama(tmp_path / 'absent.gguf')
 
 
@@ -84,12 +84,12 @@ def test_truncated_file_is_named(tmp_path, smollm2_file):
     path = tmp_path / 'cut.gguf'
     with smollm2_file.open('rb') as source:
         path.write_bytes(source.read(10_000_000))
-    with pytest.raises(gguf.AssetError, match='cut.gguf: not a complete GGUF file'):
+    with pytest.raises(gguf.AssetError, match=r'cut.gguf: not a complete GGUF file'):
         gguf.load_llama(path)
 
 
 def test_other_format_is_named(tmp_path):
     path = tmp_path / 'text.gguf'
     path.write_text('not a model' * 100)
-    with pytest.raises(gguf.AssetError, match='text.gguf: not a complete GGUF file'):
+    with pytest.raises(gguf.AssetError, match=r'text.gguf: not a complete GGUF file'):
         gguf.load_llama(path)

@@ -15,7 +15,7 @@ import sparselora_jax as sl
 from sparselora_jax.checkpoints import checkpoint_files, layout, on_disk
 from sparselora_jax.checkpoints import load as hf
 from sparselora_jax.models.model import Model
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.sharding import make_mesh
 
@@ -137,9 +137,9 @@ def test_a_t5_in_float16_is_refused_before_it_is_read(saved, tmp_path, monkeypat
     hf.load_model(tmp_path, dtype=jnp.float32)
     monkeypatch.setattr(checkpoint_files, 'read', lambda *_: pytest.fail('a weight was read'))
     for where, dtype in ((tmp_path, None), (folder, 'float16')):
-        with pytest.raises(UnsupportedModel, match='language/.* in float16.*load as float32 or bfloat16'):
+        with pytest.raises(UnsupportedModelError, match=r'language/.* in float16.*load as float32 or bfloat16'):
             hf.load_model(where, dtype=dtype)
-    with pytest.raises(UnsupportedModel, match='load as float32 or bfloat16'):
+    with pytest.raises(UnsupportedModelError, match='load as float32 or bfloat16'):
         on_disk.params_on_disk(*hf.open_model(folder), jnp.float16)
 
 
@@ -150,7 +150,8 @@ def test_of_several_dtypes_a_stack_has_the_widest(llama):
     )
     _, params = hf.load_model(llama)
     mlp = params['language']['blocks']['mlp']
-    assert mlp['up']['kernel'].dtype == jnp.float32 and mlp['down']['kernel'].dtype == jnp.float16
+    assert mlp['up']['kernel'].dtype == jnp.float32
+    assert mlp['down']['kernel'].dtype == jnp.float16
 
 
 def test_a_head_in_the_file_is_followed(saved, tmp_path):
@@ -183,7 +184,7 @@ def renamed(source, folder, *names, drop):
 
 
 @pytest.mark.parametrize(
-    'name, drop, names',
+    ('name', 'drop', 'names'),
     [
         ('tied llama', 'model.embed_tokens.weight', ['lm_head.weight']),
         ('opt', 'model.decoder.embed_tokens.weight', ['lm_head.weight']),
@@ -208,7 +209,7 @@ def test_a_tied_embedding_under_another_name_is_read_as_torch_reads_it(name, dro
 
 def test_an_untied_embedding_under_another_name_is_missing(saved, tmp_path):
     folder = renamed(saved('llama')[1], tmp_path / 'model', 'lm_head.weight', drop='model.embed_tokens.weight')
-    with pytest.raises(sl.StorageError, match='1 tensors are missing: model.embed_tokens.weight'):
+    with pytest.raises(sl.StorageError, match=r'1 tensors are missing: model.embed_tokens.weight'):
         hf.open_model(folder)
 
 
@@ -282,7 +283,7 @@ def test_fused_tensors_of_the_wrong_shape_are_named(saved, tmp_path):
 
 def test_two_names_of_one_parameter_are_named(llama):
     edit(llama, lambda tensors: tensors.update({'norm.weight': tensors['model.norm.weight']}))
-    with pytest.raises(sl.StorageError, match='norm.weight.* both mean model.norm.weight'):
+    with pytest.raises(sl.StorageError, match=r'norm.weight.* both mean model.norm.weight'):
         hf.load_model(llama)
 
 
@@ -293,23 +294,25 @@ def reconfigure(folder, **changes):
 
 def test_unknown_models_are_refused(llama):
     reconfigure(llama, model_type='mamba', auto_map={'AutoConfig': 'evil.Config'})
-    with pytest.raises(UnsupportedModel, match="config.json: model_type 'mamba' is not known; known are blip-2, gemma"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"config.json: model_type 'mamba' is not known; known are blip-2, gemma"
+    ):
         hf.load_model(llama)
     reconfigure(llama, model_type='llama', quantization_config={'quant_method': 'gptq'})
-    with pytest.raises(UnsupportedModel, match='quantised weights'):
+    with pytest.raises(UnsupportedModelError, match='quantised weights'):
         hf.load_model(llama)
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"model_type": '])
 def test_a_config_that_is_none_is_named(text, llama):
     (llama / 'config.json').write_text(text)
-    with pytest.raises(sl.StorageError, match='config.json: not a model config'):
+    with pytest.raises(sl.StorageError, match=r'config.json: not a model config'):
         hf.load_model(llama)
 
 
 def test_a_config_that_transformers_refuses_is_named(llama):
     reconfigure(llama, num_hidden_layers='many')
-    with pytest.raises(sl.StorageError, match='config.json: transformers does not read it'):
+    with pytest.raises(sl.StorageError, match=r'config.json: transformers does not read it'):
         hf.load_model(llama)
 
 
@@ -327,7 +330,8 @@ def test_a_repository_is_downloaded_without_pickles(saved, monkeypatch):
         huggingface_hub, 'snapshot_download', lambda name, **kw: asked.update(kw, name=name) or str(saved('llama')[1])
     )
     model, _ = hf.load_model('owner/name')
-    assert asked['name'] == 'owner/name' and model.source == str(saved('llama')[1])
+    assert asked['name'] == 'owner/name'
+    assert model.source == str(saved('llama')[1])
     files = ['config.json', 'model-00001-of-00002.safetensors', 'tokenizer.model', 'merges.txt', 'pytorch_model.bin']
     kept = huggingface_hub.utils.filter_repo_objects(
         [*files, 'original/model.safetensors', 'consolidated.safetensors'],
@@ -345,8 +349,11 @@ def test_a_repository_of_pickles_alone_is_refused_with_a_command(tmp_path, monke
     with pytest.raises(sl.StorageError) as error:
         hf.load_model('owner/name')
     said = str(error.value)
-    assert said.startswith('owner/name: ') and 'no safetensors' in said and 'unpickling runs whatever code' in said
-    assert 'convert it' in said and said.endswith(' owner/name name-safetensors')
+    assert said.startswith('owner/name: ')
+    assert 'no safetensors' in said
+    assert 'unpickling runs whatever code' in said
+    assert 'convert it' in said
+    assert said.endswith(' owner/name name-safetensors')
 
 
 def test_offline_it_says_what_to_download(monkeypatch, tmp_path):
@@ -355,7 +362,7 @@ def test_offline_it_says_what_to_download(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     with pytest.raises(
-        sl.StorageError, match='owner/name: no such directory, and the hub.* run: hf download owner/name '
+        sl.StorageError, match=r'owner/name: no such directory, and the hub.* run: hf download owner/name '
     ):
         hf.load_model('owner/name')
 
@@ -365,7 +372,10 @@ def test_generation_defaults_come_from_the_directory(llama):
         json.dumps({'eos_token_id': [5, 6], 'bos_token_id': 1, 'num_beams': 4, 'length_penalty': -1.0})
     )
     generation = hf.load_model(llama)[0].generation
-    assert generation.eos == (5, 6) and generation.pad == 5 and generation.bos == 1 and generation.start is None
+    assert generation.eos == (5, 6)
+    assert generation.pad == 5
+    assert generation.bos == 1
+    assert generation.start is None
     assert generation.options == (('length_penalty', -1.0), ('num_beams', 4))
     assert hash(generation)
 
@@ -373,7 +383,8 @@ def test_generation_defaults_come_from_the_directory(llama):
 def test_options_of_nested_lists_are_hashable(llama):
     (llama / 'generation_config.json').write_text(json.dumps({'bad_words_ids': [[5, 6], [7]]}))
     model, _ = hf.open_model(llama)
-    assert hash(model) and model.generation.options == (('bad_words_ids', ((5, 6), (7,))),)
+    assert hash(model)
+    assert model.generation.options == (('bad_words_ids', ((5, 6), (7,))),)
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '"no"', '[1, 2'])
@@ -387,6 +398,7 @@ def test_blip2_generates_as_its_language_model_does(saved):
     module, folder = saved('blip2 t5')
     (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': 9, 'num_beams': 4}))
     generation, theirs = hf.load_model(folder)[0].generation, module.language_model.generation_config
-    assert generation.eos == (theirs.eos_token_id,) and generation.pad == theirs.pad_token_id
+    assert generation.eos == (theirs.eos_token_id,)
+    assert generation.pad == theirs.pad_token_id
     assert generation.start == theirs.decoder_start_token_id == 0
     assert generation.options == ()

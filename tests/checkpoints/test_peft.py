@@ -102,9 +102,12 @@ def test_the_config_names_the_model_and_what_differs(llama, tmp_path):
     _, model, _, _, lora = llama
     peft_adapter.save_peft(tmp_path / 'adapter', model, lora)
     config = json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())
-    assert config['base_model_name_or_path'] is None and config['task_type'] == 'CAUSAL_LM'
-    assert (config['r'], config['lora_alpha']) == (2, 8) and len(config['target_modules']) == 21
-    assert set(config['rank_pattern'].values()) == {5} and set(config['alpha_pattern'].values()) == {4}
+    assert config['base_model_name_or_path'] is None
+    assert config['task_type'] == 'CAUSAL_LM'
+    assert (config['r'], config['lora_alpha']) == (2, 8)
+    assert len(config['target_modules']) == 21
+    assert set(config['rank_pattern'].values()) == {5}
+    assert set(config['alpha_pattern'].values()) == {4}
     peft_adapter.save_peft(tmp_path / 'adapter', model, lora, base='owner/pruned')
     assert (
         json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())['base_model_name_or_path']

@@ -9,7 +9,7 @@ import transformers
 from tiny_processors import LAYOUT, PICTURES, TEXTS, edit, llama_tokenizer, make, prompts
 
 from sparselora_jax.data.processing import load_processor
-from sparselora_jax.runtime.errors import DataError, UnsupportedModel
+from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
 
 KINDS = ['blip2-opt', 'instructblip-t5', 'llava-default', 'llava-full', 'paligemma']
 
@@ -46,7 +46,7 @@ def test_answers_end_with_what_generation_stops_at(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'kind, damage, message',
+    ('kind', 'damage', 'message'),
     [
         ('blip2-opt', lambda f: (f / 'config.json').unlink(), 'no config.json'),
         ('blip2-opt', lambda f: (f / 'config.json').write_text('{'), 'config.json cannot be read'),
@@ -84,5 +84,5 @@ def test_a_directory_that_cannot_work_is_named_with_the_reason(made, tmp_path, k
 
 def test_another_family_is_refused(tmp_path):
     transformers.LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="no image processing for model_type 'llama'"):
+    with pytest.raises(UnsupportedModelError, match="no image processing for model_type 'llama'"):
         load_processor(tmp_path)

@@ -35,7 +35,7 @@ def texts(easy_vqa_builder):
     return easy_vqa.read_texts(easy_vqa_builder, 'test')
 
 
-@pytest.mark.parametrize('split, count', [('train', 38575), ('test', 9673)])
+@pytest.mark.parametrize(('split', 'count'), [('train', 38575), ('test', 9673)])
 def test_a_split_holds_every_question(easy_vqa_builder, split, count):
     assert len(easy_vqa_builder.as_data_source(split)) == count
     assert easy_vqa_builder.info.splits[split].num_examples == count
@@ -51,7 +51,8 @@ def test_a_record_holds_the_image_and_its_question(easy_vqa_builder):
     for index in (0, 17, 38574):
         record = source[index]
         assert record.keys() == {'image', 'image_id', 'question', 'answer'}
-        assert record['question'].decode() == questions[index] and record['answer'].decode() == answers[index]
+        assert record['question'].decode() == questions[index]
+        assert record['answer'].decode() == answers[index]
         assert record['image_id'] == image_ids[index]
         assert record['image'].dtype == np.uint8
         want = np.asarray(Image.open(files[image_ids[index]]).convert('RGB'))
@@ -61,7 +62,8 @@ def test_a_record_holds_the_image_and_its_question(easy_vqa_builder):
 def test_the_data_set_is_two_splits_of_records_with_text_as_text(easy_vqa_builder):
     dataset = easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1])
     questions, answers, _ = package.get_test_questions()
-    assert len(dataset.test.source) == len(questions) and len(dataset.train.source) == 38575
+    assert len(dataset.test.source) == len(questions)
+    assert len(dataset.train.source) == 38575
     record = dataset.test.source[5]
     assert (record['question'], record['answer']) == (questions[5], answers[5]) == dataset.test.read_texts()[5]
     assert {dataset.kind_of(answer) for answer in answers} == set(dataset.kinds)

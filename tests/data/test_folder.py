@@ -38,7 +38,9 @@ GOOD = [line(prompt=f'question {index}', split='train') for index in range(6)]
 def test_records_are_random_access_to_images_and_texts(write):
     folder = read_folder(write(line(split='train'), line(prompt=' is it a cat? ', answer='yes', note=3, split='train')))
     source = folder.as_data_source('train')
-    assert len(source) == 2 and folder.problems == () and folder.summary() == '2 examples'
+    assert len(source) == 2
+    assert folder.problems == ()
+    assert folder.summary() == '2 examples'
     first, second = source[0], source[np.int64(1)]
     np.testing.assert_array_equal(first['image'], PIXELS)
     assert first['image'].dtype == np.uint8
@@ -56,19 +58,21 @@ def test_the_example_of_the_docstring_is_read(write):
     for name in ('1.png', '2.jpg'):
         Image.fromarray(PIXELS).save(path / 'cats' / name)
     folder = read_folder(path)
-    assert folder.summary() == '3 examples' and len(folder.as_data_source('test')) >= 1
+    assert folder.summary() == '3 examples'
+    assert len(folder.as_data_source('test')) >= 1
 
 
 def test_blank_lines_line_ends_and_a_byte_order_mark_are_no_problem(write):
     folder = read_folder(
         write(b'\xef\xbb\xbf' + line().encode() + b'\r', '', '  ', line(prompt='caf\u00e9 \u2028?'), '')
     )
-    assert folder.problems == () and [record.line for record in folder.records] == [1, 4]
+    assert folder.problems == ()
+    assert [record.line for record in folder.records] == [1, 4]
     assert folder.records[1].prompt == 'caf\u00e9 \u2028?'
 
 
 @pytest.mark.parametrize(
-    'bad, reason',
+    ('bad', 'reason'),
     [
         ('{"image": "a.png", ', 'not JSON .*char'),
         ('[' * 100_000, 'not JSON'),
@@ -105,7 +109,8 @@ def test_a_line_that_cannot_be_used_is_left_out_and_named(write, bad, reason):
     os.symlink(path.parent / 'outside.png', path / 'link.png')
     bad = bad.replace('{root}', str(path.parent)) if isinstance(bad, str) else bad
     folder = read_folder(write(*GOOD, bad))
-    assert len(folder.records) == 6 and [problem.line for problem in folder.problems] == [7]
+    assert len(folder.records) == 6
+    assert [problem.line for problem in folder.problems] == [7]
     with pytest.raises(DataError, match='^' + reason):
         raise DataError(folder.problems[0].reason)
     assert folder.summary() == f'6 examples; 1 left out: line 7: {folder.problems[0].reason}'
@@ -116,7 +121,8 @@ def test_a_summary_counts_all_and_names_the_first(write):
     folder = read_folder(write(*GOOD, *bad))
     want = '6 examples; 4 left out: line 7: answer is empty; line 8: answer is empty; and 2 more'
     assert folder.summary(shown=2) == want
-    assert folder.summary().count('answer is empty') == 4 and 'more' not in folder.summary()
+    assert folder.summary().count('answer is empty') == 4
+    assert 'more' not in folder.summary()
     assert read_folder(write(GOOD[0])).summary() == '1 example'
     assert read_folder(write(*(line(prompt=str(index)) for index in range(1204)))).summary() == '1,204 examples'
 
@@ -133,7 +139,7 @@ def test_too_many_bad_lines_are_an_error_that_names_them(write):
 def test_nothing_to_use_is_an_error(write, tmp_path):
     with pytest.raises(DataError, match='absent: no such folder'):
         read_folder(tmp_path / 'absent')
-    with pytest.raises(DataError, match='no data.jsonl in this folder'):
+    with pytest.raises(DataError, match=r'no data.jsonl in this folder'):
         read_folder(tmp_path)
     for lines in ((), ('', '')):
         with pytest.raises(DataError, match='no line that can be used: it is empty'):
@@ -148,7 +154,7 @@ def test_an_image_that_breaks_off_is_named_when_it_is_read(write):
     Image.fromarray(noise).save(path / 'whole.png')
     (path / 'cut.png').write_bytes((path / 'whole.png').read_bytes()[:5000])
     source = read_folder(path).as_data_source('train')
-    with pytest.raises(DataError, match='data.jsonl, line 1: .*cut.png: not a readable image'):
+    with pytest.raises(DataError, match=r'data.jsonl, line 1: .*cut.png: not a readable image'):
         source[0]
 
 
@@ -159,7 +165,9 @@ def test_a_given_split_counts_and_the_others_follow_their_image(write):
     folder, again = read_folder(path), read_folder(path)
     assert folder == again
     train, test = ({image for _, _, image in folder.texts(split)} for split in ('train', 'test'))
-    assert not train & test and len(train | test) == 200 and 8 <= len(test) <= 35
+    assert not train & test
+    assert len(train | test) == 200
+    assert 8 <= len(test) <= 35
     more = read_folder(path, test_share=0.5)
     assert test < {image for _, _, image in more.texts('test')}
     moved = min(train)

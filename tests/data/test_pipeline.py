@@ -1,5 +1,8 @@
 """From records to batches: where tokens, targets and masks lie; a batch is a function of seed and step alone."""
 
+import functools
+import operator
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,12 +38,15 @@ def test_a_record_becomes_an_example_with_its_question_written_as_the_format_say
     assert all(np.array_equal(example[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize('mode, suffix', [('RGB', 'png'), ('RGBA', 'png'), ('L', 'png'), ('P', 'gif'), ('RGB', 'jpg')])
+@pytest.mark.parametrize(
+    ('mode', 'suffix'), [('RGB', 'png'), ('RGBA', 'png'), ('L', 'png'), ('P', 'gif'), ('RGB', 'jpg')]
+)
 def test_an_image_of_any_kind_becomes_rgb(tmp_path, mode, suffix):
     path = tmp_path / f'image.{suffix}'
     Image.new('RGB', (30, 20), (255, 0, 0)).convert(mode).save(path)
     pixels = pipeline.read_image(path)
-    assert pixels.shape == (20, 30, 3) and pixels.dtype == np.uint8
+    assert pixels.shape == (20, 30, 3)
+    assert pixels.dtype == np.uint8
     want = (76, 76, 76) if mode == 'L' else (255, 0, 0)
     np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(want, (20, 30, 3)), atol=2)
 
@@ -55,7 +61,7 @@ def test_an_image_is_turned_as_the_camera_says_and_lies_on_white(tmp_path):
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
-    with pytest.raises(DataError, match='absent.png: no such file'):
+    with pytest.raises(DataError, match=r'absent.png: no such file'):
         pipeline.read_image(tmp_path / 'absent.png')
     (tmp_path / 'text.png').write_text('no image')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / 'whole.png')
@@ -103,7 +109,8 @@ def test_a_group_comes_whole_and_in_another_order_every_epoch():
     drawn = drawn[drawn < 40]
     first, second = drawn[:40], drawn[40:80]
     assert sorted(first) == sorted(second) == list(range(40))
-    assert not np.array_equal(first, second) and not np.array_equal(first, np.arange(40))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, np.arange(40))
 
 
 def test_augmentation_is_a_function_of_seed_and_position():
@@ -125,6 +132,6 @@ def test_groups_hold_every_question_once_by_kind(easy_vqa_builder):
     texts = [text[:2] for text in easy_vqa.read_texts(easy_vqa_builder, 'test')]
     split = Split(None, lambda: texts)
     groups = pipeline.groups_by_kind(split, Dataset(split, split, easy_vqa.KINDS, easy_vqa.kind_of))
-    assert sorted(sum(groups, [])) == list(range(len(texts)))
+    assert sorted(functools.reduce(operator.iadd, groups, [])) == list(range(len(texts)))
     for kind, group in zip(easy_vqa.KINDS, groups, strict=True):
         assert {easy_vqa.kind_of(texts[index][1]) for index in group} == {kind}

@@ -38,7 +38,8 @@ def test_a_prompt_equals_what_transformers_makes(made, kind):
     assert got.keys() == want.keys()
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-5, err_msg=name)
-    assert got['pixel_values'].dtype == np.float32 and got['pixel_values'].shape == (3, 3, SIDE, SIDE)
+    assert got['pixel_values'].dtype == np.float32
+    assert got['pixel_values'].shape == (3, 3, SIDE, SIDE)
     assert all(got[name].dtype == np.int32 for name in got.keys() - {'pixel_values'})
 
 
@@ -52,10 +53,12 @@ def test_placeholders_and_pads_lie_where_the_family_has_them(made, kind):
     image = processor.hf.tokenizer.convert_tokens_to_ids('<image>')
     assert processor.image_tokens == count
     np.testing.assert_array_equal((got['input_ids'] == image).sum(1), count)
-    assert len(set(got['attention_mask'].sum(1))) == 3 and not got['attention_mask'].all(1)[1]
+    assert len(set(got['attention_mask'].sum(1))) == 3
+    assert not got['attention_mask'].all(1)[1]
     for row, mask in zip(got['input_ids'], got['attention_mask'], strict=True):
         if 'blip' in kind:
-            assert (row[:count] == image).all() and mask[:count].all()
+            assert (row[:count] == image).all()
+            assert mask[:count].all()
             row, mask = row[count:], mask[count:]
         assert (np.diff(mask) <= 0).all() if kind.endswith('t5') else (np.diff(mask) >= 0).all()
         text = row[mask == 1]
@@ -119,14 +122,17 @@ def test_an_example_is_the_prompt_and_the_answer_but_its_last_token(made, kind, 
     read = example['input_ids'][example['attention_mask'] == 1].tolist()
     width = processor.image_tokens + LAYOUT['prompt_tokens']
     if kind.endswith('t5'):
-        assert read == alone['input_ids'][0].tolist() and len(example['input_ids']) == width
+        assert read == alone['input_ids'][0].tolist()
+        assert len(example['input_ids']) == width
         assert example['decoder_input_ids'].tolist()[: len(target)] == [0, *target[:-1]]
         assert example['decoder_input_ids'].shape == (count,)
     else:
-        assert read == [*alone['input_ids'][0], *target[:-1]] and len(example['input_ids']) == width + count - 1
+        assert read == [*alone['input_ids'][0], *target[:-1]]
+        assert len(example['input_ids']) == width + count - 1
         assert 'decoder_input_ids' not in example
         # The prompt ends where generation starts, and every target comes after what it is predicted from.
-        assert example['attention_mask'][width - 1] and example['input_ids'][width - 1] == alone['input_ids'][0, -1]
+        assert example['attention_mask'][width - 1]
+        assert example['input_ids'][width - 1] == alone['input_ids'][0, -1]
         assert example['input_ids'][-count:][1 : len(target)].tolist() == target[:-1]
     # All the rest is pads; where the processor pads the text alone, they come after the image.
     assert set(example['input_ids'][example['attention_mask'] == 0]) == {hf.tokenizer.pad_token_id}
@@ -135,7 +141,8 @@ def test_an_example_is_the_prompt_and_the_answer_but_its_last_token(made, kind, 
     assert ('token_type_ids' in example) == (kind == 'paligemma')
     for name in ('qformer_input_ids', 'qformer_attention_mask') if 'instruct' in kind else ():
         np.testing.assert_array_equal(example[name][: alone[name].shape[1]], alone[name][0])
-        assert example[name].shape == (LAYOUT['prompt_tokens'],) and not example[name][alone[name].shape[1] :].any()
+        assert example[name].shape == (LAYOUT['prompt_tokens'],)
+        assert not example[name][alone[name].shape[1] :].any()
 
 
 def test_an_example_of_paligemma_equals_transformers_with_a_suffix(made):
@@ -204,7 +211,8 @@ def test_texts_that_an_example_refuses_are_known_without_an_image(made, kind):
 def test_a_caption_needs_no_prompt_but_an_example_needs_a_token_before_the_answer(made):
     processor = load_processor(made['blip2-opt'][0])
     ids = processor.prompt(PICTURES[:1], [''])['input_ids'][0].tolist()
-    assert ids[5:] == [processor.hf.tokenizer.bos_token_id] and len(set(ids[:5])) == 1
+    assert ids[5:] == [processor.hf.tokenizer.bos_token_id]
+    assert len(set(ids[:5])) == 1
     assert processor.example(PICTURES[0], '', 'teal', **LAYOUT)['attention_mask'].sum() >= 6
     processor.hf.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single='$A')
     with pytest.raises(DataError, match='the prompt is empty'):

@@ -10,7 +10,7 @@ from sparselora_jax.runtime.errors import DataError
 def test_a_question_goes_into_its_place_and_braces_stay():
     assert TextFormat('a {x} {}?').write('{b} {}') == 'a {x} {b} {}?'
     for prompt in ('no place', '{} and {}'):
-        with pytest.raises(DataError, match='expected {} once'):
+        with pytest.raises(DataError, match=r'expected {} once'):
             TextFormat(prompt)
 
 

@@ -66,7 +66,7 @@ def t5_step():
 
 
 @pytest.mark.parametrize(
-    'config, beams, bound',
+    ('config', 'beams', 'bound'),
     [
         (llama_step, 1, False),
         pytest.param(llama_step, 5, True, marks=pytest.mark.slow),
@@ -99,7 +99,7 @@ def carried(compiled):
 
 
 @pytest.mark.parametrize(
-    'base, rows',
+    ('base', 'rows'),
     [
         pytest.param('packed24', 2, marks=pytest.mark.slow),
         ('packed24', 12),

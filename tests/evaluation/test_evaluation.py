@@ -23,7 +23,7 @@ def answers_with(rate, seed):
     return np.random.default_rng(seed).random(1000) < rate
 
 
-@pytest.mark.parametrize('level, deviations', [(0.95, 1.96), (0.8, 1.2816)])
+@pytest.mark.parametrize(('level', 'deviations'), [(0.95, 1.96), (0.8, 1.2816)])
 def test_an_interval_agrees_with_the_normal_approximation(level, deviations):
     first, second = answers_with(0.9, 1), answers_with(0.7, 2)
     difference = first.astype(float) - second
@@ -61,7 +61,8 @@ def test_the_blind_floor_answers_as_training_mostly_did():
 
 def test_a_sample_is_the_same_for_every_model():
     drawn = vqa.sample(50, 1000, seed=3)
-    assert drawn == sorted(set(drawn)) == vqa.sample(50, 1000, seed=3) and len(drawn) == 50
+    assert drawn == sorted(set(drawn)) == vqa.sample(50, 1000, seed=3)
+    assert len(drawn) == 50
     assert drawn != vqa.sample(50, 1000, seed=4)
     assert vqa.sample(50, 20, seed=3) == list(range(20))
 

@@ -152,7 +152,7 @@ def test_an_image_alone(name, cases):
     np.testing.assert_array_equal(got, case.theirs(batch, num_beams=2, max_new_tokens=4))
 
 
-@pytest.mark.parametrize('first, options', [(0, {}), (9, {'num_beams': 4})])
+@pytest.mark.parametrize(('first', 'options'), [(0, {}), (9, {'num_beams': 4})])
 def test_decoder_input_ids_begin_the_output(first, options, cases):
     """With the start token before them, which is added where all rows lack it."""
     case = cases('instructblip t5')
@@ -181,7 +181,7 @@ def test_bound_weights(cases):
 
 
 @pytest.mark.parametrize(
-    'options, message',
+    ('options', 'message'),
     [
         ({'max_length': WORDS}, 'prompt has 6 tokens and max_length .* leaves room for 0'),
         ({'max_new_tokens': 0}, 'leaves room for 0'),
@@ -197,7 +197,7 @@ def test_refused_arguments(options, message, cases):
 def test_refused_options_and_batches(cases):
     case = cases('llama')
     strange = replace(case.model.generation, options=(('repetition_penalty', 1.5),))
-    with pytest.raises(GenerationError, match='repetition_penalty = 1.5 is not supported'):
+    with pytest.raises(GenerationError, match=r'repetition_penalty = 1.5 is not supported'):
         case._replace(model=replace(case.model, generation=strange)).ours()
     with pytest.raises(GenerationError, match='no input_ids'):
         generate(case.model, case.params, {'attention_mask': case.batch['attention_mask']})

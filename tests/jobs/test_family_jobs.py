@@ -50,7 +50,7 @@ def config_of(kind, folder, data, **fields):
 
 
 @pytest.mark.slow  # in `make test` tests/jobs/test_job.py has the embedded model's
-@pytest.mark.parametrize('kind, method', list(itertools.product(RECIPES, METHODS)))
+@pytest.mark.parametrize(('kind', 'method'), list(itertools.product(RECIPES, METHODS)))
 def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(directory, data, tmp_path, kind, method):
     folder = directory(kind)
     job = Job(config_of(kind, folder, data, **{'prune.method': method}), tmp_path / 'run')

@@ -22,6 +22,7 @@ from sparselora_jax.recipe import ConfigError, prune_methods, prune_rules
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.sparse import masks as sparsity
 from sparselora_jax.sparse import packing, rules
+from sparselora_jax.sparse.dense import dense_kernel
 
 STAGES = ('evaluate_dense', 'prune', 'evaluate_pruned', 'restore', 'evaluate_restored', 'export', 'floor')
 MODELS = ('dense', 'pruned', 'restored')
@@ -185,7 +186,8 @@ def test_the_base_is_untouched_and_restoring_changed_what_it_adapts(wanda, tiny_
 @pytest.mark.slow
 def test_the_control_is_reported_only_if_asked_for(wanda, sparsegpt):
     control, stage = read(sparsegpt, 'report')['baselines']['dense_control'], read(sparsegpt, 'evaluate_control')
-    assert control['overall'] == stage['accuracy']['overall'] and control['perplexity'] == stage['perplexity']
+    assert control['overall'] == stage['accuracy']['overall']
+    assert control['perplexity'] == stage['perplexity']
     assert 'dense_control' not in read(wanda, 'report')['baselines']
     assert not (wanda / 'control.json').exists()
 
@@ -219,7 +221,7 @@ def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(wor
     job = Job(tiny_config(**fields), workdir)
     assert read(workdir, 'teacher')['bytes'] == sum(file.stat().st_size for file in (workdir / 'teacher').iterdir())
     assert len(list((workdir / 'teacher').iterdir())) == 3
-    assert all(0 < record['kl'] for record in map(json.loads, (workdir / 'log.jsonl').open()) if 'kl' in record)
+    assert all(record['kl'] > 0 for record in map(json.loads, (workdir / 'log.jsonl').open()) if 'kl' in record)
     held = rules.flatten(job.base.params)
     rounded = rules.flatten(trees.load_safetensors(workdir / 'rounded.safetensors')[0])
     assert job.__dict__.keys().isdisjoint({'params', 'frozen'})
@@ -227,7 +229,7 @@ def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(wor
         isinstance(held[path], sl.Packed24) and held[path].scale is not None for path in rules.flatten(job.masks)
     )
     for path, kernel in rounded.items():  # what GPTQ has chosen is what is held
-        np.testing.assert_array_equal(packing.dense_kernel(held[path], np.float32), kernel)
+        np.testing.assert_array_equal(dense_kernel(held[path], np.float32), kernel)
     merged = job.merged()
     sl.check_sparse(merged, job.masks)
     _, exported = sl.load_model(workdir / 'exported')
@@ -235,8 +237,10 @@ def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(wor
     assert not (workdir / 'adapter').exists()  # it would be beside weights that it was not trained on
 
     again, beside = stages.export_packed(job, 'packed_int4'), stages.export_packed(job, 'packed_lora')
-    assert 0 < again['largest_relative_error'] < 0.15 and beside['largest_relative_error'] == 0
-    assert again['bytes_of_dense_kernels'] < 0.2 and beside['bytes'] < read(workdir, 'export')['bytes']['exported']
+    assert 0 < again['largest_relative_error'] < 0.15
+    assert beside['largest_relative_error'] == 0
+    assert again['bytes_of_dense_kernels'] < 0.2
+    assert beside['bytes'] < read(workdir, 'export')['bytes']['exported']
     model, bound = sl.load_model(workdir / 'packed_lora')
     batch = job.batches(4, 0)[0]
     got, want = (model.answer_logits(weights, batch) for weights in (bound, merged))
@@ -257,12 +261,12 @@ def test_any_pattern_is_held_in_four_bits_as_it_was_chosen(world, tmp_path, base
     held = rules.flatten(job.base.params)
     assert chosen.keys() == rules.flatten(job.masks).keys()
     for path, kernel in chosen.items():
-        np.testing.assert_array_equal(packing.dense_kernel(held[path], np.float32), kernel)
+        np.testing.assert_array_equal(dense_kernel(held[path], np.float32), kernel)
     sl.check_sparse(packing.unpack(job.base.params), job.masks)
 
 
 @pytest.mark.parametrize(
-    'fields, said',
+    ('fields', 'said'),
     [
         ({'restore.base': 'int3'}, "restore.base 'int3': expected one of dense, packed, packed_int4, int4, nf4"),
         ({'restore.teacher': 'topk'}, "restore.teacher 'topk': expected one of model, top_k"),
@@ -276,12 +280,12 @@ def test_a_base_or_a_teacher_that_cannot_be_is_named(tmp_path, fields, said):
 
 
 def test_more_tokens_than_the_vocabulary_has_are_refused_before_any_work(world, tmp_path):
-    with pytest.raises(ConfigError, match='restore.top_k 49152: expected fewer than the vocabulary, 49152'):
+    with pytest.raises(ConfigError, match=r'restore.top_k 49152: expected fewer than the vocabulary, 49152'):
         Job(tiny_config(**{'restore.teacher': 'top_k', 'restore.top_k': 49152}), tmp_path / 'run').check()
 
 
 def test_factors_are_kept_beside_a_packed_base_alone(wanda):
-    with pytest.raises(ConfigError, match="restore.base is 'dense': expected packed or packed_int4"):
+    with pytest.raises(ConfigError, match=r"restore.base is 'dense': expected packed or packed_int4"):
         stages.export_packed(Job(tiny_config(), wanda), 'packed_lora')
 
 
@@ -308,7 +312,8 @@ def test_allocated_zeros_sum_to_those_of_uniform_pruning(world, tmp_path, tiny_b
     found = stages.allocate(job)
     uniform = pruning.uniform_zeros(tiny_blip2[1], prune_rules(job.config), method=prune_methods(job.config))
     assert sum(int(zeros.sum()) for zeros in found.values()) == sum(int(zeros.sum()) for zeros in uniform.values())
-    assert {path.split('/')[0] for path in found} == {'vision', 'language'} and found.keys() == uniform.keys()
+    assert {path.split('/')[0] for path in found} == {'vision', 'language'}
+    assert found.keys() == uniform.keys()
     assert any(not np.array_equal(found[path], uniform[path]) for path in found)
     assert read(tmp_path, 'zeros')['zeros'] == {path: zeros.tolist() for path, zeros in found.items()}
 
@@ -332,25 +337,27 @@ def test_an_impossible_allocation_is_named_before_any_work(world, tmp_path):
         fields = {name.replace('__', '.'): value for name, value in fields.items()}
         Job(tiny_config(**{'prune.pattern.language': '0.7'} | fields), tmp_path / 'never').check()
 
-    with pytest.raises(ConfigError, match="prune.allocation 'evenly': expected one of uniform, global_magnitude, owl"):
+    with pytest.raises(ConfigError, match=r"prune.allocation 'evenly': expected one of uniform, global_magnitude, owl"):
         check(prune__allocation='evenly')
-    with pytest.raises(sparsity.PatternError, match="prune.pattern.language '2:4' .* N:M leaves nothing to allocate"):
+    with pytest.raises(sparsity.PatternError, match=r"prune.pattern.language '2:4' .* N:M leaves nothing to allocate"):
         check(**{'prune.pattern.language': '2:4'}, prune__allocation='owl')
     with pytest.raises(
-        sparsity.PatternError, match='language/.*: sparsity 0.01 of 16 weights is less than one: ask for'
+        sparsity.PatternError, match=r'language/.*: sparsity 0.01 of 16 weights is less than one: ask for'
     ):
         check(**{'prune.pattern.language': '0.01'})
     with pytest.raises(sparsity.PatternError, match='no zeros to allocate'):
         check(**{'prune.pattern.language': 'dense'}, prune__allocation='owl')
-    with pytest.raises(sparsity.PatternError, match='prune.highest: .* highest sparsity of 0.6 allows'):
+    with pytest.raises(sparsity.PatternError, match=r'prune.highest: .* highest sparsity of 0.6 allows'):
         check(prune__allocation='ecoflap_first', prune__highest=0.6)
     with pytest.raises(
-        sparsity.PatternError, match='language/.*: sparsity 0.* with prune.spread 0.4: .* smaller spread'
+        sparsity.PatternError, match=r'language/.*: sparsity 0.* with prune.spread 0.4: .* smaller spread'
     ):
         check(prune__allocation='owl', prune__spread=0.4)
-    with pytest.raises(ConfigError, match='prune.score_batch 3: does not divide prune.score_samples, 4'):
+    with pytest.raises(ConfigError, match=r'prune.score_batch 3: does not divide prune.score_samples, 4'):
         check(prune__allocation='ecoflap_first', prune__score_batch=3, prune__score_samples=4)
-    with pytest.raises(ConfigError, match="stream with prune.allocation 'ecoflap_zeroth', whose scores need the model"):
+    with pytest.raises(
+        ConfigError, match=r"stream with prune.allocation 'ecoflap_zeroth', whose scores need the model"
+    ):
         check(prune__allocation='ecoflap_zeroth', stream=True)
     assert not list(tmp_path.iterdir())
 
@@ -368,7 +375,8 @@ def test_the_pruned_kernels_themselves_may_be_trained(world, tmp_path, tiny_blip
         assert path not in masks or not leaf[~masks[path]].any(), path
     got = read(workdir, 'report')
     assert not any(tower['violations'] for tower in got['sparsity'].values())
-    assert 'lora_merged_density' not in got['baselines'] and not (workdir / 'adapter').exists()
+    assert 'lora_merged_density' not in got['baselines']
+    assert not (workdir / 'adapter').exists()
 
 
 @pytest.mark.parametrize('field', ['restore.control', 'prune.pattern.language'])
@@ -396,7 +404,7 @@ def test_a_trace_of_each_training_lies_in_the_workdir_which_is_no_other_configs_
 
 def test_a_method_or_a_model_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(
-        ConfigError, match="prune.method 'wandas': expected one of random, magnitude, wanda, sparsegpt, dsnot"
+        ConfigError, match=r"prune.method 'wandas': expected one of random, magnitude, wanda, sparsegpt, dsnot"
     ):
         Job(tiny_config(**{'prune.method': 'wandas'}), tmp_path / 'a')
     with pytest.raises(sl.StorageError, match='no/such/directory: no such directory'):
@@ -435,6 +443,7 @@ def test_the_page_shows_scores_and_examples_and_loads_nothing_from_elsewhere(wan
         assert f'{got["scores"][name]:.1%}' in re.sub(r'<[^>]*>', ' ', page)
     assert len(re.findall(r'class="example"', page)) == 12
     linked = re.findall(r'\b(?:src|href|srcset|action|data)\s*=\s*["\']?([^"\'\s>]*)', page)
-    assert linked and all(target.startswith(('data:', '#')) for target in linked)
+    assert linked
+    assert all(target.startswith(('data:', '#')) for target in linked)
     assert not re.search(r'@import|url\(\s*["\']?(?!#)|<script|<link|<iframe', page)
     assert page.count('<svg') >= 2  # curves and densities

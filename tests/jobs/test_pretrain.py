@@ -70,18 +70,20 @@ def test_the_script_makes_a_bridge_that_loads_and_resumes(
     knobs |= {'qformer.width': 16, 'qformer.heads': 2, 'qformer.pairs': 1, 'qformer.mlp_width': 32, 'eval_questions': 4}
     flags = ['--config=configs/demo_pretrain.py', f'--workdir={tmp_path}']
     flags += [f'--config.{name}={value}' for name, value in knobs.items()]
-    code, out, err = script('pretrain.py', *flags)
-    assert code == 0 and 'facts 2/2' in err, err
+    code, _out, err = script('pretrain.py', *flags)
+    assert code == 0, err
+    assert 'facts 2/2' in err, err
     file = tmp_path / embedded.BRIDGE.name
     model, params = embedded.load(file)
     assert model.cfg == CFG
     changed = rules.flatten(params)['language/blocks/attn/q/kernel'] != language['blocks']['attn']['q']['kernel']
     assert bool(jnp.any(changed))  # the shipped factors are merged
     written, _ = sl.load_safetensors(file)
-    code, out, err = script('pretrain.py', *flags)
+    code, _out, err = script('pretrain.py', *flags)
     assert code == 0, err
     assert 'facts 2/2' not in err  # every stage is taken from its checkpoint
-    code, out, err = script('pretrain.py', *flags, '--config.seed=1')
-    assert code == 1 and 'seed is 1 here and 42 there' in err
+    code, _out, err = script('pretrain.py', *flags, '--config.seed=1')
+    assert code == 1
+    assert 'seed is 1 here and 42 there' in err
     again, _ = sl.load_safetensors(file)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, written, again))

@@ -133,10 +133,7 @@ def test_killed_at_random_moments_it_ends_bit_identical(start, tmp_path):
         runs += 1
         while code != 0:
             number, (process, output) = rng.choice((signal.SIGTERM, signal.SIGKILL)), start(workdir)
-            if sum(struck.values()) < KILLS:
-                code = strike(process, output, number, rng, work)
-            else:
-                code = end(process, output)
+            code = strike(process, output, number, rng, work) if sum(struck.values()) < KILLS else end(process, output)
             assert code in (0, -number, 130), output.read_text()
             if code:
                 struck[number.name, (stages(output) or ['start'])[-1]] += 1

@@ -106,25 +106,31 @@ def test_a_real_sweep_shares_pruning_and_leaves_results_but_no_weights(
     assert ran == ['dense-seed42', 'exact-seed42', 'none-seed42']
     pruned = [(tmp_path / name / 'prune.json').read_bytes() for name in ran[1:]]
     assert pruned[0] == pruned[1]  # its seconds too: it was done once
-    assert not list(tmp_path.rglob('*.safetensors')) and not list((tmp_path / 'shared').iterdir())
+    assert not list(tmp_path.rglob('*.safetensors'))
+    assert not list((tmp_path / 'shared').iterdir())
     sweep.run(config, tmp_path, never)
 
     rows = {(row.labels.get('way'), row.model): row for row in table.write(config, tmp_path)}
     assert len(rows) == 4  # dense, floor, restored, pruned
     for row in rows.values():
         accuracy = row.values['accuracy']
-        assert len(accuracy) == 1 and 0 <= accuracy[0] <= 1 and not row.failed
+        assert len(accuracy) == 1
+        assert 0 <= accuracy[0] <= 1
+        assert not row.failed
     restored, dense = rows['SparseLoRA', 'restored'].values, rows[None, 'dense'].values
-    assert restored['density language'] == [0.5] and restored['density vision'] == [1.0]
+    assert restored['density language'] == [0.5]
+    assert restored['density vision'] == [1.0]
     assert restored['GFLOP an answer'] < dense['GFLOP an answer']
     exact = json.loads((tmp_path / 'exact-seed42' / 'measured.json').read_text())
     layers = {tower: sum(map(len, found.values())) for tower, found in exact['layer_density'].items()}
     assert layers['language'] == 14  # 7 kernels of 2 layers
-    assert exact['lora_merged_density'] > 0.9 and exact['step_flops'] > 0
+    assert exact['lora_merged_density'] > 0.9
+    assert exact['step_flops'] > 0
     language = 8 * 2 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32))
     assert language < exact['trained_parameters'] < 2 * language
     none = json.loads((tmp_path / 'none-seed42' / 'measured.json').read_text())
-    assert none['layer_density'] == exact['layer_density'] and 'lora_merged_density' not in none
+    assert none['layer_density'] == exact['layer_density']
+    assert 'lora_merged_density' not in none
 
 
 # Its order of things, on runs that only pretend.
@@ -206,7 +212,7 @@ def test_the_workdir_of_another_sweep_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'wrong, error, said',
+    ('wrong', 'error', 'said'),
     [
         (
             point('x', restore__stepz=3),
@@ -255,9 +261,9 @@ def test_a_run_apart_ends_as_its_process_does(tmp_path):
         return (folder / 'output.txt').read_text()
 
     assert apart("import os; print(os.environ['JAX_COMPILATION_CACHE_DIR'])") == f'{tmp_path}/runs/compiled\n'
-    with pytest.raises(sweep_runs.PointError, match='^no such thing$'):
+    with pytest.raises(sweep_runs.PointError, match=r'^no such thing$'):
         apart("import sys; print('error: no such thing', file=sys.stderr); sys.exit(1)")
-    with pytest.raises(sweep_runs.PointError, match='^ZeroDivisionError: division by zero$'):
+    with pytest.raises(sweep_runs.PointError, match=r'^ZeroDivisionError: division by zero$'):
         apart('1 / 0')
     with pytest.raises(sweep_runs.PointError, match='killed by signal 9'):
         apart('import os; os.kill(os.getpid(), 9)')
@@ -295,15 +301,19 @@ def test_the_table_holds_means_and_intervals_of_the_seeds(done):
     seeds = [score(run, 'restored') for run in sweep.runs(config) if run.point.name == 'b']
     mean, half = np.mean(seeds), 4.302653 * np.std(seeds, ddof=1) / np.sqrt(3)
     row = rows[5]
-    assert float(row['accuracy']) == pytest.approx(mean) and float(row['accuracy ±']) == pytest.approx(half, rel=1e-4)
+    assert float(row['accuracy']) == pytest.approx(mean)
+    assert float(row['accuracy ±']) == pytest.approx(half, rel=1e-4)
     assert float(row['shape']) == pytest.approx(mean + 0.1)
     assert float(row['perplexity']) == pytest.approx(1000 * mean)
     want = {'seeds': '3', 'steps': '4', 'density language': '0.5', 'density if LoRA is merged': '0.99'}
     want |= {'prune s': '3', 'restore s': '8', 'step s': '2', 'prune GiB': '1', 'trained parameters': '12345678'}
     want |= {'GFLOP a step': '2', 'GFLOP an answer': '3', 'failed': ''}
     assert {name: row[name] for name in want} == want
-    assert rows[0]['GFLOP an answer'] == '4' and rows[0]['density language'] == '' and rows[2]['restore s'] == ''
-    assert rows[1]['accuracy'] == '0.25' and rows[1]['perplexity'] == ''
+    assert rows[0]['GFLOP an answer'] == '4'
+    assert rows[0]['density language'] == ''
+    assert rows[2]['restore s'] == ''
+    assert rows[1]['accuracy'] == '0.25'
+    assert rows[1]['perplexity'] == ''
 
 
 def test_pruning_costs_what_its_allocation_costs_too(done):
@@ -311,17 +321,21 @@ def test_pruning_costs_what_its_allocation_costs_too(done):
     for run in sweep.runs(config):
         write(workdir / run.name, 'zeros', {'seconds': 5.0, 'peak_memory_bytes': 2**31})
     row = next(row for row in table.rows(config, workdir) if row.model == 'pruned')
-    assert row.values['prune s'] == [8.0] * 3 and row.values['prune GiB'] == [2.0] * 3
+    assert row.values['prune s'] == [8.0] * 3
+    assert row.values['prune GiB'] == [2.0] * 3
 
 
 def test_the_markdown_table_is_one_and_says_what_made_it(done):
     config, workdir = done
     table.write(config, workdir)
     lines = (workdir / 'sweep.md').read_text().splitlines()
-    assert lines[0] == '# A sweep' and 'budget `tiny`' in lines[2] and 'means of 3 seeds' in lines[2]
+    assert lines[0] == '# A sweep'
+    assert 'budget `tiny`' in lines[2]
+    assert 'means of 3 seeds' in lines[2]
     assert re.search(r'\d+ CPU cores, \d+ GiB; jax ', lines[2])
     cells = [line.split('|') for line in lines[4:]]
-    assert len({len(row) for row in cells}) == 1 and len(cells) == 2 + 9
+    assert len({len(row) for row in cells}) == 1
+    assert len(cells) == 2 + 9
     assert '| 56.0% ± 2.5 |' in lines[4 + 2 + 5]
 
 
@@ -374,7 +388,8 @@ SWEEPS = {'modality': 15, 'split': 16, 'restore': 15, 'methods': 23, 'rank': 12,
 @pytest.mark.parametrize('recipe', ['blip2_lang_only', 'llava_both'])
 def test_the_sweeps_fit_their_recipes(name, recipe):
     config = importlib.import_module(f'configs.sweeps.{name}').get_config(f'recipe={recipe}')
-    assert len(config.points) == SWEEPS[name] and config.name == name
+    assert len(config.points) == SWEEPS[name]
+    assert config.name == name
     towers = set(config.base.prune.pattern)
     for point in config.points:
         pruned = {field for field in point.fields if field.startswith('prune.pattern.')}
@@ -404,24 +419,27 @@ def test_a_recipe_that_does_not_exist_is_named():
 
 def test_the_script_names_a_sweep_that_does_not_exist_and_a_recipe_that_is_none(script, tmp_path):
     code, _, err = script('sweep.py', '--config=configs/sweeps/modalities.py', f'--workdir={tmp_path / "run"}')
-    assert code == 1 and err == (
-        'error: configs/sweeps/modalities.py: no such config; did you mean configs/sweeps/modality.py?\n'
-    )
+    assert code == 1
+    assert err == ('error: configs/sweeps/modalities.py: no such config; did you mean configs/sweeps/modality.py?\n')
     code, _, err = script('sweep.py', '--config=configs/blip2_both.py', f'--workdir={tmp_path / "run"}')
-    assert code == 1 and 'the config is a recipe, not a sweep' in err
+    assert code == 1
+    assert 'the config is a recipe, not a sweep' in err
     code, _, err = script(
         'sweep.py', '--config=configs/sweeps/modality.py', '--config.budget=day', f'--workdir={tmp_path / "run"}'
     )
-    assert code == 1 and "budget 'day': expected one of full, hour, tiny" in err
+    assert code == 1
+    assert "budget 'day': expected one of full, hour, tiny" in err
     code, _, err = script(
         'sweep.py',
         '--config=configs/sweeps/modality.py',
         '--config.base.restore.stepz=3',
         f'--workdir={tmp_path / "r"}',
     )
-    assert code == 1 and "no field 'base.restore.stepz'; did you mean 'base.restore.steps'?" in err
+    assert code == 1
+    assert "no field 'base.restore.stepz'; did you mean 'base.restore.steps'?" in err
     assert not (tmp_path / 'run').exists()
     write(tmp_path / 'run', 'config', {'name': 'split'})
     code, _, err = script('sweep.py', '--config=configs/sweeps/modality.py', f'--workdir={tmp_path / "run"}')
-    assert code == 1 and "holds another run ('split', not 'modality')" in err
+    assert code == 1
+    assert "holds another run ('split', not 'modality')" in err
     assert [file.name for file in (tmp_path / 'run').iterdir()] == ['config.json']

@@ -28,7 +28,8 @@ def refused(script, tmp_path):
         workdir = [] if name in ('generate.py', 'evaluate.py') else [f'--workdir={tmp_path / "run"}']
         code, out, err = script(name, *arguments, *workdir)
         assert code == 1
-        assert err.startswith('error: ') and err.count('\n') == 1, err
+        assert err.startswith('error: '), err
+        assert err.count('\n') == 1, err
         assert 'Traceback' not in out + err
         return err
 
@@ -151,7 +152,9 @@ def no_data(monkeypatch, tiny_model):
 
 def test_a_workdir_that_cannot_be_one_is_named(script, no_data):
     code, _, err = script('prune.py', '--workdir=README.md')
-    assert code == 1 and err.count('\n') == 1 and 'README.md' in err
+    assert code == 1
+    assert err.count('\n') == 1
+    assert 'README.md' in err
 
 
 def test_a_config_that_is_not_python_is_named(refused):
@@ -181,7 +184,9 @@ def test_batches_that_the_mesh_cannot_split_are_named_before_any_work(refused, t
 @pytest.mark.parametrize('flag', ['--batch=0', '--questions=0', '--dtype=floaty'])
 def test_a_flag_of_evaluate_that_cannot_work_is_named(script, flag):
     code, out, err = script('evaluate.py', flag)
-    assert code != 0 and flag.strip('-').partition('=')[0] in err and 'Traceback' not in out + err
+    assert code != 0
+    assert flag.strip('-').partition('=')[0] in err
+    assert 'Traceback' not in out + err
 
 
 def test_generate_names_an_image_that_it_cannot_read(refused, tmp_path):
@@ -202,7 +207,7 @@ def damaged(path):
     return path
 
 
-@pytest.mark.parametrize('name, arguments', [('generate.py', ('image.png', QUESTION)), ('evaluate.py', ())])
+@pytest.mark.parametrize(('name', 'arguments'), [('generate.py', ('image.png', QUESTION)), ('evaluate.py', ())])
 def test_a_missing_or_damaged_export_is_named(refused, image, tmp_path, name, arguments):
     arguments = [image if argument == 'image.png' else argument for argument in arguments]
     path = tmp_path / 'export' / 'model.safetensors'

@@ -19,7 +19,7 @@ from transformers import (
 
 from sparselora_jax.models import blip2
 from sparselora_jax.models.model import Generation, Model, from_hf
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
 QUERIES, IMAGE = 5, 38
 LOGITS = jax.jit(Model.logits, static_argnums=0)
@@ -144,7 +144,7 @@ def test_a_row_of_pads_is_finite(oracle):
     assert bool(jnp.isfinite(LOGITS(model, params, given)).all())
 
 
-@pytest.mark.parametrize('name, vocab', [('input_ids', 40), ('qformer_input_ids', 20), ('decoder_input_ids', 40)])
+@pytest.mark.parametrize(('name', 'vocab'), [('input_ids', 40), ('qformer_input_ids', 20), ('decoder_input_ids', 40)])
 def test_an_id_outside_its_vocabulary_is_named(name, vocab, oracle):
     _, model, params = oracle
     given = batch(model)
@@ -161,5 +161,5 @@ def test_every_parameter_is_accounted_for(oracle):
 
 
 def test_a_config_without_an_image_token_is_refused():
-    with pytest.raises(UnsupportedModel, match='blip-2 without image_token_index'):
+    with pytest.raises(UnsupportedModelError, match='blip-2 without image_token_index'):
         from_hf(config('blip-2', 'llama', image_token_index=None))

@@ -20,7 +20,7 @@ from transformers import (
 from sparselora_jax.evaluation.generate import generate
 from sparselora_jax.models import causal
 from sparselora_jax.models.model import Generation, Model, from_hf
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
 SIZES = {
     'vocab_size': 40,
@@ -55,7 +55,7 @@ def test_logits_equal_torch(name, perturbed, from_torch):
     np.testing.assert_allclose(got[mask == 1], want[mask == 1], atol=1e-4)
 
 
-@pytest.mark.parametrize('name, base', [('llama', LlamaModel), ('opt', OPTModel)])
+@pytest.mark.parametrize(('name', 'base'), [('llama', LlamaModel), ('opt', OPTModel)])
 def test_files_without_the_head_are_renamed(name, base):
     ((pattern, replacement),) = causal.RENAMES
     whole = set(AutoModelForCausalLM.from_config(CONFIGS[name]).state_dict()) - {'lm_head.weight'}
@@ -81,5 +81,5 @@ def test_an_id_outside_the_vocabulary_is_named(wrong, random_params):
 
 
 def test_attention_both_ways_is_refused():
-    with pytest.raises(UnsupportedModel, match='use_bidirectional_attention of gemma'):
+    with pytest.raises(UnsupportedModelError, match='use_bidirectional_attention of gemma'):
         from_hf(GemmaConfig(**SIZES, head_dim=16, use_bidirectional_attention=True))

@@ -18,7 +18,7 @@ from transformers import (
 
 from sparselora_jax.models import layers, llama
 from sparselora_jax.models.runners import unrolled_blocks, unstack
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 from sparselora_jax.sparse import rules
 
 SIZES = {
@@ -95,7 +95,7 @@ def test_logits_equal_torch(model):
 
 
 def test_every_parameter_is_known(model):
-    cfg, w, module = model
+    cfg, _w, module = model
     sizes = [np.prod(shape) for shape in rules.flatten(llama.shapes(cfg)).values()]
     assert sum(sizes) == sum(parameter.numel() for parameter in module.parameters())
 
@@ -133,7 +133,7 @@ def test_a_text_longer_than_the_window_is_refused(from_torch, perturbed):
     cfg, valid = llama.from_hf(module.config), np.ones_like(VALID)
     names = {path: f'model.{name}' for path, name in llama.keys(cfg).items()} | {'head/kernel': 'lm_head.weight'}
     w = from_torch(module.state_dict(), names, llama.shapes(cfg))
-    with pytest.raises(BatchError, match='12 tokens: .* at most 11'):
+    with pytest.raises(BatchError, match=r'12 tokens: .* at most 11'):
         logits(w, cfg, TOKENS, valid)
     with torch.no_grad():
         want = module(torch.asarray(TOKENS)).logits.numpy()
@@ -148,7 +148,7 @@ def test_the_old_name_of_gemmas_activation_means_its_tanh_form():
 
 def test_what_is_not_known_is_named():
     yarn = {'rope_type': 'yarn', 'rope_theta': 500.0, 'factor': 2.0, 'original_max_position_embeddings': 32}
-    with pytest.raises(UnsupportedModel, match="rope_type 'yarn' of llama"):
+    with pytest.raises(UnsupportedModelError, match="rope_type 'yarn' of llama"):
         llama.from_hf(LlamaConfig(**SIZES, rope_parameters=yarn))
-    with pytest.raises(UnsupportedModel, match="hidden_act 'mish' of llama"):
+    with pytest.raises(UnsupportedModelError, match="hidden_act 'mish' of llama"):
         llama.from_hf(LlamaConfig(**SIZES, hidden_act='mish'))

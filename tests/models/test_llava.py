@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, GPT2Config, LlamaConfig, LlavaConfig,
 
 from sparselora_jax.models import llava
 from sparselora_jax.models.model import Generation, Model, from_hf
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
 IMAGE, PATCHES = 38, 16
 LOGITS = jax.jit(Model.logits, static_argnums=0)
@@ -80,7 +80,7 @@ def left_padded(given, *pads):
 
 
 @pytest.mark.parametrize(
-    'changes, tokens',
+    ('changes', 'tokens'),
     [
         ({}, PATCHES),
         ({'vision_feature_select_strategy': 'full', 'multimodal_projector_bias': False}, PATCHES + 1),
@@ -111,7 +111,7 @@ def test_every_parameter_is_accounted_for(oracle):
 
 
 @pytest.mark.parametrize(
-    'name, module_name',
+    ('name', 'module_name'),
     [
         ('language_model.model.layers.0.mlp.up_proj.weight', 'model.language_model.layers.0.mlp.up_proj.weight'),
         ('language_model.lm_head.weight', 'lm_head.weight'),
@@ -150,19 +150,19 @@ def test_images_and_their_tokens_must_fit(oracle):
 
 
 @pytest.mark.parametrize(
-    'changes, message',
+    ('changes', 'message'),
     [
         ({'vision_feature_layer': [-2, -1]}, 'vision_feature_layer'),
         ({'projector_hidden_act': 'mish'}, "activation 'mish' of the projector"),
     ],
 )
 def test_what_is_not_known_is_refused(changes, message):
-    with pytest.raises(UnsupportedModel, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         from_hf(config(**changes))
 
 
 def test_unknown_families_and_language_models_are_refused():
-    with pytest.raises(UnsupportedModel, match="model_type 'clip_vision_model': expected one of blip-2"):
+    with pytest.raises(UnsupportedModelError, match="model_type 'clip_vision_model': expected one of blip-2"):
         from_hf(CLIPVisionConfig())
-    with pytest.raises(UnsupportedModel, match="language model 'gpt2': expected one of llama"):
+    with pytest.raises(UnsupportedModelError, match="language model 'gpt2': expected one of llama"):
         from_hf(config(text_config=GPT2Config(n_embd=32)))

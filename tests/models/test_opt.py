@@ -9,7 +9,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from sparselora_jax.models import layers, opt, towers
 from sparselora_jax.models.runners import scan_blocks, unrolled_blocks, unstack
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 from sparselora_jax.sparse import rules
 
 SIZES = {
@@ -125,7 +125,7 @@ def test_a_fully_padded_row_is_finite(model):
 def test_a_text_longer_than_the_table_is_refused(model):
     cfg, w, _ = model
     tokens = np.zeros((1, 17), int)
-    with pytest.raises(BatchError, match='17 tokens: .* at most 16'):
+    with pytest.raises(BatchError, match=r'17 tokens: .* at most 16'):
         logits(w, cfg, tokens, np.ones_like(tokens, bool))
 
 
@@ -134,5 +134,5 @@ def test_what_is_not_known_is_named():
         {'layer_norm_elementwise_affine': False},
         {'activation_function': 'mish'},
     ):
-        with pytest.raises(UnsupportedModel, match=f'{next(iter(options))} .*of opt'):
+        with pytest.raises(UnsupportedModelError, match=f'{next(iter(options))} .*of opt'):
             opt.from_hf(OPTConfig(**SIZES, **options))

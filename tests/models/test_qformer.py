@@ -8,7 +8,7 @@ import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, InstructBlipQFormerConfig, InstructBlipQFormerModel
 
 from sparselora_jax.models import qformer
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
 SIZES = {
     'vocab_size': 20,
@@ -89,7 +89,8 @@ def test_context_says_which_rows_are_pads(instruct):
     assert x.shape == (3, QUERIES + 2, 16)
     np.testing.assert_array_equal(ctx['valid'], np.pad(mask == 1, ((0, 0), (QUERIES, 0)), constant_values=True))
     np.testing.assert_array_equal(ctx['text_valid'], mask == 1)
-    assert ctx['query_valid'].shape == (3, QUERIES) and bool(ctx['query_valid'].all())
+    assert ctx['query_valid'].shape == (3, QUERIES)
+    assert bool(ctx['query_valid'].all())
     assert 'cross_valid' not in ctx  # images have no pads
 
 
@@ -102,7 +103,7 @@ def test_an_instruction_that_does_not_fit_is_named(instruct):
 
 
 @pytest.mark.parametrize(
-    'changes, message',
+    ('changes', 'message'),
     [
         ({'cross_attention_frequency': 3}, 'cross_attention_frequency 3'),
         ({'num_hidden_layers': 3}, 'num_hidden_layers 3'),
@@ -112,5 +113,5 @@ def test_an_instruction_that_does_not_fit_is_named(instruct):
     ],
 )
 def test_what_is_not_known_is_refused(changes, message):
-    with pytest.raises(UnsupportedModel, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         qformer.from_hf(Blip2QFormerConfig(**SIZES | changes), QUERIES)

@@ -12,7 +12,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from sparselora_jax.models import layers, relative, t5, towers
 from sparselora_jax.models.runners import scan_blocks, unrolled_blocks, unstack
-from sparselora_jax.runtime.errors import UnsupportedModel
+from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.sparse import rules
 
 SIZES = {
@@ -153,5 +153,5 @@ def test_buckets_equal_torchs_at_every_distance(buckets, distance):
 
 
 def test_what_is_not_known_is_named():
-    with pytest.raises(UnsupportedModel, match="feed_forward_proj 'gated-mish' of t5"):
+    with pytest.raises(UnsupportedModelError, match="feed_forward_proj 'gated-mish' of t5"):
         t5.from_hf(T5Config(**SIZES, feed_forward_proj='gated-mish'))

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from sparselora_jax.models import vit
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModel
+from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 from sparselora_jax.sparse import rules
 
 SIZES = {
@@ -46,7 +46,7 @@ def read(state, cfg):
 
 
 @pytest.mark.parametrize(
-    'config, model, changes',
+    ('config', 'model', 'changes'),
     [
         (Blip2VisionConfig, Blip2VisionModel, {}),
         (Blip2VisionConfig, Blip2VisionModel, {'qkv_bias': False, 'layer_norm_eps': 1e-3}),
@@ -71,7 +71,7 @@ def test_outputs_equal_torch(config, model, changes, from_torch, perturbed):
 
 @pytest.mark.parametrize('layer', [-1, -2, -3, 1, 3])
 @pytest.mark.parametrize(
-    'config, model', [(CLIPVisionConfig, CLIPVisionModel), (SiglipVisionConfig, SiglipVisionModel)]
+    ('config', 'model'), [(CLIPVisionConfig, CLIPVisionModel), (SiglipVisionConfig, SiglipVisionModel)]
 )
 def test_a_chosen_hidden_state_equals_torch(layer, config, model, from_torch, perturbed):
     hf = config(**SIZES)
@@ -109,7 +109,7 @@ def test_images_of_another_size_are_named():
 
 
 @pytest.mark.parametrize(
-    'hf, layer, message',
+    ('hf', 'layer', 'message'),
     [
         (ViTConfig(**SIZES), None, "vision model 'vit'"),
         (CLIPVisionConfig(**SIZES | {'image_size': [16, 20]}), None, 'image_size'),
@@ -121,5 +121,5 @@ def test_images_of_another_size_are_named():
     ],
 )
 def test_what_is_not_known_is_refused(hf, layer, message):
-    with pytest.raises(UnsupportedModel, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         vit.from_hf(hf, layer=layer)

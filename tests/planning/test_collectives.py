@@ -55,7 +55,7 @@ def test_a_loop_of_unknown_length_is_named():
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: jax.lax.psum(x, 'data') / 8, x)
 
     text = compiled(halve, (8, 16), in_specs=P(), out_specs=P(), data=4)
-    with pytest.raises(ValueError, match='all-reduce in a loop .* whose number of rounds is not known'):
+    with pytest.raises(ValueError, match=r'all-reduce in a loop .* whose number of rounds is not known'):
         collectives(text, 4)
 
 

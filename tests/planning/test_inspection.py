@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from sparselora_jax import pruning, recipe
+from sparselora_jax.models.model import abstract_params
 from sparselora_jax.planning import inspection, memory, published
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.weights import init_lora
@@ -54,7 +55,7 @@ def torch_count(hf, kind):
 
 
 def ours(hf, cfg):
-    return inspection.count(inspection.structs(cfg)) + sum(inspection.unread(hf, cfg).values())
+    return inspection.count(abstract_params(cfg)) + sum(inspection.unread(hf, cfg).values())
 
 
 @functools.cache
@@ -86,7 +87,7 @@ def test_parts_have_the_published_parameters():
     sizes = {}
     for name in ('Salesforce/blip2-opt-2.7b', 'Salesforce/instructblip-vicuna-7b'):
         _, cfg = loaded(name)
-        rows = {row.name: row for row in inspection.towers(cfg, inspection.structs(cfg))}
+        rows = {row.name: row for row in inspection.towers(cfg, abstract_params(cfg))}
         queries = cfg.qformer.queries * cfg.qformer.width
         sizes[inspection.family_name(cfg)] = (rows['vision'].parameters, rows['qformer'].parameters - queries)
         assert sum(row.share for row in rows.values()) == pytest.approx(1)
@@ -104,7 +105,7 @@ def test_what_a_checkpoint_holds_and_nothing_reads_is_counted():
 
 def test_an_encoder_decoder_has_a_row_for_each_stack():
     _, cfg = loaded('Salesforce/blip2-flan-t5-xl')
-    rows = {row.name: row for row in inspection.towers(cfg, inspection.structs(cfg))}
+    rows = {row.name: row for row in inspection.towers(cfg, abstract_params(cfg))}
     assert [rows[name].blocks for name in ('language/encoder', 'language/decoder', 'language')] == [24, 24, 0]
     assert rows['language'].parameters == 2 * 32128 * 2048  # words and head
 
@@ -120,7 +121,7 @@ def sparsegpt_fits(inputs, pattern, method):
 @pytest.mark.parametrize('name', MULTIMODAL)
 def test_every_recipe_fits_the_real_shapes_of_its_family(name, pruned):
     _, cfg = loaded(name)
-    params = inspection.structs(cfg)
+    params = abstract_params(cfg)
     kernels = rules.kernels(params)
     towers = {'lang_only': ['language'], 'vision_only': ['vision'], 'both': ['language', 'vision']}[pruned]
     config = importlib.import_module(f'configs.{inspection.family_name(cfg)}_{pruned}')
@@ -147,7 +148,7 @@ def test_every_recipe_fits_the_real_shapes_of_its_family(name, pruned):
 def test_rules_say_what_they_match_and_what_stays_dense():
     _, cfg = loaded('llava-hf/llava-1.5-7b-hf')
     config = importlib.import_module('configs.llava_lang_only').get_config()
-    params = inspection.structs(cfg)
+    params = abstract_params(cfg)
     found = {match.regex.split('/')[0]: match for match in inspection.matches(params, recipe.prune_rules(config))}
     assert (len(found['language'].paths), found['language'].matrices) == (7, 7 * 32)
     assert found['language'].parameters == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -169,16 +170,19 @@ def test_the_script_prints_towers_rules_and_memory(script):
 def test_the_script_takes_a_config_with_its_own_model(script, name):
     code, out, err = script('inspect.py', name)
     assert code == 0, err
-    assert out.startswith('embedded: blip2\n') and '139,955,136' in out
+    assert out.startswith('embedded: blip2\n')
+    assert '139,955,136' in out
 
 
 def test_the_script_takes_a_directory(script, tmp_path):
     published.config_of('HuggingFaceTB/SmolLM2-135M').save_pretrained(tmp_path)
     code, out, err = script('inspect.py', tmp_path)
     assert code == 0, err
-    assert '134,515,008' in out and 'no recipe for a language model alone' in out
+    assert '134,515,008' in out
+    assert 'no recipe for a language model alone' in out
     code, _, err = script('inspect.py', tmp_path.parent)
-    assert code == 1 and 'holds no config.json' in err
+    assert code == 1
+    assert 'holds no config.json' in err
 
 
 def test_a_directorys_own_files_say_whether_the_head_is_tied(script, tmp_path):
@@ -213,20 +217,24 @@ def test_a_directorys_own_files_say_whether_the_head_is_tied(script, tmp_path):
 )
 def test_wrong_names_give_one_line(script, monkeypatch, arguments, message):
     monkeypatch.setattr(published, '_from_hub', lambda name: None)
-    code, out, err = script('inspect.py', *arguments)
+    code, _out, err = script('inspect.py', *arguments)
     assert code == 1
-    assert err.startswith('error: ') and err.count('\n') == 1 and message in err, err
+    assert err.startswith('error: '), err
+    assert err.count('\n') == 1, err
+    assert message in err, err
 
 
 def test_scripts_beside_it_get_pythons_own_inspect():
     command = [sys.executable, 'launch/inspect.py', 'no/such/model/at/all']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.startswith('error: no/such/model/at/all: no such directory') and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('error: no/such/model/at/all: no such directory')
+    assert done.stderr.count('\n') == 1
 
 
 def test_a_13b_model_takes_seconds_at_most():
     _, cfg = loaded('llava-hf/llava-1.5-13b-hf')
     made = memory.recipe(cfg, importlib.import_module('configs.llava_both').get_config('hardware=8gpu'))
     totals = {name: stage(made).total for name, stage in memory.STAGES.items()}
-    assert totals['load'] < totals['merge and export'] and totals['load'] < totals['restore']
+    assert totals['load'] < totals['merge and export']
+    assert totals['load'] < totals['restore']

@@ -61,7 +61,8 @@ def test_a_calibration_pass_runs_each_block_on_each_chunk(config):
     assert {tower: one.runs for tower, one in passes.items()} == {tower: 2 * depth for tower, depth in depths.items()}
     sums, *_ = passes['language'].arguments
     lm, (batch, tokens, width) = CFG.language, passes['language'].arguments[3].shape
-    assert batch == 4 and not passes['vision'].arguments[0]
+    assert batch == 4
+    assert not passes['vision'].arguments[0]
     assert sorted(total.shape[-1] for total, _ in sums.values()) == [
         width,
         width,

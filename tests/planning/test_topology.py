@@ -19,11 +19,13 @@ def test_gpus_are_described_to_their_compiler(monkeypatch):
 
     monkeypatch.setattr(topologies, 'get_topology_desc', describe)
     chip, devices = topology.find('h200:4')
-    assert chip == chips.GPUS['h200'].chip and len(devices) == 4
+    assert chip == chips.GPUS['h200'].chip
+    assert len(devices) == 4
     (what,) = asked
     assert (what['platform'], what['topology']) == ('cuda', '1x1x4')
     said = dict(re.findall(r'(\w+): (\d+)$', what['target_config'], re.M))
-    assert said['device_memory_size'] == str(chip.memory) and said['core_count'] == '132'
+    assert said['device_memory_size'] == str(chip.memory)
+    assert said['core_count'] == '132'
 
 
 @pytest.mark.parametrize(

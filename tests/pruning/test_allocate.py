@@ -62,7 +62,8 @@ def test_the_sum_is_exact_and_the_bounds_hold(granularity):
         got = pruning.allocate(draw(rng), SIZES, budget, highest=highest, granularity=granularity)
         assert total(got) == budget
         for path, zeros in got.items():
-            assert zeros.shape == (LAYERS[path],) and zeros.min() >= 0
+            assert zeros.shape == (LAYERS[path],)
+            assert zeros.min() >= 0
             assert zeros.max() <= highest * SIZES[path] + 1e-6
         if granularity == 'block':  # kernels of a block share a ratio, but for rounding
             a, b = (got[path] / SIZES[path] for path in list(SIZES)[:2])
@@ -115,7 +116,8 @@ def test_the_budget_is_what_uniform_pruning_makes(group):
     _, masks = pruning.prune_tree(params, None, rules, method=method)
     made = {'a/blocks/q/kernel': masks['a']['blocks']['q']['kernel'], 'b/kernel': masks['b']['kernel']}
     assert {path: int((~mask).sum()) for path, mask in made.items()} == {p: int(z.sum()) for p, z in uniform.items()}
-    assert uniform['a/blocks/q/kernel'].shape == (2,) and uniform['b/kernel'].shape == ()
+    assert uniform['a/blocks/q/kernel'].shape == (2,)
+    assert uniform['b/kernel'].shape == ()
     assert pruning.kernel_sizes(params, uniform) == {'a/blocks/q/kernel': 35, 'b/kernel': 16}
 
 
@@ -150,11 +152,11 @@ def test_what_cannot_be_allocated_is_named():
         with pytest.raises(PatternError, match=r'expected a share in \(0, 1\]'):
             of([1.0, 2.0], highest=highest)
     for odd in (np.nan, np.inf, -1.0):
-        with pytest.raises(PatternError, match='fc/kernel, layer 1: importance .*: expected a finite number'):
+        with pytest.raises(PatternError, match=r'fc/kernel, layer 1: importance .*: expected a finite number'):
             of([1.0, odd])
     with pytest.raises(PatternError, match='2 of 2 groups of kernels have importance 0'):
         of([0.0, 0.0])
-    with pytest.raises(PatternError, match='1 of 2 groups .* cannot hold the 150 weights'):
+    with pytest.raises(PatternError, match=r'1 of 2 groups .* cannot hold the 150 weights'):
         of([0.0, 1.0], budget=50)
     with pytest.raises(PatternError, match='fc/kernel, layer 0: all 100 weights would be pruned'):
         of([0.0, 1.0], highest=1.0)

@@ -41,7 +41,7 @@ def test_global_magnitude_equals_numpy(kind, dtype, pattern):
         uniform = pruning.uniform_zeros(params, of_all, method=METHOD)
         zeros = pruning.global_magnitude_zeros(params, uniform)
         assert total(zeros) == total(uniform)
-        pruned, masks = pruning.prune_tree(params, None, of_all, method=METHOD, zeros=zeros)
+        _pruned, masks = pruning.prune_tree(params, None, of_all, method=METHOD, zeros=zeros)
         for path, want in numpy_masks(flat, total(uniform)).items():
             np.testing.assert_array_equal(rules.flatten(masks)[path], want, err_msg=path)
         check_masks(masks, of_all, group='matrix', zeros=zeros)
@@ -105,5 +105,5 @@ def test_no_layer_exceeds_the_bound_and_the_rest_is_one_threshold(kind, highest)
 def test_a_budget_that_does_not_fit_under_the_bound_is_named():
     params = rules.unflatten(draw('distinct', 'float32'))
     uniform = pruning.uniform_zeros(params, [('.*', 0.7)], method=METHOD)
-    with pytest.raises(PatternError, match='a highest sparsity of 0.6 allows'):
+    with pytest.raises(PatternError, match=r'a highest sparsity of 0.6 allows'):
         pruning.global_magnitude_zeros(params, uniform, highest=0.6)

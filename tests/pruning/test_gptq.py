@@ -52,7 +52,7 @@ def numpy_gptq(kernel, hessian, kind, size, damp=0.01):
 
 
 @pytest.mark.parametrize(
-    'held, kind, inputs, size',
+    ('held', 'kind', 'inputs', 'size'),
     [('packed24_int4', 'int4', 200, 128), ('int4', 'int4', 192, 64), ('nf4', 'nf4', 192, 64)],
 )
 def test_equals_numpy_in_float64(held, kind, inputs, size):
@@ -79,7 +79,9 @@ def test_four_bits_hold_the_values_and_outputs_are_nearer_than_by_rounding_to_th
     kernel, x = (jnp.asarray(array, dtype) for array in pruned_and_inputs(256))
     hessian = calibrate.hessian(x)
     got, mask = pruning.GPTQ(held=held)(kernel, hessian, PATTERN)
-    assert got.dtype == dtype and (mask == (kernel != 0)).all() and not got[~mask].any()
+    assert got.dtype == dtype
+    assert (mask == (kernel != 0)).all()
+    assert not got[~mask].any()
     read, plain = (through(held, weights, mask) for weights in (got, kernel))
     if dtype == jnp.float32:
         np.testing.assert_array_equal(read, got)

@@ -33,8 +33,7 @@ def numpy_share(kernels, squares, threshold):
     scores = []
     for kernel, sums in zip(kernels, squares, strict=True):
         for i in range(kernel.shape[0]):
-            for j in range(kernel.shape[1]):
-                scores.append(abs(float(kernel[i, j])) * float(sums[i]) ** 0.5)
+            scores.extend(abs(float(weight)) * float(sums[i]) ** 0.5 for weight in kernel[i])
     mean = sum(scores) / len(scores)
     return sum(score > threshold * mean for score in scores) / len(scores)
 
@@ -119,7 +118,7 @@ def test_blocks_that_are_alike_are_pruned_uniformly():
 def test_what_cannot_be_is_named():
     sizes, uniform, shares = draw((0.95, 0.95))
     with pytest.raises(
-        PatternError, match="a/blocks/q/kernel, layer .: OWL's sparsity would be .*smaller spread than 0.3"
+        PatternError, match=r"a/blocks/q/kernel, layer .: OWL's sparsity would be .*smaller spread than 0.3"
     ):
         pruning.owl_zeros(shares, uniform, sizes, spread=0.3)
     params, batch = setup()

@@ -98,7 +98,7 @@ def test_one_shot_prunes_any_tree():
 
 
 @pytest.mark.parametrize(
-    'method, pattern',
+    ('method', 'pattern'),
     [
         pytest.param(pruning.Wanda(), '0.5', marks=pytest.mark.slow),
         (pruning.SparseGPT(block=8), '2:4'),
@@ -142,7 +142,8 @@ def test_rules_choose_a_method_for_each_kernel():
         for p in (params, mixed.params)
         for a, b in (('attn', 'q'), ('mlp', 'down'))
     ]
-    assert jnp.array_equal(kept[0], kept[2]) and not jnp.array_equal(kept[1], kept[3])
+    assert jnp.array_equal(kept[0], kept[2])
+    assert not jnp.array_equal(kept[1], kept[3])
 
 
 def test_a_dense_tower_is_run_in_chunks_too(monkeypatch):

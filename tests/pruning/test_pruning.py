@@ -56,7 +56,7 @@ def numpy_sparsegpt(kernel, hessian, pattern, block, group, damp=0.01):
 
 @pytest.mark.parametrize('pattern', ['2:4', '4:8', '0.5', '0.6', '0.7'])
 @pytest.mark.parametrize(
-    'group, block',
+    ('group', 'block'),
     [
         ('output', 16),
         pytest.param('block', 16, marks=pytest.mark.slow),

@@ -62,7 +62,8 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path):
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     assert float(checkpoints.restore(state(0.0)).trained['q']['kernel'].a[0, 0]) == 1.0
-    assert len(said) == 1 and '2: the checkpoint is damaged' in said[0]
+    assert len(said) == 1
+    assert '2: the checkpoint is damaged' in said[0]
 
 
 def test_damaged_checkpoints_never_displace_a_new_one(tmp_path):
@@ -132,7 +133,7 @@ def test_what_goes_wrong_while_writing_is_said_at_the_next_save(tmp_path, monkey
     checkpoints.finish()
     with files_of_at_most(10):
         checkpoints.save(2, state(2.0))
-        with pytest.raises(CheckpointError, match='/2 cannot be written .*; the checkpoints before it stay'):
+        with pytest.raises(CheckpointError, match=r'/2 cannot be written .*; the checkpoints before it stay'):
             checkpoints.save(3, state(3.0))
     assert checkpoints.steps() == [1]
     checkpoints.save(3, state(3.0))

@@ -8,7 +8,7 @@ import pytest
 
 from sparselora_jax.restoration import guard
 from sparselora_jax.restoration.checkpoint import Checkpoints
-from sparselora_jax.restoration.train import BadStep, fit, init_state, make_step
+from sparselora_jax.restoration.train import BadStepError, fit, init_state, make_step
 
 ADAM = optax.adamw(1e-2)
 
@@ -46,14 +46,16 @@ def test_good_steps_are_those_without_a_guard(tmp_path):
 
 def test_too_many_in_a_row_stop_the_run(tmp_path):
     bad = {index: np.nan * np.ones(3) for index in (3, 4, 5)}
-    with pytest.raises(BadStep, match='step 6: loss is nan, 3 bad steps in a row; the last good state is that of step'):
+    with pytest.raises(
+        BadStepError, match='step 6: loss is nan, 3 bad steps in a row; the last good state is that of step'
+    ):
         run(guard.skip_bad_steps(ADAM), batches(9, bad), tmp_path, patience=3, every=2)
 
 
 def test_a_spike_stops_the_run_where_none_is_to_be_left_out(tmp_path):
     drawn = batches(14, {12: 1e4 * np.ones(3)})
     with pytest.raises(
-        BadStep, match=r'step 13: the loss has jumped to .*e\+0.; the last good state is that of step 10'
+        BadStepError, match=r'step 13: the loss has jumped to .*e\+0.; the last good state is that of step 10'
     ):
         run(guard.skip_bad_steps(ADAM, spike=50.0), drawn, tmp_path, every=5)
     run(guard.skip_bad_steps(ADAM), drawn, tmp_path / 'no limit', every=50)

@@ -142,7 +142,7 @@ def test_micro_batches_change_nothing_beyond_rounding(kl_reduction):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize('trained, share', [('lora', 0.25), ('weights', 1.25)])
+@pytest.mark.parametrize(('trained', 'share'), [('lora', 0.25), ('weights', 1.25)])
 def test_the_compiled_step_holds_no_second_copy_of_the_kernels(optimised, trained, share):
     """The compiler's own count of the whole step, teacher included: temporary memory grows with the number of layers by
     activations, far less than a layer's kernels, and by gradients where kernels are trained."""
@@ -208,13 +208,16 @@ def test_what_was_kept_of_a_teacher_stands_in_for_it():
         found.append(step(sl.init_state(jax.tree.map(jnp.copy, lora), tx), frozen, batch | kept))
     (whole, metrics), (same, _), (_, other) = found
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), whole.trained, same.trained)
-    assert other['kl'] < metrics['kl'] and other['ce'] == pytest.approx(float(metrics['ce']), rel=1e-5)
+    assert other['kl'] < metrics['kl']
+    assert other['ce'] == pytest.approx(float(metrics['ce']), rel=1e-5)
 
 
 def test_a_packed_base_is_no_dense_teacher():
     params, masks, lora, batch = setup()
     packed, tx = restore.reduce_base(restore.Frozen(params, masks), 'packed24'), optax.sgd(1e-1)
-    with pytest.raises(ValueError, match='blocks/.*/kernel is packed or quantised, so the params are no dense teacher'):
+    with pytest.raises(
+        ValueError, match=r'blocks/.*/kernel is packed or quantised, so the params are no dense teacher'
+    ):
         restore.make_train_step(forward, tx)(sl.init_state(lora, tx), packed, batch)
     restore.make_train_step(forward, tx, kd=0.0)(sl.init_state(lora, tx), packed, batch)
 

@@ -30,11 +30,12 @@ def test_what_is_there_is_not_computed_again(tmp_path):
     teacher.keep(tmp_path, logits, weights, BATCHES, **KNOBS | {'steps': 2})
     before = (tmp_path / '000000.safetensors').read_bytes()
     teacher.keep(tmp_path, logits, 2 * weights, BATCHES, **KNOBS, progress=done.append)
-    assert done == [3] and (tmp_path / '000000.safetensors').read_bytes() == before
+    assert done == [3]
+    assert (tmp_path / '000000.safetensors').read_bytes() == before
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path):
-    with pytest.raises(sl.StorageError, match='000004.safetensors: no such file'):
+    with pytest.raises(sl.StorageError, match=r'000004.safetensors: no such file'):
         teacher.read(tmp_path, 4)
     sl.save_safetensors(tmp_path / '000004.safetensors', {'tokens': jnp.ones(2)})
     with pytest.raises(sl.StorageError, match=r"holds \['tokens'\], expected tokens, log_probs"):

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from sparselora_jax.restoration.checkpoint import Checkpoints
-from sparselora_jax.restoration.train import BadStep, fit, init_state, make_step
+from sparselora_jax.restoration.train import BadStepError, fit, init_state, make_step
 from sparselora_jax.runtime.progress import Log
 
 SCRIPT = """
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_state(tmp_p
     batches = [jnp.ones(2), jnp.ones(2), jnp.full(2, jnp.nan)]
     tx = optax.sgd(0.1)
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(BadStep, match='step 3: loss is nan; the last good state is that of step 2'):
+    with pytest.raises(BadStepError, match='step 3: loss is nan; the last good state is that of step 2'):
         fit(make_step(loss, tx), init_state(jnp.ones(2), tx), None, batches, steps=3, checkpoints=checkpoints, every=1)
     assert checkpoints.steps() == [1, 2]
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from sparselora_jax.restoration.checkpoint import Checkpoints
-from sparselora_jax.restoration.train import BadStep, fit, init_state, make_step
+from sparselora_jax.restoration.train import BadStepError, fit, init_state, make_step
 from sparselora_jax.runtime import profiling
 
 
@@ -54,7 +54,7 @@ def test_the_third_to_fifth_steps_of_a_run_are_traced_each_with_its_batch(tmp_pa
 
 
 def test_a_run_that_ends_within_the_trace_leaves_it(tmp_path):
-    with pytest.raises(BadStep):
+    with pytest.raises(BadStepError):
         run(tmp_path, [np.ones(2, np.float32)] * 3 + [np.full(2, np.nan, np.float32)] * 2)
     assert [stats['step_num'] for *_, stats in read(tmp_path)[profiling.STEP]] == [3, 4]
 

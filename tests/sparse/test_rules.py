@@ -14,7 +14,8 @@ def test_first_match_wins():
 
 def test_leaves_come_by_name_whatever_the_order_of_the_tree():
     flat = rules.flatten({'b': {'y': 1, 'x': 2}, 'a': 3})
-    assert list(flat) == ['a', 'b/x', 'b/y'] and rules.unflatten(flat) == {'b': {'y': 1, 'x': 2}, 'a': 3}
+    assert list(flat) == ['a', 'b/x', 'b/y']
+    assert rules.unflatten(flat) == {'b': {'y': 1, 'x': 2}, 'a': 3}
 
 
 def test_path_without_a_rule_is_an_error():
@@ -23,7 +24,7 @@ def test_path_without_a_rule_is_an_error():
 
 
 def test_rule_without_a_path_is_an_error():
-    with pytest.raises(rules.RuleError, match="'langauge/.*' matches none"):
+    with pytest.raises(rules.RuleError, match=r"'langauge/.*' matches none"):
         rules.match([('langauge/.*', 1), ('.*', None)], PATHS)
 
 

@@ -43,7 +43,7 @@ QUICK = ({'data': 4}, False), ({'fsdp': 2, 'tensor': 2}, True)
 
 
 @pytest.mark.parametrize(
-    'axes, gathering',
+    ('axes', 'gathering'),
     [
         pytest.param(axes, gathering, marks=[] if (axes, gathering) in QUICK else [pytest.mark.slow])
         for axes in AXES
@@ -157,7 +157,7 @@ def swapped(params, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('data, fsdp, tensor', MESHES)
+@pytest.mark.parametrize(('data', 'fsdp', 'tensor'), MESHES)
 def test_dsnot_equals_one_device(data, fsdp, tensor, random_mlp, swapped_alone):
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
     params, batch = random_mlp
@@ -189,7 +189,7 @@ def scored(params, batch):
     )
 
 
-@pytest.mark.parametrize('data, fsdp, tensor', MESHES)
+@pytest.mark.parametrize(('data', 'fsdp', 'tensor'), MESHES)
 def test_allocations_decide_as_on_one_device(data, fsdp, tensor, random_mlp, scored_alone):
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
     params, batch = random_mlp
@@ -206,7 +206,7 @@ def bytes_of(shapes):
 
 
 @pytest.mark.parametrize(
-    'data, fsdp, tensor',
+    ('data', 'fsdp', 'tensor'),
     [
         (4, 1, 1),
         pytest.param(1, 4, 1, marks=pytest.mark.slow),
@@ -255,7 +255,7 @@ def test_the_pruner_equals_one_device(data, fsdp, tensor, pruned_alone):
 
 
 @pytest.mark.parametrize(
-    'data, fsdp, tensor',
+    ('data', 'fsdp', 'tensor'),
     [pytest.param(4, 1, 1, marks=pytest.mark.slow), (2, 1, 2), pytest.param(1, 4, 1, marks=pytest.mark.slow)],
 )
 def test_decoding_equals_one_device_and_its_caches_are_split(data, fsdp, tensor):

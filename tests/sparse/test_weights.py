@@ -109,7 +109,7 @@ def test_tree_that_does_not_fit_is_refused_by_path(tree):
     cut = {'blocks': {'q': {'kernel': masks['blocks']['q']['kernel'][:, :4]}}}
     moved = {'blocks': {'k': lora['blocks']['q']}}
     trees = {'masks': None, 'lora': None} | {tree: {'masks': cut, 'lora': moved}[tree]}
-    with pytest.raises(ValueError, match='blocks/.*/kernel'):
+    with pytest.raises(ValueError, match=r'blocks/.*/kernel'):
         sl.merge(params, trees['masks'], trees['lora'])
 
 

@@ -139,7 +139,7 @@ def check_bitmask(packed: Bitmask | PackedMask) -> None:
       PackingError: shapes that do not belong together, more values than bits that are set, or bits behind the end.
     """
     mask = packed.mask if isinstance(packed, Bitmask) else packed
-    *layers, rows, outputs = mask.bits.shape
+    *layers, rows, _outputs = mask.bits.shape
     if mask.bits.dtype != jnp.uint8 or rows != -(-mask.inputs // 8):
         raise PackingError(f'bits are {mask.bits.dtype} {mask.bits.shape}, expected uint8 for {mask.inputs} inputs')
     behind = mask.inputs % 8

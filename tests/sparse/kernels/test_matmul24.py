@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import embedded
-from sparselora_jax.sparse import packing, rules
+from sparselora_jax.sparse import rules
+from sparselora_jax.sparse.dense import dense_kernel
 from sparselora_jax.sparse.kernels import cpu, gpu, matmul24, tpu
 from sparselora_jax.sparse.packing import packed24
 
@@ -27,8 +28,8 @@ def masks(inputs, outputs):
     """Each pair of places for all groups, random ones, and one that leaves groups empty; [9, inputs, outputs]."""
     shape = -(-inputs // 4), 4, outputs
     found = [jnp.zeros(shape, bool).at[:, jnp.array(pair)].set(True) for pair in PAIRS]
-    for seed in range(2):
-        found.append(sl.mask_from_scores(jax.random.uniform(jax.random.key(seed), (shape[0] * 4, outputs)), '2:4'))
+    scores = (jax.random.uniform(jax.random.key(seed), (shape[0] * 4, outputs)) for seed in range(2))
+    found.extend(sl.mask_from_scores(drawn, '2:4') for drawn in scores)
     found.append(found[-1].reshape(shape) & (jnp.arange(shape[0], dtype=jnp.int32) % 3 > 0)[:, None, None])
     return jnp.stack([mask.reshape(-1, outputs)[:inputs] for mask in found])
 
@@ -227,7 +228,8 @@ def test_programs_for_accelerators_hold_the_kernels(four_bits, platform, name):
     assert 'custom_call' not in here
     many = jnp.zeros((4096, 256), jnp.bfloat16)
     text = jax.jit(matmul24.matmul24).trace(many, one).lower(lowering_platforms=('cuda',)).as_text()
-    assert '"unpack24"' in text and '"matmul24' not in text
+    assert '"unpack24"' in text
+    assert '"matmul24' not in text
 
 
 def checked(monkeypatch):
@@ -276,7 +278,8 @@ def test_the_gpu_kernels_stay_within_their_arrays(monkeypatch, rows, inputs, out
         outside.clear()
         jax.block_until_ready(call(interpret=True))
         jax.effects_barrier()
-        assert outside and sum(map(int, outside)) == 0
+        assert outside
+        assert sum(map(int, outside)) == 0
 
 
 @pytest.mark.slow
@@ -316,7 +319,8 @@ def test_one_gpu_unpacks_by_the_kernel(monkeypatch, four_bits):
     one = of_mask(packed, 7)
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
     for dtype in (None, jnp.float32):
-        weights = packing.dense_kernel(one, dtype)
-        assert weights.dtype == (dtype or one.dtype) and (weights == packed24.unpack24(one, dtype)).all()
-    lowered = jax.jit(packing.dense_kernel).trace(one).lower(lowering_platforms=('cuda',))
+        weights = dense_kernel(one, dtype)
+        assert weights.dtype == (dtype or one.dtype)
+        assert (weights == packed24.unpack24(one, dtype)).all()
+    lowered = jax.jit(dense_kernel).trace(one).lower(lowering_platforms=('cuda',))
     assert '"unpack24"' in lowered.as_text()

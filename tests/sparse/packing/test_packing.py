@@ -11,6 +11,7 @@ from safetensors.flax import load_file, save_file
 
 import sparselora_jax as sl
 from sparselora_jax.sparse import packing
+from sparselora_jax.sparse.dense import dense_kernel
 from sparselora_jax.sparse.packing import packed24, tensor_core
 
 PAIRS = list(itertools.combinations(range(4), 2))
@@ -23,7 +24,8 @@ def kernel_and_mask(shape=(2, 24, 6), dtype=jnp.float32, pattern='2:4'):
 
 
 def same(left, right):
-    assert left.dtype == right.dtype and left.shape == right.shape
+    assert left.dtype == right.dtype
+    assert left.shape == right.shape
     np.testing.assert_array_equal(np.asarray(left, np.float64), np.asarray(right, np.float64))
 
 
@@ -33,7 +35,8 @@ def test_2_of_4_comes_back_exactly_with_its_mask(dtype, inputs):
     kernel, mask = kernel_and_mask((3, inputs, 5))
     kernel = jnp.where(mask, (8 * kernel).astype(dtype), 0).astype(dtype)
     packed = packed24.pack24(kernel, mask)
-    assert packed.shape == kernel.shape and packed.dtype == dtype
+    assert packed.shape == kernel.shape
+    assert packed.dtype == dtype
     same(packed24.unpack24(packed), kernel)
     assert (packed24.mask24(packed) == mask).all()
 
@@ -43,7 +46,7 @@ def test_groups_that_keep_fewer_than_two_and_inputs_that_four_does_not_divide():
         mask = jnp.array(kept)[:, None]
         kernel = jnp.arange(1.0, 7.0)[:, None]
         if sum(kept[:4]) > 2:
-            with pytest.raises(sl.PackingError, match='inputs 0 to 3 of output 0: [34] weights are kept'):
+            with pytest.raises(sl.PackingError, match=r'inputs 0 to 3 of output 0: [34] weights are kept'):
                 packed24.pack24(kernel, mask)
         else:
             same(packed24.unpack24(packed24.pack24(kernel, mask)), jnp.where(mask, kernel, 0))
@@ -54,7 +57,7 @@ def test_a_kernel_that_keeps_nothing_comes_back(shape):
     kernel = jnp.zeros(shape, jnp.bfloat16)
     for name in ('packed24', 'bitmask'):
         packed = packing.FORMATS[name](kernel, kernel != 0)
-        same(packing.dense_kernel(packed), kernel)
+        same(dense_kernel(packed), kernel)
 
 
 def test_positions_are_what_the_document_says():
@@ -98,7 +101,8 @@ def test_any_mask_comes_back_from_bits(pattern):
 
 def test_bits_are_what_the_document_says():
     packed = packing.pack_bitmask(jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))  # docs/formats.md, "Test vector"
-    assert packed.values.tolist() == [1.0, 2.0, 3.0] and packed.mask.bits.tolist() == [[0b101, 0b010]]
+    assert packed.values.tolist() == [1.0, 2.0, 3.0]
+    assert packed.mask.bits.tolist() == [[0b101, 0b010]]
 
 
 def test_layers_that_keep_different_numbers_of_weights():

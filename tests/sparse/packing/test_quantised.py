@@ -44,11 +44,13 @@ def test_weights_are_at_their_nearest_levels_of_a_scale_better_than_the_largest_
     weights[..., :8, 0] = 0
     got = quantised.quantise(jnp.asarray(weights), kind)
     tile = np.gcd(shape[-2], 128)
-    assert got.shape == shape and got.scale.dtype == jnp.bfloat16
+    assert got.shape == shape
+    assert got.scale.dtype == jnp.bfloat16
     assert got.scale.shape == (*shape[:-2], shape[-2] // tile, shape[-1])
     want, tied = numpy_levels(weights, np.asarray(got.scale), kind)
     held = quantised.dequantise(got)
-    assert np.isclose(held, want, rtol=1e-6, atol=1e-6)[~tied].all() and tied.mean() < 0.03
+    assert np.isclose(held, want, rtol=1e-6, atol=1e-6)[~tied].all()
+    assert tied.mean() < 0.03
     layers, how = weights.reshape(-1, *shape[-2:]), {'channelwise_axes': [1], 'tiled_axes': {0: tile}}
     how |= {'scale_dtype': jnp.bfloat16}
     by_largest = [
@@ -59,7 +61,8 @@ def test_weights_are_at_their_nearest_levels_of_a_scale_better_than_the_largest_
         np.square(np.reshape(of, layers.shape) - layers).reshape(len(layers), -1, tile, shape[-1]).sum(axis=2)
         for of in (held, np.stack(by_largest))
     ]
-    assert (errors[0] <= 1.00001 * errors[1]).all() and errors[0].sum() < 0.95 * errors[1].sum()
+    assert (errors[0] <= 1.00001 * errors[1]).all()
+    assert errors[0].sum() < 0.95 * errors[1].sum()
 
 
 @pytest.mark.parametrize('kind', packing.FOUR_BITS)
@@ -99,7 +102,8 @@ def test_the_shapes_are_those_of_what_is_made(base, dtype):
     def shapes(of):
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), of)
 
-    assert shapes(made.params) == shapes(expected[0]) and shapes(made.masks or {}) == shapes(expected[1])
+    assert shapes(made.params) == shapes(expected[0])
+    assert shapes(made.masks or {}) == shapes(expected[1])
     bits = tracing.nbytes([rules.flatten(made.params)[path] for path in rules.flatten(masks)]) * 8
     weights = sum(mask.size for mask in rules.flatten(masks).values())
     per_weight = {'int4': 5.4, 'nf4': 5.4, 'packed24_int4': 4.4}  # scales of few inputs weigh much
@@ -124,8 +128,10 @@ def test_merge_adds_to_what_the_base_holds_and_keeps_every_zero(base):
 def test_formats_may_be_rules():
     params, masks = tree()
     made = sl.reduce_base(sl.Frozen(params, masks), [('a/.*', 'packed24_int4'), ('b/.*', 'bitmask')])
-    assert made.params['a']['kernel'].scale is not None and isinstance(made.params['b']['kernel'], sl.Bitmask)
-    assert made.masks is None and made.params['c']['kernel'] is params['c']['kernel']
+    assert made.params['a']['kernel'].scale is not None
+    assert isinstance(made.params['b']['kernel'], sl.Bitmask)
+    assert made.masks is None
+    assert made.params['c']['kernel'] is params['c']['kernel']
 
 
 @pytest.mark.parametrize('base', BASES)
