@@ -1,7 +1,7 @@
 """Print the figures of docs/design.md on structure and readability: `python .ci/measure_code.py [FOLDER]`.
 
-Structure is measured of the whole package, readability of FOLDER, by default the package too. With `--check` it ends with
-code 1 where a figure misses its bound.
+Structure is measured of the whole package, readability of FOLDER, by default the package too. With `--check` the script
+ends with code 1 where a figure misses its bound.
 """
 
 import argparse
