@@ -5,8 +5,8 @@
 FOLDER holds images and a `data.jsonl`; another model of the family: `:model=DIRECTORY,data=FOLDER`. Not yet run on
 published weights.
 
-The name says which tower is pruned. LoRA is trained in all of them, vision and Q-Former too; `--config.lora.rank.vision=0` leaves a
-tower as it is. `base.py` lists every field of a recipe.
+The name says which tower is pruned. LoRA is trained in all of them, vision and Q-Former too;
+`--config.lora.rank.vision=0` leaves a tower as it is. `base.py` lists every field of a recipe.
 """
 
 from collections.abc import Sequence

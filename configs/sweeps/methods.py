@@ -2,9 +2,9 @@
 
   python launch/sweep.py --config=configs/sweeps/methods.py --workdir=runs/methods
 
-N:M patterns leave nothing to allocate. Global magnitude compares weights of the whole model, so its method is magnitude.
-The vision encoder has smaller weights: without a bound of 90 %, whole layers of it would be pruned. The other
-allocations use Wanda, as their papers do. `grid.py` describes the argument and the budgets.
+N:M patterns leave nothing to allocate. Global magnitude compares weights of the whole model, so its method is
+magnitude. The vision encoder has smaller weights: without a bound of 90 %, whole layers of it would be pruned. The
+other allocations use Wanda, as their papers do. `grid.py` describes the argument and the budgets.
 """
 
 from ml_collections import ConfigDict
