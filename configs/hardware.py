@@ -1,11 +1,14 @@
-"""Presets of hardware, `hardware=<name>` in a config's argument: dtype of the base weights, mesh of devices.
+"""Presets of hardware, `hardware=NAME` in a recipe's argument: the type of the base weights and the mesh of devices.
 
-Weights are split along fsdp over at most 16 chips; more chips take more rows, along data. `launch/compile.py` says what
-a chip holds: v5e-16 is --topology=v5e:4x4, v5p-64 v5p:4x4x4.
+Weights are split along fsdp over at most 16 chips; with more chips, batches are split along data too. What a chip has
+to hold is estimated by `launch/compile.py`: v5e-16 is `--topology=v5e:4x4`, v5p-64 is `--topology=v5p:4x4x4`.
 """
 
+from typing import Any
 
-def _preset(dtype: str, *, data: int = 1, fsdp: int = 1) -> dict:
+
+def _preset(dtype: str, *, data: int = 1, fsdp: int = 1) -> dict[str, Any]:
+    """Return the fields of a recipe that a preset sets; no preset splits along tensor."""
     return {'dtype': dtype, 'mesh': {'data': data, 'fsdp': fsdp, 'tensor': 1}}
 
 

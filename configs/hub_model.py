@@ -1,18 +1,23 @@
-"""What the recipes of hub models with a folder of data share, beside `blip2_lang_only.base`."""
+"""What the recipes of a model from the hub and a folder of data share, on top of `base.py`."""
+
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from configs import blip2_lang_only
+from configs import base
 from sparselora_jax.data import text_format
 
 
-def base(model: str, family: str) -> ConfigDict:
-    """The fields of `blip2_lang_only` for a model of the hub, evaluated as the paper does: 5 beams, short answers.
+def base_config(model: str, *, family: str, towers: Sequence[str]) -> ConfigDict:
+    """Return every field for a model of the hub, evaluated as in the paper: 5 beams, short answers.
 
     Args:
-      family: transformers' `model_type`; its prompt is `data.text_format`'s.
+      model: hub id.
+      family: transformers' `model_type`; the prompt is that of `data.text_format` for this family.
+      towers: the towers of the family. Fields of other towers are removed, so that a rule for a tower that the model
+        does not have is an error.
     """
-    config = blip2_lang_only.base()
+    config = base.base_config()
     config.model = model
     config.data = 'data'
     text = text_format.OF_FAMILY[family]
@@ -20,11 +25,12 @@ def base(model: str, family: str) -> ConfigDict:
         {'prompt': text.prompt, 'prompt_tokens': text.prompt_tokens, 'answer_tokens': text.answer_tokens}
     )
     config.restore.batch = 16
-    config.restore.shares = ()  # kinds of answers are easy-VQA's
+    # Only easy-VQA has kinds of answers to draw in shares.
+    config.restore.shares = ()
     config.evaluate.num_beams = 5
     config.evaluate.length_penalty = -1.0
     config.evaluate.max_new_tokens = 10
-    if family in ('llava', 'paligemma'):  # no Q-Former: nothing is said of it
-        for of in (config.prune.pattern, config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
-            del of['qformer']
+    for fields in (config.prune.pattern, config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
+        for tower in set(fields) - set(towers):
+            del fields[tower]
     return config

@@ -1,16 +1,15 @@
-"""Vision and language pruning of LLaVA-1.5 at 2:4 by Wanda, restored by SparseLoRA (arXiv 2404.02424).
+"""Prune vision and language of LLaVA-1.5 at 2:4 by Wanda, then restore both with SparseLoRA (arXiv 2404.02424).
 
   python launch/train.py --config=configs/llava_both.py:data=FOLDER --workdir=runs/llava_both
 
-FOLDER holds images and a `data.jsonl`; another model of the family: `:model=DIRECTORY,data=FOLDER`.
-Everything else is as in `llava_lang_only.py`. Not yet run on published weights.
+Everything else is as in `llava_lang_only.py`: LoRA is trained in every tower.
 """
 
 from ml_collections import ConfigDict
 
-from configs import arguments, llava_lang_only
+from configs import llava_lang_only
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: see `configs/arguments.py`."""
-    return arguments.apply(llava_lang_only.base(), arg, pruned=('vision', 'language'))
+    """Return the recipe; see `arguments.py` for `arg`."""
+    return llava_lang_only.get_config(arg, pruned=('vision', 'language'))

@@ -1,21 +1,27 @@
-"""Language-only pruning of PaliGemma at 2:4 by Wanda, restored by SparseLoRA (arXiv 2404.02424).
+"""Prune the language tower of PaliGemma at 2:4 by Wanda, then restore it with SparseLoRA (arXiv 2404.02424).
 
   python launch/train.py --config=configs/paligemma_lang_only.py:data=FOLDER --workdir=runs/paligemma_lang_only
 
-FOLDER holds images and a `data.jsonl`; another model of the family: `:model=DIRECTORY,data=FOLDER`.
-Fields: `blip2_lang_only.py`; what differs: `base` below, `hub_model.py`. Not yet run on published weights.
+FOLDER holds images and a `data.jsonl`; another model of the family: `:model=DIRECTORY,data=FOLDER`. Not yet run on
+published weights.
+
+The name says which tower is pruned. LoRA is trained in all of them, vision too; `--config.lora.rank.vision=0` leaves a
+tower as it is. `base.py` lists every field of a recipe.
 """
+
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from configs import arguments, hub_model
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: see `configs/arguments.py`."""
-    return arguments.apply(base(), arg, pruned=('language',))
+def get_config(arg: str | None = None, pruned: Sequence[str] = ('language',)) -> ConfigDict:
+    """Return the recipe.
 
-
-def base() -> ConfigDict:
-    """Every field, language only."""
-    return hub_model.base('google/paligemma-3b-pt-224', 'paligemma')
+    Args:
+      arg: the text after the colon of `--config=FILE:...`; see `arguments.py`.
+      pruned: the towers that get the pattern; `paligemma_vision_only.py` and `paligemma_both.py` name others.
+    """
+    config = hub_model.base_config('google/paligemma-3b-pt-224', family='paligemma', towers=('vision', 'language'))
+    return arguments.apply(config, arg, pruned=pruned)

@@ -1,13 +1,17 @@
-"""What the scripts share: the repository on the path, flags, and errors as one line with an exit code."""
+"""What the scripts share: import paths, flags, models and recipes by name, and errors as one line with an exit code."""
 
 import os
 import sys
 
-# The repository first and this folder last, before anything else is imported: Python's own `inspect` is not ours.
-sys.path.sort(key=lambda path: os.path.abspath(path) == os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-# Nothing here computes with torch, which transformers would import where it is installed: half the time until a script
-# begins. That it is not there is no news then. transformers asks once; later on others must find no None in its place.
+# Python puts the folder of a script first on its path. Ours holds an `inspect.py`, which would hide the standard
+# library's `inspect` from every package that imports it. So the folder goes last, where scripts still find this file,
+# and the repository goes first, for `sparselora_jax` and `configs`.
+LAUNCH = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [os.path.dirname(LAUNCH), *(path for path in sys.path if os.path.abspath(path) != LAUNCH), LAUNCH]
+
+# transformers imports torch where it is installed, which takes half the time until a script begins, and no script
+# computes with it. None in `sys.modules` makes the import fail. transformers asks once and remembers the answer; the
+# None is removed then, since other packages look in `sys.modules` themselves and trip over it.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 if 'torch' not in sys.modules:
     sys.modules['torch'] = None
@@ -16,120 +20,179 @@ if 'torch' not in sys.modules:
     is_torch_available()
     del sys.modules['torch']
 
+import argparse
 import difflib
 import logging
+import re
 import runpy
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+import transformers
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from sparselora_jax.checkpoints import embedded, load
+from sparselora_jax.data import text_format
+from sparselora_jax.models.model import Model
+from sparselora_jax.planning import inspection, published
 from sparselora_jax.recipe import DTYPES, ConfigError, field_names
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import SparseloraError
 
-DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0}  # of generate
+# Arguments of `generate` for a model that has no text_format.json.
+DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0}
+
+# What a config file may raise through a user's mistake in it, or through a wrong argument.
+CONFIG_ERRORS = (ValueError, KeyError, SyntaxError, ImportError, NameError, TypeError, AttributeError)
 
 
-def define_config(default: str = 'configs/blip2_lang_only.py', workdir: str = 'runs/demo') -> tuple:
-    """The flags `--config`, `--workdir`, and of many processes; a config that does not exist ends the script here."""
+class LoadedModel(NamedTuple):
+    """The model of `--model`, ready to answer questions."""
+
+    model: Model
+    params: dict
+    processor: Any
+    text: text_format.TextFormat
+
+
+class ModelConfig(NamedTuple):
+    """A model that is known by its config alone.
+
+    Attributes:
+      name: as the user gave it.
+      hf: transformers' config; None for the embedded model, which has none.
+      cfg: our config of its family.
+    """
+
+    name: str
+    hf: transformers.PretrainedConfig | None
+    cfg: Any
+
+
+def define_config(
+    default: str = 'configs/blip2_lang_only.py', workdir: str = 'runs/demo'
+) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """Define `--config`, `--workdir` and the flags of a run on several processes; return the first two.
+
+    Args:
+      default: recipe without `--config`.
+      workdir: folder without `--workdir`.
+    """
     config = define_recipe(default)
-    flags.DEFINE_bool('distributed', False, 'one of many processes, which JAX finds by the environment')
-    flags.DEFINE_string('coordinator', None, 'host:port of the first of many processes, which need no environment then')
-    flags.DEFINE_integer('num_processes', None, 'with --coordinator', lower_bound=1)
-    flags.DEFINE_integer('process_id', None, 'with --coordinator: 0 is the first', lower_bound=0)
-    return config, flags.DEFINE_string('workdir', workdir, 'where results, logs and checkpoints go')
+    flags.DEFINE_bool('distributed', False, 'run as one of several processes, which JAX finds from the environment')
+    flags.DEFINE_string('coordinator', None, 'host:port of process 0, where the environment does not tell it')
+    flags.DEFINE_integer('num_processes', None, 'number of processes, with --coordinator', lower_bound=1)
+    flags.DEFINE_integer('process_id', None, 'index of this process, with --coordinator; 0 is the first', lower_bound=0)
+    return config, flags.DEFINE_string('workdir', workdir, 'folder for results, logs and checkpoints')
 
 
-def define_recipe(default: str | None) -> Any:
-    """The flag `--config` alone."""
-    try:  # before the flag is defined, which reads the config and the overrides on the command line at once
+def define_recipe(default: str | None) -> flags.FlagHolder:
+    """Define `--config` alone; a recipe or an override that does not exist ends the script here.
+
+    Args:
+      default: recipe without `--config`; None: there is none.
+    """
+    # Checked first: ml_collections reads the config and the overrides as soon as the flag is defined.
+    try:
         check_config(sys.argv[1:], default)
     except SparseloraError as error:
         _fail(error)
-    return config_flags.DEFINE_config_file('config', default, 'a file of configs/, then :argument')
+    return config_flags.DEFINE_config_file('config', default, 'recipe: a file of configs/, then :ARGUMENTS if any')
 
 
 def define_model() -> None:
-    """The flags of scripts that read a model and decode with it."""
-    flags.DEFINE_string('model', None, 'a Hugging Face directory or hub id; by default the embedded dense model')
-    flags.DEFINE_string(
-        'prompt', None, "how a question is written, with {} in its place; by default the model's own way"
+    """Define the flags of scripts that load a model and decode with it."""
+    own = "default: the model's text_format.json, otherwise"
+    flags.DEFINE_string('model', None, 'a Hugging Face directory or hub id; default: the embedded dense model')
+    flags.DEFINE_string('prompt', None, f'how a question is written, with {{}} in its place; {own} that of its family')
+    flags.DEFINE_integer(
+        'prompt_tokens', None, f'number of tokens each prompt is padded to; {own} that of its family', lower_bound=1
     )
-    flags.DEFINE_integer('prompt_tokens', None, 'a prompt is padded to so many', lower_bound=1)
-    flags.DEFINE_enum('dtype', 'float32', DTYPES, 'of the weights')
-    own = "; by default what the model's text_format.json says"
-    flags.DEFINE_integer('num_beams', None, f'1: greedy{own}, else 1', lower_bound=1)
-    flags.DEFINE_integer('max_new_tokens', None, f'the longest answer{own}, else 10', lower_bound=1)
-    flags.DEFINE_integer('min_length', None, f'tokens, those of the prompt included{own}, else 0', lower_bound=0)
-    flags.DEFINE_float('length_penalty', None, f'beams: above 0 favours long answers{own}, else 1')
+    flags.DEFINE_enum('dtype', 'float32', DTYPES, 'type of the weights')
+    flags.DEFINE_integer('num_beams', None, f'beams (1 = greedy); {own} 1', lower_bound=1)
+    flags.DEFINE_integer('max_new_tokens', None, f'highest number of tokens in an answer; {own} 10', lower_bound=1)
+    flags.DEFINE_integer('min_length', None, f'lowest number of tokens, prompt included; {own} 0', lower_bound=0)
+    flags.DEFINE_float('length_penalty', None, f'for beams, above 0 favours long answers; {own} 1')
 
 
-def load_model() -> tuple:
-    """(model, params, processor, text format) of `--model`; flags go before what its text format says."""
-    from sparselora_jax.checkpoints import embedded
-    from sparselora_jax.checkpoints import load as hf
-    from sparselora_jax.data import processing, text_format
+def load_model() -> LoadedModel:
+    """Load the model of `--model`; flags that are given override its text format."""
+    # Here, since it imports transformers' processors: seconds that a wrong image or question need not wait for.
+    from sparselora_jax.data import processing
 
     values = flags.FLAGS
     if values.model is None:
         model, params = embedded.load(dtype=values.dtype)
-        processor, text = embedded.load_processor(model.cfg), text_format.TextFormat()
+        processor = embedded.load_processor(model.cfg)
+        text = text_format.TextFormat()
     else:
-        model, params = hf.load_model(values.model, dtype=values.dtype)
+        model, params = load.load_model(values.model, dtype=values.dtype)
         processor = processing.load_processor(model.source)
         text = text_format.load(model.source, processor.family)
-    own = {name: getattr(values, name) for name in ('prompt', 'prompt_tokens')}
-    decoding = {name: getattr(values, name) for name in DECODING}
-    decoding = DECODING | text.decoding | {name: value for name, value in decoding.items() if value is not None}
-    given = {name: value for name, value in own.items() if value is not None}
-    return model, params, processor, replace(text, **given, decoding=decoding)
+    if values.prompt is not None:
+        text = replace(text, prompt=values.prompt)
+    if values.prompt_tokens is not None:
+        text = replace(text, prompt_tokens=values.prompt_tokens)
+    given = {name: values[name].value for name in DECODING if values[name].value is not None}
+    return LoadedModel(model, params, processor, replace(text, decoding=DECODING | text.decoding | given))
 
 
-def find_model(argv: list[str], config: ConfigDict | None) -> tuple:
-    """(name, Hugging Face's config or None, ours) of the model that argv names, else of the config's own.
+def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:
+    """Return the model that the arguments name, else that of the recipe; no weights are read.
+
+    Args:
+      argv: positional arguments: a model, or nothing.
+      config: the recipe; None: there is none.
 
     Raises:
-      ConfigError: no model, or more than one; and what finding it raises.
+      ConfigError: no model, or more than one.
+      StorageError, UnsupportedModelError: see `published.find_config`.
     """
-    from sparselora_jax.checkpoints import embedded
-    from sparselora_jax.checkpoints import load as hf
-    from sparselora_jax.planning import published
-
     if len(argv) > 1 or (not argv and config is None):
         script = Path(sys.argv[0]).name
         raise ConfigError(f'expected one model: python launch/{script} MODEL [--config=configs/NAME.py:ARGUMENT]')
     name = argv[0] if argv else config.model
     if name == 'embedded':
-        return name, None, embedded.load_config()
-    source = published.find_config(name, others=recipes())
-    if any(Path(name).glob('*.safetensors')):  # the files say whether the head is tied
-        return name, source, hf.open_model(name)[0].cfg
-    return name, source, published.model_config(source)
+        return ModelConfig(name, None, embedded.load_config())
+    hf = published.find_config(name, others=recipes())
+    # Only the weight files say whether a T5's head is tied; without them `model_config` assumes it.
+    if any(Path(name).glob('*.safetensors')):
+        model, _ = load.open_model(name)
+        return ModelConfig(name, hf, model.cfg)
+    return ModelConfig(name, hf, published.model_config(hf))
 
 
 def family_recipe(cfg: Any) -> ConfigDict | None:
-    """The `*_lang_only` recipe of a model's family; None: a language model alone has none."""
-    from sparselora_jax.planning.inspection import family_name
+    """Return the `*_lang_only` recipe of a model's family; None for a language model alone, which has no recipe.
 
-    family = family_name(cfg)
+    Args:
+      cfg: our config of the model.
+    """
+    family = inspection.family_name(cfg)
     return None if family == 'causal' else read_config(f'configs/{family}_lang_only.py')
 
 
 def recipes() -> list[str]:
-    """The names of the files in configs/ that are recipes."""
+    """Return the names of the recipes in configs/; its other files have no `get_config`."""
     return sorted(path.stem for path in Path('configs').glob('*.py') if 'def get_config(' in path.read_text())
 
 
 def find_recipe(name: str) -> str | None:
-    """The path (and argument) of a config that is named by its path or by its name alone; None: it is no config's."""
+    """Return the path, and the argument if any, of a recipe that is named by its path or by its stem.
+
+    Args:
+      name: e.g. `configs/llava_both.py:pattern=4:8` or `llava_both:pattern=4:8`.
+
+    Returns:
+      What `--config` takes; None where the name is no recipe's.
+    """
     path, colon, argument = name.partition(':')
     if path.endswith('.py'):
         return name
@@ -137,45 +200,68 @@ def find_recipe(name: str) -> str | None:
 
 
 def read_config(path: str, argument: str | None = None) -> ConfigDict:
-    """What a file of configs/ says."""
+    """Return the config of a file.
+
+    Args:
+      path: of the file.
+      argument: for its `get_config`.
+    """
     return runpy.run_path(path)['get_config'](argument)
 
 
-def check_config(argv: list[str], default: str | None) -> None:
-    """Names a config file that is missing, and an override of a field that does not exist, with the nearest one."""
-    values = {}
-    for arg, after in zip(argv, [*argv[1:], ''], strict=False):
-        if arg.startswith('--'):
-            name, equals, value = arg.lstrip('-').partition('=')
-            values[name] = value if equals else after
-    if (chosen := values.get('config', default)) is None:
-        if overrides := [name for name in values if name.startswith('config.')]:
-            raise ConfigError(f'--{overrides[0]} without --config=...: which recipe is it a field of?')
+def check_config(argv: Sequence[str], default: str | None) -> None:
+    """Check that the config file and the overridden fields exist.
+
+    ml_collections finds a missing file only when a field is read, and names an unknown field by its last part alone. So
+    both are checked here, before it parses the same arguments.
+
+    Args:
+      argv: the command line without the script.
+      default: the config file without `--config`; None: there is none.
+
+    Raises:
+      ConfigError: a missing file or an unknown field, with the nearest one; or a file that raises an error.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('-config', '--config', nargs='?', default=default)
+    known, others = parser.parse_known_args(argv)
+    # `--noconfig.profile` is how absl writes `--config.profile=False`.
+    overrides = [match[1] for arg in others if (match := re.match(r'--?(?:no)?config\.([^=]+)', arg))]
+    if known.config is None:
+        if overrides:
+            raise ConfigError(f'--config.{overrides[0]} without --config=...: which recipe is it a field of?')
         return
-    path, _, argument = chosen.partition(':')
+    path, _, argument = known.config.partition(':')
     if not Path(path).is_file():
-        nearest = difflib.get_close_matches(path, [str(p) for p in Path('configs').glob('**/*.py')], 1)
-        raise ConfigError(f'{path}: no such config' + (f'; did you mean {nearest[0]}?' if nearest else ''))
+        nearest = difflib.get_close_matches(path, [str(file) for file in Path('configs').glob('**/*.py')], 1)
+        hint = f'; did you mean {nearest[0]}?' if nearest else ''
+        raise ConfigError(f'{path}: no such config{hint}')
     try:
         config = read_config(path, argument or None)
-    except (ValueError, KeyError, SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
+    except CONFIG_ERRORS as error:
+        # A ValueError is a message for the user (`configs/arguments.py`); of the others the kind says most.
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
         raise ConfigError(f'{path}: {kind}{error}') from None
     fields = field_names(config)
-    for name in values:
-        field = name.removeprefix('config.')
-        if name.startswith('config.') and field not in fields:
+    for field in overrides:
+        if field not in fields:
             nearest = difflib.get_close_matches(field, fields, 1, cutoff=0.0)
             raise ConfigError(f'config has no field {field!r}; did you mean {nearest[0]!r}?')
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(positional arguments)`; what a user can act on ends as one line, not as a traceback."""
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a script; what a user can act on ends it as one line, not as a traceback.
 
-    def guarded(argv):
-        absl_logging.set_verbosity(absl_logging.ERROR)  # of the data libraries
+    Args:
+      main: takes the positional arguments.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        # The data libraries log every file that they open.
+        absl_logging.set_verbosity(absl_logging.ERROR)
         logging.getLogger('sparselora_jax').setLevel(logging.WARNING)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+        # A scheduler's SIGTERM ends a run as Ctrl-C does: what is finished is kept.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _connect()
             with processes.joint():
@@ -189,14 +275,17 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _connect() -> None:
-    """Joins the other processes, if flags say that there are any."""
+    """Connect to the other processes if flags say that there are any; not every script defines these flags."""
     values = flags.FLAGS
     if getattr(values, 'distributed', False) or getattr(values, 'coordinator', None):
         processes.connect(values.coordinator, values.num_processes, values.process_id)
 
 
-def _fail(error: Exception) -> None:
-    if jax.distributed.is_initialized() and not isinstance(error, Interrupted):
+def _fail(error: Exception) -> NoReturn:
+    """Print one line and end with code 1, or with 130 (the shell's code for Ctrl-C) after an interruption."""
+    interrupted = isinstance(error, Interrupted)
+    # JAX would wait for the other processes, which wait for this one. An interruption has reached them as well.
+    if jax.distributed.is_initialized() and not interrupted:
         processes.leave(error)
-    print(f'{"stopped" if isinstance(error, Interrupted) else "error"}: {error}', file=sys.stderr)
-    sys.exit(130 if isinstance(error, Interrupted) else 1)
+    print(f'{"stopped" if interrupted else "error"}: {error}', file=sys.stderr)
+    sys.exit(130 if interrupted else 1)

@@ -1,80 +1,100 @@
-"""Compiles a recipe's programs for a TPU slice, or GPUs, that are not there: do they fit, how fast, for how much?
+"""Compile a recipe's programs for TPUs or GPUs that are not there: do they fit, how fast, at which cost?
 
 pip install -r requirements-tpu.txt  # or requirements-gpu.txt
 python launch/compile.py Salesforce/instructblip-vicuna-7b --topology=v5p:2x2x1 \
     --config=configs/instructblip_lang_only.py:hardware=gpu --config.restore.base=packed --config.restore.teacher=top_k
 
-Nothing is run and no weights are read. MODEL, and the recipe without --config, as for `inspect.py`. --program says what
-is compiled: a restoration step, or a calibration pass, the pruner's program for a block of each tower, times layers and
-chunks.
+Nothing is run and no weights are read. MODEL and the recipe without --config are as for `inspect.py`. --program says
+what is compiled: one restoration step, or a calibration pass. A calibration pass is the pruner's program for one block
+of each tower, counted as often as it runs: layers times chunks.
 
-The mesh is the config's, on the first chips of the topology; with --mesh=best it is found: of all meshes of the whole
-topology that fit by shapes, up to --tries are compiled, those first that send and read least by shapes, until one fits
-that is bound by its matmuls, which are as many on all; the fastest is kept.
+The mesh is that of the config, on the first chips of the topology. --mesh=best searches one for the whole topology
+instead: of all meshes that fit by shapes, it compiles up to --tries, those first that send and read least by shapes. It
+stops at the first that fits and is bound by its matmuls, which take the same time on all meshes, and keeps the fastest.
 
-Bytes on a chip are the compiler's own count, FLOPs are counted from the program's trace, what is sent is read from the
-compiled program, and time is a roofline of these (`plan.py`): a bound, no measurement. All of it is also written to
---workdir as JSON.
+Bytes on a chip are counted by the compiler, FLOPs from the program's trace, bytes sent from the compiled program. The
+time is a roofline of these (`planning/plan.py`): a lower bound, no measurement. All of it is also written to --workdir
+as JSON.
 """
 
 import os
 import sys
 
-os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
-os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # nothing is run, so several may compile side by side
+# Nothing is run on this machine's own chips. The TPU compiler looks for a TPU machine's metadata unless it is told not
+# to, and refuses a second process unless it may load twice: several programs may compile side by side.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import cli
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from sparselora_jax import recipe
 from sparselora_jax.planning import memory, meshes, plan, programs, topology
+from sparselora_jax.planning.chips import Chip
 from sparselora_jax.runtime import files
 from sparselora_jax.sparse import sharding
 
 GIB = 2**30
+# Each program, and the memory that it takes by shapes.
+STAGES = {'restore': memory.restore, 'calibrate': memory.prune}
+
 CONFIG = cli.define_recipe(None)
 TOPOLOGY = flags.DEFINE_string(
-    'topology', 'v5e:2x2', 'of a TPU slice, e.g. v5e:4x4, v5p:2x2x1, v6e:2x2, or of GPUs, e.g. h100:8'
+    'topology', 'v5e:2x2', 'TPU slice, e.g. v5e:4x4, v5p:2x2x1, v6e:2x2, or GPUs of one machine, e.g. h100:8'
 )
-STAGES = {'restore': memory.restore, 'calibrate': memory.prune}
-PROGRAM = flags.DEFINE_enum('program', 'restore', list(STAGES), 'what is compiled')
+PROGRAM = flags.DEFINE_enum('program', 'restore', list(STAGES), 'program to compile')
 MESH = flags.DEFINE_enum(
     'mesh', 'config', ['config', 'best'], "the config's mesh, or the best one of the whole topology"
 )
-TRIES = flags.DEFINE_integer('tries', 3, 'with --mesh=best: meshes that are compiled', lower_bound=1)
-PRICE = flags.DEFINE_float('price', None, "dollars for a chip and hour; a TPU's by default a list price (chips.py)")
+TRIES = flags.DEFINE_integer('tries', 3, 'with --mesh=best: highest number of meshes to compile for', lower_bound=1)
+PRICE = flags.DEFINE_float('price', None, 'dollars for one chip and hour; default: the list price of a TPU (chips.py)')
 EFFORT = flags.DEFINE_float(
-    'effort', -1.0, "a TPU's compiler's, to 0, a run's own: five times as long, and less temporary memory", -1.0, 1.0
+    'effort',
+    -1.0,
+    'TPU compiler effort, from -1 (fastest to compile, default) to 1; 0 is what a real run uses: compiles about 5x '
+    'longer and needs less temporary memory',
+    -1.0,
+    1.0,
 )
-WORKDIR = flags.DEFINE_string('workdir', 'runs/compile', 'where the figures are written')
+WORKDIR = flags.DEFINE_string('workdir', 'runs/compile', 'folder that the figures are written to')
+
+# The figures of one mesh: those of `plan.restore` or `plan.calibrate` and of `compile_on`, as they are written to JSON.
+Figures = dict[str, Any]
 
 
-def main(argv):
-    """Prints the figures, and ends with 1 where the program does not fit."""
+def main(argv: list[str]) -> None:
+    """Print the figures, and end with code 1 where the program does not fit."""
     config = CONFIG.value
-    name, _, cfg = cli.find_model(argv, config)
-    config = config or cli.family_recipe(cfg)
+    model = cli.find_model(argv, config)
+    config = config or cli.family_recipe(model.cfg)
     if config is None:
-        raise recipe.ConfigError(f'{name}: no recipe for a language model alone: give one with --config=...')
+        raise recipe.ConfigError(f'{model.name}: no recipe for a language model alone: give one with --config=...')
     recipe.check_values(config)
     chip, devices = topology.find(TOPOLOGY.value)
     price = chip.dollars_hour if PRICE.value is None else PRICE.value
-    print(f'{name} on {TOPOLOGY.value} ({chip.name}), {PROGRAM.value}:', flush=True)
-    tried = []
-    for axes in find_meshes(cfg, config, chip, devices):
+    print(f'{model.name} on {TOPOLOGY.value} ({chip.name}), {PROGRAM.value}:', flush=True)
+    tried: list[Figures] = []
+    for axes in find_meshes(model.cfg, config, chip, devices):
         config = config.copy_and_resolve_references()
         config.mesh.update(axes)
-        tried.append({'mesh': axes} | compile_on(memory.recipe(cfg, config), devices, chip, price))
-        if tried[-1].get('fits') and tried[-1]['roofline']['bound'] == 'matmuls':
+        figures = {'mesh': axes} | compile_on(memory.recipe(model.cfg, config), devices, chip, price)
+        tried.append(figures)
+        # Matmuls take the same time on all meshes, so no other mesh is faster.
+        if figures.get('fits') and figures['roofline']['bound'] == 'matmuls':
             break
-    best = min((found for found in tried if found.get('fits')), key=seconds, default=None)
-    keep(name, config, price, {'best': best, 'tried': tried})
+    best = min((figures for figures in tried if figures.get('fits')), key=seconds, default=None)
+    write(model.name, config, price, best, tried)
     if not tried:
         raise recipe.ConfigError(f'{TOPOLOGY.value}: no mesh of its {len(devices)} chips holds this, by shapes alone')
     report(best or tried[0], chip, price)
@@ -82,89 +102,121 @@ def main(argv):
         sys.exit(1)
 
 
-def seconds(found):
-    """What meshes are compared by."""
-    return found['roofline']['seconds']
+def seconds(figures: Figures) -> float:
+    """Return the time that meshes are compared by."""
+    return figures['roofline']['seconds']
 
 
-def find_meshes(cfg, config, chip, devices):
-    """The axes of the meshes to compile for."""
+def find_meshes(cfg: Any, config: ConfigDict, chip: Chip, devices: list[Any]) -> list[dict[str, int]]:
+    """Return the axes of the meshes to compile for.
+
+    Raises:
+      ConfigError: the config's mesh needs more chips than the topology has, or cannot split the batches.
+    """
     if MESH.value == 'config':
         recipe.check_batches(config)
         axes = config.mesh.to_dict()
-        if (count := math.prod(axes.values())) > len(devices):
-            raise recipe.ConfigError(f'the mesh of the config needs {count} chips, {TOPOLOGY.value} has {len(devices)}')
+        needed = math.prod(axes.values())
+        if needed > len(devices):
+            raise recipe.ConfigError(
+                f'the mesh of the config needs {needed} chips, {TOPOLOGY.value} has {len(devices)}'
+            )
         return [axes]
-    found = meshes.candidates(cfg, config, chip, len(devices), STAGES[PROGRAM.value])
-    for one in found:
-        print(f'  {describe(one.axes)}: {one.total / GIB:.2f} GiB by shapes, {one.seconds:.3f} s to send and read')
-    return [one.axes for one in found[: TRIES.value]]
+    candidates = meshes.candidates(cfg, config, chip, len(devices), STAGES[PROGRAM.value])
+    for candidate in candidates:
+        size = f'{candidate.total / GIB:.2f} GiB by shapes'
+        print(f'  {describe(candidate.axes)}: {size}, {candidate.seconds:.3f} s to send and read')
+    return [candidate.axes for candidate in candidates[: TRIES.value]]
 
 
-def describe(axes):
-    """Of a mesh, in a line."""
+def describe(axes: Mapping[str, int]) -> str:
+    """Return a mesh as text."""
     return ', '.join(f'{name}={count}' for name, count in axes.items())
 
 
-def compile_on(made, devices, chip, price):
-    """The figures of the program on one mesh; `error`, where it does not compile."""
-    config = made.config
+def compile_on(trees: memory.Recipe, devices: list[Any], chip: Chip, price: float | None) -> Figures:
+    """Compile the program for one mesh.
+
+    Args:
+      trees: the recipe, whose config names the mesh.
+      devices: those of the topology; the mesh takes the first of them.
+      chip: what they are.
+      price: dollars for one chip and hour.
+
+    Returns:
+      Its figures; `error` alone, where it does not compile.
+    """
+    config = trees.config
     mesh = sharding.make_mesh(**config.mesh, devices=devices[: math.prod(config.mesh.values())])
-    started, options = time.monotonic(), topology.compiler_options(chip, EFFORT.value)
+    options = topology.compiler_options(chip, EFFORT.value)
+    started = time.monotonic()
     try:
         if PROGRAM.value == 'restore':
             samples = config.restore.batch
-            step, arguments = programs.restore_step(made)
+            step, arguments = programs.restore_step(trees)
             arguments = programs.placed(arguments, mesh)
             compiled = step.lower(*arguments).compile(options)
-            found = plan.restore(made, arguments, compiled, chip)
+            figures = plan.restore(trees, arguments, compiled, chip)
         else:
             samples = config.prune.samples
-            passes = programs.calibration(made)
-            compiled = [one.program.lower(*programs.placed_pass(made, one, mesh)).compile(options) for one in passes]
-            found = plan.calibrate(made, list(zip(passes, compiled, strict=True)), chip)
+            passes = [
+                (one, one.program.lower(*programs.placed_pass(trees, one, mesh)).compile(options))
+                for one in programs.calibration(trees)
+            ]
+            figures = plan.calibrate(trees, passes, chip)
     except jax.errors.JaxRuntimeError as error:
+        # Most often: out of memory. A compiler may append its whole plan of it.
         return {'error': str(error)[:2000]}
-    found |= {'samples': samples, 'by_shapes': STAGES[PROGRAM.value](made).total}
-    found |= {'compilation_s': time.monotonic() - started}
-    return found | plan.throughput(made, samples, seconds(found), mesh.size, price)
+    figures['samples'] = samples
+    figures['by_shapes'] = STAGES[PROGRAM.value](trees).total
+    figures['compilation_s'] = time.monotonic() - started
+    return figures | plan.throughput(trees, samples, seconds(figures), mesh.size, price)
 
 
-def keep(name, config, price, found):
-    """Writes what was found: of all meshes that were tried, and of the best that fits."""
-    file = Path(WORKDIR.value) / f'{name.replace("/", "--")}-{PROGRAM.value}-{TOPOLOGY.value.replace(":", "-")}.json'
+def write(name: str, config: ConfigDict, price: float | None, best: Figures | None, tried: list[Figures]) -> None:
+    """Write the figures of all meshes that were tried, and of the best that fits, as JSON."""
+    stem = f'{name.replace("/", "--")}-{PROGRAM.value}-{TOPOLOGY.value.replace(":", "-")}'
+    file = Path(WORKDIR.value) / f'{stem}.json'
     file.parent.mkdir(parents=True, exist_ok=True)
-    said = {'model': name, 'program': PROGRAM.value, 'topology': TOPOLOGY.value, 'price': price}
-    said |= {'effort': EFFORT.value, 'config': json.loads(config.to_json())}
-    files.write_text(file, json.dumps(said | found, indent=1))
+    content = {
+        'model': name,
+        'program': PROGRAM.value,
+        'topology': TOPOLOGY.value,
+        'price': price,
+        'effort': EFFORT.value,
+        'config': json.loads(config.to_json()),
+        'best': best,
+        'tried': tried,
+    }
+    files.write_text(file, json.dumps(content, indent=1))
     print(f'  written to {file}')
 
 
-def report(found, chip, price):
-    """The figures of one mesh, for people."""
-    print(f'  mesh: {describe(found["mesh"])}')
-    if 'error' in found:
-        print(f'  does not fit, or does not compile: {found["error"]}')
+def report(figures: Figures, chip: Chip, price: float | None) -> None:
+    """Print the figures of one mesh."""
+    print(f'  mesh: {describe(figures["mesh"])}')
+    if 'error' in figures:
+        print(f'  does not fit, or does not compile: {figures["error"]}')
         return
-    of = 'a step' if PROGRAM.value == 'restore' else 'a pass'
-    rows = {'bytes a chip, by shapes': f'{found["by_shapes"] / GIB:.2f} GiB; by the compiler, GiB'}
-    rows |= {what: f'{size / GIB:.3f}' for what, size in found['bytes'].items() if size}
-    fits = 'fits' if found['fits'] else 'does NOT fit'
-    rows['together'] = f'{found["total"] / GIB:.2f}, {fits} into {chip.memory / GIB:.1f}'
-    rows['FLOPs a chip'] = f'{found["flops"]:.3g}'
-    for kind, sent in found['collectives'].items():
+    rows = {'bytes a chip, by shapes': f'{figures["by_shapes"] / GIB:.2f} GiB; by the compiler, GiB'}
+    rows |= {part: f'{size / GIB:.3f}' for part, size in figures['bytes'].items() if size}
+    fits = 'fits' if figures['fits'] else 'does NOT fit'
+    rows['together'] = f'{figures["total"] / GIB:.2f}, {fits} into {chip.memory / GIB:.1f}'
+    rows['FLOPs a chip'] = f'{figures["flops"]:.3g}'
+    for kind, sent in figures['collectives'].items():
         rows[kind] = f'{sent["runs"]} times, {sent["bytes"] / GIB:.3f} GiB sent by a chip'
-    line = found['roofline']
-    terms = ', '.join(f'{name} {line[name]:.3f}' for name in plan.Roofline._fields)
-    rows[f'seconds {of} of {found["samples"]}, at least'] = f'{line["seconds"]:.3f} ({terms})'
-    if found['compiler_s'] is not None:
-        rows["seconds by the compiler's estimate, its loops counted once"] = f'{found["compiler_s"]:.3f}'
-    rows['samples a second, at most'] = f'{found["samples_s"]:.1f} ({found["tokens_s"]:.0f} tokens)'
+    roofline = figures['roofline']
+    terms = ', '.join(f'{name} {roofline[name]:.3f}' for name in plan.Roofline._fields)
+    unit = 'a step' if PROGRAM.value == 'restore' else 'a pass'
+    rows[f'seconds {unit} of {figures["samples"]}, at least'] = f'{roofline["seconds"]:.3f} ({terms})'
+    if figures['compiler_s'] is not None:
+        rows["seconds by the compiler's estimate, its loops counted once"] = f'{figures["compiler_s"]:.3f}'
+    rows['samples a second, at most'] = f'{figures["samples_s"]:.1f} ({figures["tokens_s"]:.0f} tokens)'
     if price is not None:
-        rows['25,000 samples, at least'] = f'{found["dollars_25k"]:.2f} dollars, at {price:.2f} for a chip and hour'
-    rows['compiled in'] = f'{found["compilation_s"]:.0f} s'
-    for what, value in rows.items():
-        print(f'  {what}: {value}')
+        rows['25,000 samples, at least'] = f'{figures["dollars_25k"]:.2f} dollars, at {price:.2f} for a chip and hour'
+    rows['compiled in'] = f'{figures["compilation_s"]:.0f} s'
+    for title, value in rows.items():
+        print(f'  {title}: {value}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Accuracy of a model on visual questions: easy-VQA's, or those of a folder.
+"""Score a model on visual questions: those of easy-VQA, or of a folder.
 
 python launch/evaluate.py --model=runs/demo/exported [--questions=1000] [--data=FOLDER] [--shuffle_images]
 """
@@ -13,23 +13,26 @@ from sparselora_jax.evaluation import vqa
 from sparselora_jax.runtime.progress import Progress
 
 cli.define_model()
-QUESTIONS = flags.DEFINE_integer('questions', 1000, 'how many of the test questions', lower_bound=1)
-BATCH = flags.DEFINE_integer('batch', 50, 'questions at a time', lower_bound=1)
-SEED = flags.DEFINE_integer('seed', 42, 'which ones')
-SHUFFLE = flags.DEFINE_bool('shuffle_images', False, "give each question another question's image")
+QUESTIONS = flags.DEFINE_integer('questions', 1000, 'number of test questions', lower_bound=1)
+BATCH = flags.DEFINE_integer('batch', 50, 'number of questions answered at a time', lower_bound=1)
+SEED = flags.DEFINE_integer('seed', 42, 'seed of the choice of questions')
+SHUFFLE = flags.DEFINE_bool(
+    'shuffle_images', False, 'show each question the image of another one, to see what images are worth'
+)
 DATA = flags.DEFINE_string('data', 'easy_vqa', 'easy_vqa, or a folder with a data.jsonl')
-DATA_DIR = flags.DEFINE_string('data_dir', 'runs/data', 'where easy-VQA is prepared')
+DATA_DIR = flags.DEFINE_string('data_dir', 'runs/data', 'folder that easy-VQA is prepared in')
 
 
-def main(argv):
-    """Prints accuracy, and the floor of a model that never sees an image."""
+def main(argv: list[str]) -> None:
+    """Print the accuracy, and the floor: the best accuracy of a model that never sees an image."""
     del argv
     model, params, processor, text = cli.load_model()
     if DATA.value == 'easy_vqa':
         dataset = easy_vqa.load(DATA_DIR.value)
     else:
         dataset = folder.load(DATA.value, pipeline.misfit(processor, text, answers=False))
-    train, test = (split.read_texts() for split in (dataset.train, dataset.test))
+    train = dataset.train.read_texts()
+    test = dataset.test.read_texts()
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
     answers = vqa.evaluate(
         model,
@@ -45,7 +48,7 @@ def main(argv):
     )
     floor = vqa.blind_floor(train, [test[index] for index in indices])
     scores = {'accuracy': answers, 'image_blind_floor': floor}
-    print(json.dumps({name: found.accuracy(dataset.kind_of) for name, found in scores.items()}, indent=1))
+    print(json.dumps({name: score.accuracy(dataset.kind_of) for name, score in scores.items()}, indent=1))
 
 
 if __name__ == '__main__':

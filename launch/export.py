@@ -1,11 +1,15 @@
-"""Merges what a workdir's restoration has learnt and exports it, once `train.py` has restored it there.
+"""Merge and export the restored model of a workdir, once `train.py` has restored it there.
 
 python launch/export.py --config=configs/blip2_lang_only.py --workdir=runs/demo --format=packed
 
-`hf` (the default): a Hugging Face directory as torch reads it, zeros included (`train.py` has made it). The others are
-for `evaluate.py` and `generate.py` (docs/formats.md). `packed`: without the zeros; `packed_int4`: the merged values of
-2:4 kernels rounded to four bits; `packed_lora`: nothing merged, LoRA beside the packed kernels that it was trained on
-(`restore.base`).
+Formats (docs/formats.md):
+
+- `hf`, the default: a Hugging Face directory with dense kernels, zeros included. `train.py` writes it too.
+- `packed`: kernels without their zeros.
+- `packed_int4`: as `packed`, the merged values of 2:4 kernels rounded to four bits.
+- `packed_lora`: nothing merged; LoRA beside the packed kernels that it was trained on (`restore.base`).
+
+`evaluate.py` and `generate.py` read all of them, other software `hf` alone.
 """
 
 import cli
@@ -15,11 +19,11 @@ from sparselora_jax.jobs import stages
 from sparselora_jax.jobs.job import Job
 
 CONFIG, WORKDIR = cli.define_config()
-FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *stages.PACKED), 'of the weights')
+FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *stages.PACKED), 'format of the weights')
 
 
-def main(argv):
-    """The stage `export`, or that of a packed format."""
+def main(argv: list[str]) -> None:
+    """Run the stage `export`, or that of a packed format."""
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     if FORMAT.value == 'hf':

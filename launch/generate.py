@@ -1,4 +1,4 @@
-"""Answers one question about one image.
+"""Answer one question about one image.
 
 python launch/generate.py IMAGE "what color is the shape?" [--model=runs/demo/exported] [--num_beams=5]
 """
@@ -12,16 +12,18 @@ from sparselora_jax.runtime.errors import DataError
 cli.define_model()
 
 
-def main(argv):
-    """Prints the answer."""
+def main(argv: list[str]) -> None:
+    """Print the answer to `argv`: an image and a question."""
     if len(argv) != 2:
         raise DataError('expected two arguments: IMAGE "question"')
     path, question = argv
     if not question.strip():
         raise DataError('the question is empty')
-    image = pipeline.read_image(path)  # what is no image is named before the model is loaded
+    # Before the model, so that a file that is no image is refused at once.
+    image = pipeline.read_image(path)
     model, params, processor, text = cli.load_model()
-    print(vqa.generate_answers(model, params, processor, text, [image], [question], **text.decoding)[0])
+    (answer,) = vqa.generate_answers(model, params, processor, text, [image], [question], **text.decoding)
+    print(answer)
 
 
 if __name__ == '__main__':

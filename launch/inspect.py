@@ -1,14 +1,16 @@
-"""What a model consists of, what a recipe prunes and adapts in it, and what memory each stage takes: from shapes alone.
+"""Describe a model, what a recipe prunes and trains in it, and the memory that each stage takes: from shapes alone.
 
 python launch/inspect.py Salesforce/blip2-opt-2.7b
 python launch/inspect.py DIRECTORY --config=configs/llava_both.py:hardware=gpu,pattern=4:8 --config.restore.batch=32
 python launch/inspect.py configs/blip2_lang_only.py
 
-MODEL comes first: a Hugging Face directory, a hub id (those of `sparselora_jax/models/published.py` need no network) or
-a config of configs/, whose own model is taken. Without --config the recipe is the family's `*_lang_only`.
+MODEL comes first: a Hugging Face directory, a hub id (those of `sparselora_jax/planning/published.py` need no network)
+or a recipe of configs/, whose own model is taken. Without --config the recipe is the family's `*_lang_only`.
 """
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import cli
 
@@ -16,83 +18,119 @@ from sparselora_jax import recipe
 from sparselora_jax.models.model import abstract_params
 from sparselora_jax.planning import inspection, memory
 from sparselora_jax.sparse import rules
+from sparselora_jax.sparse.weights import LoraSpec
 
 GIB = 2**30
 
+# A recipe in the place of the model stands for `--config`. Before the flag is defined, which reads the command line.
 if len(sys.argv) > 1 and (path := cli.find_recipe(sys.argv[1])):
     sys.argv[1] = f'--config={path}'
 CONFIG = cli.define_recipe(None)
 
 
-def main(argv):
-    """Prints the tables."""
+def main(argv: list[str]) -> None:
+    """Print the tables."""
     config = CONFIG.value
-    name, hf, cfg = cli.find_model(argv, config)
-    print_model(name, inspection.family_name(cfg), hf, cfg)
-    config = config or cli.family_recipe(cfg)
+    model = cli.find_model(argv, config)
+    print_model(model)
+    config = config or cli.family_recipe(model.cfg)
     if config is None:
         print('\nno recipe for a language model alone: give one with --config=...')
         return
     recipe.check_values(config)
-    made = memory.recipe(cfg, config)
-    print_rules(made)
-    print_memory(made)
+    trees = memory.recipe(model.cfg, config)
+    print_recipe(trees)
+    print_rules(trees)
+    print_memory(trees)
 
 
-def print_model(name, family, hf, cfg):
-    """The towers and the whole."""
-    params = abstract_params(cfg)
-    towers = inspection.towers(cfg, params)
-    rows = [(t.name, t.blocks or '', t.width, f'{t.parameters:,}', f'{t.share:.1%}') for t in towers]
-    rows.append(('total', sum(t.blocks for t in towers), '', f'{inspection.count(params):,}', ''))
-    print(f'{name}: {family}\n')
+def print_model(model: cli.ModelConfig) -> None:
+    """Print the size of each tower and of the whole."""
+    params = abstract_params(model.cfg)
+    towers = inspection.towers(model.cfg, params)
+    rows = [
+        # A projection between towers has no blocks.
+        (tower.name, tower.blocks or '', tower.width, f'{tower.parameters:,}', f'{tower.share:.1%}')
+        for tower in towers
+    ]
+    rows.append(('total', sum(tower.blocks for tower in towers), '', f'{inspection.count(params):,}', ''))
+    print(f'{model.name}: {inspection.family_name(model.cfg)}\n')
     print_table(('tower', 'blocks', 'width', 'parameters', 'share'), rows, left=1)
-    unread = inspection.unread(hf, cfg) if hf else {}
+    unread = inspection.unread(model.hf, model.cfg) if model.hf else {}
     if unread:
-        print('\nin the checkpoint, but not read: ' + '; '.join(f'{what}, {size:,}' for what, size in unread.items()))
+        print('\nin the checkpoint, but not read: ' + '; '.join(f'{part}, {size:,}' for part, size in unread.items()))
 
 
-def print_rules(made):
-    """What each rule matches, and what stays dense."""
-    config = made.config
+def print_recipe(trees: memory.Recipe) -> None:
+    """Print how a recipe prunes and restores, and in which towers."""
+    config = trees.config
     mesh = ' '.join(f'{axis}={size}' for axis, size in config.mesh.items())
-    prune, restore = config.prune, config.restore
+    prune = config.prune
+    restore = config.restore
     print(f'\nrecipe: {config.dtype} on a mesh of {mesh}; pruning by {prune.method}, {prune.samples} samples,')
     print(f'{prune.chunk} at a time; restoring in batches of {restore.batch} in {restore.accumulate} parts')
-    lists = {'prune rule': recipe.prune_rules(config), 'LoRA rule': recipe.lora_rules(config)}
-    for title, listed in lists.items():
+    # A recipe is named for the towers that it prunes; LoRA is trained wherever its rank is not 0.
+    towers = recipe.towers(config)
+    trained = 'the pruned kernels' if restore.trained == 'weights' else f'LoRA in {_present(towers, trees.lora)}'
+    print(f'pruned: {_present(towers, trees.masks)}; trained: {trained}')
+
+
+def _present(towers: Sequence[str], tree: dict[str, Any]) -> str:
+    """Return the names of those towers that a tree has leaves in."""
+    present = {path.partition('/')[0] for path in rules.flatten(tree)}
+    return ', '.join(tower for tower in towers if tower in present) or 'no tower'
+
+
+def print_rules(trees: memory.Recipe) -> None:
+    """Print what each rule matches, and what stays dense."""
+    rule_lists = {
+        'prune rule': recipe.prune_rules(trees.config),
+        'LoRA rule': recipe.lora_rules(trees.config),
+    }
+    for title, rule_list in rule_lists.items():
         rows = [
-            (m.regex, _value(m.value), len(m.paths), m.matrices, f'{m.parameters:,}', _examples(m.paths))
-            for m in inspection.matches(made.params, listed)
+            (
+                match.regex,
+                _value(match.value),
+                len(match.paths),
+                match.matrices,
+                f'{match.parameters:,}',
+                _examples(match.paths),
+            )
+            for match in inspection.matches(trees.params, rule_list)
         ]
         print()
         print_table((title, 'value', 'kernels', 'matrices', 'parameters', 'e.g.'), rows, left=2)
-    dense = inspection.dense_groups(made.params, list(rules.flatten(made.masks)))
+    dense = inspection.dense_groups(trees.params, list(rules.flatten(trees.masks)))
     print()
     print_table(('stays dense', 'parameters'), [(name, f'{size:,}') for name, size in dense.items()], left=1)
 
 
-def _value(value) -> str:
+def _value(value: Any) -> str:
+    """Return the value of a rule as text: a pattern, a `LoraSpec`, or none."""
     if value is None:
         return 'none'
-    return f'rank {value.rank}, alpha {value.alpha:g}' if hasattr(value, 'rank') else str(value)
+    return f'rank {value.rank}, alpha {value.alpha:g}' if isinstance(value, LoraSpec) else str(value)
 
 
-def _examples(paths) -> str:
+def _examples(paths: Sequence[str]) -> str:
+    """Return the first two paths."""
     return ', '.join(paths[:2]) + (', ...' if len(paths) > 2 else '')
 
 
-def print_memory(made):
-    """Each stage's terms; of its moments only the highest counts."""
+def print_memory(trees: memory.Recipe) -> None:
+    """Print the terms of each stage's memory; only the moment that takes most counts."""
     rows = []
-    for title, stage in memory.STAGES.items():
-        found = stage(made)
-        if not found.held:  # the recipe has no such stage
+    for title, estimate in memory.STAGES.items():
+        stage = estimate(trees)
+        if not stage.held:
+            # The recipe has no such stage: rounding, where no base is in four bits.
             continue
-        rows.append((title, '', f'{found.total / GIB:.2f}'))
-        rows += [('', term, f'{size / GIB:.3f}') for term, size in found.held.items()]
-        highest = max(found.moments, key=lambda name, of=found.moments: sum(of[name].values()), default=None)
-        for moment, terms in found.moments.items():
+        rows.append((title, '', f'{stage.total / GIB:.2f}'))
+        rows += [('', term, f'{size / GIB:.3f}') for term, size in stage.held.items()]
+        totals = {moment: sum(terms.values()) for moment, terms in stage.moments.items()}
+        highest = max(totals, key=totals.get, default=None)
+        for moment, terms in stage.moments.items():
             note = '' if moment == highest else ', not the highest moment'
             rows.append(('', f'{moment}{note}', ''))
             rows += [('', f'  {term}', f'{size / GIB:.3f}') for term, size in terms.items()]
@@ -100,13 +138,21 @@ def print_memory(made):
     print_table(('stage', 'of which', 'GiB'), rows, left=2)
 
 
-def print_table(header, rows, *, left):
-    """Columns aligned; the first `left` of them, and texts behind the numbers, to the left."""
-    rows = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    texts = [i < left or header[i] == 'e.g.' for i in range(len(header))]
-    for row in rows:
-        cells = [c.ljust(w) if text else c.rjust(w) for c, w, text in zip(row, widths, texts, strict=True)]
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int) -> None:
+    """Print aligned columns.
+
+    Args:
+      header: of the columns.
+      rows: cells, printed as `str` makes them.
+      left: the first columns, which hold text and are aligned to the left. So is `e.g.`; numbers go to the right.
+    """
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = []
+        for index, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            is_text = index < left or header[index] == 'e.g.'
+            cells.append(cell.ljust(width) if is_text else cell.rjust(width))
         print('  '.join(cells).rstrip())
 
 

@@ -1,16 +1,19 @@
-"""Makes the bridge of the embedded model, stage by stage; each stage resumes, and is skipped once it is done.
+"""Train the bridge of the embedded model, stage by stage. Resumes, and skips finished stages.
 
 python launch/pretrain.py --config=configs/demo_pretrain.py --workdir=runs/pretrain
 """
 
 import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 import sparselora_jax as sl
 from sparselora_jax import recipe
@@ -29,119 +32,201 @@ from sparselora_jax.runtime.progress import Log, Progress
 CONFIG, WORKDIR = cli.define_config('configs/demo_pretrain.py', 'runs/pretrain')
 
 
-def image_batches(source, texts, processor, *, batch: int, seed: int, words=None):
-    """Images with their facts (and caption words), flipped and turned at random: neither changes shape or colour."""
-    facts = easy_vqa.image_facts(texts)
-    first = {image_id: index for index, (_, _, image_id) in reversed(list(enumerate(texts)))}
-    told = [first[i] for i, fact in sorted(facts.items()) if words is None or min(fact) >= 0]
+class Pretraining:
+    """One run: its model, its data and the folder that its stages write to."""
 
-    def transform(record):
-        fact = facts[int(record['image_id'])]
-        example = {
-            'pixel_values': processor.prompt([record['image']], ['-'])['pixel_values'][0],
-            'facts': np.asarray(fact, np.int32),
-        }
-        return example if words is None else example | {'words': words(fact)}
+    def __init__(self, config: ConfigDict, workdir: Path, language_cfg: Any):
+        """Set up the run; no weights are made.
 
-    def turn(example, rng):
-        image = np.rot90(example['pixel_values'], rng.integers(4), axes=(1, 2))
-        return example | {'pixel_values': np.ascontiguousarray(image[:, :, :: rng.choice([-1, 1])])}
+        Args:
+          config: see `configs/demo_pretrain.py`.
+          workdir: where results, logs and checkpoints go.
+          language_cfg: config of the language model.
+        """
+        self.config = config
+        self.workdir = workdir
+        self.log = Log(workdir)
+        self.cfg = blip2.Blip2Config(
+            vision=vit.ViTConfig(**config.vision),
+            qformer=qformer.QFormerConfig(image_width=config.vision.width, **config.qformer),
+            language=language_cfg,
+        )
+        self.processor = embedded.load_processor(self.cfg)
+        self.text = TextFormat()
+        self.dataset = easy_vqa.load(config.data_dir)
+        self.image_texts = easy_vqa.read_texts(easy_vqa.prepare(config.data_dir), 'train')
 
-    return pipeline.batches(source, transform, batch=batch, seed=seed, groups=[told], shares=(1,), augment=turn)
+    def images(self, *, batch: int, words: Callable[[tuple[int, int]], np.ndarray] | None = None) -> Any:
+        """Return batches of images with their facts, flipped and turned at random: neither changes shape or colour.
 
+        Args:
+          batch: images in a batch.
+          words: makes the words of a caption from a colour and a shape. With it, images whose colour or shape no
+            question tells are left out.
+        """
+        facts = easy_vqa.image_facts(self.image_texts)
+        # An image has several questions; its first record stands for it. Reversed, so that the first one wins.
+        first = {image_id: index for index, (_, _, image_id) in reversed(list(enumerate(self.image_texts)))}
+        usable = [first[image_id] for image_id, fact in sorted(facts.items()) if words is None or min(fact) >= 0]
 
-def main(argv):
-    """Runs the stages in order."""
-    del argv
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
-    recipe.claim(workdir, config)
-    log, key = Log(workdir), jax.random.key(config.seed)
-    path = embedded.language_model_file()
-    language_cfg, language = gguf.load_llama(path)
-    cfg = blip2.Blip2Config(
-        vision=vit.ViTConfig(**config.vision),
-        qformer=qformer.QFormerConfig(image_width=config.vision.width, **config.qformer),
-        language=language_cfg,
-    )
-    model, processor = Model(cfg, embedded.GENERATION), embedded.load_processor(cfg)
-    tokenizer = processor.hf.tokenizer
-    dataset = easy_vqa.load(config.data_dir)
-    train = dataset.train.source
-    texts = easy_vqa.read_texts(easy_vqa.prepare(config.data_dir), 'train')
-    text = TextFormat()
-    params = pretrain.init(key, cfg)
+        def transform(record: dict[str, Any]) -> dict[str, np.ndarray]:
+            fact = facts[int(record['image_id'])]
+            # The processor wants a text beside each image; it is not used.
+            pixels = self.processor.prompt([record['image']], ['-'])['pixel_values'][0]
+            example = {'pixel_values': pixels, 'facts': np.asarray(fact, np.int32)}
+            return example if words is None else example | {'words': words(fact)}
 
-    def questions(batch, seed):
-        groups = pipeline.groups_by_kind(dataset.train, dataset)
-        transform = pipeline.vqa_transform(processor, text)
-        return pipeline.batches(train, transform, batch=batch, seed=seed, groups=groups, shares=config.shares)
+        def turn(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+            image = np.rot90(example['pixel_values'], rng.integers(4), axes=(1, 2))
+            direction = rng.choice([-1, 1])
+            return example | {'pixel_values': np.ascontiguousarray(image[:, :, ::direction])}
 
-    def stage(name, loss, trained, frozen, batches):
-        """Trains `trained`, and returns it as it is after the last step."""
-        knobs = config[name].to_dict()
-        steps = knobs.pop('steps')
-        knobs.pop('batch')
-        tx = pretrain.optimizer(steps=steps, **knobs)
-        checkpoints = Checkpoints(workdir / name)
-        progress = Progress(name, steps, first=(checkpoints.steps() or [0])[-1])
+        source = self.dataset.train.source
+        return pipeline.batches(
+            source, transform, batch=batch, seed=self.config.seed, groups=[usable], shares=(1,), augment=turn
+        )
 
-        def note(step, metrics):
-            log.scalars(name, step, metrics)
+    def questions(self, *, batch: int, seed: int) -> Any:
+        """Return batches of questions and answers, in the config's shares of their kinds."""
+        return pipeline.batches(
+            self.dataset.train.source,
+            pipeline.vqa_transform(self.processor, self.text),
+            batch=batch,
+            seed=seed,
+            groups=pipeline.groups_by_kind(self.dataset.train, self.dataset),
+            shares=self.config.shares,
+        )
+
+    def train(self, name: str, loss: Callable[..., Any], trained: dict, frozen: dict | None, batches: Any) -> dict:
+        """Run one stage, or what its checkpoints leave to do of it.
+
+        Args:
+          name: of the stage; its schedule is the config's part of this name.
+          loss: one of `jobs.pretrain`.
+          trained: params to train.
+          frozen: params that the loss reads beside them.
+          batches: see `restoration.train.fit`.
+
+        Returns:
+          `trained` after the last step.
+        """
+        schedule = self.config[name]
+        tx = pretrain.optimizer(
+            steps=schedule.steps,
+            peak=schedule.peak,
+            warmup=schedule.warmup,
+            clip=schedule.clip,
+            weight_decay=schedule.weight_decay,
+        )
+        checkpoints = Checkpoints(self.workdir / name)
+        done = checkpoints.steps()
+        progress = Progress(name, schedule.steps, first=done[-1] if done else 0)
+
+        def note(step: int, metrics: dict[str, float]) -> None:
+            self.log.scalars(name, step, metrics)
             progress(step, ' '.join(f'{key} {value:.3f}' for key, value in metrics.items()))
 
-        step = make_step(functools.partial(loss, cfg=cfg), tx)
-        state = sl.init_state(trained, tx)
         state = fit(
-            step, state, frozen, batches, steps=steps, checkpoints=checkpoints, every=config.checkpoint_every, log=note
+            make_step(functools.partial(loss, cfg=self.cfg), tx),
+            sl.init_state(trained, tx),
+            frozen,
+            batches,
+            steps=schedule.steps,
+            checkpoints=checkpoints,
+            every=self.config.checkpoint_every,
+            log=note,
         )
         return state.trained
 
-    def scores(name, weights, **options):
-        """Accuracy on the test questions, kept in `<name>.json`."""
-        file = workdir / f'{name}.json'
+    def score(self, name: str, params: dict, *, shuffle_images: bool = False) -> None:
+        """Print the accuracy on the test questions; it is kept in `NAME.json`.
+
+        Args:
+          name: of the model.
+          params: its weights.
+          shuffle_images: show each question the image of another one.
+        """
+        file = self.workdir / f'{name}.json'
         if not file.exists():
-            indices = vqa.sample(config.eval_questions, len(dataset.test.source), seed=config.seed)
-            options |= {
-                'max_new_tokens': 4,
-                'batch': min(50, len(indices)),
-                'progress': Progress(f'evaluate {name}', len(indices)),
-            }
-            answers = vqa.evaluate(model, weights, processor, text, dataset.test, indices, **options)
-            files.write_text(file, json.dumps(answers.accuracy(dataset.kind_of), indent=1))
+            indices = vqa.sample(self.config.eval_questions, len(self.dataset.test.source), seed=self.config.seed)
+            answers = vqa.evaluate(
+                Model(self.cfg, embedded.GENERATION),
+                params,
+                self.processor,
+                self.text,
+                self.dataset.test,
+                indices,
+                batch=min(50, len(indices)),
+                shuffle_images=shuffle_images,
+                progress=Progress(f'evaluate {name}', len(indices)),
+                max_new_tokens=4,
+            )
+            files.write_text(file, json.dumps(answers.accuracy(self.dataset.kind_of), indent=1))
         print(name, file.read_text())
 
-    trained = stage(
+
+def subset(params: dict, names: Sequence[str]) -> dict:
+    """Return the parts of a params tree that are named."""
+    return {name: params[name] for name in names}
+
+
+def main(argv: list[str]) -> None:
+    """Run the stages in order, then write the bridge and score the model."""
+    del argv
+    config = CONFIG.value
+    workdir = Path(WORKDIR.value)
+    recipe.claim(workdir, config)
+    key = jax.random.key(config.seed)
+    language_cfg, language = gguf.load_llama(embedded.language_model_file())
+    run = Pretraining(config, workdir, language_cfg)
+    params = pretrain.init(key, run.cfg)
+
+    trained = run.train(
         'facts',
         pretrain.facts_loss,
-        {name: params[name] for name in ('vision', 'facts')},
-        None,
-        image_batches(train, texts, processor, batch=config.facts.batch, seed=config.seed),
+        trained=subset(params, ('vision', 'facts')),
+        frozen=None,
+        batches=run.images(batch=config.facts.batch),
     )
+    # From here on the vision encoder is frozen; the heads that named colour and shape are dropped.
     frozen = {'vision': trained['vision'], 'language': language}
-    words = functools.partial(pretrain.caption_words, tokenizer, queries=cfg.qformer.queries)
-    bridge = {name: params[name] for name in ('qformer', 'projection')}
-    bridge = stage(
+    words = functools.partial(pretrain.caption_words, run.processor.hf.tokenizer, queries=run.cfg.qformer.queries)
+    bridge = run.train(
         'words',
         pretrain.words_loss,
-        bridge,
-        frozen,
-        image_batches(train, texts, processor, batch=config.words.batch, seed=config.seed, words=words),
+        trained=subset(params, ('qformer', 'projection')),
+        frozen=frozen,
+        batches=run.images(batch=config.words.batch, words=words),
     )
-    bridge = stage('answers', pretrain.answers_loss, bridge, frozen, questions(config.answers.batch, config.seed))
-    scores('frozen', frozen | bridge)
+    bridge = run.train(
+        'answers',
+        pretrain.answers_loss,
+        trained=bridge,
+        frozen=frozen,
+        batches=run.questions(batch=config.answers.batch, seed=config.seed),
+    )
+    run.score('frozen', frozen | bridge)
+
     rules = [('language/blocks/.*', sl.LoraSpec(config.lora_rank, config.lora_alpha)), ('.*', None)]
     lora = sl.init_lora(jax.random.fold_in(key, 1), {'language': language}, rules)
-    trained = stage(
-        'lora', pretrain.answers_loss, bridge | {'lora': lora}, frozen, questions(config.lora.batch, config.seed + 10)
+    trained = run.train(
+        'lora',
+        pretrain.answers_loss,
+        trained=bridge | {'lora': lora},
+        frozen=frozen,
+        # Another seed than the stage before: the same questions come in another order.
+        batches=run.questions(batch=config.lora.batch, seed=config.seed + 10),
     )
+    # The language model comes from its own package; the file holds the rest, in half the bytes.
     result = trained | {'vision': frozen['vision']}
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), result)
     file = workdir / embedded.BRIDGE.name
-    sl.save_safetensors(file, half, metadata={'config': embedded.to_json(cfg)})
+    sl.save_safetensors(file, half, metadata={'config': embedded.to_json(run.cfg)})
     print(f'{file}: {file.stat().st_size / 1e6:.1f} MB')
+    # Scored as it is loaded: in half precision, with LoRA merged.
     _, weights = embedded.load(file)
-    scores('trained', weights)
-    scores('shuffled', weights, shuffle_images=True)
+    run.score('trained', weights)
+    run.score('shuffled', weights, shuffle_images=True)
 
 
 if __name__ == '__main__':

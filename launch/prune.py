@@ -1,4 +1,4 @@
-"""Calibrates and prunes, nothing more: writes the masks into the workdir.
+"""Calibrate and prune, nothing more: write the masks into the workdir.
 
 python launch/prune.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 """
@@ -11,8 +11,8 @@ from sparselora_jax.jobs.job import Job
 CONFIG, WORKDIR = cli.define_config()
 
 
-def main(argv):
-    """The stage `prune`."""
+def main(argv: list[str]) -> None:
+    """Run the stage `prune`."""
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     print(stages.prune(job))

@@ -1,8 +1,8 @@
-"""A grid of main jobs, one process each: results in one table (CSV, Markdown) and plots (PNG, SVG). Resumes.
+"""Run a grid of main jobs, one process each; write a table (CSV, Markdown) and plots (PNG, SVG). Resumes.
 
 python launch/sweep.py --config=configs/sweeps/modality.py --workdir=runs/modality [--config.budget=tiny|hour|full]
 
-A run that failed is marked, the others are finished, and the same command tries it again.
+A run that fails is marked in the table and the others go on. The same command tries it again.
 """
 
 import sys
@@ -10,36 +10,41 @@ from pathlib import Path
 
 import cli
 from absl import flags
+from ml_collections import ConfigDict
 
 from sparselora_jax.jobs import plots, sweep, sweep_runs, table
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.restoration.train import Interrupted
 
 CONFIG, WORKDIR = cli.define_config('configs/sweeps/modality.py', 'runs/sweep')
-RUN = flags.DEFINE_string('run', None, 'do one run alone, in this process: what the sweep starts for each')
+RUN = flags.DEFINE_string(
+    'run', None, 'name of one run to do alone, in this process; the sweep starts itself so for each run'
+)
 
 
-def main(argv):
-    """Every run that is not finished yet, then the results."""
+def main(argv: list[str]) -> None:
+    """Run what is not finished yet, then write the results."""
     del argv
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    config = CONFIG.value
+    workdir = Path(WORKDIR.value)
     if not hasattr(config, 'points'):
         raise ConfigError('the config is a recipe, not a sweep: expected one of configs/sweeps/')
     if RUN.value is not None:
-        return run_alone(config, workdir)
+        run_alone(config, workdir)
+        return
     try:
         sweep.run(config, workdir, run_apart, after=lambda: table.write(config, workdir))
-    except (sweep.SweepError, Interrupted):  # what there is, is shown
+    except (sweep.SweepError, Interrupted):
+        # Show the results of the runs that are finished.
         plots.write(config, table.write(config, workdir), workdir)
         raise
     plots.write(config, table.write(config, workdir), workdir)
     print((workdir / f'{config.name}.md').read_text())
     print(f'complete: {workdir}/{config.name}.csv, .md, .png, .svg')
-    return None
 
 
-def run_alone(config, workdir):
-    """The run that `--run` names."""
+def run_alone(config: ConfigDict, workdir: Path) -> None:
+    """Run what `--run` names in this process."""
     planned = {run.name: run for run in sweep.runs(config)}
     if RUN.value not in planned:
         raise ConfigError(f'run {RUN.value!r}: expected one of {", ".join(planned)}')
@@ -47,8 +52,8 @@ def run_alone(config, workdir):
     sweep_runs.run_here(run.config, workdir / run.name, run.point.models)
 
 
-def run_apart(run, folder):
-    """This script again, for one run."""
+def run_apart(run: sweep.Run, folder: Path) -> None:
+    """Start this script again for one run, so that each run gets all memory and may fail alone."""
     sweep_runs.run_apart([sys.executable, *sys.argv, f'--run={run.name}'], folder)
 
 

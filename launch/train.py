@@ -1,4 +1,4 @@
-"""The main job: evaluate, prune, restore, merge, verify, export, report. Resumes, and skips what is done.
+"""Run the main job: evaluate, prune, restore, merge, verify, export, report. Resumes, and skips finished stages.
 
 python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 """
@@ -12,11 +12,12 @@ from sparselora_jax.runtime import processes
 CONFIG, WORKDIR = cli.define_config()
 
 
-def main(argv):
-    """Every stage, in order."""
+def main(argv: list[str]) -> None:
+    """Run every stage in order."""
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     stages.run(job)
+    # The first process writes the report, the others wait for it.
     summary = processes.agreed(lambda: report.summary(report.write(job)))
     if processes.first():
         print(summary)

@@ -1,10 +1,10 @@
-"""What a smaller base, and a teacher on disk, cost: language at 2:4, restored on each base and from each teacher.
+"""Measure what a smaller base or a teacher on disk costs: language at 2:4, restored on each base, by each teacher.
 
   python launch/sweep.py --config=configs/sweeps/base.py --workdir=runs/base
 
-Pruning is the same everywhere; factors are merged in high precision. `top-k KL` is another loss than the teacher's
-whole distribution (`losses.top_k_kl`). What int4 takes is also tried to be won back by more steps. Argument and
-budgets: `grid.py`.
+All points are pruned in the same way, and LoRA is merged in float32. `top-k KL` is a loss of its own, not that over the
+teacher's whole distribution (`losses.top_k_kl`). Two points train longer, to see whether more steps win back what int4
+costs. `grid.py` describes the argument and the budgets.
 """
 
 from ml_collections import ConfigDict
@@ -14,29 +14,30 @@ from sparselora_jax.jobs.sweep import Point
 from sparselora_jax.recipe import BASES
 
 TEACHERS = {'model': {}, 'top-k KL': {'restore.teacher': 'top_k'}, 'none': {'restore.kd': 0.0}}
-LONG = 4  # times the steps
+LONG = 4  # how many times the budget's steps the long points take
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: see `grid.py`."""
+    """Return the sweep; see `grid.py` for `arg`."""
     pruned = grid.patterns(tuple(grid.base(arg).prune.pattern), language='2:4')
-    grids = [(base, 'model') for base in BASES]
-    grids += [('dense', 'top-k KL'), ('dense', 'none'), ('packed_int4', 'top-k KL')]
+    pairs = [(base, 'model') for base in BASES]
+    pairs += [('dense', 'top-k KL'), ('dense', 'none'), ('packed_int4', 'top-k KL')]
     points = [
         Point(
-            grid.name(base, teacher),
-            {'base': base, 'teacher': teacher},
-            pruned | {'restore.base': base} | TEACHERS[teacher],
-            ('restored',),
+            name=grid.name(base, teacher),
+            labels={'base': base, 'teacher': teacher},
+            fields=pruned | {'restore.base': base} | TEACHERS[teacher],
+            models=('restored',),
         )
-        for base, teacher in grids
+        for base, teacher in pairs
     ]
+    # Longer training: does it win back what int4 costs, and what does it do for the dense base?
     points += [
         Point(
-            grid.name(base, 'long'),
-            {'base': base, 'teacher': f'model, {LONG} x the steps'},
-            pruned | {'restore.base': base},
-            ('restored',),
+            name=grid.name(base, 'long'),
+            labels={'base': base, 'teacher': f'model, {LONG} x the steps'},
+            fields=pruned | {'restore.base': base},
+            models=('restored',),
             share=LONG,
         )
         for base in ('dense', 'packed_int4')

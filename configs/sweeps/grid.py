@@ -1,20 +1,24 @@
 """What the sweeps share: the recipe that a sweep's argument names, its budgets, and patterns by tower.
 
-The argument, `--config=configs/sweeps/<name>.py:recipe=NAME,model=...,data=...`: a recipe of `configs/` (by default
-`blip2_lang_only`, whose model is embedded), and the arguments of that recipe (`configs/arguments.py`).
+The argument, `--config=configs/sweeps/NAME.py:recipe=NAME,model=...,data=...`, names a recipe of `configs/` (default:
+`blip2_lang_only`, with the embedded model). The other arguments are those of the recipe (`configs/arguments.py`).
 
-Budgets (`--config.budget=tiny|hour|full`) set fields of the recipe, and how many seeds each point runs with. Their own
-fields can be overridden: `--config.budgets.hour.restore.steps=50`.
+A budget (`--config.budget=tiny|hour|full`) sets fields of the recipe and the number of seeds that each point runs with.
+Its own fields can be overridden: `--config.budgets.hour.restore.steps=50`.
 """
 
 import importlib
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from sparselora_jax.jobs.sweep import Point
+
 
 def base(arg: str | None) -> ConfigDict:
-    """The recipe.
+    """Return the recipe that a sweep's argument names.
 
     Raises:
       ValueError: see `arguments.parse`, or a recipe that does not exist.
@@ -23,37 +27,62 @@ def base(arg: str | None) -> ConfigDict:
     name = next((part.removeprefix('recipe=') for part in parts if part.startswith('recipe=')), 'blip2_lang_only')
     rest = ','.join(part for part in parts if not part.startswith('recipe='))
     try:
-        recipe = importlib.import_module(f'configs.{name}').get_config
+        get_config = importlib.import_module(f'configs.{name}').get_config
     except (ImportError, AttributeError):
         raise ValueError(f'recipe {name!r}: expected a recipe of configs/, e.g. llava_both') from None
-    return recipe(rest or None)
+    return get_config(rest or None)
 
 
-def config(name: str, arg: str | None, points: list, plot: dict, *, hour: dict, full: dict) -> ConfigDict:
-    """A sweep's config.
+def config(
+    name: str,
+    arg: str | None,
+    points: Sequence[Point],
+    plot: Mapping[str, str],
+    *,
+    hour: Mapping[str, Any],
+    full: Mapping[str, Any],
+) -> ConfigDict:
+    """Return a sweep's config.
 
     Args:
-      points: `sweep.Point`s.
-      plot: see `evaluation.plots.figure`.
-      hour, full: budgets, as `budget` makes them.
+      name: of the sweep and of its results.
+      arg: see the module.
+      points: the points of the grid, each with its own fields.
+      plot: see `jobs.plots.figure`.
+      hour: the budget of this name, as `budget` makes it.
+      full: the budget of this name.
     """
+    # Tiny is for tests: it shows that every point runs, not how well.
     tiny = budget(seeds=1, steps=2, batch=4, questions=10, samples=4, scored=4)
-    budgets = ConfigDict({'tiny': tiny, 'hour': hour, 'full': full})
-    found = ConfigDict({'name': name, 'budget': 'hour', 'budgets': budgets, 'base': base(arg), 'plot': plot})
-    found.points = tuple(points)
-    return found
+    sweep = ConfigDict()
+    sweep.name = name
+    sweep.budget = 'hour'
+    sweep.budgets = ConfigDict({'tiny': tiny, 'hour': hour, 'full': full})
+    sweep.base = base(arg)
+    sweep.plot = ConfigDict(plot)
+    sweep.points = tuple(points)
+    return sweep
 
 
-def budget(*, seeds: int, steps: int, batch: int, questions: int, samples: int, scored: int = 8) -> dict:
-    """How much a point may take; a tenth of the steps is warm-up, and only the end is a checkpoint.
+def budget(*, seeds: int, steps: int, batch: int, questions: int, samples: int, scored: int = 8) -> dict[str, Any]:
+    """Return the fields of a budget; a tenth of the steps is warm-up, and only the last step is a checkpoint.
 
     Args:
-      scored: samples that ECoFLaP's scores are taken from; its zeroth order runs them twice for each kernel and layer.
+      seeds: number of runs of each point.
+      steps: of restoration.
+      batch: samples in a step of restoration.
+      questions: number of test questions.
+      samples: number of calibration samples.
+      scored: number of samples of ECoFLaP's scores; its zeroth order runs them twice for each kernel and layer.
     """
-    restore = {'steps': steps, 'batch': batch, 'warmup': max(1, steps // 10), 'checkpoint_every': max(50, steps)}
     return {
         'seeds': seeds,
-        'restore': restore,
+        'restore': {
+            'steps': steps,
+            'batch': batch,
+            'warmup': max(1, steps // 10),
+            'checkpoint_every': max(50, steps),
+        },
         'evaluate': {'questions': questions, 'batch': min(50, questions)},
         'prune': {
             'samples': samples,
@@ -65,7 +94,11 @@ def budget(*, seeds: int, steps: int, batch: int, questions: int, samples: int, 
 
 
 def patterns(towers: tuple[str, ...], **pruned: str) -> dict[str, str]:
-    """Fields that prune these towers and leave the others dense.
+    """Return the fields that prune some towers and leave the others dense.
+
+    Args:
+      towers: all towers of the recipe.
+      pruned: the pattern of each pruned tower.
 
     >>> patterns(('vision', 'language'), language='2:4')
     {'prune.pattern.vision': 'dense', 'prune.pattern.language': '2:4'}
@@ -74,7 +107,7 @@ def patterns(towers: tuple[str, ...], **pruned: str) -> dict[str, str]:
 
 
 def name(*labels: str) -> str:
-    """Of a point's folder.
+    """Return a point's name, which is also that of its folder.
 
     >>> name('language only', '2:4'), name('both', '50 %')
     ('language-only-2-4', 'both-50')

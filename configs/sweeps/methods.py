@@ -1,10 +1,10 @@
-"""Every pruner and every allocation of sparsity over layers, vision and language alike: what each costs and keeps.
+"""Compare every pruning method and every allocation over layers, with vision and language pruned alike.
 
   python launch/sweep.py --config=configs/sweeps/methods.py --workdir=runs/methods
 
-Allocations have no N:M. Global magnitude compares weights of the whole model, so its pruner is magnitude; without the
-bound of 90 % it prunes layers of the vision encoder, whose weights are the smaller ones, away whole. The other
-allocations go with Wanda, as their papers have it. Argument and budgets: `grid.py`.
+N:M patterns leave nothing to allocate. Global magnitude compares weights of the whole model, so its method is
+magnitude. The vision encoder has smaller weights: without a bound of 90 %, whole layers of it would be pruned. The
+other allocations use Wanda, as their papers do. `grid.py` describes the argument and the budgets.
 """
 
 from ml_collections import ConfigDict
@@ -26,13 +26,22 @@ ALLOCATIONS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: see `grid.py`."""
-    towers, points = tuple(grid.base(arg).prune.pattern), []
-    methods = {label: {'prune.method': name} for label, name in PRUNERS.items()}
+    """Return the sweep; see `grid.py` for `arg`."""
+    towers = tuple(grid.base(arg).prune.pattern)
+    pruners = {label: {'prune.method': name} for label, name in PRUNERS.items()}
+    points = []
     for label, pattern in PATTERNS.items():
-        for method, fields in (methods if ':' in pattern else methods | ALLOCATIONS).items():
-            fields = grid.patterns(towers, vision=pattern, language=pattern) | fields
-            points.append(Point(grid.name(method, label), {'pattern': label, 'method': method}, fields))
+        structured = ':' in pattern
+        ways = pruners if structured else pruners | ALLOCATIONS
+        patterns = grid.patterns(towers, vision=pattern, language=pattern)
+        points += [
+            Point(
+                name=grid.name(way, label),
+                labels={'pattern': label, 'method': way},
+                fields=patterns | fields,
+            )
+            for way, fields in ways.items()
+        ]
     plot = {'kind': 'bars', 'x': 'pattern', 'series': 'method', 'title': 'Pruners and allocations'}
     hour = grid.budget(seeds=1, steps=40, batch=8, questions=300, samples=128)
     full = grid.budget(seeds=3, steps=200, batch=16, questions=2000, samples=128, scored=32)

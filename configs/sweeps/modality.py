@@ -1,8 +1,9 @@
-"""Which modality to prune: language only, vision only or both, at five patterns, pruned and restored.
+"""Compare which modality to prune: language only, vision only or both, at five patterns, pruned and restored.
 
   python launch/sweep.py --config=configs/sweeps/modality.py --workdir=runs/modality
 
-The paper's first experiment (arXiv 2404.02424). Argument and budgets: `grid.py`.
+The paper's first experiment (arXiv 2404.02424). `grid.py` describes the argument and the
+budgets.
 """
 
 from ml_collections import ConfigDict
@@ -15,13 +16,13 @@ MODALITIES = {'both': ('vision', 'language'), 'language only': ('language',), 'v
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: see `grid.py`."""
+    """Return the sweep; see `grid.py` for `arg`."""
     towers = tuple(grid.base(arg).prune.pattern)
     points = [
         Point(
-            grid.name(modality, label),
-            {'pruned': modality, 'pattern': label},
-            grid.patterns(towers, **dict.fromkeys(pruned, pattern)),
+            name=grid.name(modality, label),
+            labels={'pruned': modality, 'pattern': label},
+            fields=grid.patterns(towers, **dict.fromkeys(pruned, pattern)),
         )
         for label, pattern in PATTERNS.items()
         for modality, pruned in MODALITIES.items()

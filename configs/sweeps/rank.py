@@ -1,8 +1,8 @@
-"""What the rank of LoRA buys: the language tower pruned and restored, ranks 1 to 32, the scale alpha / rank fixed.
+"""Measure what the rank of LoRA buys: language pruned and restored at ranks 1 to 32, with alpha / rank fixed.
 
   python launch/sweep.py --config=configs/sweeps/rank.py --workdir=runs/rank
 
-Argument and budgets: `grid.py`.
+`grid.py` describes the argument and the budgets.
 """
 
 from ml_collections import ConfigDict
@@ -12,17 +12,24 @@ from sparselora_jax.jobs.sweep import Point
 
 PATTERNS = {'2:4': '2:4', '70 %': '0.7'}
 RANKS = (1, 2, 4, 8, 16, 32)
-SCALE = 2.0
+SCALE = 2.0  # alpha / rank
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: see `grid.py`."""
-    towers, points = tuple(grid.base(arg).prune.pattern), []
+    """Return the sweep; see `grid.py` for `arg`."""
+    towers = tuple(grid.base(arg).prune.pattern)
+    points = []
     for label, pattern in PATTERNS.items():
         for rank in RANKS:
-            ranks = {f'lora.rank.{tower}': rank if tower == 'language' else 0 for tower in towers}
-            fields = grid.patterns(towers, language=pattern) | ranks | {'lora.alpha.language': SCALE * rank}
-            points.append(Point(grid.name(f'rank {rank}', label), {'pattern': label, 'rank': rank}, fields))
+            # Only the pruned tower is restored, so that its rank alone differs between points.
+            lora = {f'lora.rank.{tower}': 0 for tower in towers}
+            lora |= {'lora.rank.language': rank, 'lora.alpha.language': SCALE * rank}
+            point = Point(
+                name=grid.name(f'rank {rank}', label),
+                labels={'pattern': label, 'rank': rank},
+                fields=grid.patterns(towers, language=pattern) | lora,
+            )
+            points.append(point)
     plot = {'kind': 'lines', 'x': 'rank', 'series': 'pattern', 'title': 'What the rank of LoRA buys'}
     hour = grid.budget(seeds=1, steps=60, batch=8, questions=300, samples=128)
     full = grid.budget(seeds=3, steps=300, batch=16, questions=2000, samples=128)

@@ -1,11 +1,13 @@
-"""What restoring is worth, and what of it: nothing, DSnoT, and ways of training, at equal steps; language only.
+"""Compare ways of restoring the pruned language tower at equal steps: none, DSnoT, and ways of training.
 
   python launch/sweep.py --config=configs/sweeps/restore.py --workdir=runs/restore
 
-The column `density if LoRA is merged` says what merging the same factors outside the mask would do. The dense control
-has the same LoRA budget. Learning rates are the best of those tried at 70 % with another seed (7), 30 steps of 8 and
-200 questions: LoRA 1e-3 63.5 %, 2e-3 76.0 %; whole kernels 1e-4 79.0 %, 3e-4 71.5 %, 1e-3 86.5 %. Argument and
-budgets: `grid.py`.
+The column `density if LoRA is merged` is the density after merging the same factors without the mask. The control
+trains the same LoRA budget on the dense model.
+
+Each learning rate is the best of those tried at 70 %, with another seed (7), 30 steps of 8 and 200 questions. LoRA:
+1e-3 63.5 %, 2e-3 76.0 %. Whole kernels: 1e-4 79.0 %, 3e-4 71.5 %, 1e-3 86.5 %. `grid.py` describes the argument and the
+budgets.
 """
 
 from ml_collections import ConfigDict
@@ -26,13 +28,21 @@ TRAINED = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: see `grid.py`."""
-    towers, points = tuple(grid.base(arg).prune.pattern), []
+    """Return the sweep; see `grid.py` for `arg`."""
+    towers = tuple(grid.base(arg).prune.pattern)
+    points = []
     for label, pattern in PATTERNS.items():
+        # What trains nothing is evaluated after pruning, the others after restoration.
         for ways, models in ((PRUNED, ('pruned',)), (TRAINED, ('restored',))):
-            for way, fields in ways.items():
-                fields = grid.patterns(towers, language=pattern) | fields
-                points.append(Point(grid.name(way, label), {'pattern': label, 'restored by': way}, fields, models))
+            points += [
+                Point(
+                    name=grid.name(way, label),
+                    labels={'pattern': label, 'restored by': way},
+                    fields=grid.patterns(towers, language=pattern) | fields,
+                    models=models,
+                )
+                for way, fields in ways.items()
+            ]
     points.append(Point('control', {'restored by': 'LoRA on the dense model'}, LORA, models=('control',)))
     plot = {'kind': 'bars', 'x': 'pattern', 'series': 'restored by', 'title': 'Ways of restoring, at equal steps'}
     hour = grid.budget(seeds=3, steps=30, batch=8, questions=200, samples=64)

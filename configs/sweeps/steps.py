@@ -1,8 +1,9 @@
-"""What the steps of restoration buy: the language tower pruned and restored, from a sixteenth of the steps to all.
+"""Measure what the steps of restoration buy: language pruned and restored, from a sixteenth of the steps to all.
 
   python launch/sweep.py --config=configs/sweeps/steps.py --workdir=runs/steps
 
-Every point has its whole schedule, warm-up and decay, in its own steps. Argument and budgets: `grid.py`.
+Every point has its whole schedule, warm-up and decay, in its own steps. `grid.py` describes the argument and the
+budgets.
 """
 
 from ml_collections import ConfigDict
@@ -11,17 +12,17 @@ from configs.sweeps import grid
 from sparselora_jax.jobs.sweep import Point
 
 PATTERNS = {'2:4': '2:4', '70 %': '0.7'}
-PARTS = (16, 8, 4, 2, 1)
+PARTS = (16, 8, 4, 2, 1)  # a point takes 1 / part of the budget's steps
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: see `grid.py`."""
+    """Return the sweep; see `grid.py` for `arg`."""
     towers = tuple(grid.base(arg).prune.pattern)
     points = [
         Point(
-            grid.name(f'one {part}th', label),
-            {'pattern': label},
-            grid.patterns(towers, language=pattern),
+            name=grid.name(f'one {part}th', label),
+            labels={'pattern': label},
+            fields=grid.patterns(towers, language=pattern),
             share=1 / part,
         )
         for label, pattern in PATTERNS.items()

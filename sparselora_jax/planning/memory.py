@@ -1,25 +1,26 @@
-"""How much memory each stage of a recipe takes on one device: analytic, from shapes, every term by its name.
+"""Estimates the memory that each stage of a recipe takes on one device: from shapes alone, every term by its name.
 
 The shapes of hidden states, and of what each linear reads, come from tracing the model's own forward on a batch of
-shapes. What XLA adds (fusion scratch, layouts, collectives) is not in it: see `restore` for how far it is off.
+shapes. What XLA adds (scratch of fusions, layouts, collectives) is not counted: `restore` says how far it is off.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints.layout import PIECE
 from sparselora_jax.models.model import abstract_params
-from sparselora_jax.planning.tracing import Stack, batch_of, nbytes, stacks
+from sparselora_jax.planning.tracing import ModelConfig, Stack, batch_of, nbytes, stacks
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules, rounded_rules, runs_teacher
-from sparselora_jax.sparse import rules as rules_lib
-from sparselora_jax.sparse import sharding
+from sparselora_jax.sparse import rules, sharding
 from sparselora_jax.sparse.packing.like import base_like
 from sparselora_jax.sparse.weights import init_lora
 
@@ -28,60 +29,113 @@ DISTILLED = 3  # arrays of logits in the loss: the student's, the teacher's, the
 
 
 class Stage(NamedTuple):
-    """Bytes on one device: what is held all along, and moments of which only the largest counts, each by its terms."""
+    """Bytes that a stage takes on one device.
+
+    Attributes:
+      held: what is in memory all along, by its terms.
+      moments: what is in memory at some moment, by its terms. Moments follow each other: only the largest counts.
+    """
 
     held: dict[str, int]
     moments: dict[str, dict[str, int]]
 
     @property
     def total(self) -> int:
-        """Bytes at the highest moment."""
-        return sum(self.held.values()) + max((sum(terms.values()) for terms in self.moments.values()), default=0)
+        """Return the bytes at the highest moment."""
+        return _sum(self.held) + max((_sum(terms) for terms in self.moments.values()), default=0)
 
 
-def on_device(tree: dict, mesh: AbstractMesh | None) -> int:
-    """Bytes of params, masks or LoRA on one device of a mesh, as `sharding.RULES` split them; None: one device."""
+def _sum(terms: Mapping[str, int]) -> int:
+    return sum(terms.values())
+
+
+def on_device(tree: PyTree, mesh: AbstractMesh | None) -> int:
+    """Return the bytes of params, masks or LoRA on one device of a mesh.
+
+    Args:
+      tree: arrays or their shapes, split as `sharding.RULES` say.
+      mesh: None: one device.
+    """
     if mesh is None:
         return nbytes(tree)
-    split = sharding.shardings(tree, mesh)
-    return nbytes(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype), tree, split))
+    return shard_bytes(tree, sharding.shardings(tree, mesh))
+
+
+def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
+    """Return the bytes of a tree that lie on one device.
+
+    Args:
+      tree: arrays or their shapes.
+      shardings: of each leaf.
+    """
+
+    def shard(leaf: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(where.shard_shape(leaf.shape), leaf.dtype)
+
+    return nbytes(jax.tree.map(shard, tree, shardings))
 
 
 class Recipe(NamedTuple):
-    """The trees of a recipe, by shapes, and where they lie."""
+    """The trees of a recipe, by shapes, and where they lie.
 
-    cfg: Any
-    config: Any
+    Attributes:
+      cfg: our config of the model.
+      config: the recipe.
+      params: of the dense model.
+      masks: of the kernels that are pruned.
+      densities: share of weights that each pruned kernel keeps, by path.
+      lora: factors of the kernels that are adapted.
+      mesh: None: one device.
+    """
+
+    cfg: ModelConfig
+    config: ConfigDict
     params: dict
     masks: dict
-    densities: dict[str, float]  # of the kernels that have a mask
+    densities: dict[str, float]
     lora: dict
     mesh: AbstractMesh | None
 
 
-def recipe(cfg: Any, config: Any) -> Recipe:
-    """A family's config and a recipe (what `configs/*.py` return) -> the trees that its stages hold.
+def recipe(cfg: ModelConfig, config: ConfigDict) -> Recipe:
+    """Return the trees that the stages of a recipe hold.
+
+    Args:
+      cfg: our config of the model.
+      config: a recipe, as `configs/*.py` return it.
 
     Raises:
-      PatternError, RuleError: the recipe does not fit the model. ConfigError: an unknown method.
+      PatternError: a pattern that does not fit a kernel.
+      RuleError: a rule that matches no kernel.
+      ConfigError: an unknown method.
     """
-    params, axes = abstract_params(cfg, config.dtype), config.mesh.to_dict()
-    kernels = rules_lib.kernels(params)
-    pruned = pruning.patterns_of(params, prune_rules(config))
-    masks = rules_lib.unflatten({path: jax.ShapeDtypeStruct(kernels[path].shape, jnp.bool_) for path in pruned})
+    params = abstract_params(cfg, config.dtype)
+    kernels = rules.kernels(params)
+    patterns = pruning.patterns_of(params, prune_rules(config))
+    masks = {path: jax.ShapeDtypeStruct(kernels[path].shape, jnp.bool_) for path in patterns}
     lora = jax.eval_shape(lambda key: init_lora(key, params, lora_rules(config)), jax.random.key(0))
-    sizes = tuple(axes[name] for name in sharding.AXES)
-    densities = {path: 1 - pattern.sparsity for path, pattern in pruned.items()}
-    mesh = AbstractMesh(sizes, sharding.AXES) if max(sizes) > 1 else None
-    return Recipe(cfg, config, params, masks, densities, lora, mesh)
+    sizes = tuple(config.mesh[axis] for axis in sharding.AXES)
+    return Recipe(
+        cfg=cfg,
+        config=config,
+        params=params,
+        masks=rules.unflatten(masks),
+        densities={path: 1 - pattern.sparsity for path, pattern in patterns.items()},
+        lora=lora,
+        mesh=AbstractMesh(sizes, sharding.AXES) if max(sizes) > 1 else None,
+    )
 
 
-def base(made: Recipe) -> tuple[dict, dict]:
-    """(params, masks), by shapes, as restoration holds them."""
-    formats = base_formats(made.config)
-    if formats is None or not made.masks:
-        return made.params, made.masks
-    return base_like(made.params, made.densities, formats)
+def base(trees: Recipe) -> tuple[dict, dict]:
+    """Return (params, masks), by shapes, as restoration holds them.
+
+    Args:
+      trees: of the recipe.
+    """
+    formats = base_formats(trees.config)
+    if formats is None or not trees.masks:
+        return trees.params, trees.masks
+    return base_like(trees.params, trees.densities, formats)
 
 
 def holds_teacher(made: Recipe) -> bool:
@@ -90,101 +144,133 @@ def holds_teacher(made: Recipe) -> bool:
     return runs_teacher(made.config) and bool(made.masks) and changed
 
 
-def _samples(made: Recipe, count: int) -> int:
-    """How many of a batch's samples one device has: they are split over data and fsdp."""
-    return -(-count // (made.config.mesh.data * made.config.mesh.fsdp))
+def _samples_on_device(trees: Recipe, count: int) -> int:
+    """Return how many of a batch's samples lie on one device: batches are split over data and fsdp."""
+    parts = trees.config.mesh.data * trees.config.mesh.fsdp
+    return math.ceil(count / parts)
 
 
-def _traced(made: Recipe, samples: int) -> list[Stack]:
-    return stacks(made.cfg, made.params, batch_of(made.cfg, made.config.text, samples))
+def _traced(trees: Recipe, samples: int) -> list[Stack]:
+    return stacks(trees.cfg, trees.params, batch_of(trees.cfg, trees.config.text, samples))
 
 
-def _only(made: Recipe, keep: Callable[[str], bool]) -> int:
-    """Bytes on one device of the params whose path is to be kept."""
-    flat = rules_lib.flatten(made.params)
-    return on_device(rules_lib.unflatten({path: leaf for path, leaf in flat.items() if keep(path)}), made.mesh)
+def _params_where(trees: Recipe, keep: Callable[[str], bool]) -> int:
+    """Return the bytes on one device of the params whose path is to be kept."""
+    flat = rules.flatten(trees.params)
+    return on_device(rules.unflatten({path: leaf for path, leaf in flat.items() if keep(path)}), trees.mesh)
 
 
-def load(made: Recipe) -> Stage:
-    """Reading the model."""
-    piece = min(PIECE, max(nbytes(leaf) for leaf in jax.tree.leaves(made.params)))
-    moments = {'placing a piece of a tensor': {'as it was read, and in our layout': 2 * piece}}
-    return Stage({'params': on_device(made.params, made.mesh)}, moments)
+def load(trees: Recipe) -> Stage:
+    """Estimate reading the model.
 
-
-def prune(made: Recipe) -> Stage:
-    """Pruning block by block, with the hidden states of the whole calibration set in memory; the job writes each pruned
-    layer to disk at once.
+    Args:
+      trees: of the recipe.
     """
-    methods = prune_methods(made.config)
-    pruners = {path: rules_lib.first_match(methods, path) for path in made.densities}
-    return _walk(made, pruners, from_disk=made.config.stream)
+    # A tensor is read in pieces, so that no second copy of a large one is needed.
+    piece = min(PIECE, max(nbytes(leaf) for leaf in jax.tree.leaves(trees.params)))
+    moments = {'placing a piece of a tensor': {'as it was read, and in our layout': 2 * piece}}
+    return Stage({'params': on_device(trees.params, trees.mesh)}, moments)
 
 
-def round_base(made: Recipe) -> Stage:
-    """Choosing what a base in four bits holds, which goes block by block too, of what is read from disk; or nothing."""
-    if not (rules := rounded_rules(made.config)):
+def prune(trees: Recipe) -> Stage:
+    """Estimate pruning block by block, with the hidden states of the whole calibration set in memory.
+
+    The job writes each pruned layer to disk at once, so pruned kernels are not held.
+
+    Args:
+      trees: of the recipe.
+    """
+    rule_list = prune_methods(trees.config)
+    methods = {path: rules.first_match(rule_list, path) for path in trees.densities}
+    return _walk(trees, methods, from_disk=trees.config.stream)
+
+
+def round_base(trees: Recipe) -> Stage:
+    """Estimate choosing the values of a base in four bits; a stage without terms where there is no such base.
+
+    It goes block by block as pruning does, over blocks that are read from disk.
+
+    Args:
+      trees: of the recipe.
+    """
+    rule_list = rounded_rules(trees.config)
+    if not rule_list:
         return Stage({}, {})
-    return _walk(made, dict.fromkeys(pruning.patterns_of(made.params, rules), pruning.GPTQ()), from_disk=True)
+    paths = pruning.patterns_of(trees.params, rule_list)
+    return _walk(trees, dict.fromkeys(paths, pruning.GPTQ()), from_disk=True)
 
 
-def _walk(made: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
-    """`methods`: of every kernel that is to be changed, by path."""
-    config = made.config
-    samples = _samples(made, config.prune.samples)
+def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
+    """Estimate a walk over all blocks that changes kernels.
+
+    Args:
+      trees: of the recipe.
+      methods: the method of every kernel that is changed, by path.
+      from_disk: blocks are read one at a time; only what is outside of blocks is held.
+    """
+    config = trees.config
+    samples = _samples_on_device(trees, config.prune.samples)
     held = {
-        'params': _only(made, lambda path: not from_disk or '/blocks/' not in path),
-        'calibration batch': nbytes(batch_of(made.cfg, config.text, samples)),
-        # What came in, what the last block put out, what this one does; what blocks only read, whole and in chunks.
-        'hidden states of the calibration set': max(3 * s.hidden + 2 * nbytes(s.ctx) for s in _traced(made, samples)),
+        'params': _params_where(trees, lambda path: not (from_disk and rules.is_in_block(path))),
+        'calibration batch': nbytes(batch_of(trees.cfg, config.text, samples)),
+        # Of x: what came in, what the last block put out, what this block puts out. Of what blocks only read: the whole
+        # and its chunks.
+        'hidden states of the calibration set': max(
+            3 * stack.hidden + 2 * nbytes(stack.ctx) for stack in _traced(trees, samples)
+        ),
     }
-    chunks = _traced(made, min(config.prune.chunk, samples))
-    observing = [_observing(made, stack, methods) for stack in chunks]
-    cutting = [_cutting(made, stack, methods) for stack in chunks]
+    chunks = _traced(trees, min(config.prune.chunk, samples))
+    observing = [_observing(trees, stack, methods) for stack in chunks]
+    cutting = [_cutting(trees, stack, methods) for stack in chunks]
     moments = {'observing a block': max(observing, key=_sum), 'pruning a block': max(cutting, key=_sum)}
     return Stage(held, moments)
 
 
-def _sum(terms: dict[str, int]) -> int:
-    return sum(terms.values())
+def _is_in(stack: Stack, path: str) -> bool:
+    """Return whether a path leads into the blocks of a stack."""
+    return rules.is_in_block(path) and rules.stack_of(path) == stack.tower
 
 
-def _block(made: Recipe, stack: Stack) -> int:
-    """Bytes of one block's params."""
-    return _only(made, lambda path: path.startswith(f'{stack.tower}/blocks/')) // stack.depth
+def _block(trees: Recipe, stack: Stack) -> int:
+    """Return the bytes of one block's params on one device."""
+    return _params_where(trees, lambda path: _is_in(stack, path)) // stack.depth
 
 
 def _statistics(stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
-    """Bytes of one block's statistics: {the first kernel that reads an array: of its statistic}."""
+    """Return the bytes of one block's statistics, by the first kernel that reads the array."""
     sizes = {}
-    for name, read in stack.inputs.items():
-        if (path := f'{stack.tower}/blocks/{name}') in methods:
+    for name, array in stack.inputs.items():
+        path = rules.block_path(stack.tower, name)
+        if path in methods:
+            # The pruner gathers squares for a method without a statistic too: to count tokens, and to find NaN.
             statistic = methods[path].statistic or calibrate.squares
-            rows = jax.ShapeDtypeStruct((1, read.shape[-1]), jnp.float32)
+            rows = jax.ShapeDtypeStruct((1, array.shape[-1]), jnp.float32)
             sizes[stack.leaders[name]] = nbytes(jax.eval_shape(statistic, rows))
     return sizes
 
 
-def _observing(made: Recipe, stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
-    # A sum so far, a chunk's, and both added.
-    statistics = 3 * _sum(_statistics(stack, methods))
-    terms = {'one block': _block(made, stack), 'its statistics, thrice': statistics, 'one chunk in it': _working(stack)}
-    if made.mesh is not None and made.mesh.shape['fsdp'] > 1:
-        terms['the block, gathered along fsdp'] = _gathered(made, stack)
+def _observing(trees: Recipe, stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
+    """Return the terms of gathering a block's statistics."""
+    terms = {
+        'one block': _block(trees, stack),
+        # A sum so far, a chunk's, and both added.
+        'its statistics, thrice': 3 * _sum(_statistics(stack, methods)),
+        'one chunk in it': _working(stack),
+    }
+    if trees.mesh is not None and trees.mesh.shape['fsdp'] > 1:
+        terms['the block, gathered along fsdp'] = _gathered(trees, stack)
     return terms
 
 
-def _gathered(made: Recipe, stack: Stack) -> int:
-    """Bytes of one block's params on a device that runs it."""
-    prefix = f'{stack.tower}/blocks/'
-    flat = {path: leaf for path, leaf in rules_lib.flatten(made.params).items() if path.startswith(prefix)}
-    where = rules_lib.flatten(sharding.gathered(rules_lib.unflatten(flat), made.mesh))
-    shapes = (jax.ShapeDtypeStruct(where[path].shard_shape(leaf.shape), leaf.dtype) for path, leaf in flat.items())
-    return nbytes(list(shapes)) // stack.depth
+def _gathered(trees: Recipe, stack: Stack) -> int:
+    """Return the bytes of one block's params on a device that runs it: whole along fsdp."""
+    flat = rules.flatten(trees.params)
+    blocks = rules.unflatten({path: leaf for path, leaf in flat.items() if _is_in(stack, path)})
+    return shard_bytes(blocks, sharding.gathered(blocks, trees.mesh)) // stack.depth
 
 
 def _cutting(made: Recipe, stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
-    statistics, kernels = _statistics(stack, methods), rules_lib.kernels(made.params)
+    statistics, kernels = _statistics(stack, methods), rules.kernels(made.params)
     groups: dict[str, int] = {}  # kernels that read the same array are pruned as one
     for name, leader in stack.leaders.items():
         if leader in statistics:
@@ -199,64 +285,90 @@ def _cutting(made: Recipe, stack: Stack, methods: dict[str, Any]) -> dict[str, i
 
 
 def _working(stack: Stack) -> int:
-    """What a block needs beside its linears' outputs: the largest arrays (attention's weights) before and after."""
+    """Return what a block needs: its linears' outputs, and its largest array (attention's weights) before and after."""
     return stack.outputs + 2 * stack.widest
 
 
-def _held_base(made: Recipe) -> dict[str, int]:
-    (params, masks), of = base(made), made.config.restore.base
-    held = {'params': on_device(params, made.mesh)}
+def _held_base(trees: Recipe) -> dict[str, int]:
+    """Return the terms of the base that restoration reads: params, masks, and the teacher's own kernels."""
+    params, masks = base(trees)
+    kind = trees.config.restore.base
+    held = {'params': on_device(params, trees.mesh)}
     if masks:
-        held[f'masks ({"1 byte" if of == "dense" else "1 bit"} a weight)'] = on_device(masks, made.mesh)
-    if holds_teacher(made):  # it shares what has no mask
-        why = 'SparseGPT changes kept weights' if of == 'dense' else f'the base is {of}'
-        held[f'kernels of the dense teacher ({why})'] = _only(made, made.densities.__contains__)
+        held[f'masks ({"1 byte" if kind == "dense" else "1 bit"} a weight)'] = on_device(masks, trees.mesh)
+    if holds_teacher(trees):
+        why = 'SparseGPT changes kept weights' if kind == 'dense' else f'the base is {kind}'
+        # What has no mask is shared with the student.
+        held[f'kernels of the dense teacher ({why})'] = _params_where(trees, trees.densities.__contains__)
     return held
 
 
-def restore(made: Recipe) -> Stage:
-    """A train step.
+def restore(trees: Recipe) -> Stage:
+    """Estimate a train step.
 
     XLA's own count of temporary memory (all but params, masks, teacher, LoRA and Adam), in float32 on a CPU, is 0.85 to
     1.2 times this (tests/planning/test_memory.py). A CPU computes bfloat16 in float32 and takes twice as much of it.
+
+    Args:
+      trees: of the recipe.
     """
-    config, knobs = made.config, made.config.restore
-    micro = -(-_samples(made, knobs.batch) // knobs.accumulate)
-    run, adapted = _traced(made, micro), rules_lib.flatten(made.lora if knobs.trained == 'lora' else made.masks)
-    what = 'LoRA' if knobs.trained == 'lora' else 'trained kernels'
-    trained = on_device(made.lora, made.mesh) if knobs.trained == 'lora' else FLOAT * on_device(made.masks, made.mesh)
+    config = trees.config.restore
+    if config.trained == 'lora':
+        kind = 'LoRA'
+        adapted = rules.flatten(trees.lora)
+        trained = on_device(trees.lora, trees.mesh)
+    else:
+        kind = 'trained kernels'
+        adapted = rules.flatten(trees.masks)
+        # Masks have a byte a weight, trained kernels are float32.
+        trained = FLOAT * on_device(trees.masks, trees.mesh)
+    micro_batch = math.ceil(_samples_on_device(trees, config.batch) / config.accumulate)
+    traced = _traced(trees, micro_batch)
     # The backward stops at the first tower that is trained; what comes before it keeps nothing.
-    reached = [any(path.startswith(f'{stack.tower}/') for path in adapted) for stack in run]
-    kept = run[reached.index(True) :] if any(reached) else []
-    held = _held_base(made)
-    held |= {f'{what} (float32)': trained, f'Adam (2 of {what})': 2 * trained}
-    held[f'gradients (of {what})'] = trained * (2 if knobs.accumulate > 1 else 1)
-    held['block inputs'] = sum(stack.depth * stack.hidden for stack in kept)
-    if not knobs.remat:
-        held["linears' outputs"] = sum(stack.depth * stack.outputs for stack in kept)
-    copies = 2 if knobs.remat else 1  # of the outputs: their gradients, and themselves unless they were kept
-    kernel = max(
-        (math.prod(leaf.shape[-2:]) * FLOAT for leaf in rules_lib.kernels(made.params).values() if leaf.ndim > 2),
-        default=0,
-    )
+    is_trained = [any(_is_in(stack, path) for path in adapted) for stack in traced]
+    in_backward = traced[is_trained.index(True) :] if any(is_trained) else []
+    held = _held_base(trees)
+    held[f'{kind} (float32)'] = trained
+    held[f'Adam (2 of {kind})'] = 2 * trained
+    # With micro-batches: the sum so far and the part that is added.
+    held[f'gradients (of {kind})'] = trained * (2 if config.accumulate > 1 else 1)
+    held['block inputs'] = sum(stack.depth * stack.hidden for stack in in_backward)
+    if not config.remat:
+        held["linears' outputs"] = sum(stack.depth * stack.outputs for stack in in_backward)
+    # Of the linears' outputs in a block: their gradients, and with remat themselves, which were not kept.
+    copies = 2 if config.remat else 1
+    # Arrays of three axes are the stacked kernels of blocks; a layer of each is combined at a time.
+    kernels = [leaf for leaf in rules.kernels(trees.params).values() if leaf.ndim > 2]
+    largest_kernel = max((math.prod(leaf.shape[-2:]) * FLOAT for leaf in kernels), default=0)
     backward = {
-        'one block in the backward': max((copies * stack.outputs + _working(stack) for stack in kept), default=0),
-        'the largest combined kernel and its gradient, float32': 3 * kernel,
+        'one block in the backward': max(
+            (copies * stack.outputs + _working(stack) for stack in in_backward), default=0
+        ),
+        'the largest combined kernel and its gradient, float32': 3 * largest_kernel,
     }
-    logits = DISTILLED * micro * config.text.answer_tokens * made.cfg.language.vocab * FLOAT
+    # Logits are computed at the positions of the answer alone.
+    logits = DISTILLED * micro_batch * trees.config.text.answer_tokens * trees.cfg.language.vocab * FLOAT
     return Stage(held, {'backward through a block': backward, 'loss': {'logits (float32)': logits}})
 
 
-def merge(made: Recipe) -> Stage:
-    """Folding LoRA into the kernels, a layer at a time; then writing them."""
-    changed = rules_lib.flatten(made.masks).keys() | rules_lib.flatten(made.lora).keys()
-    held = _held_base(made)
-    held |= {'LoRA (float32)': on_device(made.lora, made.mesh), 'merged kernels': _only(made, changed.__contains__)}
-    depths = {path: math.prod(leaf.shape[:-2]) for path, leaf in rules_lib.kernels(made.params).items()}
-    largest = max((_only(made, path.__eq__) // depths[path] for path in rules_lib.flatten(made.lora)), default=0)
-    width = jnp.dtype(made.config.dtype).itemsize
-    copies = 2 if width == FLOAT else 3  # the kernel unless it is float32, its update, and their sum
-    return Stage(held, {'merging a layer': {'its largest kernel, float32': copies * largest * FLOAT // width}})
+def merge(trees: Recipe) -> Stage:
+    """Estimate folding LoRA into the kernels, a layer at a time, and writing them.
+
+    Args:
+      trees: of the recipe.
+    """
+    lora = rules.flatten(trees.lora)
+    changed = rules.flatten(trees.masks).keys() | lora.keys()
+    held = _held_base(trees)
+    held['LoRA (float32)'] = on_device(trees.lora, trees.mesh)
+    held['merged kernels'] = _params_where(trees, changed.__contains__)
+    depths = {path: math.prod(leaf.shape[:-2]) for path, leaf in rules.kernels(trees.params).items()}
+    largest_layer = max((_params_where(trees, path.__eq__) // depths[path] for path in lora), default=0)
+    width = jnp.dtype(trees.config.dtype).itemsize
+    # In float32: the kernel (unless it is float32 already), its update, and their sum.
+    copies = 2 if width == FLOAT else 3
+    merging = {'its largest kernel, float32': copies * largest_layer * FLOAT // width}
+    return Stage(held, {'merging a layer': merging})
 
 
 STAGES = {'load': load, 'prune': prune, 'round': round_base, 'restore': restore, 'merge and export': merge}

@@ -1,54 +1,94 @@
-"""A model's forward traced on shapes: what runs through each stack of blocks, with nothing computed or allocated."""
+"""A model's forward traced on shapes: what runs through each stack of blocks. Nothing is computed or allocated."""
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from sparselora_jax.models import paligemma, t5
 from sparselora_jax.models.model import Generation, Model
-from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.sparse import rules
+
+# An array, or the shape that stands for it.
+Shape = jax.ShapeDtypeStruct | Array
 
 
-def nbytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or of their shapes; two numbers of four bits are one, as devices hold them."""
+@runtime_checkable
+class ModelConfig(Protocol):
+    """Config of a model of any family; `vision` and `qformer` are there where the model has such towers."""
 
-    def of(leaf):
+    language: Any
+
+
+def nbytes(tree: PyTree) -> int:
+    """Return the bytes of a tree of arrays or of their shapes.
+
+    Args:
+      tree: leaves have a shape and a dtype. Two numbers of four bits share a byte, as on a device; an array of an odd
+        number of them is rounded down.
+
+    >>> nbytes({'a': jax.ShapeDtypeStruct((2, 3), jnp.float32), 'b': jax.ShapeDtypeStruct((4,), jnp.int4)})
+    26
+    """
+
+    def of_leaf(leaf: Any) -> int:
         dtype = jnp.dtype(leaf.dtype)
-        return math.prod(leaf.shape) * dtype.itemsize // (2 if dtype in (jnp.int4, jnp.uint4) else 1)
+        # NumPy's itemsize of a four-bit type is a whole byte.
+        numbers_per_item = 2 if dtype in (jnp.int4, jnp.uint4) else 1
+        return math.prod(leaf.shape) * dtype.itemsize // numbers_per_item
 
-    return sum(map(of, jax.tree.leaves(tree)))
+    return sum(of_leaf(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def shape_model(cfg: ModelConfig) -> Model:
+    """Return the model of a config, to trace its forward: how it generates does not matter there."""
+    return Model(cfg, Generation(eos=(0,), pad=0, start=0))
 
 
 class Stack(NamedTuple):
-    """A tower's blocks as one batch runs through them, by shapes."""
+    """A stack of blocks as one batch runs through it, by shapes.
+
+    Attributes:
+      tower: path of the stack: `vision`, `language`, `language/encoder`.
+      block: see `models.runners`.
+      depth: number of blocks.
+      weights: of one block, by shapes.
+      x: hidden states between two blocks, by shape.
+      ctx: what a block only reads, by shapes.
+      inputs: what each kernel of a block is multiplied with, by its name in the block.
+      leaders: for each kernel of a block, the first kernel that reads the same array (q for k and v).
+      outputs: bytes of the outputs of all linears of one block.
+      widest: bytes of the largest array within a block.
+    """
 
     tower: str
-    block: Callable  # of `models.runners`
+    block: Callable
     depth: int
-    weights: dict  # of one block
-    x: Any  # hidden states between blocks
+    weights: dict
+    x: jax.ShapeDtypeStruct
     ctx: dict
-    inputs: dict[str, Any]  # what each kernel of a block reads
-    leaders: dict[str, str]  # each kernel's first that reads the same array
-    outputs: int  # bytes that the linears of one block put out
-    widest: int  # bytes of the largest array within a block
+    inputs: dict[str, jax.ShapeDtypeStruct]
+    leaders: dict[str, str]
+    outputs: int
+    widest: int
 
     @property
     def hidden(self) -> int:
-        """Bytes of the hidden states between two blocks."""
+        """Return the bytes of the hidden states between two blocks."""
         return nbytes(self.x)
 
 
-class _Seen:
-    """A kernel that notes what it is multiplied with."""
+class _Watched:
+    """A kernel that notes its input: `sparse.linear` calls `observe` of a kernel that has it."""
 
-    def __init__(self, kernel: Any, note: Callable[[Any], None]):
-        self.kernel, self.note = kernel, note
+    def __init__(self, kernel: Shape, note: Callable[[Array], Any]):
+        self.kernel = kernel
+        self.note = note
 
-    def observe(self, x: Any) -> Any:
+    def observe(self, x: Array) -> Shape:
         self.note(x)
         return self.kernel
 
@@ -78,31 +118,67 @@ def batch_of(cfg: Any, text: Any, size: int) -> dict:
     return inputs | {'answer': jax.ShapeDtypeStruct((size, text.answer_tokens), jnp.bool_)}
 
 
-def stacks(cfg: Any, params: dict, batch: dict) -> list[Stack]:
-    """The model's runs of blocks in order, as a batch goes through them; traced, nothing is computed."""
-    model, found = Model(cfg, Generation(eos=(0,), pad=0, start=0)), []
+def stacks(cfg: ModelConfig, params: dict, batch: dict) -> list[Stack]:
+    """Return the model's stacks of blocks in the order that a batch runs through them; nothing is computed.
 
+    Args:
+      cfg: our config of the model.
+      params: by shapes.
+      batch: by shapes; see `batch_of`.
+    """
+    traced: list[Stack] = []
+
+    # A runner (`models.runners`) that looks at one block of each stack, and passes hidden states on as they came: every
+    # block leaves their shape as it is.
     def run(tower, block, weights, x, ctx, cache=None):
-        seen: dict[str, Any] = {}
-
-        def watched(w, x, ctx):
-            flat = rules_lib.flatten(w)
-            for name in rules_lib.kernels(w):
-                flat[name] = _Seen(flat[name], lambda x, name=name: seen.setdefault(name, x))
-            return block(rules_lib.unflatten(flat), x, ctx, None)[0]
-
-        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
-        x_shape, ctx_shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, ctx))
-        program = jax.make_jaxpr(watched)(one, x_shape, ctx_shape)
-        inside = [nbytes(out.aval) for equation in program.eqns for out in equation.outvars]
-        first: dict[int, str] = {}
-        leaders = {name: first.setdefault(id(read), name) for name, read in seen.items()}
-        inputs = {name: jax.ShapeDtypeStruct(read.shape, read.dtype) for name, read in seen.items()}
-        kernels = rules_lib.kernels(one)
-        outputs = sum(nbytes(read) // read.shape[-1] * kernels[name].shape[-1] for name, read in inputs.items())
-        depth = jax.tree.leaves(weights)[0].shape[0]
-        found.append(Stack(tower, block, depth, one, x_shape, ctx_shape, inputs, leaders, outputs, max(inside)))
+        traced.append(_trace_stack(tower, block, weights, x, ctx))
         return x, cache
 
+    model = shape_model(cfg)
     jax.eval_shape(lambda params, batch: model.hidden(params, batch, run), params, batch)
-    return found
+    return traced
+
+
+def _trace_stack(tower: str, block: Callable, stacked: dict, x: Array, ctx: dict) -> Stack:
+    """Trace one block of a stack.
+
+    Args:
+      tower: path of the stack.
+      block: see `models.runners`.
+      stacked: weights `[layers, ...]`.
+      x: hidden states between blocks.
+      ctx: what a block only reads.
+    """
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
+    # The arguments are tracers of the whole model's trace; a trace of one block starts from their shapes.
+    x_shape, ctx_shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, ctx))
+    kernels = rules.kernels(weights)
+    read: dict[str, Array] = {}
+
+    def watched(weights, x, ctx):
+        flat = rules.flatten(weights)
+        for name in kernels:
+            # A kernel that is read twice (a tied one) counts with its first input.
+            flat[name] = _Watched(flat[name], lambda x, name=name: read.setdefault(name, x))
+        return block(rules.unflatten(flat), x, ctx, None)[0]
+
+    jaxpr = jax.make_jaxpr(watched)(weights, x_shape, ctx_shapes)
+    sizes = [nbytes(output.aval) for equation in jaxpr.eqns for output in equation.outvars]
+    # Kernels that read the very same array share a statistic: tell by the tracer's identity, which `read` keeps alive.
+    first: dict[int, str] = {}
+    leaders = {name: first.setdefault(id(array), name) for name, array in read.items()}
+    inputs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in read.items()}
+    # [..., inputs] @ [inputs, outputs], in the dtype of the input.
+    outputs = sum(nbytes(array) // array.shape[-1] * kernels[name].shape[-1] for name, array in inputs.items())
+    return Stack(
+        tower=tower,
+        block=block,
+        depth=jax.tree.leaves(stacked)[0].shape[0],
+        weights=weights,
+        x=x_shape,
+        ctx=ctx_shapes,
+        inputs=inputs,
+        leaders=leaders,
+        outputs=outputs,
+        widest=max(sizes),
+    )

@@ -166,6 +166,22 @@ def test_the_script_prints_towers_rules_and_memory(script):
         assert re.search(f'^{line}$', out, re.M), out
 
 
+@pytest.mark.parametrize(
+    ('overrides', 'line'),
+    [
+        ([], 'pruned: language; trained: LoRA in vision, language'),
+        (['--config.lora.rank.vision=0'], 'pruned: language; trained: LoRA in language'),
+        (['--config.restore.trained=weights'], 'pruned: language; trained: the pruned kernels'),
+    ],
+)
+def test_the_script_says_which_towers_are_pruned_and_which_are_trained(script, overrides, line):
+    """A recipe named `*_lang_only` trains LoRA in the vision tower too."""
+    recipe = '--config=configs/llava_lang_only.py'
+    code, out, err = script('inspect.py', 'llava-hf/llava-1.5-7b-hf', recipe, *overrides)
+    assert code == 0, err
+    assert line in out.splitlines()
+
+
 @pytest.mark.parametrize('name', ['configs/blip2_lang_only.py', 'blip2_lang_only', 'embedded'])
 def test_the_script_takes_a_config_with_its_own_model(script, name):
     code, out, err = script('inspect.py', name)
