@@ -1,36 +1,99 @@
-"""Checkpoints by Orbax, each with a manifest of hashes: what is read back is what was written, or is not used.
+"""Checkpoints of one training run: written while training goes on, and checked before they are read.
 
-They are written while training goes on. A process killed meanwhile leaves a folder without a manifest, which is never
-read.
+Orbax's `CheckpointManager` copies a state to the host, writes it in a thread and deletes the oldest checkpoint. This
+module adds what it lacks. Each checkpoint has a manifest, the SHA-256 of every file of its arrays, so a truncated file
+or a flipped bit is found and the checkpoint before it is used. A disk that is too full is named before the first byte.
 """
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+from orbax.checkpoint import checkpoint_managers
 
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import write_text
 
-MANIFEST = 'manifest.json'
+MANIFEST = 'manifest.json'  # beside the arrays: {file: SHA-256}; a folder without it is no checkpoint
+STATE = 'state'  # folder of the arrays inside a checkpoint
+SPARE_ROOM = 1.1  # free bytes that a checkpoint asks for, in units of the bytes of its arrays
 
 
 class CheckpointError(SparseloraError, RuntimeError):
     """A checkpoint that cannot be written."""
 
 
+class _StepsWithManifest(ocp.path.step.NameFormat):
+    """Tells Orbax which folders are checkpoints: those with a manifest, named by step."""
+
+    def build_name(self, step: int) -> str:
+        """Return the name of the folder of `step`."""
+        return str(step)
+
+    def find_all(self, base_path: ocp.path.step.epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
+        """Yield the checkpoints in a folder.
+
+        Orbax deletes in the first process only, so no other one looks: on a shared file system it may see the folder
+        as it was some seconds ago.
+        """
+        if processes.first():
+            for step in _complete_steps(Path(base_path)):
+                yield self.find_step(base_path, step)
+
+    def find_step(self, base_path: ocp.path.step.epath.PathLike, step: int) -> ocp.path.step.Metadata:
+        """Return the folder of `step`."""
+        return ocp.path.step.Metadata(step, ocp.path.step.build_step_path(base_path, self, step))
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves preemption to `train.stop_signal`."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Return False.
+
+        Orbax asks JAX from a thread, for a step that is over. JAX would take it for the step that this process is at,
+        and the processes would not agree on a step at which all of them stop.
+        """
+        del step
+        return False
+
+
+class _Writing(NamedTuple):
+    """One checkpoint that is being written: the manager that writes it, and its folder."""
+
+    manager: ocp.CheckpointManager
+    target: Path
+
+    def wait(self) -> None:
+        """Wait until this process has written its part.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        with _named(self.target):
+            try:
+                self.manager.wait_until_finished()
+            finally:
+                self.manager.close()
+
+
 @contextmanager
 def _named(target: Path) -> Iterator[None]:
-    """What Orbax raises, as an error that names the checkpoint; it has many kinds for a disk that is full."""
+    """Raise any error of Orbax as a CheckpointError that names the checkpoint.
+
+    Orbax raises errors of many types when a disk is full.
+    """
     try:
         yield
     except Exception as error:
@@ -38,38 +101,82 @@ def _named(target: Path) -> Iterator[None]:
         raise CheckpointError(f'{target} cannot be written ({line}); the checkpoints before it stay') from error
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for a traceback that one of Orbax's threads logs: `_named` raises the same error as one line."""
+    return not (record.exc_info and 'orbax' in record.pathname)
+
+
+logging.getLogger('absl').addFilter(_is_news)
+
+
+def _complete_steps(folder: Path) -> list[int]:
+    """Return the steps of the folders that have a manifest, oldest first."""
+    names = [path.parent.name for path in folder.glob(f'*/{MANIFEST}')]
+    # A folder that is being written has its manifest just before Orbax takes the suffix from its name.
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of the arrays, by its path in the checkpoint."""
+    files = sorted(path for path in (checkpoint / STATE).rglob('*') if path.is_file())
+    return {str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 class Checkpoints:
-    """The newest `keep` states of one job in a folder, named by step."""
+    """The newest states of one run in a folder, a folder each, named by step.
+
+    As a context (`with checkpoints: ...`) it waits for its writer on every way out. Outside of one call `finish` before
+    the process ends, or the state that was saved last is lost.
+    """
 
     def __init__(self, folder: str | Path, *, keep: int = 2, warn: Callable[[str], None] | None = None):
-        """`warn` is told of a damaged checkpoint; stderr by default."""
+        """Name the folder; nothing is read or written yet.
+
+        Args:
+          folder: where the checkpoints lie; made when the first one is saved.
+          keep: number of checkpoints that stay; with one, nothing stands behind it if it is damaged.
+          warn: called with one line about a damaged checkpoint; prints to stderr by default.
+        """
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.warn = warn or (lambda message: print(message, file=sys.stderr))
-        self._writer = ThreadPoolExecutor(1)
-        self._written: Future | None = None
+        self._writing: _Writing | None = None
+
+    def __enter__(self) -> 'Checkpoints':
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the writer; an error that is under way stays the error."""
+        if error is None:
+            self.finish()
+        elif self._writing is not None:
+            # The other processes may be anywhere, so this one waits for its own writer and asks nobody.
+            try:
+                self._writing.wait()
+            except CheckpointError as second:
+                self.warn(str(second))
+            self._writing = None
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first; the same in all processes.
+        """Return the steps with a complete checkpoint, oldest first; the same in all processes.
 
         Raises:
           CheckpointError: see `finish`.
         """
         self.finish()
-        return processes.agreed(self._complete)
+        return processes.agreed(lambda: _complete_steps(self.folder))
 
-    def _complete(self) -> list[int]:
-        return sorted(int(path.parent.name) for path in self.folder.glob(f'*/{MANIFEST}'))
+    def save(self, step: int, tree: PyTree) -> None:
+        """Copy a state and begin to write it; when it is complete, those older than the newest `keep` are deleted.
 
-    def save(self, step: int, tree: Any) -> None:
-        """Copies a state and begins to write it; then its manifest, after which older ones beyond `keep` go.
+        With many processes each writes its own parts of the arrays, and the first writes the manifest.
 
-        Of many processes each writes its own parts of arrays, and the first the manifest of all.
+        Args:
+          step: number of steps that the state has behind it; a checkpoint of the same step is replaced.
+          tree: the state, a tree of arrays. It may be donated as soon as this returns.
 
         Raises:
           CheckpointError: the disk is too full, or the state before could not be written. Those before it stay.
@@ -77,54 +184,80 @@ class Checkpoints:
         self.finish()
         target = self.folder / str(step)
         processes.agreed(lambda: self._make_room(target, tree))
-        checkpointer = ocp.StandardCheckpointer()
+        # A manager of its own for each state reads the folder anew: a damaged checkpoint no longer counts.
+        manager = self._manager(lambda: self._write_manifest(step))
         with _named(target):
-            checkpointer.save(target, tree)
-        self._written = self._writer.submit(self._write, checkpointer, target)
-
-    def _write(self, checkpointer: ocp.StandardCheckpointer, target: Path) -> None:
-        """Waits for the arrays, then makes this one of the checkpoints; in a thread beside the steps."""
-        with _named(target), checkpointer:
-            checkpointer.wait_until_finished()
-        if processes.first():
-            write_text(target / MANIFEST, json.dumps(_hashes(target)))
-            for old in self._complete()[: -self.keep]:
-                shutil.rmtree(self.folder / str(old))
+            # Without `force` Orbax would skip a step that is not above those it knows.
+            manager.save(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(tree)}), force=True)
+        self._writing = _Writing(manager, target)
 
     def finish(self) -> None:
-        """Waits until the state that was saved last lies on the disk.
+        """Wait until the state that was saved last lies on the disk.
 
         Raises:
-          CheckpointError, StorageError, OSError: it could not be written. Those before it stay.
+          CheckpointError: it could not be written. Those before it stay.
         """
-        if (written := self._written) is not None:
-            self._written = None
-            processes.agreed(written.result)
-            written.result()
+        if self._writing is None:
+            return
+        writing = self._writing
+        self._writing = None
+        processes.agreed(writing.wait)  # an error of the first process is an error of all
+        if not processes.first():
+            writing.wait()
 
-    def _make_room(self, target: Path, tree: Any) -> None:
+    def restore(self, like: PyTree) -> PyTree | None:
+        """Read the newest state whose hashes hold.
+
+        Args:
+          like: a tree of arrays whose shapes, dtypes and shardings the result has.
+
+        Returns:
+          The state, or None if there is no checkpoint that holds.
+
+        Raises:
+          CheckpointError: see `finish`.
+        """
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        for step in reversed(self.steps()):
+            if processes.agreed(lambda step=step: self._holds(step)):
+                with self._manager() as manager:
+                    return manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)}))[
+                        STATE
+                    ]
+        return None
+
+    def _manager(self, before_rename: Callable[[], None] | None = None) -> ocp.CheckpointManager:
+        """Return Orbax's manager of the folder as it is now; `before_rename` is called when all files are written."""
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(self.keep),
+            step_name_format=_StepsWithManifest(),
+            async_options=ocp.AsyncOptions(post_finalization_callback=before_rename),
+            create=False,  # `_make_room` does, so that a folder is made by saving and not by looking
+            lightweight_initialize=True,  # reads no times of checkpoints: none are used
+            save_root_metadata=False,
+        )
+        return _Manager(self.folder, options=options)
+
+    def _write_manifest(self, step: int) -> None:
+        """Write the hashes into the folder that Orbax is about to rename; only the first process is called."""
+        partial = ocp.path.step.find_step_path(self.folder, _StepsWithManifest(), step=step, include_uncommitted=True)
+        write_text(Path(partial) / MANIFEST, json.dumps(_hashes(Path(partial))))
+
+    def _make_room(self, target: Path, tree: PyTree) -> None:
+        """Make the folder and check that a state fits; delete what is left of a damaged checkpoint of this step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self.folder).free
-        if free < 1.1 * need:
+        if free < SPARE_ROOM * need:
             raise CheckpointError(f'{target}: {-(-need // 2**20)} MiB to write, {free // 2**20} MiB free on this disk')
         if target.exists():
             shutil.rmtree(target)
 
-    def restore(self, like: Any) -> Any | None:
-        """The newest state whose hashes hold, shaped and sharded as `like`; None if there is none."""
-        for step in reversed(self.steps()):
-            folder = self.folder / str(step)
-            if not processes.agreed(lambda folder=folder: self._good(folder)):
-                continue
-            with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-        return None
-
-    def _good(self, folder: Path) -> bool:
-        """Whether the hashes hold; else it no longer counts, so that it displaces no good one."""
-        if (folder / MANIFEST).read_text() == json.dumps(_hashes(folder)):
+    def _holds(self, step: int) -> bool:
+        """Return whether the hashes hold; if not, delete the manifest, so that it displaces no good checkpoint."""
+        checkpoint = self.folder / str(step)
+        if (checkpoint / MANIFEST).read_text() == json.dumps(_hashes(checkpoint)):
             return True
-        self.warn(f'{folder}: the checkpoint is damaged (hashes differ); falling back to the one before')
-        (folder / MANIFEST).unlink()
+        self.warn(f'{checkpoint}: the checkpoint is damaged (hashes differ); falling back to the one before')
+        (checkpoint / MANIFEST).unlink()
         return False

@@ -37,6 +37,7 @@ class State(NamedTuple):
 
 def init_state(trained: Any, tx: optax.GradientTransformation) -> State:
     """The state before the first step."""
+    trained = jax.device_put(trained, may_alias=False)
     return State(trained, tx.init(trained), jnp.zeros((), jnp.int32))
 
 
@@ -148,7 +149,7 @@ def fit(
         with jax.profiler.TraceAnnotation(profiling.DATA):
             return batches[index]
 
-    with stop_signal() as stopped, closing(indices):
+    with checkpoints, stop_signal() as stopped, closing(indices):
         batch = draw(first)
         for index in indices:
             state, metrics = step(state, frozen, batch)
@@ -165,7 +166,6 @@ def fit(
             if stopping:
                 checkpoints.finish()
                 raise Interrupted(f'step {index + 1} of {steps} is saved; the same command goes on from there')
-    checkpoints.finish()
     return state
 
 

@@ -66,6 +66,44 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path):
     assert '2: the checkpoint is damaged' in said[0]
 
 
+def damage(file, how):
+    """Flip a bit in the middle of a file, or cut it there."""
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    if how == 'flip':
+        data[middle] ^= 1
+    file.write_bytes(data if how == 'flip' else data[:middle])
+
+
+@pytest.mark.parametrize('how', ['flip', 'truncate'])
+def test_damage_of_any_file_is_named_or_changes_nothing(tmp_path, how):
+    """What Orbax keeps beside the arrays (times, a note that it is done) is not read back."""
+    warnings = []
+    checkpoints = Checkpoints(tmp_path / 'whole', warn=warnings.append)
+    for step in (1, 2):
+        checkpoints.save(step, state(float(step)))
+    checkpoints.finish()
+    files = [file.relative_to(tmp_path / 'whole') for file in (tmp_path / 'whole/2').rglob('*') if file.is_file()]
+    assert len(files) > 5
+    for index, file in enumerate(files):
+        copy = shutil.copytree(tmp_path / 'whole', tmp_path / str(index))
+        damage(copy / file, how)
+        warnings.clear()
+        value = float(Checkpoints(copy, warn=warnings.append).restore(state(0.0)).trained['q']['kernel'].a[0, 0])
+        assert (value, len(warnings)) in ((1.0, 1), (2.0, 0)), file
+        assert '/d/' not in str(file) or value == 1.0, file  # arrays
+
+
+def test_a_checkpoint_has_its_manifest_as_soon_as_it_has_its_name(tmp_path):
+    """So a process that is killed leaves no folder that looks whole and is not."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {'a': jnp.ones((1000, 1000))})
+    while not (tmp_path / '1').exists():
+        time.sleep(0.001)
+    assert (tmp_path / '1/manifest.json').exists()
+    checkpoints.finish()
+
+
 def test_damaged_checkpoints_never_displace_a_new_one(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2, warn=lambda message: None)
     for step in (75, 100):
@@ -138,6 +176,21 @@ def test_what_goes_wrong_while_writing_is_said_at_the_next_save(tmp_path, monkey
     assert checkpoints.steps() == [1]
     checkpoints.save(3, state(3.0))
     assert checkpoints.steps() == [1, 3]
+
+
+def test_an_error_stays_the_error_and_the_writer_is_waited_for(tmp_path):
+    warnings = []
+    checkpoints = Checkpoints(tmp_path, warn=warnings.append)
+    with pytest.raises(KeyError, match='lost'), checkpoints:
+        checkpoints.save(1, state(1.0))
+        raise KeyError('lost')
+    assert (tmp_path / '1/manifest.json').exists()
+    with files_of_at_most(10), pytest.raises(KeyError, match='lost'), checkpoints:
+        checkpoints.save(2, state(2.0))
+        raise KeyError('lost')
+    assert len(warnings) == 1
+    assert '/2 cannot be written' in warnings[0]
+    assert checkpoints.steps() == [1]
 
 
 def test_a_clock_that_jumps_back_changes_nothing(tmp_path, monkeypatch):
