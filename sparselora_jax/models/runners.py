@@ -41,12 +41,13 @@ def _scan(block: Block, weights: dict, x: Any, ctx: dict, cache: Any, policy: An
 
 def _cut_out(w: dict, index: Int[Array, '']) -> dict:
     """Return a block's weights; on a CPU, with packed kernels as arrays of their own."""
+    # One function for all kernels: JAX traces it once for each shape.
+    copy_on_cpu = functools.partial(cpu.copy_out_of_stack, layer=index)
 
     def cut(leaf):
         if not isinstance(leaf, Packed24):
             return leaf
-        on_cpu = functools.partial(cpu.copy_out_of_stack, layer=index)
-        return jax.lax.platform_dependent(leaf, cpu=on_cpu, default=lambda leaf: leaf)
+        return jax.lax.platform_dependent(leaf, cpu=copy_on_cpu, default=lambda leaf: leaf)
 
     return jax.tree.map(cut, w, is_leaf=lambda leaf: isinstance(leaf, Packed24))
 
