@@ -72,12 +72,16 @@ def measure(model: Model, dtype: str, batch: int) -> None:
     formats = {'dense': dense} | {name: sl.pack(dense, masks, name) for name in FORMATS.value}
     ids = np.random.default_rng(0).integers(1, SIZES[SIZE.value].vocab_size, (batch, PROMPT)).astype(np.int32)
     inputs = {'input_ids': ids, 'attention_mask': np.ones_like(ids)}
-    rules = search.rules(NEW.value, length_penalty=1.0, early_stopping=False, min_new=NEW.value, eos=(0,), pad=1)
+    settings = search.make_settings(
+        NEW.value, length_penalty=1.0, early_stopping=False, min_new=NEW.value, eos=(0,), pad=1
+    )
     programs = {
-        name: decode.decode.lower(model, params, inputs, rules, beams=1).compile() for name, params in formats.items()
+        name: decode.decode.lower(model, params, inputs, settings, beams=1).compile()
+        for name, params in formats.items()
     }
     runs = {
-        name: lambda name=name: jax.block_until_ready(programs[name](formats[name], inputs, rules)) for name in formats
+        name: lambda name=name: jax.block_until_ready(programs[name](formats[name], inputs, settings))
+        for name in formats
     }
     times = in_turn(runs, ROUNDS.value)
     for name, taken in times.items():

@@ -1,0 +1,1 @@
+"""Generates answers and scores them: decoding, metrics, densities and perplexity."""

@@ -1,88 +1,119 @@
 """Decoding with a key/value cache that is written in place.
 
-A batch item is one row of the cache whatever the number of beams: its prompt is read and kept once, every step appends
-the next tokens of all its beams, and a mask made of their ancestry says which of the slots a beam reads. So nothing is
-ever gathered or copied but the small tables of `search`, and the weights are cut into layers once per call.
+A batch item has one row of the cache, whatever the number of beams. Its prompt is read once and cached once. Each step
+appends the next tokens of all its beams. A mask built from the beams' ancestry says which slots a beam reads. So no
+cache is ever gathered or copied: only the small tables of `search` are. The weights are cut into layers once per call.
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sparselora_jax.evaluation import search
 from sparselora_jax.models import layers
 from sparselora_jax.models.model import Model
 from sparselora_jax.models.runners import scan_blocks, unrolled_blocks, unstack
-from sparselora_jax.sparse import rules as rules_lib
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.dense import dense_kernel
+from sparselora_jax.sparse.kernels import cpu
 from sparselora_jax.sparse.packing import Bitmask, Packed24, is_reduced
+from sparselora_jax.sparse.rules import flatten, unflatten
 from sparselora_jax.sparse.weights import Adapted, Masked, effective_weight
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'beams', 'mesh'))
 def decode(
-    model: Model, weights: dict, batch: dict, rules: search.Rules, *, beams: int, mesh: Mesh | None = None
+    model: Model, weights: dict, batch: dict, settings: search.Settings, *, beams: int, mesh: Mesh | None = None
 ) -> tuple[Int[Array, 'batch new'], Int[Array, '']]:
-    """The best continuation of each prompt, and how many columns the longest one fills; whole on every device.
+    """Return the best continuation of each prompt.
 
     Args:
+      model: the model.
+      weights: its params, or the result of `bind`.
+      batch: complete arrays of `models.model`, masks included (see `generate`).
+      settings: how to search; its arrays fix the number of new tokens.
+      beams: number of beams; 1 is greedy search.
       mesh: where the weights lie; None: on one device.
+
+    Returns:
+      New tokens, filled up with pads, and the number of columns that the longest continuation fills. Both lie whole on
+      every device.
     """
     batch = sharding.split_rows(batch, mesh, sharding.DECODED)
-    language, cfg = model.language, model.cfg.language
-    flat = rules_lib.flatten(weights['language'])  # of blocks each layer is folded by itself, below
-    language_weights = {path: leaf if 'blocks/' in path else _fold(leaf) for path, leaf in flat.items()}
-    weights = weights | {'language': rules_lib.unflatten(language_weights)}
-    w, new = weights['language'], rules.weight.shape[0]
-    begun = (_begin_decoder if model.encoder_decoder else _begin)(model, weights, batch)
+    language = model.language
+    cfg = model.cfg.language
+    # What lies outside the blocks is folded here. Each layer of the blocks is folded by itself, below.
+    flat = flatten(weights['language'])
+    folded = {path: leaf if 'blocks/' in path else _fold(leaf) for path, leaf in flat.items()}
+    weights = weights | {'language': unflatten(folded)}
+    w = weights['language']
+    new = settings.finished_divisors.shape[0]
+    start = _start_decoder(model, weights, batch) if model.encoder_decoder else _start(model, weights, batch)
 
-    def run(runner, blocks, x, view, caches):
-        x, ctx = language.embed(w, cfg, x.astype(begun.x.dtype), view)
+    def run(
+        runner: Callable, blocks: PyTree, x: Array, view: layers.View, caches: PyTree
+    ) -> tuple[Float[Array, 'batch tokens dim'], PyTree]:
+        """Run embedded tokens through the blocks."""
+        x, ctx = language.embed(w, cfg, x.astype(start.x.dtype), view)
 
         def block(w, x, ctx, cache):
-            return language.block(_unpacked_here(w, x, mesh), cfg, x, ctx, cache)
+            return language.block(_unpack_late(w, x, mesh), cfg, x, ctx, cache)
 
-        return runner('language', block, blocks, x, ctx | begun.ctx, caches)
+        return runner('language', block, blocks, x, ctx | start.ctx, caches)
 
-    def logits(x):
+    def logits(x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch tokens vocab']:
         return language.head(w, cfg, language.finish(w, cfg, x))
 
-    blocks = jax.tree.map(_fold, unstack(begun.blocks), is_leaf=_is_no_array)
-    if _all_folded(begun.blocks, blocks):  # read as they are, instead of being unpacked once more
-        x, caches = run(unrolled_blocks, blocks, begun.x, begun.view, begun.caches)
-    else:  # by one traced block: of all blocks it would compile twice as long
-        caches = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *begun.caches)
-        x, caches = run(scan_blocks, begun.blocks, begun.x, begun.view, caches)
+    blocks = jax.tree.map(_fold, unstack(start.blocks), is_leaf=_is_no_array)
+    if _all_unpacked(start.blocks, blocks):
+        # The prompt reads the unpacked blocks too. From the stack, every bitmask would be unpacked a second time.
+        x, caches = run(unrolled_blocks, blocks, start.x, start.view, start.caches)
+    else:
+        # The prompt is read by one traced block that is scanned. All blocks unrolled would compile twice as long.
+        stacked = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *start.caches)
+        x, caches = run(scan_blocks, start.blocks, start.x, start.view, stacked)
         caches = unstack(caches)
-    first = logits(x[:, -1:])
-    rows, _, vocab = first.shape
-    first = jnp.broadcast_to(first, (rows, beams, vocab))
-    state = search.step(rules, search.start(rules, rows, beams), jnp.zeros((), jnp.int32), first, mesh)
+    first_logits = logits(x[:, -1:])
+    rows, _, vocab = first_logits.shape
+    first_logits = jnp.broadcast_to(first_logits, (rows, beams, vocab))  # all beams begin with the same prompt
+    state = search.step(
+        settings, search.start(settings, rows, beams), jnp.zeros((), jnp.int32), first_logits, mesh=mesh
+    )
 
     def advance(carry):
+        """Generate one token for every beam."""
         index, caches, state = carry
         tokens = jax.lax.dynamic_index_in_dim(state.tokens, index - 1, axis=2, keepdims=False)
-        view = _view(begun.view.positions, begun.valid, state.ancestry, index)
+        view = _beam_view(start.view.positions, start.valid, state.ancestry, index)
         x, caches = run(unrolled_blocks, blocks, language.embed_tokens(w, cfg, tokens), view, caches)
-        return index + 1, caches, search.step(rules, state, index, logits(x), mesh)
+        return index + 1, caches, search.step(settings, state, index, logits(x), mesh=mesh)
 
-    # A barrier, or XLA moves what made a cache (T5's cross-attention: a transpose) into the loop that reads it.
-    caches = jax.lax.optimization_barrier(_grow(caches, beams * new))
+    # Without a barrier XLA moves the operation that makes a cache (T5's cross-attention: a transpose) into the loop
+    # that reads the cache, and repeats it for every token.
+    caches = jax.lax.optimization_barrier(_add_slots(caches, beams * new))
     caches = sharding.split_rows(caches, mesh, sharding.CACHE)
     carry = (jnp.ones((), jnp.int32), caches, state)
-    _, _, state = jax.lax.while_loop(lambda carry: carry[2].unfinished, advance, carry)
-    found = state.finished[:, 0], jnp.max(state.lengths[:, 0])
-    return sharding.split_rows(found, mesh, PartitionSpec())
+    _, _, state = jax.lax.while_loop(lambda carry: carry[2].is_unfinished, advance, carry)
+    best = state.finished[:, 0], jnp.max(state.lengths[:, 0])
+    return sharding.split_rows(best, mesh, PartitionSpec())
 
 
-class _Begun(NamedTuple):
-    """What is generated from: the first tokens, where they stand, and what every later token reads besides them."""
+class _Start(NamedTuple):
+    """What generation starts from.
+
+    Attributes:
+      x: embeddings of the prompt (of an encoder-decoder: of the decoder's prompt).
+      valid: False where the prompt has a pad.
+      view: positions of the prompt's tokens, and who reads whom.
+      blocks: stacked weights of the blocks that generate.
+      caches: empty key/value caches, one per layer.
+      ctx: what every token also reads: the encoder's output.
+    """
 
     x: Float[Array, 'batch prompt dim']
     valid: Bool[Array, 'batch prompt']
@@ -92,100 +123,116 @@ class _Begun(NamedTuple):
     ctx: dict
 
 
-def _begin(model: Model, weights: dict, batch: dict) -> _Begun:
-    prompt, cfg = model.prompt(weights, batch), model.cfg.language
+def _start(model: Model, weights: dict, batch: dict) -> _Start:
+    """Prepare a decoder-only language tower."""
+    prompt = model.prompt(weights, batch)
     view = layers.causal_view(prompt.valid, prompt.prefix)
-    # transformers puts pads at 0: that of a last one decides where the next token stands.
+    # transformers gives pads the position 0. A pad may be the last token, whose position the next one continues.
     view = view._replace(positions=jnp.where(prompt.valid, view.positions, 0))
-    caches = model.language.caches(cfg, *prompt.valid.shape, prompt.x.dtype)
-    return _Begun(prompt.x, prompt.valid, view, weights['language']['blocks'], caches, {})
+    caches = model.language.caches(model.cfg.language, *prompt.valid.shape, prompt.x.dtype)
+    return _Start(prompt.x, prompt.valid, view, weights['language']['blocks'], caches, {})
 
 
-def _begin_decoder(model: Model, weights: dict, batch: dict) -> _Begun:
-    prompt, language, cfg, w = model.prompt(weights, batch), model.language, model.cfg.language, weights['language']
+def _start_decoder(model: Model, weights: dict, batch: dict) -> _Start:
+    """Run the encoder of an encoder-decoder, and prepare its decoder."""
+    prompt = model.prompt(weights, batch)
+    language = model.language
+    cfg = model.cfg.language
+    w = weights['language']
     encoded = language.encode(w, cfg, prompt.x, prompt.valid)
     valid = batch['decoder_attention_mask'].astype(bool)
-    positions = jnp.arange(valid.shape[1])[None]
+    positions = jnp.arange(valid.shape[1])[None]  # a decoder counts its pads, unlike `layers.causal_view`
     view = layers.causal_view(valid)._replace(positions=positions, slot_positions=positions)
     caches = language.caches(w, cfg, encoded, valid.shape[1], encoded.dtype)
     x = language.embed_tokens(w, cfg, batch['decoder_input_ids']).astype(encoded.dtype)
-    return _Begun(x, valid, view, w['decoder']['blocks'], caches, language.reading(prompt.valid))
+    return _Start(x, valid, view, w['decoder']['blocks'], caches, language.reading(prompt.valid))
 
 
-def _view(
+def _beam_view(
     positions: Int[Array, '#batch prompt'],
     valid: Bool[Array, 'batch prompt'],
     ancestry: Int[Array, 'batch beams new'],
     index: Int[Array, ''],
 ) -> layers.View:
-    """What the beams' tokens number `index - 1` read: the prompt, and the slots that their ancestors wrote."""
+    """Return what the beams' newest tokens read: the prompt, and the slots that their ancestors wrote.
+
+    Args:
+      positions: of the prompt's tokens.
+      valid: False where the prompt has a pad.
+      ancestry: see `search.Search`.
+      index: how many tokens were generated.
+    """
     rows, beams, new = ancestry.shape
-    own = (ancestry[..., None] == jnp.arange(beams)).reshape(rows, beams, new * beams)
-    prompt = jnp.broadcast_to(valid[:, None], (rows, beams, valid.shape[1]))
-    here = jnp.broadcast_to(positions[:, -1:] + index, (positions.shape[0], beams))
-    written = positions[:, -1:] + 1 + jnp.repeat(jnp.arange(new), beams)
-    return layers.View(here, jnp.concatenate([positions, written], axis=1), jnp.concatenate([prompt, own], axis=2))
+    # Slots behind the prompt are ordered by token, then by beam. Slot (n, b) is read by the beams whose n-th token beam
+    # b wrote. Slots not written yet have ancestry -1, which is no beam.
+    generated_mask = (ancestry[..., None] == jnp.arange(beams)).reshape(rows, beams, new * beams)
+    prompt_mask = jnp.broadcast_to(valid[:, None], (rows, beams, valid.shape[1]))
+    token_positions = jnp.broadcast_to(positions[:, -1:] + index, (positions.shape[0], beams))
+    generated_positions = positions[:, -1:] + 1 + jnp.repeat(jnp.arange(new), beams)
+    slot_positions = jnp.concatenate([positions, generated_positions], axis=1)
+    return layers.View(token_positions, slot_positions, jnp.concatenate([prompt_mask, generated_mask], axis=2))
 
 
-def _grow(caches: Any, slots: int) -> Any:
-    """Key/value caches with room for `slots` more tokens; other leaves as they are."""
-    room = ((0, 0), (0, 0), (0, slots), (0, 0))
+def _add_slots(caches: PyTree, slots: int) -> PyTree:
+    """Return key/value caches with room for `slots` more tokens, and all other leaves unchanged."""
+    padding = ((0, 0), (0, 0), (0, slots), (0, 0))
 
-    def grow(leaf):
-        return leaf._replace(k=jnp.pad(leaf.k, room), v=jnp.pad(leaf.v, room)) if _is_cache(leaf) else leaf
+    def add(leaf):
+        if not _is_cache(leaf):
+            return leaf
+        return leaf._replace(k=jnp.pad(leaf.k, padding), v=jnp.pad(leaf.v, padding))
 
-    return jax.tree.map(grow, caches, is_leaf=_is_cache)
+    return jax.tree.map(add, caches, is_leaf=_is_cache)
 
 
-def _is_cache(leaf: Any) -> bool:
+def _is_cache(leaf: PyTree) -> bool:
     return isinstance(leaf, layers.KVCache)
 
 
-def _is_no_array(kernel: Any) -> bool:
+def _is_no_array(kernel: PyTree) -> bool:
+    """Return whether a kernel is bound, packed or quantised."""
     return isinstance(kernel, Masked | Adapted) or is_reduced(kernel)
 
 
-def _fold(leaf: Any) -> Any:
-    """A plain kernel: what is bound to one would be combined again for every token, and so would a bitmask.
+def _fold(leaf: PyTree) -> PyTree:
+    """Return a kernel in the form that is cheapest to read for every token.
 
-    Packed and quantised kernels are: that is what it takes to hold them in fewer bytes.
+    A bound kernel becomes a plain array, since it would be combined again for every token. So does a bitmask, which is
+    slow to unpack. Packed and quantised kernels stay: unpacking them each time is the price of fewer bytes.
     """
-    bound = isinstance(leaf, Masked | Adapted)
-    kernel = leaf.kernel if bound else leaf
+    is_bound = isinstance(leaf, Masked | Adapted)
+    kernel = leaf.kernel if is_bound else leaf
     if is_reduced(kernel) and not isinstance(kernel, Bitmask):
         return leaf
-    return effective_weight(kernel, leaf.mask, getattr(leaf, 'lora', None)) if bound else dense_kernel(kernel)
+    if is_bound:
+        return effective_weight(kernel, leaf.mask, getattr(leaf, 'lora', None))
+    return dense_kernel(kernel)
 
 
-def _all_folded(stacked: dict, blocks: tuple[dict, ...]) -> bool:
-    """Whether there were bitmasks, and nothing is left that is unpacked where it is read."""
-    before, after = (jax.tree.leaves(tree, is_leaf=_is_no_array) for tree in (stacked, blocks))
+def _all_unpacked(stacked: dict, blocks: tuple[dict, ...]) -> bool:
+    """Return whether there were bitmasks, and all kernels are plain arrays now."""
+    before = jax.tree.leaves(stacked, is_leaf=_is_no_array)
+    after = jax.tree.leaves(blocks, is_leaf=_is_no_array)
     return any(isinstance(leaf, Bitmask) for leaf in before) and not any(_is_no_array(leaf) for leaf in after)
 
 
-def _unpacked_here(w: dict, x: Array, mesh: Mesh | None) -> dict:
-    """A block whose packed kernels seem to depend on what it reads.
+def _unpack_late(w: dict, x: Array, mesh: Mesh | None) -> dict:
+    """Return a block's weights, where packed kernels seem to depend on the block's input `x`.
 
-    Else XLA unpacks them outside of the loop over tokens: it would hold the dense kernels, or every bit of a position
-    as a byte.
+    Otherwise XLA moves the unpacking out of the loop over tokens, because nothing in it changes. The loop would then
+    hold the dense kernels, or every bit of a position as a byte.
     """
 
-    def here(leaf):
+    def tie_to_input(leaf):
         return jax.lax.optimization_barrier((leaf, x))[0] if _is_no_array(leaf) else leaf
 
-    def later(leaf):
+    def unpack_after_input(leaf):
         if not isinstance(leaf, Packed24):
             return leaf
-        return jax.lax.platform_dependent(leaf, x, cpu=_unpacked_after, default=lambda leaf, x: leaf)
+        return jax.lax.platform_dependent(leaf, x, cpu=cpu.unpack_after, default=lambda leaf, x: leaf)
 
-    w = jax.tree.map(here, w, is_leaf=_is_no_array)
-    # On a mesh x lies on several devices, which would have to tell each other.
-    return w if mesh else jax.tree.map(later, w, is_leaf=lambda leaf: isinstance(leaf, Packed24))
-
-
-def _unpacked_after(packed: Packed24, x: Array) -> Packed24:
-    """The same, for XLA for CPUs: it drops barriers before it orders operations, and would unpack all blocks side by
-    side, into memory for each. No number is above infinity, but that it does not know.
-    """
-    nothing = (x.reshape(-1)[0] > jnp.inf).astype(packed.positions.dtype)
-    return dataclasses.replace(packed, positions=packed.positions | nothing)
+    w = jax.tree.map(tie_to_input, w, is_leaf=_is_no_array)
+    if mesh is not None:
+        # On a mesh `x` is spread over devices. A dependency on its values would make them communicate.
+        return w
+    return jax.tree.map(unpack_after_input, w, is_leaf=lambda leaf: isinstance(leaf, Packed24))

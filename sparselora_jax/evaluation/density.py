@@ -1,26 +1,35 @@
-"""What a finished model's kernels say about themselves: density, pattern, violations; no mask is believed."""
+"""Density, pattern and violations of a finished model, counted from its kernels alone, never from stored masks."""
+
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.dense import dense_kernel
 from sparselora_jax.sparse.masks import parse_pattern, violations
 
 
-def _block_kernels(params: dict, tower: str) -> dict:
-    found = rules.kernels(params).items()
-    return {path: kernel for path, kernel in found if path.startswith(f'{tower}/') and '/blocks/' in path}
+def _block_kernels(params: dict, tower: str) -> dict[str, Array]:
+    """Return the kernels of a tower's blocks by path, stacked: `[layers, in, out]`."""
+    kernels = rules.kernels(params)
+    return {path: kernel for path, kernel in kernels.items() if path.startswith(f'{tower}/') and '/blocks/' in path}
 
 
 def block_count(params: dict) -> int:
-    """How many blocks all towers have together."""
-    stacks = {
+    """Return the number of blocks of all towers together.
+
+    Args:
+      params: whole params.
+    """
+    # All kernels of one stack of blocks have the same leading axis, the layers.
+    layers_of_stack = {
         path.split('/blocks/')[0]: kernel.shape[0]
         for path, kernel in rules.kernels(params).items()
         if '/blocks/' in path
     }
-    return sum(stacks.values())
+    return sum(layers_of_stack.values())
 
 
 def tower_sparsity(
@@ -29,41 +38,71 @@ def tower_sparsity(
     pattern: str | float,
     *,
     group: str = 'output',
-    zeros: dict[str, np.ndarray] | None = None,
+    zeros: Mapping[str, np.ndarray] | None = None,
 ) -> dict:
-    """Density of a tower's block kernels, counted, and the comparison groups without exactly the promised zeros.
+    """Count the density of a tower's block kernels, and the comparison groups without the promised number of zeros.
 
-    A kept weight that happens to be zero would count as a violation too: none is expected.
+    A kept weight that happens to be zero would count as a violation too. Trained weights have none.
 
     Args:
-      zeros: of each layer's kernel, by path, where they are not the pattern's (see `pruning.allocate`).
+      params: plain kernels, with zeros in place.
+      tower: its name.
+      pattern: what the tower was pruned to.
+      group: comparison group of an unstructured pattern (see `sparse.masks`).
+      zeros: number of zeros of each layer's kernel, by path, where they differ from the pattern's (see
+        `pruning.allocate`).
+
+    Returns:
+      `pattern` as text, `density` (share of weights that are not zero) and `violations` (number of groups).
     """
-    found, parsed = _block_kernels(params, tower), parse_pattern(pattern)
-    kept = sum(int(jnp.count_nonzero(kernel)) for kernel in found.values())
-    size = sum(kernel.size for kernel in found.values())
-    wrong = 0
-    for path, kernel in found.items() if not parsed.dense else ():
-        wrong += int(violations(kernel != 0, parsed, group, (zeros or {}).get(path)).sum())
-    return {'pattern': str(pattern), 'density': kept / size, 'violations': wrong}
+    kernels = _block_kernels(params, tower)
+    parsed = parse_pattern(pattern)
+    # Counted in Python integers: a tower may have more weights than int32 counts.
+    nonzero = sum(int(jnp.count_nonzero(kernel)) for kernel in kernels.values())
+    size = sum(kernel.size for kernel in kernels.values())
+    wrong_groups = 0
+    if not parsed.dense:
+        for path, kernel in kernels.items():
+            zeros_of_layers = (zeros or {}).get(path)
+            wrong_groups += int(violations(kernel != 0, parsed, group, zeros_of_layers).sum())
+    return {'pattern': str(pattern), 'density': nonzero / size, 'violations': wrong_groups}
 
 
 def layer_density(params: dict, tower: str) -> dict[str, list[float]]:
-    """{kernel path: density of each layer} of a tower's blocks."""
-    found = _block_kernels(params, tower)
-    return {path: (jnp.count_nonzero(k, axis=(1, 2)) / k[0].size).tolist() for path, k in found.items()}
+    """Return the density of each layer of a tower's block kernels, by path.
+
+    Args:
+      params: plain kernels, with zeros in place.
+      tower: its name.
+    """
+    densities = {}
+    for path, kernel in _block_kernels(params, tower).items():
+        nonzero_of_layers = jnp.count_nonzero(kernel, axis=(1, 2))
+        densities[path] = (nonzero_of_layers / kernel[0].size).tolist()
+    return densities
 
 
 def plain_lora_density(params: dict, masks: dict, lora: dict) -> float:
-    """Density of the pruned kernels if `lora` were merged outside the mask, `W * M + s*A*B`, as plain LoRA does.
+    """Return the density of the pruned kernels if `lora` were merged without the mask, `W * M + s*A*B`.
+
+    That is what plain LoRA does: the product fills the zeros.
 
     Args:
-      params: kernels may be packed or quantised.
+      params: base weights; kernels may be packed or quantised.
+      masks: which weights are kept.
+      lora: factors, of some or all pruned kernels.
+
+    Returns:
+      The share of weights that are not zero; 1 if nothing is pruned.
     """
-    flat, factors = rules.flatten(params), rules.flatten(lora)
-    kept = size = 0
+    kernels = rules.flatten(params)
+    factors = rules.flatten(lora)
+    nonzero = 0
+    size = 0
     for path, mask in rules.flatten(masks).items():
-        kernel = jnp.where(mask, dense_kernel(flat[path], jnp.float32), 0.0)
+        kernel = jnp.where(mask, dense_kernel(kernels[path], jnp.float32), 0.0)
         if path in factors:
             kernel = kernel + factors[path].scale * jnp.matmul(factors[path].a, factors[path].b)
-        kept, size = kept + int(jnp.count_nonzero(kernel)), size + kernel.size
-    return kept / size if size else 1.0
+        nonzero += int(jnp.count_nonzero(kernel))
+        size += kernel.size
+    return nonzero / size if size else 1.0

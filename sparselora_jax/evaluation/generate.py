@@ -1,4 +1,4 @@
-"""Greedy and beam search, token for token as transformers 5.23's `generate`: arguments, defaults and prompts."""
+"""Greedy and beam search that give the same tokens as transformers 5.23's `generate`: arguments, defaults, prompts."""
 
 import numpy as np
 
@@ -10,10 +10,11 @@ from sparselora_jax.sparse import sharding
 
 
 class GenerationError(SparseloraError, ValueError):
-    """Arguments, a batch or a generation_config.json that nothing can be generated from."""
+    """An argument, a batch or an entry of generation_config.json that generation does not accept."""
 
 
-# Entries of a generation_config.json that change what these searches choose, and the values that change nothing.
+# Entries of generation_config.json that change which tokens transformers chooses, and that are not supported here. An
+# entry is accepted at the value in this table, at which it changes nothing.
 UNSUPPORTED = {
     'bad_words_ids': None,
     'begin_suppress_tokens': None,
@@ -50,38 +51,41 @@ def generate(
     length_penalty: float | None = None,
     early_stopping: bool | str | None = None,
 ) -> np.ndarray:
-    """The most likely continuation of each prompt, by greedy search (one beam) or beam search; never sampled.
+    """Return the most likely continuation of each prompt, by greedy search (one beam) or beam search.
 
-    An argument that is None is what the model's generation_config.json says, or transformers' default: one beam,
-    20 new tokens, no minimum, length_penalty 1, early_stopping False. Compiled once per shape of `batch` and numbers of
-    beams and of new tokens.
+    Nothing is sampled. An argument that is None takes the value of the model's generation_config.json, otherwise
+    transformers' default: one beam, 20 new tokens, no minimum, length_penalty 1, early_stopping False. The program is
+    compiled once per shape of `batch`, number of beams and number of new tokens.
 
     Args:
-      weights: params, or what `bind` made of them; on a mesh, the batch is split along data where that divides it.
-      batch: see `models.model`; without `input_ids` the prompt is the image and the BOS token. An encoder-decoder's
-        `decoder_input_ids` are the beginning of what it generates.
-      max_length: in tokens, those of the prompt (or of `decoder_input_ids`) included; so is `min_length`.
-      max_new_tokens: without the prompt; goes before `max_length`.
+      model: the model.
+      weights: its params, or the result of `bind`. On a mesh the batch is split along data, where that divides it.
+      batch: see `models.model`. Without `input_ids` the prompt is the image and the BOS token. The
+        `decoder_input_ids` of an encoder-decoder are the beginning of what it generates.
+      num_beams: number of beams; 1 is greedy search.
+      max_length: the most tokens, including the prompt's (or those of `decoder_input_ids`).
+      max_new_tokens: the most tokens without the prompt; overrides `max_length`.
+      min_length: the fewest tokens, including the prompt's.
       length_penalty: a beam's score is its summed log-probabilities / length ** length_penalty.
-      early_stopping: True: stop when there are `num_beams` finished beams; False: when the best running one scores less
-        than they do at its present length; 'never': at its best length.
+      early_stopping: True: stop when there are `num_beams` finished beams. False: stop when the best running beam
+        scores less than they do, at its present length. 'never': the same, at its best possible length.
 
     Returns:
-      Token ids `[batch, tokens]`: prompt and continuation (an encoder-decoder: start token and continuation), those
-      that end early filled up with pads; as long as the longest one.
+      Token ids `[batch, tokens]`, as wide as the longest row: prompt and continuation (of an encoder-decoder: start
+      token and continuation). Rows that end early are filled up with pads.
 
     Raises:
-      GenerationError: a value out of range; a prompt that is as long as `max_length`, or too long for the model's table
-        of positions or window of attention; an image without `input_ids` for a model that has no BOS token; an entry of
-        generation_config.json that is not supported.
-      BatchError: a token outside the vocabulary; a row has other than one image token for each soft word of its image;
-        PaliGemma's batch has no token_type_ids.
+      GenerationError: a value is out of range; a prompt is as long as `max_length`, or too long for the model's table
+        of positions or window of attention; an image has no `input_ids` and the model no BOS token; an entry of
+        generation_config.json is not supported.
+      BatchError: a token is outside the vocabulary; a row has more or fewer image tokens than its image has soft
+        words; PaliGemma's batch has no token_type_ids.
     """
-    batch = _with_prompt(model, batch)
+    batch = _add_prompt(model, batch)
     towers.check_ids(model.cfg, batch)
     if 'pixel_values' in batch:
         towers.check_image_tokens(model.cfg, batch['input_ids'], batch['attention_mask'])
-    given = {
+    arguments = {
         'num_beams': num_beams,
         'max_length': max_length,
         'max_new_tokens': max_new_tokens,
@@ -89,69 +93,98 @@ def generate(
         'length_penalty': length_penalty,
         'early_stopping': early_stopping,
     }
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     prompt = np.asarray(batch['decoder_input_ids' if model.encoder_decoder else 'input_ids'])
-    beams, rules = _rules(model, {k: v for k, v in given.items() if v is not None}, prompt.shape[1])
-    tokens, length = decode.decode(model, weights, batch, rules, beams=beams, mesh=sharding.mesh_of(weights))
+    beams, settings = _settings(model, arguments, prompt.shape[1])
+    tokens, length = decode.decode(model, weights, batch, settings, beams=beams, mesh=sharding.mesh_of(weights))
     return np.concatenate([prompt, np.asarray(tokens)[:, : int(length)]], axis=1)
 
 
-def _rules(model: Model, given: dict, prompt: int) -> tuple[int, search.Rules]:
-    """Beams and rules: arguments, then the model's own defaults, then transformers'. `prompt`: its length."""
-    own = {name: value for name, value in model.generation.options if value is not None}
-    for name in own.keys() & UNSUPPORTED.keys():
-        if own[name] != UNSUPPORTED[name]:
+def _settings(model: Model, arguments: dict, prompt_length: int) -> tuple[int, search.Settings]:
+    """Return the number of beams and how to search.
+
+    Args:
+      model: its own options override transformers' defaults.
+      arguments: of `generate`; override both.
+      prompt_length: in tokens.
+    """
+    own_options = {name: value for name, value in model.generation.options if value is not None}
+    for name in own_options.keys() & UNSUPPORTED.keys():
+        if own_options[name] != UNSUPPORTED[name]:
             where = model.source or 'Model.generation.options'
-            raise GenerationError(f'{where}: {name} = {own[name]!r} is not supported; remove it from the options')
-    options = {'num_beams': 1, 'min_length': 0, 'length_penalty': 1.0, 'early_stopping': False} | own | given
+            raise GenerationError(f'{where}: {name} = {own_options[name]!r} is not supported; remove it')
+    defaults = {'num_beams': 1, 'min_length': 0, 'length_penalty': 1.0, 'early_stopping': False}
+    options = defaults | own_options | arguments
+
     new = options.get('max_new_tokens')
     if new is None:
-        limit = getattr(model.cfg.language, 'max_positions', prompt + 20)
-        new = options.get('max_length', min(prompt + 20, limit)) - prompt
+        # Without a length transformers generates 20 tokens, fewer where the table of positions ends.
+        limit = getattr(model.cfg.language, 'max_positions', prompt_length + 20)
+        new = options.get('max_length', min(prompt_length + 20, limit)) - prompt_length
     if new < 1:
         raise GenerationError(
-            f'the prompt has {prompt} tokens and max_length (or max_new_tokens) leaves room for {new} more: raise it'
+            f'the prompt has {prompt_length} tokens and max_length (or max_new_tokens) leaves room for {new} more: '
+            'raise max_length or max_new_tokens'
         )
     longest = model.cfg.language.longest
-    if longest is not None and prompt + new > longest:
-        raise GenerationError(f'{prompt} tokens and {new} more: {layers.reads_at_most(longest)}; lower max_new_tokens')
+    if longest is not None and prompt_length + new > longest:
+        raise GenerationError(
+            f'{prompt_length} tokens and {new} more: {layers.reads_at_most(longest)}; lower max_new_tokens'
+        )
     if options['num_beams'] < 1:
         raise GenerationError(f'num_beams {options["num_beams"]}: expected 1 or more')
     if options['early_stopping'] not in (True, False, 'never'):
         raise GenerationError(f"early_stopping {options['early_stopping']!r}: expected True, False or 'never'")
-    pad, eos = model.generation.pad, model.generation.eos
-    if options['num_beams'] > 1:  # transformers' beam search takes a pad of 0 for none
+
+    eos = model.generation.eos
+    pad = model.generation.pad
+    if options['num_beams'] > 1:
+        # transformers' beam search writes `pad_token_id or eos_token_id[0]`, so a pad of 0 counts as none.
         pad = (pad or eos[0]) if eos else -1
-    return options['num_beams'], search.rules(
+    # min_length counts the prompt, min_new_tokens does not and goes first.
+    min_new = max(options.get('min_new_tokens', options['min_length'] - prompt_length), 0)
+    return options['num_beams'], search.make_settings(
         new,
         length_penalty=float(options['length_penalty']),
         early_stopping=options['early_stopping'],
-        min_new=max(options.get('min_new_tokens', options['min_length'] - prompt), 0),
+        min_new=min_new,
         eos=eos,
         pad=pad,
     )
 
 
-def _with_prompt(model: Model, batch: dict) -> dict:
-    """The batch with what transformers adds to it: a prompt, its mask, the decoder's first token."""
-    batch, generation = dict(batch), model.generation
-    images = batch.get('pixel_values')
+def _add_prompt(model: Model, batch: dict) -> dict:
+    """Return the batch with what transformers adds to it: a prompt, its mask and the decoder's first token."""
+    batch = dict(batch)
+    generation = model.generation
+    has_qformer = hasattr(model.cfg, 'qformer')  # BLIP-2 and InstructBLIP
     if batch.get('input_ids') is None:
-        if images is None or generation.bos is None or not hasattr(model.cfg, 'qformer'):
-            raise GenerationError('the batch has no input_ids, and this model has no prompt of its own: add them')
+        images = batch.get('pixel_values')
+        if images is None or generation.bos is None or not has_qformer:
+            raise GenerationError('the batch has no input_ids, and this model has no prompt of its own: add input_ids')
         row = [model.cfg.image_token] * model.cfg.qformer.queries + [generation.bos]
         batch['input_ids'] = np.tile(np.array(row, np.int32), (len(images), 1))
     tokens = np.asarray(batch['input_ids'])
     if batch.get('attention_mask') is None:
-        # A language model tells pads by their id, unless it is also that of an end; BLIP-2 takes all for words.
-        told = not hasattr(model.cfg, 'qformer') and generation.pad not in generation.eos
-        batch['attention_mask'] = (tokens != generation.pad) if told else np.ones_like(tokens)
+        # transformers' language models recognise pads by their id, unless that id also ends a sequence. BLIP-2 takes
+        # all tokens for words.
+        finds_pads = not has_qformer and generation.pad not in generation.eos
+        batch['attention_mask'] = (tokens != generation.pad) if finds_pads else np.ones_like(tokens)
     if model.encoder_decoder:
         batch |= _decoder_prompt(generation.start, len(tokens), batch)
     return batch
 
 
 def _decoder_prompt(start: int | None, rows: int, batch: dict) -> dict:
-    """What a decoder begins with: the start token, put before the given ones where they all lack it."""
+    """Return what a decoder begins with: its start token, then the tokens that the batch gives, if any.
+
+    As in transformers, the start token is added only if no row begins with it.
+
+    Args:
+      start: the start token.
+      rows: number of prompts.
+      batch: may hold `decoder_input_ids` and `decoder_attention_mask`.
+    """
     if start is None:
         raise GenerationError('an encoder-decoder without a decoder start token: set Model.generation.start')
     first = np.full((rows, 1), start, np.int32)
@@ -161,7 +194,6 @@ def _decoder_prompt(start: int | None, rows: int, batch: dict) -> dict:
     mask = batch.get('decoder_attention_mask')
     mask = np.ones_like(tokens) if mask is None else np.asarray(mask)
     if np.all(tokens[:, 0] != start):
-        tokens, mask = (
-            np.concatenate([ours, theirs], axis=1) for ours, theirs in ((first, tokens), (first * 0 + 1, mask))
-        )
+        tokens = np.concatenate([first, tokens], axis=1)
+        mask = np.concatenate([np.ones_like(first), mask], axis=1)
     return {'decoder_input_ids': tokens, 'decoder_attention_mask': mask}

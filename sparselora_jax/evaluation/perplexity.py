@@ -7,27 +7,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from sparselora_jax.models import towers
 
 
 @functools.partial(jax.jit, static_argnames='cfg')
-def _losses(w, cfg, tokens):
+def _losses(w: dict, cfg: Any, tokens: Int[Array, 'windows tokens']) -> Float[Array, 'windows predicted']:
+    """Return the cross-entropy of each token of a window but the first, in nats."""
     language = towers.language(cfg)
     hidden = language.forward(w, cfg, language.embed_tokens(w, cfg, tokens), jnp.ones(tokens.shape, bool))
     logits = language.head(w, cfg, hidden)
+    # The logits at one token predict the next one.
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
 
 
 def perplexity(w: dict, cfg: Any, tokens: Int[np.ndarray, ' tokens'], *, window: int = 128) -> float:
-    """exp(mean loss per predicted token) over windows of `window` tokens; a last, shorter window is left out.
+    """Return exp(mean loss per predicted token) over windows of the text.
 
     Args:
-      w: weights of a decoder-only language tower (any kind of kernel).
+      w: weights of a decoder-only language tower, with any kind of kernel.
+      cfg: the tower's config.
+      tokens: the text.
+      window: number of tokens that are read together; windows do not overlap. A last, shorter window is left out.
 
     Raises:
-      ValueError: fewer tokens than a window.
+      ValueError: the text is shorter than a window.
     """
     count = len(tokens) // window
     if not count:

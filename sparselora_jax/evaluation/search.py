@@ -1,53 +1,57 @@
-"""What greedy and beam search keep of each step, and when they stop: the rules of transformers 5.23's `generate`.
+"""Greedy and beam search as transformers 5.23's `generate` does them: what is kept after each step, and when to stop.
 
-Nothing here knows a model: `start` and `step` see logits only. `ancestry` is what a model's caches are read through:
-the tokens of every beam stay where they were written, and a table says which of them belong to whom.
+Nothing here knows a model: `start` and `step` see logits only. The tokens of every beam stay in the cache slots where
+they were written. The table `ancestry` says which slots belong to which beam, and a model's caches are read through it.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sparselora_jax.sparse import sharding
 
-WORST = -1e9  # transformers' score of what must not be chosen
+WORST = -1e9  # transformers' score for a beam that must not be chosen
 
 
-class Rules(NamedTuple):
-    """How to search. Arrays, so that one compilation serves all penalties and ways to stop.
+class Settings(NamedTuple):
+    """How to search. All fields are arrays, so one compilation serves all penalties and ways to stop.
 
     Attributes:
-      weight: what the summed log-probabilities of a finished beam are divided by, by its length (from 1).
-      hope: what those of a running beam are divided by to tell whether it may still beat a finished one.
-      early: stop as soon as there are as many finished beams as running ones.
-      min_new: the tokens before that number are no `eos`.
+      finished_divisors: divisor of a finished beam's summed log-probabilities, by its length (the first: of length 1).
+      running_divisors: divisor of a running beam's summed log-probabilities, by its length, when testing whether it can
+        still beat a finished beam.
+      stops_early: stop as soon as there are as many finished beams as running ones.
+      min_new: no sequence may end before it has this many new tokens.
       eos: tokens that finish a sequence.
-      pad: what follows them in the output.
+      pad: token that fills the output behind the end of a sequence.
     """
 
-    weight: Float[Array | np.ndarray, ' new']
-    hope: Float[Array | np.ndarray, ' new']
-    early: Bool[Array | np.ndarray, '']
+    finished_divisors: Float[Array | np.ndarray, ' new']
+    running_divisors: Float[Array | np.ndarray, ' new']
+    stops_early: Bool[Array | np.ndarray, '']
     min_new: Int[Array | np.ndarray, '']
     eos: Int[Array | np.ndarray, ' ends']
     pad: Int[Array | np.ndarray, '']
 
 
 class Search(NamedTuple):
-    """Running beams, best first, and the best finished ones.
+    """Running beams, best first, and the best finished beams.
 
     Attributes:
-      scores: summed log-probabilities; greedy: 0.
-      ancestry: the beam that wrote the n-th token of this one, -1 where none was written yet.
-      lengths: of the finished sequences; 0: there is none yet.
-      improvable: whether a running beam may still replace a finished one.
-      unfinished: whether to go on.
+      tokens: new tokens of the running beams.
+      scores: summed log-probabilities of the running beams; 0 in greedy search.
+      ancestry: which beam wrote the n-th token of a running beam; -1 where none is written yet.
+      finished: new tokens of the finished beams, best first.
+      finished_scores: their scores, with the length penalty.
+      lengths: their lengths in new tokens; 0 where there is no finished beam yet.
+      can_improve: whether a running beam may still replace a finished one.
+      is_unfinished: whether to generate another token.
     """
 
     tokens: Int[Array, 'batch beams new']
@@ -56,27 +60,53 @@ class Search(NamedTuple):
     finished: Int[Array, 'batch beams new']
     finished_scores: Float[Array, 'batch beams']
     lengths: Int[Array, 'batch beams']
-    improvable: Bool[Array, 'batch 1']
-    unfinished: Bool[Array, '']
+    can_improve: Bool[Array, 'batch 1']
+    is_unfinished: Bool[Array, '']
 
 
-def rules(
+def make_settings(
     new: int, *, length_penalty: float, early_stopping: bool | str, min_new: int, eos: tuple[int, ...], pad: int
-) -> Rules:
-    """Rules for at most `new` tokens, from `generate`'s arguments.
+) -> Settings:
+    """Build the settings for at most `new` tokens from `generate`'s arguments.
 
-    >>> rules(3, length_penalty=-1.0, early_stopping=False, min_new=0, eos=(2,), pad=1).weight.round(2).tolist()
+    Args:
+      new: the most tokens to generate.
+      length_penalty: exponent of the length that a beam's score is divided by.
+      early_stopping: True, False or 'never', as in `generate`.
+      min_new: the fewest tokens to generate.
+      eos: tokens that finish a sequence.
+      pad: token behind the end.
+
+    >>> settings = make_settings(3, length_penalty=-1.0, early_stopping=False, min_new=0, eos=(2,), pad=1)
+    >>> settings.finished_divisors.round(2).tolist()
     [1.0, 0.5, 0.33000001311302185]
     """
-    weight = np.asarray(np.arange(1.0, new + 1) ** length_penalty, np.float32)
-    hope = np.full_like(weight, weight[-1]) if early_stopping == 'never' and length_penalty > 0 else weight
-    numbers = np.int32(min_new), np.asarray(eos, np.int32).reshape(-1), np.int32(pad)
-    return Rules(weight, hope, np.bool_(early_stopping is True), *map(np.asarray, numbers))
+    finished_divisors = np.asarray(np.arange(1.0, new + 1) ** length_penalty, np.float32)
+    running_divisors = finished_divisors
+    if early_stopping == 'never' and length_penalty > 0:
+        # A positive penalty favours length, so a running beam's best score is the one at its greatest length.
+        running_divisors = np.full_like(finished_divisors, finished_divisors[-1])
+    return Settings(
+        finished_divisors=finished_divisors,
+        running_divisors=running_divisors,
+        stops_early=np.asarray(np.bool_(early_stopping is True)),
+        min_new=np.asarray(np.int32(min_new)),
+        eos=np.asarray(eos, np.int32).reshape(-1),  # no ends at all are an empty vector
+        pad=np.asarray(np.int32(pad)),
+    )
 
 
-def start(rules: Rules, batch: int, beams: int) -> Search:
-    """Before the first token. All beams are the same prompt, so that only the first may be continued."""
-    tokens = jnp.full((batch, beams, rules.weight.shape[0]), rules.pad, jnp.int32)
+def start(settings: Settings, batch: int, beams: int) -> Search:
+    """Return the state before the first token.
+
+    All beams are the same prompt, so only the first may be continued: the others start with the worst score.
+
+    Args:
+      settings: how to search.
+      batch: number of prompts.
+      beams: number of beams.
+    """
+    tokens = jnp.full((batch, beams, settings.finished_divisors.shape[0]), settings.pad, jnp.int32)
     worst = jnp.full((batch, beams), WORST, jnp.float32)
     return Search(
         tokens=tokens,
@@ -85,71 +115,101 @@ def start(rules: Rules, batch: int, beams: int) -> Search:
         finished=tokens,
         finished_scores=worst,
         lengths=jnp.zeros((batch, beams), jnp.int32),
-        improvable=jnp.ones((batch, 1), bool),
-        unfinished=jnp.ones((), bool),
+        can_improve=jnp.ones((batch, 1), bool),
+        is_unfinished=jnp.ones((), bool),
     )
 
 
 def step(
-    rules: Rules,
+    settings: Settings,
     state: Search,
     index: Int[Array, ''],
     logits: Float[Array, 'batch beams vocab'],
+    *,
     mesh: Mesh | None = None,
 ) -> Search:
-    """Chooses the token number `index` (from 0) of every beam; one beam: greedily. `mesh`: that of `decode`."""
-    greedy = logits.shape[1] == 1
-    ends = jnp.zeros(logits.shape[-1], bool).at[rules.eos].set(True)
-    scores = logits if greedy else jax.nn.log_softmax(logits, axis=-1)  # before any is forbidden, as transformers does
-    scores = jnp.where(ends & (index < rules.min_new), -jnp.inf, scores)
-    if greedy:
-        return _greedy_step(rules, state, index, scores, ends)
-    return _beam_step(rules, state, index, scores, ends, functools.partial(sharding.top_k, mesh=mesh))
+    """Choose the next token of every beam; with one beam, greedily.
+
+    Args:
+      settings: how to search.
+      state: the state before this token.
+      index: number of the token, from 0.
+      logits: of the token, in fp32.
+      mesh: the mesh of `decode`.
+    """
+    is_greedy = logits.shape[1] == 1
+    is_end = jnp.zeros(logits.shape[-1], bool).at[settings.eos].set(True)
+    # As in transformers, probabilities are normalised before any token is forbidden.
+    scores = logits if is_greedy else jax.nn.log_softmax(logits, axis=-1)
+    scores = jnp.where(is_end & (index < settings.min_new), -jnp.inf, scores)
+    if is_greedy:
+        return _greedy_step(settings, state, index, scores, is_end)
+    return _beam_step(settings, state, index, scores, is_end, functools.partial(sharding.top_k, mesh=mesh))
 
 
-def _greedy_step(rules: Rules, state: Search, index: Array, scores: Array, ends: Array) -> Search:
-    last = index == rules.weight.shape[0] - 1
-    done = state.lengths > 0
-    token = jnp.where(done, rules.pad, jnp.argmax(scores, axis=-1).astype(jnp.int32))
+def _greedy_step(
+    settings: Settings,
+    state: Search,
+    index: Int[Array, ''],
+    scores: Float[Array, 'batch 1 vocab'],
+    is_end: Bool[Array, ' vocab'],
+) -> Search:
+    """Take the most likely token of each row; rows that have ended get pads."""
+    is_last = index == settings.finished_divisors.shape[0] - 1
+    has_ended = state.lengths > 0
+    token = jnp.where(has_ended, settings.pad, jnp.argmax(scores, axis=-1).astype(jnp.int32))
     tokens = _write(state.tokens, token, index)
-    lengths = jnp.where(~done & (ends[token] | last), index + 1, state.lengths)
+    lengths = jnp.where(~has_ended & (is_end[token] | is_last), index + 1, state.lengths)
     return state._replace(
         tokens=tokens,
         ancestry=_write(state.ancestry, jnp.zeros_like(token), index),
         finished=tokens,
         lengths=lengths,
-        unfinished=jnp.any(lengths == 0),
+        is_unfinished=jnp.any(lengths == 0),
     )
 
 
-def _beam_step(rules: Rules, state: Search, index: Array, scores: Array, ends: Array, top_k: Callable) -> Search:
+def _beam_step(
+    settings: Settings,
+    state: Search,
+    index: Int[Array, ''],
+    scores: Float[Array, 'batch beams vocab'],
+    is_end: Bool[Array, ' vocab'],
+    top_k: Callable,
+) -> Search:
+    """Continue the best candidates that do not end, and merge those that end into the finished beams."""
     batch, beams, vocab = scores.shape
-    last = index == rules.weight.shape[0] - 1
+    is_last = index == settings.finished_divisors.shape[0] - 1
 
-    # Enough candidates that `beams` of them go on even if all the others end.
-    candidates = max(2, 1 + rules.eos.shape[0]) * beams
+    # A beam has as many candidates that end as there are end tokens. Even if all of those are among the best, `beams`
+    # others remain that go on.
+    candidates = max(2, 1 + settings.eos.shape[0]) * beams
     scores, best = top_k((scores + state.scores[..., None]).reshape(batch, -1), candidates)
     tokens, ancestry = _pick((state.tokens, state.ancestry), best // vocab)
     token = (best % vocab).astype(jnp.int32)
     tokens = _write(tokens, token, index)
-    ended = ends[token] | last
+    ends = is_end[token] | is_last
 
-    running_scores, chosen = top_k(scores + jnp.where(ended, WORST, 0.0), beams)
+    # The running beams: the best candidates that do not end.
+    running_scores, chosen = top_k(scores + jnp.where(ends, WORST, 0.0), beams)
     running, ancestry = _pick((tokens, ancestry), chosen)
     ancestry = _write(ancestry, jnp.broadcast_to(jnp.arange(beams), (batch, beams)), index)
 
-    # A candidate finishes if it is one of the first `beams`, and if the item is not closed.
-    finishes = ended & (jnp.arange(candidates) < beams)
-    closed = ~state.improvable | (rules.early & jnp.all(state.lengths > 0, axis=1, keepdims=True))
-    scores = scores / rules.weight[index] + jnp.where(closed, WORST, 0.0) + jnp.where(finishes, 0.0, WORST)
+    # The finished beams: a candidate that ends joins them if it is one of the first `beams`, and if its batch item is
+    # still open. All that may not join get the worst score.
+    finishes = ends & (jnp.arange(candidates) < beams)
+    is_closed = ~state.can_improve | (settings.stops_early & jnp.all(state.lengths > 0, axis=1, keepdims=True))
+    scores = scores / settings.finished_divisors[index] + jnp.where(is_closed, WORST, 0.0)
+    scores = scores + jnp.where(finishes, 0.0, WORST)
     scores, chosen = top_k(jnp.concatenate([state.finished_scores, scores], axis=1), beams)
     finished = jnp.concatenate([state.finished, tokens], axis=1)
     lengths = jnp.concatenate([state.lengths, jnp.where(finishes, index + 1, 0)], axis=1)
     finished, lengths = _pick((finished, lengths), chosen)
 
-    worst = jnp.where(lengths > 0, jnp.min(scores, axis=1, keepdims=True), WORST)
-    possible = running_scores[:, :1] / rules.hope[index]
-    improvable = state.improvable & jnp.any(possible > worst, axis=1, keepdims=True)
+    # Go on while the best running beam may still beat the worst finished one.
+    worst_finished = jnp.where(lengths > 0, jnp.min(scores, axis=1, keepdims=True), WORST)
+    best_possible = running_scores[:, :1] / settings.running_divisors[index]
+    can_improve = state.can_improve & jnp.any(best_possible > worst_finished, axis=1, keepdims=True)
     return Search(
         tokens=running,
         scores=running_scores,
@@ -157,20 +217,23 @@ def _beam_step(rules: Rules, state: Search, index: Array, scores: Array, ends: A
         finished=finished,
         finished_scores=scores,
         lengths=lengths,
-        improvable=improvable,
-        unfinished=jnp.any(improvable) & ~(rules.early & jnp.all(lengths > 0)) & ~jnp.all(ended),
+        can_improve=can_improve,
+        is_unfinished=jnp.any(can_improve) & ~(settings.stops_early & jnp.all(lengths > 0)) & ~jnp.all(ends),
     )
 
 
-def _write(tokens: Array, new: Array, index: Array) -> Array:
-    """`tokens` with `new` at `index` of the last axis."""
-    return jax.lax.dynamic_update_slice_in_dim(tokens, new[..., None].astype(tokens.dtype), index, axis=2)
+def _write(
+    tokens: Int[Array, 'batch beams new'], token: Int[Array, 'batch beams'], index: Int[Array, '']
+) -> Int[Array, 'batch beams new']:
+    """Return `tokens` with `token` at place `index` of every beam."""
+    return jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None].astype(tokens.dtype), index, axis=2)
 
 
-def _pick(tree: Any, indices: Int[Array, 'batch picked']) -> Any:
-    """The beams `indices` of every array of a tree."""
+def _pick(tree: PyTree, indices: Int[Array, 'batch picked']) -> PyTree:
+    """Pick beams (axis 1) from every array of a tree."""
 
     def pick(leaf):
+        # Indices have two axes. `take_along_axis` needs as many as the array has.
         return jnp.take_along_axis(leaf, indices.reshape(*indices.shape, *[1] * (leaf.ndim - 2)), axis=1)
 
     return jax.tree.map(pick, tree)

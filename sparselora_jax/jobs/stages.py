@@ -99,7 +99,7 @@ def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
             job.dataset.test,
             indices,
             batch=knobs.batch,
-            kept=job.workdir / f'answers_{name}.jsonl',
+            answers_file=job.workdir / f'answers_{name}.jsonl',
             progress=Progress(f'evaluate {name}', len(indices)),
             **job.text.decoding,
         )

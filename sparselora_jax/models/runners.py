@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from sparselora_jax.sparse.kernels import cpu
 from sparselora_jax.sparse.packing import Packed24
 
 Block = Callable[[dict, Any, dict, Any], tuple[Any, Any]]
@@ -39,19 +40,14 @@ def _scan(block: Block, weights: dict, x: Any, ctx: dict, cache: Any, policy: An
 
 
 def _cut_out(w: dict, index: Int[Array, '']) -> dict:
-    """A block's weights; on a CPU, packed ones as arrays of their own.
-
-    XLA for CPUs would read them weight by weight through the stack that they are a layer of: unpacking takes five times
-    as long or more. It copies what a conditional returns, and cannot know that this one always takes the same branch.
-    """
+    """Return a block's weights; on a CPU, with packed kernels as arrays of their own."""
+    # One function for all kernels: JAX traces it once for each shape.
+    copy_on_cpu = functools.partial(cpu.copy_out_of_stack, layer=index)
 
     def cut(leaf):
         if not isinstance(leaf, Packed24):
             return leaf
-        return jax.lax.platform_dependent(leaf, cpu=copy, default=lambda leaf: leaf)
-
-    def copy(leaf):
-        return jax.lax.cond(index < 0, lambda leaf: jax.tree.map(jnp.zeros_like, leaf), lambda leaf: leaf, leaf)
+        return jax.lax.platform_dependent(leaf, cpu=copy_on_cpu, default=lambda leaf: leaf)
 
     return jax.tree.map(cut, w, is_leaf=lambda leaf: isinstance(leaf, Packed24))
 

@@ -86,8 +86,8 @@ def test_a_step_copies_neither_caches_nor_weights(config, beams, bound):
     ids = np.zeros((2, 64), np.int32)
     batch = {'input_ids': ids, 'attention_mask': ids, 'pixel_values': np.zeros((2, 3, 8, 8), np.float32)}
     batch |= {'decoder_input_ids': ids, 'decoder_attention_mask': ids}
-    rules = search.rules(NEW, length_penalty=1.0, early_stopping=False, min_new=0, eos=(2,), pad=1)
-    text = decode.decode.lower(model, params, batch, rules, beams=beams).compile().as_text()
+    settings = search.make_settings(NEW, length_penalty=1.0, early_stopping=False, min_new=0, eos=(2,), pad=1)
+    text = decode.decode.lower(model, params, batch, settings, beams=beams).compile().as_text()
     assert large_results(text, 2**16) == ([], 4)
 
 
@@ -114,11 +114,11 @@ def test_the_loop_holds_reduced_kernels_as_they_are(base, rows):
     dense = init_params(jax.random.key(0), model.shapes())
     _, masks = sl.prune_tree(dense, None, [('.*/blocks/.*', '2:4'), ('.*', 'dense')], method=sl.Magnitude())
     reduced, masks, _ = sl.reduce_base(sl.Frozen(dense, masks), base)
-    rules = search.rules(NEW, length_penalty=1.0, early_stopping=False, min_new=0, eos=(2,), pad=1)
+    settings = search.make_settings(NEW, length_penalty=1.0, early_stopping=False, min_new=0, eos=(2,), pad=1)
     ids = np.zeros((rows, 16), np.int32)
     batch = {'input_ids': ids, 'attention_mask': ids}
     programs = [
-        decode.decode.lower(model, weights, batch, rules, beams=1).compile()
+        decode.decode.lower(model, weights, batch, settings, beams=1).compile()
         for weights in (dense, sl.bind(reduced, masks))
     ]
     saved = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (dense, (reduced, masks))]

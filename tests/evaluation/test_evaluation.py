@@ -15,20 +15,21 @@ from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import bootstrap, density, vqa
+from sparselora_jax.evaluation.metric import METRICS, Metric
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.models import llama
+from sparselora_jax.runtime.registry import UnknownNameError
 
 
 def answers_with(rate, seed):
-    return np.random.default_rng(seed).random(1000) < rate
+    return (np.random.default_rng(seed).random(1000) < rate).astype(np.float64)
 
 
-@pytest.mark.parametrize(('level', 'deviations'), [(0.95, 1.96), (0.8, 1.2816)])
-def test_an_interval_agrees_with_the_normal_approximation(level, deviations):
+def test_an_interval_agrees_with_the_normal_approximation():
     first, second = answers_with(0.9, 1), answers_with(0.7, 2)
-    difference = first.astype(float) - second
-    half = deviations * difference.std() / np.sqrt(1000)
-    low, high = bootstrap.paired_interval(first, second, level=level, resamples=4000)
+    difference = first - second
+    half = 1.96 * difference.std() / np.sqrt(1000)
+    low, high = bootstrap.paired_interval(first, second)
     np.testing.assert_allclose([low, high], [difference.mean() - half, difference.mean() + half], atol=0.003)
 
 
@@ -40,6 +41,10 @@ def test_an_interval_is_paired_signed_and_repeatable():
     assert bootstrap.paired_interval(first, second) == (low, high)
 
 
+def test_an_interval_of_one_question_is_its_difference():
+    assert bootstrap.paired_interval(np.array([1.0]), np.array([0.25])) == (0.75, 0.75)
+
+
 def test_accuracy_is_of_whole_answers_overall_and_per_kind():
     answers = vqa.Answers(
         ['yes', 'no', 'circle', 'red', 'yes', 'circles'], ['yes', 'yes', 'circle', 'blue', 'no', 'circle']
@@ -49,6 +54,30 @@ def test_accuracy_is_of_whole_answers_overall_and_per_kind():
         'overall': 1,
         'yes/no': 1,
     }  # no kind that was not asked
+
+
+class FirstLetter:
+    """Half a point for the right first letter, a whole one for the right answer."""
+
+    title = 'first letter'
+
+    def __call__(self, predicted, reference):
+        return 0.5 * (predicted[:1] == reference[:1]) + 0.5 * (predicted == reference)
+
+
+def test_accuracy_averages_the_scores_of_any_metric():
+    answers = vqa.Answers(['yes', 'no', 'circus'], ['yes', 'yes', 'circle'])
+    assert answers.scores(FirstLetter()).tolist() == [1.0, 0.0, 0.5]
+    assert answers.accuracy(easy_vqa.kind_of, FirstLetter()) == {'overall': 0.5, 'yes/no': 0.5, 'shape': 0.5}
+    assert isinstance(FirstLetter(), Metric)
+
+
+def test_exact_match_is_a_registered_metric():
+    metric = METRICS.find('exact_match')
+    assert metric.title == 'accuracy'
+    assert vqa.Answers(['Yes', 'no'], ['yes', 'yes']).scores(metric).tolist() == [1.0, 0.0]
+    with pytest.raises(UnknownNameError, match="metric 'exact': expected one of exact_match"):
+        METRICS.find('exact')
 
 
 def test_the_blind_floor_answers_as_training_mostly_did():
@@ -96,15 +125,16 @@ def test_answers_do_not_depend_on_the_batch(evaluate):
 
 
 def test_an_evaluation_that_was_cut_off_goes_on_after_its_last_whole_batch(evaluate, tmp_path):
-    kept, done = tmp_path / 'answers.jsonl', []
+    file = tmp_path / 'answers.jsonl'
+    done = []
     whole = evaluate(INDICES, batch=2)
-    assert evaluate(INDICES, batch=2, kept=kept) == whole
-    lines = kept.read_text().splitlines(keepends=True)
+    assert evaluate(INDICES, batch=2, answers_file=file) == whole
+    lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == 5
-    kept.write_text(''.join(lines[:3]) + lines[3][:-2])  # killed while the second batch was being written
-    assert evaluate(INDICES, batch=2, kept=kept, progress=done.append) == whole
+    file.write_text(''.join(lines[:3]) + lines[3][:-2])  # killed while the second batch was being written
+    assert evaluate(INDICES, batch=2, answers_file=file, progress=done.append) == whole
     assert done == [4, 5]
-    assert kept.read_text() == ''.join(lines)
+    assert file.read_text() == ''.join(lines)
 
 
 def test_shuffled_images_are_those_of_the_questions_half_the_list_on(evaluate):

@@ -1,70 +1,129 @@
-"""x @ W and g @ W.T of a `Packed24` on a CPU.
+"""Products with a `Packed24` on a CPU, and ways around what XLA for CPUs makes of packed kernels.
 
-Few rows are multiplied without unpacking W: each value by the input that its position picks. A run of inputs becomes
-one row of partial sums, elementwise over outputs, which XLA compiles to one vectorised pass over the packed bytes; a
-product with ones adds the rows up. (A sum over them would be fused, and read by columns.)
+`x @ W` of few rows does not unpack W: each value is multiplied by the input that its position picks. A run of inputs
+gives one row of partial sums. That is elementwise over outputs, so XLA compiles it to one vectorised pass over the
+packed bytes. A product with ones then adds the rows of partial sums up. (XLA would fuse a plain sum into the pass, and
+read the packed bytes by columns.)
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, UInt8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num, UInt8
 
 from sparselora_jax.sparse.kernels.reference import reference
 from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED, Packed24, as_bits, nibble
 
-RUN = 2  # bytes of positions in a partial sum: more of them compile longer and run no faster
-ROWS = 8  # beyond, unpacking pays: it is done once for all rows
+RUN = 2  # bytes of positions in a partial sum: longer runs take longer to compile and run no faster
+ROWS = 8  # of more rows than these, it is faster to unpack W once for all of them
+
+
+def takes(dtype: DTypeLike, packed: Packed24) -> bool:
+    """Return True: `product` takes every dtype and shape."""
+    del dtype, packed
+    return True
 
 
 def product(x: Float[Array, 'rows m'], kernel: Packed24, *, transposed: bool) -> Float[Array, 'rows n']:
-    """`x @ W` or `x @ W.T`, summed in fp32, in x's dtype."""
+    """Return `x @ W` or `x @ W.T`, summed in fp32, in x's dtype.
+
+    Args:
+      x: the rows to multiply.
+      kernel: W, one matrix.
+      transposed: multiply with W.T.
+    """
     if not transposed and x.shape[0] <= ROWS:
         return matmul(x, kernel)
-    # In fp32, to which XLA for CPUs widens both sides of any other product: it would write W once more for that.
+    # In fp32, because XLA for CPUs widens both sides of any other product, and would write W a second time for that.
     return reference(x.astype(jnp.float32), kernel, transposed=transposed).astype(x.dtype)
 
 
 @jax.jit
 def matmul(x: Float[Array, 'rows inputs'], kernel: Packed24) -> Float[Array, 'rows outputs']:
-    """`x @ W` in x's dtype, summed in fp32."""
-    rows, (octets, outputs) = x.shape[0], kernel.positions.shape
+    """Return `x @ W` in x's dtype, summed in fp32, without unpacking W.
+
+    Args:
+      x: few rows (`ROWS`).
+      kernel: W, one matrix.
+    """
+    rows = x.shape[0]
+    octets, outputs = kernel.positions.shape
     runs = -(-octets // RUN)
-    inputs = _filled(x.astype(jnp.float32).T, runs * RUN * BYTE).T.reshape(rows, runs, RUN, BYTE, 1)
-    positions = _filled(kernel.positions, runs * RUN).reshape(runs, RUN, outputs)
-    values = _filled(as_bits(kernel.values), runs * RUN * kernel.values.shape[0] // octets).reshape(
-        runs, RUN, -1, outputs
-    )
+    # All arrays are cut into the same runs. Zeros fill up the last run: they add nothing.
+    inputs = _pad_rows(x.astype(jnp.float32).T, runs * RUN * BYTE).T.reshape(rows, runs, RUN, BYTE, 1)
+    positions = _pad_rows(kernel.positions, runs * RUN).reshape(runs, RUN, outputs)
+    value_rows = kernel.values.shape[0] // octets  # of an octet: 4, or 2 of int4, where two values share a byte
+    values = _pad_rows(as_bits(kernel.values), runs * RUN * value_rows).reshape(runs, RUN, -1, outputs)
     sums = jnp.zeros((), jnp.float32)
-    for at in range(RUN):
-        picked = _pick([inputs[:, :, at, place] for place in range(BYTE)], positions[:, at])
-        for x_of, value in zip(picked, _octet(values[:, at], kernel.scale is not None), strict=True):
-            sums += x_of * value
+    for octet in range(RUN):
+        picked = _pick([inputs[:, :, octet, place] for place in range(BYTE)], positions[:, octet])
+        weights = _octet_values(values[:, octet], kernel.scale is not None)
+        for picked_input, weight in zip(picked, weights, strict=True):
+            sums += picked_input * weight
     if kernel.scale is not None:
+        # A scale serves whole runs, so it is applied once to their partial sums.
         sums *= jnp.repeat(kernel.scale.astype(jnp.float32), SCALED // (RUN * BYTE), axis=0)[:runs]
     return jnp.matmul(jnp.ones((rows, 1, runs), jnp.float32), sums)[:, 0].astype(x.dtype)
 
 
-def _filled(array: Array, rows: int) -> Array:
-    """With zeros behind its rows."""
+def unpack_after(packed: Packed24, x: Array) -> Packed24:
+    """Return the kernel unchanged, but so that XLA for CPUs cannot unpack it before it has `x`.
+
+    XLA for CPUs drops optimisation barriers before it orders operations. It would then unpack the kernels of all blocks
+    side by side, each into memory of its own. Here the positions depend on a number of `x` through a comparison that
+    is never true, since no number is above infinity. XLA does not know that, so it must wait for `x`.
+
+    Args:
+      packed: the kernel.
+      x: what the kernel's block reads.
+    """
+    zero = (x.reshape(-1)[0] > jnp.inf).astype(packed.positions.dtype)
+    return dataclasses.replace(packed, positions=packed.positions | zero)
+
+
+def copy_out_of_stack(packed: Packed24, *, layer: Int[Array, '']) -> Packed24:
+    """Return the kernel of one layer, which a scan slices from a stack, as arrays of its own.
+
+    XLA for CPUs would fuse the slice into whatever reads it, and so read the kernel weight by weight through the stack.
+    Unpacking then takes five times as long or more. XLA copies what a conditional returns, and it cannot know that this
+    one always takes the same branch: a layer's index is never negative.
+
+    Args:
+      packed: the slice of a stack.
+      layer: its index, a traced number.
+    """
+    return jax.lax.cond(layer < 0, lambda leaf: jax.tree.map(jnp.zeros_like, leaf), lambda leaf: leaf, packed)
+
+
+def _pad_rows(array: Array, rows: int) -> Array:
+    """Add rows of zeros at the end, up to `rows`."""
     return jnp.pad(array, ((0, rows - array.shape[0]), (0, 0)))
 
 
 def _pick(inputs: list[Float[Array, 'rows runs 1']], octet: UInt8[Array, 'runs outputs']) -> list[Array]:
-    """Of eight inputs the four that positions name, `[rows, runs, outputs]`."""
+    """Pick the four of eight inputs that positions name: `[rows, runs, outputs]` each.
+
+    Args:
+      inputs: input 0, 1, ... and 7 of each octet.
+      octet: the byte of positions of each octet, two groups of four inputs (see `Packed24`).
+    """
 
     def bit(index):
         return octet & (1 << index) != 0
 
-    found = []
-    for half in (0, 4):
+    picked = []
+    for half in (0, 4):  # the bits of the first group, and of the second
         x0, x1, x2, x3 = inputs[half : half + 4]
-        found.append(jnp.where(bit(half + 1), x2, jnp.where(bit(half), x1, x0)))  # the first of two is never at 3
-        found.append(jnp.where(bit(half + 3), jnp.where(bit(half + 2), x3, x2), x1))  # the second never at 0
-    return found
+        # The first value of a group stands before the second, so it is never at place 3, nor the second at place 0.
+        picked.append(jnp.where(bit(half + 1), x2, jnp.where(bit(half), x1, x0)))
+        picked.append(jnp.where(bit(half + 3), jnp.where(bit(half + 2), x3, x2), x1))
+    return picked
 
 
-def _octet(values: Num[Array, 'runs of outputs'], four_bits: bool) -> list[Float[Array, 'runs outputs']]:
-    """The four values of eight inputs; int4 ones not scaled."""
+def _octet_values(values: Num[Array, 'runs of outputs'], four_bits: bool) -> list[Float[Array, 'runs outputs']]:
+    """Return the four values of eight inputs in fp32; int4 values without their scale."""
     if four_bits:
         words = values.astype(jnp.int32)
         return [nibble(words[:, group], high).astype(jnp.float32) for group in (0, 1) for high in (False, True)]

@@ -1,73 +1,117 @@
-"""A `Packed24` as an array, lowered for the platform that a program is compiled for."""
+"""A `Packed24` as an array, lowered for the platform that a program is compiled for.
+
+On a mesh XLA does not know how to divide a Pallas call: it would gather the whole packed kernel on every device. So the
+call is wrapped in `custom_partitioning`, which tells XLA which part of the result each device makes of its part of the
+packed arrays.
+"""
 
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sparselora_jax.sparse.kernels import gpu
+from sparselora_jax.sparse.kernels.platforms import PLATFORMS
 from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED, Packed24, unpack24
 
 
-def dense24(packed: Packed24, dtype: Any = None) -> Float[Array, '*layers inputs outputs']:
-    """`unpack24`; on GPUs a matrix is unpacked by a kernel, which reads every byte once; on a mesh each its part."""
-    made = jnp.dtype('float32') if packed.scale is not None else packed.values.dtype  # as `unpack24`, before it casts
-    if packed.ndim != 2 or not gpu.takes(made, packed):
+def dense24(packed: Packed24, dtype: DTypeLike | None = None) -> Float[Array, '*layers inputs outputs']:
+    """Return the kernel with its zeros, as `unpack24` does.
+
+    A matrix is unpacked by the platform's own kernel where it has one: on GPUs that reads every byte once. On a mesh
+    each device unpacks its part.
+
+    Args:
+      packed: one matrix, or a stack of them.
+      dtype: of the result; by default that of the values (int4: of the scales).
+    """
+    # The dtype in which `unpack24` computes, before it casts.
+    unpacked_dtype = jnp.dtype('float32') if packed.scale is not None else packed.values.dtype
+    branches = {}
+    for name in PLATFORMS:
+        platform = PLATFORMS.find(name)
+        if platform.unpack is not None and platform.takes(unpacked_dtype, packed):
+            branches[name] = functools.partial(unpacked_in_parts, dtype=unpacked_dtype, platform=name)
+    if packed.ndim != 2 or not branches:
         return unpack24(packed, dtype)
-    cuda = functools.partial(unpacked_in_parts, dtype=made)
-    matrix = jax.lax.platform_dependent(packed, default=functools.partial(unpack24, dtype=made), cuda=cuda)
+    default = functools.partial(unpack24, dtype=unpacked_dtype)
+    matrix = jax.lax.platform_dependent(packed, default=default, **branches)
     return matrix.astype(dtype or packed.dtype)
 
 
-def unpacked_in_parts(packed: Packed24, dtype: Any, *, interpret: bool = False) -> Float[Array, 'inputs outputs']:
-    """`gpu.unpacked`, of which each device of a mesh makes what is made of its parts of the arrays."""
-    return _unpacked(packed, dtype, interpret)
+def unpacked_in_parts(
+    packed: Packed24, dtype: DTypeLike, *, platform: str, interpret: bool = False
+) -> Float[Array, 'inputs outputs']:
+    """Return W by a platform's own kernel, of which each device of a mesh computes its part.
+
+    Args:
+      packed: one matrix.
+      dtype: of its values; fp32 for int4 ones.
+      platform: a name of `PLATFORMS` that has an `unpack`.
+      interpret: run the kernel by Pallas' interpreter.
+    """
+    return _unpacked(packed, dtype, platform, interpret)
 
 
-@functools.partial(custom_partitioning, static_argnums=(1, 2))
-def _unpacked(packed, dtype, interpret):
-    return gpu.unpacked(packed, dtype, interpret=interpret)
+@functools.partial(custom_partitioning, static_argnums=(1, 2, 3))
+def _unpacked(packed, dtype, platform, interpret):
+    return PLATFORMS.find(platform).unpack(packed, dtype, interpret=interpret)
 
 
-def _partition(dtype, interpret, mesh, arguments, result):
-    """What a device does: (mesh, its function, where the result lies, where the arguments do)."""
-    (packed,), where = arguments, result.sharding
-    inputs, outputs = [*where.spec, None, None][:2]
-    parts, across = (math.prod(mesh.shape[axis] for axis in _axes(split)) for split in (inputs, outputs))
-    whole = BYTE if packed.scale is None else SCALED  # inputs that are not cut
-    if packed.inputs % (parts * whole):
-        inputs, parts = None, 1
-    if result.shape[-1] % (2 * across):  # `gpu.takes`
-        outputs = None
-    where = NamedSharding(mesh, PartitionSpec(inputs, outputs))
+def _partition(dtype, platform, interpret, mesh, arguments, result):
+    """Return what one device does: (mesh, its function, sharding of the result, shardings of the arguments).
+
+    XLA proposes a sharding of the result. Axes that would cut an octet, a run with one scale or outputs that the kernel
+    reads together are dropped from it.
+    """
+    (packed,) = arguments
+    inputs_axes, outputs_axes = [*result.sharding.spec, None, None][:2]
+    inputs_parts = _devices_along(mesh, inputs_axes)
+    outputs_parts = _devices_along(mesh, outputs_axes)
+    indivisible = BYTE if packed.scale is None else SCALED  # inputs that share a byte of positions, or a scale
+    if packed.inputs % (inputs_parts * indivisible):
+        inputs_axes = None
+        inputs_parts = 1
+    if result.shape[-1] % (outputs_parts * PLATFORMS.find(platform).unpack_outputs):
+        outputs_axes = None
+    sharding = NamedSharding(mesh, PartitionSpec(inputs_axes, outputs_axes))
 
     def unpack(part):
-        part = dataclasses.replace(part, inputs=packed.inputs // parts)
-        return gpu.unpacked(part, dtype, interpret=interpret)
+        # `inputs` is static, so it still says the whole number.
+        part = dataclasses.replace(part, inputs=packed.inputs // inputs_parts)
+        return PLATFORMS.find(platform).unpack(part, dtype, interpret=interpret)
 
-    return mesh, unpack, where, (jax.tree.map(lambda array: where, packed),)
-
-
-def _axes(split: Any) -> tuple[str, ...]:
-    return (split,) if isinstance(split, str) else split or ()
+    return mesh, unpack, sharding, (jax.tree.map(lambda array: sharding, packed),)
 
 
-def _rule(dtype, interpret, mesh, operands, results):
-    """Which dimensions are split alike: outputs, and inputs where no octet, or run with one scale, is cut."""
-    del dtype, interpret, mesh
+def _devices_along(mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Return into how many parts the mesh axes of one dimension cut it."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _sharding_rule(dtype, platform, interpret, mesh, operands, results):
+    """Tell XLA's propagation (Shardy) which dimensions of the arrays are split alike.
+
+    The outputs of all arrays are. The inputs are, where the arrays' rows are whole multiples of the fewest rows: a
+    factor `i` then counts these, and a factor `f0`, `f1`, ... of each array the rows for one of them. Otherwise a split
+    would cut an octet, or a run with one scale, and the inputs of each array are a dimension of its own.
+    """
+    del dtype, platform, interpret, mesh
     rows = [operand.shape[0] for operand in operands]
-    (inputs, _), fewest = results[0].shape, min(rows)
+    inputs = results[0].shape[0]
+    fewest = min(rows)
     if fewest == 1 or any(count % fewest for count in [*rows, inputs]):
-        return ', '.join(f'i{at} o' for at in range(len(rows))) + ' -> i o'
-    sizes = {f'f{at}': count // fewest for at, count in enumerate([*rows, inputs])}
+        return ', '.join(f'i{index} o' for index in range(len(rows))) + ' -> i o'
+    sizes = {f'f{index}': count // fewest for index, count in enumerate([*rows, inputs])}
 
     def mapping(name):
+        # Shardy refuses factors of size 1.
         return ('i', 'o') if sizes[name] == 1 else (CompoundFactor('i', name), 'o')
 
     mappings = [mapping(name) for name in sizes]
@@ -75,4 +119,4 @@ def _rule(dtype, interpret, mesh, operands, results):
     return SdyShardingRule(tuple(mappings[:-1]), (mappings[-1],), **sizes)
 
 
-_unpacked.def_partition(_partition, sharding_rule=_rule)
+_unpacked.def_partition(_partition, sharding_rule=_sharding_rule)

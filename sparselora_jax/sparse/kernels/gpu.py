@@ -22,11 +22,13 @@ from sparselora_jax.sparse.kernels.gpu_tiles import TILES
 from sparselora_jax.sparse.kernels.reference import dense_product
 from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED, Packed24
 
+LANES = 2  # bf16 outputs that share a word of 32 bits
+
 
 def takes(dtype: Any, packed: Packed24) -> bool:
     """Whether the kernels here read these: bf16 or fp32, x and values alike (int4 values fit both), even outputs."""
     same = packed.scale is not None or packed.values.dtype == dtype
-    return same and dtype in (jnp.bfloat16, jnp.float32) and packed.shape[-1] % 2 == 0
+    return same and dtype in (jnp.bfloat16, jnp.float32) and packed.shape[-1] % LANES == 0
 
 
 def tile(kind: str, rows: int, packed: Packed24) -> Tile | None:

@@ -6,18 +6,24 @@ import logging
 import jax
 from jaxtyping import Array, Float
 
-from sparselora_jax.sparse.kernels import cpu, gpu, tpu
+from sparselora_jax.sparse.kernels.platforms import PLATFORMS
 from sparselora_jax.sparse.kernels.reference import reference
 from sparselora_jax.sparse.packing.packed24 import Packed24
 
 
 def matmul24(x: Float[Array, '*batch inputs'], kernel: Packed24) -> Float[Array, '*batch outputs']:
-    """`x @ W` in x's dtype, summed in fp32; differentiable in x, and what is kept for that is packed.
+    """Return `x @ W` in x's dtype, summed in fp32.
 
-    On a GPU or a TPU by a Pallas kernel, where shapes and dtypes are those that it takes; on a CPU, where x has few
-    rows, as it is packed; else the kernel is unpacked where it is used.
+    It is differentiable in x. The backward saves the packed kernel, never the dense one.
 
-    >>> from sparselora_jax.packing.packed24 import pack24
+    A platform of `PLATFORMS` multiplies by its own kernels, if they take these shapes and dtypes. On all others the
+    kernel is unpacked where it is used.
+
+    Args:
+      x: the rows to multiply.
+      kernel: W, one matrix.
+
+    >>> from sparselora_jax.sparse.packing.packed24 import pack24
     >>> matmul24(jnp.ones((1, 4)), pack24(jnp.array([[1.0], [0.0], [2.0], [0.0]]))).tolist()
     [[3.0]]
     """
@@ -34,40 +40,47 @@ def _forward(x, kernel):
 
 
 def _backward(kernel, g):
-    return _dispatch(True, g, kernel), None
+    return _dispatch(True, g, kernel), None  # the base is never differentiated
 
 
 _matmul24.defvjp(_forward, _backward)
 
 
 def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
+    """Return `x @ W` or `x @ W.T`, by what the platform has that the program is lowered for."""
     matrix = x.reshape(-1, x.shape[-1])
-    products = {'default': reference, 'cpu': cpu.product}
-    for platform, chip in (('cuda', gpu), ('tpu', tpu)):
-        if chip.takes(matrix.dtype, kernel):
-            products[platform] = chip.product
-    if (here := _platform()) not in products:
-        _say_unpacked(here, matrix, kernel)
+    products = {'default': reference}
+    for name in PLATFORMS:
+        platform = PLATFORMS.find(name)
+        if platform.takes(matrix.dtype, kernel):
+            products[name] = platform.product
+    # A program may be lowered for another platform than this one, which only lowering knows. So all stay branches.
+    this_platform = _platform()
+    if this_platform not in products:
+        _warn_unpacked(this_platform, matrix, kernel)
     branches = {name: functools.partial(product, transposed=transposed) for name, product in products.items()}
-    found = jax.lax.platform_dependent(matrix, kernel, **branches)
-    return found.reshape(*x.shape[:-1], found.shape[-1])
+    out = jax.lax.platform_dependent(matrix, kernel, **branches)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _platform() -> str:
-    """What this process computes on, by the names that lowering has: JAX calls both makes of GPU `gpu`."""
+    """Return the platform that this process computes on, by the names that lowering uses.
+
+    `jax.default_backend()` calls both makes of GPUs `gpu`. Lowering calls them `cuda` and `rocm`.
+    """
     backend = jax.default_backend()
     if backend == 'gpu':
         return 'rocm' if 'rocm' in jax.devices()[0].client.platform_version.lower() else 'cuda'
     return backend
 
 
-def _say_unpacked(platform: str, x: Array, kernel: Packed24) -> None:
-    """A line, once."""
+def _warn_unpacked(platform: str, x: Array, kernel: Packed24) -> None:
+    """Warn once that no kernel takes these operands."""
     values = 'int4' if kernel.scale is not None else kernel.values.dtype
-    what = f'x {x.dtype} and values {values} {list(kernel.shape)}'
-    _warn(f'matmul24: no kernel on {platform} for {what}: weights are unpacked where they are used')
+    operands = f'x {x.dtype} and values {values} {list(kernel.shape)}'
+    _warn(f'matmul24: no kernel on {platform} for {operands}: weights are unpacked where they are used')
 
 
-@functools.cache
+@functools.cache  # once for each line: tracing comes here for every layer
 def _warn(line: str) -> None:
     logging.getLogger(__name__).warning(line)

@@ -40,12 +40,12 @@ def test_each_device_of_a_mesh_unpacks_its_part(inputs, split, sent, four_bits):
     packed, mesh = packed_kernel(inputs, four_bits), sharding.make_mesh(tensor=4)
     dtype = jnp.dtype('float32' if four_bits else 'bfloat16')
     placed = jax.tree.map(lambda array: jax.device_put(array, sharding.fitting(mesh, split, array.shape)), packed)
-    unpack = jax.jit(lambda packed: unpacked_in_parts(packed, dtype, interpret=True))
+    unpack = jax.jit(lambda packed: unpacked_in_parts(packed, dtype, platform='cuda', interpret=True))
     np.testing.assert_array_equal(unpack(placed), unpack24(packed, dtype))
 
     x = jnp.ones((8, inputs), dtype)
     x = jax.device_put(x, sharding.fitting(mesh, PartitionSpec(None, *split[:1]), x.shape))
-    multiply = jax.jit(lambda x, packed: x @ unpacked_in_parts(packed, dtype, interpret=True))
+    multiply = jax.jit(lambda x, packed: x @ unpacked_in_parts(packed, dtype, platform='cuda', interpret=True))
     found = re.findall(
         r'= \S+ (all-\w+|reduce-scatter|collective-\w+)\(', multiply.lower(x, placed).compile().as_text()
     )
