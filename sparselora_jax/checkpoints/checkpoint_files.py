@@ -12,10 +12,12 @@ from pathlib import Path, PurePosixPath
 from sparselora_jax.checkpoints.safetensors_format import Entry, read_header, unique_names
 from sparselora_jax.runtime.files import StorageError
 
+# Names that transformers gives to the files of a directory.
 CONFIG = 'config.json'
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 ADAPTER = 'adapter_config.json'  # of PEFT
+# Suffixes of formats whose reading runs code.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 # Copies of the word embeddings. `save_pretrained` may leave one out of the shards that its index lists.
 _TIED = ('lm_head.weight', 'embed_tokens.weight')
@@ -53,6 +55,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise StorageError(f'{folder}: no such directory')
+    # Before the config is looked for: a directory of an adapter alone has none, and deserves its own error.
     refuse_adapter(folder)
     if not (folder / CONFIG).is_file():
         raise StorageError(f'{folder}: no {CONFIG}; expected a model directory, as save_pretrained writes it')
@@ -62,6 +65,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not (folder / INDEX).is_file():
         raise _no_weights(folder)
     index = _read_index(folder)
+    # Each shard once, in the order of the index.
     files = tuple(folder / name for name in dict.fromkeys(index.values()))
     entries = _read_entries(files)
     _check_index(folder, index, entries)
@@ -111,7 +115,7 @@ def pickled(source: str | Path, problem: str, target: str) -> StorageError:
 def _no_weights(folder: Path) -> StorageError:
     """Return the error for a directory without safetensors."""
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if not pickles:
+    if not pickles:  # nothing was downloaded yet but the config
         return StorageError(f'{folder}: neither {SINGLE} nor {INDEX}; download the weights into it')
     return pickled(folder, f'the weights are pickled ({", ".join(pickles[:3])})', f'{folder}-safetensors')
 
@@ -136,6 +140,7 @@ def _read_entries(files: Iterable[Path]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in files:
         for entry in read_header(file):
+            # Which of the two counts would depend on the order of the shards.
             if entry.name in entries:
                 raise StorageError(f'{file}: {entry.name} also lies in {entries[entry.name].file.name}; expected once')
             entries[entry.name] = entry
@@ -163,12 +168,13 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(), object_pairs_hook=unique_names)['weight_map']
-        names = set(index.values())
+        names = set(index.values())  # a value that cannot be hashed raises TypeError: no index either
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f'{path}: not an index of safetensors ({error}); download it again') from None
     for name in sorted(names, key=str):  # by their text: a damaged index may name numbers
         if not isinstance(name, str) or not name.endswith('.safetensors'):
             raise StorageError(f'{path}: it names {name!r}; expected the name of a .safetensors file')
+        # Checked as text, on every system: an index may come from anywhere, and an export writes to these names too.
         parts = PurePosixPath(name)
         if parts.is_absolute() or '..' in parts.parts or '\\' in name or ':' in name:
             raise StorageError(f'{path}: it names {name!r}, outside the directory; do not use this checkpoint')

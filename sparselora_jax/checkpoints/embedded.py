@@ -19,7 +19,9 @@ from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse.weights import merge
 
+# Trained by launch/pretrain.py.
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
+# SmolLM2-Instruct ends a turn with <|im_end|>, which also pads, and begins one with <|im_start|>.
 GENERATION = Generation(eos=(2,), pad=2, bos=1)
 
 
@@ -46,6 +48,7 @@ def load_processor(cfg: blip2.Blip2Config) -> Any:
     from transformers import Blip2Processor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+    # Imported here, since it imports transformers: seconds that most callers of this module need not wait.
     from sparselora_jax.data.processing import Processor
 
     tokenizer = gguf.load_tokenizer(language_model_file(), cfg.image_token)
@@ -108,6 +111,7 @@ def load(bridge: str | Path = BRIDGE, *, dtype: DTypeLike = jnp.float32) -> tupl
     cfg = _from_header(bridge, metadata)
     lora = tree.pop('lora', None)  # summed in fp32 when it is merged, whatever the dtype
     tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+    # Before the language model is read, which takes most of the time.
     check_shapes(bridge, tree, blip2.bridge_shapes(cfg))
     _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     params = tree | {'language': language}

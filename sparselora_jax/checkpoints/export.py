@@ -29,6 +29,7 @@ from sparselora_jax.sparse import rules
 # Files that hold weights: those that we write, and others, which would hold the model as it was before.
 WEIGHTS = ('.safetensors', *checkpoint_files.PICKLES, '.h5', '.msgpack', '.onnx', '.gguf', '.ot')
 
+# What the leaves of params may be where they are written.
 Leaf = jax.Array | np.ndarray | Stack
 
 
@@ -63,6 +64,7 @@ def export_model(
         raise StorageError('the model was read from no Hugging Face directory: use write_new, or load it from one')
     folder = Path(folder)
     source = checkpoint_files.open_checkpoint(model.source)
+    # The source is opened anew: its files may have changed since the model was read, and must still fit it.
     pieces = layout.pieces(model.family, model.cfg, source)
     check_shapes(folder, params, model.shapes())
     flat = rules.flatten(params)
@@ -73,6 +75,7 @@ def export_model(
     others = [name for name in others if str(name) not in source.ignored]
     _claim(folder, source, {*others, *texts_by_path})
     for file in source.files:
+        # Headers, unread tensors and unchanged ones come from the old file, between the pieces that are written.
         to_write = [piece for piece in pieces if piece.entry.file == file and piece.path in changed]
         with placed(folder / file.relative_to(source.folder)) as new, file.open('rb') as old:
             write_pieces(new, to_write, params, old)
@@ -97,7 +100,7 @@ def check_export(folder: str | Path, model: Model, params: dict, *, changed: Ite
     flat = rules.flatten(params)
     pieces = layout.pieces(model.family, model.cfg, checkpoint_files.open_checkpoint(folder))
     originals = {}
-    if model.source is None:
+    if model.source is None:  # of `write_new`: every array was written
         changed = flat.keys()
     else:
         source = checkpoint_files.open_checkpoint(model.source)
@@ -135,6 +138,7 @@ def files_below(folder: Path) -> list[Path]:
     Args:
       folder: the directory.
     """
+    # Sorted, since the order of a directory differs between file systems.
     names = sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
     return [name for name in names if not any(part.startswith('.') for part in name.parts[:-1])]
 
@@ -168,6 +172,7 @@ def _find_changed(flat: dict[str, Leaf], pieces: Iterable[Piece]) -> set[str]:
     """
     changed: set[str] = set()
     for piece in pieces:
+        # One piece that differs decides, so a pruned kernel is compared in its first piece alone.
         if piece.path in changed:
             continue
         array = flat[piece.path]
@@ -185,6 +190,7 @@ def _holds(dtype: np.dtype, file_dtype: np.dtype) -> bool:
 
 def _differs(array: jax.Array | np.ndarray, piece: Piece) -> bool:
     """Return whether a block of an array is another than the source's, cast as loading casts it."""
+    # On the device, as `streaming` casts: NumPy may treat the smallest numbers in another way.
     original = jnp.asarray(safetensors_format.read(piece.entry, piece.rows)).astype(array.dtype)
     block = streaming.read_block(array, piece, array.dtype)
     return not np.array_equal(_bytes(block), _bytes(np.asarray(original)))
@@ -196,9 +202,11 @@ def _claim(folder: Path, source: Checkpoint, others: Iterable[Path]) -> None:
     Raises:
       StorageError: the folder is the source, or holds files of something else.
     """
+    # Resolved, so that a link to the source is found too: its files would be emptied while they are read.
     if folder.resolve() == source.folder.resolve():
         raise StorageError(f'{folder}: is the directory the model was read from; export into another')
     own = {path.relative_to(source.folder) for path in source.files} | set(others)
+    # An export that was killed leaves the partial files that it wrote.
     own |= {name.with_name(name.name + PARTIAL) for name in own}
     foreign = [str(name) for name in files_below(folder) if name not in own]
     if foreign:
@@ -248,6 +256,7 @@ def write_pieces(new: BinaryIO, pieces: Iterable[Piece], params: dict, old: Bina
             _copy(old, new, start - new.tell())
         data = _bytes(blocks.read(piece))
         new.write(data)
+        # Both files are of one length and layout: the old one stands where the new one does.
         if old is not None:
             old.seek(data.size, os.SEEK_CUR)
 
@@ -282,8 +291,10 @@ class _Blocks:
         array = self._flat[piece.path]
         if isinstance(array, Stack):
             array = self._read_layer(array, piece.path, piece.starts[0])
+            # The layer alone is at hand, so the piece starts in layer 0 of it.
             piece = piece._replace(starts=(0, *piece.starts[1:]))
         block = streaming.read_block(array, piece)
+        # Of the dtypes of checkpoints, only float16 has a range so small that weights may leave it.
         if piece.entry.dtype == np.float16 and not np.isfinite(block).all():
             problem = f'numbers too large for float16, the dtype of {piece.entry.name} in its file'
             raise StorageError(f'{piece.path}: {problem}')

@@ -27,6 +27,7 @@ PIECE = 32 * 2**20  # bytes; larger tensors are read and written in runs of rows
 HEAD = 'language/head/kernel'
 EMBED = 'language/embed'
 
+# NumPy's on the host and JAX's on a device, and traced under jit, are laid out by the same code.
 AnyArray = TypeVar('AnyArray', np.ndarray, jax.Array)
 
 
@@ -112,6 +113,7 @@ def to_checkpoint(array: AnyArray, shape: tuple[int, ...], *, kernel: bool) -> A
       kernel: whether the array is a kernel.
     """
     if kernel:
+        # shape is [out, in, ...], so this is [..., in, out]; then out and in go to the front.
         array = array.reshape(*shape[2:], *shape[1::-1])
         array = array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
     return array.reshape(shape)
@@ -130,6 +132,7 @@ def places(family: ModuleType, cfg: Any) -> dict[str, list[Place]]:
     shapes = rules.flatten(family.shapes(cfg))
     places_of: dict[str, list[Place]] = {}
     for path, key in family.keys(cfg).items():
+        # A tensor that is not fused is the one slice of itself.
         part = key if isinstance(key, Part) else Part(key, 0, 1)
         if '{' not in part.name:
             place = Place(path, shapes[path], None, part.index, part.of)
@@ -156,6 +159,7 @@ def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for entry in checkpoint.entries.values():
         name = entry.name
+        # In order: a later pattern sees what an earlier one made of the name.
         for pattern, replacement in family.RENAMES:
             name = re.sub(pattern, replacement, name)
         if name in entries:
@@ -200,6 +204,7 @@ def follow_head(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> Any:
     for name in present[1:]:
         if _is_equal(entries[present[0]], entries[name]):
             continue
+        # Only a head may differ: then it is untied. A stack of T5 with other embeddings has no place in our model.
         if name != head_name:
             where = f'{entries[name].file}: {name} is not equal to {present[0]}'
             raise StorageError(f'{where}; stacks with word embeddings of their own are not known')
@@ -232,7 +237,7 @@ def _split_rows(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
     All runs but the last have one size, since each new size is compiled anew. That size is the number of rows divided
     evenly, so the last run is not much smaller.
     """
-    largest = max(1, PIECE // max(row_size, 1))
+    largest = max(1, PIECE // max(row_size, 1))  # rows; a row larger than a piece is read alone
     runs = math.ceil(rows / largest)
     step = math.ceil(rows / runs) if rows else 1
     for start in range(0, rows, step):
@@ -261,16 +266,19 @@ def pieces(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
     entries = {
         name: entry
         for name, entry in entries.items()
+        # Not read: buffers that older versions saved, such as position ids, and layers that no output needs.
         if name in wanted or not any(re.fullmatch(pattern, name) for pattern in family.IGNORED)
     }
     _check_entries(checkpoint, wanted, entries)
     unsorted = [piece for name, entry in entries.items() for place in wanted[name] for piece in _split(entry, place)]
+    # An export copies what lies between pieces, and files are read fastest from start to end.
     order = {file: index for index, file in enumerate(checkpoint.files)}
     return sorted(unsorted, key=lambda piece: (order[piece.entry.file], piece.entry.start, piece.rows))
 
 
 def _check_entries(checkpoint: Checkpoint, wanted: dict[str, list[Place]], entries: dict[str, Entry]) -> None:
     """Raise `StorageError` unless the tensors are those that the model wants, and of the right shapes."""
+    # A single file can be named; a missing tensor of shards could be in any.
     where = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.folder
     missing = [f'{name} {_describe(wanted[name])}' for name in wanted.keys() - entries.keys()]
     _refuse(where, 'are missing', missing)
@@ -305,6 +313,7 @@ def _squeeze(shape: Iterable[int]) -> list[int]:
 
 def _fits(entry: Entry, place: Place) -> bool:
     """Return whether a tensor has the shape that its place asks for."""
+    # A scalar has no rows to split, and a fused tensor has as many rows for each slice.
     if not entry.shape or entry.shape[0] % place.of:
         return False
     rows, *rest = entry.shape
@@ -312,6 +321,7 @@ def _fits(entry: Entry, place: Place) -> bool:
     if rules.named_kernel(place.path):
         if len(shape) < 2:
             return False
+        # [out, channels, height, width] holds as many numbers as our [height * width * channels, out].
         shape = [math.prod(shape[1:]), shape[0]]
     return _squeeze(shape) == _squeeze(place.layer_shape)
 

@@ -44,7 +44,7 @@ def load_model(
     """
     folder = find_directory(dir_or_hub_id)
     if (folder / packed.FILE).is_file():
-        checkpoint_files.refuse_adapter(folder)
+        checkpoint_files.refuse_adapter(folder)  # the other branch does so where it opens the files
         if mesh is not None:
             raise StorageError(f'{folder}: packed weights lie on one device; load them without a mesh')
         hf = read_config(folder)
@@ -68,7 +68,7 @@ def open_model(dir_or_hub_id: str | Path) -> tuple[Model, list[layout.Piece]]:
     """
     folder = find_directory(dir_or_hub_id)
     checkpoint = checkpoint_files.open_checkpoint(folder)
-    _tell_ignored(checkpoint)
+    _tell_ignored(checkpoint)  # here, and not where it is opened: an export opens its source again
     hf = read_config(folder)
     family = FAMILY_OF[hf.model_type]
     cfg = layout.follow_head(family, family.from_hf(hf), checkpoint)
@@ -97,6 +97,7 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
     Raises:
       StorageError: it is neither, or the files are not here and cannot be downloaded, or hold no safetensors.
     """
+    # Imported here, as transformers below: who reads a local directory, or none, does not wait for it.
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
@@ -120,6 +121,7 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
             f'hf download {name}   then pass its directory; to an offline machine, copy that directory first'
         ) from None
     folder = Path(download)
+    # Nothing but configs came, since pickles are left out of the download. Say so, and how to convert them.
     if not any(folder.glob('*.safetensors')):
         problem = 'the repository has no safetensors, and its other weights, if any, are pickled'
         raise checkpoint_files.pickled(name, problem, f'{name.split("/")[1]}-safetensors')
@@ -149,11 +151,13 @@ def read_config(folder: Path) -> Any:
         raise UnsupportedModelError(
             f'{path}: model_type {kind!r} is not known; known are {", ".join(sorted(FAMILY_OF))}'
         )
+    # Their tensors are in a quantiser's own format, with scales beside them.
     if raw.get('quantization_config'):
         raise UnsupportedModelError(
             f'{path}: quantised weights (quantization_config) cannot be pruned; use the original ones'
         )
     try:
+        # Without trust, so that an `auto_map` in the file runs nothing.
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise StorageError(f'{path}: transformers does not read it ({error})') from None
@@ -181,6 +185,7 @@ def read_generation(folder: Path, hf: Any) -> Generation:
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise StorageError(f'{path}: not defaults of decoding ({error}); download it again') from None
     else:
+        # transformers builds the defaults of a model without the file from its config in this way.
         defaults = GenerationConfig.from_model_config(hf if own else hf.text_config)
     eos = _token_ids(defaults.eos_token_id)
     pad = defaults.pad_token_id
@@ -208,6 +213,7 @@ def _options(changed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         is_token = name.endswith('_token_id')
         is_about_outputs = name.startswith(('_', 'output_', 'return_'))
         is_about_files = name in ('transformers_version', 'use_cache')
+        # What is left may change what is generated; decoding refuses what it does not know.
         if is_token or is_about_outputs or is_about_files or value is None or isinstance(value, dict):
             continue
         yield name, _hashable(value)

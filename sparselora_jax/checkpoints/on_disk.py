@@ -43,12 +43,14 @@ class OnDisk:
         self.shape = shape
         self.dtype = jnp.dtype(dtype)
         self.ndim = len(shape)
+        # By layer, each piece's block counted within its layer.
         self._layers: defaultdict[int, list[Piece]] = defaultdict(list)
         for piece in pieces:
             in_layer = piece._replace(starts=piece.starts[1:], sizes=piece.sizes[1:])
             self._layers[piece.starts[0]].append(in_layer)
 
     def __getitem__(self, layer: int) -> jax.Array:
+        # As whole models are read: converted on the device, so a layer equals that of the loaded stack bit for bit.
         shapes = rules.unflatten({self.path: self.shape[1:]})
         return rules.flatten(streaming.read_params(shapes, self._layers[layer], self.dtype))[self.path]
 
@@ -106,12 +108,13 @@ class Merged:
           lora: the stacked factors.
         """
         self.kernel = kernel
-        self.lora = lora
+        self.lora = lora  # small: all layers stay in memory
         self.shape = kernel.shape
         self.dtype = np.dtype(np.float32)
         self.ndim = kernel.ndim
 
     def __getitem__(self, layer: int) -> jax.Array:
+        # The scale is no array: a tree map over the factors would not reach it.
         factors = Lora(self.lora.a[layer], self.lora.b[layer], self.lora.scale)
         mask = self.kernel.mask_of(layer) if isinstance(self.kernel, Pruned) else None
         return _merge_float32(self.kernel.in_file_dtype(layer), mask, factors)
@@ -149,7 +152,8 @@ def params_on_disk(model: Model, pieces: Sequence[Piece], dtype: DTypeLike) -> d
     """
     shapes = rules.flatten(model.shapes())
     pieces_of = _group_by_path(pieces)
-    outside = {path: shape for path, shape in shapes.items() if '/blocks/' not in path}
+    # Embeddings, norms and projections are read by every pass, so they stay in memory.
+    outside = {path: shape for path, shape in shapes.items() if not rules.is_in_block(path)}
     outside_pieces = [piece for path in outside for piece in pieces_of[path]]
     loaded = rules.flatten(streaming.read_params(rules.unflatten(outside), outside_pieces, dtype))
     flat = {
@@ -191,6 +195,7 @@ def merge_from_source(model: Model, merged: dict, lora: dict, masks: Path, *kern
     edited = _read_headers(kernels)
     for path in mask_entries.keys() | factors.keys():
         pieces = pieces_of[path]
+        # `merged` equals the trained weights bit for bit; a merge of one layer at a time need not round alike.
         if all(piece.entry.dtype == flat[path].dtype for piece in pieces):
             continue
         if flat[path].ndim == 2:  # a kernel outside of blocks: pruning masks stacks alone
@@ -253,13 +258,14 @@ def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> tuple
     done = 0
     for path, leaf in flat.items():
         if path in pruned:
+            # All layers of one kernel are on the host at a time, each already in fewer bytes.
             layers = [_reduce_layer(path, leaf, layer, formats[path]) for layer in range(leaf.shape[0])]
             done += 1
             progress(done, path)
             flat[path] = packing.stack([kernel for kernel, _ in layers])
-            if layers[0][1] is not None:
+            if layers[0][1] is not None:  # packed kernels carry their masks
                 masks[path] = packing.stack([mask for _, mask in layers])
-        elif isinstance(leaf, OnDisk):
+        elif isinstance(leaf, OnDisk):  # a dense block's array, read whole: restoration needs it in memory
             flat[path] = np.stack([leaf[layer] for layer in range(leaf.shape[0])])
     return rules.unflatten(flat), rules.unflatten(masks) if masks else None
 

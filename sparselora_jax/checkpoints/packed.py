@@ -48,7 +48,7 @@ def export_packed(
     folder = Path(folder)
     check_shapes(folder, params, model.shapes())
     if model.source is not None:
-        refuse_adapter(Path(model.source))
+        refuse_adapter(Path(model.source))  # which may have come after the model was loaded
     claim(folder, FILE)
     save_safetensors(folder / FILE, params)
     if model.source is None:
@@ -71,6 +71,7 @@ def keep_factors(params: dict, lora: dict) -> dict:
     """
     flat = rules.flatten(params)
     factors = rules.flatten(lora)
+    # A packed kernel that is merged would have to be unpacked, and packed and rounded once more.
     bound = {path: Adapted(flat[path], None, own) for path, own in factors.items() if packing.is_packed(flat[path])}
     to_merge = rules.unflatten({path: own for path, own in factors.items() if path not in bound})
     merged = merge(params, None, to_merge)
@@ -93,6 +94,7 @@ def load_packed(folder: Path, model: Model, *, dtype: DTypeLike | None = None) -
     """
     tree, _ = load_safetensors(folder / FILE)
     flat = rules.flatten(tree)
+    # A tied config beside a head of its own: the model was read from such files; see `layout.follow_head`.
     if HEAD in flat:
         model = replace(model, cfg=untied(model.cfg))
     check_shapes(folder / FILE, tree, model.shapes())

@@ -66,6 +66,7 @@ def save_peft(folder: str | Path, model: Model, lora: dict, *, base: str | None 
         for letter, factor in (('A', factors.a), ('B', factors.b)):
             # Contiguous, because safetensors writes memory as it lies and knows no strides.
             tensors[f'base_model.model.{module}.lora_{letter}.weight'] = np.ascontiguousarray(factor)
+        # PEFT's scale is alpha / r.
         rank = factors.a.shape[0]
         ranks[module] = (rank, rank * factors.scale)
     # Nothing is made before all factors were found to fit.
@@ -88,6 +89,7 @@ def modules(model: Model, lora: dict) -> Iterator[tuple[str, Factors]]:
     """
     flat = rules.flatten(lora)
     places = layout.places(model.family, model.cfg)
+    # Checked before anything is yielded, so that no half of an adapter is written.
     known = {place.path for places_of_tensor in places.values() for place in places_of_tensor}
     unknown = sorted(flat.keys() - known)
     if unknown:
@@ -96,6 +98,7 @@ def modules(model: Model, lora: dict) -> Iterator[tuple[str, Factors]]:
         adapted = [(place, flat[place.path]) for place in places_of_tensor if place.path in flat]
         if not adapted:
             continue
+        # PEFT adapts a convolution by two convolutions; ours is a matrix over flattened patches.
         path = adapted[0][0].path
         if layout.is_patches(path):
             raise StorageError(f'{path}: a convolution; leave it out of the LoRA rules to write an adapter')
@@ -135,6 +138,7 @@ def _config(model: Model, ranks: dict[str, tuple[int, float]], base: str | None)
     return {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM' if set(model.shapes()) == {'language'} else None,
+        # PEFT would load a base of this name itself; one that was not pruned would be the wrong one.
         'base_model_name_or_path': base,
         'r': rank,
         'lora_alpha': alpha,

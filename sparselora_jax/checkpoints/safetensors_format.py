@@ -54,6 +54,7 @@ class Entry:
     @property
     def row_size(self) -> int:
         """Return the number of bytes of one row of the first axis."""
+        # A scalar has no rows, and an empty tensor no bytes.
         return self.size // self.shape[0] if self.shape and self.shape[0] else 0
 
 
@@ -73,7 +74,8 @@ def read(entry: Entry, rows: tuple[int, int] | None = None) -> Shaped[np.ndarray
         start += rows[0] * entry.row_size
         shape = (rows[1] - rows[0], *entry.shape[1:])
     count = math.prod(shape) * entry.dtype.itemsize
-    # Read as bytes: np.fromfile does not know bfloat16.
+    # Read as bytes: np.fromfile does not know bfloat16. Of a file that has become shorter it returns fewer bytes, and
+    # raises nothing.
     data = np.fromfile(entry.file, np.uint8, count, offset=start)
     if data.size != count:
         raise StorageError(f'{entry.file}: {entry.name} ends early ({data.size} of {count} bytes); download it again')
@@ -134,7 +136,7 @@ def read_header(file: Path) -> list[Entry]:
         text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=unique_names)
-        header.pop('__metadata__', None)
+        header.pop('__metadata__', None)  # strings of whoever wrote the file; no tensor
         entries = [_parse_entry(file, name, item, first) for name, item in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f'{file}: not a safetensors file: its header does not parse ({error})') from None
@@ -143,6 +145,7 @@ def read_header(file: Path) -> list[Entry]:
     end = _check_no_gaps(file, entries, first)
     if end > file_size:
         raise _truncated(file, f'its header promises {end}', file_size)
+    # Bytes that no tensor claims: the header is of another file, or was altered.
     if end < file_size:
         raise StorageError(f'{file}: {file_size} bytes, but its header promises {end}; download it again')
     return entries
@@ -186,6 +189,7 @@ def _parse_entry(file: Path, name: str, item: dict, first: int) -> Entry:
     if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)):
         raise ValueError(f'{name} has shape {shape} at {begin}:{end}')
     entry = Entry(name, file, DTYPES[item['dtype']], shape, first + begin)
+    # Size and place are said twice in a header; a reader that trusts one of them reads another tensor's bytes.
     if entry.size != end - begin:
         raise ValueError(f'{name} of shape {shape} takes {entry.size} bytes, not {end - begin}')
     return entry

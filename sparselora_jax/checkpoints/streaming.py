@@ -38,6 +38,7 @@ def read_params(
     flat_shapes = rules.flatten(shapes)
     dtypes = _file_dtypes(pieces) if dtype is None else dict.fromkeys(flat_shapes, jnp.dtype(dtype))
     towers.check_dtypes(dtypes)
+    # Arrays are made before anything is read, so a model that does not fit fails at once.
     structs = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in flat_shapes.items()}
     targets: dict[str, NamedSharding] = {}
     if mesh is not None:
@@ -61,7 +62,7 @@ def read_host_array(shape: tuple[int, ...], pieces: Sequence[Piece]) -> Shaped[n
       shape: of the array.
       pieces: every piece of the array, of tensors of one dtype.
     """
-    array = np.empty(shape, pieces[0].entry.dtype)
+    array = np.empty(shape, pieces[0].entry.dtype)  # pieces cover all of it
     for piece in pieces:
         data = safetensors_format.read(piece.entry, piece.rows)
         array[piece.block] = layout.to_params(data, piece.sizes, kernel=rules.named_kernel(piece.path))
@@ -80,6 +81,7 @@ def read_block(array: jax.Array | np.ndarray, piece: Piece, dtype: np.dtype | No
     if isinstance(array, np.ndarray):
         block = layout.to_checkpoint(array[piece.block], piece.file_shape, kernel=kernel)
     else:
+        # Cut and transposed on the device, so the host holds one piece of a sharded array, not the array.
         block = _take(array, np.asarray(piece.starts, np.int32), piece.sizes, piece.file_shape, kernel)
     # Cast on the host, since devices have no fp64. Numbers may overflow; the caller looks at that.
     with np.errstate(over='ignore'):
@@ -89,6 +91,7 @@ def read_block(array: jax.Array | np.ndarray, piece: Piece, dtype: np.dtype | No
 def _file_dtypes(pieces: Iterable[Piece]) -> dict[str, np.dtype]:
     """Return the widest dtype of the tensors that each array is made of, by the array's path."""
     dtypes: dict[str, np.dtype] = {}
+    # A set first: a model has thousands of pieces, and promotion takes longer than hashing.
     for path, file_dtype in {(piece.path, piece.entry.dtype) for piece in pieces}:
         dtype = jax.dtypes.canonicalize_dtype(file_dtype)  # devices hold no fp64
         with jax.numpy_dtype_promotion('standard'):
@@ -98,6 +101,7 @@ def _file_dtypes(pieces: Iterable[Piece]) -> dict[str, np.dtype]:
 
 def _read_ahead(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
     """Yield pieces and their tensors' rows; the next piece is read while the one before is used."""
+    # One thread, so one piece ahead: the host holds two pieces at most.
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for piece in pieces:
@@ -120,6 +124,7 @@ def _source_sharding(target: NamedSharding, piece: Piece) -> NamedSharding:
     return sharding.fitting(target.mesh, PartitionSpec(*spec), piece.file_shape)
 
 
+# Sizes are static, places are not: all layers of a stack share one program.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _convert(block: jax.Array, sizes: tuple[int, ...], dtype: np.dtype, kernel: bool) -> jax.Array:
     return layout.to_params(block, sizes, kernel=kernel).astype(dtype)

@@ -63,7 +63,7 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
             save_file(arrays, partial, metadata=header)
-    processes.wait(path.name)
+    processes.wait(path.name)  # or another process would look for a file that is not yet there
 
 
 def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
@@ -164,6 +164,7 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
         metadata = dict(file.metadata() or {})
     for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
+    # After the factors: a packed kernel and its factors lie under one path.
     for name, said in json.loads(metadata.pop('packed', '{}')).items():
         of_leaf = {part: flat.pop(f'{name}/{part}') for part in parts.NAMES if f'{name}/{part}' in flat}
         kernel, factors = parts.put_together(f'{path}: {name}', said, of_leaf), flat.get(name)
@@ -195,6 +196,7 @@ def check_shapes(path: str | Path, tree: dict, shapes: dict) -> None:
     """
     have = {name: tuple(leaf.shape) for name, leaf in rules.flatten(tree).items()}
     want = rules.flatten(shapes)
+    # In one order for what is missing and what is too much, so the first problem by path is named.
     for name in sorted(have.keys() | want.keys()):
         if name not in have:
             raise StorageError(f'{path}: {name} is missing, its config asks for shape {want[name]}')

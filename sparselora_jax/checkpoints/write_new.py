@@ -50,7 +50,7 @@ def write_new(
       StorageError: the folder holds another model's weights, or the params do not fit the model.
     """
     folder = Path(folder)
-    check_shapes(folder, params, model.shapes())
+    check_shapes(folder, params, model.shapes())  # before anything is removed from the folder
     claim(folder, SINGLE)
     header, entries = _new_header(folder / SINGLE, model, params)
     # The directory as it will be, so that the pieces are listed by the code that lists those of any directory.
@@ -97,7 +97,7 @@ def write_beside(
       processor: see `write_new`.
       texts: see `write_new`.
     """
-    hf_config = copy.deepcopy(hf_config)
+    hf_config = copy.deepcopy(hf_config)  # the caller's stays as it is
     hf_config.dtype = jnp.dtype(rules.flatten(params)[layout.EMBED].dtype).name
     write_texts(folder, texts or {})
     # transformers would write into the files as they are; from a directory apart each is moved to its place whole.
@@ -125,6 +125,7 @@ def _generation_config(generation: Generation) -> Pretrained:
 def _new_header(file: Path, model: Model, params: dict) -> tuple[bytes, dict[str, Entry]]:
     """Return the header of a file of all of a model's tensors, and where each of them will lie."""
     flat = rules.flatten(params)
+    # Slices of a fused tensor have one dtype and shape, so the first place of a tensor stands for all.
     tensors = {}
     for name, (place, *_) in layout.places(model.family, model.cfg).items():
         tensors[name] = (jnp.dtype(flat[place.path].dtype), _new_shape(place))
@@ -142,4 +143,4 @@ def _new_shape(place: layout.Place) -> tuple[int, ...]:
         side = math.isqrt(pixels // 3)
         return (*outputs, 3, side, side)
     rows, *rest = shape[::-1] if rules.named_kernel(place.path) else shape
-    return (place.of * rows, *rest)
+    return (place.of * rows, *rest)  # slices lie one after the other along the first axis
