@@ -49,11 +49,11 @@ def smollm2() -> tuple[Any, dict]:
 def write_model(folder: Path, model: Any, params: dict) -> None:
     """SmolLM2 as a Hugging Face directory."""
     from sparselora_jax.checkpoints import embedded, gguf, hf_configs
-    from sparselora_jax.checkpoints import new as hf_new
+    from sparselora_jax.checkpoints.write_new import write_new
 
     config = hf_configs.llama_config(model.cfg.language, model.generation)
     tokenizer = gguf.load_tokenizer(embedded.language_model_file())
-    hf_new.write_new(folder, config, model, params, processor=tokenizer)
+    write_new(folder, config, model, params, processor=tokenizer)
 
 
 def write_tokens(file: Path, sequences: int, length: int) -> None:

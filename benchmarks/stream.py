@@ -83,12 +83,12 @@ def check(folder: Path) -> int:
     """Counts the zeros of every pruned kernel of an exported directory; returns how many kernels there are."""
     import numpy as np
 
-    from sparselora_jax.checkpoints import checkpoint_files
+    from sparselora_jax.checkpoints import checkpoint_files, safetensors_format
 
     kernels = 0
     for entry in checkpoint_files.open_checkpoint(folder).entries.values():
         if '.layers.' in entry.name and 'language_model' in entry.name and len(entry.shape) == 2:
-            groups = checkpoint_files.read(entry).reshape(entry.shape[0], -1, 4)  # [out, in] there
+            groups = safetensors_format.read(entry).reshape(entry.shape[0], -1, 4)  # [out, in] there
             assert (np.count_nonzero(groups, axis=2) == 2).all(), entry.name
             kernels += 1
     assert kernels, f'{folder}: no kernel found'

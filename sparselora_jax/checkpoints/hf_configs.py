@@ -1,4 +1,4 @@
-"""Our configs -> transformers' own, for models that were read from no directory of its kind (`hf_new.write_new`)."""
+"""Turn our configs into transformers' own, for models that were read from no directory of its kind (`write_new`)."""
 
 from typing import Any
 
@@ -8,18 +8,25 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 
 
 def llama_config(cfg: llama.LlamaConfig, generation: Generation) -> Any:
-    """The `LlamaConfig` of a LLaMA.
+    """Return transformers' `LlamaConfig` of a LLaMA.
+
+    Args:
+      cfg: our config.
+      generation: the special tokens.
 
     Raises:
       UnsupportedModelError: names the field that only a Gemma or a Mistral has, or two stretches of rotary positions.
     """
     from transformers import LlamaConfig
 
+    # What a LLaMA has in the fields that Gemma and Mistral added to our config.
     for name, plain in {'norm_offset': 0.0, 'embed_scale': 1.0, 'window': None}.items():
-        if (value := getattr(cfg, name)) != plain:
+        value = getattr(cfg, name)
+        if value != plain:
             raise UnsupportedModelError(
                 f"{name} {value}: transformers' LlamaConfig has no field for it, expected {plain}"
             )
+    eos = list(generation.eos)
     return LlamaConfig(
         architectures=['LlamaForCausalLM'],
         vocab_size=cfg.vocab,
@@ -27,7 +34,7 @@ def llama_config(cfg: llama.LlamaConfig, generation: Generation) -> Any:
         num_hidden_layers=cfg.depth,
         num_attention_heads=cfg.heads,
         num_key_value_heads=cfg.kv_heads,
-        head_dim=cfg.head_dim,
+        head_dim=cfg.head_dim,  # need not be the width divided by the number of heads
         intermediate_size=cfg.mlp_width,
         hidden_act=cfg.activation,
         attention_bias=cfg.attention_bias,
@@ -37,18 +44,29 @@ def llama_config(cfg: llama.LlamaConfig, generation: Generation) -> Any:
         max_position_embeddings=cfg.max_positions,
         tie_word_embeddings=cfg.tied,
         bos_token_id=generation.bos,
-        eos_token_id=list(generation.eos) if len(generation.eos) > 1 else (*generation.eos, None)[0],
+        eos_token_id=eos if len(eos) > 1 else (*eos, None)[0],  # a list of several, one number, or None
         pad_token_id=generation.pad,
     )
 
 
 def _rope_parameters(cfg: llama.LlamaConfig) -> dict[str, Any]:
-    base, linear, stretch = {'rope_theta': cfg.rope_base}, cfg.rope_linear, cfg.rope_llama3
+    """Return transformers' description of the rotary positions.
+
+    Raises:
+      UnsupportedModelError: positions that are stretched in two ways at once.
+    """
+    # transformers reads one `rope_type`; each type has its own fields.
+    parameters: dict[str, Any] = {'rope_theta': cfg.rope_base}
+    stretch = cfg.rope_llama3
+    if stretch is None and cfg.rope_linear == 1.0:
+        return parameters | {'rope_type': 'default'}
     if stretch is None:
-        return base | ({'rope_type': 'default'} if linear == 1.0 else {'rope_type': 'linear', 'factor': linear})
-    if linear != 1.0:
-        raise UnsupportedModelError(f'rope_linear {linear} beside rope_llama3: a LlamaConfig names one of them')
-    return base | {
+        return parameters | {'rope_type': 'linear', 'factor': cfg.rope_linear}
+    if cfg.rope_linear != 1.0:
+        raise UnsupportedModelError(
+            f'rope_linear {cfg.rope_linear} beside rope_llama3: a LlamaConfig names one of them'
+        )
+    return parameters | {
         'rope_type': 'llama3',
         'factor': stretch.factor,
         'low_freq_factor': stretch.low_freq_factor,
@@ -58,40 +76,45 @@ def _rope_parameters(cfg: llama.LlamaConfig) -> dict[str, Any]:
 
 
 def blip2_config(cfg: blip2.Blip2Config, generation: Generation) -> Any:
-    """The `Blip2Config` of a model whose language tower is a LLaMA.
+    """Return transformers' `Blip2Config` of a model whose language tower is a LLaMA.
+
+    Args:
+      cfg: our config.
+      generation: the special tokens.
 
     Raises:
       UnsupportedModelError: see `llama_config`.
     """
     from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 
-    v, q = cfg.vision, cfg.qformer
+    # Fields that are left out have transformers' defaults, which are what our towers compute.
     vision = Blip2VisionConfig(
-        hidden_size=v.width,
-        intermediate_size=v.mlp_width,
-        num_hidden_layers=v.depth,
-        num_attention_heads=v.heads,
-        image_size=v.image_size,
-        patch_size=v.patch_size,
-        hidden_act=v.activation,
-        layer_norm_eps=v.norm_eps,
-        qkv_bias=v.qkv_bias,
+        hidden_size=cfg.vision.width,
+        intermediate_size=cfg.vision.mlp_width,
+        num_hidden_layers=cfg.vision.depth,
+        num_attention_heads=cfg.vision.heads,
+        image_size=cfg.vision.image_size,
+        patch_size=cfg.vision.patch_size,
+        hidden_act=cfg.vision.activation,
+        layer_norm_eps=cfg.vision.norm_eps,
+        qkv_bias=cfg.vision.qkv_bias,
     )
     qformer = Blip2QFormerConfig(
-        hidden_size=q.width,
-        num_hidden_layers=2 * q.pairs,
-        num_attention_heads=q.heads,
-        intermediate_size=q.mlp_width,
-        encoder_hidden_size=q.image_width,
-        hidden_act=q.activation,
-        layer_norm_eps=q.norm_eps,
+        hidden_size=cfg.qformer.width,
+        num_hidden_layers=2 * cfg.qformer.pairs,  # ours are stacked in pairs: every second layer reads the image
+        num_attention_heads=cfg.qformer.heads,
+        intermediate_size=cfg.qformer.mlp_width,
+        encoder_hidden_size=cfg.qformer.image_width,
+        hidden_act=cfg.qformer.activation,
+        layer_norm_eps=cfg.qformer.norm_eps,
     )
     return Blip2Config(
         architectures=['Blip2ForConditionalGeneration'],
+        # As dicts: transformers reads the kind of each part from its `model_type`.
         vision_config=vision.to_dict(),
         qformer_config=qformer.to_dict(),
         text_config=llama_config(cfg.language, generation).to_dict(),
-        num_query_tokens=q.queries,
+        num_query_tokens=cfg.qformer.queries,
         image_token_index=cfg.image_token,
         tie_word_embeddings=cfg.language.tied,
     )

@@ -1,46 +1,69 @@
-"""Where each piece of a checkpoint belongs in our arrays: loading, exporting and checking walk the same list.
+"""List where each piece of a checkpoint belongs in our arrays. Loading, exporting and checking walk the same list.
 
-How a tensor is laid out follows from our path alone. A `kernel` is transposed (a convolution [D, C, p, p] becomes
-[p * p * C, D] first); everything else keeps its order; axes of size 1 may come and go.
+How a tensor is laid out follows from our path alone. A `kernel` is transposed; a convolution [D, C, p, p] first becomes
+[p * p * C, D]. Everything else keeps its order. Axes of size 1 may come and go.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
-from sparselora_jax.checkpoints import checkpoint_files
-from sparselora_jax.checkpoints.checkpoint_files import Checkpoint, Entry
+from sparselora_jax.checkpoints import safetensors_format
+from sparselora_jax.checkpoints.checkpoint_files import Checkpoint
+from sparselora_jax.checkpoints.safetensors_format import Entry
 from sparselora_jax.models import t5
 from sparselora_jax.models.keys import Part
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import rules
 
 PIECE = 32 * 2**20  # bytes; larger tensors are read and written in runs of rows
-HEAD, EMBED = 'language/head/kernel', 'language/embed'
+HEAD = 'language/head/kernel'
+EMBED = 'language/embed'
+
+# NumPy's on the host and JAX's on a device, and traced under jit, are laid out by the same code.
+AnyArray = TypeVar('AnyArray', np.ndarray, jax.Array)
 
 
 class Place(NamedTuple):
-    """One of our arrays, or one layer of a stacked one; of a fused tensor, slice `index` of `of`."""
+    """Where a tensor of a checkpoint belongs: one of our arrays, or one layer of a stack.
+
+    Attributes:
+      path: the path of our array.
+      shape: the shape of the whole array.
+      layer: the layer of a stack; None: the array is no stack.
+      index: which slice of a fused tensor fills the place, along its first axis.
+      of: the number of slices; 1: the tensor is not fused.
+    """
 
     path: str
-    shape: tuple[int, ...]  # of the whole array
+    shape: tuple[int, ...]
     layer: int | None
     index: int
     of: int
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        """Without the axis of layers."""
+        """Return the shape without the axis of layers."""
         return self.shape if self.layer is None else self.shape[1:]
 
 
 class Piece(NamedTuple):
-    """Rows `rows[0]` to `rows[1]` of a tensor, and the block of our array that holds them."""
+    """Some rows of a tensor, and the block of our array that holds them.
+
+    Attributes:
+      path: the path of our array.
+      entry: the tensor.
+      rows: first row, and the row after the last.
+      starts: where the block starts in our array, one index an axis.
+      sizes: the sizes of the block.
+    """
 
     path: str
     entry: Entry
@@ -50,65 +73,111 @@ class Piece(NamedTuple):
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        """In the checkpoint's layout."""
+        """Return the shape of the piece in the checkpoint's layout."""
         return (self.rows[1] - self.rows[0], *self.entry.shape[1:])
+
+    @property
+    def block(self) -> tuple[slice, ...]:
+        """Return the index of the block in our array."""
+        return tuple(slice(start, start + size) for start, size in zip(self.starts, self.sizes, strict=True))
 
 
 def is_patches(path: str) -> bool:
-    """Whether a kernel is a convolution over patches in checkpoints."""
+    """Return whether checkpoints hold a kernel as a convolution over patches."""
     return path.endswith('patch/kernel')
 
 
-def to_params(array: Any, shape: tuple[int, ...], *, kernel: bool) -> Any:
-    """A tensor in a checkpoint's layout (NumPy or JAX) -> in ours, of `shape`.
+def to_params(array: AnyArray, shape: tuple[int, ...], *, kernel: bool) -> AnyArray:
+    """Turn a tensor from a checkpoint's layout into ours.
+
+    Args:
+      array: [out, in], or the kernel of a convolution [out, channels, height, width], or anything that is no kernel.
+      shape: ours; axes of size 1 may differ.
+      kernel: whether the array is a kernel.
 
     >>> to_params(np.array([[1, 2, 3], [4, 5, 6]]), (1, 3, 2), kernel=True).tolist()
     [[[1, 4], [2, 5], [3, 6]]]
     """
     if kernel:
+        # [out, channels, height, width] -> [height, width, channels, out]: pixels of a patch lie as images have them.
         array = array.transpose(*range(2, array.ndim), 1, 0)
     return array.reshape(shape)
 
 
-def to_checkpoint(array: Any, shape: tuple[int, ...], *, kernel: bool) -> Any:
-    """The inverse of `to_params`; `shape` is the checkpoint's."""
+def to_checkpoint(array: AnyArray, shape: tuple[int, ...], *, kernel: bool) -> AnyArray:
+    """Turn an array from our layout into a checkpoint's: the inverse of `to_params`.
+
+    Args:
+      array: in our layout.
+      shape: the checkpoint's.
+      kernel: whether the array is a kernel.
+    """
     if kernel:
+        # shape is [out, in, ...], so this is [..., in, out]; then out and in go to the front.
         array = array.reshape(*shape[2:], *shape[1::-1])
         array = array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
     return array.reshape(shape)
 
 
 def places(family: ModuleType, cfg: Any) -> dict[str, list[Place]]:
-    """Checkpoint name -> our arrays that it fills: several for a fused tensor."""
-    shapes, found = rules.flatten(family.shapes(cfg)), {}
+    """Return the arrays of ours that each tensor of a checkpoint fills, by the tensor's name.
+
+    Args:
+      family: the family of the model.
+      cfg: the family's config.
+
+    Returns:
+      {name: places}, several places for a fused tensor.
+    """
+    shapes = rules.flatten(family.shapes(cfg))
+    places_of: dict[str, list[Place]] = {}
     for path, key in family.keys(cfg).items():
+        # A tensor that is not fused is the one slice of itself.
         part = key if isinstance(key, Part) else Part(key, 0, 1)
-        for layer in range(shapes[path][0]) if '{' in part.name else (None,):
-            numbers = {} if layer is None else {'i': layer, 'even': 2 * layer, 'odd': 2 * layer + 1}
+        if '{' not in part.name:
+            place = Place(path, shapes[path], None, part.index, part.of)
+            places_of.setdefault(part.name, []).append(place)
+            continue
+        for layer in range(shapes[path][0]):
+            # A stack may be every second layer of torch's; see models/keys.py.
+            name = part.name.format(i=layer, even=2 * layer, odd=2 * layer + 1)
             place = Place(path, shapes[path], layer, part.index, part.of)
-            found.setdefault(part.name.format(**numbers), []).append(place)
-    return found
+            places_of.setdefault(name, []).append(place)
+    return places_of
 
 
 def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
-    """A checkpoint's tensors under today's module names.
+    """Return a checkpoint's tensors under the module names of today's transformers.
+
+    Args:
+      family: whose `RENAMES` lead from older names to today's.
+      checkpoint: the tensors.
 
     Raises:
-      StorageError: two of its names mean the same parameter.
+      StorageError: two tensors mean the same parameter.
     """
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for entry in checkpoint.entries.values():
         name = entry.name
+        # In order: a later pattern sees what an earlier one made of the name.
         for pattern, replacement in family.RENAMES:
             name = re.sub(pattern, replacement, name)
-        if name in found:
-            raise StorageError(f'{entry.file}: {entry.name} and {found[name].name} both mean {name}; expected one')
-        found[name] = entry
-    return found
+        if name in entries:
+            raise StorageError(f'{entry.file}: {entry.name} and {entries[name].name} both mean {name}; expected one')
+        entries[name] = entry
+    return entries
 
 
 def embed_names(family: ModuleType, cfg: Any) -> list[str]:
-    """By which names a file may hold the word embeddings: their own, then those of copies, in torch's order."""
+    """List the names under which a file may hold the word embeddings: their own, then those of copies.
+
+    Args:
+      family: the family of the model.
+      cfg: the family's config.
+
+    Returns:
+      Names in the order in which torch looks for them.
+    """
     table = family.keys(untied(cfg))
     own, stacks = table[EMBED], t5.COPIES if isinstance(cfg.language, t5.T5Config) else ()
     copies = [own.removesuffix(t5.EMBED) + name for name in stacks]
@@ -116,93 +185,135 @@ def embed_names(family: ModuleType, cfg: Any) -> list[str]:
 
 
 def follow_head(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> Any:
-    """The config, its head untied where the file's own head differs from the word embeddings (T5 1.1 is saved so).
+    """Return the config with its head untied where the file's own head differs from the word embeddings.
+
+    T5 1.1 is saved so: its config ties the head, and its files hold another one.
+
+    Args:
+      family: the family of the model.
+      cfg: the family's config, as config.json says.
+      checkpoint: the tensors; heads and embeddings are read and compared.
 
     Raises:
       StorageError: another copy of the word embeddings differs from them.
     """
-    entries, other = modules(family, checkpoint), untied(cfg)
+    entries = modules(family, checkpoint)
+    untied_cfg = untied(cfg)
+    head_name = family.keys(untied_cfg)[HEAD]
     present = [name for name in embed_names(family, cfg) if name in entries]
     for name in present[1:]:
-        if not _equal(entries[present[0]], entries[name]):
-            if name != family.keys(other)[HEAD]:
-                where = f'{entries[name].file}: {name} is not equal to {present[0]}'
-                raise StorageError(f'{where}; stacks with word embeddings of their own are not known')
-            cfg = other
+        if _is_equal(entries[present[0]], entries[name]):
+            continue
+        # Only a head may differ: then it is untied. A stack of T5 with other embeddings has no place in our model.
+        if name != head_name:
+            where = f'{entries[name].file}: {name} is not equal to {present[0]}'
+            raise StorageError(f'{where}; stacks with word embeddings of their own are not known')
+        cfg = untied_cfg
     return cfg
 
 
 def untied(cfg: Any) -> Any:
-    """The config with a head of its own."""
+    """Return the config of a model with a head of its own.
+
+    Args:
+      cfg: a family's config.
+    """
     return dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, tied=False))
 
 
-def _equal(a: Entry, b: Entry) -> bool:
-    if a.shape != b.shape:
+def _is_equal(first: Entry, second: Entry) -> bool:
+    """Return whether two tensors hold the same numbers; both are read in runs of rows."""
+    if first.shape != second.shape:
         return False
-    runs = _runs(a.shape[0], a.row_size)
-    return all(np.array_equal(checkpoint_files.read(a, run), checkpoint_files.read(b, run)) for run in runs)
+    runs = _split_rows(first.shape[0], first.row_size)
+    return all(
+        np.array_equal(safetensors_format.read(first, run), safetensors_format.read(second, run)) for run in runs
+    )
 
 
-def _runs(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
-    """Splits rows into runs of at most `PIECE` bytes, all but the last of one size."""
-    step = max(1, PIECE // max(row_size, 1))
-    step = math.ceil(rows / math.ceil(rows / step)) if rows else 1
+def _split_rows(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
+    """Split rows into runs of at most `PIECE` bytes.
+
+    All runs but the last have one size, since each new size is compiled anew. That size is the number of rows divided
+    evenly, so the last run is not much smaller.
+    """
+    largest = max(1, PIECE // max(row_size, 1))  # rows; a row larger than a piece is read alone
+    runs = math.ceil(rows / largest)
+    step = math.ceil(rows / runs) if rows else 1
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
 def pieces(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
-    """Every piece of a checkpoint that a model is made of, in the order of the files' bytes.
+    """List every piece of a checkpoint that a model is made of, in the order of the files' bytes.
+
+    Args:
+      family: the family of the model.
+      cfg: the family's config.
+      checkpoint: the tensors.
 
     Raises:
       StorageError: tensors that are missing, that the model lacks, or whose shape is not what its config asks for.
     """
-    wanted, entries = places(family, cfg), modules(family, checkpoint)
-    names = embed_names(family, cfg)
-    if present := [name for name in names if name in entries]:
-        wanted |= dict.fromkeys(present, wanted.pop(names[0]))  # every copy, so that an export changes them all
+    wanted = places(family, cfg)
+    entries = modules(family, checkpoint)
+    embeddings = embed_names(family, cfg)
+    present = [name for name in embeddings if name in entries]
+    if present:
+        # Every copy is a piece of the one array, so that an export changes them all.
+        places_of_embedding = wanted.pop(embeddings[0])
+        wanted |= dict.fromkeys(present, places_of_embedding)
     entries = {
         name: entry
         for name, entry in entries.items()
+        # Not read: buffers that older versions saved, such as position ids, and layers that no output needs.
         if name in wanted or not any(re.fullmatch(pattern, name) for pattern in family.IGNORED)
     }
-    where = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.folder
-    _raise_if(where, 'are missing', [f'{name} {_asked(wanted[name])}' for name in wanted.keys() - entries.keys()])
-    extra = [f'{entries[name].name} {entries[name].shape}' for name in entries.keys() - wanted.keys()]
-    _raise_if(where, 'belong to no parameter that its config asks for', extra)
-    _raise_if(
-        where,
-        'have the wrong shape',
-        [
-            f'{entry.file.name}: {entry.name} has {entry.shape}, expected {_asked(wanted[name])}'
-            for name, entry in entries.items()
-            if not all(_fits(entry, place) for place in wanted[name])
-        ],
-    )
-    found = [piece for name, entry in entries.items() for place in wanted[name] for piece in _split(entry, place)]
+    _check_entries(checkpoint, wanted, entries)
+    unsorted = [piece for name, entry in entries.items() for place in wanted[name] for piece in _split(entry, place)]
+    # An export copies what lies between pieces, and files are read fastest from start to end.
     order = {file: index for index, file in enumerate(checkpoint.files)}
-    return sorted(found, key=lambda piece: (order[piece.entry.file], piece.entry.start, piece.rows))
+    return sorted(unsorted, key=lambda piece: (order[piece.entry.file], piece.entry.start, piece.rows))
 
 
-def _asked(places: Iterable[Place]) -> str:
-    """What a config asks of a tensor."""
-    first, *_ = places
+def _check_entries(checkpoint: Checkpoint, wanted: dict[str, list[Place]], entries: dict[str, Entry]) -> None:
+    """Raise `StorageError` unless the tensors are those that the model wants, and of the right shapes."""
+    # A single file can be named; a missing tensor of shards could be in any.
+    where = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.folder
+    missing = [f'{name} {_describe(wanted[name])}' for name in wanted.keys() - entries.keys()]
+    _refuse(where, 'are missing', missing)
+    extra = [f'{entries[name].name} {entries[name].shape}' for name in entries.keys() - wanted.keys()]
+    _refuse(where, 'belong to no parameter that its config asks for', extra)
+    misshapen = [
+        f'{entry.file.name}: {entry.name} has {entry.shape}, expected {_describe(wanted[name])}'
+        for name, entry in entries.items()
+        if not all(_fits(entry, place) for place in wanted[name])
+    ]
+    _refuse(where, 'have the wrong shape', misshapen)
+
+
+def _describe(places_of_tensor: list[Place]) -> str:
+    """Describe the tensor that a config asks for: its shape in the checkpoint, and our path."""
+    first = places_of_tensor[0]
     shape = first.layer_shape[::-1] if rules.named_kernel(first.path) else first.layer_shape
-    return f'{(first.of * shape[0], *shape[1:])} for {first.path}' + (', fused' if first.of > 1 else '')
+    fused = ', fused' if first.of > 1 else ''
+    return f'{(first.of * shape[0], *shape[1:])} for {first.path}{fused}'
 
 
-def _raise_if(where: Any, what: str, problems: list[str]) -> None:
+def _refuse(where: Path, what: str, problems: list[str]) -> None:
+    """Raise `StorageError` if there are problems; the error lists five of them."""
     if problems:
         more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
         raise StorageError(f'{where}: {len(problems)} tensors {what}: {"; ".join(sorted(problems)[:5])}{more}')
 
 
-def _squeezed(shape: Iterable[int]) -> list[int]:
+def _squeeze(shape: Iterable[int]) -> list[int]:
     return [size for size in shape if size != 1]
 
 
 def _fits(entry: Entry, place: Place) -> bool:
+    """Return whether a tensor has the shape that its place asks for."""
+    # A scalar has no rows to split, and a fused tensor has as many rows for each slice.
     if not entry.shape or entry.shape[0] % place.of:
         return False
     rows, *rest = entry.shape
@@ -210,21 +321,31 @@ def _fits(entry: Entry, place: Place) -> bool:
     if rules.named_kernel(place.path):
         if len(shape) < 2:
             return False
+        # [out, channels, height, width] holds as many numbers as our [height * width * channels, out].
         shape = [math.prod(shape[1:]), shape[0]]
-    return _squeezed(shape) == _squeezed(place.layer_shape)
+    return _squeeze(shape) == _squeeze(place.layer_shape)
 
 
 def _split(entry: Entry, place: Place) -> Iterator[Piece]:
-    """The pieces of a tensor (or of a slice of a fused one): whole if it is small, else runs of rows."""
+    """Yield the pieces of a tensor, or of a slice of a fused one: whole if it is small, else runs of rows."""
     rows = entry.shape[0] // place.of
     shape = place.layer_shape
-    axis = len(shape) - 1 if rules.named_kernel(place.path) else 0  # of ours that the checkpoint's rows lie along
-    whole = shape[axis] != rows  # the first axis is one of size 1
-    lead = () if place.layer is None else (place.layer,)
-    for start, stop in [(0, rows)] if whole else _runs(rows, entry.row_size):
-        starts, sizes = [0] * len(shape), list(shape)
-        if not whole:
-            starts[axis], sizes[axis] = start, stop - start
-        first = place.index * rows
-        sizes = (*(1 for _ in lead), *sizes)
-        yield Piece(place.path, entry, (first + start, first + stop), (*lead, *starts), sizes)
+    row_axis = len(shape) - 1 if rules.named_kernel(place.path) else 0  # the axis of ours that holds the tensor's rows
+    # The first axis of either may be an extra one of size 1, as of a class token [1, 1, D]. Such a tensor is not split.
+    is_whole = shape[row_axis] != rows
+    layer_start = () if place.layer is None else (place.layer,)
+    layer_size = () if place.layer is None else (1,)
+    first = place.index * rows
+    for start, stop in [(0, rows)] if is_whole else _split_rows(rows, entry.row_size):
+        starts = [0] * len(shape)
+        sizes = list(shape)
+        if not is_whole:
+            starts[row_axis] = start
+            sizes[row_axis] = stop - start
+        yield Piece(
+            path=place.path,
+            entry=entry,
+            rows=(first + start, first + stop),
+            starts=(*layer_start, *starts),
+            sizes=(*layer_size, *sizes),
+        )

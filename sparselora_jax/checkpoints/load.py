@@ -1,68 +1,103 @@
-"""A Hugging Face directory, or a repository of its hub -> a `Model` and its params."""
+"""Read a `Model` and its params from a Hugging Face directory, or from a repository of the hub."""
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from sparselora_jax.checkpoints import checkpoint_files, layout, streaming
-from sparselora_jax.checkpoints import packed as hf_packed
+from sparselora_jax.checkpoints import checkpoint_files, layout, packed, streaming
+from sparselora_jax.checkpoints.checkpoint_files import Checkpoint
 from sparselora_jax.models.model import FAMILY_OF, Generation, Model
+from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
 
-# Of a hub's repository: what models, tokenizers and processors are made of; no pickles (*.bin), nothing deeper.
-_PATTERNS, _NOT = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja'], ['*/*', 'consolidated*']
+# Of a hub's repository: what models, tokenizers and processors are made of; no pickles (*.bin).
+_DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
+# Folders hold other formats of the same weights, and `consolidated*` is the weights once more, in one file.
+_NOT_DOWNLOADED = ['*/*', 'consolidated*']
 
 
-def load_model(dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[Model, dict]:
-    """Reads a model.
+def load_model(
+    dir_or_hub_id: str | Path, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> tuple[Model, dict]:
+    """Read a model and its params.
 
     Args:
       dir_or_hub_id: a directory as `save_pretrained` writes it, or the id of a repository such as
-        `Salesforce/blip2-opt-2.7b`, which is downloaded (or found in the cache). Of a packed export
-        (`models.hf_packed`), the kernels stay packed.
-      dtype: of the params; each tensor's own by default. A T5 overflows in float16: float32 or bfloat16, then, if its
-        files are in float16.
+        `Salesforce/blip2-opt-2.7b`, which is downloaded (or found in the cache). The kernels of a packed export
+        (`checkpoints.packed`) stay packed.
+      dtype: of the params; each tensor's own by default. A T5 overflows in float16, so choose float32 or bfloat16 if
+        its files are in float16.
       mesh: see `sharding.make_mesh`; the params are split over it by `sharding.RULES`.
+
+    Returns:
+      (model, params).
 
     Raises:
       StorageError, PackingError: files are missing, damaged, pickled, or do not fit their config.
       UnsupportedModelError: a kind of model, or a field of its config, that is not known here; a T5 in float16.
     """
     folder = find_directory(dir_or_hub_id)
-    if (folder / hf_packed.FILE).is_file():
+    if (folder / packed.FILE).is_file():
+        checkpoint_files.refuse_adapter(folder)  # the other branch does so where it opens the files
         if mesh is not None:
             raise StorageError(f'{folder}: packed weights lie on one device; load them without a mesh')
         hf = read_config(folder)
         model = Model(FAMILY_OF[hf.model_type].from_hf(hf), read_generation(folder, hf), str(folder))
-        return hf_packed.load_packed(folder, model, dtype=dtype)
+        return packed.load_packed(folder, model, dtype=dtype)
     model, pieces = open_model(folder)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
 
 
 def open_model(dir_or_hub_id: str | Path) -> tuple[Model, list[layout.Piece]]:
-    """A model and where each of its weights lies, everything checked; no weight is read (but a doubtful head).
+    """Find a model and where each of its weights lies; check everything, and read no weight but a doubtful head.
+
+    Args:
+      dir_or_hub_id: see `load_model`.
+
+    Returns:
+      (model, pieces), see `layout.pieces`.
 
     Raises:
       StorageError, UnsupportedModelError: see `load_model`.
     """
     folder = find_directory(dir_or_hub_id)
     checkpoint = checkpoint_files.open_checkpoint(folder)
+    _tell_ignored(checkpoint)  # here, and not where it is opened: an export opens its source again
     hf = read_config(folder)
     family = FAMILY_OF[hf.model_type]
     cfg = layout.follow_head(family, family.from_hf(hf), checkpoint)
     return Model(cfg, read_generation(folder, hf), str(folder)), layout.pieces(family, cfg, checkpoint)
 
 
+def _tell_ignored(checkpoint: Checkpoint) -> None:
+    """Print a line if other weights lie beside those that are read."""
+    if checkpoint.ignored and processes.first():
+        names = ', '.join(checkpoint.ignored[:3])
+        more = f' and {len(checkpoint.ignored) - 3} more' if len(checkpoint.ignored) > 3 else ''
+        print(
+            f'{checkpoint.folder}: reads {checkpoint_files.SINGLE}, as transformers does, and ignores {names}{more}; '
+            'remove what you do not want',
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def find_directory(dir_or_hub_id: str | Path) -> Path:
-    """The directory itself, or that of a hub repository's files in the local cache, downloaded if need be.
+    """Return the directory itself, or that of a hub repository's files in the local cache; download them if need be.
+
+    Args:
+      dir_or_hub_id: see `load_model`.
 
     Raises:
       StorageError: it is neither, or the files are not here and cannot be downloaded, or hold no safetensors.
     """
+    # Imported here, as transformers below: who reads a local directory, or none, does not wait for it.
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
@@ -71,19 +106,22 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
         return Path(name)
     try:
         huggingface_hub.utils.validate_repo_id(name)
-        known = name.count('/') == 1 and isinstance(dir_or_hub_id, str)
+        # The hub takes ids without an owner too, but a single word is likelier a directory that was mistyped.
+        is_hub_id = name.count('/') == 1 and isinstance(dir_or_hub_id, str)
     except HFValidationError:
-        known = False
-    if not known:
+        is_hub_id = False
+    if not is_hub_id:
         raise StorageError(f'{name}: no such directory, nor the id of a hub repository (owner/name)')
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=_NOT))
+        download = huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED)
     except Exception as error:  # HTTP and connection errors, wrong ids, no such entry in the cache: of many classes
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise StorageError(
             f'{name}: no such directory, and the hub did not give it ({reason[0]}). Where there is a connection, run: '
-            f'hf download {name}   and give its directory, or carry that over'
+            f'hf download {name}   then pass its directory; to an offline machine, copy that directory first'
         ) from None
+    folder = Path(download)
+    # Nothing but configs came, since pickles are left out of the download. Say so, and how to convert them.
     if not any(folder.glob('*.safetensors')):
         problem = 'the repository has no safetensors, and its other weights, if any, are pickled'
         raise checkpoint_files.pickled(name, problem, f'{name.split("/")[1]}-safetensors')
@@ -91,11 +129,14 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a directory; no code of the directory's own is run.
+    """Return the transformers config of a directory; no code of the directory's own is run.
+
+    Args:
+      folder: the directory.
 
     Raises:
-      StorageError: config.json is not one.
-      UnsupportedModelError: its kind is not known here.
+      StorageError: config.json is no model config.
+      UnsupportedModelError: its kind is not known here, or its weights are quantised.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -110,24 +151,30 @@ def read_config(folder: Path) -> Any:
         raise UnsupportedModelError(
             f'{path}: model_type {kind!r} is not known; known are {", ".join(sorted(FAMILY_OF))}'
         )
+    # Their tensors are in a quantiser's own format, with scales beside them.
     if raw.get('quantization_config'):
         raise UnsupportedModelError(
             f'{path}: quantised weights (quantization_config) cannot be pruned; use the original ones'
         )
     try:
+        # Without trust, so that an `auto_map` in the file runs nothing.
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise StorageError(f'{path}: transformers does not read it ({error})') from None
 
 
 def read_generation(folder: Path, hf: Any) -> Generation:
-    """Special tokens and defaults of decoding.
+    """Return the special tokens and the defaults of decoding.
 
-    BLIP-2 and InstructBLIP generate by their language model, which was built from `text_config`: its defaults hold,
-    and the directory's generation_config.json is not looked at.
+    BLIP-2 and InstructBLIP generate by their language model, which was built from `text_config`. So its defaults hold,
+    and the directory's generation_config.json is not read.
+
+    Args:
+      folder: the directory.
+      hf: its transformers config.
 
     Raises:
-      StorageError: generation_config.json is not one.
+      StorageError: generation_config.json holds no defaults of decoding.
     """
     from transformers import GenerationConfig
 
@@ -138,26 +185,40 @@ def read_generation(folder: Path, hf: Any) -> Generation:
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise StorageError(f'{path}: not defaults of decoding ({error}); download it again') from None
     else:
+        # transformers builds the defaults of a model without the file from its config in this way.
         defaults = GenerationConfig.from_model_config(hf if own else hf.text_config)
-    eos = defaults.eos_token_id
-    eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    eos = _token_ids(defaults.eos_token_id)
     pad = defaults.pad_token_id
+    if pad is None:
+        pad = eos[0] if eos else 0  # as transformers does
     return Generation(
         eos=eos,
-        pad=pad if pad is not None else eos[0] if eos else 0,  # as transformers does
+        pad=pad,
         start=defaults.decoder_start_token_id,
         bos=defaults.bos_token_id,
         options=tuple(sorted(_options(defaults.to_diff_dict()))),
     )
 
 
-def _options(changed: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a generation config says that is not a default, a token, nor about what is returned."""
+def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
+    """Return token ids as a tuple; a config may name none, one or several."""
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _options(changed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what a generation config says that is no default, no token, and not about what is returned."""
     for name, value in changed.items():
-        skip = name.endswith('_token_id') or name.startswith(('_', 'output_', 'return_')) or value is None
-        if not skip and name not in ('transformers_version', 'use_cache') and not isinstance(value, dict):
-            yield name, _hashable(value)
+        is_token = name.endswith('_token_id')
+        is_about_outputs = name.startswith(('_', 'output_', 'return_'))
+        is_about_files = name in ('transformers_version', 'use_cache')
+        # What is left may change what is generated; decoding refuses what it does not know.
+        if is_token or is_about_outputs or is_about_files or value is None or isinstance(value, dict):
+            continue
+        yield name, _hashable(value)
 
 
 def _hashable(value: Any) -> Any:
+    """Return a value with tuples in the places of lists: a `Model` is a static argument of jitted functions."""
     return tuple(map(_hashable, value)) if isinstance(value, list) else value

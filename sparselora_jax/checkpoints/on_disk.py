@@ -1,90 +1,240 @@
-"""Weights that stay in their checkpoint and are read a layer at a time: how a model larger than memory is pruned, and
-becomes the smaller base that it is restored on.
+"""Read weights a layer at a time from where they lie on disk.
+
+A model larger than memory is pruned so, and becomes the smaller base that it is restored on. An export reads the same
+kernels in the precision of their files.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Shaped
 
-from sparselora_jax.checkpoints import checkpoint_files, streaming
-from sparselora_jax.checkpoints.checkpoint_files import Entry
+from sparselora_jax.checkpoints import layout, safetensors_format, streaming
+from sparselora_jax.checkpoints.checkpoint_files import open_checkpoint
 from sparselora_jax.checkpoints.layout import Piece
+from sparselora_jax.checkpoints.safetensors_format import Entry
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.progress import Progress
 from sparselora_jax.sparse import packing, rules
-from sparselora_jax.sparse.weights import effective_weight
+from sparselora_jax.sparse.weights import Lora, effective_weight, merge
+
+HostArray = Shaped[np.ndarray, '...']
 
 
 class OnDisk:
     """A stacked array of a checkpoint: `array[layer]` reads that layer. It has a shape, as arrays have; no values."""
 
-    def __init__(self, path: str, shape: tuple[int, ...], dtype: Any, pieces: list[Piece]):
-        """`pieces`: of this array, see `layout.pieces`."""
-        self.path, self.shape, self.dtype, self.ndim = path, shape, jnp.dtype(dtype), len(shape)
-        self._layers: dict[int, list[Piece]] = {}
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: DTypeLike, pieces: Sequence[Piece]):
+        """Note where the layers lie.
+
+        Args:
+          path: of the array.
+          shape: of the stack.
+          dtype: of `array[layer]`.
+          pieces: every piece of this array, see `layout.pieces`.
+        """
+        self.path = path
+        self.shape = shape
+        self.dtype = jnp.dtype(dtype)
+        self.ndim = len(shape)
+        # By layer, each piece's block counted within its layer.
+        self._layers: defaultdict[int, list[Piece]] = defaultdict(list)
         for piece in pieces:
-            within = piece._replace(starts=piece.starts[1:], sizes=piece.sizes[1:])
-            self._layers.setdefault(piece.starts[0], []).append(within)
+            in_layer = piece._replace(starts=piece.starts[1:], sizes=piece.sizes[1:])
+            self._layers[piece.starts[0]].append(in_layer)
 
     def __getitem__(self, layer: int) -> jax.Array:
+        # As whole models are read: converted on the device, so a layer equals that of the loaded stack bit for bit.
         shapes = rules.unflatten({self.path: self.shape[1:]})
         return rules.flatten(streaming.read_params(shapes, self._layers[layer], self.dtype))[self.path]
+
+    def in_file_dtype(self, layer: int) -> HostArray:
+        """Read one layer on the host, bit for bit as its file has it."""
+        return streaming.read_host_array(self.shape[1:], self._layers[layer])
 
 
 class Pruned:
     """A stacked kernel with its zeros, from a file of masks and, where kept weights changed, one of kernels."""
 
     def __init__(self, dense: OnDisk | jax.Array, mask: Entry, kernel: Entry | None):
-        """`mask`, `kernel`: where the stacked arrays lie."""
-        self.dense, self.mask, self.kernel = dense, mask, kernel
-        self.shape, self.dtype, self.ndim = dense.shape, dense.dtype, dense.ndim
+        """Note where the layers lie.
+
+        Args:
+          dense: the kernel before it was pruned.
+          mask: where the stacked mask lies.
+          kernel: where the stacked kernel lies whose kept weights changed; None: they did not.
+        """
+        self.dense = dense
+        self.mask = mask
+        self.kernel = kernel
+        self.shape = dense.shape
+        self.dtype = dense.dtype
+        self.ndim = dense.ndim
 
     def __getitem__(self, layer: int) -> jax.Array:
-        kernel = self.dense[layer] if self.kernel is None else checkpoint_files.read(self.kernel, (layer, layer + 1))[0]
+        kernel = self.dense[layer] if self.kernel is None else _read_layer(self.kernel, layer)
         return effective_weight(jnp.asarray(kernel), self.mask_of(layer))
 
-    def mask_of(self, layer: int) -> jax.Array:
-        """Where that layer keeps weights."""
-        return jnp.asarray(checkpoint_files.read(self.mask, (layer, layer + 1))[0])
+    def mask_of(self, layer: int) -> Bool[jax.Array, 'inputs outputs']:
+        """Read the mask of one layer."""
+        return jnp.asarray(_read_layer(self.mask, layer))
+
+    def in_file_dtype(self, layer: int) -> HostArray:
+        """Read one layer on the host: kept weights bit for bit as their file has them, the others zero."""
+        if self.kernel is not None:
+            kernel = _read_layer(self.kernel, layer)
+        elif isinstance(self.dense, OnDisk):
+            kernel = self.dense.in_file_dtype(layer)
+        else:
+            kernel = np.asarray(self.dense[layer])
+        # NumPy's, on the host: a device would cast fp64, and may flush the smallest numbers to zero.
+        return np.where(_read_layer(self.mask, layer), kernel, np.zeros((), kernel.dtype))
+
+
+class Merged:
+    """A stacked kernel that LoRA adapted, from where the kernel lies: merged a layer at a time, in float32."""
+
+    def __init__(self, kernel: OnDisk | Pruned, lora: Lora):
+        """Note what to merge.
+
+        Args:
+          kernel: the kernel without its factors.
+          lora: the stacked factors.
+        """
+        self.kernel = kernel
+        self.lora = lora  # small: all layers stay in memory
+        self.shape = kernel.shape
+        self.dtype = np.dtype(np.float32)
+        self.ndim = kernel.ndim
+
+    def __getitem__(self, layer: int) -> jax.Array:
+        # The scale is no array: a tree map over the factors would not reach it.
+        factors = Lora(self.lora.a[layer], self.lora.b[layer], self.lora.scale)
+        mask = self.kernel.mask_of(layer) if isinstance(self.kernel, Pruned) else None
+        return _merge_float32(self.kernel.in_file_dtype(layer), mask, factors)
+
+    def in_file_dtype(self, layer: int) -> HostArray:
+        """Merge one layer; the writer of a file casts it."""
+        return np.asarray(self[layer])
+
+
+Stack = OnDisk | Pruned | Merged
 
 
 def pruned_on_disk(params: dict, masks: Path, *kernels: Path) -> dict:
-    """`params_on_disk` with the kernels that were pruned in the places of the dense ones.
+    """Return the params of `params_on_disk` with the pruned kernels in the places of the dense ones.
 
     Args:
-      masks, kernels: files of `storage.layer_writer`. Those of kernels need not exist; of two that hold the same, the
-        last counts.
+      params: of `params_on_disk`.
+      masks: a file of `trees.layer_writer`.
+      kernels: files of `trees.layer_writer`. They need not exist. Of two that hold the same kernel, the last counts.
     """
-    flat, edited = rules.flatten(params), {}
-    for file in filter(Path.exists, kernels):
-        edited |= {entry.name: entry for entry in checkpoint_files.read_header(file)}
-    for entry in checkpoint_files.read_header(masks):
-        flat[entry.name] = Pruned(flat[entry.name], entry, edited.get(entry.name))
+    flat = rules.flatten(params)
+    edited = _read_headers(kernels)
+    for path, mask in _read_headers([masks]).items():
+        flat[path] = Pruned(flat[path], mask, edited.get(path))
     return rules.unflatten(flat)
 
 
-def params_on_disk(model: Model, pieces: list[Piece], dtype: Any) -> dict:
-    """A params tree whose blocks are `OnDisk`.
+def params_on_disk(model: Model, pieces: Sequence[Piece], dtype: DTypeLike) -> dict:
+    """Return a params tree whose blocks are `OnDisk`; the few arrays outside of blocks are read.
 
     Args:
-      pieces: of the whole model, as `hf.open_model` finds them.
+      model: whose params they are.
+      pieces: of the whole model, as `load.open_model` finds them.
       dtype: of what is read.
     """
-    shapes, by_path = rules.flatten(model.shapes()), {}
-    for piece in pieces:
-        by_path.setdefault(piece.path, []).append(piece)
-    whole = {path: shape for path, shape in shapes.items() if '/blocks/' not in path}
-    read = [piece for path in whole for piece in by_path[path]]
-    loaded = rules.flatten(streaming.read_params(rules.unflatten(whole), read, dtype))
+    shapes = rules.flatten(model.shapes())
+    pieces_of = _group_by_path(pieces)
+    # Embeddings, norms and projections are read by every pass, so they stay in memory.
+    outside = {path: shape for path, shape in shapes.items() if not rules.is_in_block(path)}
+    outside_pieces = [piece for path in outside for piece in pieces_of[path]]
+    loaded = rules.flatten(streaming.read_params(rules.unflatten(outside), outside_pieces, dtype))
     flat = {
-        path: loaded[path] if path in whole else OnDisk(path, shape, dtype, by_path[path])
+        path: loaded[path] if path in outside else OnDisk(path, shape, dtype, pieces_of[path])
         for path, shape in shapes.items()
     }
     return rules.unflatten(flat)
+
+
+def merge_from_source(model: Model, merged: dict, lora: dict, masks: Path, *kernels: Path) -> dict:
+    """Return merged params whose changed kernels are to be merged again, from the precision of the source's files.
+
+    A model may be pruned and restored in another dtype than its files have, such as bfloat16 for files in float32. An
+    export of `merged` would round every changed kernel to that dtype. Here a changed kernel is
+    `where(mask, W + scale * a @ b, 0)`, with W as the source's file (or the file of edited kernels) holds it, summed in
+    float32 and cast to the file's dtype. It differs from the trained weight by the rounding of the dtype of training.
+
+    Where the file has the dtype of `merged`, the array itself stays: it equals the trained weight bit for bit.
+
+    Args:
+      model: read from a directory.
+      merged: plain arrays.
+      lora: the factors that were trained; empty: none were.
+      masks: a file of `trees.layer_writer`.
+      kernels: files of kernels whose kept weights changed. They need not exist. Of two that hold the same kernel, the
+        last counts.
+
+    Returns:
+      A tree of the same shapes, for `export.export_model`: some kernels are `Stack`s, which are read when written.
+
+    Raises:
+      StorageError: the source's files are missing or damaged.
+    """
+    checkpoint = open_checkpoint(model.source)
+    pieces_of = _group_by_path(layout.pieces(model.family, model.cfg, checkpoint))
+    flat = rules.flatten(merged)
+    factors = rules.flatten(lora)
+    mask_entries = _read_headers([masks])
+    edited = _read_headers(kernels)
+    for path in mask_entries.keys() | factors.keys():
+        pieces = pieces_of[path]
+        # `merged` equals the trained weights bit for bit; a merge of one layer at a time need not round alike.
+        if all(piece.entry.dtype == flat[path].dtype for piece in pieces):
+            continue
+        if flat[path].ndim == 2:  # a kernel outside of blocks: pruning masks stacks alone
+            kernel = streaming.read_host_array(flat[path].shape, pieces)
+            flat[path] = np.asarray(_merge_float32(kernel, None, factors[path]))
+            continue
+        stack = OnDisk(path, flat[path].shape, pieces[0].entry.dtype, pieces)
+        if path in mask_entries:
+            stack = Pruned(stack, mask_entries[path], edited.get(path))
+        flat[path] = Merged(stack, factors[path]) if path in factors else stack
+    return rules.unflatten(flat)
+
+
+def _merge_float32(kernel: HostArray, mask: jax.Array | None, lora: Lora) -> jax.Array:
+    """Merge the kernel of one layer in float32."""
+    # Cast on the host: a device may flush the smallest numbers of float16 to zero.
+    params = {'kernel': jnp.asarray(kernel.astype(np.float32))}
+    masks = None if mask is None else {'kernel': mask}
+    return merge(params, masks, {'kernel': lora})['kernel']
+
+
+def _group_by_path(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    groups: defaultdict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        groups[piece.path].append(piece)
+    return dict(groups)
+
+
+def _read_headers(files: Iterable[Path]) -> dict[str, Entry]:
+    """Return the tensors of the files that exist by name; of several files the last counts."""
+    entries: dict[str, Entry] = {}
+    for file in files:
+        if file.exists():
+            entries |= {entry.name: entry for entry in safetensors_format.read_header(file)}
+    return entries
+
+
+def _read_layer(entry: Entry, layer: int) -> HostArray:
+    return safetensors_format.read(entry, (layer, layer + 1))[0]
 
 
 def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> tuple[dict, dict | None]:
@@ -94,31 +244,40 @@ def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> tuple
       params: of `pruned_on_disk`.
       base: see `packing.reduce_kernels`.
 
+    Returns:
+      (params, masks); masks None: packed kernels carry their own.
+
     Raises:
-      PackingError: see `packing.pack`.
+      PackingError: see `packing.pack`; names path and layer.
     """
-    flat, masks = rules.flatten(params), {}
+    flat = rules.flatten(params)
+    masks: dict[str, packing.PackedMask] = {}
     pruned = {path: leaf for path, leaf in flat.items() if isinstance(leaf, Pruned)}
     formats = dict.fromkeys(pruned, base) if isinstance(base, str) else rules.match(base, pruned)
-    progress, done = Progress('base', len(pruned), interval=5), 0
+    progress = Progress('base', len(pruned), interval=5)
+    done = 0
     for path, leaf in flat.items():
         if path in pruned:
+            # All layers of one kernel are on the host at a time, each already in fewer bytes.
             layers = [_reduce_layer(path, leaf, layer, formats[path]) for layer in range(leaf.shape[0])]
-            progress(done := done + 1, path)
+            done += 1
+            progress(done, path)
             flat[path] = packing.stack([kernel for kernel, _ in layers])
-            if layers[0][1] is not None:
+            if layers[0][1] is not None:  # packed kernels carry their masks
                 masks[path] = packing.stack([mask for _, mask in layers])
-        elif isinstance(leaf, OnDisk):
+        elif isinstance(leaf, OnDisk):  # a dense block's array, read whole: restoration needs it in memory
             flat[path] = np.stack([leaf[layer] for layer in range(leaf.shape[0])])
     return rules.unflatten(flat), rules.unflatten(masks) if masks else None
 
 
-def _reduce_layer(path: str, leaf: Pruned, layer: int, form: str) -> tuple[Any, Any]:
-    """(kernel, mask) of one layer, on the host, so that nothing of it stays on the device."""
-    trees = ({path: leaf[layer]}, {path: leaf.mask_of(layer)})
+def _reduce_layer(path: str, leaf: Pruned, layer: int, base: str) -> tuple[Any, packing.PackedMask | None]:
+    """Return (kernel, mask) of one layer in fewer bytes, on the host, so that nothing of it stays on the device."""
+    kernels = rules.unflatten({path: leaf[layer]})
+    masks = rules.unflatten({path: leaf.mask_of(layer)})
     try:
-        params, masks = packing.reduce_kernels(*map(rules.unflatten, trees), form)
+        kernels, masks = packing.reduce_kernels(kernels, masks, base)
     except packing.PackingError as error:
         raise packing.PackingError(f'layer {layer} of {error}') from None
-    found = rules.flatten(params)[path], None if masks is None else rules.flatten(masks)[path]
-    return jax.tree.map(np.asarray, found)
+    kernel = rules.flatten(kernels)[path]
+    mask = None if masks is None else rules.flatten(masks)[path]
+    return jax.tree.map(np.asarray, (kernel, mask))

@@ -1,4 +1,4 @@
-"""LoRA factors alone as a PEFT adapter (https://huggingface.co/docs/peft), which `peft` loads onto torch's model."""
+"""Write LoRA factors alone as a PEFT adapter (https://huggingface.co/docs/peft), to load onto torch's model."""
 
 import json
 from collections import Counter
@@ -48,20 +48,28 @@ class Factors(NamedTuple):
 
 
 def save_peft(folder: str | Path, model: Model, lora: dict, *, base: str | None = None) -> None:
-    """Writes `adapter_config.json`, `adapter_model.safetensors` and a README.md that says how to merge.
+    """Write `adapter_config.json`, `adapter_model.safetensors` and a README.md that says how to merge.
 
     Args:
+      folder: the directory to write.
+      model: the model whose kernels were adapted.
       lora: factors of kernels; one may be of a slice of a fused weight.
       base: name or directory of the pruned model that the adapter is for; by default none is named.
 
     Raises:
       StorageError: factors of something that PEFT's linear layers cannot adapt, or of no kernel of the model.
     """
-    folder, tensors, ranks = Path(folder), {}, {}
+    folder = Path(folder)
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, tuple[int, float]] = {}  # (rank, alpha) by module
     for module, factors in modules(model, lora):
-        for letter, factor in (('A', factors.a), ('B', factors.b)):  # safetensors writes memory as it lies: no strides
+        for letter, factor in (('A', factors.a), ('B', factors.b)):
+            # Contiguous, because safetensors writes memory as it lies and knows no strides.
             tensors[f'base_model.model.{module}.lora_{letter}.weight'] = np.ascontiguousarray(factor)
-        ranks[module] = (factors.a.shape[0], factors.a.shape[0] * factors.scale)
+        # PEFT's scale is alpha / r.
+        rank = factors.a.shape[0]
+        ranks[module] = (rank, rank * factors.scale)
+    # Nothing is made before all factors were found to fit.
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / 'adapter_model.safetensors') as partial:
         save_file(tensors, partial, metadata={'format': 'pt'})
@@ -70,52 +78,72 @@ def save_peft(folder: str | Path, model: Model, lora: dict, *, base: str | None 
 
 
 def modules(model: Model, lora: dict) -> Iterator[tuple[str, Factors]]:
-    """Torch's module names, in PEFT's layout, one layer at a time.
+    """Yield the names of torch's modules and their factors in PEFT's layout, one layer at a time.
+
+    Args:
+      model: the model whose kernels were adapted.
+      lora: factors of kernels.
 
     Raises:
       StorageError: see `save_peft`.
     """
     flat = rules.flatten(lora)
     places = layout.places(model.family, model.cfg)
-    if unknown := flat.keys() - {place.path for several in places.values() for place in several}:
-        raise StorageError(f'{sorted(unknown)[0]}: LoRA factors of no kernel of this model')
-    for name, several in places.items():
-        found = [(place, flat[place.path]) for place in several if place.path in flat]
-        if found and layout.is_patches(found[0][0].path):
-            raise StorageError(f'{found[0][0].path}: a convolution; leave it out of the LoRA rules to write an adapter')
-        if found:
-            yield name.removesuffix('.weight'), _fused(found)
+    # Checked before anything is yielded, so that no half of an adapter is written.
+    known = {place.path for places_of_tensor in places.values() for place in places_of_tensor}
+    unknown = sorted(flat.keys() - known)
+    if unknown:
+        raise StorageError(f'{unknown[0]}: LoRA factors of no kernel of this model')
+    for name, places_of_tensor in places.items():
+        adapted = [(place, flat[place.path]) for place in places_of_tensor if place.path in flat]
+        if not adapted:
+            continue
+        # PEFT adapts a convolution by two convolutions; ours is a matrix over flattened patches.
+        path = adapted[0][0].path
+        if layout.is_patches(path):
+            raise StorageError(f'{path}: a convolution; leave it out of the LoRA rules to write an adapter')
+        yield name.removesuffix('.weight'), _fuse(adapted)
 
 
-def _fused(found: list[tuple[Place, Lora]]) -> Factors:
-    """One update of a whole tensor from those of its slices; slices without one stay as they are."""
-    place, first = found[0]
+def _fuse(adapted: list[tuple[Place, Lora]]) -> Factors:
+    """Return one update of a whole tensor, from those of its slices; slices without one stay as they are."""
+    first = adapted[0][1]
     outputs = first.b.shape[-1]
-    rows, columns = [], []
-    for place, factors in found:
-        a, b = (x if place.layer is None else x[place.layer] for x in (factors.a, factors.b))
+    rows = []
+    columns = []
+    for place, factors in adapted:
+        a = factors.a if place.layer is None else factors.a[place.layer]
+        b = factors.b if place.layer is None else factors.b[place.layer]
+        # B is zero but for the outputs of the slice, so that each slice reads its own rows of A.
         block = np.zeros((place.of * outputs, b.shape[0]), np.float32)
-        # One scale serves them all, so what a slice's own differs by is taken into B.
-        block[place.index * outputs : (place.index + 1) * outputs] = np.asarray(b, np.float32).T * np.float32(
-            factors.scale / first.scale
-        )
+        # One scale serves all slices, so the ratio of a slice's own scale to it goes into B.
+        ratio = np.float32(factors.scale / first.scale)
+        block[place.index * outputs : (place.index + 1) * outputs] = np.asarray(b, np.float32).T * ratio
         rows.append(np.asarray(a, np.float32).T)
         columns.append(block)
     return Factors(np.concatenate(rows), np.concatenate(columns, axis=1), first.scale)
 
 
 def _config(model: Model, ranks: dict[str, tuple[int, float]], base: str | None) -> dict[str, Any]:
-    """Rank and alpha of most modules, and patterns (regexes over whole names) for the others."""
+    """Return PEFT's config: rank and alpha of most modules, and patterns for the others.
+
+    Args:
+      model: the model whose kernels were adapted.
+      ranks: (rank, alpha) by module.
+      base: see `save_peft`.
+    """
     (rank, alpha), _ = Counter(ranks.values()).most_common(1)[0] if ranks else ((1, 1.0), 0)
-    escaped = {module.replace('.', r'\.'): both for module, both in ranks.items()}
+    # PEFT's patterns are regexes that match the end of a name; a whole name matches only itself.
+    escaped = {module.replace('.', r'\.'): rank_and_alpha for module, rank_and_alpha in ranks.items()}
     return {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM' if set(model.shapes()) == {'language'} else None,
+        # PEFT would load a base of this name itself; one that was not pruned would be the wrong one.
         'base_model_name_or_path': base,
         'r': rank,
         'lora_alpha': alpha,
-        'rank_pattern': {name: r for name, (r, _) in escaped.items() if r != rank},
-        'alpha_pattern': {name: a for name, (_, a) in escaped.items() if a != alpha},
+        'rank_pattern': {name: own_rank for name, (own_rank, _) in escaped.items() if own_rank != rank},
+        'alpha_pattern': {name: own_alpha for name, (_, own_alpha) in escaped.items() if own_alpha != alpha},
         'target_modules': list(ranks),
         'lora_dropout': 0.0,
         'bias': 'none',

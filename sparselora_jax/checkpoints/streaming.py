@@ -1,111 +1,148 @@
-"""Pieces of a checkpoint -> our (sharded) device arrays and back, a few pieces on the host at a time.
+"""Move pieces of a checkpoint into our (sharded) device arrays and back, a few pieces on the host at a time.
 
-A piece has at most `layout.PIECE` bytes, whatever the model's size; while the device transposes, casts and places one,
-the next is read.
+A piece has at most `layout.PIECE` bytes, whatever the model's size. While the device transposes, casts and places one
+piece, the next one is read.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from sparselora_jax.checkpoints import checkpoint_files, layout
+from sparselora_jax.checkpoints import layout, safetensors_format
 from sparselora_jax.checkpoints.layout import Piece
 from sparselora_jax.models import towers
 from sparselora_jax.sparse import rules, sharding
 
 
-def read_params(shapes: dict, pieces: list[Piece], dtype: Any = None, mesh: Mesh | None = None) -> dict:
-    """Arrays of `shapes` on the device (or mesh), filled piece by piece.
+def read_params(
+    shapes: dict, pieces: Sequence[Piece], dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> dict:
+    """Read arrays to the device or mesh, piece by piece.
 
     Args:
-      dtype: None: the widest that an array's tensors have in the files.
+      shapes: a tree of tuples.
+      pieces: every piece of these arrays.
+      dtype: of the arrays; None: the widest dtype that an array's tensors have in the files.
+      mesh: the mesh to split them over by `sharding.RULES`; None: one device.
 
     Raises:
       UnsupportedModelError: a T5 in float16; nothing has been read then.
     """
-    shapes = rules.flatten(shapes)
-    dtypes = _dtypes(pieces) if dtype is None else dict.fromkeys(shapes, jnp.dtype(dtype))
+    flat_shapes = rules.flatten(shapes)
+    dtypes = _file_dtypes(pieces) if dtype is None else dict.fromkeys(flat_shapes, jnp.dtype(dtype))
     towers.check_dtypes(dtypes)
-    like = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in shapes.items()}
-    where = {} if mesh is None else rules.flatten(sharding.shardings(rules.unflatten(like), mesh))
-    flat = {path: jnp.zeros(leaf.shape, leaf.dtype, device=where.get(path)) for path, leaf in like.items()}
-    for piece, array in _read_ahead(pieces):
-        path, target = piece.path, where.get(piece.path)
-        block = jax.device_put(array, None if target is None else _source_sharding(target, piece))
-        del array
+    # Arrays are made before anything is read, so a model that does not fit fails at once.
+    structs = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in flat_shapes.items()}
+    targets: dict[str, NamedSharding] = {}
+    if mesh is not None:
+        targets = rules.flatten(sharding.shardings(rules.unflatten(structs), mesh))
+    flat = {path: jnp.zeros(leaf.shape, leaf.dtype, device=targets.get(path)) for path, leaf in structs.items()}
+    for piece, host_array in _read_ahead(pieces):
+        path = piece.path
+        target = targets.get(path)
+        block = jax.device_put(host_array, None if target is None else _source_sharding(target, piece))
+        del host_array  # or two pieces would be on the host while the next is read
         block = _convert(block, piece.sizes, flat[path].dtype, rules.named_kernel(path))
         flat[path] = _placer(target)(flat[path], block, np.asarray(piece.starts, np.int32))
         flat[path].block_until_ready()  # or the host would hold every piece that the device has yet to take
     return rules.unflatten(flat)
 
 
-def read_block(array: Any, piece: Piece) -> Shaped[np.ndarray, '...']:
-    """What a checkpoint should hold of one of our arrays: a piece in its layout and dtype."""
+def read_host_array(shape: tuple[int, ...], pieces: Sequence[Piece]) -> Shaped[np.ndarray, '...']:
+    """Read one array into host memory, in its file's dtype and bit for bit.
+
+    Args:
+      shape: of the array.
+      pieces: every piece of the array, of tensors of one dtype.
+    """
+    array = np.empty(shape, pieces[0].entry.dtype)  # pieces cover all of it
+    for piece in pieces:
+        data = safetensors_format.read(piece.entry, piece.rows)
+        array[piece.block] = layout.to_params(data, piece.sizes, kernel=rules.named_kernel(piece.path))
+    return array
+
+
+def read_block(array: jax.Array | np.ndarray, piece: Piece, dtype: np.dtype | None = None) -> Shaped[np.ndarray, '...']:
+    """Return what a checkpoint should hold of one of our arrays: the block of a piece, in the checkpoint's layout.
+
+    Args:
+      array: ours.
+      piece: which block.
+      dtype: to cast it to; that of the file by default.
+    """
     kernel = rules.named_kernel(piece.path)
     if isinstance(array, np.ndarray):
-        block = array[tuple(slice(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True))]
-        block = layout.to_checkpoint(block, piece.file_shape, kernel=kernel)
+        block = layout.to_checkpoint(array[piece.block], piece.file_shape, kernel=kernel)
     else:
+        # Cut and transposed on the device, so the host holds one piece of a sharded array, not the array.
         block = _take(array, np.asarray(piece.starts, np.int32), piece.sizes, piece.file_shape, kernel)
-    with np.errstate(over='ignore'):  # for the caller to look at
-        return np.asarray(block).astype(piece.entry.dtype, copy=False)  # on the host: devices have no fp64
+    # Cast on the host, since devices have no fp64. Numbers may overflow; the caller looks at that.
+    with np.errstate(over='ignore'):
+        return np.asarray(block).astype(piece.entry.dtype if dtype is None else dtype, copy=False)
 
 
-def _dtypes(pieces: list[Piece]) -> dict[str, Any]:
-    found = {}
-    for path, dtype in {(piece.path, piece.entry.dtype) for piece in pieces}:
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
+def _file_dtypes(pieces: Iterable[Piece]) -> dict[str, np.dtype]:
+    """Return the widest dtype of the tensors that each array is made of, by the array's path."""
+    dtypes: dict[str, np.dtype] = {}
+    # A set first: a model has thousands of pieces, and promotion takes longer than hashing.
+    for path, file_dtype in {(piece.path, piece.entry.dtype) for piece in pieces}:
+        dtype = jax.dtypes.canonicalize_dtype(file_dtype)  # devices hold no fp64
         with jax.numpy_dtype_promotion('standard'):
-            found[path] = jnp.promote_types(found.get(path, dtype), dtype)
-    return found
+            dtypes[path] = jnp.promote_types(dtypes.get(path, dtype), dtype)
+    return dtypes
 
 
-def _read_ahead(pieces: list[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Reads a piece while the one before is used."""
+def _read_ahead(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Yield pieces and their tensors' rows; the next piece is read while the one before is used."""
+    # One thread, so one piece ahead: the host holds two pieces at most.
     with ThreadPoolExecutor(1) as pool:
-        coming = None
+        waiting = None
         for piece in pieces:
-            following = piece, pool.submit(checkpoint_files.read, piece.entry, piece.rows)
-            if coming is not None:
-                yield coming[0], coming[1].result()
-            coming = following
-        if coming is not None:
-            yield coming[0], coming[1].result()
+            following = piece, pool.submit(safetensors_format.read, piece.entry, piece.rows)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def _source_sharding(target: NamedSharding, piece: Piece) -> NamedSharding:
-    """Splits a piece, still in the checkpoint's layout, as its place is split: each device is sent its share."""
-    shape, spec = piece.file_shape, [*target.spec, *[None] * (len(piece.sizes) - len(target.spec))][-2:]
-    if len(shape) != 2:
-        spec = []
-    spec = PartitionSpec(*(spec[::-1] if rules.named_kernel(piece.path) else spec))
-    return sharding.fitting(target.mesh, spec, shape)
+    """Return how to split a piece, still in the checkpoint's layout, so that each device is sent its own share."""
+    missing = len(piece.sizes) - len(target.spec)
+    spec = [*target.spec, *[None] * missing][-2:]  # the layer's two axes
+    if len(piece.file_shape) != 2:
+        spec = []  # vectors and convolutions are small: every device is sent all of them
+    if rules.named_kernel(piece.path):
+        spec = spec[::-1]  # checkpoints hold [out, in]
+    return sharding.fitting(target.mesh, PartitionSpec(*spec), piece.file_shape)
 
 
+# Sizes are static, places are not: all layers of a stack share one program.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _convert(block, sizes, dtype, kernel):
+def _convert(block: jax.Array, sizes: tuple[int, ...], dtype: np.dtype, kernel: bool) -> jax.Array:
     return layout.to_params(block, sizes, kernel=kernel).astype(dtype)
 
 
 @functools.cache
-def _placer(target: NamedSharding | None) -> Any:
-    """Puts a block in its place: compiled once per shape, since where it goes is traced.
+def _placer(target: NamedSharding | None) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
+    """Return a function that puts a block in its place; it compiles once per shape, since the place is traced.
 
-    Kept apart from `_convert`, and done on bits: on CPUs a half-precision update walks the whole array, and bits are
-    slower to transpose than floats.
+    It is kept apart from `_convert` and works on bits. On CPUs a half-precision update walks the whole array, and bits
+    are slower to transpose than floats.
     """
 
-    def place(array, block, starts):
+    def place(array: jax.Array, block: jax.Array, starts: jax.Array) -> jax.Array:
         bits = jax.lax.dynamic_update_slice(_bits(array), _bits(block), list(starts))
         return jax.lax.bitcast_convert_type(bits, array.dtype)
 
+    # The array is donated, so the update happens in place and the model is held once.
     return jax.jit(place, donate_argnums=0, out_shardings=target)
 
 
@@ -114,6 +151,8 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _take(array, starts, sizes, file_shape, kernel):
+def _take(
+    array: jax.Array, starts: jax.Array, sizes: tuple[int, ...], file_shape: tuple[int, ...], kernel: bool
+) -> jax.Array:
     block = jax.lax.dynamic_slice(array, list(starts), sizes)
     return layout.to_checkpoint(block, file_shape, kernel=kernel)

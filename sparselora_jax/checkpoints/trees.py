@@ -1,51 +1,50 @@
-"""Any of the three trees as one safetensors file: no pickle, names are paths."""
+"""Write any of the three trees to one safetensors file, and read it back: no pickle, names are paths."""
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sparselora_jax.checkpoints.safetensors_format import make_header
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError, whole
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.packing import PackedMask, is_packed, parts
 from sparselora_jax.sparse.weights import Adapted, Lora
 
-DTYPES = {  # names of safetensors, https://huggingface.co/docs/safetensors, "Format"
-    'F64': np.dtype(np.float64),
-    'F32': np.dtype(np.float32),
-    'F16': np.dtype(np.float16),
-    'BF16': np.dtype(ml_dtypes.bfloat16),
-    'I64': np.dtype(np.int64),
-    'I32': np.dtype(np.int32),
-    'U8': np.dtype(np.uint8),
-    'BOOL': np.dtype(np.bool_),
-}
+# Writes one layer: `write(path, layer, array)`.
+WriteLayer = Callable[[str, int, Any], None]
 
 
 def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] | None = None) -> None:
-    """Writes params (packed or not), masks or lora; the file appears whole or not at all.
+    """Write params (packed or not), masks or lora; the file appears whole or not at all.
 
-    Of many processes, all of which must call it, the first writes, and all have the file then.
+    Every process of a run must call this. The first process writes, and all have the file afterwards.
 
     Args:
-      tree: an `Adapted` kernel must be a packed one, whose mask it has.
+      path: the file.
+      tree: params, masks or lora. An `Adapted` kernel must be a packed one, which carries its mask.
       metadata: strings kept in the header, e.g. the config that made the tree.
 
     Raises:
       StorageError: a leaf that is none of these.
     """
-    arrays, scales, packed = {}, {}, {}
+    path = Path(path)
+    arrays: dict[str, Any] = {}
+    # What the header says of leaves that are several arrays, by the leaf's path.
+    scales: dict[str, float] = {}
+    packed: dict[str, Any] = {}
     for name, leaf in _leaves(tree):
         if isinstance(leaf, Lora):
-            arrays[f'{name}/a'], arrays[f'{name}/b'], scales[name] = leaf.a, leaf.b, leaf.scale
+            arrays[f'{name}/a'] = leaf.a
+            arrays[f'{name}/b'] = leaf.b
+            scales[name] = leaf.scale
         elif is_packed(leaf) or isinstance(leaf, PackedMask):
             of_leaf, packed[name] = parts.take_apart(leaf)
             arrays |= {f'{name}/{part}': array for part, array in of_leaf.items()}
@@ -53,71 +52,61 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
             arrays[name] = leaf
         else:
             raise StorageError(f'{path}: {name} is a {type(leaf).__name__}, which safetensors files here do not hold')
-    path, arrays = Path(path), {name: processes.on_first(array) for name, array in arrays.items()}
-    header = (metadata or {}) | ({'lora_scales': json.dumps(scales)} if scales else {})
-    header |= {'packed': json.dumps(packed)} if packed else {}
+    # Every process takes part in collecting an array, although only the first keeps it.
+    arrays = {name: processes.on_first(array) for name, array in arrays.items()}
+    header = dict(metadata or {})
+    if scales:
+        header['lora_scales'] = json.dumps(scales)
+    if packed:
+        header['packed'] = json.dumps(packed)
     if processes.first():
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
             save_file(arrays, partial, metadata=header)
-    processes.wait(path.name)
+    processes.wait(path.name)  # or another process would look for a file that is not yet there
 
 
 def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
-    """By path; a packed kernel and the factors beside it one after the other."""
+    """Yield (path, leaf); a packed kernel and the factors beside it one after the other, under one path."""
     for name, leaf in rules.flatten(tree).items():
+        # Under another gradient the factors would mean other weights, and the file has no word for it.
         if isinstance(leaf, Adapted) and is_packed(leaf.kernel) and leaf.gradient == 'exact':
-            yield from ((name, leaf.kernel), (name, leaf.lora))
+            yield name, leaf.kernel
+            yield name, leaf.lora
         else:
             yield name, leaf
 
 
-def safetensors_header(
-    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
-) -> tuple[bytes, dict[str, int]]:
-    """What a safetensors file of these tensors begins with, and the byte of the file at which each of them starts.
-
-    Raises:
-      StorageError: a dtype that the format does not know.
-    """
-    names, header, starts, end = {dtype: name for name, dtype in DTYPES.items()}, {}, {}, 0
-    for name, (dtype, shape) in tensors.items():
-        if dtype not in names:
-            raise StorageError(f'{name} has dtype {dtype}; safetensors files hold {", ".join(map(str, names))}')
-        starts[name], size = end, math.prod(shape) * dtype.itemsize
-        header[name] = {'dtype': names[dtype], 'shape': shape, 'data_offsets': [end, end + size]}
-        end += size
-    text = json.dumps(({'__metadata__': metadata} if metadata else {}) | header).encode()
-    text += b' ' * (-len(text) % 8)
-    return len(text).to_bytes(8, 'little') + text, {name: 8 + len(text) + start for name, start in starts.items()}
-
-
 @contextmanager
-def layer_writer(path: str | Path, like: dict[str, Any]) -> Iterator[Callable[[str, int, Any], None]]:
-    """A file of stacked arrays that is written a layer at a time, in any order; it appears whole or not at all.
+def layer_writer(path: str | Path, like: Mapping[str, Any]) -> Iterator[WriteLayer]:
+    """Write a file of stacked arrays a layer at a time, in any order; it appears whole or not at all.
 
-    Of many processes, all of which must write, the first does.
+    Every process of a run must write every layer. The first process writes the file.
 
     Args:
-      like: path -> anything with the stacked array's `shape` and `dtype`.
+      path: the file.
+      like: path -> anything with the `shape` and `dtype` of the stacked array.
 
     Yields:
       `write(path, layer, array)`.
     """
-    tensors = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in like.items()}
-    header, starts = safetensors_header(tensors)
     path = Path(path)
+    tensors = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in like.items()}
+    header, starts = make_header(tensors)
+    file_size = len(header) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
     if not processes.first():
+        # Bringing an array to the host is a collective, so the others take part and drop what they get.
         yield lambda name, layer, array: processes.on_host(array)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial, partial.open('wb') as file:
             file.write(header)
-            file.truncate(len(header) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()))
+            # The file has its whole length at once, so layers may come in any order, and a full disk shows early.
+            file.truncate(file_size)
 
-            def write(name, layer, array):
-                data = np.ascontiguousarray(processes.on_host(array).astype(like[name].dtype, copy=False))
-                data = data.reshape(-1).view(np.uint8)
+            def write(name: str, layer: int, array: Any) -> None:
+                host_array = processes.on_host(array).astype(like[name].dtype, copy=False)
+                data = np.ascontiguousarray(host_array).reshape(-1).view(np.uint8)
                 file.seek(starts[name] + layer * data.size)
                 file.write(data)
 
@@ -126,16 +115,17 @@ def layer_writer(path: str | Path, like: dict[str, Any]) -> Iterator[Callable[[s
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    """A safetensors file.
+def _open_safetensors(path: str | Path) -> Iterator[safe_open]:
+    """Open a safetensors file.
 
     Raises:
-      StorageError: it is missing, truncated or not safetensors.
+      StorageError: the file is missing, truncated or not safetensors.
     """
     path = Path(path)
     if not path.is_file():
         raise StorageError(f'{path}: no such file')
     try:
+        # 'flax' rather than 'numpy': NumPy alone has no bfloat16.
         with safe_open(path, framework='flax') as file:
             yield file
     except SafetensorError as error:
@@ -143,17 +133,23 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The strings in a file's header; nothing else is read.
+    """Return the strings in a file's header; nothing else is read.
+
+    Args:
+      path: the file.
 
     Raises:
       StorageError: see `load_safetensors`.
     """
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         return dict(file.metadata() or {})
 
 
 def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
-    """Reads a tree back, bit for bit.
+    """Read a tree back, bit for bit.
+
+    Args:
+      path: a file of `save_safetensors` or `layer_writer`.
 
     Returns:
       (tree, metadata).
@@ -162,26 +158,45 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
       StorageError: the file is missing, truncated or not safetensors.
       PackingError: packed arrays that contradict their format; names the path.
     """
-    with _opened(path) as file:
-        flat = {name: file.get_tensor(name) for name in file}
+    with _open_safetensors(path) as file:
+        # `safe_open` has `keys` but is no mapping: it cannot be iterated.
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
     for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
+    # After the factors: a packed kernel and its factors lie under one path.
     for name, said in json.loads(metadata.pop('packed', '{}')).items():
         of_leaf = {part: flat.pop(f'{name}/{part}') for part in parts.NAMES if f'{name}/{part}' in flat}
         kernel, factors = parts.put_together(f'{path}: {name}', said, of_leaf), flat.get(name)
-        if factors is not None:
-            (*layers, inputs, rank), b = factors.a.shape, factors.b.shape
-            if kernel.shape != (*layers, inputs, b[-1]) or b != (*layers, rank, b[-1]):
-                raise StorageError(f'{path}: {name}: factors {factors.a.shape} x {b} beside a kernel {kernel.shape}')
-        flat[name] = kernel if factors is None else Adapted(kernel, None, factors)
+        flat[name] = kernel if factors is None else _adapt_packed(f'{path}: {name}', kernel, factors)
     return rules.unflatten(flat), metadata
 
 
+def _adapt_packed(name: str, kernel: Any, factors: Lora) -> Adapted:
+    """Return a packed kernel with the factors that lie beside it in the file.
+
+    Raises:
+      StorageError: shapes that contradict each other.
+    """
+    *layers, inputs, rank = factors.a.shape
+    b = factors.b.shape
+    outputs = b[-1]
+    if kernel.shape != (*layers, inputs, outputs) or b != (*layers, rank, outputs):
+        raise StorageError(f'{name}: factors {factors.a.shape} x {b} beside a kernel {kernel.shape}')
+    return Adapted(kernel, None, factors)
+
+
 def check_shapes(path: str | Path, tree: dict, shapes: dict) -> None:
-    """Raises `StorageError` unless `tree`, read from `path`, has exactly the arrays that `shapes` (of tuples) names."""
+    """Raise `StorageError` unless a tree has exactly the arrays of `shapes`.
+
+    Args:
+      path: the file or directory to name in the error.
+      tree: arrays, or anything with a shape.
+      shapes: a tree of tuples.
+    """
     have = {name: tuple(leaf.shape) for name, leaf in rules.flatten(tree).items()}
     want = rules.flatten(shapes)
+    # In one order for what is missing and what is too much, so the first problem by path is named.
     for name in sorted(have.keys() | want.keys()):
         if name not in have:
             raise StorageError(f'{path}: {name} is missing, its config asks for shape {want[name]}')

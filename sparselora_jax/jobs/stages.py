@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from sparselora_jax import pruning
-from sparselora_jax.checkpoints import embedded, hf_configs, trees
+from sparselora_jax.checkpoints import embedded, hf_configs, on_disk, safetensors_format, trees
 from sparselora_jax.checkpoints import export as hf_export
 from sparselora_jax.checkpoints import packed as hf_packed
 from sparselora_jax.checkpoints import peft as peft_adapter
@@ -202,7 +202,7 @@ def prune(job: Job) -> dict:
             knobs = {'method': methods, 'zeros': zeros, 'keep': keep, 'progress': _by_layer('prune', params)}
             result = pruning.prune(model.hidden, params, calibration, rules, chunk=config.prune.chunk, **knobs)
         if config.stream:
-            hf_export.export_model(job.workdir / 'pruned', model, job.pruned_on_disk())
+            hf_export.export_model(job.workdir / 'pruned', model, job.pruned_on_disk(), changed=masks_like)
         return {'tokens': result.tokens}
 
     return job.stage('prune', compute)
@@ -312,17 +312,31 @@ def export(job: Job) -> dict:
 def _write_export(job: Job, merged: dict) -> int:
     """Bytes of the weights."""
     folder, texts = job.workdir / 'exported', {text_format.FILE: text_format.dump(job.text)}
+    changed = None
     if job.model.source is None:
         embedded.save(folder, job.model, merged, texts=texts)
     else:
-        hf_export.export_model(folder, job.model, merged, texts=texts)
+        merged, changed = _from_source(job, merged)
+        hf_export.export_model(folder, job.model, merged, changed=changed, texts=texts)
     if job.config.restore.trained == 'lora' and job.config.restore.base in ('dense', 'packed'):
         # The weights that it was trained on, unless they were rounded: in a directory of their own only where they
         # were pruned from disk.
         base = str(job.workdir / 'pruned') if job.config.stream else None
         peft_adapter.save_peft(job.workdir / 'adapter', job.model, job.trained('restore'), base=base)
-    hf_export.check_export(folder, job.model, merged)
+    hf_export.check_export(folder, job.model, merged, changed=changed)
     return _size(folder)
+
+
+def _from_source(job: Job, merged: dict) -> tuple[dict, set[str]]:
+    """Return the params to export, computed from the precision of the source, and the paths that differ from it."""
+    restore, masks, trained = job.config.restore, job.workdir / MASKS, job.trained('restore')
+    changed = flatten(trained).keys() | {entry.name for entry in safetensors_format.read_header(masks)}
+    if restore.trained == 'weights':
+        kernels = job.workdir / 'restore.safetensors'
+        return on_disk.merge_from_source(job.model, merged, {}, masks, kernels), changed
+    if restore.base in ('dense', 'packed'):
+        return on_disk.merge_from_source(job.model, merged, trained, masks, job.workdir / KERNELS), changed
+    return merged, changed  # LoRA was trained on weights in four bits, which the source does not hold
 
 
 PACKED = ('packed', 'packed_int4', 'packed_lora')

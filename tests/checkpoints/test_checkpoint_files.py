@@ -11,8 +11,8 @@ import torch
 from safetensors.numpy import save_file
 
 import sparselora_jax as sl
-from sparselora_jax.checkpoints import checkpoint_files
-from sparselora_jax.checkpoints.checkpoint_files import open_checkpoint, read
+from sparselora_jax.checkpoints.checkpoint_files import open_checkpoint
+from sparselora_jax.checkpoints.safetensors_format import DTYPES, read
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -231,4 +231,4 @@ def test_nothing_is_mapped_or_kept(folder):
     assert array.base.base is None
     array[:] = 0
     np.testing.assert_array_equal(read(entry), TENSORS['a'])
-    assert checkpoint_files.DTYPES['BF16'].itemsize == 2
+    assert DTYPES['BF16'].itemsize == 2

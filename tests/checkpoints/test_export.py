@@ -12,10 +12,10 @@ import torch_models
 from safetensors.numpy import load_file, save_file
 
 import sparselora_jax as sl
-from sparselora_jax.checkpoints import export as hf_export
 from sparselora_jax.checkpoints import hf_configs, layout, streaming
-from sparselora_jax.checkpoints import load as hf
-from sparselora_jax.checkpoints import new as hf_new
+from sparselora_jax.checkpoints.export import check_export, export_model
+from sparselora_jax.checkpoints.load import load_model
+from sparselora_jax.checkpoints.write_new import write_new
 from sparselora_jax.models import blip2, causal, llama, qformer, vit
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.sparse import rules
@@ -57,12 +57,12 @@ OF_SEVERAL = 'blip2 opt', 'instructblip t5'  # whose towers others have too
     'name', [pytest.param(n, marks=[pytest.mark.slow] if n in OF_SEVERAL else []) for n in torch_models.CONFIGS]
 )
 def test_torch_reads_the_same_model(name, saved, tmp_path):
-    model, params = hf.load_model(saved(name))
+    model, params = load_model(saved(name))
     params, _ = pruned(params)
-    hf_export.export_model(tmp_path / 'new', model, params)
-    hf_export.check_export(tmp_path / 'new', model, params)
+    export_model(tmp_path / 'new', model, params)
+    check_export(tmp_path / 'new', model, params)
     module = torch_models.load(tmp_path / 'new', torch_models.CLASSES[type(torch_models.CONFIGS[name]())])
-    assert jax.tree.all(jax.tree.map(np.array_equal, hf.load_model(tmp_path / 'new')[1], params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, load_model(tmp_path / 'new')[1], params))
     if name in ('tied llama', 'blip2 t5', 'llava'):  # the others' logits are compared where they are read
         given = torch_models.batch(model)
         np.testing.assert_allclose(LOGITS(model, params, given), torch_models.logits(module, given), atol=1e-4)
@@ -71,9 +71,9 @@ def test_torch_reads_the_same_model(name, saved, tmp_path):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('name', ['llama', 'blip2 opt'])
 def test_zeros_are_zeros_in_the_file_and_nothing_else_is(name, dtype, saved, tmp_path):
-    model, params = hf.load_model(saved(name, dtype), dtype=jnp.float32)
+    model, params = load_model(saved(name, dtype), dtype=jnp.float32)
     params, masks = pruned(params)
-    hf_export.export_model(tmp_path, model, params)
+    export_model(tmp_path, model, params)
     entries = {name: array for file in tmp_path.glob(WEIGHTS) for name, array in load_file(file).items()}
     masks, checked = rules.flatten(masks), set()
     for key, places in layout.places(model.family, model.cfg).items():
@@ -91,8 +91,8 @@ def test_zeros_are_zeros_in_the_file_and_nothing_else_is(name, dtype, saved, tmp
 def test_what_was_not_changed_is_the_same_to_the_byte(name, dtype, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(layout, 'PIECE', 2000)
     source = saved(name, dtype)
-    model, params = hf.load_model(source, dtype=jnp.float32)
-    hf_export.export_model(tmp_path, model, params)
+    model, params = load_model(source, dtype=jnp.float32)
+    export_model(tmp_path, model, params)
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file())
     assert 'templates/chat.jinja' in names
     assert 'model.safetensors.index.json' in names
@@ -104,8 +104,8 @@ def test_what_was_not_changed_is_the_same_to_the_byte(name, dtype, saved, tmp_pa
 
 def test_unread_tensors_stay_and_read_ones_change(saved, tmp_path):
     source = saved('llava')  # CLIP's last layer is not read
-    model, params = hf.load_model(source)
-    hf_export.export_model(tmp_path, model, jax.tree.map(lambda leaf: leaf + 1, params))
+    model, params = load_model(source)
+    export_model(tmp_path, model, jax.tree.map(lambda leaf: leaf + 1, params))
     before, after = (
         {n: a for f in folder.glob(WEIGHTS) for n, a in load_file(f).items()} for folder in (source, tmp_path)
     )
@@ -117,16 +117,16 @@ def test_a_sharded_model_is_exported_as_one_that_is_not(saved, tmp_path):
     from sparselora_jax.sparse.sharding import make_mesh
 
     for name, mesh in (('one', None), ('many', make_mesh(fsdp=2, tensor=2))):
-        model, params = hf.load_model(saved('llama'), mesh=mesh)
-        hf_export.export_model(tmp_path / name, model, jax.tree.map(lambda leaf: leaf * 3, params))
+        model, params = load_model(saved('llama'), mesh=mesh)
+        export_model(tmp_path / name, model, jax.tree.map(lambda leaf: leaf * 3, params))
     for file in (tmp_path / 'one').glob(WEIGHTS):
         assert file.read_bytes() == (tmp_path / 'many' / file.name).read_bytes()
 
 
 def test_arrays_of_numpy_are_exported_too(saved, tmp_path):
-    model, params = hf.load_model(saved('blip2 opt'))
-    hf_export.export_model(tmp_path, model, jax.tree.map(np.asarray, params))
-    hf_export.check_export(tmp_path, model, params)
+    model, params = load_model(saved('blip2 opt'))
+    export_model(tmp_path, model, jax.tree.map(np.asarray, params))
+    check_export(tmp_path, model, params)
 
 
 def test_a_copied_head_follows_the_embeddings(saved, tmp_path):
@@ -135,8 +135,8 @@ def test_a_copied_head_follows_the_embeddings(saved, tmp_path):
     module.save_pretrained(source)
     tensors = load_file(source / 'model.safetensors')
     save_file(tensors | {'lm_head.weight': tensors['model.embed_tokens.weight']}, source / 'model.safetensors')
-    model, params = hf.load_model(source)
-    hf_export.export_model(tmp_path / 'new', model, jax.tree.map(lambda leaf: leaf * 2, params))
+    model, params = load_model(source)
+    export_model(tmp_path / 'new', model, jax.tree.map(lambda leaf: leaf * 2, params))
     tensors = load_file(tmp_path / 'new' / 'model.safetensors')
     np.testing.assert_array_equal(tensors['lm_head.weight'], tensors['model.embed_tokens.weight'])
     np.testing.assert_array_equal(tensors['lm_head.weight'], 2 * params['language']['embed'])
@@ -152,16 +152,16 @@ def test_every_copy_of_t5s_embeddings_follows(saved, tmp_path):
     save_file(tensors | dict.fromkeys(copies, tensors[shared]), file)
     index['weight_map'] |= dict.fromkeys(copies, file.name)
     (source / 'model.safetensors.index.json').write_text(json.dumps(index))
-    model, params = hf.load_model(source)
-    hf_export.export_model(tmp_path / 'new', model, jax.tree.map(lambda leaf: leaf * 2, params))
+    model, params = load_model(source)
+    export_model(tmp_path / 'new', model, jax.tree.map(lambda leaf: leaf * 2, params))
     written = load_file(tmp_path / 'new' / file.name)
     for name in (shared, *copies):
         np.testing.assert_array_equal(written[name], 2 * params['language']['embed'])
 
 
 def test_an_interrupted_export_is_not_a_model_and_can_be_repeated(saved, tmp_path, monkeypatch):
-    model, params = hf.load_model(saved('llama'))
-    hf_export.export_model(tmp_path, model, params, texts={'more.json': '[]'})
+    model, params = load_model(saved('llama'))
+    export_model(tmp_path, model, params, texts={'more.json': '[]'})
     real, calls = streaming.read_block, []
 
     def failing(array, piece):
@@ -173,57 +173,57 @@ def test_an_interrupted_export_is_not_a_model_and_can_be_repeated(saved, tmp_pat
     changed = jax.tree.map(lambda leaf: leaf * 3, params)
     monkeypatch.setattr(streaming, 'read_block', failing)
     with pytest.raises(KeyboardInterrupt):
-        hf_export.export_model(tmp_path, model, changed, texts={'more.json': '[]'})
+        export_model(tmp_path, model, changed, texts={'more.json': '[]'})
     monkeypatch.undo()
     assert not (tmp_path / 'config.json').exists()
     assert not list(tmp_path.glob('*.partial'))
     for file in tmp_path.glob(WEIGHTS):
         load_file(file)  # whole: as it was, or as it should be
-    hf_export.export_model(tmp_path, model, changed, texts={'more.json': '[1]'})
-    hf_export.check_export(tmp_path, model, changed)
+    export_model(tmp_path, model, changed, texts={'more.json': '[1]'})
+    check_export(tmp_path, model, changed)
     assert json.loads((tmp_path / 'more.json').read_text()) == [1]
 
 
 def test_it_refuses_its_source_and_foreign_directories(saved, tmp_path):
     source = shutil.copytree(saved('llama'), tmp_path / 'source')
-    model, params = hf.load_model(source)
+    model, params = load_model(source)
     (tmp_path / 'link').symlink_to(source)
     for folder in (source, tmp_path / 'link', f'{source}/../source'):
         with pytest.raises(sl.StorageError, match='is the directory the model was read from'):
-            hf_export.export_model(folder, model, params)
+            export_model(folder, model, params)
     (tmp_path / 'foreign').mkdir()
     (tmp_path / 'foreign' / 'thesis.tex').write_text('')
     with pytest.raises(sl.StorageError, match=r'holds files of something else \(thesis.tex\)'):
-        hf_export.export_model(tmp_path / 'foreign', model, params)
+        export_model(tmp_path / 'foreign', model, params)
     assert [path.name for path in (tmp_path / 'foreign').iterdir()] == ['thesis.tex']
 
 
 def test_params_that_do_not_fit_are_named(saved, tmp_path):
-    model, params = hf.load_model(saved('llama'))
+    model, params = load_model(saved('llama'))
     del params['language']['blocks']['mlp']['up']
     with pytest.raises(sl.StorageError, match='language/blocks/mlp/up/kernel is missing'):
-        hf_export.export_model(tmp_path / 'new', model, params)
+        export_model(tmp_path / 'new', model, params)
     with pytest.raises(sl.StorageError, match='read from no Hugging Face directory'):
-        hf_export.export_model(tmp_path / 'new', Model(model.cfg, model.generation), params)
+        export_model(tmp_path / 'new', Model(model.cfg, model.generation), params)
     assert not (tmp_path / 'new').exists()
 
 
 def test_numbers_too_large_for_the_file_are_named(saved, tmp_path):
-    model, params = hf.load_model(saved('llama', torch.float16), dtype=jnp.float32)
+    model, params = load_model(saved('llama', torch.float16), dtype=jnp.float32)
     params['language']['norm']['scale'] = params['language']['norm']['scale'].at[3].set(1e5)
     with pytest.raises(sl.StorageError, match='language/norm/scale: numbers too large for float16'):
-        hf_export.export_model(tmp_path, model, params)
+        export_model(tmp_path, model, params)
 
 
 def test_a_changed_byte_is_found(saved, tmp_path):
-    model, params = hf.load_model(saved('llama'))
-    hf_export.export_model(tmp_path, model, params)
+    model, params = load_model(saved('llama'))
+    export_model(tmp_path, model, params)
     file = sorted(tmp_path.glob(WEIGHTS))[0]
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
     with pytest.raises(sl.StorageError, match=f'{file.name}: .*, read back, is not what was written'):
-        hf_export.check_export(tmp_path, model, params)
+        check_export(tmp_path, model, params)
 
 
 LANGUAGE = llama.LlamaConfig(
@@ -247,9 +247,9 @@ def new_models():
 def test_a_model_without_a_directory_gets_one(cfg, config, dtype, random_params, tmp_path, tokenizer):
     model = Model(cfg, GENERATION)
     params, _ = pruned(jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(model.shapes())))
-    hf_new.write_new(tmp_path, config, model, params, processor=tokenizer, texts={'more.json': '[]'})
-    hf_export.check_export(tmp_path, model, params)
-    again, read = hf.load_model(tmp_path)
+    write_new(tmp_path, config, model, params, processor=tokenizer, texts={'more.json': '[]'})
+    check_export(tmp_path, model, params)
+    again, read = load_model(tmp_path)
     assert again == model or isinstance(cfg, blip2.Blip2Config)
     assert again.cfg == cfg
     assert again.generation.eos == (2, 3)
@@ -268,8 +268,8 @@ def test_a_new_directory_does_not_mix_with_other_weights(random_params, tmp_path
     cfg, config = next(new_models())
     model = Model(cfg, GENERATION)
     params = random_params(model.shapes())
-    hf_new.write_new(tmp_path, config, model, params)
-    hf_new.write_new(tmp_path, config, model, params)  # its own: written again
+    write_new(tmp_path, config, model, params)
+    write_new(tmp_path, config, model, params)  # its own: written again
     (tmp_path / 'model-00001-of-00002.safetensors').write_bytes(b'')
     with pytest.raises(sl.StorageError, match='holds other weights'):
-        hf_new.write_new(tmp_path, config, model, params)
+        write_new(tmp_path, config, model, params)

@@ -12,8 +12,8 @@ import torch_models
 from safetensors.numpy import load_file, save_file
 
 import sparselora_jax as sl
-from sparselora_jax.checkpoints import checkpoint_files, layout, on_disk
-from sparselora_jax.checkpoints import load as hf
+from sparselora_jax.checkpoints import layout, on_disk, safetensors_format
+from sparselora_jax.checkpoints.load import load_model, open_model
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.sparse import rules
@@ -52,7 +52,7 @@ def edit(folder, change):
 
 
 def check(module, folder):
-    model, params = hf.load_model(folder)
+    model, params = load_model(folder)
     given = torch_models.batch(model)
     want = torch_models.logits(module, given)
     assert np.abs(want).max() > 1
@@ -70,11 +70,11 @@ def test_logits_of_every_family_equal_torch(name, saved):
 
 @pytest.mark.parametrize('name', ['llama', 'blip2 opt', 'llava', 'paligemma'])
 def test_shards_and_rows_change_nothing(name, saved, monkeypatch):
-    whole = hf.load_model(saved(name)[1])[1]
+    whole = load_model(saved(name)[1])[1]
     folder = saved(name, max_shard_size='20KB')[1]
     assert len(list(folder.glob('*.safetensors'))) > 3
     monkeypatch.setattr(layout, 'PIECE', 700)  # most tensors in several runs of rows
-    assert jax.tree.all(jax.tree.map(np.array_equal, hf.load_model(folder)[1], whole))
+    assert jax.tree.all(jax.tree.map(np.array_equal, load_model(folder)[1], whole))
 
 
 @pytest.mark.parametrize('name', ['llava', 'paligemma'])
@@ -105,7 +105,7 @@ def test_names_of_published_vision_towers_are_read(saved, tmp_path):
 def test_a_mesh_holds_the_same_arrays(name, saved, monkeypatch):
     monkeypatch.setattr(layout, 'PIECE', 3000)
     _, folder = saved(name)
-    whole, split = (hf.load_model(folder, mesh=mesh)[1] for mesh in (None, make_mesh(fsdp=2, tensor=2)))
+    whole, split = (load_model(folder, mesh=mesh)[1] for mesh in (None, make_mesh(fsdp=2, tensor=2)))
     assert jax.tree.all(jax.tree.map(np.array_equal, whole, split))
     kernel = split['language']['blocks']['attn']['q']['kernel']
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 16, 16)}
@@ -115,7 +115,7 @@ def test_each_shape_compiles_once(saved):
     from sparselora_jax.checkpoints import streaming
 
     streaming._convert.clear_cache()
-    hf.load_model(saved('llama')[1])
+    load_model(saved('llama')[1])
     # q and o; k and v; gate and up; down; scales of layers; the last scale; embeddings; head: not one a layer.
     assert streaming._convert._cache_size() == 8
 
@@ -125,7 +125,7 @@ def test_dtypes_are_the_files_own_or_as_asked(dtype, saved, tmp_path):
     module, _ = saved('llama')
     module = torch_models.CLASSES[type(module.config)].from_pretrained(saved('llama')[1], dtype=torch.float16)
     module.save_pretrained(tmp_path)
-    _, params = hf.load_model(tmp_path, dtype=dtype)
+    _, params = load_model(tmp_path, dtype=dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype or jnp.float16)}
     want = module.model.embed_tokens.weight.detach().float().numpy().astype(jnp.dtype(dtype or jnp.float16))
     np.testing.assert_array_equal(params['language']['embed'], want)
@@ -134,13 +134,13 @@ def test_dtypes_are_the_files_own_or_as_asked(dtype, saved, tmp_path):
 def test_a_t5_in_float16_is_refused_before_it_is_read(saved, tmp_path, monkeypatch):
     module, folder = saved('blip2 t5')
     type(module).from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path)
-    hf.load_model(tmp_path, dtype=jnp.float32)
-    monkeypatch.setattr(checkpoint_files, 'read', lambda *_: pytest.fail('a weight was read'))
+    load_model(tmp_path, dtype=jnp.float32)
+    monkeypatch.setattr(safetensors_format, 'read', lambda *_: pytest.fail('a weight was read'))
     for where, dtype in ((tmp_path, None), (folder, 'float16')):
         with pytest.raises(UnsupportedModelError, match=r'language/.* in float16.*load as float32 or bfloat16'):
-            hf.load_model(where, dtype=dtype)
+            load_model(where, dtype=dtype)
     with pytest.raises(UnsupportedModelError, match='load as float32 or bfloat16'):
-        on_disk.params_on_disk(*hf.open_model(folder), jnp.float16)
+        on_disk.params_on_disk(*open_model(folder), jnp.float16)
 
 
 def test_of_several_dtypes_a_stack_has_the_widest(llama):
@@ -148,7 +148,7 @@ def test_of_several_dtypes_a_stack_has_the_widest(llama):
     edit(
         llama, lambda tensors: tensors.update({key: w.astype(np.float16) for key, w in tensors.items() if key != name})
     )
-    _, params = hf.load_model(llama)
+    _, params = load_model(llama)
     mlp = params['language']['blocks']['mlp']
     assert mlp['up']['kernel'].dtype == jnp.float32
     assert mlp['down']['kernel'].dtype == jnp.float16
@@ -169,7 +169,7 @@ def test_a_head_in_the_file_is_followed(saved, tmp_path):
         tensors['lm_head.weight'][3, 4] += 1
 
     edit(own, differ)
-    model, params = hf.load_model(own)
+    model, params = load_model(own)
     assert not model.cfg.language.tied
     np.testing.assert_array_equal(
         params['language']['head']['kernel'].T, load_file(own / 'model.safetensors')['lm_head.weight']
@@ -210,7 +210,7 @@ def test_a_tied_embedding_under_another_name_is_read_as_torch_reads_it(name, dro
 def test_an_untied_embedding_under_another_name_is_missing(saved, tmp_path):
     folder = renamed(saved('llama')[1], tmp_path / 'model', 'lm_head.weight', drop='model.embed_tokens.weight')
     with pytest.raises(sl.StorageError, match=r'1 tensors are missing: model.embed_tokens.weight'):
-        hf.open_model(folder)
+        open_model(folder)
 
 
 def test_embeddings_of_t5s_stacks_that_differ_are_named(saved, tmp_path):
@@ -218,7 +218,7 @@ def test_embeddings_of_t5s_stacks_that_differ_are_named(saved, tmp_path):
     name = 'language_model.encoder.embed_tokens.weight'
     edit(folder, lambda tensors: tensors.update({name: tensors['language_model.shared.weight'] + 1}))
     with pytest.raises(sl.StorageError, match=f'{name} is not equal to language_model.shared.weight'):
-        hf.open_model(folder)
+        open_model(folder)
 
 
 def test_an_untied_t5_is_followed(saved, tmp_path):
@@ -243,13 +243,13 @@ def test_a_head_that_the_config_asks_for_must_be_there(llama):
     with pytest.raises(
         sl.StorageError, match=r'model.safetensors: 1 tensors are missing.*lm_head.weight \(40, 32\) for'
     ):
-        hf.load_model(llama)
+        load_model(llama)
 
 
 def test_missing_tensors_are_named(llama):
     edit(llama, lambda tensors: [tensors.pop(name) for name in list(tensors) if 'layers.1.' in name])
     with pytest.raises(sl.StorageError) as error:
-        hf.load_model(llama)
+        load_model(llama)
     assert 'model.safetensors: 9 tensors are missing' in str(error.value)
     assert 'model.layers.1.mlp.down_proj.weight (32, 48) for language/blocks/mlp/down/kernel' in str(error.value)
     assert 'and 4 more' in str(error.value)
@@ -258,7 +258,7 @@ def test_missing_tensors_are_named(llama):
 def test_extra_tensors_are_named(llama):
     edit(llama, lambda tensors: tensors.update({'model.layers.7.bias': np.ones((2, 3), 'f4')}))
     with pytest.raises(sl.StorageError, match=r'1 tensors belong to no parameter.*: model.layers.7.bias \(2, 3\)'):
-        hf.load_model(llama)
+        load_model(llama)
 
 
 def test_misshapen_tensors_are_named(llama):
@@ -267,7 +267,7 @@ def test_misshapen_tensors_are_named(llama):
 
     edit(llama, transpose)
     with pytest.raises(sl.StorageError) as error:
-        hf.load_model(llama)
+        load_model(llama)
     assert 'model.layers.0.mlp.up_proj.weight has (32, 48), expected (48, 32) for language/blocks/mlp/up/kernel' in str(
         error.value
     )
@@ -278,13 +278,13 @@ def test_fused_tensors_of_the_wrong_shape_are_named(saved, tmp_path):
     name = 'vision_model.encoder.layers.0.self_attn.qkv.weight'
     edit(folder, lambda tensors: tensors.update({name: tensors[name][:-3].copy()}))
     with pytest.raises(sl.StorageError, match=r'qkv.weight has \(69, 24\), expected \(72, 24\) for vision/.*, fused'):
-        hf.load_model(folder)
+        load_model(folder)
 
 
 def test_two_names_of_one_parameter_are_named(llama):
     edit(llama, lambda tensors: tensors.update({'norm.weight': tensors['model.norm.weight']}))
     with pytest.raises(sl.StorageError, match=r'norm.weight.* both mean model.norm.weight'):
-        hf.load_model(llama)
+        load_model(llama)
 
 
 def reconfigure(folder, **changes):
@@ -297,29 +297,29 @@ def test_unknown_models_are_refused(llama):
     with pytest.raises(
         UnsupportedModelError, match=r"config.json: model_type 'mamba' is not known; known are blip-2, gemma"
     ):
-        hf.load_model(llama)
+        load_model(llama)
     reconfigure(llama, model_type='llama', quantization_config={'quant_method': 'gptq'})
     with pytest.raises(UnsupportedModelError, match='quantised weights'):
-        hf.load_model(llama)
+        load_model(llama)
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"model_type": '])
 def test_a_config_that_is_none_is_named(text, llama):
     (llama / 'config.json').write_text(text)
     with pytest.raises(sl.StorageError, match=r'config.json: not a model config'):
-        hf.load_model(llama)
+        load_model(llama)
 
 
 def test_a_config_that_transformers_refuses_is_named(llama):
     reconfigure(llama, num_hidden_layers='many')
     with pytest.raises(sl.StorageError, match=r'config.json: transformers does not read it'):
-        hf.load_model(llama)
+        load_model(llama)
 
 
 @pytest.mark.parametrize('name', ['/no/such/directory', 'no/such/directory', 'word', '../x/y', 'a b/c'])
 def test_what_is_neither_directory_nor_id_is_named(name):
     with pytest.raises(sl.StorageError, match='no such directory, nor the id of a hub repository'):
-        hf.load_model(name)
+        load_model(name)
 
 
 def test_a_repository_is_downloaded_without_pickles(saved, monkeypatch):
@@ -329,7 +329,7 @@ def test_a_repository_is_downloaded_without_pickles(saved, monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, 'snapshot_download', lambda name, **kw: asked.update(kw, name=name) or str(saved('llama')[1])
     )
-    model, _ = hf.load_model('owner/name')
+    model, _ = load_model('owner/name')
     assert asked['name'] == 'owner/name'
     assert model.source == str(saved('llama')[1])
     files = ['config.json', 'model-00001-of-00002.safetensors', 'tokenizer.model', 'merges.txt', 'pytorch_model.bin']
@@ -347,7 +347,7 @@ def test_a_repository_of_pickles_alone_is_refused_with_a_command(tmp_path, monke
     (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **kw: str(tmp_path))
     with pytest.raises(sl.StorageError) as error:
-        hf.load_model('owner/name')
+        load_model('owner/name')
     said = str(error.value)
     assert said.startswith('owner/name: ')
     assert 'no safetensors' in said
@@ -364,14 +364,14 @@ def test_offline_it_says_what_to_download(monkeypatch, tmp_path):
     with pytest.raises(
         sl.StorageError, match=r'owner/name: no such directory, and the hub.* run: hf download owner/name '
     ):
-        hf.load_model('owner/name')
+        load_model('owner/name')
 
 
 def test_generation_defaults_come_from_the_directory(llama):
     (llama / 'generation_config.json').write_text(
         json.dumps({'eos_token_id': [5, 6], 'bos_token_id': 1, 'num_beams': 4, 'length_penalty': -1.0})
     )
-    generation = hf.load_model(llama)[0].generation
+    generation = load_model(llama)[0].generation
     assert generation.eos == (5, 6)
     assert generation.pad == 5
     assert generation.bos == 1
@@ -382,7 +382,7 @@ def test_generation_defaults_come_from_the_directory(llama):
 
 def test_options_of_nested_lists_are_hashable(llama):
     (llama / 'generation_config.json').write_text(json.dumps({'bad_words_ids': [[5, 6], [7]]}))
-    model, _ = hf.open_model(llama)
+    model, _ = open_model(llama)
     assert hash(model)
     assert model.generation.options == (('bad_words_ids', ((5, 6), (7,))),)
 
@@ -391,13 +391,13 @@ def test_options_of_nested_lists_are_hashable(llama):
 def test_a_damaged_generation_config_is_named(text, llama):
     (llama / 'generation_config.json').write_text(text)
     with pytest.raises(sl.StorageError, match=f'{llama}/generation_config.json: '):
-        hf.open_model(llama)
+        open_model(llama)
 
 
 def test_blip2_generates_as_its_language_model_does(saved):
     module, folder = saved('blip2 t5')
     (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': 9, 'num_beams': 4}))
-    generation, theirs = hf.load_model(folder)[0].generation, module.language_model.generation_config
+    generation, theirs = load_model(folder)[0].generation, module.language_model.generation_config
     assert generation.eos == (theirs.eos_token_id,)
     assert generation.pad == theirs.pad_token_id
     assert generation.start == theirs.decoder_start_token_id == 0

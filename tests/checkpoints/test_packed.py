@@ -7,7 +7,7 @@ import pytest
 import torch_models
 
 import sparselora_jax as sl
-from sparselora_jax.checkpoints import packed as hf_packed
+from sparselora_jax.checkpoints.packed import FILE, export_packed
 from sparselora_jax.checkpoints.trees import save_safetensors
 from sparselora_jax.models.model import Model
 from sparselora_jax.sparse import packing, rules
@@ -34,15 +34,15 @@ def packed(params, masks):
 
 
 def test_it_is_the_same_model(model, tmp_path):
-    of, params, masks = model
-    hf_packed.export_packed(tmp_path / 'out', of, packed(params, masks), texts={'note.json': '{}'})
+    model, params, masks = model
+    export_packed(tmp_path / 'out', model, packed(params, masks), texts={'note.json': '{}'})
     read, kernels = sl.load_model(tmp_path / 'out')
-    assert read == of
+    assert read == model
     flat = rules.flatten(kernels)
     assert all(packing.is_packed(flat[path]) for path in rules.flatten(masks))
     jax.tree.map(np.testing.assert_array_equal, sl.unpack(kernels), params)
-    batch = torch_models.batch(of)
-    np.testing.assert_allclose(LOGITS(read, kernels, batch), LOGITS(of, params, batch), rtol=1e-5, atol=1e-5)
+    batch = torch_models.batch(model)
+    np.testing.assert_allclose(LOGITS(read, kernels, batch), LOGITS(model, params, batch), rtol=1e-5, atol=1e-5)
     assert (tmp_path / 'out/tokenizer.json').is_file()
     assert (tmp_path / 'out/note.json').is_file()
     halves = sl.load_model(tmp_path / 'out', dtype=jnp.bfloat16)[1]
@@ -52,32 +52,32 @@ def test_it_is_the_same_model(model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('beams', [1, 3])
 def test_it_generates_the_same_words(model, beams):
-    of, params, masks = model
-    batch = torch_models.batch(of)
+    model, params, masks = model
+    batch = torch_models.batch(model)
     batch.pop('decoder_input_ids', None)
     knobs = {'num_beams': beams, 'max_new_tokens': 6}
-    got, want = (sl.generate(of, w, batch, **knobs) for w in (packed(params, masks), params))
+    got, want = (sl.generate(model, w, batch, **knobs) for w in (packed(params, masks), params))
     np.testing.assert_array_equal(got, want)
 
 
 def test_what_does_not_fit_is_refused(model, tmp_path):
-    of, params, masks = model
+    model, params, masks = model
     tree = packed(params, masks)
     folder = tmp_path / 'out'
     folder.mkdir()
     (folder / 'model.safetensors').write_bytes(b'dense')
     with pytest.raises(sl.StorageError, match='holds other weights'):
-        hf_packed.export_packed(folder, of, tree)
+        export_packed(folder, model, tree)
     (folder / 'model.safetensors').unlink()
-    hf_packed.export_packed(folder, of, tree)
+    export_packed(folder, model, tree)
     with pytest.raises(sl.StorageError, match='without a mesh'):
         sl.load_model(folder, mesh=jax.make_mesh((1,), ('data',)))
-    (folder / hf_packed.FILE).write_bytes((folder / hf_packed.FILE).read_bytes()[:-9])
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-9])
     with pytest.raises(sl.StorageError, match='not a complete safetensors file'):
         sl.load_model(folder)
     flat = rules.flatten(tree)
     path = next(iter(rules.flatten(masks)))
     flat[path] = packing.pack24(jnp.zeros((1, 8, 4)))
-    save_safetensors(folder / hf_packed.FILE, rules.unflatten(flat))
+    save_safetensors(folder / FILE, rules.unflatten(flat))
     with pytest.raises(sl.StorageError, match=rf'{path} has shape \(1, 8, 4\)'):
         sl.load_model(folder)

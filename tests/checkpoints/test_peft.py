@@ -14,9 +14,10 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 
 import sparselora_jax as sl
-from sparselora_jax.checkpoints import export as hf_export
-from sparselora_jax.checkpoints import load as hf
-from sparselora_jax.checkpoints import peft as peft_adapter
+from sparselora_jax.checkpoints.export import export_model
+from sparselora_jax.checkpoints.layout import Place
+from sparselora_jax.checkpoints.load import load_model
+from sparselora_jax.checkpoints.peft import _fuse, save_peft
 from sparselora_jax.models.model import Model
 from sparselora_jax.sparse import rules
 
@@ -50,13 +51,13 @@ def adapted(request, perturbed, tmp_path):
     """(torch's module, our model, params, lora whose B is not zero)."""
     module = torch_models.build(request.param, perturbed)
     module.save_pretrained(tmp_path / 'base')
-    model, params = hf.load_model(tmp_path / 'base')
+    model, params = load_model(tmp_path / 'base')
     return module, model, params, random_lora(params)
 
 
 def test_peft_computes_plain_lora(adapted, tmp_path):
     module, model, params, lora = adapted
-    peft_adapter.save_peft(tmp_path / 'adapter', model, lora)
+    save_peft(tmp_path / 'adapter', model, lora)
     given = torch_models.batch(model)
     before = torch_models.logits(module, given)
     peft = PeftModel.from_pretrained(module, tmp_path / 'adapter').eval()
@@ -73,17 +74,17 @@ def test_peft_computes_plain_lora(adapted, tmp_path):
 def llama(perturbed, tmp_path):
     """(torch's pruned model, our model, pruned params, masks, lora)."""
     torch_models.build('llama', perturbed).save_pretrained(tmp_path / 'base')
-    model, params = hf.load_model(tmp_path / 'base')
+    model, params = load_model(tmp_path / 'base')
     params, masks = sl.prune_tree(params, None, [('.*/blocks/.*', '2:4'), ('.*', 'dense')], method=sl.Magnitude())
     lora = random_lora(params)
-    hf_export.export_model(tmp_path / 'pruned', model, params)
+    export_model(tmp_path / 'pruned', model, params)
     module = torch_models.load(tmp_path / 'pruned', torch_models.CLASSES[type(torch_models.CONFIGS['llama']())])
     return module, model, params, masks, lora
 
 
 def test_the_readmes_merge_keeps_the_holes_and_pefts_own_fills_them(llama, tmp_path):
     module, model, params, masks, lora = llama
-    peft_adapter.save_peft(tmp_path / 'adapter', model, lora)
+    save_peft(tmp_path / 'adapter', model, lora)
     (code,) = re.findall(r'```python\n(.*?)```', (tmp_path / 'adapter' / 'README.md').read_text(), re.DOTALL)
     weights = module.model.layers[1].mlp.up_proj.weight
     assert (weights == 0).float().mean() == 0.5
@@ -100,7 +101,7 @@ def test_the_readmes_merge_keeps_the_holes_and_pefts_own_fills_them(llama, tmp_p
 
 def test_the_config_names_the_model_and_what_differs(llama, tmp_path):
     _, model, _, _, lora = llama
-    peft_adapter.save_peft(tmp_path / 'adapter', model, lora)
+    save_peft(tmp_path / 'adapter', model, lora)
     config = json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())
     assert config['base_model_name_or_path'] is None
     assert config['task_type'] == 'CAUSAL_LM'
@@ -108,7 +109,7 @@ def test_the_config_names_the_model_and_what_differs(llama, tmp_path):
     assert len(config['target_modules']) == 21
     assert set(config['rank_pattern'].values()) == {5}
     assert set(config['alpha_pattern'].values()) == {4}
-    peft_adapter.save_peft(tmp_path / 'adapter', model, lora, base='owner/pruned')
+    save_peft(tmp_path / 'adapter', model, lora, base='owner/pruned')
     assert (
         json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())['base_model_name_or_path']
         == 'owner/pruned'
@@ -119,24 +120,24 @@ def test_factors_of_something_else_are_named(llama, tmp_path, perturbed):
     _, model, _, _, lora = llama
     lora['language']['blocks']['mlp']['other'] = lora['language']['blocks']['mlp']['up']
     with pytest.raises(sl.StorageError, match='language/blocks/mlp/other/kernel: LoRA factors of no kernel'):
-        peft_adapter.save_peft(tmp_path / 'adapter', model, lora)
+        save_peft(tmp_path / 'adapter', model, lora)
     torch_models.build('blip2 opt', perturbed).save_pretrained(tmp_path / 'blip2')
-    model, params = hf.load_model(tmp_path / 'blip2')
+    model, params = load_model(tmp_path / 'blip2')
     lora = sl.init_lora(jax.random.key(0), params, [('vision/patch/kernel', (2, 2)), ('.*', None)])
     with pytest.raises(sl.StorageError, match='vision/patch/kernel: a convolution'):
-        peft_adapter.save_peft(tmp_path / 'adapter', model, lora)
+        save_peft(tmp_path / 'adapter', model, lora)
     assert not (tmp_path / 'adapter').exists()
 
 
 def test_a_fused_factor_is_the_slices_side_by_side():
-    place = peft_adapter.Place('vision/blocks/attn/q/kernel', (1, 4, 2), 0, 0, 3)
+    place = Place('vision/blocks/attn/q/kernel', (1, 4, 2), 0, 0, 3)
     rng = np.random.default_rng(0)
 
     def lora(scale):
         return sl.Lora(jnp.asarray(rng.normal(size=(1, 4, 2))), jnp.asarray(rng.normal(size=(1, 2, 2))), scale)
 
     q, v = lora(2.0), lora(3.0)
-    a, b, scale = peft_adapter._fused([(place, q), (place._replace(index=2), v)])
+    a, b, scale = _fuse([(place, q), (place._replace(index=2), v)])
     want = np.concatenate([2 * (q.a[0] @ q.b[0]).T, np.zeros((2, 4)), 3 * (v.a[0] @ v.b[0]).T])
     np.testing.assert_allclose(scale * b @ a, want, rtol=1e-5)
     assert torch.from_numpy(b).shape == (6, 4)
