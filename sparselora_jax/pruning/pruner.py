@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.targets import in_blocks, methods_of, pattern_zeros, patterns_of, per_group
@@ -61,7 +61,7 @@ def _prune_joined(
 
 
 def prune_tree(
-    params: dict,
+    params: PyTree,
     stats: dict[str, tuple[Any, Array]] | None,
     rules: Sequence[tuple[str, Any]],
     *,

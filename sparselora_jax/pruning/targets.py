@@ -4,12 +4,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 from sparselora_jax.sparse import rules as rules_lib
 from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern, spread
 
 
-def patterns_of(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pattern]:
+def patterns_of(params: PyTree, rules: Sequence[tuple[str, Any]]) -> dict[str, Pattern]:
     """The pattern of every kernel that is not dense; what does not fit is named before any work is done.
 
     Raises:
@@ -17,6 +18,7 @@ def patterns_of(params: dict, rules: Sequence[tuple[str, Any]]) -> dict[str, Pat
     """
     found = rules_lib.kernels(params)
     patterns = {path: parse_pattern(text) for path, text in rules_lib.match(rules, found).items()}
+    rules_lib.check_layout(params, [path for path, pattern in patterns.items() if not pattern.dense])
     for path, pattern in patterns.items():
         try:
             pattern.zeros(found[path].shape[-2])
@@ -35,7 +37,7 @@ def in_blocks(paths: Iterable[str], tower: str) -> dict[str, str]:
     return {path[len(prefix) :]: path for path in paths if path.startswith(prefix)}
 
 
-def methods_of(params: dict, method: Any) -> dict[str, Any]:
+def methods_of(params: PyTree, method: Any) -> dict[str, Any]:
     """The method of every kernel, from one for all or from rules."""
     rules = method if isinstance(method, Sequence) else [('.*', method)]
     return rules_lib.match(rules, rules_lib.kernels(params))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 from qwix import QArray
 
 from sparselora_jax.sparse import rules as rules_lib
@@ -99,7 +99,7 @@ def effective_weight(
 
 
 def init_lora(
-    key: Array, params: dict, rules: Sequence[tuple[str, Any]], *, dtype: jax.typing.DTypeLike = jnp.float32
+    key: Array, params: PyTree, rules: Sequence[tuple[str, Any]], *, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> dict:
     """LoRA factors for the kernels that `rules` select: A uniform as in LoRA's reference, B zero.
 
@@ -107,7 +107,8 @@ def init_lora(
       rules: `(regex, LoraSpec or (rank, alpha) or None)`, in order; every kernel must match.
 
     Raises:
-      RuleError: a kernel that no rule matches, or a rule that matches none.
+      RuleError: a kernel that no rule matches, a rule that matches none, a tree without kernels, or a kernel whose
+        axes are not known (see `rules.check_layout`).
       ValueError: a rank below one.
 
     >>> lora = init_lora(jax.random.key(0), {'q': {'kernel': jnp.ones((8, 4))}}, [('.*', LoraSpec(2, 4))])
@@ -115,8 +116,10 @@ def init_lora(
     ((8, 2), (2, 4), 2.0)
     """
     found = rules_lib.kernels(params)
+    specs = rules_lib.match(rules, found)
+    rules_lib.check_layout(params, [path for path, spec in specs.items() if spec is not None])
     lora = {}
-    for index, (path, spec) in enumerate(rules_lib.match(rules, found).items()):
+    for index, (path, spec) in enumerate(specs.items()):
         if spec is None:
             continue
         rank, alpha = spec

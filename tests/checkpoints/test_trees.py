@@ -1,18 +1,11 @@
 """Any tree comes back bit for bit; a file that is not whole is named."""
 
-import json
-import subprocess
-import sys
-from contextlib import contextmanager
-
 import jax
 import jax.numpy as jnp
 import pytest
-from ml_collections import ConfigDict
 from small_disk import files_of_at_most
 
 import sparselora_jax as sl
-from sparselora_jax import recipe
 from sparselora_jax.checkpoints import trees
 from sparselora_jax.runtime import files
 from sparselora_jax.sparse import packing
@@ -85,33 +78,3 @@ def test_where_there_is_no_room_the_old_file_stays(tmp_path):
     assert sl.load_safetensors(tree)[0]['a'].shape == (3,)
     assert text.read_text() == 'old'
     assert sorted(path.name for path in tmp_path.iterdir()) == ['text.json', 'w.safetensors']
-
-
-@contextmanager
-def held_by_another(folder):
-    """Yields the process that holds it."""
-    script = 'import sys; from pathlib import Path; from sparselora_jax import storage; files.hold(Path(sys.argv[1]))'
-    other = [sys.executable, '-c', script + '; print(1, flush=True); sys.stdin.read()', str(folder)]
-    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        yield holder
-        holder.kill()
-
-
-def test_two_processes_cannot_hold_a_folder(tmp_path):
-    with held_by_another(tmp_path) as holder:
-        message = rf'another run is in it \(process {holder.pid} on .*\); use another'
-        with pytest.raises(sl.StorageError, match=message):
-            files.hold(tmp_path)
-    files.hold(tmp_path)
-    files.hold(tmp_path)  # a process may hold it twice
-
-
-def test_a_folder_that_another_process_holds_is_left_as_it_is(tmp_path):
-    config = ConfigDict({'seed': 0, 'mesh': {'data': 2}})
-    with held_by_another(tmp_path):
-        with pytest.raises(sl.StorageError, match='another run is in it'):
-            recipe.claim(tmp_path, config)
-        assert not (tmp_path / 'config.json').exists()
-    recipe.claim(tmp_path, config)
-    assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 0

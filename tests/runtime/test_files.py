@@ -1,0 +1,66 @@
+"""A working directory is locked by one process, until that ends."""
+
+import errno
+import fcntl
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+from ml_collections import ConfigDict
+
+import sparselora_jax as sl
+from sparselora_jax import recipe
+from sparselora_jax.runtime import files
+
+
+@contextmanager
+def held_by_another(folder):
+    """Yields the process that holds it."""
+    script = 'import sys; from pathlib import Path; from sparselora_jax.runtime import files; '
+    script += 'files.hold(Path(sys.argv[1])); print(1, flush=True); sys.stdin.read()'
+    other = [sys.executable, '-c', script, str(folder)]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b'1\n'
+        yield holder
+        holder.kill()
+
+
+def test_two_processes_cannot_hold_a_folder(tmp_path):
+    with held_by_another(tmp_path) as holder:
+        message = rf'another run is in it \(process {holder.pid} on .*\); use another'
+        for _ in range(2):  # who was refused leaves the holder's name as it is
+            with pytest.raises(sl.StorageError, match=message):
+                files.hold(tmp_path)
+    files.hold(tmp_path)
+    files.hold(tmp_path)  # a process may hold it twice
+
+
+def test_a_folder_that_another_process_holds_is_left_as_it_is(tmp_path):
+    config = ConfigDict({'seed': 0, 'mesh': {'data': 2}})
+    with held_by_another(tmp_path):
+        with pytest.raises(sl.StorageError, match='another run is in it'):
+            recipe.claim(tmp_path, config)
+        assert not (tmp_path / 'config.json').exists()
+    recipe.claim(tmp_path, config)
+    assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 0
+
+
+def test_a_file_system_without_locks_prints_a_line(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    files.hold(tmp_path)
+    files.hold(tmp_path)
+    assert capsys.readouterr().err.count('cannot be locked ([Errno') == 1
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    with pytest.raises(OSError, match='Read-only'):
+        files.hold(tmp_path)
