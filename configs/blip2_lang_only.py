@@ -24,6 +24,7 @@ def base() -> ConfigDict:
     """Every field, language only."""
     config = ConfigDict()
     config.model = 'embedded'  # or a Hugging Face directory, or a hub id
+    config.family = ''  # reads the model; '': by its model_type; or one of your own, as package.module:FAMILY
     config.data = 'easy_vqa'  # or a folder of images with a data.jsonl (sparselora_jax/data/folder.py)
     config.data_dir = 'runs/data'  # where easy-VQA is prepared
     config.seed = 42

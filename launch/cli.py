@@ -60,6 +60,7 @@ def define_recipe(default: str | None) -> Any:
 def define_model() -> None:
     """The flags of scripts that read a model and decode with it."""
     flags.DEFINE_string('model', None, 'a Hugging Face directory or hub id; by default the embedded dense model')
+    flags.DEFINE_string('family', '', 'reads the model, as package.module:FAMILY; by default that of its model_type')
     flags.DEFINE_string(
         'prompt', None, "how a question is written, with {} in its place; by default the model's own way"
     )
@@ -83,9 +84,9 @@ def load_model() -> tuple:
         model, params = embedded.load(dtype=values.dtype)
         processor, text = embedded.load_processor(model.cfg), text_format.TextFormat()
     else:
-        model, params = hf.load_model(values.model, dtype=values.dtype)
-        processor = processing.load_processor(model.source)
-        text = text_format.load(model.source, processor.family)
+        model, params = hf.load_model(values.model, dtype=values.dtype, family=values.family)
+        processor = processing.load_processor(model.source, model.family.processor)
+        text = text_format.load(model.source, processor.spec.text)
     own = {name: getattr(values, name) for name in ('prompt', 'prompt_tokens')}
     decoding = {name: getattr(values, name) for name in DECODING}
     decoding = DECODING | text.decoding | {name: value for name, value in decoding.items() if value is not None}
@@ -109,18 +110,17 @@ def find_model(argv: list[str], config: ConfigDict | None) -> tuple:
     name = argv[0] if argv else config.model
     if name == 'embedded':
         return name, None, embedded.load_config()
-    source = published.find_config(name, others=recipes())
+    family = '' if config is None else config.family
+    source = published.find_config(name, others=recipes(), family=family)
     if any(Path(name).glob('*.safetensors')):  # the files say whether the head is tied
-        return name, source, hf.open_model(name)[0].cfg
-    return name, source, published.model_config(source)
+        return name, source, hf.open_model(name, family)[0].cfg
+    return name, source, published.model_config(source, family)
 
 
 def family_recipe(cfg: Any) -> ConfigDict | None:
     """The `*_lang_only` recipe of a model's family; None: a language model alone has none."""
-    from sparselora_jax.planning.inspection import family_name
-
-    family = family_name(cfg)
-    return None if family == 'causal' else read_config(f'configs/{family}_lang_only.py')
+    path = Path(f'configs/{cfg.family.name}_lang_only.py')
+    return read_config(str(path)) if path.is_file() else None
 
 
 def recipes() -> list[str]:

@@ -28,7 +28,7 @@ def main(argv):
     """Prints the tables."""
     config = CONFIG.value
     name, hf, cfg = cli.find_model(argv, config)
-    print_model(name, inspection.family_name(cfg), hf, cfg)
+    print_model(name, cfg.family.name, hf, cfg)
     config = config or cli.family_recipe(cfg)
     if config is None:
         print('\nno recipe for a language model alone: give one with --config=...')
@@ -47,7 +47,7 @@ def print_model(name, family, hf, cfg):
     rows.append(('total', sum(t.blocks for t in towers), '', f'{inspection.count(params):,}', ''))
     print(f'{name}: {family}\n')
     print_table(('tower', 'blocks', 'width', 'parameters', 'share'), rows, left=1)
-    unread = inspection.unread(hf, cfg) if hf else {}
+    unread = cfg.family.unread(hf, cfg) if hf else {}
     if unread:
         print('\nin the checkpoint, but not read: ' + '; '.join(f'{what}, {size:,}' for what, size in unread.items()))
 

@@ -8,15 +8,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparselora_jax.checkpoints import checkpoint_files
 from sparselora_jax.checkpoints.checkpoint_files import Checkpoint, Entry
-from sparselora_jax.models import t5
-from sparselora_jax.models.keys import Part
+from sparselora_jax.models.family import Family
+from sparselora_jax.models.key_table import Part
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import rules
 
@@ -78,7 +77,7 @@ def to_checkpoint(array: Any, shape: tuple[int, ...], *, kernel: bool) -> Any:
     return array.reshape(shape)
 
 
-def places(family: ModuleType, cfg: Any) -> dict[str, list[Place]]:
+def places(family: Family, cfg: Any) -> dict[str, list[Place]]:
     """Checkpoint name -> our arrays that it fills: several for a fused tensor."""
     shapes, found = rules.flatten(family.shapes(cfg)), {}
     for path, key in family.keys(cfg).items():
@@ -90,7 +89,7 @@ def places(family: ModuleType, cfg: Any) -> dict[str, list[Place]]:
     return found
 
 
-def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
+def modules(family: Family, checkpoint: Checkpoint) -> dict[str, Entry]:
     """A checkpoint's tensors under today's module names.
 
     Raises:
@@ -99,7 +98,7 @@ def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for entry in checkpoint.entries.values():
         name = entry.name
-        for pattern, replacement in family.RENAMES:
+        for pattern, replacement in family.renames:
             name = re.sub(pattern, replacement, name)
         if name in found:
             raise StorageError(f'{entry.file}: {entry.name} and {found[name].name} both mean {name}; expected one')
@@ -107,15 +106,15 @@ def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
     return found
 
 
-def embed_names(family: ModuleType, cfg: Any) -> list[str]:
+def embed_names(family: Family, cfg: Any) -> list[str]:
     """By which names a file may hold the word embeddings: their own, then those of copies, in torch's order."""
     table = family.keys(untied(cfg))
-    own, stacks = table[EMBED], t5.COPIES if isinstance(cfg.language, t5.T5Config) else ()
-    copies = [own.removesuffix(t5.EMBED) + name for name in stacks]
+    own = table[EMBED]
+    copies = cfg.language.tower.embed_copies(own)
     return [own, *copies, table[HEAD]] if cfg.language.tied else [own, *copies]
 
 
-def follow_head(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> Any:
+def follow_head(family: Family, cfg: Any, checkpoint: Checkpoint) -> Any:
     """The config, its head untied where the file's own head differs from the word embeddings (T5 1.1 is saved so).
 
     Raises:
@@ -152,7 +151,7 @@ def _runs(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def pieces(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
+def pieces(family: Family, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
     """Every piece of a checkpoint that a model is made of, in the order of the files' bytes.
 
     Raises:
@@ -165,7 +164,7 @@ def pieces(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
     entries = {
         name: entry
         for name, entry in entries.items()
-        if name in wanted or not any(re.fullmatch(pattern, name) for pattern in family.IGNORED)
+        if name in wanted or not any(re.fullmatch(pattern, name) for pattern in family.ignored)
     }
     where = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.folder
     _raise_if(where, 'are missing', [f'{name} {_asked(wanted[name])}' for name in wanted.keys() - entries.keys()])

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from sparselora_jax.checkpoints import checkpoint_files, layout, streaming
 from sparselora_jax.checkpoints import packed as hf_packed
-from sparselora_jax.models.model import FAMILY_OF, Generation, Model
+from sparselora_jax.models.family import Family, find_family
+from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
 
@@ -17,7 +18,9 @@ from sparselora_jax.runtime.files import StorageError
 _PATTERNS, _NOT = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja'], ['*/*', 'consolidated*']
 
 
-def load_model(dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[Model, dict]:
+def load_model(
+    dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, family: str = ''
+) -> tuple[Model, dict]:
     """Reads a model.
 
     Args:
@@ -27,6 +30,7 @@ def load_model(dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | Non
       dtype: of the params; each tensor's own by default. A T5 overflows in float16: float32 or bfloat16, then, if its
         files are in float16.
       mesh: see `sharding.make_mesh`; the params are split over it by `sharding.RULES`.
+      family: a family to read it by, as `package.module:FAMILY`; '' for the one registered for its `model_type`.
 
     Raises:
       StorageError, PackingError: files are missing, damaged, pickled, or do not fit their config.
@@ -36,14 +40,15 @@ def load_model(dir_or_hub_id: str | Path, *, dtype: Any = None, mesh: Mesh | Non
     if (folder / hf_packed.FILE).is_file():
         if mesh is not None:
             raise StorageError(f'{folder}: packed weights lie on one device; load them without a mesh')
-        hf = read_config(folder)
-        model = Model(FAMILY_OF[hf.model_type].from_hf(hf), read_generation(folder, hf), str(folder))
+        hf = read_config(folder, family)
+        known_family = find_family(hf.model_type, family)
+        model = Model(known_family.from_hf(hf), read_generation(folder, hf, known_family), str(folder))
         return hf_packed.load_packed(folder, model, dtype=dtype)
-    model, pieces = open_model(folder)
+    model, pieces = open_model(folder, family)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
 
 
-def open_model(dir_or_hub_id: str | Path) -> tuple[Model, list[layout.Piece]]:
+def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list[layout.Piece]]:
     """A model and where each of its weights lies, everything checked; no weight is read (but a doubtful head).
 
     Raises:
@@ -51,10 +56,11 @@ def open_model(dir_or_hub_id: str | Path) -> tuple[Model, list[layout.Piece]]:
     """
     folder = find_directory(dir_or_hub_id)
     checkpoint = checkpoint_files.open_checkpoint(folder)
-    hf = read_config(folder)
-    family = FAMILY_OF[hf.model_type]
-    cfg = layout.follow_head(family, family.from_hf(hf), checkpoint)
-    return Model(cfg, read_generation(folder, hf), str(folder)), layout.pieces(family, cfg, checkpoint)
+    hf = read_config(folder, family)
+    known_family = find_family(hf.model_type, family)
+    cfg = layout.follow_head(known_family, known_family.from_hf(hf), checkpoint)
+    model = Model(cfg, read_generation(folder, hf, known_family), str(folder))
+    return model, layout.pieces(known_family, cfg, checkpoint)
 
 
 def find_directory(dir_or_hub_id: str | Path) -> Path:
@@ -90,7 +96,7 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
     return folder
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, family: str = '') -> Any:
     """The transformers config of a directory; no code of the directory's own is run.
 
     Raises:
@@ -106,10 +112,10 @@ def read_config(folder: Path) -> Any:
         kind = raw.get('model_type')
     except (ValueError, AttributeError) as error:
         raise StorageError(f'{path}: not a model config ({error}); download it again') from None
-    if kind not in FAMILY_OF:
-        raise UnsupportedModelError(
-            f'{path}: model_type {kind!r} is not known; known are {", ".join(sorted(FAMILY_OF))}'
-        )
+    try:
+        find_family(kind, family)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f'{path}: {error}') from None
     if raw.get('quantization_config'):
         raise UnsupportedModelError(
             f'{path}: quantised weights (quantization_config) cannot be pruned; use the original ones'
@@ -120,18 +126,18 @@ def read_config(folder: Path) -> Any:
         raise StorageError(f'{path}: transformers does not read it ({error})') from None
 
 
-def read_generation(folder: Path, hf: Any) -> Generation:
+def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
     """Special tokens and defaults of decoding.
 
-    BLIP-2 and InstructBLIP generate by their language model, which was built from `text_config`: its defaults hold,
-    and the directory's generation_config.json is not looked at.
+    Where the language model generates by itself (`Family.reads_generation_config`), it was built from `text_config`:
+    its defaults hold, and the directory's generation_config.json is not looked at.
 
     Raises:
       StorageError: generation_config.json is not one.
     """
     from transformers import GenerationConfig
 
-    own, path = hf.model_type not in ('blip-2', 'instructblip'), folder / 'generation_config.json'
+    own, path = family.reads_generation_config, folder / 'generation_config.json'
     if own and path.is_file():
         try:
             defaults = GenerationConfig.from_pretrained(folder)

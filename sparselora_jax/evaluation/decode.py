@@ -40,7 +40,7 @@ def decode(
     language_weights = {path: leaf if 'blocks/' in path else _fold(leaf) for path, leaf in flat.items()}
     weights = weights | {'language': rules_lib.unflatten(language_weights)}
     w, new = weights['language'], rules.weight.shape[0]
-    begun = (_begin_decoder if model.encoder_decoder else _begin)(model, weights, batch)
+    begun = (_begin_decoder if model.is_encoder_decoder else _begin)(model, weights, batch)
 
     def run(runner, blocks, x, view, caches):
         x, ctx = language.embed(w, cfg, x.astype(begun.x.dtype), view)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sparselora_jax.evaluation import decode, search
-from sparselora_jax.models import layers, towers
+from sparselora_jax.models import layers, prompts
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse import sharding
@@ -78,9 +78,9 @@ def generate(
         PaliGemma's batch has no token_type_ids.
     """
     batch = _with_prompt(model, batch)
-    towers.check_ids(model.cfg, batch)
+    prompts.check_ids(model.cfg, batch)
     if 'pixel_values' in batch:
-        towers.check_image_tokens(model.cfg, batch['input_ids'], batch['attention_mask'])
+        prompts.check_image_tokens(model.cfg, batch['input_ids'], batch['attention_mask'])
     given = {
         'num_beams': num_beams,
         'max_length': max_length,
@@ -89,7 +89,7 @@ def generate(
         'length_penalty': length_penalty,
         'early_stopping': early_stopping,
     }
-    prompt = np.asarray(batch['decoder_input_ids' if model.encoder_decoder else 'input_ids'])
+    prompt = np.asarray(batch['decoder_input_ids' if model.is_encoder_decoder else 'input_ids'])
     beams, rules = _rules(model, {k: v for k, v in given.items() if v is not None}, prompt.shape[1])
     tokens, length = decode.decode(model, weights, batch, rules, beams=beams, mesh=sharding.mesh_of(weights))
     return np.concatenate([prompt, np.asarray(tokens)[:, : int(length)]], axis=1)
@@ -136,16 +136,17 @@ def _with_prompt(model: Model, batch: dict) -> dict:
     batch, generation = dict(batch), model.generation
     images = batch.get('pixel_values')
     if batch.get('input_ids') is None:
-        if images is None or generation.bos is None or not hasattr(model.cfg, 'qformer'):
+        if images is None or generation.bos is None or not model.family.is_prompted_by_image:
             raise GenerationError('the batch has no input_ids, and this model has no prompt of its own: add them')
-        row = [model.cfg.image_token] * model.cfg.qformer.queries + [generation.bos]
+        row = [model.cfg.image_token] * model.cfg.image_tokens + [generation.bos]
         batch['input_ids'] = np.tile(np.array(row, np.int32), (len(images), 1))
     tokens = np.asarray(batch['input_ids'])
     if batch.get('attention_mask') is None:
-        # A language model tells pads by their id, unless it is also that of an end; BLIP-2 takes all for words.
-        told = not hasattr(model.cfg, 'qformer') and generation.pad not in generation.eos
+        # A language model tells pads by their id, unless it is also that of an end. One that generates from embeddings
+        # sees no ids and takes all for words.
+        told = model.family.reads_generation_config and generation.pad not in generation.eos
         batch['attention_mask'] = (tokens != generation.pad) if told else np.ones_like(tokens)
-    if model.encoder_decoder:
+    if model.is_encoder_decoder:
         batch |= _decoder_prompt(generation.start, len(tokens), batch)
     return batch
 

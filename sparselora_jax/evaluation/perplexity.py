@@ -9,12 +9,10 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from sparselora_jax.models import towers
-
 
 @functools.partial(jax.jit, static_argnames='cfg')
 def _losses(w, cfg, tokens):
-    language = towers.language(cfg)
+    language = cfg.tower
     hidden = language.forward(w, cfg, language.embed_tokens(w, cfg, tokens), jnp.ones(tokens.shape, bool))
     logits = language.head(w, cfg, hidden)
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])

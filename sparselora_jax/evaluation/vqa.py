@@ -56,7 +56,7 @@ def generate_answers(
     read = rows[0].keys() - {'targets', 'answer', 'decoder_input_ids'}
     batch = {name: np.stack([row[name] for row in rows]) for name in read}
     new = generate(model, weights, batch, **settings)
-    start = 1 if model.encoder_decoder else batch['input_ids'].shape[1]
+    start = 1 if model.is_encoder_decoder else batch['input_ids'].shape[1]
     return processor.decode(new[:, start:])
 
 

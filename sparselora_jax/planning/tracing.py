@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparselora_jax.models import paligemma, t5
-from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.models.model import abstract_model
 from sparselora_jax.sparse import rules as rules_lib
 
 
@@ -59,28 +58,12 @@ def batch_of(cfg: Any, text: Any, size: int) -> dict:
     Args:
       text: has `prompt_tokens` and `answer_tokens`; as the processors lay them out, the prompt and then the answer.
     """
-    tokens, inputs = text.prompt_tokens, {}
-    if hasattr(cfg, 'vision'):
-        pixels = (size, 3, cfg.vision.image_size, cfg.vision.image_size)
-        inputs['pixel_values'] = jax.ShapeDtypeStruct(pixels, jnp.float32)
-        tokens += cfg.qformer.queries if hasattr(cfg, 'qformer') else cfg.vision.tokens - cfg.vision.drop_first
-    names = {}
-    if isinstance(cfg.language, t5.T5Config):
-        names['decoder_input_ids'] = text.answer_tokens
-    else:
-        tokens += text.answer_tokens - 1
-    names |= {'input_ids': tokens, 'attention_mask': tokens, 'targets': text.answer_tokens}
-    if getattr(getattr(cfg, 'qformer', None), 'vocab', 0):
-        names |= dict.fromkeys(('qformer_input_ids', 'qformer_attention_mask'), text.prompt_tokens)
-    if isinstance(cfg, paligemma.PaliGemmaConfig):
-        names['token_type_ids'] = tokens
-    inputs |= {name: jax.ShapeDtypeStruct((size, length), jnp.int32) for name, length in names.items()}
-    return inputs | {'answer': jax.ShapeDtypeStruct((size, text.answer_tokens), jnp.bool_)}
+    return cfg.family.batch_like(cfg, size, prompt_tokens=text.prompt_tokens, answer_tokens=text.answer_tokens)
 
 
 def stacks(cfg: Any, params: dict, batch: dict) -> list[Stack]:
     """The model's runs of blocks in order, as a batch goes through them; traced, nothing is computed."""
-    model, found = Model(cfg, Generation(eos=(0,), pad=0, start=0)), []
+    model, found = abstract_model(cfg), []
 
     def run(tower, block, weights, x, ctx, cache=None):
         seen: dict[str, Any] = {}
