@@ -136,7 +136,7 @@ def random_params():
 @pytest.fixture(scope='session')
 def from_torch():
     """`from_torch(state_dict, keys, shapes, prefix='')`: our params from a torch module's, as the key table says."""
-    from sparselora_jax.models.keys import Part
+    from sparselora_jax.models.key_table import Part
     from sparselora_jax.sparse import rules
 
     def matrix(tensor):  # [out, in], or a convolution over patches [out, channels, rows, columns] -> [in, out]
@@ -190,7 +190,7 @@ def tiny_blip2(random_params):
         qformer=qformer.QFormerConfig(queries=2, width=16, pairs=1, heads=2, mlp_width=32, image_width=16),
         language=llama.LlamaConfig(vocab=49152, width=16, depth=2, heads=4, kv_heads=2, mlp_width=32),
     )
-    return Model(cfg, embedded.GENERATION), random_params(blip2.shapes(cfg))
+    return Model(cfg, embedded.GENERATION), random_params(cfg.family.shapes(cfg))
 
 
 @pytest.fixture

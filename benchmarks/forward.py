@@ -98,7 +98,7 @@ def batch_of(model: sl.Model) -> dict[str, np.ndarray]:
     mask[: BATCH // 2, :PADS] = 0
     batch = {'pixel_values': rng.normal(size=(BATCH, 3, size, size)).astype(np.float32), 'attention_mask': mask}
     batch['input_ids'] = tokens
-    if model.encoder_decoder:
+    if model.is_encoder_decoder:
         batch['decoder_input_ids'] = np.concatenate([np.zeros((BATCH, 1), int), text[:, : ANSWERS - 1]], axis=1)
     return batch
 
@@ -125,7 +125,7 @@ def jax_runs(model: sl.Model, params: dict, batch: dict) -> dict:
     lora = jax.tree.map(lambda leaf: np.array(leaf), lora)
     tx = optax.adamw(LR)
     step = sl.make_train_step(lambda w, batch: model.answer_logits(w, batch), tx, kd=0.0, gradient='plain')
-    targets = batch['decoder_input_ids' if model.encoder_decoder else 'input_ids'][:, -ANSWERS:]
+    targets = batch['decoder_input_ids' if model.is_encoder_decoder else 'input_ids'][:, -ANSWERS:]
     examples = batch | {'targets': targets.astype(np.int32), 'answer': np.ones(targets.shape, bool)}
     state = sl.init_state(jax.tree.map(jax.numpy.asarray, lora), tx)
 
@@ -193,8 +193,8 @@ def measure(family: str) -> None:
     batch = batch_of(model)
     count = sum(p.numel() for p in theirs.parameters())
     print(f'\n{family}: {count / 1e6:.0f} million parameters, batch {BATCH}')
-    runs = {'jax': jax_runs(model, params, batch), 'torch': torch_runs(theirs, batch, model.encoder_decoder)}
-    compare(runs['jax'], runs['torch'], None if model.encoder_decoder else batch['attention_mask'].astype(bool))
+    runs = {'jax': jax_runs(model, params, batch), 'torch': torch_runs(theirs, batch, model.is_encoder_decoder)}
+    compare(runs['jax'], runs['torch'], None if model.is_encoder_decoder else batch['attention_mask'].astype(bool))
     matmuls = matmul_runs((2048, 2048, 2048))
     times, rates = {}, {}
     for _ in range(ROUNDS.value):

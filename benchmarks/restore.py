@@ -25,7 +25,7 @@ from absl import app, flags
 from configs import instructblip_lang_only
 from sparselora_jax import recipe
 from sparselora_jax.models.init import init_params
-from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.models.model import abstract_model
 from sparselora_jax.planning import memory, programs, published
 from sparselora_jax.restoration.losses import TopK
 from sparselora_jax.restoration.restore import Frozen
@@ -118,7 +118,7 @@ def measure(name: str, case: str) -> None:
     size = {'batch': BATCH.value, 'accumulate': ACCUMULATE.value}
     config.restore.update(CASES[case] | size | {'remat': True})
     made = memory.recipe(cfg, config)
-    step, tx = recipe.restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config, None)
+    step, tx = recipe.restore_program(abstract_model(cfg), config, None)
     _, (state_like, frozen_like, batch_like) = programs.restore_step(made)
     key = jax.random.key(0)
     params, masks = random_params(key, frozen_like.params), frozen_like.masks

@@ -13,6 +13,8 @@ def base_config() -> ConfigDict:
     config = ConfigDict()
     # The model: 'embedded' (comes with this repository), a Hugging Face directory, or a hub id.
     config.model = 'embedded'
+    # The family that reads the model: '' for that of its model_type, or one of your own as package.module:FAMILY.
+    config.family = ''
     # The data: 'easy_vqa', or a folder of images with a data.jsonl (sparselora_jax/data/folder.py).
     config.data = 'easy_vqa'
     # Folder that easy-VQA is prepared in, once for all runs.

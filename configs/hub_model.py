@@ -1,26 +1,24 @@
 """What the recipes of a model from the hub and a folder of data share, on top of `base.py`."""
 
-from collections.abc import Sequence
-
 from ml_collections import ConfigDict
 
 from configs import base
-from sparselora_jax.data import text_format
+from sparselora_jax.models.family import FAMILIES
 
 
-def base_config(model: str, *, family: str, towers: Sequence[str]) -> ConfigDict:
+def base_config(model: str, *, family: str) -> ConfigDict:
     """Return every field for a model of the hub, evaluated as in the paper: 5 beams, short answers.
 
     Args:
       model: hub id.
-      family: transformers' `model_type`; the prompt is that of `data.text_format` for this family.
-      towers: the towers of the family. Fields of other towers are removed, so that a rule for a tower that the model
-        does not have is an error.
+      family: transformers' `model_type`; the prompt is that of the family's processor. Fields of towers that the family
+        does not have are removed, so that a rule for such a tower is an error.
     """
     config = base.base_config()
     config.model = model
     config.data = 'data'
-    text = text_format.OF_FAMILY[family]
+    known_family = FAMILIES.find(family)
+    text = known_family.processor.text
     config.text = ConfigDict(
         {'prompt': text.prompt, 'prompt_tokens': text.prompt_tokens, 'answer_tokens': text.answer_tokens}
     )
@@ -31,6 +29,6 @@ def base_config(model: str, *, family: str, towers: Sequence[str]) -> ConfigDict
     config.evaluate.length_penalty = -1.0
     config.evaluate.max_new_tokens = 10
     for fields in (config.prune.pattern, config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
-        for tower in set(fields) - set(towers):
+        for tower in set(fields) - set(known_family.tower_names):
             del fields[tower]
     return config

@@ -23,7 +23,5 @@ def get_config(arg: str | None = None, pruned: Sequence[str] = ('language',)) ->
       arg: the text after the colon of `--config=FILE:...`; see `arguments.py`.
       pruned: the towers that get the pattern; `instructblip_vision_only.py` and `instructblip_both.py` name others.
     """
-    config = hub_model.base_config(
-        'Salesforce/instructblip-flan-t5-xl', family='instructblip', towers=('vision', 'qformer', 'language')
-    )
+    config = hub_model.base_config('Salesforce/instructblip-flan-t5-xl', family='instructblip')
     return arguments.apply(config, arg, pruned=pruned)

@@ -23,5 +23,5 @@ def get_config(arg: str | None = None, pruned: Sequence[str] = ('language',)) ->
       arg: the text after the colon of `--config=FILE:...`; see `arguments.py`.
       pruned: the towers that get the pattern; `llava_vision_only.py` and `llava_both.py` name others.
     """
-    config = hub_model.base_config('llava-hf/llava-1.5-7b-hf', family='llava', towers=('vision', 'language'))
+    config = hub_model.base_config('llava-hf/llava-1.5-7b-hf', family='llava')
     return arguments.apply(config, arg, pruned=pruned)

@@ -23,5 +23,5 @@ def get_config(arg: str | None = None, pruned: Sequence[str] = ('language',)) ->
       arg: the text after the colon of `--config=FILE:...`; see `arguments.py`.
       pruned: the towers that get the pattern; `paligemma_vision_only.py` and `paligemma_both.py` name others.
     """
-    config = hub_model.base_config('google/paligemma-3b-pt-224', family='paligemma', towers=('vision', 'language'))
+    config = hub_model.base_config('google/paligemma-3b-pt-224', family='paligemma')
     return arguments.apply(config, arg, pruned=pruned)

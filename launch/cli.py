@@ -39,8 +39,9 @@ from ml_collections import ConfigDict, config_flags
 
 from sparselora_jax.checkpoints import embedded, load
 from sparselora_jax.data import text_format
+from sparselora_jax.models.config import FamilyConfig
 from sparselora_jax.models.model import Model
-from sparselora_jax.planning import inspection, published
+from sparselora_jax.planning import published
 from sparselora_jax.recipe import DTYPES, ConfigError, field_names
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime import processes
@@ -111,6 +112,7 @@ def define_model() -> None:
     """Define the flags of scripts that load a model and decode with it."""
     own = "default: the model's text_format.json, otherwise"
     flags.DEFINE_string('model', None, 'a Hugging Face directory or hub id; default: the embedded dense model')
+    flags.DEFINE_string('family', '', 'family of the model, as package.module:FAMILY; default: by its model_type')
     flags.DEFINE_string('prompt', None, f'how a question is written, with {{}} in its place; {own} that of its family')
     flags.DEFINE_integer(
         'prompt_tokens', None, f'number of tokens each prompt is padded to; {own} that of its family', lower_bound=1
@@ -133,9 +135,9 @@ def load_model() -> LoadedModel:
         processor = embedded.load_processor(model.cfg)
         text = text_format.TextFormat()
     else:
-        model, params = load.load_model(values.model, dtype=values.dtype)
-        processor = processing.load_processor(model.source)
-        text = text_format.load(model.source, processor.family)
+        model, params = load.load_model(values.model, dtype=values.dtype, family=values.family)
+        processor = processing.load_processor(model.source, model.family.processor)
+        text = text_format.load(model.source, processor.spec.text)
     if values.prompt is not None:
         text = replace(text, prompt=values.prompt)
     if values.prompt_tokens is not None:
@@ -161,22 +163,23 @@ def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:
     name = argv[0] if argv else config.model
     if name == 'embedded':
         return ModelConfig(name, None, embedded.load_config())
-    hf = published.find_config(name, others=recipes())
+    family = '' if config is None else config.family
+    hf = published.find_config(name, others=recipes(), family=family)
     # Only the weight files say whether a T5's head is tied; without them `model_config` assumes it.
     if any(Path(name).glob('*.safetensors')):
-        model, _ = load.open_model(name)
+        model, _ = load.open_model(name, family)
         return ModelConfig(name, hf, model.cfg)
-    return ModelConfig(name, hf, published.model_config(hf))
+    return ModelConfig(name, hf, published.model_config(hf, family))
 
 
-def family_recipe(cfg: Any) -> ConfigDict | None:
+def family_recipe(cfg: FamilyConfig) -> ConfigDict | None:
     """Return the `*_lang_only` recipe of a model's family; None for a language model alone, which has no recipe.
 
     Args:
       cfg: our config of the model.
     """
-    family = inspection.family_name(cfg)
-    return None if family == 'causal' else read_config(f'configs/{family}_lang_only.py')
+    path = Path(f'configs/{cfg.family.name}_lang_only.py')
+    return read_config(str(path)) if path.is_file() else None
 
 
 def recipes() -> list[str]:

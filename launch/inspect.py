@@ -54,9 +54,9 @@ def print_model(model: cli.ModelConfig) -> None:
         for tower in towers
     ]
     rows.append(('total', sum(tower.blocks for tower in towers), '', f'{inspection.count(params):,}', ''))
-    print(f'{model.name}: {inspection.family_name(model.cfg)}\n')
+    print(f'{model.name}: {model.cfg.family.name}\n')
     print_table(('tower', 'blocks', 'width', 'parameters', 'share'), rows, left=1)
-    unread = inspection.unread(model.hf, model.cfg) if model.hf else {}
+    unread = model.cfg.family.unread(model.hf, model.cfg) if model.hf else {}
     if unread:
         print('\nin the checkpoint, but not read: ' + '; '.join(f'{part}, {size:,}' for part, size in unread.items()))
 

@@ -93,7 +93,7 @@ class Case(NamedTuple):
     @property
     def prompt(self):
         """How many tokens of the output were given."""
-        return 1 if self.model.encoder_decoder else self.batch['input_ids'].shape[1]
+        return 1 if self.model.is_encoder_decoder else self.batch['input_ids'].shape[1]
 
 
 def prompts(model):

@@ -98,7 +98,7 @@ def batch(model):
         made['qformer_attention_mask'] = np.ones((3, 7), ids.dtype)
     if type(model.cfg).__name__ == 'PaliGemmaConfig':
         made['token_type_ids'] = np.where(np.arange(ids.shape[1]) < 20, 0, np.ones_like(ids))
-    if model.encoder_decoder:
+    if model.is_encoder_decoder:
         made['decoder_input_ids'] = rng.integers(0, 38, (3, 5))
     return made
 

@@ -56,7 +56,7 @@ def load_processor(cfg: blip2.Blip2Config) -> Any:
     size = {'height': cfg.vision.image_size, 'width': cfg.vision.image_size}
     images = BlipImageProcessorPil(size=size, image_mean=half, image_std=half)
     processor = Blip2Processor(images, tokenizer, num_query_tokens=cfg.qformer.queries)
-    return Processor('blip-2', processor, cfg.qformer.queries, GENERATION.eos[0], None)
+    return Processor(cfg.family.processor, processor, cfg.qformer.queries, GENERATION.eos[0], None)
 
 
 def to_json(cfg: blip2.Blip2Config) -> str:
@@ -115,7 +115,7 @@ def load(bridge: str | Path = BRIDGE, *, dtype: DTypeLike = jnp.float32) -> tupl
     check_shapes(bridge, tree, blip2.bridge_shapes(cfg))
     _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     params = tree | {'language': language}
-    check_shapes(bridge, params, blip2.shapes(cfg))
+    check_shapes(bridge, params, cfg.family.shapes(cfg))
     return Model(cfg, GENERATION), merge(params, None, lora)
 
 

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -18,8 +17,8 @@ import numpy as np
 from sparselora_jax.checkpoints import safetensors_format
 from sparselora_jax.checkpoints.checkpoint_files import Checkpoint
 from sparselora_jax.checkpoints.safetensors_format import Entry
-from sparselora_jax.models import t5
-from sparselora_jax.models.keys import Part
+from sparselora_jax.models.family import Family
+from sparselora_jax.models.key_table import Part
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import rules
 
@@ -119,7 +118,7 @@ def to_checkpoint(array: AnyArray, shape: tuple[int, ...], *, kernel: bool) -> A
     return array.reshape(shape)
 
 
-def places(family: ModuleType, cfg: Any) -> dict[str, list[Place]]:
+def places(family: Family, cfg: Any) -> dict[str, list[Place]]:
     """Return the arrays of ours that each tensor of a checkpoint fills, by the tensor's name.
 
     Args:
@@ -139,18 +138,18 @@ def places(family: ModuleType, cfg: Any) -> dict[str, list[Place]]:
             places_of.setdefault(part.name, []).append(place)
             continue
         for layer in range(shapes[path][0]):
-            # A stack may be every second layer of torch's; see models/keys.py.
+            # A stack may be every second layer of torch's; see models/key_table.py.
             name = part.name.format(i=layer, even=2 * layer, odd=2 * layer + 1)
             place = Place(path, shapes[path], layer, part.index, part.of)
             places_of.setdefault(name, []).append(place)
     return places_of
 
 
-def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
+def modules(family: Family, checkpoint: Checkpoint) -> dict[str, Entry]:
     """Return a checkpoint's tensors under the module names of today's transformers.
 
     Args:
-      family: whose `RENAMES` lead from older names to today's.
+      family: whose `renames` lead from older names to today's.
       checkpoint: the tensors.
 
     Raises:
@@ -160,7 +159,7 @@ def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
     for entry in checkpoint.entries.values():
         name = entry.name
         # In order: a later pattern sees what an earlier one made of the name.
-        for pattern, replacement in family.RENAMES:
+        for pattern, replacement in family.renames:
             name = re.sub(pattern, replacement, name)
         if name in entries:
             raise StorageError(f'{entry.file}: {entry.name} and {entries[name].name} both mean {name}; expected one')
@@ -168,7 +167,7 @@ def modules(family: ModuleType, checkpoint: Checkpoint) -> dict[str, Entry]:
     return entries
 
 
-def embed_names(family: ModuleType, cfg: Any) -> list[str]:
+def embed_names(family: Family, cfg: Any) -> list[str]:
     """List the names under which a file may hold the word embeddings: their own, then those of copies.
 
     Args:
@@ -179,12 +178,12 @@ def embed_names(family: ModuleType, cfg: Any) -> list[str]:
       Names in the order in which torch looks for them.
     """
     table = family.keys(untied(cfg))
-    own, stacks = table[EMBED], t5.COPIES if isinstance(cfg.language, t5.T5Config) else ()
-    copies = [own.removesuffix(t5.EMBED) + name for name in stacks]
+    own = table[EMBED]
+    copies = cfg.language.tower.embed_copies(own)
     return [own, *copies, table[HEAD]] if cfg.language.tied else [own, *copies]
 
 
-def follow_head(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> Any:
+def follow_head(family: Family, cfg: Any, checkpoint: Checkpoint) -> Any:
     """Return the config with its head untied where the file's own head differs from the word embeddings.
 
     T5 1.1 is saved so: its config ties the head, and its files hold another one.
@@ -244,7 +243,7 @@ def _split_rows(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def pieces(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
+def pieces(family: Family, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
     """List every piece of a checkpoint that a model is made of, in the order of the files' bytes.
 
     Args:
@@ -267,7 +266,7 @@ def pieces(family: ModuleType, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
         name: entry
         for name, entry in entries.items()
         # Not read: buffers that older versions saved, such as position ids, and layers that no output needs.
-        if name in wanted or not any(re.fullmatch(pattern, name) for pattern in family.IGNORED)
+        if name in wanted or not any(re.fullmatch(pattern, name) for pattern in family.ignored)
     }
     _check_entries(checkpoint, wanted, entries)
     unsorted = [piece for name, entry in entries.items() for place in wanted[name] for piece in _split(entry, place)]

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 
 from sparselora_jax.checkpoints import checkpoint_files, layout, packed, streaming
 from sparselora_jax.checkpoints.checkpoint_files import Checkpoint
-from sparselora_jax.models.model import FAMILY_OF, Generation, Model
+from sparselora_jax.models.family import Family, find_family
+from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
@@ -23,7 +24,7 @@ _NOT_DOWNLOADED = ['*/*', 'consolidated*']
 
 
 def load_model(
-    dir_or_hub_id: str | Path, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    dir_or_hub_id: str | Path, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None, family: str = ''
 ) -> tuple[Model, dict]:
     """Read a model and its params.
 
@@ -34,6 +35,7 @@ def load_model(
       dtype: of the params; each tensor's own by default. A T5 overflows in float16, so choose float32 or bfloat16 if
         its files are in float16.
       mesh: see `sharding.make_mesh`; the params are split over it by `sharding.RULES`.
+      family: a family to read it by, as `package.module:FAMILY`; '' for the one registered for its `model_type`.
 
     Returns:
       (model, params).
@@ -47,18 +49,20 @@ def load_model(
         checkpoint_files.refuse_adapter(folder)  # the other branch does so where it opens the files
         if mesh is not None:
             raise StorageError(f'{folder}: packed weights lie on one device; load them without a mesh')
-        hf = read_config(folder)
-        model = Model(FAMILY_OF[hf.model_type].from_hf(hf), read_generation(folder, hf), str(folder))
+        hf = read_config(folder, family)
+        known_family = find_family(hf.model_type, family)
+        model = Model(known_family.from_hf(hf), read_generation(folder, hf, known_family), str(folder))
         return packed.load_packed(folder, model, dtype=dtype)
-    model, pieces = open_model(folder)
+    model, pieces = open_model(folder, family)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
 
 
-def open_model(dir_or_hub_id: str | Path) -> tuple[Model, list[layout.Piece]]:
+def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list[layout.Piece]]:
     """Find a model and where each of its weights lies; check everything, and read no weight but a doubtful head.
 
     Args:
       dir_or_hub_id: see `load_model`.
+      family: see `load_model`.
 
     Returns:
       (model, pieces), see `layout.pieces`.
@@ -69,10 +73,11 @@ def open_model(dir_or_hub_id: str | Path) -> tuple[Model, list[layout.Piece]]:
     folder = find_directory(dir_or_hub_id)
     checkpoint = checkpoint_files.open_checkpoint(folder)
     _tell_ignored(checkpoint)  # here, and not where it is opened: an export opens its source again
-    hf = read_config(folder)
-    family = FAMILY_OF[hf.model_type]
-    cfg = layout.follow_head(family, family.from_hf(hf), checkpoint)
-    return Model(cfg, read_generation(folder, hf), str(folder)), layout.pieces(family, cfg, checkpoint)
+    hf = read_config(folder, family)
+    known_family = find_family(hf.model_type, family)
+    cfg = layout.follow_head(known_family, known_family.from_hf(hf), checkpoint)
+    model = Model(cfg, read_generation(folder, hf, known_family), str(folder))
+    return model, layout.pieces(known_family, cfg, checkpoint)
 
 
 def _tell_ignored(checkpoint: Checkpoint) -> None:
@@ -128,11 +133,12 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
     return folder
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, family: str = '') -> Any:
     """Return the transformers config of a directory; no code of the directory's own is run.
 
     Args:
       folder: the directory.
+      family: see `load_model`.
 
     Raises:
       StorageError: config.json is no model config.
@@ -147,10 +153,10 @@ def read_config(folder: Path) -> Any:
         kind = raw.get('model_type')
     except (ValueError, AttributeError) as error:
         raise StorageError(f'{path}: not a model config ({error}); download it again') from None
-    if kind not in FAMILY_OF:
-        raise UnsupportedModelError(
-            f'{path}: model_type {kind!r} is not known; known are {", ".join(sorted(FAMILY_OF))}'
-        )
+    try:
+        find_family(kind, family)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f'{path}: {error}') from None
     # Their tensors are in a quantiser's own format, with scales beside them.
     if raw.get('quantization_config'):
         raise UnsupportedModelError(
@@ -163,22 +169,23 @@ def read_config(folder: Path) -> Any:
         raise StorageError(f'{path}: transformers does not read it ({error})') from None
 
 
-def read_generation(folder: Path, hf: Any) -> Generation:
+def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
     """Return the special tokens and the defaults of decoding.
 
-    BLIP-2 and InstructBLIP generate by their language model, which was built from `text_config`. So its defaults hold,
-    and the directory's generation_config.json is not read.
+    Where the language model generates by itself (`Family.reads_generation_config` is False), it was built from
+    `text_config`. So its defaults hold, and the directory's generation_config.json is not read.
 
     Args:
       folder: the directory.
       hf: its transformers config.
+      family: the family of the model.
 
     Raises:
       StorageError: generation_config.json holds no defaults of decoding.
     """
     from transformers import GenerationConfig
 
-    own, path = hf.model_type not in ('blip-2', 'instructblip'), folder / 'generation_config.json'
+    own, path = family.reads_generation_config, folder / 'generation_config.json'
     if own and path.is_file():
         try:
             defaults = GenerationConfig.from_pretrained(folder)

@@ -1,111 +1,138 @@
-"""The transformers processor of a Hugging Face directory, read without torch, its settings checked and complete."""
+"""The transformers processor of a Hugging Face directory, read without torch, its settings checked and completed."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import transformers
-
+from sparselora_jax.data.processor_spec import PROCESSORS, ProcessorSpec
 from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
 
-CLASSES = {
-    'blip-2': transformers.Blip2Processor,
-    'instructblip': transformers.InstructBlipProcessor,
-    'llava': transformers.LlavaProcessor,
-    'paligemma': transformers.PaliGemmaProcessor,
-}
+if TYPE_CHECKING:
+    import transformers
+
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.json', 'vocab.txt')
 
 
-def read_config(folder: Path) -> Any:
-    """config.json of a known family.
+def read_config(folder: Path) -> 'transformers.PretrainedConfig':
+    """Read config.json; no code of the directory's own is run.
+
+    Args:
+      folder: a Hugging Face directory.
+
+    Returns:
+      The transformers config.
 
     Raises:
       DataError: the file is missing or unreadable.
-      UnsupportedModelError: another `model_type`.
     """
+    import transformers
+
     if not (folder / 'config.json').is_file():
         raise DataError(f'{folder}: no config.json; a model directory as transformers saves it is needed')
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a field of a wrong type raises one of huggingface_hub's own
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a field of a wrong type raises one of huggingface_hub's own errors
         raise DataError(f'{folder}/config.json cannot be read: {error}') from error
-    if config.model_type not in CLASSES:
-        known = ', '.join(CLASSES)
-        raise UnsupportedModelError(
-            f'{folder}: no image processing for model_type {config.model_type!r}; known: {known}'
-        )
-    return config
 
 
-def image_tokens(config: Any) -> int:
-    """Placeholders of one image that the model fills."""
-    if config.model_type in ('blip-2', 'instructblip'):
-        return config.num_query_tokens
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return patches + (config.model_type == 'llava' and config.vision_feature_select_strategy == 'full')
+def find_spec(folder: Path, model_type: str) -> ProcessorSpec:
+    """Return how the processor of a kind of model works.
 
+    Args:
+      folder: the directory, for the error.
+      model_type: transformers' name of the kind of model.
 
-def end_token(folder: Path, config: Any) -> int | None:
-    """The token that generation stops at, the first one if there are several.
+    Returns:
+      The description that a family registered.
 
-    BLIP-2 and InstructBLIP leave generation to their language model, which does not see generation_config.json.
+    Raises:
+      UnsupportedModelError: no family registered one for this `model_type`.
     """
-    end, file = config.text_config.eos_token_id, folder / 'generation_config.json'
-    if config.model_type in ('llava', 'paligemma') and file.is_file():
+    if model_type not in PROCESSORS:
+        known = ', '.join(PROCESSORS)
+        raise UnsupportedModelError(f'{folder}: no image processing for model_type {model_type!r}; known: {known}')
+    return PROCESSORS.find(model_type)
+
+
+def find_end_token(folder: Path, config: 'transformers.PretrainedConfig', spec: ProcessorSpec) -> int | None:
+    """Return the token that generation stops at, the first one if there are several; None if no file names one.
+
+    Args:
+      folder: the directory, which may hold a generation_config.json.
+      config: its config.json.
+      spec: says which of the two files generation follows.
+    """
+    end = config.text_config.eos_token_id
+    file = folder / 'generation_config.json'
+    if spec.reads_generation_config and file.is_file():
         end = json.loads(file.read_text()).get('eos_token_id', end)
     return end[0] if isinstance(end, list) else end
 
 
-def read_processor(folder: Path, config: Any) -> Any:
-    """The processor, with the PIL image processor.
+def read_processor(
+    folder: Path, config: 'transformers.PretrainedConfig', spec: ProcessorSpec
+) -> 'transformers.ProcessorMixin':
+    """Read the processor, with an image processor that works on PIL images and needs no torch.
+
+    Args:
+      folder: a Hugging Face directory.
+      config: its config.json.
+      spec: how the processor of this kind of model works.
+
+    Returns:
+      The transformers processor; its tokenizer pads on the side that the model expects.
 
     Raises:
-      DataError: a file is missing or unreadable, there is no image token, or it is not that of config.json.
+      DataError: a file is missing or unreadable, the tokenizer knows no image token, or config.json names another one.
     """
-    _check_files(folder, config.model_type)
-    try:
-        hf = CLASSES[config.model_type].from_pretrained(folder, local_files_only=True)
-        # The default is torchvision's where that is installed.
-        images = transformers.AutoImageProcessor.from_pretrained(folder, backend='pil', local_files_only=True)
-    except Exception as error:  # the tokenizers library raises no narrower one
-        raise DataError(f'{folder}: its processor cannot be read: {error}') from error
-    hf.image_processor = images
-    _complete(hf, config)
+    import transformers
 
-    tokenizer, token = hf.tokenizer, str(hf.image_token)
-    found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or found == tokenizer.unk_token_id:
+    _check_files(folder, spec)
+    try:
+        processor = spec.find_class().from_pretrained(folder, local_files_only=True)
+        # Without `backend` transformers takes torchvision's image processor where that is installed.
+        images = transformers.AutoImageProcessor.from_pretrained(folder, backend='pil', local_files_only=True)
+    except Exception as error:  # the tokenizers library raises no narrower error
+        raise DataError(f'{folder}: its processor cannot be read: {error}') from error
+    processor.image_processor = images
+    spec.complete(processor, config)
+    _set_padding_sides(processor, config, spec)
+
+    tokenizer = processor.tokenizer
+    token = str(processor.image_token)
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or token_id == tokenizer.unk_token_id:
         raise DataError(f'{folder}: no image token: the tokenizer does not know {token}')
-    if config.image_token_id not in (None, found):
-        raise DataError(f'{folder}: {token} is {found} to the tokenizer, {config.image_token_id} in config.json')
+    if config.image_token_id not in (None, token_id):
+        raise DataError(f'{folder}: {token} is {token_id} to the tokenizer, {config.image_token_id} in config.json')
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise DataError(f'{folder}: the tokenizer has neither a pad nor an end token; see tokenizer_config.json')
+        # Any token will do, since the attention mask hides pads; LLaMA's tokenizers name none.
         tokenizer.pad_token = tokenizer.eos_token
-    return hf
+    return processor
 
 
-def _check_files(folder: Path, family: str) -> None:
-    """Transformers itself would take another tokenizer, or ask the hub, where a file is missing."""
-    for where in (folder, folder / 'qformer_tokenizer')[: 1 + (family == 'instructblip')]:
+def _check_files(folder: Path, spec: ProcessorSpec) -> None:
+    """Check that the processor's files are there: else transformers takes another tokenizer, or asks the hub."""
+    tokenizer_folders = [folder]
+    if spec.has_instruction:
+        tokenizer_folders.append(folder / 'qformer_tokenizer')
+    for where in tokenizer_folders:
         if not any((where / name).is_file() for name in TOKENIZER_FILES):
             raise DataError(f'{where}: no tokenizer (none of {", ".join(TOKENIZER_FILES)}); copy the original files')
-    nested = folder / 'processor_config.json'  # newer directories hold the settings in there
-    if not (folder / 'preprocessor_config.json').is_file() and not (
-        nested.is_file() and '"image_processor"' in nested.read_text()
-    ):
+    # Newer directories keep the settings of images inside processor_config.json.
+    nested = folder / 'processor_config.json'
+    is_nested = nested.is_file() and '"image_processor"' in nested.read_text()
+    if not is_nested and not (folder / 'preprocessor_config.json').is_file():
         raise DataError(f'{folder}: no preprocessor_config.json, which says how images are scaled; copy the original')
 
 
-def _complete(hf: Any, config: Any) -> None:
-    """Sets where to pad, and what directories leave out that were saved when the model added image tokens."""
-    if config.model_type == 'llava' and hf.patch_size is None:
-        hf.patch_size, hf.num_additional_image_tokens = config.vision_config.patch_size, 1
-        hf.vision_feature_select_strategy = config.vision_feature_select_strategy
-    if config.model_type in ('blip-2', 'instructblip') and hf.num_query_tokens is None:
-        hf.num_query_tokens = config.num_query_tokens
-    # T5 and the Q-Former count positions from the left, pads included.
-    hf.tokenizer.padding_side = 'right' if config.text_config.is_encoder_decoder else 'left'
-    if config.model_type == 'instructblip':
-        hf.qformer_tokenizer.padding_side = 'right'
+def _set_padding_sides(
+    processor: 'transformers.ProcessorMixin', config: 'transformers.PretrainedConfig', spec: ProcessorSpec
+) -> None:
+    # An encoder and a Q-Former count positions from the left, pads included, so their pads must come last. A decoder
+    # goes on where its prompt ends, so there they must come first.
+    processor.tokenizer.padding_side = 'right' if config.text_config.is_encoder_decoder else 'left'
+    if spec.has_instruction:
+        processor.qformer_tokenizer.padding_side = 'right'

@@ -1,31 +1,38 @@
-"""Images and texts for a Hugging Face directory: what its own processor makes of them, laid out for our batches.
+"""Images and texts for a Hugging Face directory: its own processor converts them, and they are laid out for our batches.
 
-transformers' processors and their PIL image processors do the work, without torch. Ours is where tokens stand:
+transformers' processors and their PIL image processors do the conversion, without torch. This module decides where
+tokens stand:
 
-  BLIP-2, InstructBLIP   [image][pads][prompt][answer]          the processor pads the text alone
+  BLIP-2, InstructBLIP   [image][pads][prompt][answer]           the processor pads the text alone
   LLaVA, PaliGemma       [pads][prompt, image in it][answer]
-  with T5                [image][prompt][pads], [start][answer]  relative positions: nothing may part image and prompt
+  with T5                [image][prompt][pads], [start][answer]  relative positions: no pads between image and prompt
 
-`image` is `Processor.image_tokens` placeholders; `prompt_tokens` and `answer_tokens` count text alone.
+`image` stands for `Processor.image_tokens` placeholders; `prompt_tokens` and `answer_tokens` count text alone. Which of
+the three a family follows is said by its `ProcessorSpec`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Bool, Float32, Int32, Integer, UInt8
 from PIL import Image
 
 from sparselora_jax.data import directory
+from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
 from sparselora_jax.runtime.errors import DataError
 
-IN_TEXT = ('llava', 'paligemma')  # the image's placeholders are part of the text, which is padded as a whole
+if TYPE_CHECKING:
+    import transformers
+
 INPUTS = ('pixel_values', 'input_ids', 'attention_mask', 'qformer_input_ids', 'qformer_attention_mask')
 
 # [height, width] or [height, width, 1, 3 or 4]; anonymous axes, since images of one batch differ in size.
 Picture = Image.Image | UInt8[np.ndarray, '_ _'] | UInt8[np.ndarray, '_ _ _']
+# Arrays by the names that transformers' processors give them.
+Inputs = dict[str, Int32[np.ndarray, '...'] | Float32[np.ndarray, '...'] | Bool[np.ndarray, '...']]
 
 
 @dataclass(frozen=True)
@@ -33,50 +40,63 @@ class Processor:
     """A directory's processor.
 
     Attributes:
-      family: `model_type` of the directory, a key of `directory.CLASSES`.
+      spec: how its family lays texts and images out.
       hf: the transformers processor.
-      image_tokens: placeholders of one image.
+      image_tokens: number of placeholders of one image.
       end: the token that generation stops at; the answers to train on end with it.
       start: the decoder's first token; None unless the language model is an encoder-decoder.
     """
 
-    family: str
-    hf: Any
+    spec: ProcessorSpec
+    hf: 'transformers.ProcessorMixin'
     image_tokens: int
     end: int
     start: int | None
 
-    def prompt(self, images: Sequence[Picture], texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """A batch to generate from, one image a text, padded to the longest text.
+    def prompt(self, images: Sequence[Picture], texts: Sequence[str]) -> Inputs:
+        """Return a batch to generate from, one image a text, padded to the longest text.
 
         A LLaVA text holds '<image>' once, e.g. 'USER: <image>\\nWhat is this? ASSISTANT:'; the others need none.
-        What is transparent becomes white, as transformers has it.
+        Transparent pixels become white, as in transformers.
+
+        Args:
+          images: pictures of any size.
+          texts: one prompt an image.
 
         Returns:
           `pixel_values` float32 [batch, 3, height, width]; `input_ids`, `attention_mask` and, where the family has
           them, `token_type_ids`, `qformer_input_ids`, `qformer_attention_mask`: int32 [batch, tokens].
 
         Raises:
-          DataError: not one image a text, a text with a wrong number of '<image>', an image that is none.
+          DataError: not one image a text, a text with a wrong number of '<image>', or an unreadable image.
         """
         if not texts or len(images) != len(texts):
             raise DataError(f'{len(images)} images for {len(texts)} texts: one image a text is needed')
         texts = [self._with_image(text) for text in texts]
+        # Image processors expect a channel axis, also of grey images.
         arrays = [image[..., None] if isinstance(image, np.ndarray) and image.ndim == 2 else image for image in images]
-        # Unless told, it may take a low array for one of channels first; PaliGemma's settings leave grey images grey.
-        told = {'do_convert_rgb': True, 'input_data_format': 'channels_last'}
+        # Without a data format, an array of few rows may be taken for one of channels first. Without the conversion,
+        # PaliGemma's settings leave grey images grey.
+        settings = {'do_convert_rgb': True, 'input_data_format': 'channels_last'}
         try:
-            made = self.hf(images=arrays, text=texts, padding=True, return_tensors='np', images_kwargs=told)
+            outputs = self.hf(images=arrays, text=texts, padding=True, return_tensors='np', images_kwargs=settings)
         except (ValueError, TypeError, OSError) as error:
             raise DataError(f'an image or a text that cannot be processed: {error}') from error
-        names = INPUTS + ('token_type_ids',) * (self.family == 'paligemma')
-        types = {'pixel_values': np.float32}
-        return {name: made[name].astype(types.get(name, np.int32)) for name in names if name in made}
+        names = (*INPUTS, 'token_type_ids') if self.spec.has_token_types else INPUTS
+        dtypes = {'pixel_values': np.float32}
+        return {name: outputs[name].astype(dtypes.get(name, np.int32)) for name in names if name in outputs}
 
     def example(
         self, image: Picture, prompt: str, answer: str = '', *, prompt_tokens: int, answer_tokens: int
-    ) -> dict[str, np.ndarray]:
-        """One example to train on, its shapes the same for every text; without an answer, one to generate from.
+    ) -> Inputs:
+        """Return one example to train on, of the same shapes for every text; without an answer, one to generate from.
+
+        Args:
+          image: a picture of any size.
+          prompt: the text before the answer, as in `prompt`.
+          answer: the text to learn; '' for an example to generate from.
+          prompt_tokens: number of tokens that each prompt is padded to.
+          answer_tokens: number of tokens that each answer is padded to, its end token included.
 
         Returns:
           `pixel_values` [3, height, width];
@@ -89,133 +109,178 @@ class Processor:
           `qformer_input_ids`, `qformer_attention_mask` int32 [prompt_tokens].
 
         Raises:
-          DataError: a prompt or an answer that does not fit, a prompt of no tokens, and as `prompt` does.
+          DataError: a prompt or an answer that does not fit, a prompt without tokens, and as `prompt` does.
         """
-        made = {name: value[0] for name, value in self.prompt([image], [prompt]).items()}
-        target = [*self._answer(prompt, answer), self.end] if answer.strip() else []
-        words = len(made['input_ids']) - self.image_tokens
+        row = {name: value[0] for name, value in self.prompt([image], [prompt]).items()}
+        target = [*self._answer_tokens(prompt, answer), self.end] if answer.strip() else []
+        words = len(row['input_ids']) - self.image_tokens
         lengths = [('prompt', words, prompt_tokens), ('answer', len(target), answer_tokens)]
-        if 'qformer_input_ids' in made:
-            lengths.append(('prompt (as the Q-Former reads it)', len(made['qformer_input_ids']), prompt_tokens))
-        if reason := _too_long(lengths):
+        if 'qformer_input_ids' in row:
+            lengths.append(('prompt (as the Q-Former reads it)', len(row['qformer_input_ids']), prompt_tokens))
+        if reason := _first_too_long(lengths):
             raise DataError(f'{reason}: {prompt!r} -> {answer!r}')
         if not words:
             raise DataError('the prompt is empty: there is no token to predict the answer from')
 
+        example = {'pixel_values': row.pop('pixel_values')}
         pad = self.hf.tokenizer.pad_token_id
-        inputs = _right(target[:-1], answer_tokens - 1, pad)
-        read = _right([1] * len(target[:-1]), answer_tokens - 1, 0)
-        out = {'pixel_values': made.pop('pixel_values')}
-        for name, row in made.items():
+        # A position predicts the token after it, so the answer's last token is a target and never an input.
+        inputs = _pad_right(target[:-1], answer_tokens - 1, pad)
+        read = _pad_right([1] * len(target[:-1]), answer_tokens - 1, 0)
+        for name, tokens in row.items():
             fill = {'input_ids': pad, 'qformer_input_ids': self._qformer_pad}.get(name, 0)
             if name.startswith('qformer'):
-                out[name] = _right(row, prompt_tokens, fill)
-            elif self.start is not None:
-                out[name] = _right(row, self.image_tokens + prompt_tokens, fill)
+                example[name] = _pad_right(tokens, prompt_tokens, fill)
+            elif self.start is not None:  # an encoder reads the prompt alone, and its pads come last
+                example[name] = _pad_right(tokens, self.image_tokens + prompt_tokens, fill)
             else:
-                front = 0 if self.family in IN_TEXT else self.image_tokens
                 pads = np.full(prompt_tokens - words, fill, np.int32)
-                out[name] = np.concatenate([row[:front], pads, row[front:], inputs if name == 'input_ids' else read])
+                before_pads = 0 if self.spec.pads_whole_prompt else self.image_tokens
+                tail = inputs if name == 'input_ids' else read
+                example[name] = np.concatenate([tokens[:before_pads], pads, tokens[before_pads:], tail])
         if self.start is not None:
-            out['decoder_input_ids'] = np.concatenate([np.int32([self.start]), inputs])
-        return out | {'targets': _right(target, answer_tokens, pad), 'answer': np.arange(answer_tokens) < len(target)}
+            example['decoder_input_ids'] = np.concatenate([np.int32([self.start]), inputs])
+        example['targets'] = _pad_right(target, answer_tokens, pad)
+        example['answer'] = np.arange(answer_tokens) < len(target)
+        return example
 
     def misfit(self, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int | None = None) -> str:
-        """Why `example` would refuse these texts, '' if it would not; no image is needed."""
+        """Return why `example` would refuse these texts, '' if it would accept them; no image is needed.
+
+        Args:
+          prompt: the text before the answer.
+          answer: the text to learn.
+          prompt_tokens: number of tokens that each prompt is padded to.
+          answer_tokens: number of tokens that each answer is padded to; None: answers need not fit.
+        """
         try:
             text = self._with_image(prompt)
         except DataError as error:
             return str(error)
         tokenizer = self.hf.tokenizer
-        if self.family == 'paligemma':  # its processor's own way to put an image, a start and a line end around
-            text = f'{tokenizer.bos_token}{text.removeprefix(str(self.hf.image_token))}\n'
+        if self.spec.prompt_template:
+            # The processor writes the template itself, special tokens included.
+            text = text.removeprefix(str(self.hf.image_token))
+            text = self.spec.prompt_template.format(bos=tokenizer.bos_token, text=text)
             words = len(tokenizer(text, add_special_tokens=False)['input_ids'])
         else:
-            words = len(tokenizer(text)['input_ids']) - (self.family in IN_TEXT)
+            # An image in the text is one token here; the processor would repeat it.
+            words = len(tokenizer(text)['input_ids']) - text.count(str(self.hf.image_token))
         lengths = [('prompt', words, prompt_tokens)]
         if answer_tokens is not None:
-            lengths.append(('answer', len(self._answer(prompt, answer)) + 1, answer_tokens))
-        if self.family == 'instructblip':
-            read = len(self.hf.qformer_tokenizer(text)['input_ids'])
-            lengths.append(('prompt (as the Q-Former reads it)', read, prompt_tokens))
-        return _too_long(lengths)
+            lengths.append(('answer', len(self._answer_tokens(prompt, answer)) + 1, answer_tokens))
+        if self.spec.has_instruction:
+            instruction = len(self.hf.qformer_tokenizer(text)['input_ids'])
+            lengths.append(('prompt (as the Q-Former reads it)', instruction, prompt_tokens))
+        return _first_too_long(lengths)
 
     def decode(self, ids: Integer[np.ndarray, 'batch tokens'] | Sequence[Sequence[int]]) -> list[str]:
-        """Generated tokens as texts, without special tokens and the space around."""
+        """Return generated tokens as texts, without special tokens and without space around them.
+
+        Args:
+          ids: rows of tokens.
+        """
         return [text.strip() for text in self.hf.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @property
     def _qformer_pad(self) -> int | None:
-        return self.hf.qformer_tokenizer.pad_token_id if self.family == 'instructblip' else None
+        return self.hf.qformer_tokenizer.pad_token_id if self.spec.has_instruction else None
 
     def _with_image(self, text: str) -> str:
-        """The text as the transformers processor wants it."""
+        """Return the text as the transformers processor expects it, the image's token in its place."""
         token = str(self.hf.image_token)
-        found = text.count(token)
-        if self.family == 'llava' and found != 1:
-            raise DataError(f"a LLaVA prompt holds {token} once, e.g. 'USER: {token}\\n... ASSISTANT:'; got {text!r}")
-        if found > (self.family in IN_TEXT):
-            raise DataError(f'{token} stands for an image, and the one there is comes first; leave it out of {text!r}')
-        return token + text if self.family == 'paligemma' and not found else text
+        count = text.count(token)
+        place = self.spec.image_place
+        if place is ImagePlace.IN_TEXT and count != 1:
+            raise DataError(
+                f'a prompt of this model holds {token} once, as {self.spec.text.prompt!r} does; got {text!r}'
+            )
+        allowed = 1 if self.spec.pads_whole_prompt else 0
+        if count > allowed:
+            raise DataError(f'{token} stands for the image, which comes first by itself; leave it out of {text!r}')
+        if place is ImagePlace.BEFORE_TEXT and not count:
+            return token + text
+        return text
 
-    def _answer(self, prompt: str, answer: str) -> list[int]:
-        """An answer's tokens as they follow the prompt's, its end not included."""
-        tokenizer, answer = self.hf.tokenizer, answer.strip()
+    def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
+        """Return an answer's tokens as they follow the prompt's, without the end token."""
+        tokenizer = self.hf.tokenizer
+        answer = answer.strip()
         tokens = tokenizer(answer, add_special_tokens=False)['input_ids']
-        if self.start is None and self.family != 'paligemma':  # PaliGemma's stands on a line of its own
-            # Tokenizers differ in what becomes of a first space, so the answer is read behind its prompt.
+        # A decoder's answer begins a text of its own, and so does one behind a template.
+        if self.start is None and not self.spec.prompt_template:
+            # Tokenizers differ in how they treat a first space, so the answer is read behind its prompt.
             space = '' if prompt[-1:].isspace() else ' '
-            head, whole = (tokenizer(text)['input_ids'] for text in (prompt, prompt + space + answer))
-            if whole[: len(head)] == head:  # else a token spans the border
+            head = tokenizer(prompt)['input_ids']
+            whole = tokenizer(prompt + space + answer)['input_ids']
+            if whole[: len(head)] == head:  # otherwise one token spans the end of the prompt and the answer's beginning
                 tokens = whole[len(head) :]
         return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
 
 
-def _too_long(lengths: Sequence[tuple[str, int, int]]) -> str:
-    """The first of (what, tokens, room) that does not fit."""
-    return next(
-        (f'{name} of {length} tokens, at most {limit} fit' for name, length, limit in lengths if length > limit), ''
-    )
+def _first_too_long(lengths: Sequence[tuple[str, int, int]]) -> str:
+    """Return a sentence on the first (name, tokens, limit) with more tokens than its limit, '' if there is none."""
+    for name, length, limit in lengths:
+        if length > limit:
+            return f'{name} of {length} tokens, at most {limit} fit'
+    return ''
 
 
-def _right(row: Sequence[int] | np.ndarray, length: int, fill: int) -> Integer[np.ndarray, 'length']:
-    """A row padded on the right."""
+def _pad_right(row: Sequence[int] | np.ndarray, length: int, fill: int) -> Integer[np.ndarray, 'length']:
     return np.asarray([*row] + [fill] * (length - len(row)), np.int32)
 
 
-def load_processor(folder: str | Path) -> Processor:
-    """The processor of a BLIP-2, InstructBLIP, LLaVA or PaliGemma directory, tried on an image.
+def load_processor(folder: str | Path, spec: ProcessorSpec | None = None) -> Processor:
+    """Read the processor of a directory, and try it on an image.
 
-    Runs no code that lies in the directory. What an old one leaves out of the processor's settings is taken from
-    config.json. Texts are padded on the left, those of a T5 encoder and of a Q-Former on the right.
+    No code that lies in the directory is run. Settings that an old directory leaves out are taken from config.json.
+    Texts are padded on the left; those of a T5 encoder and of a Q-Former on the right.
+
+    Args:
+      folder: a Hugging Face directory.
+      spec: how its processor works; None: as the family that registered the directory's `model_type` says.
+
+    Returns:
+      The processor.
 
     Raises:
-      UnsupportedModelError: another `model_type`.
-      DataError: a file is missing or unreadable, or what the processor makes does not fit config.json: another size
-        of images, image token, or number of them.
+      UnsupportedModelError: no family registered this `model_type`.
+      DataError: a file is missing or unreadable, or the processor's output does not fit config.json: another size of
+        images, another image token, or another number of them.
     """
     folder = Path(folder)
     config = directory.read_config(folder)
-    hf = directory.read_processor(folder, config)
-    expected, text, vision = directory.image_tokens(config), config.text_config, config.vision_config
-    start = None
-    if text.is_encoder_decoder:
-        start = getattr(text, 'decoder_start_token_id', None)
-        start = text.pad_token_id if start is None else start
-    end = directory.end_token(folder, config)
-    end = hf.tokenizer.eos_token_id if end is None else end
-    processor = Processor(config.model_type, hf, expected, end, start)
+    if spec is None:
+        spec = directory.find_spec(folder, config.model_type)
+    hf = directory.read_processor(folder, config, spec)
+    end = directory.find_end_token(folder, config, spec)
+    if end is None:
+        end = hf.tokenizer.eos_token_id
+    processor = Processor(spec, hf, spec.count_image_tokens(config), end, _start_token(config.text_config))
+    _check_on_an_image(folder, processor, config.vision_config.image_size)
+    return processor
 
-    image = hf.tokenizer.convert_tokens_to_ids(str(hf.image_token))
+
+def _start_token(text_config: 'transformers.PretrainedConfig') -> int | None:
+    """Return the first token of an encoder-decoder's answers; None: the model is no encoder-decoder."""
+    if not text_config.is_encoder_decoder:
+        return None
+    start = getattr(text_config, 'decoder_start_token_id', None)
+    return text_config.pad_token_id if start is None else start  # T5 begins with a pad where its config is silent
+
+
+def _check_on_an_image(folder: Path, processor: Processor, image_size: int) -> None:
+    """Check on one black image that the processor's output has the shapes that the model expects."""
+    token = str(processor.hf.image_token)
+    text = f'{token}a' if processor.spec.pads_whole_prompt else 'a'
     try:
-        text = str(hf.image_token) * (config.model_type in IN_TEXT) + 'a'
-        made = processor.prompt([np.zeros((9, 9, 3), np.uint8)], [text])
+        outputs = processor.prompt([np.zeros((9, 9, 3), np.uint8)], [text])
     except DataError as error:
         raise DataError(f'{folder}: its processor fails on a black image: {error}') from error
-    size, found = made['pixel_values'].shape[2:], int((made['input_ids'] == image).sum())
-    if size != (vision.image_size,) * 2 or found != expected:
+    height, width = outputs['pixel_values'].shape[2:]
+    count = int((outputs['input_ids'] == processor.hf.tokenizer.convert_tokens_to_ids(token)).sum())
+    if (height, width) != (image_size, image_size) or count != processor.image_tokens:
         raise DataError(
-            f'{folder}: the processor makes {found} image tokens of {size[0]}x{size[1]} pixels, the model reads '
-            f'{expected} of {vision.image_size}x{vision.image_size}: its files are of different models'
+            f'{folder}: the processor makes {count} image tokens of {height}x{width} pixels, the model reads '
+            f'{processor.image_tokens} of {image_size}x{image_size}: its files are of different models'
         )
-    return processor

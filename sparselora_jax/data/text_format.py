@@ -1,4 +1,4 @@
-"""How a model's questions are written, as tokens of fixed room; it lies beside an exported model."""
+"""How a model's questions are written, and how many tokens they may have; saved beside an exported model."""
 
 import dataclasses
 import json
@@ -8,15 +8,19 @@ from typing import Any
 
 from sparselora_jax.runtime.errors import DataError
 
+FILE = 'text_format.json'
+
 
 @dataclass(frozen=True)
 class TextFormat:
-    """The prompt is left-padded, the answer right-padded, so each has its own slots.
+    """How a question becomes a prompt, and how many tokens prompt and answer are padded to.
+
+    The prompt is padded on the left and the answer on the right, so each keeps its own slots.
 
     Attributes:
       prompt: the template; `{}` stands for the question, other braces for themselves.
-      prompt_tokens: room for template and question, image tokens not counted.
-      answer_tokens: room for an answer, the end of text included.
+      prompt_tokens: number of tokens for template and question; image tokens are not counted.
+      answer_tokens: number of tokens for an answer, its end token included.
       decoding: arguments of `generate` that the model's answers are scored with.
     """
 
@@ -27,37 +31,36 @@ class TextFormat:
 
     def __post_init__(self):
         if self.prompt.count('{}') != 1:
-            raise DataError(f'prompt {self.prompt!r}: expected {{}} once, for the question')
+            raise DataError(f'prompt {self.prompt!r}: expected {{}} once, in the place of the question')
 
     def write(self, question: str) -> str:
-        """The prompt of a question."""
-        return self.prompt.replace('{}', question)
-
-
-FILE = 'text_format.json'
-OF_FAMILY = {  # by transformers' model_type, for directories without the file
-    'blip-2': TextFormat(prompt_tokens=32, answer_tokens=8),
-    'instructblip': TextFormat('{}', prompt_tokens=32, answer_tokens=8),
-    'llava': TextFormat('USER: <image>\n{} ASSISTANT:', prompt_tokens=64, answer_tokens=8),
-    'paligemma': TextFormat('answer en {}', prompt_tokens=32, answer_tokens=8),
-}
+        """Return the prompt of a question."""
+        return self.prompt.replace('{}', question)  # not str.format: a template may hold other braces
 
 
 def dump(text: TextFormat) -> str:
-    """What the file holds."""
+    """Return the content of a `text_format.json`."""
     return json.dumps(dataclasses.asdict(text), indent=1)
 
 
-def load(folder: str | Path, family: str) -> TextFormat:
-    """The text format beside a model; of a directory that names none, its family's.
+def load(folder: str | Path, default: TextFormat) -> TextFormat:
+    """Read the text format beside a model.
+
+    Args:
+      folder: the model's directory.
+      default: returned where the directory holds no such file; a family's own is `ProcessorSpec.text`.
+
+    Returns:
+      The text format to ask this model by.
 
     Raises:
       DataError: the file is there and is no text format.
     """
     path = Path(folder) / FILE
     if not path.is_file():
-        return OF_FAMILY[family]
+        return default
     try:
         return TextFormat(**json.loads(path.read_text()))
+    # A wrong field is a TypeError, wrong JSON a ValueError, a prompt that is no text an AttributeError.
     except (TypeError, ValueError, AttributeError) as error:
         raise DataError(f'{path}: not a text format ({error})') from None

@@ -53,7 +53,7 @@ def decode(
     weights = weights | {'language': unflatten(folded)}
     w = weights['language']
     new = settings.finished_divisors.shape[0]
-    start = _start_decoder(model, weights, batch) if model.encoder_decoder else _start(model, weights, batch)
+    start = _start_decoder(model, weights, batch) if model.is_encoder_decoder else _start(model, weights, batch)
 
     def run(
         runner: Callable, blocks: PyTree, x: Array, view: layers.View, caches: PyTree

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sparselora_jax.evaluation import decode, search
-from sparselora_jax.models import layers, towers
+from sparselora_jax.models import layers, prompts
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse import sharding
@@ -82,9 +82,9 @@ def generate(
         words; PaliGemma's batch has no token_type_ids.
     """
     batch = _add_prompt(model, batch)
-    towers.check_ids(model.cfg, batch)
+    prompts.check_ids(model.cfg, batch)
     if 'pixel_values' in batch:
-        towers.check_image_tokens(model.cfg, batch['input_ids'], batch['attention_mask'])
+        prompts.check_image_tokens(model.cfg, batch['input_ids'], batch['attention_mask'])
     arguments = {
         'num_beams': num_beams,
         'max_length': max_length,
@@ -94,7 +94,7 @@ def generate(
         'early_stopping': early_stopping,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    prompt = np.asarray(batch['decoder_input_ids' if model.encoder_decoder else 'input_ids'])
+    prompt = np.asarray(batch['decoder_input_ids' if model.is_encoder_decoder else 'input_ids'])
     beams, settings = _settings(model, arguments, prompt.shape[1])
     tokens, length = decode.decode(model, weights, batch, settings, beams=beams, mesh=sharding.mesh_of(weights))
     return np.concatenate([prompt, np.asarray(tokens)[:, : int(length)]], axis=1)
@@ -157,20 +157,19 @@ def _add_prompt(model: Model, batch: dict) -> dict:
     """Return the batch with what transformers adds to it: a prompt, its mask and the decoder's first token."""
     batch = dict(batch)
     generation = model.generation
-    has_qformer = hasattr(model.cfg, 'qformer')  # BLIP-2 and InstructBLIP
     if batch.get('input_ids') is None:
         images = batch.get('pixel_values')
-        if images is None or generation.bos is None or not has_qformer:
+        if images is None or generation.bos is None or not model.family.is_prompted_by_image:
             raise GenerationError('the batch has no input_ids, and this model has no prompt of its own: add input_ids')
-        row = [model.cfg.image_token] * model.cfg.qformer.queries + [generation.bos]
+        row = [model.cfg.image_token] * model.cfg.image_tokens + [generation.bos]
         batch['input_ids'] = np.tile(np.array(row, np.int32), (len(images), 1))
     tokens = np.asarray(batch['input_ids'])
     if batch.get('attention_mask') is None:
-        # transformers' language models recognise pads by their id, unless that id also ends a sequence. BLIP-2 takes
-        # all tokens for words.
-        finds_pads = not has_qformer and generation.pad not in generation.eos
+        # transformers' language models recognise pads by their id, unless that id also ends a sequence. A language
+        # model that generates from embeddings (BLIP-2) sees no ids and takes all tokens for words.
+        finds_pads = model.family.reads_generation_config and generation.pad not in generation.eos
         batch['attention_mask'] = (tokens != generation.pad) if finds_pads else np.ones_like(tokens)
-    if model.encoder_decoder:
+    if model.is_encoder_decoder:
         batch |= _decoder_prompt(generation.start, len(tokens), batch)
     return batch
 

@@ -9,13 +9,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from sparselora_jax.models import towers
-
 
 @functools.partial(jax.jit, static_argnames='cfg')
 def _losses(w: dict, cfg: Any, tokens: Int[Array, 'windows tokens']) -> Float[Array, 'windows predicted']:
     """Return the cross-entropy of each token of a window but the first, in nats."""
-    language = towers.language(cfg)
+    language = cfg.tower
     hidden = language.forward(w, cfg, language.embed_tokens(w, cfg, tokens), jnp.ones(tokens.shape, bool))
     logits = language.head(w, cfg, hidden)
     # The logits at one token predict the next one.

@@ -82,7 +82,7 @@ def generate_answers(
     batch = {name: np.stack([row[name] for row in rows]) for name in names}
     tokens = generate(model, weights, batch, **decoding)
     # The output repeats the prompt: all of `input_ids`, or the start token of an encoder-decoder.
-    prompt_length = 1 if model.encoder_decoder else batch['input_ids'].shape[1]
+    prompt_length = 1 if model.is_encoder_decoder else batch['input_ids'].shape[1]
     return processor.decode(tokens[:, prompt_length:])
 
 

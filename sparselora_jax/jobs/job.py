@@ -153,7 +153,7 @@ class Job:
         """(model, params) of the embedded model; of another one (model, where its weights lie)."""
         if self.config.model == 'embedded':
             return embedded.load(dtype=self.dtype)
-        return hf.open_model(self.config.model)
+        return hf.open_model(self.config.model, self.config.family)
 
     @property
     def dtype(self) -> Any:
@@ -193,7 +193,7 @@ class Job:
         """Images and text -> what the model reads, and tokens -> text."""
         if self.config.model == 'embedded':
             return embedded.load_processor(self.model.cfg)
-        return processing.load_processor(self.model.source)
+        return processing.load_processor(self.model.source, self.model.family.processor)
 
     @functools.cached_property
     def text(self) -> TextFormat:

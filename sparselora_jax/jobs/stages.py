@@ -104,7 +104,7 @@ def evaluate(job: Job, name: str, weights: Callable[[], dict]) -> dict:
             **job.text.decoding,
         )
         accuracy, scores = answers.accuracy(job.dataset.kind_of), {}
-        if not model.encoder_decoder:
+        if not model.is_encoder_decoder:
             held_out = np.asarray(job.processor.hf.tokenizer(TEXT.read_text())['input_ids'])
             scores['perplexity'] = perplexity(w['language'], model.cfg.language, held_out)
         job.log.scalars(f'evaluate_{name}', 0, accuracy | scores)

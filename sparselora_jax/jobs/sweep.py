@@ -17,7 +17,6 @@ from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints import load as hf
 from sparselora_jax.jobs import sweep_runs
 from sparselora_jax.jobs.job import check_fit
-from sparselora_jax.models.model import FAMILIES
 from sparselora_jax.recipe import ConfigError, check_values, claim, override, refuse_other
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime.errors import SparseloraError
@@ -107,7 +106,7 @@ def _flat(fields: dict, prefix: str = '') -> dict[str, Any]:
 
 def family_config(config: Any) -> Any:
     """The config of the model that a recipe names; no weights are read."""
-    return embedded.load_config() if config.model == 'embedded' else hf.open_model(config.model)[0].cfg
+    return embedded.load_config() if config.model == 'embedded' else hf.open_model(config.model, config.family)[0].cfg
 
 
 def check(planned: list[Run]) -> None:
@@ -120,7 +119,7 @@ def check(planned: list[Run]) -> None:
     for run in planned:
         if (model := run.config.model) not in shapes:
             cfg = family_config(run.config)
-            shapes[model] = FAMILIES[type(cfg)].shapes(cfg)
+            shapes[model] = cfg.family.shapes(cfg)
         try:
             check_fit(run.config, shapes[model])
         except SparseloraError as error:

@@ -3,88 +3,199 @@
 InstructBLIP (arXiv 2305.06500) is the same, but for a Q-Former that reads the instruction too.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from jaxtyping import Array, Float
 
-from sparselora_jax.models import keys as names
-from sparselora_jax.models import layers, qformer, towers, vit
-from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
+from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.models import key_table, layers, qformer, towers
+from sparselora_jax.models.config import HfConfig, LanguageConfig, VisionConfig
+from sparselora_jax.models.family import Family, ImageFamily, register_family
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.runners import Runner, scan_blocks
 from sparselora_jax.runtime.errors import UnsupportedModelError
 
-RENAMES: list[tuple[str, str]] = []  # published names are the modules' own
-IGNORED = [
-    r'.*\.position_ids',
-    r'.*\.rotary_emb\.inv_freq',
-    r'language_model\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
-]
+if TYPE_CHECKING:
+    import transformers
 
 
 @dataclass(frozen=True)
 class Blip2Config:
-    vision: vit.ViTConfig
+    """The towers of BLIP-2 or InstructBLIP; the projection has their widths.
+
+    Attributes:
+      vision: the vision tower.
+      qformer: the Q-Former; it reads text if it has a vocabulary, and then the model is an InstructBLIP.
+      language: the language model.
+      image_token: stands for one soft word; 16 is one of SmolLM2's special tokens that no text here uses.
+    """
+
+    vision: VisionConfig
     qformer: qformer.QFormerConfig
-    language: Any  # LlamaConfig, OptConfig or T5Config
-    image_token: int = 16  # stands for one soft word; 16 is one of SmolLM2's special tokens that no text here uses
+    language: LanguageConfig
+    image_token: int = 16
 
     @property
     def image_tokens(self) -> int:
-        """Soft words of an image."""
+        """Return the number of soft words of an image."""
         return self.qformer.queries
 
+    @property
+    def family(self) -> Family:
+        """Return the family that reads this config."""
+        return INSTRUCTBLIP if self.qformer.vocab else BLIP2
 
-def soft_words(w: dict, cfg: Blip2Config, batch: dict, run=scan_blocks) -> Float[Array, 'batch queries dim']:
-    """Images (and instructions) -> soft words in the language model's embedding space."""
-    return bridge(w, cfg, vit.forward(w['vision'], cfg.vision, batch['pixel_values'], run), batch, run)
 
+def bridge(
+    w: dict, cfg: Blip2Config, image: Float[Array, 'batch patches dim'], batch: dict, run: Runner = scan_blocks
+) -> Float[Array, 'batch queries words']:
+    """Return soft words from vision features, by the Q-Former and the projection.
 
-def bridge(w: dict, cfg: Blip2Config, image: Float[Array, 'batch patches dim'], batch: dict, run=scan_blocks) -> Array:
-    """Vision features -> soft words: the Q-Former and the projection."""
+    Args:
+      w: params, or what `bind` made of them.
+      cfg: the family's config.
+      image: what the vision tower hands on.
+      batch: holds the instruction, for an InstructBLIP.
+      run: executes the Q-Former's blocks.
+    """
     queries = qformer.forward(w['qformer'], cfg.qformer, image, batch, run)
     return layers.dense(w['projection'], queries)
 
 
-def prompt(w: dict, cfg: Blip2Config, batch: dict, run=scan_blocks) -> towers.Prompt:
-    """The language model's input: words, with the soft words in the places of the image tokens."""
-    return towers.prompt(w, cfg, batch, lambda batch: soft_words(w, cfg, batch, run))
-
-
 def bridge_shapes(cfg: Blip2Config) -> dict:
-    """Shapes of everything but the language model."""
+    """Return the shapes of everything but the language model.
+
+    Args:
+      cfg: the family's config.
+    """
     return {
-        'vision': vit.shapes(cfg.vision),
+        'vision': cfg.vision.tower.shapes(cfg.vision),
         'qformer': qformer.shapes(cfg.qformer),
         'projection': {'kernel': (cfg.qformer.width, cfg.language.width), 'bias': (cfg.language.width,)},
     }
 
 
-def shapes(cfg: Blip2Config) -> dict:
-    """The shape of every parameter, as a params tree of tuples."""
-    return bridge_shapes(cfg) | {'language': towers.shapes(cfg.language)}
+def count_image_tokens(hf: 'transformers.PretrainedConfig') -> int:
+    """Return the number of soft words of an image: the Q-Former's queries.
 
-
-def keys(cfg: Blip2Config) -> names.Keys:
-    """Our path -> transformers' name in `Blip2ForConditionalGeneration` or InstructBLIP's."""
-    table = names.nested(vit.keys(cfg.vision), 'vision/', 'vision_model.')
-    table |= names.nested(qformer.keys(cfg.qformer), 'qformer/', '')
-    table |= names.dense('projection', 'language_projection')
-    return table | towers.keys(cfg.language, 'language_model.model.', 'language_model.')
-
-
-def from_hf(hf: Any) -> Blip2Config:
-    """The config of a transformers `Blip2Config` or `InstructBlipConfig`.
-
-    Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+    Args:
+      hf: a transformers `Blip2Config` or `InstructBlipConfig`.
     """
-    if hf.image_token_id is None:
-        raise UnsupportedModelError(
-            f'{hf.model_type} without image_token_index: say in config.json which token is an image'
-        )
-    return Blip2Config(
-        vision=vit.from_hf(hf.vision_config),
-        qformer=qformer.from_hf(hf.qformer_config, hf.num_query_tokens),
-        language=towers.from_hf(hf.text_config),
-        image_token=hf.image_token_id,
+    return hf.num_query_tokens
+
+
+def complete_processor(processor: 'transformers.ProcessorMixin', hf: 'transformers.PretrainedConfig') -> None:
+    """Set what directories leave out that were saved when the model itself added the image tokens.
+
+    Args:
+      processor: a transformers `Blip2Processor` or `InstructBlipProcessor`, which is changed.
+      hf: the directory's config.
+    """
+    if processor.num_query_tokens is None:
+        processor.num_query_tokens = hf.num_query_tokens
+
+
+class Blip2Family(ImageFamily):
+    """BLIP-2: a Q-Former between the vision tower and the language model."""
+
+    name = 'blip2'
+    tower_names = ('vision', 'qformer', 'language')
+    ignored = (
+        r'.*\.position_ids',
+        r'.*\.rotary_emb\.inv_freq',
+        # Of T5's decoder: cross-attention has no relative positions, but old files hold a table for them.
+        r'language_model\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
     )
+    processor = ProcessorSpec(
+        class_name='Blip2Processor',
+        text=TextFormat(prompt_tokens=32, answer_tokens=8),
+        count_image_tokens=count_image_tokens,
+        image_place=ImagePlace.BEFORE_PADS,
+        reads_generation_config=False,
+        complete=complete_processor,
+    )
+    # Its language model generates from embeddings, and was built from `text_config`.
+    reads_generation_config = False
+    is_prompted_by_image = True
+
+    def from_hf(self, hf: HfConfig) -> Blip2Config:
+        """Convert a transformers `Blip2Config` or `InstructBlipConfig`.
+
+        Args:
+          hf: transformers' config.
+
+        Returns:
+          Our config.
+
+        Raises:
+          UnsupportedModelError: names the field whose value is not supported.
+        """
+        if hf.image_token_id is None:
+            raise UnsupportedModelError(
+                f'{hf.model_type} without image_token_index: say in config.json which token is an image'
+            )
+        return Blip2Config(
+            vision=towers.vision_from_hf(hf.vision_config),
+            qformer=qformer.from_hf(hf.qformer_config, hf.num_query_tokens),
+            language=towers.language_from_hf(hf.text_config),
+            image_token=hf.image_token_id,
+        )
+
+    def soft_words(
+        self, w: dict, cfg: Blip2Config, batch: dict, run: Runner = scan_blocks
+    ) -> Float[Array, 'batch queries dim']:
+        """Return an image (and its instruction) in the language model's embedding space.
+
+        Args:
+          w: params, or what `bind` made of them.
+          cfg: the family's config.
+          batch: JAX arrays, see `models.model`.
+          run: executes the towers' blocks.
+        """
+        image = cfg.vision.tower.forward(w['vision'], cfg.vision, batch['pixel_values'], run)
+        return bridge(w, cfg, image, batch, run)
+
+    def shapes(self, cfg: Blip2Config) -> dict:
+        """Return the shape of every parameter, as a params tree of tuples.
+
+        Args:
+          cfg: the family's config.
+        """
+        return bridge_shapes(cfg) | {'language': cfg.language.tower.shapes(cfg.language)}
+
+    def keys(self, cfg: Blip2Config) -> Keys:
+        """Return our paths with transformers' names in `Blip2ForConditionalGeneration` or InstructBLIP's.
+
+        Args:
+          cfg: the family's config.
+        """
+        table = key_table.nested(cfg.vision.tower.keys(cfg.vision), 'vision/', 'vision_model.')
+        table |= key_table.nested(qformer.keys(cfg.qformer), 'qformer/', '')
+        table |= key_table.dense('projection', 'language_projection')
+        return table | towers.language_keys(cfg.language, 'language_model.model.', 'language_model.')
+
+
+class InstructBlipFamily(Blip2Family):
+    """InstructBLIP: the Q-Former reads the instruction beside the image."""
+
+    name = 'instructblip'
+    processor = replace(
+        Blip2Family.processor,
+        class_name='InstructBlipProcessor',
+        text=TextFormat('{}', prompt_tokens=32, answer_tokens=8),
+        has_instruction=True,
+    )
+
+    def vocabularies(self, cfg: Blip2Config) -> dict[str, int]:
+        """Return which arrays of a batch hold tokens, with the sizes of their vocabularies.
+
+        Args:
+          cfg: the family's config.
+        """
+        return super().vocabularies(cfg) | {'qformer_input_ids': cfg.qformer.vocab}
+
+
+BLIP2 = register_family(Blip2Family(), 'blip-2')
+INSTRUCTBLIP = register_family(InstructBlipFamily(), 'instructblip')

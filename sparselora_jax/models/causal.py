@@ -1,45 +1,80 @@
 """A decoder-only language model alone: LLaMA, Mistral, Gemma, OPT."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from sparselora_jax.models import keys as names
 from sparselora_jax.models import towers
-from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.models.config import HfConfig, LanguageConfig
+from sparselora_jax.models.family import Family, register_family
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.prompts import Prompt, embed_words
+from sparselora_jax.models.runners import Runner, scan_blocks
 from sparselora_jax.runtime.errors import UnsupportedModelError
-
-RENAMES = [(r'^(?=(decoder|layers|embed_tokens|norm)\.)', 'model.')]  # files of the model without its head
-IGNORED = [r'.*\.rotary_emb\.inv_freq']
 
 
 @dataclass(frozen=True)
 class CausalConfig:
-    language: Any
+    """A language model's config, where other families hold several towers' configs."""
+
+    language: LanguageConfig
+
+    @property
+    def family(self) -> Family:
+        """Return the family that reads this config."""
+        return FAMILY
 
 
-def prompt(w: dict, cfg: CausalConfig, batch: dict, run=scan_blocks) -> towers.Prompt:
-    """The language model's input: its words."""
-    del run
-    words = towers.embed_tokens(w['language'], cfg.language, batch['input_ids'])
-    return towers.Prompt(words, batch['attention_mask'].astype(bool))
+class CausalFamily(Family):
+    """Language models that read text alone."""
+
+    name = 'causal'
+    renames = ((r'^(?=(decoder|layers|embed_tokens|norm)\.)', 'model.'),)  # files of the model without its head
+    ignored = (r'.*\.rotary_emb\.inv_freq',)
+
+    def from_hf(self, hf: HfConfig) -> CausalConfig:
+        """Convert a transformers config of a decoder-only language model.
+
+        Args:
+          hf: such as a `LlamaConfig`.
+
+        Returns:
+          Our config.
+
+        Raises:
+          UnsupportedModelError: names the field whose value is not supported.
+        """
+        if getattr(hf, 'use_bidirectional_attention', None):
+            raise UnsupportedModelError(
+                f'use_bidirectional_attention of {hf.model_type}: only causal attention is known'
+            )
+        return CausalConfig(towers.language_from_hf(hf))
+
+    def prompt(self, w: dict, cfg: CausalConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:
+        """Return the embeddings of the prompt's words.
+
+        Args:
+          w: params, or what `bind` made of them.
+          cfg: the family's config.
+          batch: JAX arrays, see `models.model`.
+          run: not needed, since no tower runs before the language model.
+        """
+        del run
+        return embed_words(w, cfg, batch)
+
+    def shapes(self, cfg: CausalConfig) -> dict:
+        """Return the shape of every parameter, as a params tree of tuples.
+
+        Args:
+          cfg: the family's config.
+        """
+        return {'language': cfg.language.tower.shapes(cfg.language)}
+
+    def keys(self, cfg: CausalConfig) -> Keys:
+        """Return our paths with transformers' names in `LlamaForCausalLM` and its like.
+
+        Args:
+          cfg: the family's config.
+        """
+        return towers.language_keys(cfg.language, 'model.', '')
 
 
-def shapes(cfg: CausalConfig) -> dict:
-    """The shape of every parameter, as a params tree of tuples."""
-    return {'language': towers.shapes(cfg.language)}
-
-
-def keys(cfg: CausalConfig) -> names.Keys:
-    """Our path -> transformers' name in `LlamaForCausalLM` and its like."""
-    return towers.keys(cfg.language, 'model.', '')
-
-
-def from_hf(hf: Any) -> CausalConfig:
-    """The config of a transformers config of a decoder-only language model.
-
-    Raises:
-      UnsupportedModelError: names the field whose value is not supported.
-    """
-    if getattr(hf, 'use_bidirectional_attention', None):
-        raise UnsupportedModelError(f'use_bidirectional_attention of {hf.model_type}: only causal attention is known')
-    return CausalConfig(towers.from_hf(hf))
+FAMILY = register_family(CausalFamily(), 'llama', 'mistral', 'gemma', 'opt')

@@ -1,9 +1,10 @@
 """The pieces every tower shares: norms, attention, rotary positions. Norms and softmax run in fp32."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
@@ -31,12 +32,22 @@ class View(NamedTuple):
 
 
 def positions_of(valid: Bool[Array, 'batch slots']) -> Int[Array, 'batch slots']:
-    """Positions that skip pads, wherever the pads are."""
+    """Return positions that skip pads, wherever the pads are.
+
+    Args:
+      valid: False: a pad.
+    """
+    # A pad takes the position before it; no token reads a pad, so any position will do. It must not be negative.
     return jnp.maximum(jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
 def causal_view(valid: Bool[Array, 'batch tokens'], prefix: Bool[Array, 'batch tokens'] | None = None) -> View:
-    """Every token reads those before it and itself, pads left out; tokens of `prefix` read each other both ways."""
+    """Return the view in which every token reads those before it and itself, pads left out.
+
+    Args:
+      valid: False: a pad.
+      prefix: tokens that read each other both ways; None: there are none.
+    """
     slots = jnp.arange(valid.shape[1])
     mask = (slots <= slots[:, None])[None]
     if prefix is not None:
@@ -46,37 +57,72 @@ def causal_view(valid: Bool[Array, 'batch tokens'], prefix: Bool[Array, 'batch t
 
 
 def check_length(tokens: int, longest: int | None) -> None:
-    """Raises `BatchError` if there are more tokens, pads included, than a model reads; None: it reads any number."""
+    """Check that a text is not longer than a model reads.
+
+    Args:
+      tokens: of the text, pads included.
+      longest: number of tokens that the model reads; None: any number.
+
+    Raises:
+      BatchError: there are more tokens.
+    """
     if longest is not None and tokens > longest:
         raise BatchError(f'{tokens} tokens: {reads_at_most(longest)}; use a shorter text, or fewer pads')
 
 
 def reads_at_most(longest: int) -> str:
-    """What errors say of a text that is too long."""
+    """Return what errors say of a text that is too long.
+
+    Args:
+      longest: number of tokens that the model reads.
+    """
     return f'the model reads at most {longest} (its table of positions, or window of attention)'
 
 
 def layer_norm(w: dict, x: Float[Array, '*batch dim'], eps: float) -> Float[Array, '*batch dim']:
-    """LayerNorm with scale and bias."""
+    """Apply LayerNorm with scale and bias (arXiv 1607.06450).
+
+    Args:
+      w: `scale` and `bias`.
+      x: normed along its last axis.
+      eps: added to the variance.
+    """
     # The default, mean(x²) - mean(x)², loses all digits where the mean is far above the deviation.
     y = jax.nn.standardize(x.astype(jnp.float32), epsilon=eps, algorithm='stable')
     return (y * w['scale'].astype(jnp.float32) + w['bias'].astype(jnp.float32)).astype(x.dtype)
 
 
 def rms_norm(w: dict, x: Float[Array, '*batch dim'], eps: float, *, offset: float = 0.0) -> Float[Array, '*batch dim']:
-    """RMSNorm with scale `offset + w`."""
+    """Apply RMSNorm with scale `offset + w` (arXiv 1910.07467).
+
+    Args:
+      w: `scale`.
+      x: normed along its last axis.
+      eps: added to the mean square.
+      offset: added to the scale; Gemma's is 1.
+    """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * (offset + w['scale'].astype(jnp.float32))).astype(x.dtype)
 
 
 def dense(w: dict, x: Float[Array, '*batch inputs']) -> Float[Array, '*batch outputs']:
-    """`linear` over a `{'kernel', 'bias'?}` dict."""
+    """Apply a linear layer.
+
+    Args:
+      w: `kernel`, of any kind that `linear` knows, and `bias` if there is one.
+      x: inputs along its last axis.
+    """
     return linear(x, w['kernel'], w.get('bias'))
 
 
 def split_heads(x: Float[Array, 'batch tokens dim'], heads: int) -> Float[Array, 'batch heads tokens head_dim']:
-    """The last axis into heads, which come before the tokens."""
+    """Split the last axis into heads, and put them before the tokens.
+
+    Args:
+      x: queries, keys or values.
+      heads: number of heads.
+    """
     return x.reshape(*x.shape[:-1], heads, -1).swapaxes(1, 2)
 
 
@@ -89,9 +135,13 @@ def attend(
     bias: Float[Array, '#batch heads queries keys'] | None = None,
     scale: float | None = None,
 ) -> Float[Array, 'batch queries dim']:
-    """Dot-product attention with grouped key/value heads; True in `mask` = may attend.
+    """Return dot-product attention with grouped key/value heads (arXiv 2305.13245).
 
     Args:
+      q: queries.
+      k: keys; each head serves heads / kv_heads of the queries.
+      v: values.
+      mask: True: the query may attend to the key; None: to all.
       bias: added to the scaled products (T5's relative positions).
       scale: of the products; 1 / sqrt(head_dim) by default.
     """
@@ -105,16 +155,23 @@ def attend(
     if bias is not None:
         logits = logits + bias.astype(jnp.float32).reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
     if mask is not None:
+        # The smallest finite number, not -inf: a row of nothing but pads would become NaN.
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     mixed = jnp.matmul(weights.reshape(batch, kv_heads, -1, k.shape[2]), v)
+    # [batch, heads, queries, head_dim] -> [batch, queries, heads * head_dim]
     return mixed.reshape(batch, heads, queries, head_dim).swapaxes(1, 2).reshape(batch, queries, -1)
 
 
 def rope_table(
     positions: Int[Array, 'batch tokens'], frequencies: Float[Array, ' half']
 ) -> tuple[Float[Array, 'batch tokens half'], Float[Array, 'batch tokens half']]:
-    """Cosines and sines of rotary positions (RoFormer, arXiv 2104.09864), in fp32."""
+    """Return cosines and sines of rotary positions (RoFormer, arXiv 2104.09864, section 3.2), in fp32.
+
+    Args:
+      positions: of the tokens.
+      frequencies: radians a position, one for each pair of a head's numbers.
+    """
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -123,22 +180,48 @@ def rotate(
     x: Float[Array, 'batch heads tokens head_dim'],
     table: tuple[Float[Array, 'batch tokens half'], Float[Array, 'batch tokens half']],
 ) -> Float[Array, 'batch heads tokens head_dim']:
-    """Applies rotary positions; halves are split as in Hugging Face's LLaMA (first half, second half)."""
+    """Apply rotary positions.
+
+    Args:
+      x: queries or keys.
+      table: see `rope_table`.
+    """
     cos, sin = (t[:, None].astype(jnp.float32) for t in table)
+    # Hugging Face's LLaMA pairs the first half with the second; the paper pairs neighbours.
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
 def empty_caches(
-    layers: int, *, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: Any
+    layers: int, *, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: DTypeLike
 ) -> tuple[KVCache, ...]:
-    """One empty cache a layer."""
+    """Return an empty cache for each layer.
+
+    Args:
+      layers: number of caches.
+      batch: number of rows.
+      kv_heads: number of heads of keys and values.
+      slots: number of tokens that a row has room for.
+      head_dim: size of a head.
+      dtype: of keys and values.
+    """
     empty = jnp.zeros((batch, kv_heads, slots, head_dim), dtype)
     return tuple(KVCache(empty, empty, jnp.zeros((), jnp.int32)) for _ in range(layers))
 
 
-def update_cache(cache: KVCache, k: Any, v: Any) -> KVCache:
-    """Writes new keys and values at `cache.index` and advances it."""
+def update_cache(
+    cache: KVCache, k: Float[Array, 'batch kv_heads tokens head_dim'], v: Float[Array, 'batch kv_heads tokens head_dim']
+) -> KVCache:
+    """Write new keys and values at `cache.index`, and advance it.
+
+    Args:
+      cache: of one layer.
+      k: keys of the new tokens.
+      v: values of the new tokens.
+
+    Returns:
+      The cache with them.
+    """
     write = jax.lax.dynamic_update_slice_in_dim
     tokens = k.shape[2]
     return KVCache(
@@ -159,10 +242,14 @@ ACTIVATIONS = {  # by the names that Hugging Face's configs use
 
 
 def known_activation(name: str, owner: str) -> str:
-    """`name`, if it is one of `ACTIVATIONS`.
+    """Return the name of an activation, after a check that it is one of `ACTIVATIONS`.
+
+    Args:
+      name: as a Hugging Face config has it.
+      owner: the part of a model that asks for it, for the error.
 
     Raises:
-      UnsupportedModelError: it is not; the error names `owner`, the part of a model that asks for it.
+      UnsupportedModelError: there is no such activation.
     """
     if name not in ACTIVATIONS:
         raise UnsupportedModelError(f'activation {name!r} of {owner}: expected one of {", ".join(ACTIVATIONS)}')
@@ -170,16 +257,31 @@ def known_activation(name: str, owner: str) -> str:
 
 
 def word_logits(w: dict, hidden: Float[Array, '*batch words'], *, tied: bool) -> Float[Array, '*batch vocab']:
-    """Logits in fp32, by the head or, `tied`, by the word embeddings."""
+    """Return logits in fp32.
+
+    Args:
+      w: params of a language tower.
+      hidden: what its head reads.
+      tied: the head is the word embedding.
+    """
     if not tied:
         return linear(hidden, w['head']['kernel']).astype(jnp.float32)
     return jnp.einsum('...d,vd->...v', hidden, w['embed'].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def scatter_images(
-    words: Float[Array, 'batch tokens dim'], soft: Float[Array, 'batch soft dim'], here: Bool[Array, 'batch tokens']
+    words: Float[Array, 'batch tokens dim'],
+    soft: Float[Array, 'batch soft dim'],
+    is_image: Bool[Array, 'batch tokens'],
 ) -> Float[Array, 'batch tokens dim']:
-    """Word embeddings with an image's soft words, in order, in the places of its placeholder tokens."""
-    index = jnp.maximum(jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, 0)
+    """Return word embeddings with an image's soft words, in order, in the places of its placeholder tokens.
+
+    Args:
+      words: word embeddings.
+      soft: of one image a row.
+      is_image: True: the token is a placeholder.
+    """
+    # The n-th placeholder of a row takes the n-th soft word. Gathering, instead of scattering, keeps shapes static.
+    index = jnp.maximum(jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1, 0)
     placed = jnp.take_along_axis(soft.astype(words.dtype), index[..., None], axis=1)
-    return jnp.where(here[..., None], placed, words)
+    return jnp.where(is_image[..., None], placed, words)

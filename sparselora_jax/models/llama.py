@@ -1,23 +1,32 @@
 """LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, grouped key/value heads, SwiGLU, tied or untied head.
 
 Gemma (arXiv 2403.08295) is the same with GeGLU, norms that scale by 1 + w, and word embeddings times sqrt(width).
+Mistral (arXiv 2310.06825) is the same with a window of attention.
 """
 
 import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.models import layers
-from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.models import key_table, layers
+from sparselora_jax.models.config import HfConfig
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.runners import Runner, scan_blocks
+from sparselora_jax.models.towers import LANGUAGE_TOWERS, LanguageTower
 from sparselora_jax.runtime.errors import UnsupportedModelError
+
+is_encoder_decoder = False
+overflows_in_float16 = ()
 
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """How LLaMA 3.1 stretches low rotary frequencies."""
+    """How LLaMA 3.1 stretches low rotary frequencies, in transformers' terms."""
 
     factor: float
     low_freq_factor: float
@@ -27,6 +36,30 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class LlamaConfig:
+    """A LLaMA's sizes and variant.
+
+    Attributes:
+      vocab: number of words.
+      width: size of a hidden state.
+      depth: number of layers.
+      heads: of queries.
+      kv_heads: of keys and values; each serves heads / kv_heads of the queries.
+      mlp_width: size of a hidden state within an MLP.
+      rope_base: of the rotary frequencies.
+      norm_eps: of the norms.
+      max_positions: tokens of the longest text that it was trained on.
+      head_dim: size of a head; 0: width / heads.
+      tied: the head is the word embedding.
+      attention_bias: the attention's layers have biases.
+      mlp_bias: the MLP's layers have biases.
+      activation: of the MLP's gate, a name in `layers.ACTIVATIONS`.
+      rope_linear: positions are divided by it.
+      rope_llama3: how low frequencies are stretched; None: not at all.
+      norm_offset: norms scale by `norm_offset + w`; Gemma's is 1.
+      embed_scale: word embeddings are multiplied by it; Gemma's is sqrt(width).
+      window: number of tokens that attention reads back, the token itself included (Mistral); None: all of them.
+    """
+
     vocab: int
     width: int
     depth: int
@@ -36,29 +69,38 @@ class LlamaConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     max_positions: int = 2048
-    head_dim: int = 0  # 0: width / heads
-    tied: bool = True  # the head is the word embedding
+    head_dim: int = 0
+    tied: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
     activation: str = 'silu'
-    rope_linear: float = 1.0  # positions are divided by it
+    rope_linear: float = 1.0
     rope_llama3: Llama3Rope | None = None
-    norm_offset: float = 0.0  # Gemma: 1, norms scale by 1 + w
-    embed_scale: float = 1.0  # Gemma: sqrt(width)
-    window: int | None = None  # Mistral: tokens that attention looks back on, the token itself included; None: all
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+    window: int | None = None
 
     @property
     def longest(self) -> int | None:
-        """Tokens that a text may have: attention is full, which a window equals up to its length."""
+        """Return how many tokens a text may have: attention here is full, which a window equals up to its length."""
         return self.window
+
+    @property
+    def tower(self) -> LanguageTower:
+        """Return this module, which runs the config."""
+        return sys.modules[__name__]
 
     def __post_init__(self):
         if not self.head_dim:
-            object.__setattr__(self, 'head_dim', self.width // self.heads)
+            object.__setattr__(self, 'head_dim', self.width // self.heads)  # the dataclass is frozen
 
 
 def rope_frequencies(cfg: LlamaConfig) -> Float[Array, ' half']:
-    """Rotary frequencies, stretched as the config says."""
+    """Return the rotary frequencies, stretched as the config says.
+
+    Args:
+      cfg: the tower's config.
+    """
     frequencies = cfg.rope_base ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
     frequencies = frequencies / cfg.rope_linear
     if (stretch := cfg.rope_llama3) is None:
@@ -71,32 +113,62 @@ def rope_frequencies(cfg: LlamaConfig) -> Float[Array, ' half']:
 
 
 def embed_tokens(w: dict, cfg: LlamaConfig, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens dim']:
-    """Word embeddings."""
+    """Return word embeddings.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      tokens: ids.
+    """
     words = w['embed'][tokens]
+    # The factor is rounded to the weights' dtype before the product, as in transformers.
     return words if cfg.embed_scale == 1.0 else words * jnp.asarray(cfg.embed_scale, words.dtype)
 
 
 def embed(
     w: dict, cfg: LlamaConfig, x: Float[Array, 'batch tokens dim'], view: layers.View
 ) -> tuple[Float[Array, 'batch tokens dim'], dict]:
-    """Word embeddings -> the blocks' input and what they read."""
+    """Return the blocks' input and what they read, from word embeddings.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      x: word embeddings.
+      view: where the tokens stand, and what they may read.
+    """
     del w
+    # One table of rotations serves all layers.
     return x, {'rope': layers.rope_table(view.positions, rope_frequencies(cfg)), 'mask': view.mask}
 
 
-def _norm(w: dict, cfg: LlamaConfig, x: Array) -> Array:
+def _norm(w: dict, cfg: LlamaConfig, x: Float[Array, '*batch dim']) -> Float[Array, '*batch dim']:
     return layers.rms_norm(w, x, cfg.norm_eps, offset=cfg.norm_offset)
 
 
-def block(w: dict, cfg: LlamaConfig, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: layers.KVCache | None):
-    """Pre-norm attention and gated MLP. With a cache, keys and values are written at its index first."""
+def block(
+    w: dict, cfg: LlamaConfig, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: layers.KVCache | None
+) -> tuple[Float[Array, 'batch tokens dim'], layers.KVCache | None]:
+    """Run pre-norm attention and the gated MLP. With a cache, keys and values are written at its index first.
+
+    Args:
+      w: weights of one layer.
+      cfg: the tower's config.
+      x: hidden states.
+      ctx: rotations and mask, see `embed`.
+      cache: of this layer; None: tokens read each other alone.
+
+    Returns:
+      `x`, changed, and the cache.
+    """
     h = _norm(w['norm1'], cfg, x)
     q = layers.split_heads(layers.dense(w['attn']['q'], h), cfg.heads)
     k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.kv_heads) for name in 'kv')
-    q, k = layers.rotate(q, ctx['rope']), layers.rotate(k, ctx['rope'])
+    q = layers.rotate(q, ctx['rope'])
+    k = layers.rotate(k, ctx['rope'])
     if cache is not None:
         cache = layers.update_cache(cache, k, v)
-        k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+        k = cache.k.astype(q.dtype)
+        v = cache.v.astype(q.dtype)
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask']))
     h = _norm(w['norm2'], cfg, x)
     h = layers.ACTIVATIONS[cfg.activation](layers.dense(w['mlp']['gate'], h)) * layers.dense(w['mlp']['up'], h)
@@ -104,12 +176,24 @@ def block(w: dict, cfg: LlamaConfig, x: Float[Array, 'batch tokens dim'], ctx: d
 
 
 def finish(w: dict, cfg: LlamaConfig, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch tokens dim']:
-    """The final norm."""
+    """Apply the final norm.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      x: the last block's output.
+    """
     return _norm(w['norm'], cfg, x)
 
 
 def head(w: dict, cfg: LlamaConfig, hidden: Float[Array, '*batch dim']) -> Float[Array, '*batch vocab']:
-    """Logits, in fp32."""
+    """Return logits, in fp32.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      hidden: what `finish` returns.
+    """
     return layers.word_logits(w, hidden, tied=cfg.tied)
 
 
@@ -118,75 +202,136 @@ def forward(
     cfg: LlamaConfig,
     x: Float[Array, 'batch tokens dim'],
     valid: Bool[Array, 'batch tokens'],
-    run=scan_blocks,
+    run: Runner = scan_blocks,
     *,
     prefix: Bool[Array, 'batch tokens'] | None = None,
 ) -> Float[Array, 'batch tokens dim']:
-    """Word embeddings -> hidden states after the final norm; tokens of `prefix` read each other both ways.
+    """Return hidden states after the final norm, from word embeddings.
+
+    Args:
+      w: params of the tower, or what `bind` made of them.
+      cfg: its config.
+      x: word embeddings.
+      valid: False: a pad.
+      run: executes the blocks.
+      prefix: tokens that read each other both ways; None: attention is causal.
 
     Raises:
       BatchError: more tokens than the window of attention.
     """
     layers.check_length(x.shape[1], cfg.longest)
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
-    ctx['valid'] = valid
+    ctx['valid'] = valid  # no block reads it; calibration leaves pads out by it
     x, _ = run('language', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)
 
 
-def caches(cfg: LlamaConfig, batch: int, slots: int, dtype: Any) -> tuple[layers.KVCache, ...]:
-    """Empty key/value caches of every layer."""
-    size = {'batch': batch, 'slots': slots, 'kv_heads': cfg.kv_heads, 'head_dim': cfg.head_dim}
-    return layers.empty_caches(cfg.depth, dtype=dtype, **size)
+def caches(cfg: LlamaConfig, batch: int, slots: int, dtype: DTypeLike) -> tuple[layers.KVCache, ...]:
+    """Return empty key/value caches of every layer.
+
+    Args:
+      cfg: the tower's config.
+      batch: number of rows.
+      slots: number of tokens that a row has room for.
+      dtype: of keys and values.
+    """
+    return layers.empty_caches(
+        cfg.depth, batch=batch, kv_heads=cfg.kv_heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
+    )
 
 
 def shapes(cfg: LlamaConfig) -> dict:
-    """The shape of every parameter, as a params tree of tuples."""
-    n, d, f = cfg.depth, cfg.width, cfg.mlp_width
-    inner, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    """Return the shape of every parameter, as a params tree of tuples.
+
+    Args:
+      cfg: the tower's config.
+    """
+    depth = cfg.depth
+    width = cfg.width
+    # A head's size is its own field, so attention may be wider or narrower than the hidden states.
+    q_width = cfg.heads * cfg.head_dim
+    kv_width = cfg.kv_heads * cfg.head_dim
 
     def dense(inputs: int, outputs: int, bias: bool) -> dict:
-        return {'kernel': (n, inputs, outputs)} | ({'bias': (n, outputs)} if bias else {})
+        layer = {'kernel': (depth, inputs, outputs)}
+        return layer | {'bias': (depth, outputs)} if bias else layer
 
     tree = {
-        'embed': (cfg.vocab, d),
+        'embed': (cfg.vocab, width),
         'blocks': {
-            'norm1': {'scale': (n, d)},
+            'norm1': {'scale': (depth, width)},
             'attn': {
-                'q': dense(d, inner, cfg.attention_bias),
-                'k': dense(d, kv, cfg.attention_bias),
-                'v': dense(d, kv, cfg.attention_bias),
-                'o': dense(inner, d, cfg.attention_bias),
+                'q': dense(width, q_width, cfg.attention_bias),
+                'k': dense(width, kv_width, cfg.attention_bias),
+                'v': dense(width, kv_width, cfg.attention_bias),
+                'o': dense(q_width, width, cfg.attention_bias),
             },
-            'norm2': {'scale': (n, d)},
+            'norm2': {'scale': (depth, width)},
             'mlp': {
-                'gate': dense(d, f, cfg.mlp_bias),
-                'up': dense(d, f, cfg.mlp_bias),
-                'down': dense(f, d, cfg.mlp_bias),
+                'gate': dense(width, cfg.mlp_width, cfg.mlp_bias),
+                'up': dense(width, cfg.mlp_width, cfg.mlp_bias),
+                'down': dense(cfg.mlp_width, width, cfg.mlp_bias),
             },
         },
-        'norm': {'scale': (d,)},
+        'norm': {'scale': (width,)},
     }
-    return tree if cfg.tied else tree | {'head': {'kernel': (d, cfg.vocab)}}
+    return tree if cfg.tied else tree | {'head': {'kernel': (width, cfg.vocab)}}
 
 
-def keys(cfg: LlamaConfig) -> dict[str, str]:
-    """Our path -> Hugging Face's name in `LlamaModel`; `{i}` is the layer."""
-    linears = {f'attn/{name}': f'self_attn.{name}_proj' for name in 'qkvo'}
-    linears |= {f'mlp/{name}': f'mlp.{name}_proj' for name in ('gate', 'up', 'down')}
-    biased = {'attn': cfg.attention_bias, 'mlp': cfg.mlp_bias}
-    names = {'embed': 'embed_tokens.weight', 'norm/scale': 'norm.weight'}
-    names |= {'blocks/norm1/scale': 'layers.{i}.input_layernorm.weight'}
-    names |= {'blocks/norm2/scale': 'layers.{i}.post_attention_layernorm.weight'}
-    for ours, theirs in linears.items():
-        names[f'blocks/{ours}/kernel'] = f'layers.{{i}}.{theirs}.weight'
-        if biased[ours.split('/')[0]]:
-            names[f'blocks/{ours}/bias'] = f'layers.{{i}}.{theirs}.bias'
-    return names
+def keys(cfg: LlamaConfig) -> Keys:
+    """Return our paths with transformers' names in `LlamaModel`.
+
+    Args:
+      cfg: the tower's config.
+    """
+    layer = key_table.norm('norm1', 'input_layernorm', bias=False)
+    layer |= key_table.norm('norm2', 'post_attention_layernorm', bias=False)
+    for name in 'qkvo':
+        layer |= key_table.dense(f'attn/{name}', f'self_attn.{name}_proj', bias=cfg.attention_bias)
+    for name in ('gate', 'up', 'down'):
+        layer |= key_table.dense(f'mlp/{name}', f'mlp.{name}_proj', bias=cfg.mlp_bias)
+    table: Keys = {'embed': 'embed_tokens.weight', 'norm/scale': 'norm.weight'}
+    return table | key_table.nested(layer, 'blocks/', 'layers.{i}.')
 
 
-def from_hf(hf: Any) -> LlamaConfig:
-    """The config of a transformers `LlamaConfig`, `MistralConfig` or `GemmaConfig`.
+def key_prefix(model: str, head: str) -> str:
+    """Return the prefix of `keys` in a whole model.
+
+    Args:
+      model: the prefix of transformers' model without its head.
+      head: the prefix of the head's name.
+    """
+    del head
+    return model
+
+
+def embed_copies(own: str) -> list[str]:
+    """Return the names of copies of the word embedding: files hold none.
+
+    Args:
+      own: the name of the word embedding.
+    """
+    del own
+    return []
+
+
+def likely_tied(cfg: LlamaConfig) -> bool:
+    """Return whether the head of published files is the word embedding: as their config says.
+
+    Args:
+      cfg: the tower's config.
+    """
+    return cfg.tied
+
+
+def from_hf(hf: HfConfig) -> LlamaConfig:
+    """Convert a transformers `LlamaConfig`, `MistralConfig` or `GemmaConfig`.
+
+    Args:
+      hf: transformers' config.
+
+    Returns:
+      Our config.
 
     Raises:
       UnsupportedModelError: names the field whose value is not supported.
@@ -197,9 +342,7 @@ def from_hf(hf: Any) -> LlamaConfig:
         raise UnsupportedModelError(f"rope_type {kind!r} of {hf.model_type}: expected 'default', 'linear' or 'llama3'")
     if hf.hidden_act not in layers.ACTIVATIONS:
         raise UnsupportedModelError(f'hidden_act {hf.hidden_act!r} of {hf.model_type} is not known')
-    names = {'factor', 'low_freq_factor', 'high_freq_factor'}
-    llama3 = {name: float(rope[name]) for name in names} if kind == 'llama3' else None
-    gemma = hf.model_type == 'gemma'
+    is_gemma = hf.model_type == 'gemma'  # transformers writes Gemma's norms and scale in code, not in a field
     return LlamaConfig(
         vocab=hf.vocab_size,
         width=hf.hidden_size,
@@ -217,8 +360,22 @@ def from_hf(hf: Any) -> LlamaConfig:
         # Gemma's first configs say 'gelu' and mean its tanh form: transformers' GemmaConfig has already corrected it.
         activation=hf.hidden_act,
         rope_linear=float(rope['factor']) if kind == 'linear' else 1.0,
-        rope_llama3=llama3 and Llama3Rope(original_max_positions=rope['original_max_position_embeddings'], **llama3),
-        norm_offset=1.0 if gemma else 0.0,
-        embed_scale=hf.hidden_size**0.5 if gemma else 1.0,
+        rope_llama3=_llama3_rope(rope) if kind == 'llama3' else None,
+        norm_offset=1.0 if is_gemma else 0.0,
+        embed_scale=hf.hidden_size**0.5 if is_gemma else 1.0,
         window=getattr(hf, 'sliding_window', None),
     )
+
+
+def _llama3_rope(rope: Mapping[str, float]) -> Llama3Rope:
+    return Llama3Rope(
+        factor=float(rope['factor']),
+        low_freq_factor=float(rope['low_freq_factor']),
+        high_freq_factor=float(rope['high_freq_factor']),
+        original_max_positions=rope['original_max_position_embeddings'],
+    )
+
+
+# A module of functions satisfies the protocol of a tower (PEP 544).
+for _model_type in ('llama', 'mistral', 'gemma'):
+    LANGUAGE_TOWERS.register(_model_type, sys.modules[__name__])

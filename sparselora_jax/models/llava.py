@@ -1,95 +1,176 @@
 """LLaVA-1.5 (arXiv 2310.03744): CLIP's penultimate layer -> two-layer MLP -> soft words of LLaMA."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Array, Float
 
-from sparselora_jax.models import keys as names
-from sparselora_jax.models import layers, towers, vit
-from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
+from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.models import key_table, layers, towers
+from sparselora_jax.models.config import HfConfig, LanguageConfig, VisionConfig
+from sparselora_jax.models.family import Family, ImageFamily, register_family
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.runners import Runner, scan_blocks
 from sparselora_jax.runtime.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import transformers
 
 # Three layouts: as saved before transformers 4.52 and by default since (`language_model.model.`, `vision_tower.`), with
 # `model.` before all but the head, and with `vision_model.` in the vision tower's names, as version 4 had it.
-RENAMES = [
+RENAMES = (
     (r'^language_model\.lm_head\.', 'lm_head.'),
     (r'^(model\.)?language_model\.(model\.)?', 'model.language_model.'),
     (r'^(model\.)?vision_tower\.(vision_model\.)?', 'model.vision_tower.'),
     (r'^(model\.)?multi_modal_projector\.', 'model.multi_modal_projector.'),
-]
-IGNORED = [
-    r'.*\.position_ids',
-    r'.*\.rotary_emb\.inv_freq',
-    # Only where the key table does not name them: what lies behind the layer whose output is read.
-    r'model\.vision_tower\.encoder\.layers\..*',
-    r'model\.vision_tower\.(post_layernorm|head)\..*',
-]
+)
 
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    vision: vit.ViTConfig
-    language: Any
+    """LLaVA's towers and its projector.
+
+    Attributes:
+      vision: the vision tower.
+      language: the language model.
+      image_token: stands for one soft word.
+      activation: between the projector's two layers.
+      projector_bias: the projector's layers have biases.
+    """
+
+    vision: VisionConfig
+    language: LanguageConfig
     image_token: int
-    activation: str = 'gelu'  # of the projector
+    activation: str = 'gelu'
     projector_bias: bool = True
 
     @property
     def image_tokens(self) -> int:
-        """Soft words of an image."""
-        return self.vision.kept
+        """Return the number of soft words of an image."""
+        return self.vision.output_tokens
+
+    @property
+    def family(self) -> Family:
+        """Return the family that reads this config."""
+        return FAMILY
 
 
-def soft_words(w: dict, cfg: LlavaConfig, batch: dict, run=scan_blocks) -> Float[Array, 'batch patches dim']:
-    """Images -> soft words in the language model's embedding space."""
-    image = vit.forward(w['vision'], cfg.vision, batch['pixel_values'], run)
-    hidden = layers.ACTIVATIONS[cfg.activation](layers.dense(w['projector']['fc1'], image))
-    return layers.dense(w['projector']['fc2'], hidden)
+def count_image_tokens(hf: 'transformers.PretrainedConfig') -> int:
+    """Return the number of soft words of an image: its patches and, with the strategy 'full', CLIP's class token.
 
-
-def prompt(w: dict, cfg: LlavaConfig, batch: dict, run=scan_blocks) -> towers.Prompt:
-    """The language model's input: words, with the soft words in the places of the image tokens."""
-    return towers.prompt(w, cfg, batch, lambda batch: soft_words(w, cfg, batch, run))
-
-
-def shapes(cfg: LlavaConfig) -> dict:
-    """The shape of every parameter, as a params tree of tuples."""
-    d = cfg.language.width
-    bias = {'bias': (d,)} if cfg.projector_bias else {}
-    return {
-        'vision': vit.shapes(cfg.vision),
-        'projector': {'fc1': {'kernel': (cfg.vision.width, d)} | bias, 'fc2': {'kernel': (d, d)} | bias},
-        'language': towers.shapes(cfg.language),
-    }
-
-
-def keys(cfg: LlavaConfig) -> names.Keys:
-    """Our path -> transformers' name in `LlavaForConditionalGeneration`."""
-    table = names.nested(vit.keys(cfg.vision), 'vision/', 'model.vision_tower.')
-    for ours, theirs in {'fc1': 'linear_1', 'fc2': 'linear_2'}.items():
-        table |= names.dense(f'projector/{ours}', f'model.multi_modal_projector.{theirs}', bias=cfg.projector_bias)
-    return table | towers.keys(cfg.language, 'model.language_model.', '')
-
-
-def from_hf(hf: Any) -> LlavaConfig:
-    """The config of a transformers `LlavaConfig`.
-
-    Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+    Args:
+      hf: a transformers `LlavaConfig`.
     """
-    layer, strategy = hf.vision_feature_layer, hf.vision_feature_select_strategy
-    if not isinstance(layer, int):
-        raise UnsupportedModelError(f'vision_feature_layer {layer} of llava: expected one integer')
-    if strategy not in ('default', 'full'):
-        raise UnsupportedModelError(
-            f"vision_feature_select_strategy {strategy!r} of llava: expected 'default' or 'full'"
-        )
-    return LlavaConfig(
-        vision=vit.from_hf(hf.vision_config, layer=layer, drop_first=strategy == 'default'),
-        # The whole model's field ties the head, not the text config's.
-        language=replace(towers.from_hf(hf.text_config), tied=hf.tie_word_embeddings),
-        image_token=hf.image_token_id,
-        activation=layers.known_activation(hf.projector_hidden_act, 'the projector'),
-        projector_bias=hf.multimodal_projector_bias,
+    patches = (hf.vision_config.image_size // hf.vision_config.patch_size) ** 2
+    return patches + (1 if hf.vision_feature_select_strategy == 'full' else 0)
+
+
+def complete_processor(processor: 'transformers.ProcessorMixin', hf: 'transformers.PretrainedConfig') -> None:
+    """Set what directories leave out that were saved when the model itself added the image tokens.
+
+    Args:
+      processor: a transformers `LlavaProcessor`, which is changed.
+      hf: the directory's config.
+    """
+    if processor.patch_size is None:
+        processor.patch_size = hf.vision_config.patch_size
+        processor.num_additional_image_tokens = 1  # CLIP's class token
+        processor.vision_feature_select_strategy = hf.vision_feature_select_strategy
+
+
+class LlavaFamily(ImageFamily):
+    """LLaVA: the projector is an MLP of two layers."""
+
+    name = 'llava'
+    renames = RENAMES
+    ignored = (
+        r'.*\.position_ids',
+        r'.*\.rotary_emb\.inv_freq',
+        # Only where the key table does not name them: what lies behind the layer whose output is read.
+        r'model\.vision_tower\.encoder\.layers\..*',
+        r'model\.vision_tower\.(post_layernorm|head)\..*',
     )
+    processor = ProcessorSpec(
+        class_name='LlavaProcessor',
+        text=TextFormat('USER: <image>\n{} ASSISTANT:', prompt_tokens=64, answer_tokens=8),
+        count_image_tokens=count_image_tokens,
+        image_place=ImagePlace.IN_TEXT,
+        complete=complete_processor,
+    )
+
+    def from_hf(self, hf: HfConfig) -> LlavaConfig:
+        """Convert a transformers `LlavaConfig`.
+
+        Args:
+          hf: transformers' config.
+
+        Returns:
+          Our config.
+
+        Raises:
+          UnsupportedModelError: names the field whose value is not supported.
+        """
+        layer = hf.vision_feature_layer
+        strategy = hf.vision_feature_select_strategy
+        if not isinstance(layer, int):
+            raise UnsupportedModelError(f'vision_feature_layer {layer} of {hf.model_type}: expected one integer')
+        if strategy not in ('default', 'full'):
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy {strategy!r} of {hf.model_type}: expected 'default' or 'full'"
+            )
+        return LlavaConfig(
+            vision=towers.vision_from_hf(hf.vision_config, layer=layer, drop_first=strategy == 'default'),
+            # The whole model's field ties the head, not the text config's.
+            language=replace(towers.language_from_hf(hf.text_config), tied=hf.tie_word_embeddings),
+            image_token=hf.image_token_id,
+            activation=layers.known_activation(hf.projector_hidden_act, 'the projector'),
+            projector_bias=hf.multimodal_projector_bias,
+        )
+
+    def soft_words(
+        self, w: dict, cfg: LlavaConfig, batch: dict, run: Runner = scan_blocks
+    ) -> Float[Array, 'batch soft dim']:
+        """Return an image in the language model's embedding space: the MLP of its patches.
+
+        Args:
+          w: params, or what `bind` made of them.
+          cfg: the family's config.
+          batch: JAX arrays, see `models.model`.
+          run: executes the vision tower's blocks.
+        """
+        image = cfg.vision.tower.forward(w['vision'], cfg.vision, batch['pixel_values'], run)
+        hidden = layers.ACTIVATIONS[cfg.activation](layers.dense(w['projector']['fc1'], image))
+        return layers.dense(w['projector']['fc2'], hidden)
+
+    def shapes(self, cfg: LlavaConfig) -> dict:
+        """Return the shape of every parameter, as a params tree of tuples.
+
+        Args:
+          cfg: the family's config.
+        """
+        width = cfg.language.width
+        fc1 = {'kernel': (cfg.vision.width, width)}
+        fc2 = {'kernel': (width, width)}
+        if cfg.projector_bias:
+            fc1['bias'] = fc2['bias'] = (width,)
+        return {
+            'vision': cfg.vision.tower.shapes(cfg.vision),
+            'projector': {'fc1': fc1, 'fc2': fc2},
+            'language': cfg.language.tower.shapes(cfg.language),
+        }
+
+    def keys(self, cfg: LlavaConfig) -> Keys:
+        """Return our paths with transformers' names in `LlavaForConditionalGeneration`.
+
+        Args:
+          cfg: the family's config.
+        """
+        table = key_table.nested(cfg.vision.tower.keys(cfg.vision), 'vision/', 'model.vision_tower.')
+        for ours, theirs in {'fc1': 'linear_1', 'fc2': 'linear_2'}.items():
+            module = f'model.multi_modal_projector.{theirs}'
+            table |= key_table.dense(f'projector/{ours}', module, bias=cfg.projector_bias)
+        return table | towers.language_keys(cfg.language, 'model.language_model.', '')
+
+
+FAMILY = register_family(LlavaFamily(), 'llava')

@@ -1,49 +1,86 @@
 """OPT (arXiv 2205.01068): LayerNorm, learned positions, ReLU MLP; norms before or (OPT-350m) after."""
 
+import sys
 from dataclasses import dataclass
-from typing import Any
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.models import layers
-from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.models import key_table, layers
+from sparselora_jax.models.config import HfConfig
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.runners import Runner, scan_blocks
+from sparselora_jax.models.towers import LANGUAGE_TOWERS, LanguageTower
 from sparselora_jax.runtime.errors import UnsupportedModelError
 
+is_encoder_decoder = False
+overflows_in_float16 = ()
+
 OFFSET = 2  # the first two rows of the table of positions belong to no token that is read
-NORM_EPS = 1e-5  # no field of the config says it
+NORM_EPS = 1e-5  # torch's default, which no field of the config changes
 
 
 @dataclass(frozen=True)
 class OptConfig:
+    """An OPT's sizes and variant.
+
+    Attributes:
+      vocab: number of words.
+      width: size of a hidden state.
+      depth: number of layers.
+      heads: of attention.
+      mlp_width: size of a hidden state within an MLP.
+      max_positions: number of tokens of the longest text.
+      word_width: size of a word embedding; where it is not `width`, words are projected, and hidden states back; 0:
+        `width`.
+      bias: linear layers have biases.
+      pre_norm: a norm comes before attention and MLP; False: a norm follows each residual sum.
+      final_norm: there is a norm behind the blocks.
+      activation: of the MLP, a name in `layers.ACTIVATIONS`.
+      tied: the head is the word embedding.
+    """
+
     vocab: int
     width: int
     depth: int
     heads: int
     mlp_width: int
     max_positions: int = 2048
-    word_width: int = 0  # of the word embeddings, if not `width`: then they are projected, and hidden states back
+    word_width: int = 0
     bias: bool = True
-    pre_norm: bool = True  # False: a norm follows each residual sum
+    pre_norm: bool = True
     final_norm: bool = True
     activation: str = 'relu'
-    tied: bool = True  # the head is the word embedding
+    tied: bool = True
 
     def __post_init__(self):
         if not self.word_width:
-            object.__setattr__(self, 'word_width', self.width)
+            object.__setattr__(self, 'word_width', self.width)  # the dataclass is frozen
 
     @property
     def head_dim(self) -> int:
+        """Return the size of a head."""
         return self.width // self.heads
 
     @property
     def longest(self) -> int:
-        """Tokens that a text may have: every position has a row of a table."""
+        """Return how many tokens a text may have: every position needs a row of a table."""
         return self.max_positions
+
+    @property
+    def tower(self) -> LanguageTower:
+        """Return this module, which runs the config."""
+        return sys.modules[__name__]
 
 
 def embed_tokens(w: dict, cfg: OptConfig, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens words']:
-    """Word embeddings."""
+    """Return word embeddings.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      tokens: ids.
+    """
     del cfg
     return w['embed'][tokens]
 
@@ -51,19 +88,40 @@ def embed_tokens(w: dict, cfg: OptConfig, tokens: Int[Array, 'batch tokens']) ->
 def embed(
     w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens words'], view: layers.View
 ) -> tuple[Float[Array, 'batch tokens dim'], dict]:
-    """Word embeddings -> the blocks' input, with positions, and what the blocks read."""
+    """Return the blocks' input, positions added, and what they read, from word embeddings.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      x: word embeddings.
+      view: where the tokens stand, and what they may read.
+    """
     if cfg.word_width != cfg.width:
         x = layers.dense(w['project_in'], x)
     return x + w['positions'][view.positions + OFFSET].astype(x.dtype), {'mask': view.mask}
 
 
-def block(w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: layers.KVCache | None):
-    """Attention and MLP. With a cache, keys and values are written at its index first."""
+def block(
+    w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: layers.KVCache | None
+) -> tuple[Float[Array, 'batch tokens dim'], layers.KVCache | None]:
+    """Run attention and MLP. With a cache, keys and values are written at its index first.
+
+    Args:
+      w: weights of one layer.
+      cfg: the tower's config.
+      x: hidden states.
+      ctx: the mask, see `embed`.
+      cache: of this layer; None: tokens read each other alone.
+
+    Returns:
+      `x`, changed, and the cache.
+    """
     h = layers.layer_norm(w['norm1'], x, NORM_EPS) if cfg.pre_norm else x
     q, k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.heads) for name in 'qkv')
     if cache is not None:
         cache = layers.update_cache(cache, k, v)
-        k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+        k = cache.k.astype(q.dtype)
+        v = cache.v.astype(q.dtype)
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask']))
     if not cfg.pre_norm:
         x = layers.layer_norm(w['norm1'], x, NORM_EPS)
@@ -74,14 +132,26 @@ def block(w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim'], ctx: dic
 
 
 def finish(w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch tokens words']:
-    """The final norm, then the projection back to the words' width, where the model has them."""
+    """Apply the final norm and the projection back to the words' width, where the model has them.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      x: the last block's output.
+    """
     if cfg.final_norm:
         x = layers.layer_norm(w['norm'], x, NORM_EPS)
     return x if cfg.word_width == cfg.width else layers.dense(w['project_out'], x)
 
 
 def head(w: dict, cfg: OptConfig, hidden: Float[Array, '*batch words']) -> Float[Array, '*batch vocab']:
-    """Logits, in fp32."""
+    """Return logits, in fp32.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      hidden: what `finish` returns.
+    """
     return layers.word_logits(w, hidden, tied=cfg.tied)
 
 
@@ -90,82 +160,146 @@ def forward(
     cfg: OptConfig,
     x: Float[Array, 'batch tokens words'],
     valid: Bool[Array, 'batch tokens'],
-    run=scan_blocks,
+    run: Runner = scan_blocks,
     *,
     prefix: Bool[Array, 'batch tokens'] | None = None,
 ) -> Float[Array, 'batch tokens words']:
-    """Word embeddings -> what the head reads; tokens of `prefix` read each other both ways.
+    """Return what the head reads, from word embeddings.
+
+    Args:
+      w: params of the tower, or what `bind` made of them.
+      cfg: its config.
+      x: word embeddings.
+      valid: False: a pad.
+      run: executes the blocks.
+      prefix: tokens that read each other both ways; None: attention is causal.
 
     Raises:
       BatchError: more tokens than there are positions.
     """
     layers.check_length(x.shape[1], cfg.longest)
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
-    ctx['valid'] = valid
+    ctx['valid'] = valid  # no block reads it; calibration leaves pads out by it
     x, _ = run('language', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)
 
 
-def caches(cfg: OptConfig, batch: int, slots: int, dtype: Any) -> tuple[layers.KVCache, ...]:
-    """Empty key/value caches of every layer."""
-    size = {'batch': batch, 'slots': slots, 'kv_heads': cfg.heads, 'head_dim': cfg.head_dim}
-    return layers.empty_caches(cfg.depth, dtype=dtype, **size)
+def caches(cfg: OptConfig, batch: int, slots: int, dtype: DTypeLike) -> tuple[layers.KVCache, ...]:
+    """Return empty key/value caches of every layer.
+
+    Args:
+      cfg: the tower's config.
+      batch: number of rows.
+      slots: number of tokens that a row has room for.
+      dtype: of keys and values.
+    """
+    return layers.empty_caches(
+        cfg.depth, batch=batch, kv_heads=cfg.heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
+    )
 
 
 def shapes(cfg: OptConfig) -> dict:
-    """The shape of every parameter, as a params tree of tuples."""
-    n, d, f = cfg.depth, cfg.width, cfg.mlp_width
+    """Return the shape of every parameter, as a params tree of tuples.
+
+    Args:
+      cfg: the tower's config.
+    """
+    depth = cfg.depth
+    width = cfg.width
 
     def dense(inputs: int, outputs: int) -> dict:
-        return {'kernel': (n, inputs, outputs)} | ({'bias': (n, outputs)} if cfg.bias else {})
+        layer = {'kernel': (depth, inputs, outputs)}
+        return layer | {'bias': (depth, outputs)} if cfg.bias else layer
 
     tree = {
         'embed': (cfg.vocab, cfg.word_width),
-        'positions': (cfg.max_positions + OFFSET, d),
+        'positions': (cfg.max_positions + OFFSET, width),
         'blocks': {
-            'norm1': {'scale': (n, d), 'bias': (n, d)},
-            'attn': {name: dense(d, d) for name in 'qkvo'},
-            'norm2': {'scale': (n, d), 'bias': (n, d)},
-            'mlp': {'fc1': dense(d, f), 'fc2': dense(f, d)},
+            'norm1': {'scale': (depth, width), 'bias': (depth, width)},
+            'attn': {name: dense(width, width) for name in 'qkvo'},
+            'norm2': {'scale': (depth, width), 'bias': (depth, width)},
+            'mlp': {'fc1': dense(width, cfg.mlp_width), 'fc2': dense(cfg.mlp_width, width)},
         },
     }
     if cfg.final_norm:
-        tree['norm'] = {'scale': (d,), 'bias': (d,)}
-    if cfg.word_width != d:
-        tree |= {'project_in': {'kernel': (cfg.word_width, d)}, 'project_out': {'kernel': (d, cfg.word_width)}}
-    return tree if cfg.tied else tree | {'head': {'kernel': (cfg.word_width, cfg.vocab)}}
+        tree['norm'] = {'scale': (width,), 'bias': (width,)}
+    if cfg.word_width != width:
+        tree['project_in'] = {'kernel': (cfg.word_width, width)}
+        tree['project_out'] = {'kernel': (width, cfg.word_width)}
+    if not cfg.tied:
+        tree['head'] = {'kernel': (cfg.word_width, cfg.vocab)}
+    return tree
 
 
-def keys(cfg: OptConfig) -> dict[str, str]:
-    """Our path -> Hugging Face's name in `OPTDecoder`; `{i}` is the layer."""
-    names = {'embed': 'embed_tokens.weight', 'positions': 'embed_positions.weight'}
+def keys(cfg: OptConfig) -> Keys:
+    """Return our paths with transformers' names in `OPTDecoder`.
+
+    Args:
+      cfg: the tower's config.
+    """
+    layer = key_table.norm('norm1', 'self_attn_layer_norm') | key_table.norm('norm2', 'final_layer_norm')
+    for name in 'qkv':
+        layer |= key_table.dense(f'attn/{name}', f'self_attn.{name}_proj', bias=cfg.bias)
+    layer |= key_table.dense('attn/o', 'self_attn.out_proj', bias=cfg.bias)
+    for name in ('fc1', 'fc2'):
+        layer |= key_table.dense(f'mlp/{name}', name, bias=cfg.bias)
+    table: Keys = {'embed': 'embed_tokens.weight', 'positions': 'embed_positions.weight'}
     if cfg.word_width != cfg.width:
-        names |= {f'project_{way}/kernel': f'project_{way}.weight' for way in ('in', 'out')}
-    norms = {'blocks/norm1': 'layers.{i}.self_attn_layer_norm', 'blocks/norm2': 'layers.{i}.final_layer_norm'}
-    norms |= {'norm': 'final_layer_norm'} if cfg.final_norm else {}
-    for ours, theirs in norms.items():
-        names |= {f'{ours}/scale': f'{theirs}.weight', f'{ours}/bias': f'{theirs}.bias'}
-    linears = {f'attn/{name}': f'self_attn.{name}_proj' for name in 'qkv'}
-    linears |= {'attn/o': 'self_attn.out_proj', 'mlp/fc1': 'fc1', 'mlp/fc2': 'fc2'}
-    for ours, theirs in linears.items():
-        names[f'blocks/{ours}/kernel'] = f'layers.{{i}}.{theirs}.weight'
-        if cfg.bias:
-            names[f'blocks/{ours}/bias'] = f'layers.{{i}}.{theirs}.bias'
-    return names
+        for way in ('in', 'out'):
+            table |= key_table.dense(f'project_{way}', f'project_{way}', bias=False)
+    if cfg.final_norm:  # it shares its name with a norm of each layer
+        table |= key_table.norm('norm', 'final_layer_norm')
+    return table | key_table.nested(layer, 'blocks/', 'layers.{i}.')
 
 
-def from_hf(hf: Any) -> OptConfig:
-    """The config of a transformers `OPTConfig`.
+def key_prefix(model: str, head: str) -> str:
+    """Return the prefix of `keys` in a whole model.
+
+    Args:
+      model: the prefix of transformers' model without its head.
+      head: the prefix of the head's name.
+    """
+    del head
+    return f'{model}decoder.'
+
+
+def embed_copies(own: str) -> list[str]:
+    """Return the names of copies of the word embedding: files hold none.
+
+    Args:
+      own: the name of the word embedding.
+    """
+    del own
+    return []
+
+
+def likely_tied(cfg: OptConfig) -> bool:
+    """Return whether the head of published files is the word embedding: as their config says.
+
+    Args:
+      cfg: the tower's config.
+    """
+    return cfg.tied
+
+
+def from_hf(hf: HfConfig) -> OptConfig:
+    """Convert a transformers `OPTConfig`.
+
+    Args:
+      hf: transformers' config.
+
+    Returns:
+      Our config.
 
     Raises:
       UnsupportedModelError: names the field whose value is not supported.
     """
     if not hf.layer_norm_elementwise_affine:
         raise UnsupportedModelError(
-            'layer_norm_elementwise_affine False of opt: only norms with scale and bias are known'
+            f'layer_norm_elementwise_affine False of {hf.model_type}: only norms with scale and bias are known'
         )
     if hf.activation_function not in layers.ACTIVATIONS:
-        raise UnsupportedModelError(f'activation_function {hf.activation_function!r} of opt is not known')
+        raise UnsupportedModelError(f'activation_function {hf.activation_function!r} of {hf.model_type} is not known')
     return OptConfig(
         vocab=hf.vocab_size,
         tied=hf.tie_word_embeddings,
@@ -177,6 +311,11 @@ def from_hf(hf: Any) -> OptConfig:
         word_width=hf.word_embed_proj_dim,
         bias=hf.enable_bias,
         pre_norm=hf.do_layer_norm_before,
+        # OPT-350m norms after each sum and has no final norm; some early files have none either, and say so.
         final_norm=hf.do_layer_norm_before and not hf._remove_final_layer_norm,
         activation=hf.activation_function,
     )
+
+
+# A module of functions satisfies the protocol of a tower (PEP 544).
+LANGUAGE_TOWERS.register('opt', sys.modules[__name__])

@@ -1,73 +1,144 @@
 """PaliGemma (arXiv 2407.07726): SigLIP -> a linear layer -> soft words of Gemma, whose prompt is read both ways."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Array, Float
 
-from sparselora_jax.models import keys as names
-from sparselora_jax.models import layers, llava, towers, vit
-from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
+from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.models import key_table, layers, llava, towers
+from sparselora_jax.models.config import HfConfig, LanguageConfig, VisionConfig
+from sparselora_jax.models.family import Family, ImageFamily, register_family
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.prompts import Prompt
+from sparselora_jax.models.runners import Runner, scan_blocks
 from sparselora_jax.runtime.errors import BatchError
 
-RENAMES = llava.RENAMES
-IGNORED = [r'.*\.position_ids', r'.*\.rotary_emb\.inv_freq', r'model\.vision_tower\.head\..*']
+if TYPE_CHECKING:
+    import transformers
 
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    vision: vit.ViTConfig
-    language: Any
+    """PaliGemma's towers; its projector has the towers' widths.
+
+    Attributes:
+      vision: the vision tower.
+      language: the language model.
+      image_token: stands for one soft word.
+    """
+
+    vision: VisionConfig
+    language: LanguageConfig
     image_token: int
 
     @property
     def image_tokens(self) -> int:
-        """Soft words of an image."""
-        return self.vision.kept
+        """Return the number of soft words of an image."""
+        return self.vision.output_tokens
+
+    @property
+    def family(self) -> Family:
+        """Return the family that reads this config."""
+        return FAMILY
 
 
-def soft_words(w: dict, cfg: PaliGemmaConfig, batch: dict, run=scan_blocks) -> Float[Array, 'batch patches dim']:
-    """Images -> soft words in the language model's embedding space; unlike its words, they are not scaled."""
-    return layers.dense(w['projector'], vit.forward(w['vision'], cfg.vision, batch['pixel_values'], run))
+def count_image_tokens(hf: 'transformers.PretrainedConfig') -> int:
+    """Return the number of soft words of an image: its patches.
 
-
-def prompt(w: dict, cfg: PaliGemmaConfig, batch: dict, run=scan_blocks) -> towers.Prompt:
-    """The language model's input. `token_type_ids` are 0 where tokens read each other both ways.
-
-    Raises:
-      BatchError: there are none; and see `towers.prompt`.
+    Args:
+      hf: a transformers `PaliGemmaConfig`.
     """
-    if 'token_type_ids' not in batch:
-        raise BatchError('no token_type_ids: pass those that the processor returns, 0 for the image and the prompt')
-    made = towers.prompt(w, cfg, batch, lambda batch: soft_words(w, cfg, batch, run))
-    return made._replace(prefix=batch['token_type_ids'] == 0)
+    return (hf.vision_config.image_size // hf.vision_config.patch_size) ** 2
 
 
-def shapes(cfg: PaliGemmaConfig) -> dict:
-    """The shape of every parameter, as a params tree of tuples."""
-    return {
-        'vision': vit.shapes(cfg.vision),
-        'projector': {'kernel': (cfg.vision.width, cfg.language.width), 'bias': (cfg.language.width,)},
-        'language': towers.shapes(cfg.language),
-    }
+class PaliGemmaFamily(ImageFamily):
+    """PaliGemma: a linear projector, and a prompt whose tokens read each other both ways."""
 
-
-def keys(cfg: PaliGemmaConfig) -> names.Keys:
-    """Our path -> transformers' name in `PaliGemmaForConditionalGeneration`."""
-    table = names.nested(vit.keys(cfg.vision), 'vision/', 'model.vision_tower.')
-    table |= names.dense('projector', 'model.multi_modal_projector.linear')
-    return table | towers.keys(cfg.language, 'model.language_model.', '')
-
-
-def from_hf(hf: Any) -> PaliGemmaConfig:
-    """The config of a transformers `PaliGemmaConfig`.
-
-    Raises:
-      UnsupportedModelError: names the field whose value is not supported.
-    """
-    return PaliGemmaConfig(
-        vision=vit.from_hf(hf.vision_config),
-        # The whole model's field ties the head, not the text config's.
-        language=replace(towers.from_hf(hf.text_config), tied=hf.tie_word_embeddings),
-        image_token=hf.image_token_id,
+    name = 'paligemma'
+    renames = llava.RENAMES  # transformers composes both in the same way
+    ignored = (r'.*\.position_ids', r'.*\.rotary_emb\.inv_freq', r'model\.vision_tower\.head\..*')
+    processor = ProcessorSpec(
+        class_name='PaliGemmaProcessor',
+        text=TextFormat('answer en {}', prompt_tokens=32, answer_tokens=8),
+        count_image_tokens=count_image_tokens,
+        image_place=ImagePlace.BEFORE_TEXT,
+        prompt_template='{bos}{text}\n',
+        has_token_types=True,
     )
+
+    def from_hf(self, hf: HfConfig) -> PaliGemmaConfig:
+        """Convert a transformers `PaliGemmaConfig`.
+
+        Args:
+          hf: transformers' config.
+
+        Returns:
+          Our config.
+
+        Raises:
+          UnsupportedModelError: names the field whose value is not supported.
+        """
+        return PaliGemmaConfig(
+            vision=towers.vision_from_hf(hf.vision_config),
+            # The whole model's field ties the head, not the text config's.
+            language=replace(towers.language_from_hf(hf.text_config), tied=hf.tie_word_embeddings),
+            image_token=hf.image_token_id,
+        )
+
+    def soft_words(
+        self, w: dict, cfg: PaliGemmaConfig, batch: dict, run: Runner = scan_blocks
+    ) -> Float[Array, 'batch soft dim']:
+        """Return an image in the language model's embedding space; unlike words, soft words are not scaled.
+
+        Args:
+          w: params, or what `bind` made of them.
+          cfg: the family's config.
+          batch: JAX arrays, see `models.model`.
+          run: executes the vision tower's blocks.
+        """
+        image = cfg.vision.tower.forward(w['vision'], cfg.vision, batch['pixel_values'], run)
+        return layers.dense(w['projector'], image)
+
+    def prompt(self, w: dict, cfg: PaliGemmaConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:
+        """Return the language tower's input; tokens whose `token_type_ids` are 0 read each other both ways.
+
+        Args:
+          w: params, or what `bind` made of them.
+          cfg: the family's config.
+          batch: JAX arrays, see `models.model`.
+          run: executes the towers' blocks.
+
+        Raises:
+          BatchError: there are no `token_type_ids`; and see `prompts.embed_words_and_image`.
+        """
+        if 'token_type_ids' not in batch:
+            raise BatchError('no token_type_ids: pass those that the processor returns, 0 for the image and the prompt')
+        prompt = super().prompt(w, cfg, batch, run)
+        return prompt._replace(prefix=batch['token_type_ids'] == 0)
+
+    def shapes(self, cfg: PaliGemmaConfig) -> dict:
+        """Return the shape of every parameter, as a params tree of tuples.
+
+        Args:
+          cfg: the family's config.
+        """
+        return {
+            'vision': cfg.vision.tower.shapes(cfg.vision),
+            'projector': {'kernel': (cfg.vision.width, cfg.language.width), 'bias': (cfg.language.width,)},
+            'language': cfg.language.tower.shapes(cfg.language),
+        }
+
+    def keys(self, cfg: PaliGemmaConfig) -> Keys:
+        """Return our paths with transformers' names in `PaliGemmaForConditionalGeneration`.
+
+        Args:
+          cfg: the family's config.
+        """
+        table = key_table.nested(cfg.vision.tower.keys(cfg.vision), 'vision/', 'model.vision_tower.')
+        table |= key_table.dense('projector', 'model.multi_modal_projector.linear')
+        return table | towers.language_keys(cfg.language, 'model.language_model.', '')
+
+
+FAMILY = register_family(PaliGemmaFamily(), 'paligemma')

@@ -5,35 +5,59 @@ The stacked unit is a *pair* of layers: the first attends to the image, the seco
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from sparselora_jax.models import keys as names
-from sparselora_jax.models import layers
-from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.models import key_table, layers
+from sparselora_jax.models.config import HfConfig
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.runners import Runner, scan_blocks
 from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
 class QFormerConfig:
+    """A Q-Former's sizes.
+
+    Attributes:
+      queries: number of learned queries, and so of soft words of an image.
+      width: size of a hidden state.
+      pairs: layers / 2.
+      heads: of attention.
+      mlp_width: size of a hidden state within an MLP.
+      image_width: size of the vision tower's hidden states.
+      norm_eps: of the norms.
+      activation: of the MLPs, a name in `layers.ACTIVATIONS`.
+      vocab: number of words of the instruction; 0: no text is read.
+      max_positions: number of tokens of the longest instruction.
+    """
+
     queries: int
     width: int
-    pairs: int  # layers / 2
+    pairs: int
     heads: int
     mlp_width: int
     image_width: int
     norm_eps: float = 1e-12
     activation: str = 'gelu'
-    vocab: int = 0  # of the instruction's tokens; 0: no text is read
-    max_positions: int = 0  # tokens of the longest instruction
+    vocab: int = 0
+    max_positions: int = 0
 
 
 def embed(
     w: dict, cfg: QFormerConfig, image: Float[Array, 'batch patches image_dim'], batch: dict
 ) -> tuple[Float[Array, 'batch rows dim'], dict]:
-    """The learned queries, one copy an image, and after them the instruction's words if there are any.
+    """Return the learned queries, one copy an image, with the instruction's words behind them if there are any.
+
+    Args:
+      w: params of the Q-Former.
+      cfg: its config.
+      image: what the vision tower hands on.
+      batch: `qformer_input_ids` and `qformer_attention_mask`, if `cfg.vocab` says that text is read.
+
+    Returns:
+      The blocks' input, and what they read.
 
     Raises:
       BatchError: no instruction, or one that is too long.
@@ -50,111 +74,195 @@ def embed(
         text = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
         queries = jnp.ones((image.shape[0], cfg.queries), bool)
         valid = jnp.concatenate([queries, text], axis=1)
+        # Calibration must know which rows each kernel reads, see `runners.valid_rows`.
         ctx |= {'mask': valid[:, None], 'valid': valid, 'query_valid': queries, 'text_valid': text}
     return layers.layer_norm(w['norm'], x, cfg.norm_eps).astype(image.dtype), ctx
 
 
-def _attention(w: dict, cfg: QFormerConfig, x: Array, source: Array, mask: Array | None = None) -> Array:
+def _attention(
+    w: dict,
+    cfg: QFormerConfig,
+    x: Float[Array, 'batch rows dim'],
+    source: Float[Array, 'batch sources source_dim'],
+    mask: Bool[Array, 'batch 1 sources'] | None = None,
+) -> Float[Array, 'batch rows dim']:
+    """Attend from `x` to `source`, add, and norm."""
     q = layers.split_heads(layers.dense(w['q'], x), cfg.heads)
     k, v = (layers.split_heads(layers.dense(w[name], source), cfg.heads) for name in 'kv')
     return layers.layer_norm(w['norm'], x + layers.dense(w['o'], layers.attend(q, k, v, mask)), cfg.norm_eps)
 
 
-def _mlp(w: dict, cfg: QFormerConfig, x: Array) -> Array:
+def _mlp(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim']) -> Float[Array, 'batch rows dim']:
     h = layers.ACTIVATIONS[cfg.activation](layers.dense(w['fc1'], x))
     return layers.layer_norm(w['norm'], x + layers.dense(w['fc2'], h), cfg.norm_eps)
 
 
-def _layer(w: dict, cfg: QFormerConfig, x: Array, ctx: dict) -> Array:
+def _layer(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim'], ctx: dict) -> Float[Array, 'batch rows dim']:
     x = _attention(w['self'], cfg, x, x, ctx.get('mask'))
-    queries, text = x[:, : cfg.queries], x[:, cfg.queries :]
-    if 'cross' in w:
+    queries = x[:, : cfg.queries]
+    text = x[:, cfg.queries :]
+    if 'cross' in w:  # the first layer of a pair
         queries = _attention(w['cross'], cfg, queries, ctx['cross'])
     queries = _mlp(w['mlp'], cfg, queries)
-    # The last layer's text goes nowhere; its MLP is kept, since checkpoints hold one and all layers are stacked.
-    return jnp.concatenate([queries, _mlp(w['text_mlp'], cfg, text)], axis=1) if cfg.vocab else queries
+    if not cfg.vocab:
+        return queries
+    # Nothing reads the text behind the last layer. Its MLP is run all the same, since checkpoints hold one and all
+    # layers are stacked.
+    return jnp.concatenate([queries, _mlp(w['text_mlp'], cfg, text)], axis=1)
 
 
-def block(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim'], ctx: dict, cache: None):
-    """A pair: self-attention, cross-attention to the image, MLP; then self-attention, MLP. Norms follow the sums."""
-    return _layer(w['second'], cfg, _layer(w['first'], cfg, x, ctx), ctx), cache
+def block(
+    w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim'], ctx: dict, cache: None
+) -> tuple[Float[Array, 'batch rows dim'], None]:
+    """Run a pair: self-attention, cross-attention to the image, MLP; then self-attention, MLP. Norms follow the sums.
+
+    Args:
+      w: weights of one pair.
+      cfg: the Q-Former's config.
+      x: queries, and words behind them.
+      ctx: what `embed` returned.
+      cache: None, since nothing is decoded here.
+
+    Returns:
+      `x`, changed, and the cache.
+    """
+    x = _layer(w['first'], cfg, x, ctx)
+    return _layer(w['second'], cfg, x, ctx), cache
 
 
 def finish(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim']) -> Float[Array, 'batch queries dim']:
-    """The queries alone: every layer ends in its norm."""
+    """Return the queries alone; there is no final norm, since every layer ends in its own.
+
+    Args:
+      w: params of the Q-Former.
+      cfg: its config.
+      x: the last pair's output.
+    """
     del w
     return x[:, : cfg.queries]
 
 
 def forward(
-    w: dict, cfg: QFormerConfig, image: Float[Array, 'batch patches image_dim'], batch: dict, run=scan_blocks
+    w: dict, cfg: QFormerConfig, image: Float[Array, 'batch patches image_dim'], batch: dict, run: Runner = scan_blocks
 ) -> Float[Array, 'batch queries dim']:
-    """Image tokens (and the instruction of `batch`, if `cfg.vocab` says so) -> the queries' hidden states."""
+    """Return the queries' hidden states after they have read the image (and the instruction, if `cfg.vocab` says so).
+
+    Args:
+      w: params of the Q-Former, or what `bind` made of them.
+      cfg: its config.
+      image: what the vision tower hands on.
+      batch: holds the instruction.
+      run: executes the pairs.
+
+    Raises:
+      BatchError: see `embed`.
+    """
     x, ctx = embed(w, cfg, image, batch)
     x, _ = run('qformer', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)
 
 
 def shapes(cfg: QFormerConfig) -> dict:
-    """The shape of every parameter, as a params tree of tuples."""
-    n, d, f = cfg.pairs, cfg.width, cfg.mlp_width
-    norm = {'scale': (n, d), 'bias': (n, d)}
+    """Return the shape of every parameter, as a params tree of tuples.
 
-    def attention(source: int) -> dict:
-        kernels = {name: {'kernel': (n, d, d), 'bias': (n, d)} for name in 'qo'}
-        return kernels | {name: {'kernel': (n, source, d), 'bias': (n, d)} for name in 'kv'} | {'norm': norm}
+    Args:
+      cfg: the Q-Former's config.
+    """
+    pairs = cfg.pairs
+    width = cfg.width
+    norm = {'scale': (pairs, width), 'bias': (pairs, width)}
 
-    fc1, fc2 = {'kernel': (n, d, f), 'bias': (n, f)}, {'kernel': (n, f, d), 'bias': (n, d)}
-    mlp = {'fc1': fc1, 'fc2': fc2, 'norm': norm}
-    layer = {'self': attention(d), 'mlp': mlp} | ({'text_mlp': mlp} if cfg.vocab else {})
-    words = {'embed': (cfg.vocab, d), 'positions': (cfg.max_positions, d)} if cfg.vocab else {}
-    return words | {
-        'queries': (1, cfg.queries, d),
-        'norm': {'scale': (d,), 'bias': (d,)},
-        'blocks': {'first': layer | {'cross': attention(cfg.image_width)}, 'second': layer},
+    def dense(inputs: int, outputs: int) -> dict:
+        return {'kernel': (pairs, inputs, outputs), 'bias': (pairs, outputs)}
+
+    def attention(source_width: int) -> dict:
+        return {
+            'q': dense(width, width),
+            'k': dense(source_width, width),
+            'v': dense(source_width, width),
+            'o': dense(width, width),
+            'norm': norm,
+        }
+
+    mlp = {'fc1': dense(width, cfg.mlp_width), 'fc2': dense(cfg.mlp_width, width), 'norm': norm}
+    layer = {'self': attention(width), 'mlp': mlp}
+    tree = {
+        'queries': (1, cfg.queries, width),
+        'norm': {'scale': (width,), 'bias': (width,)},
     }
-
-
-def keys(cfg: QFormerConfig) -> names.Keys:
-    """Our path -> transformers' name in BLIP-2's or InstructBLIP's model: the queries lie outside its Q-Former."""
-    table = {'queries': 'query_tokens'}
     if cfg.vocab:
-        embeddings = 'qformer.embeddings'
-        table |= {'embed': f'{embeddings}.word_embeddings.weight'}
-        table |= {'positions': f'{embeddings}.position_embeddings.weight'}
-        table |= names.norm('norm', f'{embeddings}.layernorm')
+        layer['text_mlp'] = mlp
+        tree['embed'] = (cfg.vocab, width)
+        tree['positions'] = (cfg.max_positions, width)
+    return tree | {'blocks': {'first': layer | {'cross': attention(cfg.image_width)}, 'second': layer}}
+
+
+def keys(cfg: QFormerConfig) -> Keys:
+    """Return our paths with transformers' names in BLIP-2's or InstructBLIP's model.
+
+    The names are those of the whole model, since the queries lie outside of its Q-Former.
+
+    Args:
+      cfg: the Q-Former's config.
+    """
+    table: Keys = {'queries': 'query_tokens'}
+    if cfg.vocab:
+        table['embed'] = 'qformer.embeddings.word_embeddings.weight'
+        table['positions'] = 'qformer.embeddings.position_embeddings.weight'
+        table |= key_table.norm('norm', 'qformer.embeddings.layernorm')
     else:
-        table |= names.norm('norm', 'qformer.layernorm')
-    attentions = {'self': 'attention', 'cross': 'crossattention'}
-    mlps = {'mlp': '_query'} | ({'text_mlp': ''} if cfg.vocab else {})
-    for half, layer in {'first': '{even}', 'second': '{odd}'}.items():
-        block = {}
-        for ours, theirs in attentions.items() if half == 'first' else [('self', 'attention')]:
-            for letter, word in {'q': 'query', 'k': 'key', 'v': 'value'}.items():
-                block |= names.dense(f'{ours}/{letter}', f'{theirs}.attention.{word}')
-            block |= names.dense(f'{ours}/o', f'{theirs}.output.dense')
-            block |= names.norm(f'{ours}/norm', f'{theirs}.output.LayerNorm')
-        for ours, suffix in mlps.items():
-            block |= names.dense(f'{ours}/fc1', f'intermediate{suffix}.dense')
-            block |= names.dense(f'{ours}/fc2', f'output{suffix}.dense')
-            block |= names.norm(f'{ours}/norm', f'output{suffix}.LayerNorm')
-        table |= names.nested(block, f'blocks/{half}/', f'qformer.encoder.layer.{layer}.')
+        table |= key_table.norm('norm', 'qformer.layernorm')
+    first = _layer_keys(cfg) | _attention_keys('cross', 'crossattention')
+    table |= key_table.nested(first, 'blocks/first/', 'qformer.encoder.layer.{even}.')
+    table |= key_table.nested(_layer_keys(cfg), 'blocks/second/', 'qformer.encoder.layer.{odd}.')
     return table
 
 
-def from_hf(hf: Any, queries: int) -> QFormerConfig:
-    """The config of a transformers `Blip2QFormerConfig` or `InstructBlipQFormerConfig`; `queries`: num_query_tokens.
+def _layer_keys(cfg: QFormerConfig) -> Keys:
+    """Return the names that both layers of a pair have."""
+    table = _attention_keys('self', 'attention') | _mlp_keys('mlp', '_query')
+    if cfg.vocab:
+        table |= _mlp_keys('text_mlp', '')
+    return table
+
+
+def _attention_keys(ours: str, theirs: str) -> Keys:
+    table = key_table.dense(f'{ours}/o', f'{theirs}.output.dense')
+    table |= key_table.norm(f'{ours}/norm', f'{theirs}.output.LayerNorm')
+    for letter, word in {'q': 'query', 'k': 'key', 'v': 'value'}.items():
+        table |= key_table.dense(f'{ours}/{letter}', f'{theirs}.attention.{word}')
+    return table
+
+
+def _mlp_keys(ours: str, suffix: str) -> Keys:
+    table = key_table.dense(f'{ours}/fc1', f'intermediate{suffix}.dense')
+    table |= key_table.dense(f'{ours}/fc2', f'output{suffix}.dense')
+    return table | key_table.norm(f'{ours}/norm', f'output{suffix}.LayerNorm')
+
+
+def from_hf(hf: HfConfig, queries: int) -> QFormerConfig:
+    """Convert a transformers `Blip2QFormerConfig` or `InstructBlipQFormerConfig`.
+
+    Args:
+      hf: transformers' config of the Q-Former.
+      queries: `num_query_tokens` of the whole model's config.
+
+    Returns:
+      Our config.
 
     Raises:
       UnsupportedModelError: names the field whose value is not supported.
     """
     if hf.cross_attention_frequency != 2 or hf.num_hidden_layers % 2:
-        found = f'cross_attention_frequency {hf.cross_attention_frequency}, num_hidden_layers {hf.num_hidden_layers}'
-        raise UnsupportedModelError(f'{found} of {hf.model_type}: expected 2 and an even number')
+        raise UnsupportedModelError(
+            f'cross_attention_frequency {hf.cross_attention_frequency}, num_hidden_layers {hf.num_hidden_layers} of '
+            f'{hf.model_type}: expected 2 and an even number'
+        )
     if getattr(hf, 'use_qformer_text_input', False):
         raise UnsupportedModelError(f'use_qformer_text_input of {hf.model_type}: only retrieval models read text there')
     if getattr(hf, 'position_embedding_type', 'absolute') != 'absolute':
         raise UnsupportedModelError(f"position_embedding_type {hf.position_embedding_type!r}: expected 'absolute'")
+    # BLIP-2's config names a vocabulary as well, and its Q-Former does not use it.
     reads_text = hf.model_type == 'instructblip_qformer'
     return QFormerConfig(
         queries=queries,

@@ -1,39 +1,120 @@
 """Runners: how a tower's stacked blocks are executed. The seam that training, generation and pruning share.
 
-A runner is `run(tower, block, weights, x, ctx, cache=None) -> (x, cache)`, where `weights` are the stacked weights
-and `block(w, x, ctx, cache) -> (x, cache)` is one of them. `ctx` is what blocks only read; the leading axis of each of
-its arrays is the batch (or 1).
+A tower hands its block and the stacked weights to a runner and never loops itself. So the same forward is scanned in
+training, unrolled while decoding, and run layer by layer while it is pruned.
 """
 
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sparselora_jax.sparse.kernels import cpu
 from sparselora_jax.sparse.packing import Packed24
 
-Block = Callable[[dict, Any, dict, Any], tuple[Any, Any]]
+
+@runtime_checkable
+class Block(Protocol):
+    """One block of a tower."""
+
+    def __call__(self, w: dict, x: Float[Array, '...'], ctx: dict, cache: PyTree) -> tuple[Float[Array, '...'], PyTree]:
+        """Run one block.
+
+        Args:
+          w: the weights of one layer.
+          x: hidden states, which the block changes.
+          ctx: arrays that the block only reads: masks, position tables, an encoder's output. The leading axis of each
+            is the batch or 1, so a runner may cut a large batch into parts.
+          cache: the layer's keys and values seen so far; None: there are none.
+
+        Returns:
+          Hidden states and the cache, with this run's keys and values written to it.
+        """
 
 
-def scan_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cache: Any = None) -> tuple[Any, Any]:
-    """One traced block, scanned over the layers. The backward keeps each `linear`'s output and recomputes the rest."""
+@runtime_checkable
+class Runner(Protocol):
+    """A way to execute a stack of blocks.
+
+    `scan_blocks`, `remat_blocks` and `unrolled_blocks` below, the pruner's walk (`pruning.walk`) and the runner that
+    gathers sharded weights (`sparse.sharding`) are runners.
+    """
+
+    def __call__(
+        self, tower: str, block: Block, weights: PyTree, x: Float[Array, '...'], ctx: dict, cache: PyTree = None
+    ) -> tuple[Any, PyTree]:
+        """Run all blocks of a stack in order.
+
+        Args:
+          tower: the path of the stack, such as 'vision' or 'language/decoder'.
+          block: runs one layer.
+          weights: the stacked weights of all layers, `[layers, ...]` each.
+          x: hidden states before the first block.
+          ctx: see `Block`; the same for all layers.
+          cache: the caches of all layers; None: there are none.
+
+        Returns:
+          Hidden states after the last block, and the caches.
+        """
+
+
+def scan_blocks(
+    tower: str, block: Block, weights: dict, x: Float[Array, '...'], ctx: dict, cache: PyTree = None
+) -> tuple[Float[Array, '...'], PyTree]:
+    """Trace one block and scan it over the layers.
+
+    The backward keeps the output of each `linear` and recomputes the rest: norms, attention, gates.
+
+    Args:
+      tower: see `Runner`, as for the other arguments.
+      block: runs one layer.
+      weights: stacked weights.
+      x: hidden states.
+      ctx: what blocks only read.
+      cache: stacked caches, or None.
+
+    Returns:
+      Hidden states and stacked caches.
+    """
+    del tower
     return _scan(block, weights, x, ctx, cache, jax.checkpoint_policies.save_only_these_names('linear'))
 
 
-def _scan(block: Block, weights: dict, x: Any, ctx: dict, cache: Any, policy: Any) -> tuple[Any, Any]:
-    # A scan's body needs no barrier against CSE.
+def remat_blocks(
+    tower: str, block: Block, weights: dict, x: Float[Array, '...'], ctx: dict, cache: PyTree = None
+) -> tuple[Float[Array, '...'], PyTree]:
+    """Scan like `scan_blocks`, but keep only each block's input for the backward: less memory, more computation.
+
+    Args:
+      tower: see `Runner`, as for the other arguments.
+      block: runs one layer.
+      weights: stacked weights.
+      x: hidden states.
+      ctx: what blocks only read.
+      cache: stacked caches, or None.
+
+    Returns:
+      Hidden states and stacked caches.
+    """
+    del tower
+    return _scan(block, weights, x, ctx, cache, None)
+
+
+def _scan(
+    block: Block, weights: dict, x: Float[Array, '...'], ctx: dict, cache: PyTree, policy: Callable[..., bool] | None
+) -> tuple[Float[Array, '...'], PyTree]:
+    # `prevent_cse=False`: the loop of a scan already keeps XLA from merging the recomputation with the forward.
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
-    def one(w, index, x, ctx, cache):
+    def run_layer(w, index, x, ctx, cache):
         return block(_cut_out(w, index), x, ctx, cache)
 
     def body(x, layer):
         w, index, layer_cache = layer
-        return one(w, index, x, ctx, layer_cache)
+        return run_layer(w, index, x, ctx, layer_cache)
 
     layers = jax.tree.leaves(weights)[0].shape[0]
     return jax.lax.scan(body, x, (weights, jnp.arange(layers), cache))
@@ -52,15 +133,29 @@ def _cut_out(w: dict, index: Int[Array, '']) -> dict:
     return jax.tree.map(cut, w, is_leaf=lambda leaf: isinstance(leaf, Packed24))
 
 
-def remat_blocks(tower: str, block: Block, weights: dict, x: Any, ctx: dict, cache: Any = None) -> tuple[Any, Any]:
-    """`scan_blocks` that keeps only each block's input for the backward."""
-    return _scan(block, weights, x, ctx, cache, None)
-
-
 def unrolled_blocks(
-    tower: str, block: Block, weights: tuple[dict, ...], x: Any, ctx: dict, cache: tuple | None = None
-) -> tuple[Any, Any]:
-    """Blocks one after the other, each with its own weights and cache: nothing is sliced or stacked per token."""
+    tower: str,
+    block: Block,
+    weights: tuple[dict, ...],
+    x: Float[Array, '...'],
+    ctx: dict,
+    cache: tuple | None = None,
+) -> tuple[Float[Array, '...'], tuple]:
+    """Run blocks one after the other, each with its own weights and cache.
+
+    Decoding uses this runner: nothing is sliced from a stack or stacked again for every token.
+
+    Args:
+      tower: see `Runner`, as for the other arguments.
+      block: runs one layer.
+      weights: of each layer, see `unstack`.
+      x: hidden states.
+      ctx: what blocks only read.
+      cache: of each layer, or None.
+
+    Returns:
+      Hidden states and the caches of all layers.
+    """
     del tower
     caches = []
     for index, w in enumerate(weights):
@@ -69,21 +164,37 @@ def unrolled_blocks(
     return x, tuple(caches)
 
 
-def unstack(tree: Any) -> tuple[Any, ...]:
-    """A tree stacked along its leading axis -> one tree per layer."""
+def unstack(tree: PyTree) -> tuple[PyTree, ...]:
+    """Cut a tree that is stacked along its leading axis into one tree per layer.
+
+    Args:
+      tree: arrays `[layers, ...]`.
+
+    Returns:
+      Trees of arrays `[...]`.
+    """
     layers = jax.tree.leaves(tree)[0].shape[0]
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(layers))
 
 
-def valid_rows(name: str, ctx: dict) -> Any:
-    """Which rows of the input of kernel `name` (its path within a block) are no pads; None: all of them.
+def valid_rows(name: str, ctx: dict) -> Bool[Array, 'batch rows'] | None:
+    """Return which rows of a kernel's input are no pads.
 
-    `ctx['valid']` speaks of the block's own rows. Cross-attention's keys and values read others (`cross_valid`), and
-    where a Q-Former reads text too, so do its cross-attention, `mlp` (`query_valid`) and `text_mlp` (`text_valid`).
+    `ctx['valid']` describes the block's own rows. Keys and values of cross-attention read other rows (`cross_valid`).
+    In a Q-Former that reads text too, its cross-attention and `mlp` read the queries alone (`query_valid`), and its
+    `text_mlp` the text alone (`text_valid`).
+
+    Args:
+      name: the kernel's path within a block.
+      ctx: what the block reads, see `Block`.
+
+    Returns:
+      A mask over the rows; None: all of them count.
     """
     if re.fullmatch(r'(.*/)?cross/[kv]/kernel', name):
         return ctx.get('cross_valid')
-    for regex, mask in ((r'(.*/)?(cross/[qo]|mlp/.*)/kernel', 'query_valid'), (r'(.*/)?text_mlp/.*', 'text_valid')):
+    masks_by_path = ((r'(.*/)?(cross/[qo]|mlp/.*)/kernel', 'query_valid'), (r'(.*/)?text_mlp/.*', 'text_valid'))
+    for regex, mask in masks_by_path:
         if mask in ctx and re.fullmatch(regex, name):
             return ctx[mask]
     return ctx.get('valid')

@@ -4,85 +4,202 @@
 token; `reading` adds the encoder's output to what its blocks read.
 """
 
+import math
+import sys
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.models import layers
-from sparselora_jax.models.relative import relative_bias
-from sparselora_jax.models.runners import scan_blocks, unstack
+from sparselora_jax.models import key_table, layers
+from sparselora_jax.models.config import HfConfig
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.runners import Runner, scan_blocks, unstack
+from sparselora_jax.models.towers import LANGUAGE_TOWERS, LanguageTower
 from sparselora_jax.runtime.errors import UnsupportedModelError
 
-EMBED = 'shared.weight'  # the word embeddings in checkpoints, which may hold copies, or one of these alone:
+is_encoder_decoder = True
+overflows_in_float16 = ('language/encoder/', 'language/decoder/')
+
+EMBED = 'shared.weight'  # the word embedding in files, which may hold copies of it, or a copy alone:
 COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 
 
 @dataclass(frozen=True)
 class T5Config:
+    """A T5's sizes and variant.
+
+    Attributes:
+      vocab: number of words.
+      width: size of a hidden state.
+      depth: number of the decoder's layers.
+      encoder_depth: number of the encoder's layers.
+      heads: of attention.
+      head_dim: size of a head, which need not be width / heads.
+      mlp_width: size of a hidden state within an MLP.
+      activation: of the MLP, a name in `layers.ACTIVATIONS`.
+      gated: the MLP has a gate (T5 1.1).
+      norm_eps: of the norms.
+      buckets: of relative positions.
+      max_distance: positions as far as this or farther share a bucket.
+      tied: the head is the word embedding.
+      scale_head: hidden states are divided by sqrt(width) before the head.
+    """
+
     vocab: int
     width: int
-    depth: int  # of the decoder
+    depth: int
     encoder_depth: int
     heads: int
-    head_dim: int  # need not be width / heads
+    head_dim: int
     mlp_width: int
     activation: str = 'gelu_new'
     gated: bool = True
     norm_eps: float = 1e-6
-    buckets: int = 32  # of relative positions
-    max_distance: int = 128  # positions as far as this or farther share a bucket
-    tied: bool = False  # the head is the word embedding
-    scale_head: bool = False  # hidden states are divided by sqrt(width) before the head
+    buckets: int = 32
+    max_distance: int = 128
+    tied: bool = False
+    scale_head: bool = False
 
     @property
     def longest(self) -> None:
-        """Tokens that a text may have: as many as it likes, since positions are relative."""
+        """Return how many tokens a text may have: any number, since positions are relative."""
+
+    @property
+    def tower(self) -> LanguageTower:
+        """Return this module, which runs the config."""
+        return sys.modules[__name__]
 
 
 class DecoderCache(NamedTuple):
-    """A decoder layer's slots seen so far, and its keys and values of the encoder's output."""
+    """What a decoder layer has seen so far, and its keys and values of the encoder's output."""
 
     self: layers.KVCache
     cross_k: Float[Array, 'batch heads encoded head_dim']
     cross_v: Float[Array, 'batch heads encoded head_dim']
 
 
+def distance_buckets(buckets: int, max_distance: int) -> Int[np.ndarray, ' distances']:
+    """Return the bucket of every distance 0..max_distance: exact for the first half, logarithmic for the second.
+
+    The table is computed on the host: an accelerator's logarithm may put a distance that lies on a boundary on its
+    other side.
+
+    Args:
+      buckets: number of buckets.
+      max_distance: the last distance.
+
+    >>> distance_buckets(8, 16).tolist()
+    [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7]
+    """
+    exact = buckets // 2
+    distance = np.arange(max_distance + 1)
+    # In fp32 and in this order, as in transformers: its truncation decides which bucket a boundary belongs to.
+    octaves = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    far = octaves / np.float32(math.log(max_distance / exact)) * np.float32(buckets - exact)
+    far = np.minimum(exact + far.astype(np.int32), buckets - 1)
+    return np.where(distance < exact, distance, far).astype(np.int32)
+
+
+def relative_bias(
+    table: Float[Array, 'buckets heads'],
+    positions: Int[Array, 'batch tokens'],
+    slot_positions: Int[Array, 'batch slots'],
+    *,
+    max_distance: int,
+    bidirectional: bool,
+) -> Float[Array, 'batch heads tokens slots']:
+    """Return what the distance from a token to a slot adds to their product (arXiv 1910.10683, section 2.1).
+
+    Args:
+      table: a learned bias for every bucket of distances and every head.
+      positions: of the tokens that read.
+      slot_positions: of the tokens that are read.
+      max_distance: slots as far as this or farther share a bucket.
+      bidirectional: half the buckets are for later slots; otherwise those are taken to be at distance 0.
+    """
+    offset = slot_positions[:, None, :] - positions[:, :, None]
+    buckets = table.shape[0] // 2 if bidirectional else table.shape[0]
+    distance = jnp.abs(offset) if bidirectional else jnp.maximum(-offset, 0)
+    bucket = jnp.asarray(distance_buckets(buckets, max_distance))[jnp.minimum(distance, max_distance)]
+    if bidirectional:
+        bucket = jnp.where(offset > 0, bucket + buckets, bucket)
+    return jnp.moveaxis(table[bucket], -1, 1)
+
+
 def embed_tokens(w: dict, cfg: T5Config, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens dim']:
-    """Word embeddings; encoder and decoder share them."""
+    """Return word embeddings; encoder and decoder share them.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      tokens: ids.
+    """
     del cfg
     return w['embed'][tokens]
 
 
-def _norm(w: dict, cfg: T5Config, x: Array) -> Array:
+def _norm(w: dict, cfg: T5Config, x: Float[Array, '*batch dim']) -> Float[Array, '*batch dim']:
     return layers.rms_norm(w, x, cfg.norm_eps)
 
 
-def _heads(w: dict, cfg: T5Config, x: Array) -> Array:
+def _heads(w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch heads tokens head_dim']:
     return layers.split_heads(layers.dense(w, x), cfg.heads)
 
 
-def _mlp(w: dict, cfg: T5Config, x: Array) -> Array:
+def _mlp(w: dict, cfg: T5Config, x: Float[Array, '*batch dim']) -> Float[Array, '*batch dim']:
     activation = layers.ACTIVATIONS[cfg.activation]
     if not cfg.gated:
         return layers.dense(w['fc2'], activation(layers.dense(w['fc1'], x)))
     return layers.dense(w['down'], activation(layers.dense(w['gate'], x)) * layers.dense(w['up'], x))
 
 
-def encoder_block(w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: None):
-    """Pre-norm attention and MLP of the encoder."""
+def encoder_block(
+    w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: None
+) -> tuple[Float[Array, 'batch tokens dim'], None]:
+    """Run pre-norm attention and MLP of the encoder.
+
+    Args:
+      w: weights of one layer.
+      cfg: the tower's config.
+      x: hidden states.
+      ctx: mask and bias of relative positions.
+      cache: None, since nothing is decoded here.
+
+    Returns:
+      `x`, changed, and the cache.
+    """
     h = _norm(w['norm1'], cfg, x)
     q, k, v = (_heads(w['attn'][name], cfg, h) for name in 'qkv')
+    # Scale 1: T5's initialisation takes the place of the division by sqrt(head_dim).
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask'], bias=ctx['bias'], scale=1.0))
     return x + _mlp(w['mlp'], cfg, _norm(w['norm2'], cfg, x)), cache
 
 
 def encode(
-    w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim'], valid: Bool[Array, 'batch tokens'], run=scan_blocks
+    w: dict,
+    cfg: T5Config,
+    x: Float[Array, 'batch tokens dim'],
+    valid: Bool[Array, 'batch tokens'],
+    run: Runner = scan_blocks,
 ) -> Float[Array, 'batch tokens dim']:
-    """Word embeddings -> the encoder's output, normed. Pads count as positions, as they do in transformers."""
-    w, positions = w['encoder'], jnp.arange(x.shape[1])[None]
+    """Return the encoder's output, normed, from word embeddings.
+
+    Pads count as positions, as they do in transformers.
+
+    Args:
+      w: params of the tower, or what `bind` made of them.
+      cfg: its config.
+      x: word embeddings.
+      valid: False: a pad.
+      run: executes the blocks.
+    """
+    w = w['encoder']
+    positions = jnp.arange(x.shape[1])[None]
+    # The first layer's table serves all layers, so its bias is computed once.
     bias = relative_bias(w['relative'], positions, positions, max_distance=cfg.max_distance, bidirectional=True)
     ctx = {'mask': valid[:, None], 'bias': bias, 'valid': valid}
     x, _ = run('language/encoder', lambda w, x, ctx, c: encoder_block(w, cfg, x, ctx, c), w['blocks'], x, ctx)
@@ -92,38 +209,79 @@ def encode(
 def embed(
     w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim'], view: layers.View
 ) -> tuple[Float[Array, 'batch tokens dim'], dict]:
-    """Word embeddings -> the decoder's blocks' input and what they read of each other; `reading` adds the encoder."""
-    kind = {'max_distance': cfg.max_distance, 'bidirectional': False}
-    bias = relative_bias(w['decoder']['relative'], view.positions, view.slot_positions, **kind)
+    """Return the input of the decoder's blocks and what they read of each other; `reading` adds the encoder.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      x: word embeddings.
+      view: where the tokens stand, and what they may read.
+    """
+    bias = relative_bias(
+        w['decoder']['relative'],
+        view.positions,
+        view.slot_positions,
+        max_distance=cfg.max_distance,
+        bidirectional=False,
+    )
     return x, {'mask': view.mask, 'bias': bias}
 
 
 def reading(
     encoded_valid: Bool[Array, 'batch encoded'], encoded: Float[Array, 'batch encoded dim'] | None = None
 ) -> dict:
-    """What the decoder's blocks read of the encoder, for their `ctx`. With a cache `encoded` is not needed."""
-    return {'cross_valid': encoded_valid} | ({} if encoded is None else {'cross': encoded})
+    """Return what the decoder's blocks read of the encoder, for their `ctx`.
+
+    Args:
+      encoded_valid: False: a pad of the encoder's.
+      encoded: the encoder's output; None: keys and values of it lie in the caches.
+    """
+    ctx = {'cross_valid': encoded_valid}
+    return ctx if encoded is None else ctx | {'cross': encoded}
 
 
-def block(w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: DecoderCache | None):
-    """Pre-norm attention, cross-attention and MLP of the decoder. With a cache, the encoder is read from it."""
+def block(
+    w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: DecoderCache | None
+) -> tuple[Float[Array, 'batch tokens dim'], DecoderCache | None]:
+    """Run pre-norm attention, cross-attention and MLP of the decoder. With a cache, the encoder is read from it.
+
+    Args:
+      w: weights of one layer.
+      cfg: the tower's config.
+      x: hidden states.
+      ctx: see `embed` and `reading`.
+      cache: of this layer; None: tokens read each other alone.
+
+    Returns:
+      `x`, changed, and the cache.
+    """
     h = _norm(w['norm1'], cfg, x)
     q, k, v = (_heads(w['attn'][name], cfg, h) for name in 'qkv')
     if cache is not None:
         seen = layers.update_cache(cache.self, k, v)
-        cache, k, v = cache._replace(self=seen), seen.k.astype(q.dtype), seen.v.astype(q.dtype)
+        cache = cache._replace(self=seen)
+        k = seen.k.astype(q.dtype)
+        v = seen.v.astype(q.dtype)
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask'], bias=ctx['bias'], scale=1.0))
     q = _heads(w['cross']['q'], cfg, _norm(w['norm2'], cfg, x))
     if cache is None:
         k, v = (_heads(w['cross'][name], cfg, ctx['cross']) for name in 'kv')
     else:
-        k, v = cache.cross_k.astype(q.dtype), cache.cross_v.astype(q.dtype)
+        k = cache.cross_k.astype(q.dtype)
+        v = cache.cross_v.astype(q.dtype)
+    # Cross-attention knows no positions, hence no bias.
     x = x + layers.dense(w['cross']['o'], layers.attend(q, k, v, ctx['cross_valid'][:, None], scale=1.0))
     return x + _mlp(w['mlp'], cfg, _norm(w['norm3'], cfg, x)), cache
 
 
 def finish(w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch tokens dim']:
-    """The decoder's final norm."""
+    """Apply the decoder's final norm.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      x: the last block's output.
+    """
     return _norm(w['decoder']['norm'], cfg, x)
 
 
@@ -134,9 +292,21 @@ def decode(
     valid: Bool[Array, 'batch tokens'],
     encoded: Float[Array, 'batch encoded dim'],
     encoded_valid: Bool[Array, 'batch encoded'],
-    run=scan_blocks,
+    run: Runner = scan_blocks,
 ) -> Float[Array, 'batch tokens dim']:
-    """The decoder's hidden states after its final norm. Pads count as positions, as they do in transformers."""
+    """Return the decoder's hidden states after its final norm.
+
+    Pads count as positions, as they do in transformers.
+
+    Args:
+      w: params of the tower, or what `bind` made of them.
+      cfg: its config.
+      tokens: ids.
+      valid: False: a pad.
+      encoded: the encoder's output.
+      encoded_valid: False: a pad of the encoder's.
+      run: executes the blocks.
+    """
     positions = jnp.arange(tokens.shape[1])[None]
     view = layers.causal_view(valid)._replace(positions=positions, slot_positions=positions)
     x, ctx = embed(w, cfg, embed_tokens(w, cfg, tokens).astype(encoded.dtype), view)
@@ -147,71 +317,145 @@ def decode(
 
 
 def head(w: dict, cfg: T5Config, hidden: Float[Array, '*batch dim']) -> Float[Array, '*batch vocab']:
-    """Logits, in fp32."""
+    """Return logits, in fp32.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      hidden: what `finish` returns.
+    """
     if cfg.scale_head:
         hidden = hidden * jnp.asarray(cfg.width**-0.5, hidden.dtype)
     return layers.word_logits(w, hidden, tied=cfg.tied)
 
 
 def caches(
-    w: dict, cfg: T5Config, encoded: Float[Array, 'batch encoded dim'], slots: int, dtype: Any
+    w: dict, cfg: T5Config, encoded: Float[Array, 'batch encoded dim'], slots: int, dtype: DTypeLike
 ) -> tuple[DecoderCache, ...]:
-    """The caches of every decoder layer: no slot seen yet, the encoder's output projected once."""
-    size = {'batch': encoded.shape[0], 'slots': slots, 'kv_heads': cfg.heads, 'head_dim': cfg.head_dim}
-    empty = layers.empty_caches(cfg.depth, dtype=dtype, **size)
+    """Return the caches of every decoder layer: no token seen yet, the encoder's output projected once.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      encoded: the encoder's output.
+      slots: number of tokens that a row has room for.
+      dtype: of keys and values.
+    """
+    empty = layers.empty_caches(
+        cfg.depth, batch=encoded.shape[0], kv_heads=cfg.heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
+    )
     cross = unstack(w['decoder']['blocks']['cross'])
-    read = ((_heads(layer[name], cfg, encoded).astype(dtype) for name in 'kv') for layer in cross)
-    return tuple(DecoderCache(cache, *kv) for cache, kv in zip(empty, read, strict=True))
+    cross_kv = ((_heads(layer[name], cfg, encoded).astype(dtype) for name in 'kv') for layer in cross)
+    return tuple(DecoderCache(cache, *kv) for cache, kv in zip(empty, cross_kv, strict=True))
 
 
 def shapes(cfg: T5Config) -> dict:
-    """The shape of every parameter, as a params tree of tuples."""
-    d, f, inner = cfg.width, cfg.mlp_width, cfg.heads * cfg.head_dim
+    """Return the shape of every parameter, as a params tree of tuples.
 
-    def blocks(n: int, norms: int, *attentions: str) -> dict:
-        kernels = {'q': (d, inner), 'k': (d, inner), 'v': (d, inner), 'o': (inner, d)}
-        mlp = {'gate': (d, f), 'up': (d, f), 'down': (f, d)} if cfg.gated else {'fc1': (d, f), 'fc2': (f, d)}
-        groups = dict.fromkeys(attentions, kernels) | {'mlp': mlp}
-        tree = {group: {name: {'kernel': (n, *size)} for name, size in of.items()} for group, of in groups.items()}
-        return tree | {f'norm{i + 1}': {'scale': (n, d)} for i in range(norms)}
+    Args:
+      cfg: the tower's config.
+    """
+    width = cfg.width
+    inner = cfg.heads * cfg.head_dim
+    attention = {'q': (width, inner), 'k': (width, inner), 'v': (width, inner), 'o': (inner, width)}
+    mlp = {'fc1': (width, cfg.mlp_width), 'fc2': (cfg.mlp_width, width)}
+    if cfg.gated:
+        mlp = {'gate': (width, cfg.mlp_width), 'up': (width, cfg.mlp_width), 'down': (cfg.mlp_width, width)}
 
-    ends = {'relative': (cfg.buckets, cfg.heads), 'norm': {'scale': (d,)}}
+    def stack(depth: int, groups: dict[str, dict[str, tuple[int, int]]]) -> dict:
+        blocks = {}
+        for index, (group, kernels) in enumerate(groups.items()):
+            blocks[group] = {name: {'kernel': (depth, *size)} for name, size in kernels.items()}
+            blocks[f'norm{index + 1}'] = {'scale': (depth, width)}  # each group follows a norm
+        return {'blocks': blocks, 'relative': (cfg.buckets, cfg.heads), 'norm': {'scale': (width,)}}
+
     tree = {
-        'embed': (cfg.vocab, d),
-        'encoder': {'blocks': blocks(cfg.encoder_depth, 2, 'attn')} | ends,
-        'decoder': {'blocks': blocks(cfg.depth, 3, 'attn', 'cross')} | ends,
+        'embed': (cfg.vocab, width),
+        'encoder': stack(cfg.encoder_depth, {'attn': attention, 'mlp': mlp}),
+        'decoder': stack(cfg.depth, {'attn': attention, 'cross': attention, 'mlp': mlp}),
     }
-    return tree if cfg.tied else tree | {'head': {'kernel': (d, cfg.vocab)}}
+    return tree if cfg.tied else tree | {'head': {'kernel': (width, cfg.vocab)}}
 
 
-def keys(cfg: T5Config) -> dict[str, str]:
-    """Our path -> Hugging Face's name in `T5ForConditionalGeneration`; `{i}` is the layer."""
+def keys(cfg: T5Config) -> Keys:
+    """Return our paths with transformers' names in `T5ForConditionalGeneration`.
+
+    Args:
+      cfg: the tower's config.
+    """
+    table: Keys = {'embed': EMBED}
+    if not cfg.tied:
+        table['head/kernel'] = 'lm_head.weight'
+    attention = {name: name for name in 'qkvo'}
     mlp = {'gate': 'wi_0', 'up': 'wi_1', 'down': 'wo'} if cfg.gated else {'fc1': 'wi', 'fc2': 'wo'}
-    names = {'embed': EMBED} | ({} if cfg.tied else {'head/kernel': 'lm_head.weight'})
-    for stack in ('encoder', 'decoder'):
-        parts = ['attn', 'mlp'] if stack == 'encoder' else ['attn', 'cross', 'mlp']
-        names[f'{stack}/relative'] = f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
-        names[f'{stack}/norm/scale'] = f'{stack}.final_layer_norm.weight'
-        for i, part in enumerate(parts):
-            ours, theirs = f'{stack}/blocks', f'{stack}.block.{{i}}.layer.{i}'
-            module = {'attn': 'SelfAttention', 'cross': 'EncDecAttention', 'mlp': 'DenseReluDense'}[part]
-            names[f'{ours}/norm{i + 1}/scale'] = f'{theirs}.layer_norm.weight'
-            for name, their in (mlp if part == 'mlp' else {name: name for name in 'qkvo'}).items():
-                names[f'{ours}/{part}/{name}/kernel'] = f'{theirs}.{module}.{their}.weight'
-    return names
+    # In order, since transformers numbers the parts of a layer.
+    encoder = {'attn': ('SelfAttention', attention), 'mlp': ('DenseReluDense', mlp)}
+    decoder = {
+        'attn': ('SelfAttention', attention),
+        'cross': ('EncDecAttention', attention),
+        'mlp': ('DenseReluDense', mlp),
+    }
+    for stack, parts in {'encoder': encoder, 'decoder': decoder}.items():
+        # The first layer holds the table of relative positions that all layers read.
+        table[f'{stack}/relative'] = f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+        table |= key_table.norm(f'{stack}/norm', f'{stack}.final_layer_norm', bias=False)
+        for index, (part, (module, kernels)) in enumerate(parts.items()):
+            layer = key_table.norm(f'norm{index + 1}', 'layer_norm', bias=False)
+            for ours, theirs in kernels.items():
+                layer |= key_table.dense(f'{part}/{ours}', f'{module}.{theirs}', bias=False)
+            table |= key_table.nested(layer, f'{stack}/blocks/', f'{stack}.block.{{i}}.layer.{index}.')
+    return table
 
 
-def from_hf(hf: Any) -> T5Config:
-    """The config of a transformers `T5Config`.
+def key_prefix(model: str, head: str) -> str:
+    """Return the prefix of `keys` in a whole model: embedding and stacks stand beside the head.
+
+    Args:
+      model: the prefix of transformers' model without its head.
+      head: the prefix of the head's name.
+    """
+    del model
+    return head
+
+
+def embed_copies(own: str) -> list[str]:
+    """Return the names under which a file may hold copies of the word embedding, in torch's order.
+
+    Args:
+      own: the name of the word embedding.
+    """
+    prefix = own.removesuffix(EMBED)
+    return [prefix + name for name in COPIES]
+
+
+def likely_tied(cfg: T5Config) -> bool:
+    """Return whether the head of published files is the word embedding.
+
+    Transformers 5 says so of every T5. T5 1.1 has a head of its own, and does not scale what it reads.
+
+    Args:
+      cfg: the tower's config.
+    """
+    return cfg.tied and cfg.scale_head
+
+
+def from_hf(hf: HfConfig) -> T5Config:
+    """Convert a transformers `T5Config`.
 
     Since transformers 5 the config says of every T5 that its head is tied: a checkpoint whose `lm_head.weight` is not
     its `shared.weight` needs `tied=False` all the same.
+
+    Args:
+      hf: transformers' config.
+
+    Returns:
+      Our config.
 
     Raises:
       UnsupportedModelError: names the field whose value is not supported.
     """
     if hf.dense_act_fn not in layers.ACTIVATIONS:
-        raise UnsupportedModelError(f'feed_forward_proj {hf.feed_forward_proj!r} of t5 is not known')
+        raise UnsupportedModelError(f'feed_forward_proj {hf.feed_forward_proj!r} of {hf.model_type} is not known')
     return T5Config(
         vocab=hf.vocab_size,
         width=hf.d_model,
@@ -228,3 +472,7 @@ def from_hf(hf: Any) -> T5Config:
         tied=hf.tie_word_embeddings,
         scale_head=hf.scale_decoder_outputs,
     )
+
+
+# A module of functions satisfies the protocol of a tower (PEP 544).
+LANGUAGE_TOWERS.register('t5', sys.modules[__name__])

@@ -1,143 +1,224 @@
-"""Which module runs a language tower, by the class of its config; and what a tower is given to read."""
+"""Towers: what a vision encoder and a language model must offer, and which module runs which kind of config.
 
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any, NamedTuple
+A tower is a module of pure functions beside a frozen config: `embed`, `block`, `finish`, and the `forward` that hands
+the stacked blocks to a runner (`models.runners`). Each module registers itself here under transformers' `model_type`,
+and each config names its module by `cfg.tower`. So nothing outside a tower's file compares kinds of towers.
+"""
 
-import jax
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from sparselora_jax.models import keys as names
-from sparselora_jax.models import layers, llama, opt, t5
-from sparselora_jax.runtime import processes
-from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
+from sparselora_jax.models import key_table, layers
+from sparselora_jax.models.config import HfConfig, LanguageConfig, VisionConfig
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.runners import Runner
+from sparselora_jax.runtime.errors import UnsupportedModelError
+from sparselora_jax.runtime.registry import Registry
 
 
-class Prompt(NamedTuple):
-    """A language tower's input.
+@runtime_checkable
+class LanguageTower(Protocol):
+    """A language model: LLaMA, OPT, T5. A module whose functions have these names satisfies it.
 
-    `prefix`: tokens that read each other both ways (PaliGemma's prompt); None: attention is causal.
+    Weights `w` are params of the tower, or what `bind` made of them. A decoder-only tower also has `forward`
+    (`DecoderTower`), an encoder-decoder has `encode` and `decode` (`EncoderDecoderTower`).
+
+    Attributes:
+      is_encoder_decoder: answers are decoded from a prompt that an encoder reads.
+      overflows_in_float16: path prefixes of stacks whose hidden states exceed float16's range.
     """
 
-    x: Float[Array, 'batch tokens dim']
-    valid: Bool[Array, 'batch tokens']
-    prefix: Bool[Array, 'batch tokens'] | None = None
+    is_encoder_decoder: bool
+    overflows_in_float16: Sequence[str]
+
+    def from_hf(self, hf: HfConfig) -> LanguageConfig:
+        """Convert a config of transformers; refuse a field whose value is not supported."""
+
+    def shapes(self, cfg: LanguageConfig) -> dict:
+        """Return the shape of every parameter, as a params tree of tuples."""
+
+    def keys(self, cfg: LanguageConfig) -> Keys:
+        """Return our paths with transformers' names within this kind of model."""
+
+    def key_prefix(self, model: str, head: str) -> str:
+        """Return the prefix of `keys` in a whole model; `model` and `head` as in `language_keys`."""
+
+    def embed_copies(self, own: str) -> list[str]:
+        """Return the names under which a file may hold copies of the word embedding, whose own name is given."""
+
+    def likely_tied(self, cfg: LanguageConfig) -> bool:
+        """Return whether the head of published files is the word embedding, where only their config is known."""
+
+    def embed_tokens(self, w: dict, cfg: LanguageConfig, tokens: Int[Array, '...']) -> Float[Array, '... dim']:
+        """Return word embeddings."""
+
+    def embed(self, w: dict, cfg: LanguageConfig, x: Float[Array, '...'], view: layers.View) -> tuple[Array, dict]:
+        """Return the input of the blocks and what they read, from word embeddings."""
+
+    def block(
+        self, w: dict, cfg: LanguageConfig, x: Float[Array, '...'], ctx: dict, cache: PyTree
+    ) -> tuple[Array, PyTree]:
+        """Run one block (of the decoder), see `runners.Block`."""
+
+    def finish(self, w: dict, cfg: LanguageConfig, x: Float[Array, '...']) -> Float[Array, '...']:
+        """Return what the head reads, from the output of the last block."""
+
+    def head(self, w: dict, cfg: LanguageConfig, hidden: Float[Array, '...']) -> Float[Array, '... vocab']:
+        """Return logits in fp32."""
 
 
-LANGUAGE: dict[type, ModuleType] = {llama.LlamaConfig: llama, opt.OptConfig: opt, t5.T5Config: t5}
-MODEL_TYPES: dict[str, ModuleType] = {  # by transformers' model_type
-    'llama': llama,
-    'mistral': llama,
-    'gemma': llama,
-    'opt': opt,
-    't5': t5,
-}
+@runtime_checkable
+class DecoderTower(LanguageTower, Protocol):
+    """A decoder-only language model."""
+
+    def forward(
+        self,
+        w: dict,
+        cfg: LanguageConfig,
+        x: Float[Array, 'batch tokens words'],
+        valid: Bool[Array, 'batch tokens'],
+        run: Runner,
+        *,
+        prefix: Bool[Array, 'batch tokens'] | None,
+    ) -> Float[Array, 'batch tokens dim']:
+        """Run the whole tower over word embeddings; tokens of `prefix` read each other both ways."""
+
+    def caches(self, cfg: LanguageConfig, batch: int, slots: int, dtype: DTypeLike) -> tuple:
+        """Return empty key/value caches of every layer."""
 
 
-def language(cfg: Any) -> ModuleType:
-    """The module of a language tower's config."""
-    return LANGUAGE[type(cfg)]
+@runtime_checkable
+class EncoderDecoderTower(LanguageTower, Protocol):
+    """A language model of an encoder and a decoder; `embed`, `block` and `finish` are the decoder's."""
+
+    def encode(
+        self, w: dict, cfg: LanguageConfig, x: Float[Array, '...'], valid: Bool[Array, '...'], run: Runner
+    ) -> Float[Array, '...']:
+        """Run the encoder over word embeddings."""
+
+    def decode(
+        self,
+        w: dict,
+        cfg: LanguageConfig,
+        tokens: Int[Array, 'batch tokens'],
+        valid: Bool[Array, 'batch tokens'],
+        encoded: Float[Array, 'batch encoded dim'],
+        encoded_valid: Bool[Array, 'batch encoded'],
+        run: Runner,
+    ) -> Float[Array, 'batch tokens dim']:
+        """Run the decoder over tokens."""
+
+    def reading(self, encoded_valid: Bool[Array, '...'], encoded: Float[Array, '...'] | None = None) -> dict:
+        """Return what the decoder's blocks read of the encoder, for their `ctx`."""
+
+    def caches(self, w: dict, cfg: LanguageConfig, encoded: Float[Array, '...'], slots: int, dtype: DTypeLike) -> tuple:
+        """Return the caches of every decoder layer, the encoder's output projected once."""
 
 
-def embed_tokens(w: dict, cfg: Any, tokens: Any) -> Float[Array, 'batch tokens dim']:
-    """Word embeddings of whatever language tower it is."""
-    return language(cfg).embed_tokens(w, cfg, tokens)
+@runtime_checkable
+class VisionTower(Protocol):
+    """A vision encoder. A module whose functions have these names satisfies it."""
+
+    def from_hf(self, hf: HfConfig, *, layer: int | None = None, drop_first: bool = False) -> VisionConfig:
+        """Convert a config of transformers; refuse a field whose value is not supported.
+
+        `layer` chooses one of torch's `hidden_states` (None: the tower's own output), and `drop_first` leaves the
+        first token out.
+        """
+
+    def shapes(self, cfg: VisionConfig) -> dict:
+        """Return the shape of every parameter, as a params tree of tuples."""
+
+    def keys(self, cfg: VisionConfig) -> Keys:
+        """Return our paths with transformers' names within this kind of model."""
+
+    def forward(
+        self, w: dict, cfg: VisionConfig, images: Float[Array, 'batch 3 height width'], run: Runner
+    ) -> Float[Array, 'batch tokens dim']:
+        """Run the tower over normalised images."""
+
+    def unread(self, hf: HfConfig, cfg: VisionConfig) -> dict[str, int]:
+        """Return how many parameters published files hold that this config does not read, by what they are."""
 
 
-def shapes(cfg: Any) -> dict:
-    """The shape of every parameter of a language tower."""
-    return language(cfg).shapes(cfg)
+LANGUAGE_TOWERS: Registry[LanguageTower] = Registry('language model')
+VISION_TOWERS: Registry[VisionTower] = Registry('vision model')
 
 
-def keys(cfg: Any, model: str, head: str) -> names.Keys:
-    """The key table of a language tower, its paths under `language/`.
+def language_from_hf(hf: HfConfig) -> LanguageConfig:
+    """Convert the config of a language model.
 
     Args:
+      hf: transformers' config of it.
+
+    Returns:
+      The config of the tower that runs it.
+
+    Raises:
+      UnsupportedModelError: no tower is registered for its `model_type`, or a field's value is not supported.
+    """
+    if hf.model_type not in LANGUAGE_TOWERS:
+        known = ', '.join(LANGUAGE_TOWERS)
+        raise UnsupportedModelError(f'language model {hf.model_type!r}: expected one of {known}')
+    return LANGUAGE_TOWERS.find(hf.model_type).from_hf(hf)
+
+
+def vision_from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False) -> VisionConfig:
+    """Convert the config of a vision model.
+
+    Args:
+      hf: transformers' config of it.
+      layer: which of torch's `hidden_states` is handed on; None: the tower's own output.
+      drop_first: leave the first token out of what is handed on.
+
+    Returns:
+      The config of the tower that runs it.
+
+    Raises:
+      UnsupportedModelError: no tower is registered for its `model_type`, or a field's value is not supported.
+    """
+    if hf.model_type not in VISION_TOWERS:
+        known = ', '.join(VISION_TOWERS)
+        raise UnsupportedModelError(f'vision model {hf.model_type!r}: expected one of {known}')
+    return VISION_TOWERS.find(hf.model_type).from_hf(hf, layer=layer, drop_first=drop_first)
+
+
+def language_keys(cfg: LanguageConfig, model: str, head: str) -> Keys:
+    """Return the key table of a language tower, its paths under `language/`.
+
+    Args:
+      cfg: its config.
       model: the prefix of transformers' model without its head, e.g. 'model.'.
       head: the prefix of the head's name, and of T5's embedding and stacks.
     """
-    module = language(cfg)
-    prefix = {opt: f'{model}decoder.', t5: head}.get(module, model)
-    table = names.nested(module.keys(cfg), 'language/', prefix)
-    untied = 'head' in shapes(cfg)
-    return table | ({'language/head/kernel': f'{head}lm_head.weight'} if untied else {})
+    tower = cfg.tower
+    table = key_table.nested(tower.keys(cfg), 'language/', tower.key_prefix(model, head))
+    if 'head' in tower.shapes(cfg):
+        table['language/head/kernel'] = f'{head}lm_head.weight'
+    return table
 
 
-def from_hf(hf: Any) -> Any:
-    """The config of a language tower from transformers' config of it.
-
-    Raises:
-      UnsupportedModelError: no module here runs that kind, or a field's value is not supported.
-    """
-    if hf.model_type not in MODEL_TYPES:
-        raise UnsupportedModelError(f'language model {hf.model_type!r}: expected one of {", ".join(MODEL_TYPES)}')
-    return MODEL_TYPES[hf.model_type].from_hf(hf)
-
-
-def check_dtypes(dtypes: dict[str, Any]) -> None:
-    """Raises `UnsupportedModelError` if a T5's weights, by path, are to be float16: its hidden states outgrow that."""
-    half = [path for path, dtype in dtypes.items() if dtype == jnp.float16]
-    if t5s := [path for path in half if path.startswith(('language/encoder/', 'language/decoder/'))]:
-        raise UnsupportedModelError(
-            f'{t5s[0]} in float16, in which a T5 overflows (torch keeps parts of it in float32): '
-            'load as float32 or bfloat16'
-        )
-
-
-def check_ids(cfg: Any, batch: dict) -> None:
-    """Raises `BatchError` if a token is none of its vocabulary: a lookup would give it another one's embedding.
-
-    The token that stands for an image is not looked up and may lie outside. Under jit nothing is known, nor checked.
-    """
-    words, image = cfg.language.vocab, getattr(cfg, 'image_token', None)
-    tables = {'input_ids': words, 'decoder_input_ids': words}
-    tables['qformer_input_ids'] = getattr(getattr(cfg, 'qformer', None), 'vocab', 0)  # 0: they are not read
-    for name, vocab in tables.items():
-        ids = batch.get(name)
-        if ids is None or not vocab or isinstance(ids, jax.core.Tracer):
-            continue
-        ids = processes.on_host(ids)
-        wrong = (ids < 0) | (ids >= vocab)
-        if name == 'input_ids' and image is not None:
-            wrong &= ids != image
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            raise BatchError(
-                f"row {row} of {name} has {ids[row, column]}: expected 0 to {vocab - 1}, the ids of the model's "
-                'vocabulary; use its own tokenizer'
-            )
-
-
-def check_image_tokens(cfg: Any, tokens: Any, mask: Any) -> None:
-    """Raises `BatchError` unless every row, but those of nothing but pads, has one image token a soft word."""
-    counts = (processes.on_host(tokens) == cfg.image_token).sum(axis=1)
-    wrong = np.flatnonzero((counts != cfg.image_tokens) & processes.on_host(mask).any(axis=1))
-    if wrong.size:
-        found = f'row {wrong[0]} of input_ids has {counts[wrong[0]]} image tokens ({cfg.image_token})'
-        raise BatchError(f'{found}: expected {cfg.image_tokens}, one for each soft word of an image')
-
-
-def prompt(w: dict, cfg: Any, batch: dict, soft_words: Callable[[dict], Array]) -> Prompt:
-    """Word embeddings, with an image's soft words in the places of its image tokens.
+def check_dtypes(dtypes: Mapping[str, np.dtype]) -> None:
+    """Check that no weight is to be loaded in a dtype in which its tower overflows.
 
     Args:
-      w: params of a whole model.
-      cfg: its config: `language` and `image_token` are read.
-      batch: see `models.model`; one image a row.
-      soft_words: what makes them of such a batch.
+      dtypes: the dtype of each weight, by its path in a whole model.
 
     Raises:
-      BatchError: not one image a row, or (where values are known: not under jit) see `check_image_tokens`.
+      UnsupportedModelError: a stack whose hidden states exceed float16's range is to be loaded in float16.
     """
-    tokens, mask = batch['input_ids'], batch['attention_mask'].astype(bool)
-    if (images := batch['pixel_values']).shape[0] != tokens.shape[0]:
-        raise BatchError(f'{images.shape[0]} pixel_values for {tokens.shape[0]} input_ids: expected one image a row')
-    if not isinstance(tokens, jax.core.Tracer):
-        check_image_tokens(cfg, tokens, mask)
-    here = tokens == cfg.image_token
-    # A token that stands for an image may lie outside the vocabulary (PaliGemma's first configs).
-    words = embed_tokens(w['language'], cfg.language, jnp.where(here, 0, tokens))
-    soft = soft_words(batch | {'pixel_values': images.astype(words.dtype)})
-    return Prompt(layers.scatter_images(words, soft, here), mask)
+    # The paths alone tell these stacks apart: whoever reads single layers from disk knows no config.
+    overflowing = tuple(
+        {prefix for name in LANGUAGE_TOWERS for prefix in LANGUAGE_TOWERS.find(name).overflows_in_float16}
+    )
+    for path, dtype in dtypes.items():
+        if dtype == jnp.float16 and path.startswith(overflowing):
+            raise UnsupportedModelError(
+                f'{path} in float16, in which its hidden states overflow (torch keeps parts of it in float32): '
+                'load as float32 or bfloat16'
+            )

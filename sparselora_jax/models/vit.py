@@ -5,24 +5,48 @@ blocks, no bias on the patches, quick GELU; LLaVA reads the input of its last la
 are no part of it here. SigLIP: no class token, tanh GELU.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import math
+import sys
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparselora_jax.models import keys as names
-from sparselora_jax.models import layers
-from sparselora_jax.models.runners import scan_blocks
+from sparselora_jax.models import key_table, layers
+from sparselora_jax.models.config import HfConfig
+from sparselora_jax.models.key_table import Keys
+from sparselora_jax.models.runners import Runner, scan_blocks
+from sparselora_jax.models.towers import VISION_TOWERS, VisionTower
 from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
+from sparselora_jax.sparse.rules import flatten
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    image_size: int  # pixels a side
+    """A vision transformer's sizes and variant.
+
+    Attributes:
+      image_size: pixels a side.
+      patch_size: pixels a side.
+      width: size of a hidden state.
+      depth: number of layers that run, which may be fewer than the checkpoint has.
+      heads: of attention.
+      mlp_width: size of a hidden state within an MLP.
+      norm_eps: of the norms.
+      activation: of the MLPs, a name in `layers.ACTIVATIONS`.
+      class_token: a learned token comes before the patches.
+      patch_bias: the projection of patches has a bias.
+      qkv_bias: queries, keys and values have biases.
+      pre_norm: there is a norm before the blocks.
+      final_norm: there is a norm behind the blocks.
+      drop_first: the first token, CLIP's class token, is not handed on.
+      fused_qkv: checkpoints name the weights as EVA-CLIP's do, with one matrix for q, k and v; False: as CLIP's.
+    """
+
+    image_size: int
     patch_size: int
     width: int
-    depth: int  # layers that run, which may be fewer than the checkpoint has
+    depth: int
     heads: int
     mlp_width: int
     norm_eps: float = 1e-6
@@ -30,28 +54,44 @@ class ViTConfig:
     class_token: bool = True
     patch_bias: bool = True
     qkv_bias: bool = True
-    pre_norm: bool = False  # a norm before the blocks
+    pre_norm: bool = False
     final_norm: bool = True
-    drop_first: bool = False  # the first token, CLIP's class token, is not handed on
-    fused_qkv: bool = True  # how checkpoints name the weights: as EVA-CLIP's, or as CLIP's and SigLIP's
+    drop_first: bool = False
+    fused_qkv: bool = True
 
     @property
     def grid(self) -> int:
-        """Patches a side; pixels beyond the last whole patch are not read."""
+        """Return the number of patches a side; pixels beyond the last whole patch are not read."""
         return self.image_size // self.patch_size
 
     @property
     def tokens(self) -> int:
+        """Return the number of hidden states within the blocks."""
         return self.grid**2 + self.class_token
 
     @property
-    def kept(self) -> int:
-        """Tokens that are handed on."""
+    def output_tokens(self) -> int:
+        """Return the number of hidden states that are handed on."""
         return self.tokens - self.drop_first
 
+    @property
+    def tower(self) -> VisionTower:
+        """Return this module, which runs the config."""
+        return sys.modules[__name__]
 
-def embed(w: dict, cfg: ViTConfig, images: Float[Array, 'batch 3 height width']) -> tuple[Array, dict]:
-    """Patches -> tokens with positions added, the class token first if there is one.
+
+def embed(
+    w: dict, cfg: ViTConfig, images: Float[Array, 'batch 3 height width']
+) -> tuple[Float[Array, 'batch tokens dim'], dict]:
+    """Return patches as tokens with positions added, the class token first if there is one.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      images: normalised pixels.
+
+    Returns:
+      The blocks' input, and what they read: nothing.
 
     Raises:
       BatchError: the images are not of the config's size.
@@ -60,7 +100,10 @@ def embed(w: dict, cfg: ViTConfig, images: Float[Array, 'batch 3 height width'])
     if (height, width) != (cfg.image_size, cfg.image_size):
         expected = f'{cfg.image_size}x{cfg.image_size}'
         raise BatchError(f'pixel_values are {height}x{width} pixels, the vision tower reads {expected}: resize them')
-    grid, p = cfg.grid, cfg.patch_size
+    grid = cfg.grid
+    p = cfg.patch_size
+    # A convolution whose stride is its size is one matmul over patches, each a row of p * p * 3 pixels. Their order
+    # is (row, column, channel), as `checkpoints.layout` lays the convolution's weights out.
     pixels = images[:, :, : grid * p, : grid * p].reshape(batch, channels, grid, p, grid, p)
     patches = pixels.transpose(0, 2, 4, 3, 5, 1).reshape(batch, grid * grid, p * p * channels)
     x = layers.dense(w['patch'], patches)
@@ -71,8 +114,21 @@ def embed(w: dict, cfg: ViTConfig, images: Float[Array, 'batch 3 height width'])
     return layers.layer_norm(w['pre_norm'], x, cfg.norm_eps) if cfg.pre_norm else x, {}
 
 
-def block(w: dict, cfg: ViTConfig, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: None) -> tuple[Array, None]:
-    """Pre-norm self-attention and MLP."""
+def block(
+    w: dict, cfg: ViTConfig, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: None
+) -> tuple[Float[Array, 'batch tokens dim'], None]:
+    """Run pre-norm self-attention and MLP.
+
+    Args:
+      w: weights of one layer.
+      cfg: the tower's config.
+      x: hidden states.
+      ctx: nothing: all tokens read each other.
+      cache: None, since nothing is decoded here.
+
+    Returns:
+      `x`, changed, and the cache.
+    """
     h = layers.layer_norm(w['norm1'], x, cfg.norm_eps)
     q, k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.heads) for name in 'qkv')
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v))
@@ -81,79 +137,142 @@ def block(w: dict, cfg: ViTConfig, x: Float[Array, 'batch tokens dim'], ctx: dic
     return x + layers.dense(w['mlp']['fc2'], h), cache
 
 
-def finish(w: dict, cfg: ViTConfig, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch kept dim']:
-    """The final norm, over all tokens, and which of them are handed on."""
+def finish(w: dict, cfg: ViTConfig, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch outputs dim']:
+    """Return the tokens that are handed on, after the final norm if there is one.
+
+    Args:
+      w: params of the tower.
+      cfg: its config.
+      x: the last block's output.
+    """
     x = x[:, 1:] if cfg.drop_first else x
     return layers.layer_norm(w['norm'], x, cfg.norm_eps) if cfg.final_norm else x
 
 
 def forward(
-    w: dict, cfg: ViTConfig, images: Float[Array, 'batch 3 height width'], run=scan_blocks
-) -> Float[Array, 'batch kept dim']:
-    """Normalised images -> hidden states of the tokens that are handed on."""
+    w: dict, cfg: ViTConfig, images: Float[Array, 'batch 3 height width'], run: Runner = scan_blocks
+) -> Float[Array, 'batch outputs dim']:
+    """Return the hidden states of the tokens that are handed on.
+
+    Args:
+      w: params of the tower, or what `bind` made of them.
+      cfg: its config.
+      images: normalised pixels.
+      run: executes the blocks.
+
+    Raises:
+      BatchError: the images are not of the config's size.
+    """
     x, ctx = embed(w, cfg, images)
     x, _ = run('vision', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)
 
 
 def shapes(cfg: ViTConfig) -> dict:
-    """The shape of every parameter, as a params tree of tuples."""
-    d, n, f = cfg.width, cfg.depth, cfg.mlp_width
-
-    def dense(inputs: int, outputs: int, bias: bool = True) -> dict:
-        return {'kernel': (n, inputs, outputs)} | ({'bias': (n, outputs)} if bias else {})
-
-    norm, norms = {'scale': (d,), 'bias': (d,)}, {'scale': (n, d), 'bias': (n, d)}
-    tree = {
-        'patch': {'kernel': (cfg.patch_size**2 * 3, d)} | ({'bias': (d,)} if cfg.patch_bias else {}),
-        'positions': (1, cfg.tokens, d),
-        'blocks': {
-            'norm1': norms,
-            'attn': {name: dense(d, d, cfg.qkv_bias) for name in 'qkv'} | {'o': dense(d, d)},
-            'norm2': norms,
-            'mlp': {'fc1': dense(d, f), 'fc2': dense(f, d)},
-        },
-    }
-    present = {'cls': cfg.class_token, 'pre_norm': cfg.pre_norm, 'norm': cfg.final_norm}
-    optional = {'cls': (1, 1, d), 'pre_norm': norm, 'norm': norm}
-    return tree | {name: shape for name, shape in optional.items() if present[name]}
-
-
-def keys(cfg: ViTConfig) -> names.Keys:
-    """Our path -> transformers' name in `Blip2VisionModel`, `CLIPVisionModel` or `SiglipVisionModel`."""
-    positions = 'embeddings.position_embedding'
-    table = names.dense('patch', 'embeddings.patch_embedding', bias=cfg.patch_bias)
-    table |= {'positions': positions if cfg.fused_qkv else f'{positions}.weight'}
-    table |= {'cls': 'embeddings.class_embedding'} if cfg.class_token else {}
-    table |= names.norm('pre_norm', 'pre_layrnorm') if cfg.pre_norm else {}  # the name's spelling is transformers' own
-    table |= names.norm('norm', 'post_layernorm') if cfg.final_norm else {}
-    block = names.norm('norm1', 'layer_norm1') | names.norm('norm2', 'layer_norm2')
-    block |= names.dense('mlp/fc1', 'mlp.fc1') | names.dense('mlp/fc2', 'mlp.fc2')
-    block |= names.dense('attn/o', 'self_attn.projection' if cfg.fused_qkv else 'self_attn.out_proj')
-    for index, name in enumerate('qkv'):
-        theirs = 'self_attn.qkv' if cfg.fused_qkv else f'self_attn.{name}_proj'
-        linear = names.dense(f'attn/{name}', theirs, bias=cfg.qkv_bias)
-        block |= {path: names.Part(key, index, 3) for path, key in linear.items()} if cfg.fused_qkv else linear
-    return table | names.nested(block, 'blocks/', 'encoder.layers.{i}.')
-
-
-def from_hf(hf: Any, *, layer: int | None = None, drop_first: bool = False) -> ViTConfig:
-    """The config of a transformers vision config of BLIP-2, InstructBLIP, CLIP or SigLIP.
+    """Return the shape of every parameter, as a params tree of tuples.
 
     Args:
+      cfg: the tower's config.
+    """
+    width = cfg.width
+    depth = cfg.depth
+
+    def dense(inputs: int, outputs: int, bias: bool = True) -> dict:
+        layer = {'kernel': (depth, inputs, outputs)}
+        return layer | {'bias': (depth, outputs)} if bias else layer
+
+    norm = {'scale': (width,), 'bias': (width,)}
+    block_norm = {'scale': (depth, width), 'bias': (depth, width)}
+    tree = {
+        'patch': {'kernel': (cfg.patch_size**2 * 3, width)},
+        'positions': (1, cfg.tokens, width),
+        'blocks': {
+            'norm1': block_norm,
+            'attn': {name: dense(width, width, cfg.qkv_bias) for name in 'qkv'} | {'o': dense(width, width)},
+            'norm2': block_norm,
+            'mlp': {'fc1': dense(width, cfg.mlp_width), 'fc2': dense(cfg.mlp_width, width)},
+        },
+    }
+    if cfg.patch_bias:
+        tree['patch']['bias'] = (width,)
+    if cfg.class_token:
+        tree['cls'] = (1, 1, width)
+    if cfg.pre_norm:
+        tree['pre_norm'] = norm
+    if cfg.final_norm:
+        tree['norm'] = norm
+    return tree
+
+
+def keys(cfg: ViTConfig) -> Keys:
+    """Return our paths with transformers' names in `Blip2VisionModel`, `CLIPVisionModel` or `SiglipVisionModel`.
+
+    Args:
+      cfg: the tower's config.
+    """
+    table = key_table.dense('patch', 'embeddings.patch_embedding', bias=cfg.patch_bias)
+    # EVA-CLIP's positions are a parameter, the others' an embedding, whose table is called `weight`.
+    table['positions'] = 'embeddings.position_embedding' if cfg.fused_qkv else 'embeddings.position_embedding.weight'
+    if cfg.class_token:
+        table['cls'] = 'embeddings.class_embedding'
+    if cfg.pre_norm:
+        table |= key_table.norm('pre_norm', 'pre_layrnorm')  # the name's spelling is transformers' own
+    if cfg.final_norm:
+        table |= key_table.norm('norm', 'post_layernorm')
+    layer = key_table.norm('norm1', 'layer_norm1') | key_table.norm('norm2', 'layer_norm2')
+    layer |= key_table.dense('mlp/fc1', 'mlp.fc1') | key_table.dense('mlp/fc2', 'mlp.fc2')
+    layer |= key_table.dense('attn/o', 'self_attn.projection' if cfg.fused_qkv else 'self_attn.out_proj')
+    for index, name in enumerate('qkv'):
+        if cfg.fused_qkv:
+            fused = key_table.dense(f'attn/{name}', 'self_attn.qkv', bias=cfg.qkv_bias)
+            layer |= {path: key_table.Part(key, index, 3) for path, key in fused.items()}
+        else:
+            layer |= key_table.dense(f'attn/{name}', f'self_attn.{name}_proj', bias=cfg.qkv_bias)
+    return table | key_table.nested(layer, 'blocks/', 'encoder.layers.{i}.')
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What sets one kind of vision transformer apart, beside its sizes."""
+
+    class_token: bool
+    patch_bias: bool
+    pre_norm: bool
+    final_norm: bool
+    fused_qkv: bool
+    has_head: bool  # files hold a pooling head, which no family reads
+
+
+_EVA = _Variant(class_token=True, patch_bias=True, pre_norm=False, final_norm=True, fused_qkv=True, has_head=False)
+# CLIP's own output is not normed: its final norm reads the class token alone.
+_CLIP = _Variant(class_token=True, patch_bias=False, pre_norm=True, final_norm=False, fused_qkv=False, has_head=False)
+_SIGLIP = _Variant(class_token=False, patch_bias=True, pre_norm=False, final_norm=True, fused_qkv=False, has_head=True)
+_VARIANTS = {
+    'blip_2_vision_model': _EVA,
+    'instructblip_vision_model': _EVA,
+    'clip_vision_model': _CLIP,
+    'siglip_vision_model': _SIGLIP,
+}
+
+
+def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False) -> ViTConfig:
+    """Convert a transformers vision config of BLIP-2, InstructBLIP, CLIP or SigLIP.
+
+    Args:
+      hf: transformers' config.
       layer: which of torch's `hidden_states` is handed on (0 is the blocks' input, -1 the last block's output, without
         the final norm); None: the tower's own output.
       drop_first: see `ViTConfig`.
 
+    Returns:
+      Our config.
+
     Raises:
       UnsupportedModelError: names the field whose value is not supported.
     """
-    eva = hf.model_type in ('blip_2_vision_model', 'instructblip_vision_model')
-    clip, siglip = hf.model_type == 'clip_vision_model', hf.model_type == 'siglip_vision_model'
-    if not (eva or clip or siglip):
-        raise UnsupportedModelError(
-            f'vision model {hf.model_type!r}: expected that of BLIP-2, InstructBLIP, CLIP or SigLIP'
-        )
+    if hf.model_type not in _VARIANTS:
+        raise UnsupportedModelError(f'vision model {hf.model_type!r}: expected one of {", ".join(_VARIANTS)}')
+    variant = _VARIANTS[hf.model_type]
     for field in ('image_size', 'patch_size'):
         if not isinstance(getattr(hf, field), int):
             raise UnsupportedModelError(
@@ -163,10 +282,11 @@ def from_hf(hf: Any, *, layer: int | None = None, drop_first: bool = False) -> V
         raise UnsupportedModelError(f'num_channels {hf.num_channels} of {hf.model_type}: expected 3')
     depth = hf.num_hidden_layers
     if layer is not None:
+        # Layers behind the chosen hidden state do not run. Negative numbers count from the last of depth + 1 states.
         depth = layer if layer >= 0 else depth + 1 + layer
         if not 1 <= depth <= hf.num_hidden_layers:
             raise UnsupportedModelError(
-                f'hidden state {layer} of {hf.num_hidden_layers} vision layers: no layer puts it out'
+                f'hidden state {layer} of {hf.num_hidden_layers} vision layers: it is the output of no layer'
             )
     return ViTConfig(
         image_size=hf.image_size,
@@ -177,11 +297,43 @@ def from_hf(hf: Any, *, layer: int | None = None, drop_first: bool = False) -> V
         mlp_width=hf.intermediate_size,
         norm_eps=hf.layer_norm_eps,
         activation=layers.known_activation(hf.hidden_act, hf.model_type),
-        class_token=not siglip,
-        patch_bias=not clip,
-        qkv_bias=hf.qkv_bias if eva else True,
-        pre_norm=clip,
-        final_norm=layer is None and not clip,  # CLIP's own output is not normed: only its class token is
+        class_token=variant.class_token,
+        patch_bias=variant.patch_bias,
+        qkv_bias=getattr(hf, 'qkv_bias', True),  # a field of EVA-CLIP's alone
+        pre_norm=variant.pre_norm,
+        final_norm=variant.final_norm and layer is None,
         drop_first=drop_first,
-        fused_qkv=eva,
+        fused_qkv=variant.fused_qkv,
     )
+
+
+def unread(hf: HfConfig, cfg: ViTConfig) -> dict[str, int]:
+    """Return how many parameters a published file holds that this config does not read, by what they are.
+
+    Args:
+      hf: transformers' config of the vision tower.
+      cfg: ours, made from it.
+    """
+    whole = replace(from_hf(hf), final_norm=True)
+    counts = {}
+    skipped = whole.depth - cfg.depth
+    if skipped:
+        shorter = replace(whole, depth=cfg.depth)
+        counts[f'last {skipped} of {whole.depth} vision layers'] = _count(whole) - _count(shorter)
+    if not cfg.final_norm:
+        counts['vision/norm'] = 2 * whole.width
+    if _VARIANTS[hf.model_type].has_head and getattr(hf, 'vision_use_head', True):
+        # SigLIP's pooling head: attention of a learned probe, a norm, an MLP.
+        attention = 4 * whole.width * (whole.width + 1)
+        mlp = whole.width * (2 * whole.mlp_width + 1) + whole.mlp_width
+        probe_and_norm = 3 * whole.width
+        counts['vision/head'] = attention + mlp + probe_and_norm
+    return counts
+
+
+def _count(cfg: ViTConfig) -> int:
+    return sum(math.prod(shape) for shape in flatten(shapes(cfg)).values())
+
+
+for _model_type in _VARIANTS:
+    VISION_TOWERS.register(_model_type, sys.modules[__name__])

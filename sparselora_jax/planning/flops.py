@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
-from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.models.model import abstract_model
 from sparselora_jax.planning.memory import Recipe
 from sparselora_jax.planning.programs import restore_step
 from sparselora_jax.planning.tracing import batch_of, stacks
@@ -82,7 +82,7 @@ def answer(cfg: Any, text: Any, params: dict, density: dict[str, list[float]]) -
       params: shapes.
       density: path of a kernel -> share of weights kept in each layer; kernels that are not named are dense.
     """
-    model, batch = Model(cfg, Generation(eos=(0,), pad=0, start=0)), batch_of(cfg, text, 1)
+    model, batch = abstract_model(cfg), batch_of(cfg, text, 1)
     dense, skipped = matmul_flops(model.answer_logits, params, batch), 0.0
     kernels = rules_lib.kernels(params)
     for stack in stacks(cfg, params, batch):

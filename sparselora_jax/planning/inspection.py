@@ -2,13 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 
-from sparselora_jax.models import blip2, causal, vit
-from sparselora_jax.models.model import FAMILIES
 from sparselora_jax.sparse import rules as rules_lib
 
 
@@ -32,18 +29,6 @@ class Match(NamedTuple):
     parameters: int
 
 
-def family_name(cfg: Any) -> str:
-    """The name under which configs/ has the family's recipes: blip2, instructblip, llava, paligemma; or causal.
-
-    >>> from sparselora_jax.models import llama
-    >>> family_name(causal.CausalConfig(llama.LlamaConfig(8, 8, 1, 1, 1, 8)))
-    'causal'
-    """
-    if isinstance(cfg, blip2.Blip2Config):
-        return 'instructblip' if cfg.qformer.vocab else 'blip2'
-    return FAMILIES[type(cfg)].__name__.rsplit('.', 1)[-1]
-
-
 def count(tree: Any) -> int:
     """How many numbers a tree of arrays, or of their shapes, holds."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
@@ -62,32 +47,6 @@ def towers(cfg: Any, params: dict) -> list[Tower]:
         return getattr(cfg, name.split('/')[0], cfg.language).width
 
     return [Tower(name, depths.get(name, 0), width(name), size, size / total) for name, size in sizes.items()]
-
-
-def unread(hf: Any, cfg: Any) -> dict[str, int]:
-    """Parameters of the vision tower that a checkpoint holds and nothing here reads, by what they are.
-
-    Args:
-      hf: the transformers config; cfg: ours, made of it.
-    """
-    if isinstance(cfg, causal.CausalConfig | blip2.Blip2Config):
-        return {}
-    read, whole = cfg.vision, replace(vit.from_hf(hf.vision_config), final_norm=True)
-    layers = whole.depth - read.depth
-    deeper = count_shapes(vit.shapes(whole)) - count_shapes(vit.shapes(replace(whole, depth=read.depth)))
-    found = {f'last {layers} of {whole.depth} vision layers': deeper, 'vision/norm': 2 * whole.width}
-    d, f = whole.width, whole.mlp_width
-    head = 4 * d * (d + 1) + d * (2 * f + 1) + f + 3 * d  # attention of a learned probe, MLP, norm
-    siglip = hf.vision_config.model_type == 'siglip_vision_model'
-    found['vision/head'] = head if siglip and getattr(hf.vision_config, 'vision_use_head', True) else 0
-    if read.final_norm:
-        del found['vision/norm']
-    return {name: size for name, size in found.items() if size}
-
-
-def count_shapes(shapes: dict) -> int:
-    """How many numbers a tree of shapes (tuples) speaks of."""
-    return sum(math.prod(shape) for shape in rules_lib.flatten(shapes).values())
 
 
 def matches(params: dict, rules: Sequence[tuple[str, Any]]) -> list[Match]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.models.model import abstract_model
 from sparselora_jax.planning import memory
 from sparselora_jax.planning.tracing import Stack, batch_of, stacks
 from sparselora_jax.pruning import calibrate
@@ -23,7 +23,7 @@ from sparselora_jax.sparse import sharding
 def restore_step(made: memory.Recipe) -> tuple[Any, tuple]:
     """(the jitted step of restoration, the shapes of its arguments: state, frozen, batch)."""
     cfg, config, knobs = made.cfg, made.config, made.config.restore
-    step, tx = restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config, made.mesh)
+    step, tx = restore_program(abstract_model(cfg), config, made.mesh)
     trained = made.lora
     if knobs.trained == 'weights':
         trained = jax.eval_shape(pruned_kernels, made.params, made.masks)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselora_jax.checkpoints.load import read_config
-from sparselora_jax.models import model, t5
+from sparselora_jax.models.model import from_hf
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
 
@@ -105,11 +105,12 @@ def config_of(hub_id: str) -> Any:
     return getattr(transformers, kind)(**{name: _copied(value) for name, value in fields.items()})
 
 
-def find_config(name: str, *, others: Sequence[str] = ()) -> Any:
+def find_config(name: str, *, others: Sequence[str] = (), family: str = '') -> Any:
     """The transformers config of a directory, of a published checkpoint (no network), or of another one on the hub.
 
     Args:
       others: names that the caller would have known too, for the error's guess at what was meant.
+      family: a family to read it by, as `package.module:FAMILY`; '' for the one registered for its `model_type`.
 
     Raises:
       StorageError: there is no such directory, nor does the hub give it; or its config.json is not one.
@@ -118,7 +119,7 @@ def find_config(name: str, *, others: Sequence[str] = ()) -> Any:
     if Path(name).is_dir():
         if not (Path(name) / 'config.json').is_file():
             raise StorageError(f'{name}: holds no config.json; give the directory of one model')
-        return read_config(Path(name))
+        return read_config(Path(name), family)
     if name in CONFIGS:
         return config_of(name)
     if (file := _from_hub(name)) is None:
@@ -128,7 +129,7 @@ def find_config(name: str, *, others: Sequence[str] = ()) -> Any:
             f'{name}: no such directory, none of the published checkpoints known here, and its config.json is not to '
             f'be had from the hub (owner/name){hint}'
         )
-    return read_config(file.parent)
+    return read_config(file.parent, family)
 
 
 def _from_hub(name: str) -> Path | None:
@@ -150,12 +151,12 @@ def _copied(value: Any) -> Any:
     return {name: _copied(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
-def model_config(hf: Any) -> Any:
+def model_config(hf: Any, family: str = '') -> Any:
     """Our config of a transformers config without its weights: the head of a T5 1.1 is taken to be its own.
 
     Raises:
       UnsupportedModelError: no family knows the model, or a field's value.
     """
-    cfg = model.from_hf(hf)
-    untied = isinstance(cfg.language, t5.T5Config) and not cfg.language.scale_head
-    return replace(cfg, language=replace(cfg.language, tied=False)) if untied else cfg
+    cfg = from_hf(hf, family)
+    tied = cfg.language.tower.likely_tied(cfg.language)
+    return replace(cfg, language=replace(cfg.language, tied=tied))

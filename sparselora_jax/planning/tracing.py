@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from sparselora_jax.models import paligemma, t5
-from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.models.model import abstract_model
 from sparselora_jax.sparse import rules
 
 # An array, or the shape that stands for it.
@@ -41,11 +40,6 @@ def nbytes(tree: PyTree) -> int:
         return math.prod(leaf.shape) * dtype.itemsize // numbers_per_item
 
     return sum(of_leaf(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def shape_model(cfg: ModelConfig) -> Model:
-    """Return the model of a config, to trace its forward: how it generates does not matter there."""
-    return Model(cfg, Generation(eos=(0,), pad=0, start=0))
 
 
 class Stack(NamedTuple):
@@ -94,28 +88,14 @@ class _Watched:
 
 
 def batch_of(cfg: Any, text: Any, size: int) -> dict:
-    """The shapes of a training batch.
+    """Return the shapes of a training batch.
 
     Args:
+      cfg: our config of the model.
+      size: number of rows.
       text: has `prompt_tokens` and `answer_tokens`; as the processors lay them out, the prompt and then the answer.
     """
-    tokens, inputs = text.prompt_tokens, {}
-    if hasattr(cfg, 'vision'):
-        pixels = (size, 3, cfg.vision.image_size, cfg.vision.image_size)
-        inputs['pixel_values'] = jax.ShapeDtypeStruct(pixels, jnp.float32)
-        tokens += cfg.qformer.queries if hasattr(cfg, 'qformer') else cfg.vision.tokens - cfg.vision.drop_first
-    names = {}
-    if isinstance(cfg.language, t5.T5Config):
-        names['decoder_input_ids'] = text.answer_tokens
-    else:
-        tokens += text.answer_tokens - 1
-    names |= {'input_ids': tokens, 'attention_mask': tokens, 'targets': text.answer_tokens}
-    if getattr(getattr(cfg, 'qformer', None), 'vocab', 0):
-        names |= dict.fromkeys(('qformer_input_ids', 'qformer_attention_mask'), text.prompt_tokens)
-    if isinstance(cfg, paligemma.PaliGemmaConfig):
-        names['token_type_ids'] = tokens
-    inputs |= {name: jax.ShapeDtypeStruct((size, length), jnp.int32) for name, length in names.items()}
-    return inputs | {'answer': jax.ShapeDtypeStruct((size, text.answer_tokens), jnp.bool_)}
+    return cfg.family.batch_like(cfg, size, prompt_tokens=text.prompt_tokens, answer_tokens=text.answer_tokens)
 
 
 def stacks(cfg: ModelConfig, params: dict, batch: dict) -> list[Stack]:
@@ -134,7 +114,7 @@ def stacks(cfg: ModelConfig, params: dict, batch: dict) -> list[Stack]:
         traced.append(_trace_stack(tower, block, weights, x, ctx))
         return x, cache
 
-    model = shape_model(cfg)
+    model = abstract_model(cfg)
     jax.eval_shape(lambda params, batch: model.hidden(params, batch, run), params, batch)
     return traced
 

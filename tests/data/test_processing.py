@@ -182,11 +182,11 @@ def test_what_does_not_fit_is_named(made):
         processor.example(PICTURES[0], TEXTS[0], 'a red circle', prompt_tokens=40, answer_tokens=2)
     with pytest.raises(DataError, match='0 images for 1 texts'):
         processor.prompt([], ['a'])
-    with pytest.raises(DataError, match='<image> stands for an image'):
+    with pytest.raises(DataError, match='<image> stands for the image'):
         processor.prompt(PICTURES[:1], ['<image> a'])
     with pytest.raises(DataError, match=r'cannot be processed'):
         processor.prompt([np.zeros((8, 8, 2), np.uint8)], ['a'])
-    with pytest.raises(DataError, match=r'a LLaVA prompt holds <image> once'):
+    with pytest.raises(DataError, match=r'a prompt of this model holds <image> once'):
         load_processor(made['llava-full'][0]).prompt(PICTURES[:1], ['a'])
 
 

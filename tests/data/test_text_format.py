@@ -3,6 +3,7 @@
 import pytest
 
 from sparselora_jax.data import text_format
+from sparselora_jax.data.processor_spec import PROCESSORS
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.runtime.errors import DataError
 
@@ -17,13 +18,13 @@ def test_a_question_goes_into_its_place_and_braces_stay():
 def test_what_lies_beside_a_model_is_read_back(tmp_path):
     file, text = tmp_path / text_format.FILE, TextFormat('Q: {}', 9, 2, {'num_beams': 5})
     file.write_text(text_format.dump(text))
-    assert text_format.load(tmp_path, 'llava') == text
+    assert text_format.load(tmp_path, TextFormat()) == text
     for damaged in ('', '[]', '{"prompts": 1}', '{"prompt": 3}', '{"prompt": "no place"}'):
         file.write_text(damaged)
         with pytest.raises(DataError, match=f'{file.name}: not a text format'):
-            text_format.load(tmp_path, 'llava')
+            text_format.load(tmp_path, TextFormat())
 
 
 def test_a_directory_without_the_file_is_written_to_as_its_family(tmp_path):
-    assert '<image>' in text_format.load(tmp_path, 'llava').prompt
-    assert text_format.load(tmp_path, 'instructblip').write('why?') == 'why?'
+    for model_type, prompt in (('llava', 'USER: <image>\nwhy? ASSISTANT:'), ('instructblip', 'why?')):
+        assert text_format.load(tmp_path, PROCESSORS.find(model_type).text).write('why?') == prompt

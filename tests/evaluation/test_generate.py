@@ -29,7 +29,7 @@ def cases(perturbed, from_torch):
 def log_probs(case, tokens):
     """Log-probability of every generated token up to the end of its row, 0 behind it; and the lengths till there."""
     batch, more = dict(case.batch), ((0, 0), (0, tokens.shape[1] - case.prompt))
-    if case.model.encoder_decoder:
+    if case.model.is_encoder_decoder:
         batch['decoder_input_ids'] = tokens
     else:
         batch['input_ids'] = tokens

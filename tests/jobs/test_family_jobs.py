@@ -80,7 +80,7 @@ def torch_reads(exported, source, model, params, job):
     batch = {name: value[None] for name, value in example.items()}
     tensors = {name: torch.asarray(value) for name, value in batch.items()}
     tensors = {name: value if value.dtype == torch.float32 else value.long() for name, value in tensors.items()}
-    if not model.encoder_decoder:  # transformers' own forward counts pads that lie behind the image
+    if not model.is_encoder_decoder:  # transformers' own forward counts pads that lie behind the image
         mask = tensors['attention_mask']
         tensors['position_ids'] = torch.clip(mask.cumsum(1) - 1, 0)
     if 'opt' in type(model.cfg.language).__name__.lower():

@@ -44,9 +44,9 @@ def test_a_caption_names_colour_and_shape_and_fills_every_query(tokenizer):
 
 
 def test_queries_that_are_words_have_no_regression_loss(random_params):
-    params = random_params(blip2.shapes(CFG), std=1.0)
+    params = random_params(CFG.family.shapes(CFG), std=1.0)
     frozen = {'vision': params['vision'], 'language': params['language']}
-    soft = blip2.soft_words(params, CFG, {'pixel_values': images(1)})[0]
+    soft = CFG.family.soft_words(params, CFG, {'pixel_values': images(1)})[0]
     frozen['language'] = params['language'] | {'embed': jnp.asarray(params['language']['embed']).at[:8].set(soft)}
     batch = {'pixel_values': images(1), 'words': jnp.arange(8, dtype=jnp.int32)[None]}
     bridge = {name: params[name] for name in ('qformer', 'projection')}

@@ -17,7 +17,6 @@ from transformers import (
     T5Config,
 )
 
-from sparselora_jax.models import blip2
 from sparselora_jax.models.model import Generation, Model, from_hf
 from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
@@ -96,7 +95,7 @@ def oracle(request, perturbed, from_torch):
         module.language_model.lm_head.weight = torch.nn.Parameter(module.language_model.lm_head.weight.detach().clone())
         cfg = replace(cfg, language=replace(cfg.language, tied=False))
     module, model = perturbed(module), Model(cfg, Generation(eos=(1,), pad=0, start=0))
-    return module, model, from_torch(module.state_dict(), blip2.keys(model.cfg), model.shapes())
+    return module, model, from_torch(module.state_dict(), model.family.keys(model.cfg), model.shapes())
 
 
 def batch(model, *pads):
@@ -112,7 +111,7 @@ def batch(model, *pads):
         made['qformer_attention_mask'] = np.ones((3, 7), ids.dtype)
         for row, count in enumerate(pads):
             made['qformer_attention_mask'][row, 7 - count :] = 0
-    if model.encoder_decoder:
+    if model.is_encoder_decoder:
         made['decoder_input_ids'] = np.concatenate([np.zeros((3, 1), ids.dtype), rng.integers(3, 38, (3, 4))], axis=1)
     return made
 
@@ -130,7 +129,7 @@ def logits(module, model, given):
 def test_logits_equal_torch(pads, oracle):
     module, model, params = oracle
     given = batch(model, *pads)
-    valid = np.ones_like(given['decoder_input_ids']) if model.encoder_decoder else given['attention_mask']
+    valid = np.ones_like(given['decoder_input_ids']) if model.is_encoder_decoder else given['attention_mask']
     got, want = LOGITS(model, params, given), logits(module, model, given)
     np.testing.assert_allclose(got[valid == 1], want[valid == 1], atol=1e-4)
 

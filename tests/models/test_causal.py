@@ -45,7 +45,7 @@ def test_logits_equal_torch(name, perturbed, from_torch):
     hf = CONFIGS[name]
     torch.manual_seed(0)
     module, model = perturbed(AutoModelForCausalLM.from_config(hf)), Model(from_hf(hf), Generation(eos=(1,), pad=0))
-    params = from_torch(module.state_dict(), causal.keys(model.cfg), model.shapes())
+    params = from_torch(module.state_dict(), model.family.keys(model.cfg), model.shapes())
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(p.numel() for p in module.parameters())
     ids = np.random.default_rng(0).integers(3, 40, (3, 8))
     mask = (np.arange(8) >= np.array([[0], [2], [5]])).astype(ids.dtype)
@@ -57,7 +57,7 @@ def test_logits_equal_torch(name, perturbed, from_torch):
 
 @pytest.mark.parametrize(('name', 'base'), [('llama', LlamaModel), ('opt', OPTModel)])
 def test_files_without_the_head_are_renamed(name, base):
-    ((pattern, replacement),) = causal.RENAMES
+    ((pattern, replacement),) = causal.FAMILY.renames
     whole = set(AutoModelForCausalLM.from_config(CONFIGS[name]).state_dict()) - {'lm_head.weight'}
     assert {re.sub(pattern, replacement, key) for key in base(CONFIGS[name]).state_dict()} == whole
     assert {re.sub(pattern, replacement, key) for key in whole} == whole

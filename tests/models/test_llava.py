@@ -46,7 +46,7 @@ def build(hf, perturbed, from_torch):
     torch.manual_seed(0)
     module = perturbed(LlavaForConditionalGeneration(hf))
     model = Model(from_hf(hf), Generation(eos=(2,), pad=0))
-    return module, model, from_torch(module.state_dict(), llava.keys(model.cfg), model.shapes())
+    return module, model, from_torch(module.state_dict(), model.family.keys(model.cfg), model.shapes())
 
 
 @pytest.fixture(scope='module')
@@ -107,7 +107,7 @@ def test_every_parameter_is_accounted_for(oracle):
     unused = [n for n in module.state_dict() if re.search(r'vision_tower\.(encoder\.layers\.2|post_layernorm)\.', n)]
     unread = sum(module.state_dict()[name].numel() for name in unused)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) + unread == sum(p.numel() for p in module.parameters())
-    assert all(any(re.fullmatch(pattern, name) for pattern in llava.IGNORED) for name in unused)
+    assert all(any(re.fullmatch(pattern, name) for pattern in llava.FAMILY.ignored) for name in unused)
 
 
 @pytest.mark.parametrize(

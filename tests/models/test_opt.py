@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from sparselora_jax.models import layers, opt, towers
+from sparselora_jax.models import layers, opt
 from sparselora_jax.models.runners import scan_blocks, unrolled_blocks, unstack
 from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 from sparselora_jax.sparse import rules
@@ -71,7 +71,7 @@ def test_logits_equal_torch(model):
 
 def test_every_parameter_is_known(model):
     cfg, _, module = model
-    sizes = [np.prod(shape) for shape in rules.flatten(towers.shapes(cfg)).values()]
+    sizes = [np.prod(shape) for shape in rules.flatten(opt.shapes(cfg)).values()]
     assert sum(sizes) == sum(parameter.numel() for parameter in module.parameters())
 
 

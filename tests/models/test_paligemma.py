@@ -8,7 +8,6 @@ import torch
 from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
 from sparselora_jax.evaluation.generate import generate
-from sparselora_jax.models import paligemma
 from sparselora_jax.models.model import Generation, Model, from_hf
 from sparselora_jax.runtime.errors import BatchError
 
@@ -48,7 +47,7 @@ def build(image_token, perturbed, from_torch):
     torch.manual_seed(0)
     module = perturbed(PaliGemmaForConditionalGeneration(hf))
     model = Model(from_hf(hf), Generation(eos=(1,), pad=0))
-    return module, model, from_torch(module.state_dict(), paligemma.keys(model.cfg), model.shapes())
+    return module, model, from_torch(module.state_dict(), model.family.keys(model.cfg), model.shapes())
 
 
 @pytest.fixture(scope='module')

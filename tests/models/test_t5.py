@@ -10,7 +10,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from sparselora_jax.models import layers, relative, t5, towers
+from sparselora_jax.models import layers, t5
 from sparselora_jax.models.runners import scan_blocks, unrolled_blocks, unstack
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.sparse import rules
@@ -93,7 +93,7 @@ def test_logits_equal_torch(model):
 
 def test_every_parameter_is_known(model):
     cfg, _, module = model
-    sizes = [np.prod(shape) for shape in rules.flatten(towers.shapes(cfg)).values()]
+    sizes = [np.prod(shape) for shape in rules.flatten(t5.shapes(cfg)).values()]
     assert sum(sizes) == sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -149,7 +149,7 @@ def test_a_fully_padded_row_is_finite(model):
 @pytest.mark.parametrize(('buckets', 'distance'), [(32, 128), (16, 128), (8, 16), (7, 19), (32, 1000)])
 def test_buckets_equal_torchs_at_every_distance(buckets, distance):
     want = T5Attention._relative_position_bucket(-torch.arange(distance + 1), False, buckets, distance)
-    np.testing.assert_array_equal(relative.distance_buckets(buckets, distance), want.numpy())
+    np.testing.assert_array_equal(t5.distance_buckets(buckets, distance), want.numpy())
 
 
 def test_what_is_not_known_is_named():

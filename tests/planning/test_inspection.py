@@ -55,7 +55,7 @@ def torch_count(hf, kind):
 
 
 def ours(hf, cfg):
-    return inspection.count(abstract_params(cfg)) + sum(inspection.unread(hf, cfg).values())
+    return inspection.count(abstract_params(cfg)) + sum(cfg.family.unread(hf, cfg).values())
 
 
 @functools.cache
@@ -89,7 +89,7 @@ def test_parts_have_the_published_parameters():
         _, cfg = loaded(name)
         rows = {row.name: row for row in inspection.towers(cfg, abstract_params(cfg))}
         queries = cfg.qformer.queries * cfg.qformer.width
-        sizes[inspection.family_name(cfg)] = (rows['vision'].parameters, rows['qformer'].parameters - queries)
+        sizes[cfg.family.name] = (rows['vision'].parameters, rows['qformer'].parameters - queries)
         assert sum(row.share for row in rows.values()) == pytest.approx(1)
     assert sizes == {'blip2': (985_952_256, 105_137_664), 'instructblip': (985_952_256, 185_659_392 + 768)}
 
@@ -97,7 +97,7 @@ def test_parts_have_the_published_parameters():
 def test_what_a_checkpoint_holds_and_nothing_reads_is_counted():
     hf, cfg = loaded('llava-hf/llava-1.5-7b-hf')
     layer = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
-    assert inspection.unread(hf, cfg) == {'last 1 of 24 vision layers': layer, 'vision/norm': 2048}
+    assert cfg.family.unread(hf, cfg) == {'last 1 of 24 vision layers': layer, 'vision/norm': 2048}
     hf = published.config_of('google/paligemma-3b-pt-224')
     hf.vision_config.vision_use_head = True
     assert torch_count(hf, 'PaliGemmaConfig') == ours(hf, published.model_config(hf))
@@ -124,7 +124,7 @@ def test_every_recipe_fits_the_real_shapes_of_its_family(name, pruned):
     params = abstract_params(cfg)
     kernels = rules.kernels(params)
     towers = {'lang_only': ['language'], 'vision_only': ['vision'], 'both': ['language', 'vision']}[pruned]
-    config = importlib.import_module(f'configs.{inspection.family_name(cfg)}_{pruned}')
+    config = importlib.import_module(f'configs.{cfg.family.name}_{pruned}')
     inside = re.compile(r'(?:(vision|qformer)|(language)(?:/(?:encoder|decoder))?)/blocks/.*')
     blocks = {path: match[1] or match[2] for path in kernels if (match := inside.fullmatch(path))}
     for pattern in ('2:4', '4:8', '0.5'):

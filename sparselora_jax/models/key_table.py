@@ -1,0 +1,78 @@
+"""Key tables: how the tensors of a checkpoint are named.
+
+A table maps our path to the name of a torch module's parameter. `{i}` in a name is the layer; of stacked pairs of
+layers, `{even}` and `{odd}` are the first's and the second's.
+"""
+
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """Slice `index` of `of` equal slices of a fused tensor, along its first axis."""
+
+    name: str
+    index: int
+    of: int
+
+
+Keys = dict[str, str | Part]
+
+
+def dense(ours: str, theirs: str, *, bias: bool = True) -> Keys:
+    """Name a linear layer, or a convolution over patches.
+
+    Args:
+      ours: our path of the layer.
+      theirs: the torch module's name.
+      bias: the layer has one.
+
+    Returns:
+      A table of kernel and bias.
+
+    >>> dense('mlp/fc1', 'mlp.fc1', bias=False)
+    {'mlp/fc1/kernel': 'mlp.fc1.weight'}
+    """
+    table: Keys = {f'{ours}/kernel': f'{theirs}.weight'}
+    if bias:
+        table[f'{ours}/bias'] = f'{theirs}.bias'
+    return table
+
+
+def norm(ours: str, theirs: str, *, bias: bool = True) -> Keys:
+    """Name a LayerNorm with scale and bias, or an RMSNorm with a scale alone.
+
+    Args:
+      ours: our path of the norm.
+      theirs: the torch module's name.
+      bias: the norm has one.
+
+    Returns:
+      A table of scale and bias.
+    """
+    table: Keys = {f'{ours}/scale': f'{theirs}.weight'}
+    if bias:
+        table[f'{ours}/bias'] = f'{theirs}.bias'
+    return table
+
+
+def nested(table: Keys, path: str, prefix: str) -> Keys:
+    """Put a table under a path of ours and a prefix of theirs.
+
+    Args:
+      table: names of a part of a model.
+      path: put before our paths.
+      prefix: put before the torch names.
+
+    Returns:
+      The table of that part within the whole model.
+
+    >>> nested({'norm/scale': 'norm.weight'}, 'language/', 'language_model.model.')
+    {'language/norm/scale': 'language_model.model.norm.weight'}
+    """
+    moved: Keys = {}
+    for ours, name in table.items():
+        if isinstance(name, Part):
+            moved[path + ours] = name._replace(name=prefix + name.name)
+        else:
+            moved[path + ours] = prefix + name
+    return moved
