@@ -163,7 +163,7 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
       PackingError: packed arrays that contradict their format; names the path.
     """
     with _opened(path) as file:
-        flat = {name: file.get_tensor(name) for name in file}
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open cannot be iterated)
         metadata = dict(file.metadata() or {})
     for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
