@@ -37,7 +37,7 @@ SCALE = 2.0**64
 # large, must fit into float32. This matters for `Mean` of first and second moments, of which one may be 0 by chance.
 SAFE = 2.0**-16
 
-DEAD = 'all inputs are zero on every calibration token; nothing says which of its weights matter'
+DEAD = 'all {inputs} inputs are zero on every calibration token; nothing says which of its weights matter'
 UNREPEATABLE = (
     'activations are zero, or too small for float32 squares; give the calibration batches as a list, so that they can '
     'be read a second time'
@@ -283,12 +283,13 @@ def make_observer(
         if any(layers.any() for layers in tiny.values()):
             readers = {path: [other for other, first in programs.leaders.items() if first == path] for path in sums}
             if isinstance(batches, Iterator):  # a generator is used up by now
-                _warn_about(tiny, stacked, readers, place, UNREPEATABLE)
+                _warn_about(tiny, stacked, readers, place, dict.fromkeys(sums, UNREPEATABLE))
             else:
                 scaled = scaled_programs().total(params, batches)
                 sums = {path: _choose(tiny[path], scaled[path], value) for path, value in sums.items()}
                 dead = {path: tiny[path] & ~_largest_on_host(scaled[path][0]).any(axis=0) for path in sums}
-                _warn_about(dead, stacked, readers, place, DEAD)
+                messages = {path: DEAD.format(inputs=kernels[path].shape[-2]) for path in sums}
+                _warn_about(dead, stacked, readers, place, messages)
         finished = {path: _finish(stacked[path], stats(path), *value) for path, value in sums.items()}
         return {path: finished[leader] for path, leader in programs.leaders.items()}
 
@@ -416,7 +417,7 @@ def _warn_about(
     stacked: dict[str, bool],
     readers: dict[str, Sequence[str]],
     place: Callable[[str, int | None], str],
-    message: str,
+    messages: dict[str, str],
 ) -> None:
     """Log one line for each kernel and layer that is marked, with the kernels that read the same input."""
     if not processes.first():
@@ -424,4 +425,4 @@ def _warn_about(
     for path, layers in layers_of.items():
         for layer in np.flatnonzero(layers):
             names = [place(reader, int(layer) if stacked[path] else None) for reader in readers[path]]
-            logging.getLogger(__name__).warning('%s: %s', '; '.join(names), message)
+            logging.getLogger(__name__).warning('%s: %s', '; '.join(names), messages[path])
