@@ -1,13 +1,16 @@
 """What a config says, as the library's own arguments; the configs themselves lie in `configs/`."""
 
+import dataclasses
 import difflib
 import json
 import math
 import textwrap
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
@@ -15,17 +18,18 @@ from sparselora_jax.data.easy_vqa import KINDS
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.models.model import Model
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
+from sparselora_jax.pruning.method import check_method
 from sparselora_jax.restoration import guard
 from sparselora_jax.restoration.losses import KL_REDUCTIONS
 from sparselora_jax.restoration.restore import TRAINED, make_train_step, paper_optimizer
 from sparselora_jax.runtime.errors import DataError, SparseloraError
 from sparselora_jax.runtime.files import hold, write_text
+from sparselora_jax.runtime.registry import Registry, UnknownNameError
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern
 from sparselora_jax.sparse.packing import FOUR_BITS
 from sparselora_jax.sparse.weights import GRADIENTS, LoraSpec
 
-ALLOCATIONS = ('uniform', 'global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_zeroth')
 BASES = ('dense', 'packed', 'packed_int4', *FOUR_BITS)  # what restoration holds pruned kernels as
 TEACHERS = ('model', 'top_k')
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -111,7 +115,7 @@ def check_batches(config: Any) -> None:
     mesh, restore, prune = config.mesh, config.restore, config.prune
     rows, counts = mesh.data * mesh.fsdp, {'restore.batch / restore.accumulate': restore.batch // restore.accumulate}
     counts['prune.samples'] = prune.samples
-    if prune.allocation.startswith('ecoflap'):
+    if allocation_of(config).uses_score_batches:
         counts['prune.score_batch'] = prune.score_batch
     for field, count in counts.items():
         if count % rows:
@@ -124,29 +128,116 @@ def check_batches(config: Any) -> None:
             )
 
 
-def _check_allocation(config: Any) -> None:
-    prune = config.prune
-    if prune.allocation not in ALLOCATIONS:
-        raise ConfigError(f'prune.allocation {prune.allocation!r}: expected one of {", ".join(ALLOCATIONS)}')
-    if prune.allocation == 'uniform':
-        return
-    for tower in towers(config):
-        if parse_pattern(prune.pattern[tower]).structured:
-            found = f'prune.pattern.{tower} {prune.pattern[tower]!r} with prune.allocation {prune.allocation!r}'
-            raise PatternError(
-                f"{found}: N:M leaves nothing to allocate; expected a sparsity such as 0.5, or 'uniform'"
+def _options(kind: type, config: ConfigDict, group: str = 'output') -> dict[str, Any]:
+    """Return the options of a pruning method or an allocation that the config says, by the names of its fields.
+
+    Args:
+      kind: a dataclass, see `pruning.Method` and `pruning.Allocation`.
+      config: the recipe.
+      group: the comparison group that the config asks for.
+    """
+    options = {}
+    for field in dataclasses.fields(kind):
+        if field.name == 'group':
+            options['group'] = kind.groups[group]
+        elif field.name == 'seed':
+            options['seed'] = config.seed
+        elif field.name == 'initial':
+            initial = pruning.METHODS.find(config.prune.initial)
+            options['initial'] = initial(**_options(initial, config, group))
+        elif field.name in config.prune:
+            options[field.name] = config.prune[field.name]
+    return options
+
+
+def _named_class(names: Registry[type], field: str, name: str) -> type:
+    """Return the dataclass that a field of the config names.
+
+    Args:
+      names: registered classes.
+      field: for errors: `prune.method`.
+      name: a registered name, or `package.module:Name`.
+
+    Raises:
+      ConfigError: there is none, or it is no dataclass.
+    """
+    try:
+        kind = names.find(name)
+    except UnknownNameError as error:
+        message = str(error).removeprefix(f'{names.kind} ')
+        raise ConfigError(f'{field} {message}') from None
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        raise ConfigError(f'{field} {name!r}: expected a dataclass, see docs/extending.md; it is {kind!r}')
+    return kind
+
+
+def _from_config(kind: type, config: ConfigDict, field: str, group: str = 'output') -> Any:
+    """Return a method or an allocation with the options that the config says.
+
+    Args:
+      kind: its class.
+      config: the recipe.
+      field: the field of the config that names it, for errors.
+      group: see `_options`.
+
+    Raises:
+      ConfigError: an option that has neither a field in `config.prune` nor a default.
+    """
+    options = _options(kind, config, group)
+    for option in dataclasses.fields(kind):
+        has_default = option.default is not MISSING or option.default_factory is not MISSING
+        if option.init and option.name not in options and not has_default:
+            raise ConfigError(
+                f'{field} {kind.__name__}: its option {option.name} has no default, and config.prune has no field of '
+                'this name'
             )
-    if not 0 < prune.highest <= 1:
-        raise ConfigError(f'prune.highest {prune.highest}: expected a sparsity in (0, 1]')
-    for field in ('noise', 'outlier', 'spread'):
-        if not prune[field] > 0:
-            raise ConfigError(f'prune.{field} {prune[field]}: expected more than 0')
-    if prune.score_samples % prune.score_batch:
-        found = f'prune.score_batch {prune.score_batch}: does not divide prune.score_samples'
-        raise ConfigError(f'{found}, {prune.score_samples}')
-    if config.stream and prune.allocation.startswith('ecoflap'):
-        expected = 'whose scores need the model in memory; with it, use global_magnitude or owl'
-        raise ConfigError(f'stream with prune.allocation {prune.allocation!r}, {expected}')
+    return kind(**options)
+
+
+def allocation_of(config: ConfigDict) -> pruning.Allocation:
+    """Return the allocation that `prune.allocation` names, with its options from `config.prune`.
+
+    Args:
+      config: the recipe.
+
+    Raises:
+      ConfigError: an unknown allocation, or an option that cannot work.
+    """
+    name = config.prune.allocation
+    kind = _named_class(pruning.ALLOCATIONS, 'prune.allocation', name)
+    try:
+        allocation = _from_config(kind, config, 'prune.allocation')
+    except pruning.AllocationError as error:
+        raise ConfigError(f'prune.{error}') from None
+    if not isinstance(allocation, pruning.Allocation):
+        raise ConfigError(f'prune.allocation {name!r}: expected a subclass of sparselora_jax.pruning.Allocation')
+    return allocation
+
+
+def _check_allocation(config: ConfigDict) -> None:
+    """Check the allocation and its options against the other fields.
+
+    Raises:
+      ConfigError: an unknown allocation, an option that cannot work, or one that cannot run from disk.
+      PatternError: an N:M pattern, which leaves nothing to allocate.
+    """
+    allocation = allocation_of(config)
+    name = config.prune.allocation
+    if allocation.moves_zeros:
+        for tower in towers(config):
+            if parse_pattern(config.prune.pattern[tower]).structured:
+                raise PatternError(
+                    f'prune.pattern.{tower} {config.prune.pattern[tower]!r} with prune.allocation {name!r}: '
+                    "N:M leaves nothing to allocate; expected a sparsity such as 0.5, or 'uniform'"
+                )
+    if config.stream and allocation.needs_model_in_memory:
+        from_disk = [
+            other for other in pruning.ALLOCATIONS if not pruning.ALLOCATIONS.find(other).needs_model_in_memory
+        ]
+        raise ConfigError(
+            f'stream with prune.allocation {name!r}, whose scores need the model in memory; with it, use one of '
+            f'{", ".join(from_disk)}'
+        )
 
 
 def towers(config: Any) -> tuple[str, ...]:
@@ -154,34 +245,56 @@ def towers(config: Any) -> tuple[str, ...]:
     return tuple(config.prune.pattern)
 
 
-def prune_methods(config: Any) -> list[tuple[str, Any]]:
-    """(regex, method) of each tower's blocks, by the name in `config.prune` and the tower's comparison group.
+def prune_methods(config: ConfigDict) -> list[tuple[str, pruning.Method]]:
+    """Return (regex, method) of each tower's blocks, by the name in `config.prune` and the tower's comparison group.
+
+    The options of a method are filled in by the names of its fields, see `pruning.Method`.
+
+    Args:
+      config: the recipe.
 
     Raises:
-      ConfigError: an unknown method, initial method or group.
+      ConfigError: an unknown method, initial method or group, or an option without a value.
     """
     prune = config.prune
-    initial = {
-        'random': lambda group: pruning.Random(config.seed, group=group),
-        'magnitude': lambda group: pruning.Magnitude(group=group),
-        'wanda': lambda group: pruning.Wanda(group=group),
-        'sparsegpt': lambda group: pruning.SparseGPT(
-            damp=prune.damp, block=prune.block, group='block' if group == 'matrix' else group
-        ),
-    }
-    if prune.initial not in initial:
-        raise ConfigError(f'prune.initial {prune.initial!r}: expected one of {", ".join(initial)}')
-    methods = initial | {
-        'dsnot': lambda group: pruning.DSnoT(initial[prune.initial](group), prune.cycles, prune.threshold)
-    }
-    if prune.method not in methods:
-        raise ConfigError(f'prune.method {prune.method!r}: expected one of {", ".join(methods)}')
+    initial = _named_class(pruning.METHODS, 'prune.initial', prune.initial)
+    if _starts_from_another(initial):
+        others = [name for name in pruning.METHODS if not _starts_from_another(pruning.METHODS.find(name))]
+        raise ConfigError(f'prune.initial {prune.initial!r}: expected one of {", ".join(others)}')
+    kind = _named_class(pruning.METHODS, 'prune.method', prune.method)
+    groups = getattr(kind, 'groups', pruning.Method.groups)
     for tower in towers(config):
-        if prune.group[tower] not in ('output', 'matrix'):
-            raise ConfigError(f"prune.group.{tower} {prune.group[tower]!r}: expected 'output' or 'matrix'")
-    make = methods[prune.method]
-    groups = [(f'{tower}/{BLOCKS}.*', make(prune.group[tower])) for tower in towers(config)]
-    return [*groups, ('.*', make('output'))]
+        if prune.group[tower] not in groups:
+            expected = ' or '.join(map(repr, groups))
+            raise ConfigError(f'prune.group.{tower} {prune.group[tower]!r}: expected {expected}')
+    methods = []
+    for tower in towers(config):
+        method = _method(kind, config, prune.group[tower])
+        pattern = parse_pattern(prune.pattern[tower])
+        # A method without the option `group` has one group only; the job checks counts in the config's.
+        has_group = (method.group == 'output') == (prune.group[tower] == 'output')
+        if not (pattern.structured or pattern.dense or has_group):
+            raise ConfigError(
+                f'prune.group.{tower} {prune.group[tower]!r}: method {prune.method!r} compares the weights of each '
+                f'{method.group} only'
+            )
+        methods.append((f'{tower}/{BLOCKS}.*', method))
+    return [*methods, ('.*', _method(kind, config, 'output'))]
+
+
+def _starts_from_another(kind: type) -> bool:
+    """Return whether a method changes the mask of an initial one."""
+    return any(field.name == 'initial' for field in dataclasses.fields(kind))
+
+
+def _method(kind: type, config: ConfigDict, group: str) -> pruning.Method:
+    """Return a method for a comparison group, and check that it says all that a method must say."""
+    method = _from_config(kind, config, 'prune.method', group)
+    try:
+        check_method(method)
+    except pruning.MethodError as error:
+        raise ConfigError(f'prune.method {config.prune.method!r}: {error}') from None
+    return method
 
 
 def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
@@ -249,32 +362,24 @@ def lora_rules(config: Any) -> list[tuple[str, LoraSpec | None]]:
     return [(f'{tower}/{BLOCKS}{lora.targets[tower]}', specs[tower]) for tower in towers(config)] + [('.*', None)]
 
 
-def check_allocation(config: Any, params: dict) -> None:
-    """Names an allocation that is impossible whatever the scores.
+def check_allocation(config: ConfigDict, params: PyTree) -> None:
+    """Check that an allocation is possible whatever the scores.
 
     Args:
+      config: the recipe.
       params: anything with the shapes of a params tree.
 
     Raises:
       PatternError: no zeros to allocate, more than `prune.highest` allows, or ratios of OWL that may leave (0, 1).
     """
-    prune = config.prune
-    if prune.allocation == 'uniform':
+    allocation = allocation_of(config)
+    if not allocation.moves_zeros:
         return
     uniform = pruning.uniform_zeros(params, prune_rules(config), method=prune_methods(config))
-    sizes = pruning.kernel_sizes(params, uniform)
-    if prune.allocation != 'owl':
-        try:
-            pruning.check_bound(uniform, sizes, prune.highest)
-        except PatternError as error:
-            raise PatternError(f'prune.highest: {error}') from None
-    for path, zeros in uniform.items() if prune.allocation == 'owl' else ():
-        ratio = zeros.max() / sizes[path]
-        if not prune.spread < ratio < 1 - prune.spread:
-            raise PatternError(
-                f'{path}: sparsity {ratio:.3f} with prune.spread {prune.spread}: '
-                'OWL moves ratios by as much, and they must stay between 0 and 1; ask for a smaller spread'
-            )
+    try:
+        allocation.check(uniform, pruning.kernel_sizes(params, uniform))
+    except PatternError as error:
+        raise PatternError(f'prune.allocation {config.prune.allocation!r}: {error}') from None
 
 
 def field_names(config: Any, prefix: str = '') -> list[str]:

@@ -25,9 +25,9 @@ from sparselora_jax.evaluation import vqa
 from sparselora_jax.evaluation.density import block_count, layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.jobs.job import KERNELS, MASKS, ROUNDED, TEACHER, Job
-from sparselora_jax.pruning.allocate import total
 from sparselora_jax.recipe import (
     ConfigError,
+    allocation_of,
     lora_rules,
     pack_formats,
     prune_methods,
@@ -126,69 +126,84 @@ def floor(job: Job) -> dict:
 
 
 def _calibration(job: Job) -> list[dict]:
+    """Return the training samples that pruning is calibrated on, as one batch; none where none are asked for."""
     samples = job.config.prune.samples
-    return [job.batches(samples, job.config.seed + 1)[0]] if samples > 0 else []
+    if samples <= 0:
+        return []
+    return [job.batches(samples, job.config.seed + 1)[0]]
+
+
+def _score_batches(job: Job, samples: int, batch: int) -> list[dict]:
+    """Return the training samples that an allocation scores layers with."""
+    drawn = job.batches(batch, job.config.seed + 1)
+    return [drawn[index] for index in range(samples // batch)]
 
 
 def allocate(job: Job) -> dict[str, np.ndarray] | None:
-    """Zeros of each layer's kernel, kept in `zeros.json`; None: each layer has what its pattern says.
+    """Return the zeros of each layer's kernel, stored in `zeros.json`; None: each layer has what its pattern says.
 
-    ECoFLaP's scores are of the cross-entropy on answers of training batches, OWL's shares of the samples that prune.
+    An allocation may use the cross-entropy on answers of training batches, and the samples that pruning uses.
+
+    Args:
+      job: whose recipe names the allocation.
     """
-    if job.config.prune.allocation == 'uniform':
+    allocation = allocation_of(job.config)
+    if not allocation.moves_zeros:
         return None
 
     def compute():
-        config, model, knobs = job.config, job.model, job.config.prune
+        config = job.config
+        model = job.model
         params = job.params_on_disk() if config.stream else job.params
         uniform = pruning.uniform_zeros(params, prune_rules(config), method=prune_methods(config))
-        sizes, paths = pruning.kernel_sizes(params, uniform), tuple(uniform)
 
         def loss(w, batch, run):
             return answer_loss(model.answer_logits(w, batch, run), batch['targets'], batch['answer'])
 
-        if knobs.allocation == 'global_magnitude':
-            found = pruning.global_magnitude_zeros(params, uniform, highest=knobs.highest)
-        elif knobs.allocation == 'owl':
-            shares = pruning.outlier_shares(
-                model.hidden, params, _calibration(job), paths, threshold=knobs.outlier, chunk=knobs.chunk
-            )
-            found = pruning.owl_zeros(shares, uniform, sizes, spread=knobs.spread)
-        else:
-            drawn = job.batches(knobs.score_batch, config.seed + 1)
-            batches = [drawn[index] for index in range(knobs.score_samples // knobs.score_batch)]
-            if knobs.allocation == 'ecoflap_first':
-                scores = pruning.first_order_scores(loss, params, batches, paths)
-            else:
-                progress = Progress('score', sum(zeros.size for zeros in uniform.values()), interval=5)
-                key, eps = jax.random.key(config.seed), knobs.noise
-                scores = pruning.zeroth_order_scores(loss, params, batches, paths, key=key, eps=eps, progress=progress)
-            found = pruning.allocate(scores, sizes, total(uniform), highest=knobs.highest)
-        return {'zeros': {path: zeros.tolist() for path, zeros in found.items()}}
+        inputs = pruning.AllocationInputs(
+            params=params,
+            uniform=uniform,
+            sizes=pruning.kernel_sizes(params, uniform),
+            forward=model.hidden,
+            loss=loss,
+            calibration=lambda: _calibration(job),
+            score_batches=lambda samples, batch: _score_batches(job, samples, batch),
+            key=jax.random.key(config.seed),
+            progress=lambda name, count: Progress(name, count, interval=5),
+        )
+        zeros = allocation(inputs)
+        return {'zeros': {path: of_layers.tolist() for path, of_layers in zeros.items()}}
 
     return {path: np.array(of_layers) for path, of_layers in job.stage('zeros', compute)['zeros'].items()}
 
 
 def prune(job: Job) -> dict:
-    """Calibrates and prunes; writes `masks.safetensors`, and `kernels.safetensors` if kept weights changed.
+    """Calibrate and prune; write `masks.safetensors`, and `kernels.safetensors` if the method edits kept weights.
 
-    With `config.stream`, blocks are read from disk when their turn comes, and what was pruned is written at once; the
+    With `config.stream`, blocks are read from disk when their turn comes, and each pruned layer is written at once. The
     pruned model then lies in `pruned/`, a Hugging Face directory.
+
+    Args:
+      job: whose recipe names the method.
     """
     zeros = allocate(job)
 
     def compute():
-        config, model = job.config, job.model
+        config = job.config
+        model = job.model
         params = job.params_on_disk() if config.stream else job.params
         calibration = _calibration(job)
-        rules, methods = prune_rules(config), prune_methods(config)
-        flat, patterns = flatten(params), pruning.patterns_of(params, rules)
-        masks_like = {path: jax.ShapeDtypeStruct(flat[path].shape, bool) for path in patterns}
-        kernels_like = {path: flat[path] for path in patterns} if config.prune.method == 'sparsegpt' else {}
+        rules = prune_rules(config)
+        flat = flatten(params)
+        patterns = pruning.patterns_of(params, rules)
+        methods = pruning.methods_of(params, prune_methods(config))
+        mask_shapes = {path: jax.ShapeDtypeStruct(flat[path].shape, bool) for path in patterns}
+        # Kept weights that are as they came are read again from the dense model.
+        edited = {path: flat[path] for path in patterns if methods[path].edits_kept_weights}
         with ExitStack() as files:
-            write_mask = files.enter_context(trees.layer_writer(job.workdir / MASKS, masks_like))
-            if kernels_like:
-                write_kernel = files.enter_context(trees.layer_writer(job.workdir / KERNELS, kernels_like))
+            write_mask = files.enter_context(trees.layer_writer(job.workdir / MASKS, mask_shapes))
+            if edited:
+                write_kernel = files.enter_context(trees.layer_writer(job.workdir / KERNELS, edited))
 
             def keep(path, layer, kernel, mask):
                 tower = path.split('/')[0]
@@ -196,11 +211,20 @@ def prune(job: Job) -> dict:
                 check_masks({path: mask}, [('.*', patterns[path])], group=config.prune.group[tower], zeros=promised)
                 check_sparse({path: kernel}, {path: mask})
                 write_mask(path, layer, mask)
-                if kernels_like:
+                if path in edited:
                     write_kernel(path, layer, kernel)
 
-            knobs = {'method': methods, 'zeros': zeros, 'keep': keep, 'progress': _by_layer('prune', params)}
-            result = pruning.prune(model.hidden, params, calibration, rules, chunk=config.prune.chunk, **knobs)
+            result = pruning.prune(
+                model.hidden,
+                params,
+                calibration,
+                rules,
+                method=prune_methods(config),
+                zeros=zeros,
+                chunk=config.prune.chunk,
+                keep=keep,
+                progress=_by_layer('prune', params),
+            )
         if config.stream:
             hf_export.export_model(job.workdir / 'pruned', model, job.pruned_on_disk(), changed=masks_like)
         return {'tokens': result.tokens}
@@ -220,23 +244,34 @@ def _by_layer(name: str, params: dict) -> Callable[[str, int, int], None]:
 
 
 def round_base(job: Job) -> None:
-    """Chooses what a base in four bits holds: GPTQ, on the samples of pruning; writes `rounded.safetensors`."""
-    rules, config = rounded_rules(job.config), job.config
+    """Choose what a base in four bits stores: GPTQ, on the samples of pruning; write `rounded.safetensors`.
+
+    Args:
+      job: whose recipe says what pruned kernels are stored as; nothing happens unless it is in four bits.
+    """
+    config = job.config
+    rules = rounded_rules(config)
     if not rules:
         return
 
     def compute():
-        job.let_go()
+        job.let_go()  # of the dense weights: what is rounded is read from disk
         params = job.pruned_on_disk()
         flat = flatten(params)
-        like = {path: flat[path] for path in pruning.patterns_of(params, rules)}
-        with trees.layer_writer(job.workdir / ROUNDED, like) as write:
-            base = config.restore.base
-            held = base if base in packing.FOUR_BITS else 'packed24_int4'
-            knobs = {'method': pruning.GPTQ(config.prune.damp, held), 'chunk': config.prune.chunk}
-            knobs |= {'keep': lambda path, layer, kernel, mask: write(path, layer, kernel)}
-            knobs |= {'progress': _by_layer('round', params)}
-            result = pruning.prune(job.model.hidden, params, _calibration(job), rules, **knobs)
+        rounded = {path: flat[path] for path in pruning.patterns_of(params, rules)}
+        base = config.restore.base
+        method = pruning.GPTQ(config.prune.damp, base if base in packing.FOUR_BITS else 'packed24_int4')
+        with trees.layer_writer(job.workdir / ROUNDED, rounded) as write:
+            result = pruning.prune(
+                job.model.hidden,
+                params,
+                _calibration(job),
+                rules,
+                method=method,
+                chunk=config.prune.chunk,
+                keep=lambda path, layer, kernel, mask: write(path, layer, kernel),
+                progress=_by_layer('round', params),
+            )
         return {'tokens': result.tokens}
 
     job.stage('round', compute)

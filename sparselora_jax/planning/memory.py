@@ -19,6 +19,7 @@ from sparselora_jax.checkpoints.layout import PIECE
 from sparselora_jax.models.model import abstract_params
 from sparselora_jax.planning.tracing import ModelConfig, Stack, batch_of, nbytes, stacks
 from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.pruner import kernels_pruned_as_one
 from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules, rounded_rules, runs_teacher
 from sparselora_jax.sparse import rules, sharding
 from sparselora_jax.sparse.packing.like import base_like
@@ -138,10 +139,12 @@ def base(trees: Recipe) -> tuple[dict, dict]:
     return base_like(trees.params, trees.densities, formats)
 
 
-def holds_teacher(made: Recipe) -> bool:
-    """Whether restoration holds dense params that are not those of the student."""
-    changed = made.config.prune.method == 'sparsegpt' or base_formats(made.config) is not None
-    return runs_teacher(made.config) and bool(made.masks) and changed
+def holds_teacher(trees: Recipe) -> bool:
+    """Return whether restoration holds dense params that are not those of the student."""
+    methods = prune_methods(trees.config)
+    edits = any(rules.first_match(methods, path).edits_kept_weights for path in trees.densities)
+    is_changed = edits or base_formats(trees.config) is not None
+    return runs_teacher(trees.config) and bool(trees.masks) and is_changed
 
 
 def _samples_on_device(trees: Recipe, count: int) -> int:
@@ -269,19 +272,29 @@ def _gathered(trees: Recipe, stack: Stack) -> int:
     return shard_bytes(blocks, sharding.gathered(blocks, trees.mesh)) // stack.depth
 
 
-def _cutting(made: Recipe, stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
-    statistics, kernels = _statistics(stack, methods), rules.kernels(made.params)
-    groups: dict[str, int] = {}  # kernels that read the same array are pruned as one
-    for name, leader in stack.leaders.items():
-        if leader in statistics:
-            inputs, outputs = kernels[f'{stack.tower}/blocks/{name}'].shape[-2:]
-            groups[leader] = groups.get(leader, 0) + inputs * outputs * FLOAT
-    terms = {'one block': _block(made, stack), 'its statistics': _sum(statistics)}
-    used = set(methods.values())
-    if any(isinstance(getattr(method, 'initial', method), pruning.SparseGPT | pruning.GPTQ) for method in used):
-        terms['inverting the largest Hessian, thrice its size'] = 3 * max(statistics.values(), default=0)
-    copies = 6 if any(isinstance(method, pruning.DSnoT) for method in used) else 4
-    return terms | {'weights, scores, ranks of kernels pruned as one': copies * max(groups.values(), default=0)}
+def _cutting(trees: Recipe, stack: Stack, methods: dict[str, pruning.Method]) -> dict[str, int]:
+    """Return the terms of memory while the kernels of one block are pruned."""
+    statistics = _statistics(stack, methods)
+    kernels = rules.kernels(trees.params)
+    patterns = pruning.patterns_of(trees.params, prune_rules(trees.config))
+    paths = {name: rules.block_path(stack.tower, name) for name in stack.inputs}
+    pruned = {name: path for name, path in paths.items() if path in methods}
+    groups = kernels_pruned_as_one(
+        {name: patterns[path] for name, path in pruned.items()},
+        {name: methods[path] for name, path in pruned.items()},
+        stack.leaders,
+    )
+    copies_of_kernels = [0]
+    copies_of_statistics = [0]
+    for names in groups:
+        method = methods[pruned[names[0]]]
+        weights = sum(math.prod(kernels[pruned[name]].shape[-2:]) for name in names)
+        copies_of_kernels.append(method.kernel_copies * weights * FLOAT)
+        copies_of_statistics.append(method.statistic_copies * statistics[stack.leaders[names[0]]])
+    terms = {'one block': _block(trees, stack), 'its statistics': _sum(statistics)}
+    if any(copies_of_statistics):
+        terms['inverting the largest Hessian'] = max(copies_of_statistics)
+    return terms | {'weights, scores, ranks of kernels pruned as one': max(copies_of_kernels)}
 
 
 def _working(stack: Stack) -> int:

@@ -1,33 +1,54 @@
-"""One file a method: a small dataclass of its knobs that maps (kernel, statistic, pattern) to (kernel, mask).
+"""One file a method: a small dataclass of its options that maps (kernel, statistic, pattern) to (kernel, mask).
 
-`uniform_zeros`, `allocate` and what makes its scores say how many zeros each layer gets.
+`Method` and `Allocation` say what a method and an allocation are. `METHODS` and `ALLOCATIONS`, filled at the end of
+this file, have the names that a recipe may ask for.
 """
 
 from sparselora_jax.pruning.allocate import allocate, check_bound, kernel_sizes, uniform_zeros
+from sparselora_jax.pruning.allocation import ALLOCATIONS, Allocation, AllocationError, AllocationInputs, Uniform
 from sparselora_jax.pruning.dsnot import DSnoT
-from sparselora_jax.pruning.ecoflap import first_order_scores, zeroth_order_scores
-from sparselora_jax.pruning.global_magnitude import global_magnitude_zeros
+from sparselora_jax.pruning.ecoflap import (
+    EcoflapFirst,
+    EcoflapZeroth,
+    first_order_scores,
+    zeroth_order_scores,
+)
+from sparselora_jax.pruning.global_magnitude import GlobalMagnitude, global_magnitude_zeros
 from sparselora_jax.pruning.gptq import GPTQ
 from sparselora_jax.pruning.magnitude import Magnitude, Random
-from sparselora_jax.pruning.owl import outlier_shares, owl_zeros
+from sparselora_jax.pruning.method import METHODS, Method, MethodError
+from sparselora_jax.pruning.owl import OWL, outlier_shares, owl_zeros
 from sparselora_jax.pruning.pruner import PruneResult, prune, prune_tree
 from sparselora_jax.pruning.sparsegpt import SparseGPT
-from sparselora_jax.pruning.targets import patterns_of
+from sparselora_jax.pruning.targets import methods_of, patterns_of
 from sparselora_jax.pruning.wanda import Wanda
 
 __all__ = [
+    'ALLOCATIONS',
     'GPTQ',
+    'METHODS',
+    'OWL',
+    'Allocation',
+    'AllocationError',
+    'AllocationInputs',
     'DSnoT',
+    'EcoflapFirst',
+    'EcoflapZeroth',
+    'GlobalMagnitude',
     'Magnitude',
+    'Method',
+    'MethodError',
     'PruneResult',
     'Random',
     'SparseGPT',
+    'Uniform',
     'Wanda',
     'allocate',
     'check_bound',
     'first_order_scores',
     'global_magnitude_zeros',
     'kernel_sizes',
+    'methods_of',
     'outlier_shares',
     'owl_zeros',
     'patterns_of',
@@ -36,3 +57,16 @@ __all__ = [
     'uniform_zeros',
     'zeroth_order_scores',
 ]
+
+# GPTQ is no name here: it rounds kernels that are pruned, and chooses no mask.
+METHODS.register('random', Random)
+METHODS.register('magnitude', Magnitude)
+METHODS.register('wanda', Wanda)
+METHODS.register('sparsegpt', SparseGPT)
+METHODS.register('dsnot', DSnoT)
+
+ALLOCATIONS.register('uniform', Uniform)
+ALLOCATIONS.register('global_magnitude', GlobalMagnitude)
+ALLOCATIONS.register('owl', OWL)
+ALLOCATIONS.register('ecoflap_first', EcoflapFirst)
+ALLOCATIONS.register('ecoflap_zeroth', EcoflapZeroth)

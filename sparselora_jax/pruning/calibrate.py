@@ -1,67 +1,127 @@
-"""Statistics of the inputs of each linear, streamed over calibration batches; a model needs no hook.
+"""Statistics of the inputs of each linear, summed up over calibration batches; a model needs no hook.
 
-`bind`-like: every kernel is replaced by a `Calibrating` one, whose `observe` adds to an accumulator (`jax.new_ref`: a
-`+=` that is correct under jit and scan) and hands the plain kernel on.
+Every kernel is replaced by a `Calibrating` one. When `linear` multiplies with it, its `observe` adds the statistic of
+the input to an accumulator and hands the plain kernel on. The accumulator is a `jax.new_ref`: a `+=` that is correct
+under jit and scan.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import SparseloraError
-from sparselora_jax.sparse import rules as rules_lib
-from sparselora_jax.sparse import sharding
+from sparselora_jax.sparse import rules, sharding
+
+# `[tokens, inputs]` -> arrays, a sum over tokens. The statistics of two batches are added up.
+Statistic = Callable[[Array], Any]
+
+# What a forward is called with, and the rows of a kernel's input that count: see `make_observer`.
+Forward = Callable[[dict, Any], Any]
+ValidRows = Callable[[str, Any], Array | None]
+StatisticOf = Callable[[str], Statistic | None]
+
+# Squares of activations below 1e-19 are no normal float32. Where all statistics of a kernel are below TINY, they are
+# gathered again, of activations times SCALE. A power of two: the products are exact.
+TINY = 2.0**-64
+SCALE = 2.0**64
+# No statistic of a kernel may be above this before it is gathered again: the scaled squares, at most 2**128 times as
+# large, must fit into float32. This matters for `Mean` of first and second moments, of which one may be 0 by chance.
+SAFE = 2.0**-16
+
+DEAD = 'all {inputs} inputs are zero on every calibration token; nothing says which of its weights matter'
+UNREPEATABLE = (
+    'activations are zero, or too small for float32 squares; give the calibration batches as a list, so that they can '
+    'be read a second time'
+)
 
 
 class CalibrationError(SparseloraError, ValueError):
-    """A calibration set that says nothing, or activations that are not finite."""
+    """A calibration set that says nothing, activations that are not finite, or a statistic that does not fit."""
 
 
 def squares(x: Float[Array, 'tokens inputs']) -> Float[Array, ' inputs']:
-    """Wanda's statistic: the sum of squares of each input, in fp32."""
+    """Return Wanda's statistic: the sum of squares of each input over all tokens, in fp32."""
     return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0)
 
 
 def hessian(x: Float[Array, 'tokens inputs']) -> Float[Array, 'inputs inputs']:
-    """SparseGPT's statistic: `x^T x`, in fp32."""
+    """Return SparseGPT's statistic: `x^T x`, in fp32."""
     x = x.astype(jnp.float32)
     return jnp.matmul(x.T, x, precision='highest')
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A statistic of which the mean over all tokens is handed on instead of the sum; equal where `stat` is."""
+    """A statistic whose mean over all tokens is handed on instead of its sum; equal where `stat` is."""
 
-    stat: Callable[[Array], Any]
+    stat: Statistic
 
-    def __call__(self, x: Float[Array, 'tokens inputs']) -> Any:
-        """The sum over the tokens of one call, as of any statistic."""
+    def __call__(self, x: Float[Array, 'tokens inputs']) -> PyTree:
+        """Return the sum over the tokens of one call, as any statistic does; `_finish` divides it."""
         return self.stat(x)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A statistic of `SCALE * x`: for activations whose squares are too small for float32."""
+
+    stat: Statistic
+
+    def __call__(self, x: Float[Array, 'tokens inputs']) -> PyTree:
+        return self.stat(x.astype(jnp.float32) * jnp.float32(SCALE))
+
+
+def statistic_shapes(stat: Statistic, inputs: int) -> PyTree:
+    """Return the shapes and dtypes of a statistic of so many inputs, as `jax.ShapeDtypeStruct`s.
+
+    Args:
+      stat: the statistic.
+      inputs: length of the kernel's input axis.
+    """
+    return jax.eval_shape(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32))
+
+
+def name_of(stat: Statistic) -> str:
+    """Return how a statistic is called in messages: a function by its name."""
+    return getattr(stat, '__name__', repr(stat))
 
 
 class Recorder:
     """Accumulators of one kernel (all its layers) while a forward is traced; compared by identity."""
 
-    def __init__(self, stat: Callable, layers: int, inputs: int, valid: Bool[Array, ' tokens'] | None):
-        """Zeroed accumulators; `valid` marks the rows of x, flattened, that are no pads."""
-        like = jax.eval_shape(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32))
-        self.stat, self.valid, self.inputs = stat, valid, []
-        self.total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros((layers, *leaf.shape), jnp.float32)), like)
+    def __init__(self, stat: Statistic, layers: int, inputs: int, valid: Bool[Array, ' tokens'] | None):
+        """Begin with accumulators of zeros.
+
+        Args:
+          stat: the statistic to accumulate.
+          layers: layers of the stack that the kernel belongs to.
+          inputs: length of its input axis.
+          valid: True for the rows of x, flattened, that are no padding; None: all count.
+        """
+        self.stat = stat
+        self.valid = valid
+        self.inputs: list[Array] = []
+        self.total = jax.tree.map(
+            lambda leaf: jax.new_ref(jnp.zeros((layers, *leaf.shape), jnp.float32)), statistic_shapes(stat, inputs)
+        )
         self.tokens = jax.new_ref(jnp.zeros(layers, jnp.int32))
 
     def add(self, layer: Array, x: Float[Array, '*batch inputs']) -> None:
-        """Adds the statistic of one call's input, pads left out."""
+        """Add the statistic of one call's input, padding left out."""
         self.inputs.append(x)
         rows = x.reshape(-1, x.shape[-1])
         count = jnp.asarray(rows.shape[0], jnp.int32)
         if self.valid is not None:
+            # Rows of zeros add nothing to any sum; leaving rows out would make shapes depend on data.
             rows = jnp.where(self.valid.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
             count = jnp.sum(self.valid, dtype=jnp.int32)
         for total, new in zip(jax.tree.leaves(self.total), jax.tree.leaves(self.stat(rows)), strict=True):
@@ -74,12 +134,12 @@ class Recorder:
 class Calibrating:
     """A kernel that reports its input before it is used; `layer` is sliced by scan together with the kernel."""
 
-    kernel: Any
-    layer: Any
+    kernel: Array
+    layer: Array
     recorder: Recorder = field(metadata={'static': True})
 
-    def observe(self, x: Float[Array, '*batch inputs']) -> Any:
-        """Records x; returns the kernel to multiply with."""
+    def observe(self, x: Float[Array, '*batch inputs']) -> Array:
+        """Record x, and return the kernel to multiply with."""
         self.recorder.add(self.layer, x)
         return self.kernel
 
@@ -97,83 +157,147 @@ class Sums(NamedTuple):
     add: Callable[[dict, dict, Any], dict]
     leaders: dict[str, str]
 
+    def total(self, params: dict, batches: Iterable[Any]) -> dict[str, tuple[PyTree, Array]]:
+        """Return {leader: (sum, tokens)} over all batches, layers first.
+
+        Raises:
+          CalibrationError: no batch.
+        """
+        sums = None
+        for batch in batches:
+            sums = self.zeros(params, batch) if sums is None else sums
+            sums = self.add(sums, params, batch)
+        if sums is None:
+            raise CalibrationError('the calibration set is empty: no batch arrived')
+        return sums
+
+
+def _all_rows(path: str, batch: Any) -> None:
+    """Return None: every row of a kernel's input counts."""
+
 
 def make_sums(
-    forward: Callable[[dict, Any], Any],
+    forward: Forward,
     *,
-    stats: Callable[[str], Callable[[Array], Any] | None],
-    valid: Callable[[str, Any], Any] = lambda path, batch: None,
+    stats: StatisticOf,
+    valid: ValidRows = _all_rows,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> Sums:
-    """The programs of `make_observer`, whose arguments these are."""
+    """Return the programs that `make_observer` runs.
+
+    Args:
+      forward: see `make_observer`.
+      stats: see `make_observer`.
+      valid: see `make_observer`.
+      mesh: see `make_observer`; an abstract one serves to trace.
+    """
     leaders: dict[str, str] = {}
 
     def observe(params, batch):
-        flat = rules_lib.flatten(params)
+        flat = rules.flatten(params)
         recorders = {}
-        for path, leaf in rules_lib.kernels(params).items():
-            if (stat := stats(path)) is None:
+        for path, leaf in rules.kernels(params).items():
+            stat = stats(path)
+            if stat is None:
                 continue
-            layers, mask = leaf.shape[0] if leaf.ndim == 3 else 1, valid(path, batch)
+            stacked = leaf.ndim == 3
+            layers = leaf.shape[0] if stacked else 1
+            mask = valid(path, batch)
             mask = None if mask is None else mask.reshape(-1)
             recorders[path] = Recorder(stat, layers, leaf.shape[-2], mask)
-            index = jnp.arange(layers) if leaf.ndim == 3 else jnp.zeros((), jnp.int32)
+            index = jnp.arange(layers) if stacked else jnp.zeros((), jnp.int32)
             flat[path] = Calibrating(leaf, index, recorders[path])
-        forward(rules_lib.unflatten(flat), batch)
+        forward(rules.unflatten(flat), batch)
         leaders.update(_leaders(recorders))
         own = {path: (r.total, r.tokens) for path, r in recorders.items() if leaders[path] == path}
+        # A leading axis: one entry for each device that runs this on its own rows.
         return jax.tree.map(lambda ref: ref[...][None], own)
 
-    observe = jax.jit(sharding.on_own_rows(observe, mesh))  # of each device: the leading axis
+    observe = jax.jit(sharding.on_own_rows(observe, mesh))
 
     @functools.partial(jax.jit, donate_argnums=0)  # a Hessian is added to in place
     def add_statistics(sums, params, batch):
         return jax.tree.map(lambda total, parts: _add_in_order(total, parts, mesh), sums, observe(params, batch))
 
-    def zeros(params, batch):  # traces what `add_statistics` then calls; compiles nothing
-        found = observe.eval_shape(params, batch)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape[1:], s.dtype, device=place_of_sum(s.shape[1:], mesh)), found)
+    def zeros(params, batch):
+        # Traces what `add_statistics` then calls; compiles nothing.
+        shapes = observe.eval_shape(params, batch)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape[1:], s.dtype, device=place_of_sum(s.shape[1:], mesh)), shapes)
 
     return Sums(zeros, add_statistics, leaders)
 
 
+def _place_in_params(path: str, layer: int | None) -> str:
+    """Return how a kernel is named in warnings."""
+    return path if layer is None else f'{path}, layer {layer}'
+
+
 def make_observer(
-    forward: Callable[[dict, Any], Any],
+    forward: Forward,
     *,
-    stats: Callable[[str], Callable[[Array], Any] | None],
-    valid: Callable[[str, Any], Any] = lambda path, batch: None,
+    stats: StatisticOf,
+    valid: ValidRows = _all_rows,
     mesh: Mesh | None = None,
-) -> Callable[[dict, Iterable[Any]], dict[str, tuple[Any, Array]]]:
-    """`(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
+    one_scale: bool = False,
+) -> Callable[..., dict[str, tuple[PyTree, Array]]]:
+    """Return `(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
 
     Kernels that read the very same array (q, k and v) have one accumulator, and the very same result.
 
+    Squares of very small activations are no float32 numbers. Where all statistics of a kernel and layer are below
+    2**-64, its statistics are gathered again, of activations times 2**64. Masks and updates of a method depend on
+    ratios of statistics only, so they are what exact statistics give. Ordinary kernels are never scaled. A kernel whose
+    inputs are zero on every token is named in a warning.
+
     Args:
+      forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.
       stats: the statistic of a kernel's path, or None: it is not watched.
       valid: (path, batch) -> True for the rows of that kernel's input that count, or None (all do).
       mesh: over which the rows of all batches are split (`sharding.mesh_of_rows`). Each device runs `forward` on its
-        own rows with whole weights, and what they find is added up in the order of the devices: the sums are, bit for
-        bit, those of one device that is given their rows as batches, one after the other.
-      forward: see `collect`, as for what is raised.
+        own rows with whole weights. Their sums are added up in the order of the devices, so the result is, bit for bit,
+        that of one device that is given their rows as batches, one after the other.
+      one_scale: scale all kernels of a call or none, because their statistics are compared with each other.
+
+    Returns:
+      A function of params, batches (a sequence, so that it can be read twice) and optionally `place(path, layer)`, the
+      name of a kernel in warnings. It raises `CalibrationError`: no batch, a kernel that the forward never used, or
+      activations that are not finite.
     """
     programs = make_sums(forward, stats=stats, valid=valid, mesh=mesh)
 
-    def total(params, batches):
-        sums = None
-        for batch in batches:
-            sums = programs.zeros(params, batch) if sums is None else sums
-            sums = programs.add(sums, params, batch)
-        if sums is None:
-            raise CalibrationError('the calibration set is empty: no batch arrived')
-        shapes = rules_lib.kernels(params)
-        checked = {path: _checked(path, shapes[path].ndim == 3, stats(path), *value) for path, value in sums.items()}
-        return {path: checked[leader] for path, leader in programs.leaders.items()}
+    def scaled_stats(path):
+        stat = stats(path)
+        return None if stat is None else _Scaled(stat)
 
-    return total
+    @functools.cache  # compiled for the first kernel that needs it, and for none in ordinary models
+    def scaled_programs():
+        return make_sums(forward, stats=scaled_stats, valid=valid, mesh=mesh)
+
+    def observe(params, batches, place=_place_in_params):
+        sums = programs.total(params, batches)
+        kernels = rules.kernels(params)
+        stacked = {path: kernels[path].ndim == 3 for path in sums}
+        tiny = {path: _check_sums(path, stacked[path], *value) for path, value in sums.items()}
+        if one_scale and not all(layers.all() for layers in tiny.values()):
+            tiny = {path: np.zeros_like(layers) for path, layers in tiny.items()}
+        if any(layers.any() for layers in tiny.values()):
+            readers = {path: [other for other, first in programs.leaders.items() if first == path] for path in sums}
+            if isinstance(batches, Iterator):  # a generator is used up by now
+                _warn_about(tiny, stacked, readers, place, dict.fromkeys(sums, UNREPEATABLE))
+            else:
+                scaled = scaled_programs().total(params, batches)
+                sums = {path: _choose(tiny[path], scaled[path], value) for path, value in sums.items()}
+                dead = {path: tiny[path] & ~_largest_on_host(scaled[path][0]).any(axis=0) for path in sums}
+                messages = {path: DEAD.format(inputs=kernels[path].shape[-2]) for path in sums}
+                _warn_about(dead, stacked, readers, place, messages)
+        finished = {path: _finish(stacked[path], stats(path), *value) for path, value in sums.items()}
+        return {path: finished[leader] for path, leader in programs.leaders.items()}
+
+    return observe
 
 
 def place_of_sum(shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None) -> NamedSharding | None:
-    """Where a sum, [layers, ...], lies: vectors on every device, of a Hessian some columns on each."""
+    """Return where a sum, `[layers, ...]`, lies: vectors on every device, of a Hessian some columns on each."""
     if mesh is None:
         return None
     columns = (None, None, *sharding.BATCH) if len(shape) == 3 else ()
@@ -181,9 +305,10 @@ def place_of_sum(shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None) -> Na
 
 
 def _add_in_order(total: Array, parts: Array, mesh: Mesh | AbstractMesh | None) -> Array:
-    """`total + parts[0] + parts[1] + ...`, in this order; each device has one of the parts.
+    """Return `total + parts[0] + parts[1] + ...`, in this order; each device has one of the parts.
 
-    Of Hessians a device is sent its columns of all of them: as many bytes as by a reduction, whose order is not known.
+    Of Hessians each device is sent its columns of all parts. That is as many bytes as a reduction sends, but the order
+    of a reduction is not known.
     """
     if mesh is None:
         return total + parts[0]
@@ -193,61 +318,111 @@ def _add_in_order(total: Array, parts: Array, mesh: Mesh | AbstractMesh | None) 
 
 
 def _leaders(recorders: dict[str, Recorder]) -> dict[str, str]:
-    """{path: the first path that read the same array}; a kernel that was read more than once stands for itself."""
+    """Return {path: the first path that read the same array}."""
     first: dict[Any, str] = {}
-    return {
-        path: first.setdefault((id(r.inputs[0]), r.stat) if len(r.inputs) == 1 else path, path)
-        for path, r in recorders.items()
-    }
+    leaders = {}
+    for path, recorder in recorders.items():
+        # A kernel that was read more than once has a sum that no other kernel has.
+        reads_once = len(recorder.inputs) == 1
+        source = (id(recorder.inputs[0]), recorder.stat) if reads_once else path
+        leaders[path] = first.setdefault(source, path)
+    return leaders
 
 
 def collect(
-    forward: Callable[[dict, Any], Any],
+    forward: Forward,
     params: dict,
     batches: Iterable[Any],
     *,
-    stat: Callable[[Array], Any] = squares,
-    valid: Callable[[Any], Any] | None = None,
+    stat: Statistic = squares,
+    valid: Callable[[Any], Array | None] | None = None,
     select: Callable[[str], bool] = lambda path: True,
-) -> dict[str, tuple[Any, Array]]:
-    """Runs `forward` over the batches and sums the statistic of every linear's input.
+) -> dict[str, tuple[PyTree, Array]]:
+    """Run `forward` over the batches and sum up the statistic of every linear's input.
 
     Args:
       forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.
+      params: any nested dict with kernels.
+      batches: what `forward` takes, of one shape.
       stat: `squares` or `hessian`, or any sum over tokens `[tokens, in] -> arrays`; `Mean` of one gives the mean.
       valid: batch -> True for the tokens that count, or None (all do); every linear must see these tokens.
       select: which kernel paths to watch; a Hessian of each may not fit.
 
     Returns:
-      {path: (sum, tokens)}, arrays with a leading layers axis where the kernel has one.
+      {path: (sum, tokens)}, arrays with a leading layers axis where the kernel has one. For activations so small that
+      their squares are no float32 numbers, the statistic is that of 2**64 times the activations (`make_observer`).
 
     Raises:
       CalibrationError: no batch, a kernel that the forward never used, or non-finite activations.
 
-    >>> from sparselora_jax.linear import linear
+    >>> from sparselora_jax.sparse.linear import linear
     >>> params = {'q': {'kernel': jnp.ones((2, 3))}}
     >>> stats = collect(lambda w, x: linear(x, w['q']['kernel']), params, [jnp.array([[1.0, 2.0], [3.0, 4.0]])])
     >>> stats['q/kernel'][0].tolist(), int(stats['q/kernel'][1])
     ([10.0, 20.0], 2)
     """
-    rows = (lambda path, batch: None) if valid is None else (lambda path, batch: valid(batch))
-    observe = make_observer(forward, stats=lambda path: stat if select(path) else None, valid=rows)
+
+    def valid_rows(path, batch):
+        return None if valid is None else valid(batch)
+
+    observe = make_observer(forward, stats=lambda path: stat if select(path) else None, valid=valid_rows)
     return observe(params, batches)
 
 
-def _checked(path: str, stacked: bool, stat: Callable, total: Any, tokens: Array) -> tuple[Any, Array]:
+def _check_sums(path: str, stacked: bool, total: PyTree, tokens: Int[Array, ' layers']) -> Bool[np.ndarray, ' layers']:
+    """Check one kernel's sums, and return for which layers they are too small for float32.
+
+    Raises:
+      CalibrationError: no token reached the kernel, or its inputs were not finite.
+    """
     if not processes.on_host(tokens).all():
         raise CalibrationError(f'{path}: no token reached it during calibration')
-    bad = processes.on_host(_not_finite(total))
+    largest = _largest_on_host(total)
+    bad = ~np.isfinite(largest).all(axis=0)
     if bad.any():
         layer = f', layer {int(bad.argmax())}' if stacked else ''
         raise CalibrationError(f'{path}{layer}: activations are not finite during calibration')
+    return (largest.min(axis=0) < TINY) & (largest.max(axis=0) < SAFE)
+
+
+@jax.jit
+def _largest(total: PyTree) -> Float[Array, 'leaves layers']:
+    """Return the largest absolute value of each leaf and layer; NaN where there is a NaN."""
+    leaves = jax.tree.leaves(total)
+    return jnp.stack([jnp.max(jnp.abs(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in leaves])
+
+
+def _largest_on_host(total: PyTree) -> Float[np.ndarray, 'leaves layers']:
+    return processes.on_host(_largest(total))
+
+
+def _choose(tiny: Bool[np.ndarray, ' layers'], scaled: PyTree, plain: PyTree) -> PyTree:
+    """Return the scaled sums of the layers that are tiny, and the plain sums of the others."""
+    return jax.tree.map(
+        lambda new, old: jnp.where(tiny.reshape(-1, *[1] * (old.ndim - 1)), new, old),
+        scaled,
+        plain,
+    )
+
+
+def _finish(stacked: bool, stat: Statistic, total: PyTree, tokens: Array) -> tuple[PyTree, Array]:
+    """Return (sum or mean, tokens) of one kernel, without the layers axis where the kernel has none."""
     if isinstance(stat, Mean):
         total = jax.tree.map(lambda leaf: leaf / tokens.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1)), total)
     return (total, tokens) if stacked else jax.tree.map(lambda leaf: leaf[0], (total, tokens))
 
 
-@jax.jit
-def _not_finite(total: Any) -> Bool[Array, ' layers']:
-    finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(total)]
-    return ~jnp.stack(finite).all(axis=0)
+def _warn_about(
+    layers_of: dict[str, Bool[np.ndarray, ' layers']],
+    stacked: dict[str, bool],
+    readers: dict[str, Sequence[str]],
+    place: Callable[[str, int | None], str],
+    messages: dict[str, str],
+) -> None:
+    """Log one line for each kernel and layer that is marked, with the kernels that read the same input."""
+    if not processes.first():
+        return
+    for path, layers in layers_of.items():
+        for layer in np.flatnonzero(layers):
+            names = [place(reader, int(layer) if stacked[path] else None) for reader in readers[path]]
+            logging.getLogger(__name__).warning('%s: %s', '; '.join(names), messages[path])

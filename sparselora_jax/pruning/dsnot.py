@@ -6,7 +6,7 @@ against its input's variance, `argmax |W_io E[x_i]| / Var[x_i]^power`, and prune
 the other sign (N:M: of the same group), the one with the smallest Wanda score `|W_io| ||x_i||`. No weight is regrown or
 pruned twice.
 
-What the public code (zyxxmu/DSnoT) does, and this does not:
+Differences from the public code (zyxxmu/DSnoT):
 - It makes 50 swaps whether or not they help, as long as the error is above the threshold (N:M: until its sign changes).
   Here an output is done when its next swap would not bring its error nearer to zero: the error never rises.
 - When it has run out of candidates it goes on with weights that are already kept, and loses count of the zeros. Here an
@@ -17,15 +17,16 @@ What the public code (zyxxmu/DSnoT) does, and this does not:
 - It leaves LLaMA's MLPs as the initial method pruned them, unless told otherwise; rules of methods do that here.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, PyTree
 
 from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.method import Method
 from sparselora_jax.pruning.wanda import Wanda
 from sparselora_jax.sparse.masks import Pattern
 
@@ -35,27 +36,27 @@ class Moments(NamedTuple):
 
     first: Float[Array, '*layers inputs']
     second: Float[Array, '*layers inputs']
-    initial: Any
+    initial: PyTree
 
 
 @dataclass(frozen=True)
 class SumsOfMoments:
     """The statistic whose means are `Moments`; `initial` is that of the initial method, or None."""
 
-    initial: Callable | None
+    initial: calibrate.Statistic | None
 
     def __call__(self, x: Float[Array, 'tokens inputs']) -> Moments:
+        """Return the sums over the tokens of one call."""
         first = jnp.sum(x.astype(jnp.float32), axis=0)
         return Moments(first, calibrate.squares(x), self.initial and self.initial(x))
 
 
 @dataclass(frozen=True)
-class DSnoT:
-    """Its statistic is `Moments`. Kept weights are as they came, whatever the initial method makes of them.
+class DSnoT(Method):
+    """Swap weights of another method's mask; kept weights stay as they came, whatever that method makes of them.
 
-    With `SparseGPT` only the mask is taken over, as in the public code; that mask is SparseGPT's own, chosen while kept
-    weights are updated, where the public code scores all weights at once. `Random` sees kernels that share an input as
-    one, so its mask is another than without DSnoT.
+    The statistic is `Moments`. With `SparseGPT` only the mask is taken over, as in the public code. That mask is
+    SparseGPT's own, chosen while kept weights are updated, where the public code scores all weights at once.
 
     Attributes:
       initial: the method whose mask is changed. Zeros per output, or per N:M group, stay as it set them.
@@ -65,29 +66,59 @@ class DSnoT:
       power: of the variance; 0 regrows by expected share alone.
     """
 
-    initial: Any = Wanda()
+    initial: Method = field(default_factory=Wanda)
     cycles: int = 50
     threshold: float = 0.1 / 2048
     power: float = 1.0
+    edits_kept_weights: ClassVar[bool] = False
+    kernel_copies: ClassVar[int] = 6  # also the shares of the error and the order of candidates
 
     @property
     def group(self) -> str:
-        """The comparison group of the initial mask."""
+        """Return the comparison group of the initial mask."""
         return self.initial.group
 
     @property
     def statistic(self) -> calibrate.Mean:
-        """Equal for equal initial methods."""
+        """Return the statistic; equal for equal initial methods."""
         return calibrate.Mean(SumsOfMoments(self.initial.statistic))
+
+    @property
+    def outputs_are_independent(self) -> bool:
+        """Return what holds for the initial mask: swaps look at one output at a time."""
+        return self.initial.outputs_are_independent
+
+    @property
+    def statistic_copies(self) -> int:
+        """Return what the initial method needs."""
+        return self.initial.statistic_copies
+
+    def check(self, pattern: Pattern, inputs: int) -> None:
+        """Check that the initial method can make the pattern.
+
+        Args:
+          pattern: unstructured or N:M.
+          inputs: length of the kernel's input axis.
+
+        Raises:
+          PatternError: it cannot.
+        """
+        self.initial.check(pattern, inputs)
 
     def __call__(
         self,
         kernel: Float[Array, 'inputs outputs'],
         statistic: Moments,
         pattern: Pattern,
-        num_zeros: Any = None,
+        num_zeros: ArrayLike | None = None,
     ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
-        """The kernel with its zeros, and the mask; `num_zeros`: of the initial method.
+        """Return the kernel with its zeros, and the mask.
+
+        Args:
+          kernel: dense weights.
+          statistic: means over all calibration tokens.
+          pattern: see `Method`.
+          num_zeros: of the initial method.
 
         Raises:
           PatternError: see the initial method.
@@ -99,53 +130,75 @@ class DSnoT:
         return jnp.where(jnp.isfinite(pruned).all(), sparse, jnp.full((), jnp.nan, kernel.dtype)), mask
 
 
-def _swap(weights: Array, initial: Array, moments: Moments, pattern: Pattern, knobs: DSnoT) -> Array:
-    """The mask after at most `cycles` swaps of each output, all outputs at once; matrices are `[outputs, inputs]`."""
-    mean, second = moments.first, moments.second
+def _swap(
+    weights: Float[Array, 'outputs inputs'],
+    initial: Bool[Array, 'outputs inputs'],
+    moments: Moments,
+    pattern: Pattern,
+    options: DSnoT,
+) -> Bool[Array, 'outputs inputs']:
+    """Return the mask after at most `cycles` swaps of each output, all outputs at once.
+
+    Args:
+      weights: dense weights.
+      initial: the initial method's mask.
+      moments: see `Moments`.
+      pattern: of the initial mask; N:M swaps within groups.
+      options: the method's own options.
+    """
+    mean = moments.first
+    second = moments.second
     # What is left of the variance of an input that is all but constant is rounding: there it counts as that small.
     variance = jnp.maximum(second - mean**2, jnp.finfo(second.dtype).eps * second)
     variance = jnp.where(variance > 0, variance, 1.0)  # dead inputs; their share is zero, so they are never regrown
     weights = weights.astype(mean.dtype)
-    share, score = weights * mean, jnp.abs(weights) * jnp.sqrt(second)
+    share = weights * mean
+    score = jnp.abs(weights) * jnp.sqrt(second)
     outputs, inputs = weights.shape
     row = jnp.arange(outputs)
 
     def best(allowed, priority):
-        """Inputs in the order in which they are taken, equal ones by position, and how many may be."""
-        _, order = jax.lax.top_k(jnp.where(allowed, priority, -jnp.inf), min(knobs.cycles, inputs))
+        """Return inputs in the order in which they are taken, equal ones by position, and how many may be taken."""
+        _, order = jax.lax.top_k(jnp.where(allowed, priority, -jnp.inf), min(options.cycles, inputs))
         return order, jnp.sum(allowed, axis=1, dtype=jnp.int32)
 
-    # For errors above zero, and below; one after the other, for memory's sake.
+    # Candidates for errors above zero, and for errors below; one after the other, since each needs a sort's memory.
     signs = jnp.array([1, -1], mean.dtype)
-    to_grow = jax.lax.map(lambda sign: best(~initial & (sign * share > 0), sign * share / variance**knobs.power), signs)
+    to_grow = jax.lax.map(
+        lambda sign: best(~initial & (sign * share > 0), sign * share / variance**options.power), signs
+    )
     if not pattern.structured:
         to_prune = jax.lax.map(lambda sign: best(initial & (sign * share < 0), -score), signs)
 
     def candidate(listed, side, taken):
+        """Return each output's next candidate, and whether there is one."""
         order, count = listed
         return order[side, row, taken[side, row]], taken[side, row] < count[side, row]
 
     def in_group(error, mask, grown):
-        """What to prune of the grown weight's N:M group, and whether there is any."""
+        """Return what to prune of the grown weight's N:M group, and whether there is any."""
         group = (grown // pattern.m * pattern.m)[:, None] + jnp.arange(pattern.m, dtype=grown.dtype)
-        other_sign = jnp.sign(error)[:, None] * jnp.take_along_axis(share, group, axis=1) < 0
-        allowed = jnp.take_along_axis(initial & mask, group, axis=1) & other_sign
+        has_other_sign = jnp.sign(error)[:, None] * jnp.take_along_axis(share, group, axis=1) < 0
+        # `initial & mask`: a weight that was regrown is not pruned again.
+        allowed = jnp.take_along_axis(initial & mask, group, axis=1) & has_other_sign
         scores = jnp.where(allowed, jnp.take_along_axis(score, group, axis=1), jnp.inf)
         return group[row, jnp.argmin(scores, axis=1)], allowed.any(axis=1)
 
     def cycle(state):
+        """Swap two weights of every output that is not done."""
         cycles, active, error, taken, mask = state
         side = (error < 0).astype(jnp.int32)
-        grown, growable = candidate(to_grow, side, taken)
-        pruned, prunable = in_group(error, mask, grown) if pattern.structured else candidate(to_prune, side, taken)
+        grown, can_grow = candidate(to_grow, side, taken)
+        pruned, can_prune = in_group(error, mask, grown) if pattern.structured else candidate(to_prune, side, taken)
         after = error - share[row, grown] + share[row, pruned]
-        swap = active & growable & prunable & (jnp.abs(after) < jnp.abs(error))
-        mask = mask.at[row, grown].set(mask[row, grown] | swap)
-        mask = mask.at[row, pruned].set(mask[row, pruned] & ~swap)
+        swaps = active & can_grow & can_prune & (jnp.abs(after) < jnp.abs(error))
+        mask = mask.at[row, grown].set(mask[row, grown] | swaps)
+        mask = mask.at[row, pruned].set(mask[row, pruned] & ~swaps)
         taken = taken.at[side, row].add(1)
-        active = (swap & (jnp.abs(after) > knobs.threshold)) | (active & growable & ~prunable)
-        return cycles + 1, active, jnp.where(swap, after, error), taken, mask
+        # An output goes on after a swap while its error is large, and past an N:M group that has nothing to prune.
+        active = (swaps & (jnp.abs(after) > options.threshold)) | (active & can_grow & ~can_prune)
+        return cycles + 1, active, jnp.where(swaps, after, error), taken, mask
 
     error = jnp.sum(jnp.where(initial, 0.0, share), axis=1)
-    state = (jnp.int32(0), jnp.abs(error) > knobs.threshold, error, jnp.zeros((2, outputs), jnp.int32), initial)
-    return jax.lax.while_loop(lambda state: (state[0] < knobs.cycles) & state[1].any(), cycle, state)[-1]
+    state = (jnp.int32(0), jnp.abs(error) > options.threshold, error, jnp.zeros((2, outputs), jnp.int32), initial)
+    return jax.lax.while_loop(lambda state: (state[0] < options.cycles) & state[1].any(), cycle, state)[-1]

@@ -11,29 +11,43 @@ model in memory (the zeroth order runs it twice for each kernel, layer and batch
 that hands its blocks to `run` will do.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.allocate import allocate, check_bound, total
+from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
 from sparselora_jax.pruning.targets import in_blocks
-from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.sparse.masks import PatternError
+from sparselora_jax.sparse.rules import RuleError, flatten, is_in_block, unflatten
 
 ROWS = 32  # inputs of a kernel whose noise is drawn at once
 
 Loss = Callable[..., Float[Array, '']]  # loss(weights, batch, run)
+# A runner of a stack of blocks, see `models.runners`.
+Runner = Callable[..., Any]
 
 
 @jax.custom_vjp
 def _scored(kernel: Array, tap: Array) -> Array:
-    """The kernel. The gradient of `tap` is the kernel's score: its own gradient is reduced where it arises."""
+    """Return the kernel.
+
+    The gradient of `tap` is the kernel's score: the kernel's own gradient is reduced where it arises, and never kept.
+    """
     del tap
     return kernel
+
+
+def _scored_forward(kernel, tap):
+    return kernel, kernel
 
 
 def _scored_backward(kernel, gradient):
@@ -41,48 +55,54 @@ def _scored_backward(kernel, gradient):
     return jnp.zeros_like(kernel), score.astype(score_dtype(kernel))
 
 
-def score_dtype(kernel: Any) -> Any:
-    """fp32, or the kernel's own where that is wider."""
+_scored.defvjp(_scored_forward, _scored_backward)
+
+
+def score_dtype(kernel: Array | jax.ShapeDtypeStruct) -> DTypeLike:
+    """Return fp32, or the kernel's own dtype where that is wider."""
     return jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
 
 
-_scored.defvjp(lambda kernel, tap: (kernel, kernel), _scored_backward)
+def tapped_blocks(taps: dict[str, Float[Array, ' layers']]) -> Runner:
+    """Return a runner through which the gradient of each tap is the score of its kernel and layer.
 
+    The backward has the gradients of one block's kernels at a time, and keeps a block's input and its scores.
 
-def tapped_blocks(taps: dict[str, Float[Array, ' layers']]) -> Callable[..., Any]:
-    """A runner through which the gradient of each tap is the score of its kernel and layer.
-
-    The backward has one block's kernels' gradients at a time, and keeps a block's input and its scores.
+    Args:
+      taps: zeros, by path.
     """
 
     def run(tower, block, weights, x, ctx, cache=None):
-        here = in_blocks(taps, tower)
-
         def tapped(w, x, ctx, cache):
-            flat = rules_lib.flatten(w['weights'])
+            flat = flatten(w['weights'])
             for name, tap in w['taps'].items():
                 flat[name] = _scored(flat[name], tap)
-            return block(rules_lib.unflatten(flat), x, ctx, cache)
+            return block(unflatten(flat), x, ctx, cache)
 
-        of_layers = {name: taps[path] for name, path in here.items()}
-        return remat_blocks(tower, tapped, {'weights': weights, 'taps': of_layers}, x, ctx, cache)
+        tower_taps = {name: taps[path] for name, path in in_blocks(taps, tower).items()}
+        return remat_blocks(tower, tapped, {'weights': weights, 'taps': tower_taps}, x, ctx, cache)
 
     return run
 
 
 def make_first_order(loss: Loss) -> Callable[[dict, Any, dict[str, Array]], dict[str, Array]]:
-    """`(params, batch, taps) -> scores of one batch`, jitted; `taps` are zeros `[layers]`, by path."""
+    """Return `(params, batch, taps) -> scores of one batch`, jitted; `taps` are zeros `[layers]`, by path.
+
+    Args:
+      loss: see `first_order_scores`.
+    """
     return jax.jit(lambda params, batch, taps: jax.grad(lambda taps: loss(params, batch, tapped_blocks(taps)))(taps))
 
 
 def first_order_scores(loss: Loss, params: dict, batches: Iterable[Any], paths: Sequence[str]) -> dict[str, np.ndarray]:
-    """The sum over each layer's kernel of `|W| * mean over batches of |dL/dW|`.
+    """Return the sum over each layer's kernel of `|W| * mean over batches of |dL/dW|`.
 
     A kernel's gradient is reduced to its score inside the backward of its block, so memory holds one block's gradients,
     and what `remat_blocks` keeps.
 
     Args:
       loss: `loss(weights, batch, run)` -> a scalar: the mean over the batch.
+      params: the dense weights.
       batches: of one shape.
       paths: of stacked kernels inside the blocks.
 
@@ -90,73 +110,105 @@ def first_order_scores(loss: Loss, params: dict, batches: Iterable[Any], paths: 
       {path: score of each layer}, float64 on the host.
 
     Raises:
-      CalibrationError: no batch. RuleError: a kernel outside of all blocks.
+      CalibrationError: no batch.
+      RuleError: a kernel outside of all blocks.
     """
-    step, flat = make_first_order(loss), rules_lib.flatten(params)
+    step = make_first_order(loss)
+    flat = flatten(params)
     _check_paths(flat, paths)
     taps = {path: jnp.zeros(flat[path].shape[0], score_dtype(flat[path])) for path in paths}
     scores = _mean([step(params, batch, taps) for batch in batches])
     return {path: scores[path] for path in paths}  # jax sorts keys
 
 
-def _mean(scores: list[Any]) -> Any:
+def _mean(scores: Sequence[PyTree]) -> PyTree:
+    """Return the mean over batches, in float64.
+
+    Raises:
+      CalibrationError: no batch.
+    """
     if not scores:
         raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
     return jax.tree.map(lambda *leaves: np.mean([np.asarray(leaf, np.float64) for leaf in leaves], axis=0), *scores)
 
 
-def _check_paths(flat: dict, paths: Sequence[str]) -> None:
+def _check_paths(flat: Mapping[str, Any], paths: Sequence[str]) -> None:
+    """Check that kernels lie inside of blocks.
+
+    Raises:
+      RuleError: one does not.
+    """
     for path in paths:
-        if '/blocks/' not in path or flat[path].ndim != 3:
-            raise rules_lib.RuleError(f'{path}: not inside the blocks of a tower; make it dense')
+        if not is_in_block(path) or flat[path].ndim != 3:
+            raise RuleError(f'{path}: not inside the blocks of a tower; make it dense')
 
 
 def noise(key: Array, row: Int[Array, ''], row_like: Float[Array, ' outputs']) -> Float[Array, ' outputs']:
-    """Z of one input's weights: standard normal, in the dtype in which it is added."""
+    """Return z of one input's weights: standard normal, in the dtype in which it is added.
+
+    Args:
+      key: of the kernel and layer.
+      row: the input.
+      row_like: that input's weights.
+    """
     return jax.random.normal(jax.random.fold_in(key, row), row_like.shape, score_dtype(row_like))
 
 
 def perturbed_blocks(
     paths: Sequence[str], kernel: Int[Array, ''], layer: Int[Array, ''], key: Array, scale: Float[Array, '']
-) -> Callable[..., Any]:
-    """A runner that adds `scale * z` to one layer of the kernel `paths[kernel]`, inside that block.
+) -> Runner:
+    """Return a runner that adds `scale * z` to one layer of the kernel `paths[kernel]`, inside that block.
 
     `kernel` and `layer` may be traced: one program serves all of them. Memory is that of `scan_blocks` and the noise of
-    `ROWS` inputs: the branches of a `cond` slice the stack themselves (handed a layer's kernels, each would be copied),
-    and a perturbed kernel is made a few rows at a time.
+    `ROWS` inputs.
+
+    Args:
+      paths: of stacked kernels inside the blocks.
+      kernel: index into `paths`.
+      layer: of that kernel.
+      key: of the noise.
+      scale: of the noise.
     """
 
     def run(tower, block, weights, x, ctx, cache=None):
         indices = {name: paths.index(path) for name, path in in_blocks(paths, tower).items()}
 
-        def plain(stack, here):
-            return stack[here]
+        # Both branches of the `cond` slice the stack themselves: handed a layer's kernels, each would be copied.
+        def plain(stack, index):
+            return stack[index]
 
-        def perturbed(stack, here):
-            def one(row):
-                wide = stack[here, row].astype(score_dtype(stack))
+        def perturbed(stack, index):
+            def perturb_row(row):
+                wide = stack[index, row].astype(score_dtype(stack))
                 return (wide + scale.astype(wide.dtype) * noise(key, row, wide)).astype(stack.dtype)
 
-            return jax.lax.map(one, jnp.arange(stack.shape[1], dtype=jnp.int32), batch_size=ROWS)
+            # A few rows at a time, so that the noise of a whole kernel is never held.
+            return jax.lax.map(perturb_row, jnp.arange(stack.shape[1], dtype=jnp.int32), batch_size=ROWS)
 
-        def one_block(w, x, ctx, cache):
+        def run_block(w, x, ctx, cache):
             flat = {}
-            for name, stack in rules_lib.flatten(weights).items():
+            for name, stack in flatten(weights).items():
                 if name in indices:
-                    chosen = (w['layer'] == layer) & (kernel == indices[name])
-                    flat[name] = jax.lax.cond(chosen, perturbed, plain, stack, w['layer'])
+                    is_chosen = (w['layer'] == layer) & (kernel == indices[name])
+                    flat[name] = jax.lax.cond(is_chosen, perturbed, plain, stack, w['layer'])
                 else:
                     flat[name] = stack[w['layer']]
-            return block(rules_lib.unflatten(flat), x, ctx, cache)
+            return block(unflatten(flat), x, ctx, cache)
 
         layers = jnp.arange(jax.tree.leaves(weights)[0].shape[0], dtype=jnp.int32)
-        return scan_blocks(tower, one_block, {'layer': layers}, x, ctx, cache)
+        return scan_blocks(tower, run_block, {'layer': layers}, x, ctx, cache)
 
     return run
 
 
 def make_zeroth_order(loss: Loss, paths: Sequence[str], *, eps: float) -> Callable[..., Float[Array, '']]:
-    """`(params, batch, kernel, layer, key) -> |L(W + eps z) - L(W - eps z)| / (2 eps)`, jitted once for all of them."""
+    """Return `(params, batch, kernel, layer, key) -> |L(W + eps z) - L(W - eps z)| / (2 eps)`, jitted once for all.
+
+    Args:
+      loss: see `first_order_scores`.
+      paths: see `first_order_scores`.
+      eps: how far weights are moved.
+    """
 
     @jax.jit
     def step(params, batch, kernel, layer, key):
@@ -178,29 +230,156 @@ def zeroth_order_scores(
     *,
     key: Array,
     eps: float = 1e-3,
-    progress: Callable[[int, str], None] = lambda done, what: None,
+    progress: Callable[[int, str], None] = lambda done, path: None,
 ) -> dict[str, np.ndarray]:
-    """The mean over batches of `|L(W + eps z) - L(W - eps z)| / (2 eps)`, z on one layer of one kernel at a time.
+    """Return the mean over batches of `|L(W + eps z) - L(W - eps z)| / (2 eps)`, z on one layer of a kernel.
 
     Noise is drawn anew from its key on both sides and never kept, so memory is that of the forward and one kernel's
     noise. It costs two forwards for each kernel, layer and batch.
 
     Args:
-      loss, batches, paths: see `first_order_scores`, as for what is returned and raised.
+      loss: see `first_order_scores`.
+      params: the dense weights.
+      batches: of one shape.
+      paths: of stacked kernels inside the blocks.
       key: of the noise; that of kernel k, layer l, batch b, input i is `key` with k, l, b, i folded in, in that order.
       eps: how far weights are moved, in their own unit.
-      progress: called with the number of kernels and layers done.
+      progress: called with the number of kernels and layers done, and the path of the last.
+
+    Returns:
+      {path: score of each layer}, float64 on the host.
+
+    Raises:
+      CalibrationError: no batch.
+      RuleError: a kernel outside of all blocks.
     """
-    paths, batches, flat = tuple(paths), list(batches), rules_lib.flatten(params)
+    paths = tuple(paths)
+    batches = list(batches)
+    flat = flatten(params)
     _check_paths(flat, paths)
-    step, scores, done = make_zeroth_order(loss, paths, eps=eps), {}, 0
+    step = make_zeroth_order(loss, paths, eps=eps)
+    scores = {}
+    done = 0
     for index, path in enumerate(paths):
-        layers = []
+        of_layers = []
         for layer in range(flat[path].shape[0]):
-            of_layer = jax.random.fold_in(jax.random.fold_in(key, index), layer)
-            keys = [jax.random.fold_in(of_layer, b) for b in range(len(batches))]
-            where = np.int32(index), np.int32(layer)
-            layers.append(_mean([step(params, batch, *where, k) for batch, k in zip(batches, keys, strict=True)]))
-            progress(done := done + 1, path)
-        scores[path] = np.array(layers)
+            layer_key = jax.random.fold_in(jax.random.fold_in(key, index), layer)
+            of_batches = [
+                step(params, batch, np.int32(index), np.int32(layer), jax.random.fold_in(layer_key, b))
+                for b, batch in enumerate(batches)
+            ]
+            of_layers.append(_mean(of_batches))
+            done += 1
+            progress(done, path)
+        scores[path] = np.array(of_layers)
     return scores
+
+
+@dataclass(frozen=True)
+class _ByImportance(Allocation):
+    """Share kept weights out by scores of importance to the loss: what both orders have in common.
+
+    Attributes:
+      highest: sparsity that no layer's kernel exceeds.
+      score_samples: training samples that the scores are taken from.
+      score_batch: samples in a batch.
+    """
+
+    highest: float = 0.8
+    score_samples: int = 32
+    score_batch: int = 8
+    needs_model_in_memory: ClassVar[bool] = True
+    uses_score_batches: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not 0 < self.highest <= 1:
+            raise AllocationError(f'highest {self.highest}: expected a sparsity in (0, 1]')
+        if self.score_samples % self.score_batch:
+            raise AllocationError(
+                f'score_batch {self.score_batch}: does not divide score_samples, {self.score_samples}'
+            )
+
+    def check(self, uniform: Zeros, sizes: dict[str, int]) -> None:
+        """Check that the budget fits under `highest`.
+
+        Args:
+          uniform: see `AllocationInputs`.
+          sizes: see `AllocationInputs`.
+
+        Raises:
+          PatternError: it does not.
+        """
+        try:
+            check_bound(uniform, sizes, self.highest)
+        except PatternError as error:
+            raise PatternError(f'highest: {error}') from None
+
+    def scores(self, inputs: AllocationInputs, batches: list[dict]) -> dict[str, np.ndarray]:
+        """Return the importance of each layer's kernel.
+
+        Args:
+          inputs: see `Allocation`.
+          batches: of training samples.
+        """
+        raise NotImplementedError
+
+    def __call__(self, inputs: AllocationInputs) -> Zeros:
+        """Return zeros by ECoFLaP's rule.
+
+        Args:
+          inputs: see `Allocation`.
+
+        Raises:
+          PatternError: see `allocate`.
+        """
+        batches = inputs.score_batches(self.score_samples, self.score_batch)
+        scores = self.scores(inputs, batches)
+        return allocate(scores, inputs.sizes, total(inputs.uniform), highest=self.highest)
+
+
+@dataclass(frozen=True)
+class EcoflapFirst(_ByImportance):
+    """Share kept weights out by first-order scores."""
+
+    def scores(self, inputs: AllocationInputs, batches: list[dict]) -> dict[str, np.ndarray]:
+        """Return first-order scores.
+
+        Args:
+          inputs: see `Allocation`.
+          batches: of training samples.
+        """
+        return first_order_scores(inputs.loss, inputs.params, batches, tuple(inputs.uniform))
+
+
+@dataclass(frozen=True)
+class EcoflapZeroth(_ByImportance):
+    """Share kept weights out by zeroth-order scores.
+
+    Attributes:
+      noise: eps: how far weights are moved, in their own unit.
+    """
+
+    noise: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.noise > 0:
+            raise AllocationError(f'noise {self.noise}: expected more than 0')
+
+    def scores(self, inputs: AllocationInputs, batches: list[dict]) -> dict[str, np.ndarray]:
+        """Return zeroth-order scores.
+
+        Args:
+          inputs: see `Allocation`.
+          batches: of training samples.
+        """
+        kernels = sum(zeros.size for zeros in inputs.uniform.values())
+        return zeroth_order_scores(
+            inputs.loss,
+            inputs.params,
+            batches,
+            tuple(inputs.uniform),
+            key=inputs.key,
+            eps=self.noise,
+            progress=inputs.progress('score', kernels),
+        )

@@ -1,46 +1,57 @@
 """Global magnitude pruning (e.g. arXiv 1506.02626): one threshold on |W| for all kernels of a model together.
 
-It is an allocation: with `Magnitude(group='matrix')` its zeros are exactly the smallest weights of the whole model;
+It is an allocation. With `Magnitude(group='matrix')` its zeros are exactly the smallest weights of the whole model;
 with another method only the ratios of the layers are those of global magnitude.
 """
 
 import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from sparselora_jax.pruning.allocate import bounds, check_left, kernel_sizes, total
-from sparselora_jax.sparse import rules as rules_lib
-from sparselora_jax.sparse.masks import ordered_bits
+from sparselora_jax.pruning.allocate import bounds, check_bound, check_left, kernel_sizes, total
+from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
+from sparselora_jax.sparse.masks import PatternError, ordered_bits
+from sparselora_jax.sparse.rules import flatten
 
 DIGIT = 16  # bits of a weight that one pass over the model settles
 
 
 @functools.partial(jax.jit, static_argnames=('digit', 'dtype'))
 def _histogram(
-    kernel: Float[Array, 'inputs outputs'], found: Array, *, digit: int, dtype: str
+    kernel: Float[Array, 'inputs outputs'], settled: Shaped[Array, ''], *, digit: int, dtype: str
 ) -> Int[Array, ' values']:
-    """How many weights have each value of a digit of |W|'s bits, of those whose digits before it are `found`."""
+    """Count the weights with each value of a digit of |W|'s bits.
+
+    Args:
+      kernel: of one layer.
+      settled: the digits before it; weights that begin otherwise are not counted.
+      digit: which one, from the most significant on.
+      dtype: in which weights are compared.
+    """
     bits = ordered_bits(jnp.abs(kernel.astype(dtype)))
     last = bits.dtype.itemsize * 8 - DIGIT * (digit + 1)
     values = (bits >> last) & (2**DIGIT - 1)
     if digit:
-        values = jnp.where(bits >> (last + DIGIT) == found, values, 2**DIGIT)
+        # A value behind the last: the scatter below drops it.
+        values = jnp.where(bits >> (last + DIGIT) == settled, values, 2**DIGIT)
     counts = jnp.zeros(2**DIGIT, jnp.int32)
     return counts.at[values.astype(jnp.int32).reshape(-1)].add(1, mode='drop')
 
 
-def global_magnitude_zeros(
-    params: dict, uniform: dict[str, np.ndarray], *, highest: float = 1.0
-) -> dict[str, np.ndarray]:
-    """Zeros of each layer's kernel: its weights among the smallest |W| of all kernels together.
+def global_magnitude_zeros(params: dict, uniform: Zeros, *, highest: float = 1.0) -> Zeros:
+    """Return zeros of each layer's kernel: its weights among the smallest |W| of all kernels together.
 
     The threshold is found 16 bits at a time, from counts: weights are read a layer of a kernel at a time, twice (four
-    times in fp64), and never sorted or put together. So leaves may be weights on disk (`models.on_disk`).
+    times in fp64), and never sorted or put together. So leaves may be weights on disk (`checkpoints.on_disk`).
 
     Args:
+      params: the dense weights.
       uniform: what uniform pruning would make (see `uniform_zeros`): its kernels are compared, its sum is the budget.
       highest: sparsity that no layer's kernel exceeds; towers of small weights would be pruned away whole. What is over
         it goes to the smallest weights of the other layers.
@@ -51,33 +62,87 @@ def global_magnitude_zeros(
     Raises:
       PatternError: a layer's kernel would keep no weight, or the budget does not fit under `highest`.
     """
-    flat, sizes, budget = rules_lib.flatten(params), kernel_sizes(params, uniform), total(uniform)
+    flat = flatten(params)
+    sizes = kernel_sizes(params, uniform)
+    budget = total(uniform)
     dtype = 'float64' if any(flat[path].dtype.itemsize == 8 for path in uniform) else 'float32'
     word = np.dtype(dtype.replace('float', 'uint')).type
-    most = bounds(sizes, {path: np.shape(of_layers) for path, of_layers in uniform.items()}, budget, highest)
-    most = np.concatenate([np.atleast_1d(of_layers) for of_layers in most.values()])
-    found, below = word(0), np.zeros(len(most), np.int64)  # weights of each layer under what is found of the threshold
+    most_by_path = bounds(sizes, {path: np.shape(of_layers) for path, of_layers in uniform.items()}, budget, highest)
+    most = np.concatenate([np.atleast_1d(of_layers) for of_layers in most_by_path.values()])
+    # The threshold's digits as they are found, and the weights of each layer that are under them.
+    threshold = word(0)
+    below = np.zeros(len(most), np.int64)
     for digit in range(np.dtype(dtype).itemsize * 8 // DIGIT):
-        counts = [np.asarray(_histogram(w, found, digit=digit, dtype=dtype)) for w in _kernels(flat, uniform)]
+        counts = [np.asarray(_histogram(w, threshold, digit=digit, dtype=dtype)) for w in _layers(flat, uniform)]
+        # How many weights of the model are pruned if the digit has this value, for each value.
         pruned = sum(
             np.minimum(under + np.cumsum(of_layer, dtype=np.int64), bound)
             for under, of_layer, bound in zip(below, counts, most, strict=True)
         )
         value = int(np.searchsorted(pruned, budget))  # of the last weight that is pruned
         below += [of_layer[:value].sum(dtype=np.int64) for of_layer in counts]
-        found, equal = word((int(found) << DIGIT) | value), np.array([of_layer[value] for of_layer in counts])
+        threshold = word((int(threshold) << DIGIT) | value)
+        equal = np.array([of_layer[value] for of_layer in counts])
     smaller = np.minimum(below, most)
+    # Weights equal to the threshold fill up what is missing, the earlier layers first.
     room = np.minimum(below + equal, most) - smaller
     flat_zeros = smaller + np.clip(budget - smaller.sum() - (np.cumsum(room) - room), 0, room)
     ends = np.cumsum([np.size(of_layers) for of_layers in uniform.values()])[:-1]
-    parts = zip(uniform.items(), np.split(flat_zeros, ends), strict=True)
-    zeros = {path: part.reshape(np.shape(of_layers)) for (path, of_layers), part in parts}
+    parts = np.split(flat_zeros, ends)
+    zeros = {
+        path: part.reshape(np.shape(of_layers)) for (path, of_layers), part in zip(uniform.items(), parts, strict=True)
+    }
     check_left(zeros, sizes)
     return zeros
 
 
-def _kernels(flat: dict, paths: dict):
-    """Each layer's kernel, one at a time."""
+def _layers(flat: Mapping[str, Any], paths: Iterable[str]) -> Iterator[Array]:
+    """Yield each layer's kernel, one at a time."""
     for path in paths:
         leaf = flat[path]
-        yield from (leaf[layer] for layer in range(leaf.shape[0])) if leaf.ndim == 3 else (leaf,)
+        if leaf.ndim == 3:
+            yield from (leaf[layer] for layer in range(leaf.shape[0]))
+        else:
+            yield leaf
+
+
+@dataclass(frozen=True)
+class GlobalMagnitude(Allocation):
+    """Prune the smallest weights of the whole model.
+
+    Attributes:
+      highest: sparsity that no layer's kernel exceeds.
+    """
+
+    highest: float = 1.0
+    needs_model_in_memory: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not 0 < self.highest <= 1:
+            raise AllocationError(f'highest {self.highest}: expected a sparsity in (0, 1]')
+
+    def check(self, uniform: Zeros, sizes: dict[str, int]) -> None:
+        """Check that the budget fits under `highest`.
+
+        Args:
+          uniform: see `AllocationInputs`.
+          sizes: see `AllocationInputs`.
+
+        Raises:
+          PatternError: it does not.
+        """
+        try:
+            check_bound(uniform, sizes, self.highest)
+        except PatternError as error:
+            raise PatternError(f'highest: {error}') from None
+
+    def __call__(self, inputs: AllocationInputs) -> Zeros:
+        """Return the zeros of one threshold for all kernels.
+
+        Args:
+          inputs: see `Allocation`.
+
+        Raises:
+          PatternError: see `global_magnitude_zeros`.
+        """
+        return global_magnitude_zeros(inputs.params, inputs.uniform, highest=self.highest)

@@ -1,13 +1,15 @@
-"""GPTQ (arXiv 2210.17323) under a mask: four-bit values, rounded input by input, and the rest makes up for it."""
+"""GPTQ (arXiv 2210.17323) under a mask: values of four bits, rounded input by input, and the rest makes up for it."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.method import Method
 from sparselora_jax.pruning.sparsegpt import inverse_factor
 from sparselora_jax.sparse.masks import Pattern
 from sparselora_jax.sparse.packing.errors import PackingError
@@ -17,68 +19,96 @@ from sparselora_jax.sparse.packing.quantised import FOUR_BITS, tile
 
 
 @dataclass(frozen=True)
-class GPTQ:
-    """Values that four bits hold, chosen for what a pruned kernel computes, not for its weights.
+class GPTQ(Method):
+    """Choose values that four bits hold for what a pruned kernel computes, not for its weights.
 
     A rounded weight's error is passed on to the inputs behind it, as SparseGPT does with what it prunes (its section on
-    joint quantisation): pruned weights are rounded to zero, so the mask stays. Scales are chosen for what their inputs
-    have become when their turn comes. Its statistic is the Hessian `X^T X` over all calibration tokens.
+    joint quantisation): pruned weights are rounded to zero, so the mask stays. The scale of a slab of inputs is chosen
+    when its turn comes, for its weights as updated by then. The statistic is the Hessian `X^T X` over all calibration
+    tokens.
+
+    It rounds a kernel that is pruned already and chooses no mask, so recipes name it in `restore.base` only.
 
     Attributes:
       damp: added to the Hessian's diagonal, as a share of its mean.
-      held: what is to hold the values: `packed24_int4`, as `packing.pack` makes it, or `int4` or `nf4`, as
+      format: what will store the values: `packed24_int4`, as `packing.pack` makes it, or `int4` or `nf4`, as
         `packing.quantise_masked` does.
     """
 
     damp: float = 0.01
-    held: str = 'packed24_int4'
+    format: str = 'packed24_int4'
     group: ClassVar[str] = 'output'
-    statistic: ClassVar = staticmethod(calibrate.hessian)
+    statistic: ClassVar[calibrate.Statistic] = staticmethod(calibrate.hessian)
+    edits_kept_weights: ClassVar[bool] = True
+    outputs_are_independent: ClassVar[bool] = True
+    statistic_copies: ClassVar[int] = 3  # the damped Hessian, its factor, the factor's inverse
 
     def __call__(
         self,
         kernel: Float[Array, 'inputs outputs'],
         statistic: Float[Array, 'inputs inputs'],
         pattern: Pattern,
-        num_zeros: Any = None,
+        num_zeros: ArrayLike | None = None,
     ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
-        """The pruned kernel with its values rounded, and the mask that it came with: where it is not zero.
+        """Return the pruned kernel with its values rounded, and the mask that it came with: where it is not zero.
+
+        Args:
+          kernel: pruned weights, zeros in place.
+          statistic: the Hessian.
+          pattern: ignored: the zeros are there.
+          num_zeros: ignored.
 
         Raises:
-          PackingError: an unknown `held`.
+          PackingError: an unknown `format`.
         """
         del pattern, num_zeros
-        if self.held not in ('packed24_int4', *FOUR_BITS):
-            raise PackingError(f'GPTQ held {self.held!r}: expected one of packed24_int4, {", ".join(FOUR_BITS)}')
-        inputs, dtype = kernel.shape[0], statistic.dtype
-        kind, size = (self.held, tile(inputs)) if self.held in FOUR_BITS else ('int4', SCALED)
+        if self.format not in ('packed24_int4', *FOUR_BITS):
+            raise PackingError(f'GPTQ format {self.format!r}: expected one of packed24_int4, {", ".join(FOUR_BITS)}')
+        inputs = kernel.shape[0]
+        dtype = statistic.dtype
+        # The grid of levels, and the number of inputs that share a scale.
+        kind, size = (self.format, tile(inputs)) if self.format in FOUR_BITS else ('int4', SCALED)
         lower = inverse_factor(statistic, self.damp, size)
-        weights = jnp.pad(kernel.astype(dtype), ((0, -inputs % size), (0, 0)))  # zeros, whose error is none
-        read, write = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
+        weights = jnp.pad(kernel.astype(dtype), ((0, -inputs % size), (0, 0)))  # zeros are rounded without error
+        read = jax.lax.dynamic_slice_in_dim
+        write = jax.lax.dynamic_update_slice_in_dim
 
         def round_slab(index, state):
             start = index * size
             # What the inputs before the slab did to it, all at once: the rows of `errors` from here on are still zero.
-            rows, kept = read(lower, start, size), read(weights, start, size) != 0
+            rows = read(lower, start, size)
+            is_kept = read(weights, start, size) != 0
             part = read(weights, start, size) - jnp.matmul(rows, state[1], precision='highest')
-            new = _round_slab(part, kept, read(rows, start, size, axis=1), kind)
+            new = _round_slab(part, is_kept, read(rows, start, size, axis=1), kind)
             return tuple(write(old, of_slab, start, 0) for old, of_slab in zip(state, new, strict=True))
 
-        state = jnp.zeros_like(weights), jnp.zeros_like(weights)
-        chosen, _ = jax.lax.fori_loop(0, len(weights) // size, round_slab, state)
+        state = (jnp.zeros_like(weights), jnp.zeros_like(weights))
+        values, _ = jax.lax.fori_loop(0, len(weights) // size, round_slab, state)
         # As in SparseGPT: without a factor zeros would look like weights.
-        chosen = jnp.where(jnp.isfinite(lower).all(), chosen, jnp.nan)
-        return chosen[:inputs].astype(kernel.dtype), kernel != 0
+        values = jnp.where(jnp.isfinite(lower).all(), values, jnp.nan)
+        return values[:inputs].astype(kernel.dtype), kernel != 0
 
 
-def _round_slab(part: Array, kept: Array, lower: Array, kind: str) -> tuple[Array, Array]:
-    """Inputs that share scales: (rounded weights, errors to pass on)."""
-    scale = best_scale(jnp.where(kept, part, 0.0), kind)
+def _round_slab(
+    part: Float[Array, 'size outputs'],
+    is_kept: Bool[Array, 'size outputs'],
+    lower: Float[Array, 'size size'],
+    kind: str,
+) -> tuple[Float[Array, 'size outputs'], Float[Array, 'size outputs']]:
+    """Round inputs that share scales, and return (rounded weights, errors to pass on).
+
+    Args:
+      part: weights of the slab, updated by the slabs before it.
+      is_kept: False where the kernel was pruned.
+      lower: the factor's part of the slab.
+      kind: `int4` or `nf4`.
+    """
+    scale = best_scale(jnp.where(is_kept, part, 0.0), kind)
 
     def round_input(i, state):
         values, errors = state
         updated = part[i] - jnp.matmul(lower[i], errors, precision='highest')
-        value = jnp.where(kept[i], rounded(updated[None], scale, kind)[0], 0.0)
+        value = jnp.where(is_kept[i], rounded(updated[None], scale, kind)[0], 0.0)
         return values.at[i].set(value), errors.at[i].set((updated - value) / lower[i, i])
 
     return jax.lax.fori_loop(0, len(part), round_input, (jnp.zeros_like(part), jnp.zeros_like(part)))

@@ -8,25 +8,28 @@ kernel's own.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.allocate import block_of, check_left, round_zeros, total
+from sparselora_jax.pruning.allocate import check_left, round_zeros, total
+from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
 from sparselora_jax.pruning.targets import in_blocks
 from sparselora_jax.pruning.walk import block_observer, joined, walk
-from sparselora_jax.sparse import rules as rules_lib
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import PatternError
+from sparselora_jax.sparse.rules import RuleError, block_path, stack_of, unflatten
 
 
 @jax.jit
-def _outliers(kernels: list[Array], squares: list[Array], threshold: Array) -> Array:
-    """Scores of each kernel above `threshold` times the mean of all of them."""
+def _outliers(kernels: list[Array], squares: list[Array], threshold: ArrayLike) -> Int[Array, ' kernels']:
+    """Count the scores of each kernel above `threshold` times the mean of all of them."""
     scores = [
         jnp.abs(w.astype(jnp.float32)) * jnp.sqrt(sums)[:, None] for w, sums in zip(kernels, squares, strict=True)
     ]
@@ -44,54 +47,68 @@ def outlier_shares(
     chunk: int = 8,
     progress: Callable[[str, int, int], None] = lambda tower, layer, layers: None,
 ) -> dict[str, np.ndarray]:
-    """The share of outliers in each block of the dense model.
+    """Return the share of outliers in each block of the dense model.
 
     Memory holds the samples' hidden states and one block with its statistics, as in `prune`: leaves may be weights on
     disk.
 
     Args:
-      forward, params, batches, chunk, progress: see `prune`.
+      forward: see `prune`.
+      params: see `prune`.
+      batches: see `prune`.
       paths: of the kernels to be pruned; they alone are looked at.
       threshold: the paper's M: how many times the block's mean an outlier exceeds.
+      chunk: see `prune`.
+      progress: see `prune`.
 
     Returns:
-      {stack of blocks (see `block_of`): share of each layer}.
+      {stack of blocks (see `rules.stack_of`): share of each layer}.
 
     Raises:
-      CalibrationError: no batch, or non-finite activations. RuleError: a kernel outside of all blocks.
+      CalibrationError: no batch, or non-finite activations.
+      RuleError: a kernel outside of all blocks.
     """
-    samples, paths, shares = joined(batches, chunk), set(paths), {}
+    samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
+    paths = set(paths)
+    shares: dict[str, list[float]] = {}
 
     def enter(tower, block):
         names = sorted(in_blocks(paths, tower))
-        observe = block_observer(block, dict.fromkeys(names, calibrate.squares).get, mesh)
+        # Scores of all kernels of a block are compared, so their statistics have one scale.
+        observe = block_observer(block, dict.fromkeys(names, calibrate.squares).get, mesh, one_scale=True)
 
         def visit(layer, layers, w, chunks):
             progress(tower, layer, layers)
-            if names:
-                stats = observe(rules_lib.unflatten(w), chunks)
-                counts = _outliers([w[name] for name in names], [stats[name][0] for name in names], threshold)
-                size = sum(w[name].size for name in names)
-                shares.setdefault(tower, []).append(int(np.asarray(counts).sum(dtype=np.int64)) / size)
+            if not names:
+                return w
+
+            def place(name, _layer):
+                return f'{block_path(tower, name)}, layer {layer}'
+
+            stats = observe(unflatten(w), chunks, place)
+            counts = _outliers([w[name] for name in names], [stats[name][0] for name in names], threshold)
+            size = sum(w[name].size for name in names)
+            shares.setdefault(tower, []).append(int(np.asarray(counts).sum(dtype=np.int64)) / size)
             return w
 
         return visit
 
     walk(forward, params, samples, enter, chunk=chunk)
-    if missed := sorted(path for path in paths if block_of(path) not in shares):
-        raise rules_lib.RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
+    missed = sorted(path for path in paths if stack_of(path) not in shares)
+    if missed:
+        raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
     return {tower: np.array(of_layers) for tower, of_layers in shares.items()}
 
 
 def owl_zeros(
     shares: dict[str, np.ndarray],
-    uniform: dict[str, np.ndarray],
+    uniform: Zeros,
     sizes: dict[str, int],
     *,
     spread: float = 0.08,
-) -> dict[str, np.ndarray]:
-    """Zeros of each layer's kernel: the ratios of uniform pruning, moved by each block's outlier share.
+) -> Zeros:
+    """Return zeros of each layer's kernel: the ratios of uniform pruning, moved by each block's outlier share.
 
     Args:
       shares: see `outlier_shares`.
@@ -108,11 +125,13 @@ def owl_zeros(
     [58, 42]
     """
     every = np.concatenate(list(shares.values()))
-    width = every.max() - every.min()
-    moved = {block: 2 * spread * (d - every.min()) / width if width else 0 * d for block, d in shares.items()}
+    lowest = every.min()
+    width = every.max() - lowest
+    # The paper's d: by how much the kept share of each block moves; not at all where all blocks are alike.
+    moved = {tower: 2 * spread * (share - lowest) / width if width else 0 * share for tower, share in shares.items()}
     weights = sum(sizes[path] * zeros.size for path, zeros in uniform.items())
-    mean = sum(sizes[path] * moved[block_of(path)].sum() for path in uniform) / weights
-    wanted = {path: zeros - sizes[path] * (moved[block_of(path)] - mean) for path, zeros in uniform.items()}
+    mean = sum(sizes[path] * moved[stack_of(path)].sum() for path in uniform) / weights
+    wanted = {path: zeros - sizes[path] * (moved[stack_of(path)] - mean) for path, zeros in uniform.items()}
     for path, of_layers in wanted.items():
         odd = np.flatnonzero((of_layers < 0) | (of_layers > sizes[path]))
         if odd.size:
@@ -124,3 +143,61 @@ def owl_zeros(
     zeros = round_zeros(wanted, total(uniform), most)
     check_left(zeros, sizes)
     return zeros
+
+
+@dataclass(frozen=True)
+class OWL(Allocation):
+    """Move the ratios of uniform pruning by each block's share of outliers.
+
+    Attributes:
+      outlier: the paper's M: how many times the block's mean score an outlier exceeds.
+      spread: the paper's lambda: ratios differ by 2 lambda at most where the patterns agree.
+      chunk: samples at a time, on each device.
+    """
+
+    outlier: float = 5.0
+    spread: float = 0.08
+    chunk: int = 8
+    needs_model_in_memory: ClassVar[bool] = False
+
+    def __post_init__(self):
+        for option in ('outlier', 'spread'):
+            if not getattr(self, option) > 0:
+                raise AllocationError(f'{option} {getattr(self, option)}: expected more than 0')
+
+    def check(self, uniform: Zeros, sizes: dict[str, int]) -> None:
+        """Check that no ratio can leave (0, 1), whatever the outliers.
+
+        Args:
+          uniform: see `AllocationInputs`.
+          sizes: see `AllocationInputs`.
+
+        Raises:
+          PatternError: one can.
+        """
+        for path, zeros in uniform.items():
+            ratio = zeros.max() / sizes[path]
+            if not self.spread < ratio < 1 - self.spread:
+                raise PatternError(
+                    f'{path}: sparsity {ratio:.3f} with spread {self.spread}: OWL moves ratios by as much, and they '
+                    'must stay between 0 and 1; ask for a smaller spread'
+                )
+
+    def __call__(self, inputs: AllocationInputs) -> Zeros:
+        """Return zeros by the outliers of the dense model on the calibration batches.
+
+        Args:
+          inputs: see `Allocation`.
+
+        Raises:
+          PatternError: see `owl_zeros`.
+        """
+        shares = outlier_shares(
+            inputs.forward,
+            inputs.params,
+            inputs.calibration(),
+            tuple(inputs.uniform),
+            threshold=self.outlier,
+            chunk=self.chunk,
+        )
+        return owl_zeros(shares, inputs.uniform, inputs.sizes, spread=self.spread)

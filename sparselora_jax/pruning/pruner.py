@@ -1,21 +1,32 @@
-"""Prunes every kernel of a model with a method; the method knows one kernel, the walker knows the layers."""
+"""Prune every kernel of a model with a method: the method knows one kernel, the functions here know the layers."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, PyTree
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.targets import in_blocks, methods_of, pattern_zeros, patterns_of, per_group
+from sparselora_jax.pruning.calibrate import CalibrationError
+from sparselora_jax.pruning.method import Method, MethodError, prunes_jointly
+from sparselora_jax.pruning.targets import (
+    Methods,
+    PatternRules,
+    in_blocks,
+    methods_of,
+    pattern_zeros,
+    patterns_of,
+    per_group,
+)
 from sparselora_jax.pruning.walk import block_observer, joined, walk
-from sparselora_jax.sparse import rules as rules_lib
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import Pattern
+from sparselora_jax.sparse.rules import RuleError, block_path, flatten, unflatten
 
 
 class PruneResult(NamedTuple):
@@ -26,22 +37,77 @@ class PruneResult(NamedTuple):
     tokens: dict[str, int]
 
 
+class Verdict(NamedTuple):
+    """What is checked of pruned weights, as arrays: looked at on the host.
+
+    Attributes:
+      is_finite: all weights are finite.
+      is_edited: a kept weight is finite and differs from the dense one.
+    """
+
+    is_finite: Bool[Array, '']
+    is_edited: Bool[Array, '']
+
+
+def _judge(kernel: Array, pruned: Array, mask: Array) -> Verdict:
+    """Return whether pruned weights are finite, and whether kept ones were edited."""
+    is_finite = jnp.isfinite(pruned)
+    untouched = jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))
+    return Verdict(is_finite.all(), jnp.any(is_finite & (pruned != untouched)))
+
+
+def _check(path: str, method: Method, verdict: Verdict) -> None:
+    """Check one kernel's verdict.
+
+    Raises:
+      CalibrationError: weights that are not finite.
+      MethodError: a method that edits kept weights and says it does not: its edits would be lost.
+    """
+    if not verdict.is_finite:
+        raise CalibrationError(
+            f'{path}: pruned weights are not finite; a singular Hessian needs more damping or more samples'
+        )
+    if not method.edits_kept_weights and verdict.is_edited:
+        raise MethodError(
+            f'{path}: {type(method).__name__} changed weights that its mask keeps, but says edits_kept_weights = False;'
+            ' set it to True, so that the changes are stored'
+        )
+
+
 @functools.partial(jax.jit, static_argnames=('method', 'pattern'))
-def _prune_kernel(kernel: Array, statistic: Any, zeros: Any, *, method: Any, pattern: Pattern) -> tuple[Array, Array]:
+def _prune_kernel(
+    kernel: Array, statistic: PyTree, zeros: ArrayLike | None, *, method: Method, pattern: Pattern
+) -> tuple[Array, Array, Verdict]:
+    """Prune one kernel or a stack of them, and return (pruned, mask, verdict)."""
     if kernel.ndim == 2:
-        return method(kernel, statistic, pattern, zeros)
-    return jax.lax.map(lambda layer: method(layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros))
+        pruned, mask = method(kernel, statistic, pattern, zeros)
+    else:
+        pruned, mask = jax.lax.map(
+            lambda layer: method(layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros)
+        )
+    return pruned, mask, _judge(kernel, pruned, mask)
 
 
 @functools.partial(jax.jit, static_argnames=('method', 'pattern', 'places'))
 def _prune_joined(
-    kernels: tuple[Array, ...], statistic: Any, zeros: Any, *, method: Any, pattern: Pattern, places: tuple | None
-) -> tuple[list[Array], list[Array], Array]:
-    """Kernels with one statistic, side by side: (pruned kernels, masks, whether all is finite).
+    kernels: tuple[Array, ...],
+    statistic: PyTree,
+    zeros: ArrayLike | None,
+    *,
+    method: Method,
+    pattern: Pattern,
+    places: tuple[NamedSharding, ...] | None,
+) -> tuple[list[Array], list[Array], Verdict]:
+    """Prune kernels with one statistic, side by side, and return (pruned kernels, masks, verdict).
 
     Args:
-      places: where each kernel lies on a mesh. A method walks along inputs, so a device prunes some outputs, with all
-        their inputs: no group is cut.
+      kernels: `[inputs, outputs]` each.
+      statistic: of the input that they share.
+      zeros: of each comparison group, of all kernels in order.
+      method: of all kernels.
+      pattern: of all kernels.
+      places: where each kernel lies on a mesh. A method walks along inputs, so each device prunes some outputs, with
+        all their inputs: no group is cut.
     """
     kernel = jnp.concatenate(kernels, axis=-1)
     constrain = jax.lax.with_sharding_constraint
@@ -54,23 +120,24 @@ def _prune_joined(
     if places is not None:
         pruned, mask = constrain((pruned, mask), outputs)
     ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1].tolist()
-    results = jnp.split(pruned, ends, axis=-1), jnp.split(mask, ends, axis=-1)
+    results = (jnp.split(pruned, ends, axis=-1), jnp.split(mask, ends, axis=-1))
     if places is not None:
         results = constrain(results, (list(places), list(places)))
-    return *results, jnp.isfinite(pruned).all()
+    return *results, _judge(kernel, pruned, mask)
 
 
 def prune_tree(
     params: PyTree,
-    stats: dict[str, tuple[Any, Array]] | None,
-    rules: Sequence[tuple[str, Any]],
+    stats: dict[str, tuple[PyTree, Array]] | None,
+    rules: PatternRules,
     *,
-    method: Any,
+    method: Methods,
     zeros: dict[str, np.ndarray] | None = None,
 ) -> tuple[dict, dict]:
-    """Prunes any nested dict of kernels in one shot.
+    """Prune any nested dict of kernels in one shot.
 
     Args:
+      params: kernels `[inputs, outputs]` or stacks of them, `[layers, inputs, outputs]`.
       stats: what `collect` returned; None for a method without a statistic.
       rules: `(regex, pattern)` in order; every kernel must match.
       method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, `DSnoT()`, or rules `(regex, method)`, where towers
@@ -82,8 +149,10 @@ def prune_tree(
       (params with zeros in place, masks).
 
     Raises:
-      PatternError: a pattern that does not fit its kernel. RuleError: see `rules.match`.
-      CalibrationError: a kernel without the statistic that its method needs.
+      PatternError: a pattern that does not fit its kernel.
+      RuleError: see `rules.match`.
+      CalibrationError: a kernel without the statistic that its method needs, or with another one.
+      MethodError: an object that is no pruning method.
 
     >>> from sparselora_jax.pruning import Magnitude
     >>> params = {'q': {'kernel': jnp.array([[1.0], [-2.0]])}}
@@ -91,37 +160,89 @@ def prune_tree(
     >>> pruned['q']['kernel'].tolist()
     [[0.0], [-2.0]]
     """
-    flat, masks, methods = rules_lib.flatten(params), {}, methods_of(params, method)
+    flat = flatten(params)
+    methods = methods_of(params, method)
     patterns = patterns_of(params, rules)
     totals = pattern_zeros(flat, patterns, methods, zeros)
+    statistics = {path: _statistic_for(path, methods[path], flat[path].shape, stats or {}) for path in patterns}
+    masks = {}
     for path, pattern in patterns.items():
-        statistic, method = None, methods[path]
-        if method.statistic is not None:
-            if path not in (stats or {}):
-                raise calibrate.CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
-            statistic = stats[path][0]
-        counts = [per_group(method, pattern, flat[path].shape[-1], int(total)) for total in totals[path].reshape(-1)]
-        counts = None if pattern.structured else np.stack(counts) if totals[path].ndim else counts[0]
-        flat[path], masks[path] = _prune_kernel(flat[path], statistic, counts, method=method, pattern=pattern.kind)
-        _check_finite(path, jnp.isfinite(flat[path]).all())
-    return rules_lib.unflatten(flat), rules_lib.unflatten(masks)
+        of_kernel = methods[path]
+        outputs = flat[path].shape[-1]
+        counts = None
+        if not pattern.structured:
+            layers = [per_group(of_kernel, pattern, outputs, int(total)) for total in totals[path].reshape(-1)]
+            counts = np.stack(layers) if totals[path].ndim else layers[0]
+        flat[path], masks[path], verdict = _prune_kernel(
+            flat[path], statistics[path], counts, method=of_kernel, pattern=pattern.kind
+        )
+        _check(path, of_kernel, verdict)
+    return unflatten(flat), unflatten(masks)
+
+
+def _statistic_for(
+    path: str, method: Method, shape: tuple[int, ...], stats: Mapping[str, tuple[PyTree, Array]]
+) -> PyTree:
+    """Return the statistic of a kernel that its method needs; None: it needs none.
+
+    Args:
+      path: of the kernel.
+      method: of the kernel.
+      shape: of the kernel, `[*layers, inputs, outputs]`.
+      stats: what `collect` returned.
+
+    Raises:
+      CalibrationError: it is missing, or its shape is that of another statistic.
+    """
+    if method.statistic is None:
+        return None
+    if path not in stats:
+        raise CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
+    statistic = stats[path][0]
+    *layers, inputs, _outputs = shape
+    expected = _shapes(calibrate.statistic_shapes(method.statistic, inputs), layers)
+    if _shapes(statistic) != expected:
+        # Other statistics of this kernel, to call the one that was given by its name.
+        known = [other for other in (calibrate.squares, calibrate.hessian) if other is not method.statistic]
+        names = [
+            calibrate.name_of(other)
+            for other in known
+            if _shapes(calibrate.statistic_shapes(other, inputs), layers) == _shapes(statistic)
+        ]
+        name = calibrate.name_of(method.statistic)
+        raise CalibrationError(
+            f'{path}: {type(method).__name__} expects the statistic {name} of shape {_sizes(expected)} and found '
+            f'{names[0] if names else "one"} of shape {_sizes(_shapes(statistic))}; '
+            f'run collect with stat={type(method).__name__}().statistic'
+        )
+    return statistic
+
+
+def _shapes(statistic: PyTree, layers: Iterable[int] = ()) -> tuple[Any, list[tuple[int, ...]]]:
+    """Return (structure, shapes) of a statistic, with a leading layers axis in front of each shape."""
+    leaves, structure = jax.tree.flatten(statistic)
+    return structure, [(*layers, *np.shape(leaf)) for leaf in leaves]
+
+
+def _sizes(shapes: tuple[Any, list[tuple[int, ...]]]) -> str:
+    return ', '.join(str(list(shape)) for shape in shapes[1])
 
 
 def prune(
     forward: Callable[..., Any],
     params: dict,
     batches: Iterable[dict],
-    rules: Sequence[tuple[str, Any]],
+    rules: PatternRules,
     *,
-    method: Any,
+    method: Methods,
     zeros: dict[str, np.ndarray] | None = None,
     chunk: int = 8,
     keep: Callable[[str, int, Array, Array], None] | None = None,
     progress: Callable[[str, int, int], None] = lambda tower, layer, layers: None,
 ) -> PruneResult:
-    """Prunes a model block by block: a block's statistics come from the outputs of the blocks already pruned.
+    """Prune a model block by block: a block's statistics come from the outputs of the blocks already pruned.
 
-    `forward` runs once over the whole calibration set; its stacks of blocks are run here, `chunk` samples at a time, so
+    `forward` runs once over the whole calibration set. Its stacks of blocks are run here, `chunk` samples at a time, so
     memory holds the samples' hidden states and one block's statistics. A block is compiled once for all its layers
     (twice where `chunk` does not divide the samples).
 
@@ -131,94 +252,139 @@ def prune(
         block's leaves may be anything with a shape that gives a layer's array when it is indexed: weights on disk.
       batches: dicts of arrays of one shape, samples first.
       rules: `(regex, pattern)`; only kernels inside blocks can be pruned.
-      method: see `prune_tree`, as for `zeros`.
-      chunk: samples a time, on each device that has samples of its own (see docs/scaling.md for what then is the same
+      method: see `prune_tree`.
+      zeros: see `prune_tree`.
+      chunk: samples at a time, on each device that has samples of its own (docs/scaling.md says what is then the same
         as on one device).
       keep: `keep(path, layer, kernel, mask)` is handed every pruned layer at once, and the result holds `params` as
         they came and no masks: for a model that memory does not hold, or holds once. A layer is read once, before
         it is kept, so `keep` may write over a numpy array.
-      progress: called before each block.
+      progress: called before each block with (tower, layer, layers).
+
+    Returns:
+      The pruned params and masks, unless `keep` takes them, and the tokens of each pruned kernel.
 
     Raises:
-      CalibrationError: no batch, or non-finite activations. PatternError, RuleError: see `prune_tree`.
+      CalibrationError: no batch, or non-finite activations.
+      PatternError: see `prune_tree`.
+      RuleError: see `prune_tree`; or a kernel that the forward does not run in a block.
+      MethodError: see `prune_tree`; or a method that edits kept weights and says it does not.
     """
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
-    patterns, methods = patterns_of(params, rules), methods_of(params, method)
-    totals = pattern_zeros(rules_lib.flatten(params), patterns, methods, zeros)
-    pruned, masks, tokens = {}, {}, {}
+    patterns = patterns_of(params, rules)
+    methods = methods_of(params, method)
+    totals = pattern_zeros(flatten(params), patterns, methods, zeros)
+    pruned_layers: dict[str, list[Array]] = {}
+    mask_layers: dict[str, list[Array]] = {}
+    tokens: dict[str, int] = {}
 
     def collect(path, layer, kernel, mask):
-        pruned.setdefault(path, []).append(kernel)
-        masks.setdefault(path, []).append(mask)
+        pruned_layers.setdefault(path, []).append(kernel)
+        mask_layers.setdefault(path, []).append(mask)
+
+    take = keep or collect
 
     def enter(tower, block):
         paths = in_blocks(patterns, tower)
-        here = {name: patterns[path] for name, path in paths.items()}
-        of_block = {name: methods[path] for name, path in paths.items()}
-        stats_of = {name: method.statistic or calibrate.squares for name, method in of_block.items()}
+        block_patterns = {name: patterns[path] for name, path in paths.items()}
+        block_methods = {name: methods[path] for name, path in paths.items()}
+        # Squares where a method needs no data: tokens are counted with them, and bad activations found.
+        stats_of = {name: method.statistic or calibrate.squares for name, method in block_methods.items()}
         observe = block_observer(block, stats_of.get, mesh)
 
         def visit(layer, layers, w, chunks):
             progress(tower, layer, layers)
-            if not here:
+            if not paths:  # the tower stays dense
                 return w
-            stats = observe(rules_lib.unflatten(w), chunks)
+
+            def place(name, _layer):
+                return f'{block_path(tower, name)}, layer {layer}'
+
+            stats = observe(unflatten(w), chunks, place)
             counts = {name: int(totals[path][layer]) for name, path in paths.items()}
-            new, kept = _prune_block(w, stats, here, of_block, counts)
+            pruned, masks = _prune_block(w, stats, block_patterns, block_methods, counts)
             for name, path in paths.items():
-                (keep or collect)(path, layer, new[name], kept[name])
+                take(path, layer, pruned[name], masks[name])
                 tokens[path] = int(stats[name][1])
-            return w | new
+            return w | pruned
 
         return visit
 
     walk(forward, params, samples, enter, chunk=chunk)
-    if missed := sorted(patterns.keys() - tokens.keys()):
-        raise rules_lib.RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
-    flat = rules_lib.flatten(params)
-    for path in list(pruned):  # popped, so that at most one stack exists twice
-        flat[path], masks[path] = jnp.stack(pruned.pop(path)), jnp.stack(masks[path])
-    return PruneResult(rules_lib.unflatten(flat), rules_lib.unflatten(masks), tokens)
+    missed = sorted(patterns.keys() - tokens.keys())
+    if missed:
+        raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
+    flat = flatten(params)
+    masks = {}
+    for path in list(pruned_layers):  # popped, so that at most one stack exists twice
+        flat[path] = jnp.stack(pruned_layers.pop(path))
+        masks[path] = jnp.stack(mask_layers.pop(path))
+    return PruneResult(unflatten(flat), unflatten(masks), tokens)
 
 
-def _check_finite(path: str, finite: Array) -> None:
-    if not finite:
-        raise calibrate.CalibrationError(
-            f'{path}: pruned weights are not finite; a singular Hessian needs more damping or more samples'
-        )
+def kernels_pruned_as_one(
+    patterns: Mapping[str, Pattern], methods: Mapping[str, Method], inputs: Mapping[str, Hashable]
+) -> list[list[str]]:
+    """Return the names of a block's kernels, those together that are pruned as one.
+
+    Args:
+      patterns: of the kernels to prune, by name.
+      methods: of the same kernels.
+      inputs: equal for kernels that may be joined: they read the same input.
+    """
+    groups: dict[Hashable, list[str]] = {}
+    for name, pattern in patterns.items():
+        method = methods[name]
+        is_joint = prunes_jointly(method, pattern)
+        group = (inputs[name], method, pattern.kind) if is_joint else name
+        groups.setdefault(group, []).append(name)
+    return list(groups.values())
 
 
 def _prune_block(
     w: dict[str, Array],
-    stats: dict[str, tuple[Any, Array]],
+    stats: dict[str, tuple[PyTree, Array]],
     patterns: dict[str, Pattern],
-    methods: dict[str, Any],
+    methods: dict[str, Method],
     zeros: dict[str, int],
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """One block's pruned kernels and their masks.
+    """Prune the kernels of one block, and return (pruned kernels, masks).
 
-    Kernels that share their statistic (q, k and v) are pruned as one where outputs don't compete with each other: one
-    Hessian is inverted for them, and one loop runs over their inputs.
+    Kernels that share their statistic (q, k and v) are pruned as one where that changes nothing: one Hessian is
+    inverted for them, and one loop runs over their inputs.
+
+    Args:
+      w: the block's weights, by name.
+      stats: of the kernels to prune.
+      patterns: of the kernels to prune.
+      methods: of the kernels to prune.
+      zeros: of each of these kernels.
     """
-    groups: dict[Any, list[str]] = {}
-    for name, pattern in patterns.items():
-        method, statistic = methods[name], stats[name][0]
-        together = method.statistic is not None and (pattern.structured or method.group == 'output')
-        same = (id(statistic), method, pattern.kind, w[name].dtype)
-        groups.setdefault(same if together else name, []).append(name)
-    pruned, masks = {}, {}
-    for names in groups.values():
-        method, pattern = methods[names[0]], patterns[names[0]]
+    # `calibrate` gives kernels that read the same array the very same statistic.
+    inputs = {name: (id(stats[name][0]), w[name].dtype) for name in patterns}
+    pruned: dict[str, Array] = {}
+    masks: dict[str, Array] = {}
+    for names in kernels_pruned_as_one(patterns, methods, inputs):
+        method = methods[names[0]]
+        pattern = patterns[names[0]]
         statistic = stats[names[0]][0] if method.statistic else None
         counts = [per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
-        counts = counts[0] if len(names) == 1 or pattern.structured else np.concatenate(counts)
+        if len(names) == 1 or pattern.structured:
+            counts = counts[0]
+        else:
+            counts = np.concatenate(counts)
         kernels = tuple(w[name] for name in names)
         places = tuple(map(sharding.on_mesh, kernels))
-        places = None if None in places else places
-        knobs = {'method': method, 'pattern': pattern.kind, 'places': places}
-        *results, finite = _prune_joined(kernels, statistic, counts, **knobs)
-        _check_finite(names[0], finite)
-        for into, result in zip((pruned, masks), results, strict=True):
-            into.update(zip(names, result, strict=True))
+        new_kernels, new_masks, verdict = _prune_joined(
+            kernels,
+            statistic,
+            counts,
+            method=method,
+            pattern=pattern.kind,
+            places=None if None in places else places,
+        )
+        _check(names[0], method, verdict)
+        pruned.update(zip(names, new_kernels, strict=True))
+        masks.update(zip(names, new_masks, strict=True))
     return pruned, masks

@@ -1,86 +1,121 @@
-"""SparseGPT (arXiv 2301.00774): prune column by column of the input axis, and let the rest make up for it."""
+"""SparseGPT (arXiv 2301.00774): prune input after input, and let the inputs behind it make up for the error."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.method import Method
 from sparselora_jax.sparse.masks import Pattern, PatternError, keep_largest, keep_n_of_m
+
+UNROLLED = 16  # inputs that unstructured pruning treats one after the other before their errors are passed on at once
 
 
 def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float, slab: int = 1) -> Float[Array, 'padded padded']:
-    """Lower Cholesky factor of the damped Hessian's inverse; NaN if even so it is not positive definite.
+    """Return the lower Cholesky factor of the damped Hessian's inverse; NaN if even so it is not positive definite.
 
     With H = R R^T and R upper triangular (a Cholesky factor of H, axes reversed), H^-1 = (R^-1)^T R^-1: only a triangle
-    is inverted, and no inverse is factored again. An input that is always zero says nothing, and must not make H
-    singular.
+    is inverted, and no inverse is factored again.
 
     Args:
+      hessian: `x^T x` over all calibration tokens.
       damp: added to the diagonal, as a share of its mean.
-      slab: the factor is filled up to a multiple of it, by inputs that don't exist and touch no other.
+      slab: the factor is padded to a multiple of it, by inputs that do not exist and touch no other.
     """
-    inputs, dtype = hessian.shape[0], hessian.dtype
+    inputs = hessian.shape[0]
+    dtype = hessian.dtype
+    # An input that is always zero has a row of zeros, which must not make H singular.
     hessian = hessian + jnp.diag((jnp.diagonal(hessian) == 0).astype(dtype))
     hessian = hessian + damp * jnp.mean(jnp.diagonal(hessian)) * jnp.eye(inputs, dtype=dtype)
     reversed_factor = jnp.linalg.cholesky(hessian[::-1, ::-1])
     inverse = jax.scipy.linalg.solve_triangular(reversed_factor, jnp.eye(inputs, dtype=dtype), lower=True)
     padding = -inputs % slab
+    # Padded inputs have 1 on the diagonal, which their weights are divided by.
     return jnp.pad(inverse[::-1, ::-1].T, (0, padding)) + jnp.diag(
         (jnp.arange(inputs + padding) >= inputs).astype(dtype)
     )
 
 
 @dataclass(frozen=True)
-class SparseGPT:
-    """Its statistic is the Hessian `X^T X` over all calibration tokens, `[in, in]`, in fp32.
+class SparseGPT(Method):
+    """Prune input after input; each pruned weight's error is compensated by the weights of the inputs behind it.
+
+    Algorithm 1 of the paper. The statistic is the Hessian `X^T X` over all calibration tokens, `[inputs, inputs]`, in
+    fp32.
 
     Attributes:
-      damp: added to the diagonal, as a share of its mean.
+      damp: added to the Hessian's diagonal, as a share of its mean.
       block: inputs whose mask is chosen at once (unstructured) and whose updates are applied lazily. Where it does not
-        divide `in`, the last block is smaller.
-      group: unstructured only: `'output'` compares a block's inputs within one output; `'block'` the whole
-        `[block, out]` slab, as the source does. Slab counts are shares of one total, so the kernel's count is exact.
+        divide `inputs`, the last block is smaller.
+      group: unstructured only. `'output'` compares a block's inputs within one output; `'block'` compares the whole
+        `[block, outputs]` slab, as the source does. The zeros of a slab are its share of one total, so the kernel's
+        count is exact.
     """
 
     damp: float = 0.01
     block: int = 128
     group: str = 'output'
-    statistic: ClassVar = staticmethod(calibrate.hessian)
+    statistic: ClassVar[calibrate.Statistic] = staticmethod(calibrate.hessian)
+    edits_kept_weights: ClassVar[bool] = True
+    outputs_are_independent: ClassVar[bool] = True
+    # It goes slab by slab, so the nearest it comes to comparing a whole matrix is a whole slab.
+    groups: ClassVar[Mapping[str, str]] = MappingProxyType({'output': 'output', 'matrix': 'block'})
+    statistic_copies: ClassVar[int] = 3  # the damped Hessian, its factor, the factor's inverse
+
+    def check(self, pattern: Pattern, inputs: int) -> None:
+        """Check that N:M groups do not cross slabs.
+
+        Args:
+          pattern: unstructured or N:M.
+          inputs: length of the kernel's input axis.
+
+        Raises:
+          PatternError: M divides neither `block` nor the inputs, or an unknown group.
+        """
+        size = min(self.block, inputs)
+        if pattern.structured and (inputs % pattern.m or size % pattern.m):
+            raise PatternError(f'SparseGPT block {size} does not fit {inputs} inputs and pattern {pattern}')
+        if self.group not in ('output', 'block'):
+            raise PatternError(f"SparseGPT group {self.group!r}: expected 'output' or 'block'")
 
     def __call__(
         self,
         kernel: Float[Array, 'inputs outputs'],
         statistic: Float[Array, 'inputs inputs'],
         pattern: Pattern,
-        num_zeros: Any = None,
+        num_zeros: ArrayLike | None = None,
     ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
-        """The kernel with its zeros and its kept weights updated, and the mask.
+        """Return the kernel with its zeros and its kept weights updated, and the mask.
 
         Args:
-          num_zeros: instead of the pattern's own, of the whole kernel (group 'block') or of each output.
+          kernel: dense weights.
+          statistic: the Hessian.
+          pattern: see `Method`.
+          num_zeros: instead of the pattern's own: of the whole kernel (group `'block'`) or of each output.
 
         Raises:
-          PatternError: M divides neither `block` nor the inputs, or an unknown group.
+          PatternError: see `check`.
         """
+        self.check(pattern, kernel.shape[0])
         inputs, outputs = kernel.shape
         size = min(self.block, inputs)
-        if pattern.structured and (inputs % pattern.m or size % pattern.m):
-            raise PatternError(f'SparseGPT block {size} does not fit {inputs} inputs and pattern {pattern}')
-        if self.group not in ('output', 'block'):
-            raise PatternError(f"SparseGPT group {self.group!r}: expected 'output' or 'block'")
         dtype = statistic.dtype
-        weights = jnp.where((jnp.diagonal(statistic) == 0)[:, None], 0.0, kernel.astype(dtype))  # inputs of zeros
+        # Weights of inputs that are always zero do nothing: as zeros they are the first to be pruned.
+        weights = jnp.where((jnp.diagonal(statistic) == 0)[:, None], 0.0, kernel.astype(dtype))
         lower = inverse_factor(statistic, self.damp, size)
         compared = outputs if self.group == 'block' else 1
         ends = np.array([min(end, inputs) for end in range(0, inputs + size, size)], np.int32)
         total = pattern.zeros(inputs * compared) if num_zeros is None else num_zeros
         zeros = _slab_zeros(jnp.asarray(total, jnp.int32), ends)
-        # The last slab is filled up with inputs that don't exist: they are pruned first, beside its own zeros.
+        # The last slab is padded with inputs that do not exist: they are pruned first, beside its own zeros.
         padding = -inputs % size
         zeros = zeros.at[-1].add(jnp.asarray(padding * compared, jnp.int32))
         weights = jnp.pad(weights, ((0, padding), (0, 0)))
@@ -92,50 +127,69 @@ class SparseGPT:
             rows = jax.lax.dynamic_slice_in_dim(lower, start, size)
             w = jax.lax.dynamic_slice_in_dim(weights, start, size) - jnp.matmul(rows, errors, precision='highest')
             diagonal = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
-            real = start + jnp.arange(size) < inputs
-            new = _prune_slab(w, diagonal, pattern, self.group, zeros[index], real)
+            is_real = start + jnp.arange(size) < inputs
+            new = _prune_slab(w, diagonal, pattern, self.group, zeros[index], is_real)
             write = jax.lax.dynamic_update_slice_in_dim
             return tuple(write(all_rows, part, start, 0) for all_rows, part in zip(state, new, strict=True))
 
         state = (weights, jnp.ones(weights.shape, bool), jnp.zeros_like(weights))
         weights, mask, _ = jax.lax.fori_loop(0, len(ends) - 1, prune_slab, state)
-        # Scores without a factor are NaN and all pruned: say so, instead of zeros that look like weights.
+        # Without a factor all scores are NaN and all weights pruned. NaN weights say so; zeros would look like weights.
         weights = jnp.where(jnp.isfinite(lower).all(), weights, jnp.nan)
         return weights[:inputs].astype(kernel.dtype), mask[:inputs]
 
 
 def _slab_zeros(total: Int[Array, '*groups'], ends: np.ndarray) -> Int[Array, 'slabs *groups']:
-    """Shares of `total` for slabs of inputs that end at `ends`: what all slabs so far have is floor(total * share)."""
+    """Return the shares of `total` for slabs of inputs that end at `ends`.
+
+    All slabs up to one together have floor(total * their share of the inputs), so nothing is lost to rounding.
+    """
     inputs = int(ends[-1])
     ends = jnp.asarray(ends, jnp.int32).reshape(-1, *(1 for _ in total.shape))
-    # total * ends would not fit into 32 bits.
+    # total * ends // inputs in two parts: total * ends would not fit into 32 bits.
     so_far = (total // inputs) * ends + (total % inputs) * ends // inputs
     return so_far[1:] - so_far[:-1]
 
 
 def _saliency(w: Float[Array, 'rows outputs'], diagonal: Float[Array, ' rows']) -> Float[Array, 'rows outputs']:
+    """Return the error that pruning each weight would cause, once the others have made up for it (equation 3)."""
     return (w / diagonal[:, None]) ** 2
 
 
 def _prune_slab(
-    w: Array, lower: Array, pattern: Pattern, group: str, zeros: Array, real: Array
-) -> tuple[Array, Array, Array]:
-    """One slab of inputs: (pruned weights, mask, errors to pass on); `real`: inputs that exist.
+    w: Float[Array, 'size outputs'],
+    lower: Float[Array, 'size size'],
+    pattern: Pattern,
+    group: str,
+    zeros: Int[Array, '*groups'],
+    is_real: Bool[Array, ' size'],
+) -> tuple[Float[Array, 'size outputs'], Bool[Array, 'size outputs'], Float[Array, 'size outputs']]:
+    """Prune one slab of inputs, and return (pruned weights, mask, errors to pass on).
 
-    A few inputs at a time, as the kernel goes slab by slab: one after the other touches only those few, and what the
-    inputs before them did is one product.
+    A slab goes a few inputs at a time, as the kernel goes slab by slab: pruning one input touches only those few, and
+    what the inputs before them did is one product.
+
+    Args:
+      w: weights of the slab, updated by the slabs before it.
+      lower: the factor's part of the slab.
+      pattern: see `Method`.
+      group: see `SparseGPT`.
+      zeros: of the slab, in each comparison group.
+      is_real: False for padded inputs.
     """
-    size, _outputs = w.shape
+    size = w.shape[0]
     diagonal = jnp.diagonal(lower)
-    saliency = jnp.where(real[:, None], _saliency(w, diagonal), -1.0)
+    saliency = jnp.where(is_real[:, None], _saliency(w, diagonal), -1.0)
     if pattern.structured:
-        mask = jnp.ones(w.shape, bool)  # chosen M inputs at a time, on the weights as updated so far
+        # Filled in below, M inputs at a time, from the weights as updated so far.
+        mask = jnp.ones(w.shape, bool)
     elif group == 'output':
         mask = keep_largest(saliency, zeros, axis=0)
     else:
         mask = keep_largest(saliency.reshape(-1), zeros).reshape(w.shape)
-    few = pattern.m if pattern.structured else math.gcd(size, 16)
-    read, write = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
+    few = pattern.m if pattern.structured else math.gcd(size, UNROLLED)
+    read = jax.lax.dynamic_slice_in_dim
+    write = jax.lax.dynamic_update_slice_in_dim
 
     def prune_few(index, state):
         mask, errors = state
@@ -143,13 +197,14 @@ def _prune_slab(
         rows = read(lower, start, few)
         part = read(w, start, few) - jnp.matmul(rows, errors, precision='highest')
         if pattern.structured:
-            kept = keep_n_of_m(_saliency(part, read(diagonal, start, few)), pattern.n, pattern.m)
-            mask = write(mask, kept, start, 0)
-        kept, triangle = read(mask, start, few), read(rows, start, few, axis=1)
+            chosen = keep_n_of_m(_saliency(part, read(diagonal, start, few)), pattern.n, pattern.m)
+            mask = write(mask, chosen, start, 0)
+        few_mask = read(mask, start, few)
+        triangle = read(rows, start, few, axis=1)
 
         def prune_input(i, new):
             updated = part[i] - jnp.matmul(triangle[i], new, precision='highest')
-            return new.at[i].set(jnp.where(kept[i], 0.0, updated) / triangle[i, i])
+            return new.at[i].set(jnp.where(few_mask[i], 0.0, updated) / triangle[i, i])
 
         new = jax.lax.fori_loop(0, few, prune_input, jnp.zeros_like(part))
         return mask, write(errors, new, start, 0)

@@ -1,84 +1,139 @@
 """What each kernel of a model is to become, from ordered rules: its pattern, its method, its number of zeros."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
-from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.pruning.method import Method, check_method
 from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern, spread
+from sparselora_jax.sparse.rules import check_layout, is_in_block, kernels, match, name_in_block, stack_of
+
+# A method for all kernels, or ordered rules `(regex, method)`.
+Methods = Method | Sequence[tuple[str, Method]]
+# Ordered rules `(regex, pattern)`, each pattern parsed or as `parse_pattern` reads it.
+PatternRules = Sequence[tuple[str, Pattern | str | float]]
 
 
-def patterns_of(params: PyTree, rules: Sequence[tuple[str, Any]]) -> dict[str, Pattern]:
-    """The pattern of every kernel that is not dense; what does not fit is named before any work is done.
+def patterns_of(params: PyTree, rules: PatternRules) -> dict[str, Pattern]:
+    """Return the pattern of every kernel that is not dense, by path; check before any work that it fits.
+
+    Args:
+      params: anything with the shapes of a params tree.
+      rules: `(regex, pattern)` in order; every kernel must match.
 
     Raises:
-      PatternError, RuleError: see `prune_tree`.
+      PatternError: a pattern that does not parse or does not fit its kernel.
+      RuleError: see `rules.match` and `rules.check_layout`.
     """
-    found = rules_lib.kernels(params)
-    patterns = {path: parse_pattern(text) for path, text in rules_lib.match(rules, found).items()}
-    rules_lib.check_layout(params, [path for path, pattern in patterns.items() if not pattern.dense])
+    all_kernels = kernels(params)
+    patterns = {path: parse_pattern(text) for path, text in match(rules, all_kernels).items()}
+    patterns = {path: pattern for path, pattern in patterns.items() if not pattern.dense}
+    check_layout(params, patterns)
     for path, pattern in patterns.items():
         try:
-            pattern.zeros(found[path].shape[-2])
+            pattern.zeros(all_kernels[path].shape[-2])
         except PatternError as error:
             raise PatternError(f'{path}: {error}') from None
-    return {path: pattern for path, pattern in patterns.items() if not pattern.dense}
+    return patterns
 
 
 def in_blocks(paths: Iterable[str], tower: str) -> dict[str, str]:
-    """{name within a block: path} of a tower's kernels.
+    """Return {name within a block: path} of a tower's kernels.
+
+    Args:
+      paths: of any kernels.
+      tower: a stack of blocks: `vision`, or `language/encoder`.
 
     >>> in_blocks(['vision/blocks/mlp/fc1/kernel', 'language/head/kernel'], 'vision')
     {'mlp/fc1/kernel': 'vision/blocks/mlp/fc1/kernel'}
     """
-    prefix = f'{tower}/blocks/'
-    return {path[len(prefix) :]: path for path in paths if path.startswith(prefix)}
+    return {name_in_block(path): path for path in paths if is_in_block(path) and stack_of(path) == tower}
 
 
-def methods_of(params: PyTree, method: Any) -> dict[str, Any]:
-    """The method of every kernel, from one for all or from rules."""
-    rules = method if isinstance(method, Sequence) else [('.*', method)]
-    return rules_lib.match(rules, rules_lib.kernels(params))
+def methods_of(params: PyTree, method: Methods) -> dict[str, Method]:
+    """Return the method of every kernel, by path.
+
+    Args:
+      params: anything with the shapes of a params tree.
+      method: one for all kernels, or rules `(regex, method)`.
+
+    Raises:
+      MethodError: an object that is no method.
+      RuleError: see `rules.match`.
+    """
+    is_rules = isinstance(method, Sequence) and not isinstance(method, str)
+    method_rules = list(method) if is_rules else [('.*', method)]
+    for _, candidate in method_rules:
+        check_method(candidate)
+    return match(method_rules, kernels(params))
 
 
 def pattern_zeros(
-    flat: dict[str, Any],
-    patterns: dict[str, Pattern],
-    methods: dict[str, Any],
-    given: dict[str, np.ndarray] | None = None,
+    flat: Mapping[str, Any],
+    patterns: Mapping[str, Pattern],
+    methods: Mapping[str, Method],
+    given: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Zeros of every layer's kernel, counted here on the host: `given`, or what the pattern asks of each group.
+    """Return the zeros of every layer's kernel, counted here on the host.
+
+    Args:
+      flat: anything with the shapes of the params, by path.
+      patterns: of the kernels to prune, by path.
+      methods: of the same kernels.
+      given: zeros of each layer's kernel where they are not the pattern's (see `allocate`).
 
     Raises:
-      PatternError: numbers that cannot be, or a sparsity so low that it is none.
+      PatternError: numbers that cannot be, a sparsity so low that it is none, or a pattern that the method cannot make.
     """
-    for path in given or {}:
+    given = given or {}
+    for path in given:
         if path not in patterns or patterns[path].structured:
             kind = str(patterns[path]) if path in patterns else 'dense'
             raise PatternError(f'{path}: numbers of zeros have no meaning for pattern {kind}')
-    found = {}
+    zeros = {}
     for path, pattern in patterns.items():
         *layers, inputs, outputs = flat[path].shape
-        if path not in (given or {}):
-            by_output = pattern.structured or methods[path].group == 'output'
-            total = pattern.zeros(inputs) * outputs if by_output else pattern.zeros(inputs * outputs)
-            if not total:
-                size = inputs if by_output else inputs * outputs
-                what = f'sparsity {pattern.sparsity:g} of {size} weights is less than one'
-                raise PatternError(f"{path}: {what}: ask for more, for group 'matrix', or for 'dense'")
-            found[path] = np.full(layers, total)
-            continue
-        found[path] = zeros = np.asarray(given[path])
-        if zeros.shape != tuple(layers) or zeros.min() < 0 or zeros.max() > inputs * outputs:
-            expected = f'one number of 0 to {inputs * outputs} for each of {layers} layers'
-            raise PatternError(f'{path}: zeros {zeros.tolist()}: expected {expected}')
-    return found
+        try:
+            methods[path].check(pattern, inputs)
+        except PatternError as error:
+            raise PatternError(f'{path}: {error}') from None
+        if path in given:
+            zeros[path] = np.asarray(given[path])
+            most = inputs * outputs
+            if zeros[path].shape != tuple(layers) or zeros[path].min() < 0 or zeros[path].max() > most:
+                expected = f'one number of 0 to {most} for each of {layers} layers'
+                raise PatternError(f'{path}: zeros {zeros[path].tolist()}: expected {expected}')
+        else:
+            zeros[path] = np.full(layers, _zeros_of_kernel(path, pattern, methods[path], inputs, outputs))
+    return zeros
 
 
-def per_group(method: Any, pattern: Pattern, outputs: int, total: int) -> np.ndarray | None:
-    """Zeros of each comparison group of a kernel; None: N:M says it."""
+def _zeros_of_kernel(path: str, pattern: Pattern, method: Method, inputs: int, outputs: int) -> int:
+    """Return the zeros of one layer's kernel: its pattern's in each comparison group.
+
+    Raises:
+      PatternError: a sparsity so low that no weight is pruned.
+    """
+    compares_inputs = pattern.structured or method.group == 'output'
+    size = inputs if compares_inputs else inputs * outputs
+    zeros = pattern.zeros(size) * outputs if compares_inputs else pattern.zeros(size)
+    if not zeros:
+        what = f'sparsity {pattern.sparsity:g} of {size} weights is less than one'
+        raise PatternError(f"{path}: {what}: ask for more, for group 'matrix', or for 'dense'")
+    return zeros
+
+
+def per_group(method: Method, pattern: Pattern, outputs: int, total: int) -> np.ndarray | None:
+    """Return the zeros of each comparison group of a kernel; None: N:M says it.
+
+    Args:
+      method: of the kernel; its group decides.
+      pattern: of the kernel.
+      outputs: of the kernel.
+      total: zeros of the whole kernel.
+    """
     if pattern.structured:
         return None
     return spread(total, outputs) if method.group == 'output' else np.asarray(total, np.int32)

@@ -1,4 +1,4 @@
-"""Runs a model's blocks layer by layer over the calibration samples, so that each can be looked at or changed."""
+"""Run a model's blocks layer by layer over the calibration samples, so that each can be looked at or changed."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -11,62 +11,93 @@ from jaxtyping import Array
 
 from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.sparse import rules as rules_lib
 from sparselora_jax.sparse import sharding
+from sparselora_jax.sparse.rules import block_path, flatten, unflatten
+
+# A block of a tower: `block(w, x, ctx, cache) -> (x, cache)`, see `models.runners`.
+Block = Callable[..., Any]
+# Hidden states of a chunk of samples, and what a block only reads.
+Chunk = tuple[Array, dict]
+# `visit(layer, layers, w, chunks) -> w`: see `walk`.
+Visit = Callable[[int, int, dict, list[Chunk]], dict]
 
 
 def joined(batches: Iterable[dict], chunk: int) -> dict:
-    """One batch of all samples.
+    """Return one batch of all samples.
 
-    Of samples that are split over devices, the first `chunk` go to the first device, the next to the second, and so on:
-    the devices' first chunks are then the first ones of a single device, in the same order.
+    Of samples that are split over devices, the first `chunk` go to the first device, the next to the second, and so on.
+    The first chunks of all devices are then the first ones of a single device, in the same order.
+
+    Args:
+      batches: dicts of arrays, samples first.
+      chunk: samples at a time on each device.
 
     Raises:
       CalibrationError: no batch.
     """
-    if not (batches := list(batches)):
+    batches = list(batches)
+    if not batches:
         raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
     whole = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
-    if (mesh := sharding.mesh_of_rows(batches[0])) is None:
+    mesh = sharding.mesh_of_rows(batches[0])
+    if mesh is None:
         return whole
     parts = sharding.row_parts(mesh)
 
-    def dealt(leaf):
-        if leaf.shape[0] % (parts * chunk):  # a device's last chunk is smaller: no order would be that of one device
+    def deal(leaf):
+        # Where the last chunk of a device is smaller, no order is that of one device.
+        if leaf.shape[0] % (parts * chunk):
             return leaf
         return leaf.reshape(-1, parts, chunk, *leaf.shape[1:]).swapaxes(0, 1).reshape(leaf.shape)
 
-    where = NamedSharding(mesh, sharding.BATCH)
-    return jax.jit(lambda tree: jax.tree.map(dealt, tree), out_shardings=where)(whole)
+    by_row = NamedSharding(mesh, sharding.BATCH)
+    return jax.jit(lambda tree: jax.tree.map(deal, tree), out_shardings=by_row)(whole)
 
 
-def block_observer(block: Callable, stats: Callable[[str], Callable | None], mesh: Mesh | None) -> Callable[..., Any]:
-    """`(w, chunks) -> {name: (sum, tokens)}`: what the kernels of a layer read; see `calibrate.make_observer`.
+def block_observer(
+    block: Block, stats: calibrate.StatisticOf, mesh: Mesh | None, *, one_scale: bool = False
+) -> Callable[..., Any]:
+    """Return `(w, chunks) -> {name: (sum, tokens)}`: statistics of what the kernels of a layer read.
 
     Args:
+      block: of the tower.
       stats: the statistic of a kernel, by its name within the block, or None: it is not watched.
       mesh: over which samples are split; see `sharding.mesh_of_rows`.
+      one_scale: see `calibrate.make_observer`.
     """
-    return calibrate.make_observer(**_watched(block, stats), mesh=mesh)
+    return calibrate.make_observer(
+        _forward_of(block), stats=stats, valid=_valid_rows_of_chunk, mesh=mesh, one_scale=one_scale
+    )
 
 
-def block_sums(
-    block: Callable, stats: Callable[[str], Callable | None], mesh: Mesh | AbstractMesh | None
-) -> calibrate.Sums:
-    """The programs that `block_observer` runs."""
-    return calibrate.make_sums(**_watched(block, stats), mesh=mesh)
+def block_sums(block: Block, stats: calibrate.StatisticOf, mesh: Mesh | AbstractMesh | None) -> calibrate.Sums:
+    """Return the programs that `block_observer` runs.
+
+    Args:
+      block: see `block_observer`.
+      stats: see `block_observer`.
+      mesh: see `block_observer`; an abstract one serves to trace.
+    """
+    return calibrate.make_sums(_forward_of(block), stats=stats, valid=_valid_rows_of_chunk, mesh=mesh)
 
 
-def _watched(block: Callable, stats: Callable[[str], Callable | None]) -> dict[str, Callable]:
-    return {
-        'forward': lambda w, inputs: block(w, *inputs, None),
-        'stats': stats,
-        'valid': lambda name, inputs: valid_rows(name, inputs[1]),
-    }
+def _forward_of(block: Block) -> calibrate.Forward:
+    """Return a block as a forward of (w, (x, ctx))."""
+    return lambda w, inputs: block(w, *inputs, None)
 
 
-def block_step(block: Callable, mesh: Mesh | AbstractMesh | None) -> Callable[..., Any]:
-    """`(w, (x, ctx)) -> x`: the program that takes a chunk through a layer."""
+def _valid_rows_of_chunk(name: str, inputs: Chunk) -> Array | None:
+    """Return True for the rows of a kernel's input that are no padding."""
+    return valid_rows(name, inputs[1])
+
+
+def block_step(block: Block, mesh: Mesh | AbstractMesh | None) -> Callable[..., Any]:
+    """Return `(w, (x, ctx)) -> x`: the program that takes a chunk through a layer.
+
+    Args:
+      block: of the tower.
+      mesh: over which samples are split.
+    """
 
     def run_block(w, inputs):
         return block(w, *inputs, None)[0]
@@ -78,17 +109,21 @@ def walk(
     forward: Callable[..., Any],
     params: dict,
     samples: dict,
-    enter: Callable[[str, Callable], Callable[[int, int, dict, list], dict]],
+    enter: Callable[[str, Block], Visit],
     *,
     chunk: int,
 ) -> None:
-    """Runs `forward` over all samples, block by block, `chunk` samples at a time; see `prune`.
+    """Run `forward` over all samples, block by block, `chunk` samples at a time; see `prune`.
 
     Of samples that are split over devices (`joined`), each device runs blocks on chunks of its own.
 
     Args:
-      enter: `enter(tower, block)`, called at each stack of blocks, returns `visit(layer, layers, w, chunks)`: that is
+      forward: `forward(weights, batch, run)`.
+      params: weights; those of blocks may lie on disk.
+      samples: one batch of all.
+      enter: `enter(tower, block)`, called at each stack of blocks, returns `visit(layer, layers, w, chunks)`. That is
         given a layer's weights by path and its inputs, `[(x, ctx), ...]`, and returns the weights to go on with.
+      chunk: samples at a time, on each device.
 
     Raises:
       CalibrationError: one of `visit`, which names a kernel within its block: with tower and layer.
@@ -101,23 +136,27 @@ def walk(
         chunks = in_chunks(x, ctx, chunk, mesh)
         layers = jax.tree.leaves(weights)[0].shape[0]
         for layer in range(layers):
+            # Read here if they lie on disk.
             w = jax.tree.map(lambda leaf, layer=layer: jnp.asarray(leaf[layer]), weights)
-            w = rules_lib.flatten(w if mesh is None else sharding.everywhere(w, mesh))  # they may come from disk
+            w = flatten(w if mesh is None else sharding.everywhere(w, mesh))
             try:
                 w = visit(layer, layers, w, chunks)
             except calibrate.CalibrationError as error:
-                raise calibrate.CalibrationError(f'{tower}/blocks/{error} (layer {layer})') from None
+                raise calibrate.CalibrationError(f'{block_path(tower, str(error))} (layer {layer})') from None
             for i, (x, ctx) in enumerate(chunks):  # one by one: two sets of hidden states are never held
-                chunks[i] = (step(rules_lib.unflatten(w), (x, ctx)), ctx)
+                chunks[i] = (step(unflatten(w), (x, ctx)), ctx)
         return _whole([x for x, _ in chunks], mesh=mesh), cache
 
     forward(params, samples, run)
 
 
-def in_chunks(x: Array, ctx: dict, chunk: int, mesh: Mesh | None = None) -> list[tuple[Array, dict]]:
-    """Chunks of samples; arrays of `ctx` have the batch, or 1, as their leading axis.
+def in_chunks(x: Array, ctx: dict, chunk: int, mesh: Mesh | None = None) -> list[Chunk]:
+    """Return chunks of samples.
 
     Args:
+      x: hidden states, samples first.
+      ctx: arrays that have the batch, or 1, as their leading axis.
+      chunk: samples in a chunk; the last one may have fewer.
       mesh: over which samples are split; a chunk then has `chunk` of each device's.
     """
     batch = x.shape[0] // sharding.row_parts(mesh)
@@ -125,27 +164,30 @@ def in_chunks(x: Array, ctx: dict, chunk: int, mesh: Mesh | None = None) -> list
 
 
 @functools.partial(jax.jit, static_argnames=('size', 'mesh'))
-def _part(arrays: tuple[Array, dict], first: Any, *, size: int, mesh: Mesh | None) -> Any:
+def _part(arrays: Chunk, first: jax.typing.ArrayLike, *, size: int, mesh: Mesh | None) -> Chunk:
+    """Return `size` samples of each device from its `first` on."""
     batch = arrays[0].shape[0]
 
     def part(leaf):
-        if leaf.shape[0] == 1 and batch > 1:
+        if leaf.shape[0] == 1 and batch > 1:  # the same for all samples
             return leaf
-        return _joint(jax.lax.dynamic_slice_in_dim(_of_devices(leaf, mesh), first, size, axis=1), mesh)
+        return _by_row(jax.lax.dynamic_slice_in_dim(_by_device(leaf, mesh), first, size, axis=1), mesh)
 
     return jax.tree.map(part, arrays)
 
 
 @functools.partial(jax.jit, static_argnames='mesh')
 def _whole(chunks: list[Array], *, mesh: Mesh | None) -> Array:
-    """The samples of all chunks, in the order in which they were divided."""
-    return _joint(jnp.concatenate([_of_devices(x, mesh) for x in chunks], axis=1), mesh)
+    """Return the samples of all chunks, in the order in which they were divided."""
+    return _by_row(jnp.concatenate([_by_device(x, mesh) for x in chunks], axis=1), mesh)
 
 
-def _of_devices(array: Array, mesh: Mesh | None) -> Array:
+def _by_device(array: Array, mesh: Mesh | None) -> Array:
+    """Return samples as `[devices, samples of each, ...]`."""
     return array.reshape(sharding.row_parts(mesh), -1, *array.shape[1:])
 
 
-def _joint(of_devices: Array, mesh: Mesh | None) -> Array:
-    array = of_devices.reshape(-1, *of_devices.shape[2:])
+def _by_row(parts: Array, mesh: Mesh | None) -> Array:
+    """Return `[devices, samples of each, ...]` as samples again, split over the devices."""
+    array = parts.reshape(-1, *parts.shape[2:])
     return array if mesh is None else sharding.split_rows(array, mesh)

@@ -347,13 +347,16 @@ def test_an_impossible_allocation_is_named_before_any_work(world, tmp_path):
         check(**{'prune.pattern.language': '0.01'})
     with pytest.raises(sparsity.PatternError, match='no zeros to allocate'):
         check(**{'prune.pattern.language': 'dense'}, prune__allocation='owl')
-    with pytest.raises(sparsity.PatternError, match=r'prune.highest: .* highest sparsity of 0.6 allows'):
+    with pytest.raises(
+        sparsity.PatternError, match=r"prune.allocation 'ecoflap_first': highest: .* highest sparsity of 0.6 allows"
+    ):
         check(prune__allocation='ecoflap_first', prune__highest=0.6)
     with pytest.raises(
-        sparsity.PatternError, match=r'language/.*: sparsity 0.* with prune.spread 0.4: .* smaller spread'
+        sparsity.PatternError,
+        match=r"prune.allocation 'owl': language/.*: sparsity 0.* with spread 0.4: .* smaller spread",
     ):
         check(prune__allocation='owl', prune__spread=0.4)
-    with pytest.raises(ConfigError, match=r'prune.score_batch 3: does not divide prune.score_samples, 4'):
+    with pytest.raises(ConfigError, match=r'prune.score_batch 3: does not divide score_samples, 4'):
         check(prune__allocation='ecoflap_first', prune__score_batch=3, prune__score_samples=4)
     with pytest.raises(
         ConfigError, match=r"stream with prune.allocation 'ecoflap_zeroth', whose scores need the model"

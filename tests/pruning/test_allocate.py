@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from sparselora_jax import pruning
-from sparselora_jax.pruning.allocate import block_of, check_bound, round_zeros, total
+from sparselora_jax.pruning.allocate import check_bound, round_zeros, total
 from sparselora_jax.sparse.masks import PatternError
+from sparselora_jax.sparse.rules import stack_of
 
 SIZES = {'a/blocks/q/kernel': 60, 'a/blocks/up/kernel': 150, 'b/blocks/q/kernel': 77}
 LAYERS = {'a/blocks/q/kernel': 3, 'a/blocks/up/kernel': 3, 'b/blocks/q/kernel': 2}
@@ -31,14 +32,14 @@ def test_a_groups_ratio_is_that_of_the_sources_loop():
     scores, highest = {path: np.ones(LAYERS[path]) for path in SIZES}, 0.8
     scores['a/blocks/q/kernel'] = np.array([0.5, 1.0, 3.0])
     groups = [('a', layer) for layer in range(3)] + [('b', layer) for layer in range(2)]
-    of_group = [sum(scores[path][layer] for path in SIZES if block_of(path) == g) for g, layer in groups]
-    sizes = [sum(SIZES[path] for path in SIZES if block_of(path) == g) for g, _ in groups]
+    of_group = [sum(scores[path][layer] for path in SIZES if stack_of(path) == g) for g, layer in groups]
+    sizes = [sum(SIZES[path] for path in SIZES if stack_of(path) == g) for g, _ in groups]
     budget = 400
     kept = numpy_kept(of_group, sizes, sum(sizes) - budget, highest)
     got = pruning.allocate(scores, SIZES, budget, highest=highest)
     for path in SIZES:
         for layer in range(LAYERS[path]):
-            index = groups.index((block_of(path), layer))
+            index = groups.index((stack_of(path), layer))
             want = SIZES[path] * (1 - kept[index] / sizes[index])
             assert abs(got[path][layer] - want) < 1, (path, layer)
 
@@ -52,29 +53,30 @@ def test_groups_that_fill_up_leave_the_rest_to_the_others():
         np.testing.assert_allclose(1000 - got, kept, atol=1)
 
 
-@pytest.mark.parametrize('granularity', ['block', 'kernel'])
-def test_the_sum_is_exact_and_the_bounds_hold(granularity):
+def test_the_sum_is_exact_and_the_bounds_hold():
     rng = np.random.default_rng(0)
     weights = sum(SIZES[path] * LAYERS[path] for path in SIZES)
     for _ in range(200):
         highest = rng.uniform(0.3, 0.99)
         budget = int(rng.uniform(0.05, 0.98) * highest * weights)
-        got = pruning.allocate(draw(rng), SIZES, budget, highest=highest, granularity=granularity)
+        got = pruning.allocate(draw(rng), SIZES, budget, highest=highest)
         assert total(got) == budget
         for path, zeros in got.items():
             assert zeros.shape == (LAYERS[path],)
             assert zeros.min() >= 0
             assert zeros.max() <= highest * SIZES[path] + 1e-6
-        if granularity == 'block':  # kernels of a block share a ratio, but for rounding
-            a, b = (got[path] / SIZES[path] for path in list(SIZES)[:2])
-            assert np.abs(a - b).max() <= 1 / 60 + 1 / 150
+        # Kernels of a block share a ratio, but for rounding.
+        a, b = (got[path] / SIZES[path] for path in list(SIZES)[:2])
+        assert np.abs(a - b).max() <= 1 / 60 + 1 / 150
 
 
 def test_of_two_layers_the_one_with_the_higher_score_keeps_more():
     rng = np.random.default_rng(1)
-    scores = draw(rng, spread=1.0)
-    got = pruning.allocate(scores, SIZES, 400, highest=0.9, granularity='kernel')
-    for path in SIZES:
+    alone = ('a/blocks/up/kernel', 'b/blocks/q/kernel')  # the only kernel of its block
+    drawn = draw(rng, spread=1.0)
+    scores = {path: drawn[path] for path in alone}
+    got = pruning.allocate(scores, SIZES, 300, highest=0.9)
+    for path in alone:
         order = np.argsort(scores[path])
         assert (np.diff(got[path][order]) <= 0).all()
 
@@ -162,5 +164,3 @@ def test_what_cannot_be_allocated_is_named():
         of([0.0, 1.0], highest=1.0)
     with pytest.raises(PatternError, match='9 zeros are to be shared out, and no more than 6 may be'):
         round_zeros({path: np.array([4.5, 4.5])}, 9, {path: np.array([3, 3])})
-    with pytest.raises(PatternError, match="granularity 'tower': expected one of block, kernel"):
-        pruning.allocate({path: np.ones(2)}, {path: 9}, 4, highest=0.8, granularity='tower')

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparselora_jax import pruning
 from sparselora_jax.models import llama
 from sparselora_jax.models.init import init_params
 from sparselora_jax.pruning import calibrate
@@ -82,3 +83,80 @@ def test_non_finite_activations_name_path_and_layer():
     params = {'blocks': {'fc': {'kernel': PARAMS['blocks']['fc']['kernel'].at[0, 0, 0].set(jnp.nan)}}}
     with pytest.raises(calibrate.CalibrationError, match='blocks/fc/kernel, layer 1: activations are not finite'):
         calibrate.collect(forward, params, batches())
+
+
+def one_kernel(scale, stat, batches=None):
+    """The statistic of activations times `scale`, and the kernel that reads them."""
+    params = {'fc': {'kernel': jax.random.normal(jax.random.key(7), (16, 8))}}
+    x = [jax.random.normal(jax.random.key(i), (20, 16)) * jnp.linspace(0.1, 3.0, 16) for i in range(3)]
+    batches = batches or [scale * part for part in x]
+    stats = calibrate.collect(lambda w, x: linear(x, w['fc']['kernel']), params, batches, stat=stat)
+    return params, stats
+
+
+METHODS = [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.DSnoT(threshold=0.0)]
+
+
+@pytest.mark.parametrize('method', METHODS, ids=['wanda', 'sparsegpt', 'dsnot'])
+@pytest.mark.parametrize('pattern', ['2:4', '0.5'])
+@pytest.mark.parametrize('scale', [1e-12, 1e-22, 1e-30])
+def test_activations_whose_squares_underflow_give_the_masks_of_ordinary_ones(method, pattern, scale):
+    params, ordinary = one_kernel(1.0, method.statistic)
+    _, tiny = one_kernel(scale, method.statistic)
+    results = [pruning.prune_tree(params, stats, [('.*', pattern)], method=method) for stats in (ordinary, tiny)]
+    (want, want_mask), (got, mask) = ((tree['fc']['kernel'] for tree in result) for result in results)
+    np.testing.assert_array_equal(mask, want_mask)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_each_layer_of_a_stack_is_scaled_for_itself():
+    kernel = PARAMS['blocks']['fc']['kernel']
+    params = {'blocks': {'fc': {'kernel': kernel.at[0].multiply(1e-24)}}}
+
+    def forward(weights, batch):
+        x, _ = jax.lax.scan(lambda x, w: (linear(x, w['fc']['kernel']), None), batch['x'], weights['blocks'])
+        return x
+
+    (want, _), (got, _) = (calibrate.collect(forward, tree, batches())['blocks/fc/kernel'] for tree in (PARAMS, params))
+    np.testing.assert_array_equal(got[0], want[0])  # ordinary: the very same bits
+    scaled = np.asarray(got[1:], np.float64) / np.float64(calibrate.SCALE * 1e-24) ** 2
+    np.testing.assert_allclose(scaled, want[1:], rtol=1e-5)
+
+
+def test_ordinary_activations_are_never_scaled(monkeypatch):
+    monkeypatch.setattr(calibrate, '_Scaled', lambda stat: pytest.fail('scaled'))
+    dead = jnp.ones((20, 16)).at[:, 3].set(0.0)
+    for scale in (1e-9, 1e9):
+        _, stats = one_kernel(1.0, calibrate.squares, [scale * dead])
+        assert float(stats['fc/kernel'][0][3]) == 0
+    # A first moment may be 0 by chance.
+    one_kernel(1.0, pruning.DSnoT().statistic, [jnp.array([[1.0], [-1.0]]) * jnp.ones(16)])
+
+
+def test_statistics_that_are_compared_have_one_scale():
+    params = {name: {'kernel': jnp.eye(4)} for name in ('a', 'b')}
+
+    def forward(w, x):
+        return linear(linear(x, w['a']['kernel']) * jnp.float32(1e-24), w['b']['kernel'])
+
+    def observed(x):
+        observe = calibrate.make_observer(forward, stats=lambda path: calibrate.squares, one_scale=True)
+        stats = observe(params, [x])
+        return stats['a/kernel'][0], stats['b/kernel'][0]
+
+    a, b = observed(jnp.ones((3, 4)))
+    assert a.tolist() == [3.0] * 4
+    assert not b.any()
+    a, b = observed(jnp.full((3, 4), 2.0**-40))
+    assert a.tolist() == [3 * 2.0**48] * 4  # both times 2**64
+    np.testing.assert_allclose(b, 3 * (2.0**24 * 1e-24) ** 2, rtol=1e-5)
+
+
+def test_a_kernel_without_any_input_is_named_and_a_generator_cannot_be_read_twice(caplog):
+    one_kernel(1.0, calibrate.squares, [jnp.zeros((2, 16))])
+    assert [record.message for record in caplog.records] == [
+        'fc/kernel: all 16 inputs are zero on every calibration token; nothing says which of its weights matter'
+    ]
+    caplog.clear()
+    one_kernel(1.0, calibrate.squares, iter([jnp.full((2, 16), 1e-22)]))
+    assert 'fc/kernel: activations are zero, or too small for float32 squares; give' in caplog.text

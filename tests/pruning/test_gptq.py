@@ -59,7 +59,7 @@ def test_equals_numpy_in_float64(held, kind, inputs, size):
     kernel, x = pruned_and_inputs(inputs)
     want = numpy_gptq(kernel, x.T @ x, kind, size)
     with jax.enable_x64(True):
-        got, mask = pruning.GPTQ(held=held)(jnp.asarray(kernel), jnp.asarray(x.T @ x), PATTERN)
+        got, mask = pruning.GPTQ(format=held)(jnp.asarray(kernel), jnp.asarray(x.T @ x), PATTERN)
     np.testing.assert_allclose(got, want, atol=1e-9)
     np.testing.assert_array_equal(mask, kernel != 0)
 
@@ -78,7 +78,7 @@ def through(held, weights, mask):
 def test_four_bits_hold_the_values_and_outputs_are_nearer_than_by_rounding_to_the_nearest(dtype, held):
     kernel, x = (jnp.asarray(array, dtype) for array in pruned_and_inputs(256))
     hessian = calibrate.hessian(x)
-    got, mask = pruning.GPTQ(held=held)(kernel, hessian, PATTERN)
+    got, mask = pruning.GPTQ(format=held)(kernel, hessian, PATTERN)
     assert got.dtype == dtype
     assert (mask == (kernel != 0)).all()
     assert not got[~mask].any()
@@ -104,5 +104,5 @@ def test_a_singular_hessian_is_said():
 
 def test_an_unknown_holder_is_named():
     kernel, x = (jnp.asarray(array, jnp.float32) for array in pruned_and_inputs())
-    with pytest.raises(packing.PackingError, match="GPTQ held 'int3': expected one of packed24_int4, int4, nf4"):
-        pruning.GPTQ(held='int3')(kernel, x.T @ x, PATTERN)
+    with pytest.raises(packing.PackingError, match="GPTQ format 'int3': expected one of packed24_int4, int4, nf4"):
+        pruning.GPTQ(format='int3')(kernel, x.T @ x, PATTERN)

@@ -9,9 +9,10 @@ from sparselora_jax import pruning
 from sparselora_jax.models import llama
 from sparselora_jax.models.init import init_params
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.allocate import block_of, total
+from sparselora_jax.pruning.allocate import total
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.masks import PatternError
+from sparselora_jax.sparse.rules import stack_of
 
 CFG = llama.LlamaConfig(vocab=11, width=16, depth=3, heads=4, kv_heads=2, mlp_width=24)
 RULES = [('language/blocks/.*', 0.5), ('.*', 'dense')]
@@ -104,7 +105,7 @@ def test_the_sum_is_exact_and_ratios_lie_within_two_lambda(patterns):
     every = np.concatenate(list(moved.values()))
     assert every.max() - every.min() == pytest.approx(0.16, abs=1e-3)
     for path in sizes:
-        assert (np.diff(moved[path][np.argsort(shares[block_of(path)])]) >= 0).all()
+        assert (np.diff(moved[path][np.argsort(shares[stack_of(path)])]) >= 0).all()
     np.testing.assert_allclose(moved['a/blocks/q/kernel'], moved['a/blocks/up/kernel'], atol=1 / 6000)
 
 

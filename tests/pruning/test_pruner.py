@@ -1,5 +1,9 @@
 """Sequential pruning: each block sees what the pruned blocks before it produce; one trace a block; pads excluded."""
 
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +28,27 @@ def setup():
     params = {'language': init_params(jax.random.key(0), llama.shapes(CFG))}
     valid = jnp.arange(6)[None] >= jnp.array([0, 3, 1, 2])[:, None]
     return params, {'x': jax.random.normal(jax.random.key(1), (4, 6, 16)), 'valid': valid}
+
+
+@dataclass(frozen=True)
+class OverOutputs(pruning.Wanda):
+    """Scores are shares of a sum over all outputs."""
+
+    outputs_are_independent: ClassVar[bool] = False
+
+    def __call__(self, kernel, statistic, pattern, num_zeros=None):
+        scores = jnp.abs(kernel) / jnp.abs(kernel).sum(axis=1, keepdims=True) * jnp.sqrt(statistic)[:, None]
+        mask = sparsity.mask_from_scores(scores, pattern, group=self.group, num_zeros=num_zeros)
+        return jnp.where(mask, kernel, 0.0), mask
+
+
+@dataclass(frozen=True)
+class SecretDoubling(pruning.Wanda):
+    """Twice the kept weights, and not a word of it."""
+
+    def __call__(self, kernel, statistic, pattern, num_zeros=None):
+        pruned, mask = super().__call__(kernel, statistic, pattern, num_zeros)
+        return 2 * pruned, mask
 
 
 @pytest.mark.parametrize('method', [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.Magnitude()])
@@ -102,6 +127,9 @@ def test_one_shot_prunes_any_tree():
     [
         pytest.param(pruning.Wanda(), '0.5', marks=pytest.mark.slow),
         (pruning.SparseGPT(block=8), '2:4'),
+        (OverOutputs(), '2:4'),
+        pytest.param(OverOutputs(), '0.5', marks=pytest.mark.slow),
+        (pruning.DSnoT(pruning.Random(3)), '0.5'),
         pytest.param(pruning.SparseGPT(block=8, group='block'), '0.5', marks=pytest.mark.slow),
         pytest.param(pruning.Wanda(), '2:4', marks=pytest.mark.slow),
         pytest.param(pruning.SparseGPT(block=8), '0.5', marks=pytest.mark.slow),
@@ -173,6 +201,45 @@ def test_activations_that_are_not_finite_name_path_and_layer():
         calibrate.CalibrationError, match=r'language/blocks/attn/[qkv]/kernel: .* not finite .* \(layer 1\)'
     ):
         pruning.prune(forward, params, [batch], [('.*/attn/.*', '2:4'), ('.*', 'dense')], method=pruning.Wanda())
+
+
+def test_edits_of_a_method_that_hides_them_are_an_error():
+    params, batch = setup()
+    match = 'kernel: SecretDoubling changed weights that its mask keeps, but says edits_kept_weights = False'
+    with pytest.raises(pruning.MethodError, match=f'attn/[qkv]/{match}'):
+        pruning.prune(forward, params, [batch], RULES, method=SecretDoubling())
+    stats = {'fc/kernel': (jnp.ones(8), jnp.ones((), jnp.int32))}
+    with pytest.raises(pruning.MethodError, match=f'fc/{match}'):
+        pruning.prune_tree({'fc': {'kernel': jnp.ones((8, 4))}}, stats, [('.*', '2:4')], method=SecretDoubling())
+
+
+@pytest.mark.parametrize('layers', [(), (3,)])
+def test_the_statistic_of_another_method_is_an_error(layers):
+    params = {'fc': {'kernel': jnp.ones((*layers, 8, 8))}}
+    of_vectors = {'fc/kernel': (jnp.ones((*layers, 8)), jnp.ones(layers, jnp.int32))}
+    of_matrices = {'fc/kernel': (jnp.ones((*layers, 8, 8)), jnp.ones(layers, jnp.int32))}
+
+    def match(method, expected, found):
+        shapes = {'squares': [*layers, 8], 'hessian': [*layers, 8, 8]}
+        text = f'fc/kernel: {method} expects the statistic {expected} of shape {shapes[expected]} and found {found}'
+        return re.escape(f'{text} of shape {shapes[found]}; run collect with stat={method}().statistic')
+
+    with pytest.raises(calibrate.CalibrationError, match=match('Wanda', 'squares', 'hessian')):
+        pruning.prune_tree(params, of_matrices, [('.*', '2:4')], method=pruning.Wanda())
+    with pytest.raises(calibrate.CalibrationError, match=match('SparseGPT', 'hessian', 'squares')):
+        pruning.prune_tree(params, of_vectors, [('.*', '2:4')], method=pruning.SparseGPT())
+    with pytest.raises(calibrate.CalibrationError, match=r'DSnoT expects the statistic .* and found squares of shape'):
+        pruning.prune_tree(params, of_vectors, [('.*', '2:4')], method=pruning.DSnoT())
+
+
+def test_kernels_whose_inputs_are_all_zero_are_named_with_tower_and_layer(caplog):
+    params, batch = setup()
+    result = pruning.prune(forward, params, [batch | {'x': jnp.zeros((4, 6, 16))}], RULES, method=pruning.Wanda())
+    sparsity.check_masks(result.masks, RULES)
+    lines = [record.message for record in caplog.records]
+    names = '; '.join(f'language/blocks/attn/{name}/kernel, layer 2' for name in 'kqv')
+    assert any(line.startswith(f'{names}: all 16 inputs are zero on every calibration token') for line in lines)
+    assert len(lines) == len(set(lines)) == CFG.depth * 4  # once for each input of each layer
 
 
 def test_a_singular_hessian_is_named():

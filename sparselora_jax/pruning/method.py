@@ -1,0 +1,146 @@
+"""What a pruning method says of itself, and the names of the methods that a recipe may ask for.
+
+To add a method, write a frozen dataclass that implements `Method` in a file of its own, and register it in
+`pruning/__init__.py`. A recipe may also name a class that is registered nowhere, as
+`config.prune.method = 'package.module:Name'`.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar, Protocol, runtime_checkable
+
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, PyTree
+
+from sparselora_jax.pruning.calibrate import Statistic
+from sparselora_jax.runtime.errors import SparseloraError
+from sparselora_jax.runtime.registry import Registry
+from sparselora_jax.sparse.masks import Pattern
+
+
+class MethodError(SparseloraError, TypeError):
+    """An object that is no pruning method, or that leaves out something every method says of itself."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """One pruning method: a frozen dataclass of its options that maps (kernel, statistic, pattern) to (kernel, mask).
+
+    Kernels are `[inputs, outputs]`, one layer at a time. A method is called inside a jitted program, so it must be
+    hashable, and equal to another method with the same options. Subclass `Method` to inherit the defaults below.
+
+    A recipe fills the fields of the dataclass by name: `group` from `config.prune.group` of the tower, `seed` from
+    `config.seed`, `initial` with the method that `config.prune.initial` names, any other field from
+    `config.prune.<field>`. A field that the config does not have keeps its default.
+
+    Attributes:
+      statistic: sum over calibration tokens that the method needs of each kernel's input, such as
+        `calibrate.squares`, or `calibrate.Mean` of one; None: the method needs no data.
+      group: comparison group of unstructured patterns. `'output'`: the inputs of one output are compared; the number
+        of zeros is then given for each output. Anything else: the number of zeros is given for the whole kernel.
+      edits_kept_weights: whether kept weights differ from the dense ones. If so the job stores the pruned kernels;
+        if not, it stores the masks alone. A method that says False and edits all the same is an error.
+      outputs_are_independent: whether the result for one output depends on that output's weights and the statistic
+        alone, where outputs do not compete for zeros. Kernels that read the same input (q, k, v) are then pruned as
+        one, side by side. Scores that are normalised over outputs, or random numbers drawn for the whole kernel, are
+        not independent.
+      groups: the method's own `group` for each value that `config.prune.group` may have.
+      kernel_copies: float32 arrays of a kernel's size that exist at once while it is pruned (weights, scores, ranks);
+        for estimates of memory.
+      statistic_copies: arrays of the statistic's size that the method makes, such as the factor and the inverse of a
+        Hessian; for estimates of memory.
+    """
+
+    statistic: Statistic | None
+    group: str
+    edits_kept_weights: ClassVar[bool]
+    outputs_are_independent: bool
+    groups: ClassVar[Mapping[str, str]] = MappingProxyType({'output': 'output', 'matrix': 'matrix'})
+    kernel_copies: ClassVar[int] = 4
+    statistic_copies: int = 0
+
+    def check(self, pattern: Pattern, inputs: int) -> None:
+        """Check before any work that the method can make a pattern; the default takes every pattern.
+
+        Args:
+          pattern: unstructured or N:M, never dense.
+          inputs: length of the kernel's input axis.
+
+        Raises:
+          PatternError: it cannot.
+        """
+
+    def __call__(
+        self,
+        kernel: Float[Array, 'inputs outputs'],
+        statistic: PyTree,
+        pattern: Pattern,
+        num_zeros: ArrayLike | None = None,
+    ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
+        """Prune one kernel.
+
+        Args:
+          kernel: dense weights.
+          statistic: what `statistic` gathered; None for a method without one.
+          pattern: only its kind counts for unstructured pruning, where `num_zeros` says how many zeros.
+          num_zeros: zeros of each output, `[outputs]`, or of the whole kernel (see `group`); traced, so that a new
+            sparsity does not recompile. None: N:M, or the pattern's own sparsity.
+
+        Returns:
+          (kernel with exact zeros where the mask is False, mask: True = kept).
+        """
+        ...
+
+
+# Names of `Method` classes for `config.prune.method` and `config.prune.initial`.
+METHODS: Registry[type] = Registry('prune.method')
+
+_MEMBERS = (
+    'statistic',
+    'group',
+    'edits_kept_weights',
+    'outputs_are_independent',
+    'groups',
+    'kernel_copies',
+    'statistic_copies',
+    'check',
+)
+
+
+def check_method(method: object) -> None:
+    """Check that an object can be used as a pruning method.
+
+    Args:
+      method: what a user gave as a method.
+
+    Raises:
+      MethodError: names what is wrong and what to write instead.
+    """
+    if isinstance(method, str | type) or not callable(method):
+        name = method if isinstance(method, str) else getattr(method, '__name__', type(method).__name__)
+        raise MethodError(f'pruning method {name}: expected an instance such as sl.Wanda(), not {method!r}')
+    name = type(method).__name__
+    missing = [member for member in _MEMBERS if not hasattr(method, member)]
+    if missing:
+        raise MethodError(
+            f'pruning method {name} does not say {", ".join(missing)}: define them, or subclass '
+            'sparselora_jax.pruning.Method, which has defaults for some'
+        )
+    try:
+        hash(method)
+    except TypeError:
+        # jit compiles a program for each method, and finds it again by the method's hash.
+        raise MethodError(f'pruning method {name} cannot be hashed: make it a frozen dataclass') from None
+
+
+def prunes_jointly(method: Method, pattern: Pattern) -> bool:
+    """Return whether kernels that read the same input may be pruned as one, with the result of each alone.
+
+    Args:
+      method: the method of all of them.
+      pattern: the pattern of all of them.
+    """
+    # Where the group is the whole matrix, outputs compete for zeros: joined, those of all kernels would.
+    outputs_compete = not pattern.structured and method.group != 'output'
+    # Without a statistic nothing is shared, so nothing is saved.
+    return method.statistic is not None and method.outputs_are_independent and not outputs_compete

@@ -1,0 +1,154 @@
+"""Methods and allocations of a recipe: what is registered, what is not, and what cannot be one."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+import sparselora_jax as sl
+from configs import blip2_lang_only
+from sparselora_jax import pruning
+from sparselora_jax.pruning.method import check_method
+from sparselora_jax.recipe import ConfigError, allocation_of, prune_methods
+
+
+@dataclass(frozen=True)
+class Own(pruning.Wanda):
+    """A method with an option of the config, and one of its own."""
+
+    damp: float = 0.5
+    shift: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needy(pruning.Wanda):
+    """An option that nothing gives a value."""
+
+    strength: float
+
+
+@dataclass(frozen=True)
+class OwnAllocation(pruning.Uniform):
+    """An allocation with an option of the config, and one of its own."""
+
+    highest: float = 0.1
+    own: str = 'default'
+
+
+@dataclass(frozen=True)
+class OneGroup(pruning.Method):
+    """A method without the option `group`."""
+
+    statistic: ClassVar[None] = None
+    group: ClassVar[str] = 'output'
+    edits_kept_weights: ClassVar[bool] = False
+    outputs_are_independent: ClassVar[bool] = True
+
+    def __call__(self, kernel, statistic, pattern, num_zeros=None):
+        raise NotImplementedError
+
+
+class Silent:
+    """Callable, and says nothing of itself."""
+
+    def __call__(self, kernel, statistic, pattern, num_zeros=None):
+        raise NotImplementedError
+
+
+@dataclass
+class Unhashable(pruning.Method):
+    """Not frozen."""
+
+    group: str = 'output'
+    statistic: ClassVar[None] = None
+    edits_kept_weights: ClassVar[bool] = False
+    outputs_are_independent: ClassVar[bool] = True
+
+    def __call__(self, kernel, statistic, pattern, num_zeros=None):
+        raise NotImplementedError
+
+
+def config_with(**fields):
+    config = blip2_lang_only.get_config()
+    config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
+    return config
+
+
+def methods_of(**fields):
+    return dict(prune_methods(config_with(**fields)))
+
+
+def test_options_are_filled_in_by_their_names():
+    got = methods_of(prune__method='sparsegpt', prune__damp=0.2, prune__block=32)
+    assert got['vision/(.*/)?blocks/.*'] == pruning.SparseGPT(damp=0.2, block=32, group='block')
+    assert got['.*'] == pruning.SparseGPT(damp=0.2, block=32)
+    assert methods_of(prune__method='random', seed=9)['.*'] == pruning.Random(seed=9)
+    got = methods_of(prune__method='dsnot', prune__initial='sparsegpt', prune__cycles=7, prune__threshold=0.5)
+    initial = pruning.SparseGPT(damp=0.01, block=64, group='block')
+    assert got['vision/(.*/)?blocks/.*'] == pruning.DSnoT(initial, cycles=7, threshold=0.5)
+
+
+def test_a_class_that_is_registered_nowhere_is_found_by_its_module():
+    got = methods_of(prune__method='test_method:Own', prune__damp=0.2)
+    assert got['vision/(.*/)?blocks/.*'] == Own(group='matrix', damp=0.2, shift=3)
+    assert allocation_of(config_with(prune__allocation='test_method:OwnAllocation')) == OwnAllocation(0.8, 'default')
+
+
+@pytest.mark.parametrize(
+    ('fields', 'match'),
+    [
+        ({'method': 'wandas'}, r"prune.method 'wandas': expected one of random, .* \(did you mean 'wanda'\?\)"),
+        ({'initial': 'wandas'}, "prune.initial 'wandas': expected one of random, "),
+        ({'initial': 'dsnot'}, "prune.initial 'dsnot': expected one of random, magnitude, wanda, sparsegpt"),
+        ({'method': 'no.module:Name'}, "prune.method 'no.module:Name' cannot be imported"),
+        ({'method': 'test_method:methods_of'}, "prune.method 'test_method:methods_of': expected a dataclass"),
+        ({'method': 'test_method:Unhashable'}, 'Unhashable cannot be hashed: make it a frozen dataclass'),
+        (
+            {'method': 'test_method:Needy'},
+            'prune.method Needy: its option strength has no default, and config.prune has',
+        ),
+        ({'group.vision': 'block'}, "prune.group.vision 'block': expected 'output' or 'matrix'"),
+        (
+            {'method': 'test_method:OneGroup', 'pattern.vision': '0.5'},
+            "prune.group.vision 'matrix': method 'test_method:OneGroup' compares the weights of each output only",
+        ),
+    ],
+)
+def test_what_is_no_method_is_named(fields, match):
+    config = blip2_lang_only.get_config()
+    config.update_from_flattened_dict({f'prune.{name}': value for name, value in fields.items()})
+    with pytest.raises(ConfigError, match=match):
+        prune_methods(config)
+
+
+def test_what_is_given_in_a_methods_place_is_named():
+    for wrong, name in (('wanda', 'wanda'), (sl.Wanda, 'Wanda')):
+        with pytest.raises(pruning.MethodError, match=f'pruning method {name}: expected an instance such as sl.Wanda'):
+            check_method(wrong)
+    with pytest.raises(pruning.MethodError, match='Silent does not say statistic, group, edits_kept_weights, outputs_'):
+        check_method(Silent())
+
+
+@pytest.mark.parametrize('name', list(pruning.METHODS))
+def test_every_registered_method_says_all_that_a_method_must_say(name):
+    check_method(pruning.METHODS.find(name)())
+    assert isinstance(pruning.METHODS.find(name)(), pruning.Method)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'match'),
+    [
+        ({'allocation': 'global_magnitude', 'highest': 0.0}, r'prune.highest 0.0: expected a sparsity in \(0, 1\]'),
+        ({'allocation': 'ecoflap_first', 'highest': 1.5}, r'prune.highest 1.5: expected a sparsity in \(0, 1\]'),
+        ({'allocation': 'ecoflap_zeroth', 'noise': 0.0}, 'prune.noise 0.0: expected more than 0'),
+        ({'allocation': 'owl', 'outlier': 0.0}, 'prune.outlier 0.0: expected more than 0'),
+        ({'allocation': 'owl', 'spread': -0.1}, 'prune.spread -0.1: expected more than 0'),
+        ({'allocation': 'evenly'}, "prune.allocation 'evenly': expected one of uniform, global_magnitude, owl"),
+        ({'allocation': 'test_method:Own'}, "'test_method:Own': expected a subclass of .*Allocation"),
+    ],
+)
+def test_options_of_an_allocation_that_cannot_work_are_named(fields, match):
+    config = blip2_lang_only.get_config()
+    config.update_from_flattened_dict({f'prune.{name}': value for name, value in fields.items()})
+    with pytest.raises(ConfigError, match=match):
+        allocation_of(config)
