@@ -109,6 +109,7 @@ def base() -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.questions = 1000  # of 9,673
     config.evaluate.batch = 50
+    config.evaluate.metric = 'exact_match'  # a registered metric (evaluation/metric.py), or package.module:Name
     # Of generate; the paper: 5 beams, length penalty -1 (short answers) or 1 (captions).
     config.evaluate.num_beams = 1
     config.evaluate.max_new_tokens = 4

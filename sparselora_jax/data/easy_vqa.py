@@ -101,9 +101,7 @@ def read_texts(builder: tfds.core.DatasetBuilder, split: str) -> list[tuple[str,
     source = builder.as_data_source(split, decoders={'image': decode.SkipDecoding()})
     # All records in one call: one by one takes three times as long.
     records = source.__getitems__(range(len(source)))
-    return [
-        (record['question'].decode(), record['answer'].decode(), int(record['image_id'])) for record in records
-    ]
+    return [(record['question'].decode(), record['answer'].decode(), int(record['image_id'])) for record in records]
 
 
 def load(data_dir: str | Path) -> Dataset:

@@ -1,4 +1,4 @@
-"""Accuracy on visual questions: answers are generated, then compared as text."""
+"""Scores on visual questions: answers are generated in batches, then compared with the reference answers as text."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from sparselora_jax.data.dataset import Split
+from sparselora_jax.data.processing import Processor
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.generate import generate
+from sparselora_jax.evaluation.metric import EXACT_MATCH, Metric
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import write_text
@@ -21,112 +24,174 @@ class Answers(NamedTuple):
     predicted: list[str]
     true: list[str]
 
-    @property
-    def correct(self) -> np.ndarray:
-        """True where the whole answer is right; upper and lower case are the same."""
-        return np.array([p.lower() == t.lower() for p, t in zip(self.predicted, self.true, strict=True)])
+    def scores(self, metric: Metric) -> Float[np.ndarray, ' questions']:
+        """Return the metric's score of each answer.
 
-    def accuracy(self, kind_of: Callable[[str], str]) -> dict[str, float]:
-        """Share of right answers: overall and per kind of true answer, in the order in which kinds appear."""
+        Args:
+          metric: what compares an answer with the true one.
+        """
+        pairs = zip(self.predicted, self.true, strict=True)
+        return np.array([metric(predicted, true) for predicted, true in pairs], np.float64)
+
+    def accuracy(self, kind_of: Callable[[str], str], metric: Metric = EXACT_MATCH) -> dict[str, float]:
+        """Return the mean score: overall, and for each kind of true answer.
+
+        Args:
+          kind_of: returns the kind of a true answer, e.g. 'yes/no'.
+          metric: what compares an answer with the true one.
+
+        Returns:
+          Means by name: 'overall', then the kinds in the order in which they first appear.
+        """
+        scores = self.scores(metric)
         kinds = np.array([kind_of(answer) for answer in self.true])
-        by_kind = {str(kind): float(self.correct[kinds == kind].mean()) for kind in dict.fromkeys(kinds)}
-        return {'overall': float(self.correct.mean())} | by_kind
+        by_kind = {str(kind): float(scores[kinds == kind].mean()) for kind in dict.fromkeys(kinds)}
+        return {'overall': float(scores.mean())} | by_kind
 
 
 def generate_answers(
     model: Model,
     weights: dict,
-    processor: Any,
+    processor: Processor,
     text: TextFormat,
     images: Sequence[Any],
     questions: Sequence[str],
-    **settings: Any,
+    **decoding: Any,
 ) -> list[str]:
-    """Answers to questions about images.
+    """Answer questions about images.
 
     Args:
-      text: how a question is written; prompts are padded to its `prompt_tokens`, so that one shape is compiled.
-      settings: of `generate`: num_beams, max_new_tokens, ...
+      model: the model.
+      weights: its params, or the result of `bind`.
+      processor: turns an image and a prompt into arrays, and tokens into text (see `data.processing`).
+      text: how a question is written. Prompts are padded to `text.prompt_tokens`, so that one shape is compiled.
+      images: one per question.
+      questions: one per image.
+      **decoding: arguments of `generate`: num_beams, max_new_tokens, ...
+
+    Returns:
+      One answer per question.
     """
-    size = {'prompt_tokens': text.prompt_tokens, 'answer_tokens': 1}  # room for no token of an answer
     rows = [
-        processor.example(image, text.write(question), **size)
+        # `answer_tokens=1` leaves no room for an answer behind the prompt, since the answer is generated.
+        processor.example(image, text.write(question), prompt_tokens=text.prompt_tokens, answer_tokens=1)
         for image, question in zip(images, questions, strict=True)
     ]
-    read = rows[0].keys() - {'targets', 'answer', 'decoder_input_ids'}
-    batch = {name: np.stack([row[name] for row in rows]) for name in read}
-    new = generate(model, weights, batch, **settings)
-    start = 1 if model.encoder_decoder else batch['input_ids'].shape[1]
-    return processor.decode(new[:, start:])
+    # These arrays hold the answer to train on. Generation begins without one.
+    names = rows[0].keys() - {'targets', 'answer', 'decoder_input_ids'}
+    batch = {name: np.stack([row[name] for row in rows]) for name in names}
+    tokens = generate(model, weights, batch, **decoding)
+    # The output repeats the prompt: all of `input_ids`, or the start token of an encoder-decoder.
+    prompt_length = 1 if model.encoder_decoder else batch['input_ids'].shape[1]
+    return processor.decode(tokens[:, prompt_length:])
 
 
 def evaluate(
     model: Model,
     weights: dict,
-    processor: Any,
+    processor: Processor,
     text: TextFormat,
     split: Split,
     indices: Sequence[int],
     *,
     batch: int = 50,
     shuffle_images: bool = False,
-    kept: Path | None = None,
+    answers_file: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
-    **settings: Any,
+    **decoding: Any,
 ) -> Answers:
-    """Answers the questions `indices` of a split.
+    """Answer the questions `indices` of a split.
 
     Args:
-      shuffle_images: each question gets the image of the question half the list further on; what is then still right
-        is the image-blind floor.
-      kept: a file of the answers so far, a line each: an evaluation that was cut off goes on after them.
-      settings: of `generate`.
+      model: the model.
+      weights: its params, or the result of `bind`.
+      processor: see `generate_answers`.
+      text: how a question is written.
+      split: holds the questions, images and true answers.
+      indices: which questions, in order.
+      batch: number of questions that are answered at once.
+      shuffle_images: give each question the image of the question half the list further on. The score is then what
+        the model reaches without seeing the image.
+      answers_file: where each answer is appended as a line of JSON. If the file exists, the evaluation goes on after
+        the answers in it.
+      progress: called with the number of answered questions after each batch.
+      **decoding: arguments of `generate`.
     """
     source = split.source
-    predicted = processes.agreed(lambda: _read_answers(kept, batch))
+    predicted = processes.agreed(lambda: _read_answers(answers_file, batch))
     true = [source[index]['answer'] for index in indices[: len(predicted)]]
     for first in range(len(predicted), len(indices), batch):
         records = [source[index] for index in indices[first : first + batch]]
         true += [record['answer'] for record in records]
         if shuffle_images:
-            others = [indices[(first + i + len(indices) // 2) % len(indices)] for i in range(len(records))]
-            records = [r | {'image': source[other]['image']} for r, other in zip(records, others, strict=True)]
-        rows = records + records[-1:] * (batch - len(records))  # the last batch is filled up: one shape is compiled
-        images, questions = ([row[name] for row in rows] for name in ('image', 'question'))
-        new = generate_answers(model, weights, processor, text, images, questions, **settings)[: len(records)]
-        predicted += new
-        if kept is not None and processes.first():
-            with kept.open('a') as file:
-                file.writelines(json.dumps(answer) + '\n' for answer in new)
+            half = len(indices) // 2
+            others = [indices[(first + row + half) % len(indices)] for row in range(len(records))]
+            records = [
+                record | {'image': source[other]['image']} for record, other in zip(records, others, strict=True)
+            ]
+        # The last batch is filled up with its last question, so that one shape is compiled.
+        padded = records + records[-1:] * (batch - len(records))
+        answers = generate_answers(
+            model,
+            weights,
+            processor,
+            text,
+            [record['image'] for record in padded],
+            [record['question'] for record in padded],
+            **decoding,
+        )[: len(records)]
+        predicted += answers
+        if answers_file is not None and processes.first():
+            with answers_file.open('a') as file:
+                file.writelines(json.dumps(answer) + '\n' for answer in answers)
         progress(len(predicted))
     return Answers(predicted, true)
 
 
-def _read_answers(kept: Path | None, batch: int) -> list[str]:
-    """The whole batches of answers in a file; what a killed process left behind them is cut off."""
-    if kept is None or not kept.exists():
+def _read_answers(answers_file: Path | None, batch: int) -> list[str]:
+    """Read the whole batches of answers in a file, and remove the rest from the file.
+
+    A process that was killed may leave half a batch or half a line. Going on from a whole batch gives the same batches,
+    and so the same answers, as a run that was never interrupted.
+    """
+    if answers_file is None or not answers_file.exists():
         return []
-    lines = [line for line in kept.read_text().splitlines(keepends=True) if line.endswith('\n')]
+    lines = [line for line in answers_file.read_text().splitlines(keepends=True) if line.endswith('\n')]
     lines = lines[: len(lines) // batch * batch]
-    write_text(kept, ''.join(lines))
+    write_text(answers_file, ''.join(lines))
     return [json.loads(line) for line in lines]
 
 
 def blind_floor(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Answers:
-    """What a model that never sees an image can reach: the most frequent training answer of each (question, answer)."""
+    """Answer each question with its most frequent training answer, which needs no image.
+
+    The score is the best that a model reaches that never sees an image. A question that training never asks gets the
+    most frequent answer of all.
+
+    Args:
+      train: pairs of question and answer.
+      test: pairs of question and answer.
+    """
     counts: dict[str, dict[str, int]] = {}
     overall: dict[str, int] = {}
     for question, answer in train:
-        of_question = counts.setdefault(question, {})
-        of_question[answer] = of_question.get(answer, 0) + 1
+        counts_of_question = counts.setdefault(question, {})
+        counts_of_question[answer] = counts_of_question.get(answer, 0) + 1
         overall[answer] = overall.get(answer, 0) + 1
-    most_frequent = max(sorted(overall), key=overall.get)
-    guess = {question: max(sorted(answers), key=answers.get) for question, answers in counts.items()}
-    return Answers([guess.get(question, most_frequent) for question, _ in test], [answer for _, answer in test])
+    # Sorted, so that a tie is broken by the alphabet and not by the order of the training records.
+    fallback = max(sorted(overall), key=overall.get)
+    guesses = {question: max(sorted(answers), key=answers.get) for question, answers in counts.items()}
+    return Answers([guesses.get(question, fallback) for question, _ in test], [answer for _, answer in test])
 
 
 def sample(count: int, total: int, *, seed: int) -> list[int]:
-    """`count` of `total` questions, the same ones for every model; all of them if `count` is not smaller."""
+    """Return the indices of `count` of `total` questions, the same ones for every model.
+
+    Args:
+      count: how many; all if `total` is not larger.
+      total: number of questions to choose from.
+      seed: another seed gives other questions.
+    """
     if count >= total:
         return list(range(total))
     return sorted(np.random.default_rng(seed).choice(total, count, replace=False).tolist())

@@ -1,0 +1,50 @@
+"""Metrics: how well a generated answer agrees with the reference answer.
+
+A metric scores one answer. `vqa.Answers` averages the scores over all questions and over each kind of question.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from sparselora_jax.runtime.registry import Registry
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """Scores one generated answer.
+
+    Attributes:
+      title: the name of the mean score in reports, e.g. 'accuracy'.
+    """
+
+    title: str
+
+    def __call__(self, predicted: str, reference: str) -> float:
+        """Return the score of one answer.
+
+        Args:
+          predicted: the generated answer.
+          reference: the correct answer.
+
+        Returns:
+          A number from 0 (wrong) to 1 (right).
+        """
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Score 1 if the whole answers are equal, upper and lower case being the same.
+
+    >>> ExactMatch()('Yes', 'yes'), ExactMatch()('circles', 'circle')
+    (1.0, 0.0)
+    """
+
+    title: str = 'accuracy'
+
+    def __call__(self, predicted: str, reference: str) -> float:
+        """Return 1.0 if the answers are equal without regard to case, otherwise 0.0."""
+        return float(predicted.lower() == reference.lower())
+
+
+METRICS: Registry[Metric] = Registry('metric')
+EXACT_MATCH = METRICS.register('exact_match', ExactMatch())
