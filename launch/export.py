@@ -11,11 +11,11 @@ for `evaluate.py` and `generate.py` (docs/formats.md). `packed`: without the zer
 import cli
 from absl import flags
 
-from sparselora_jax.jobs import stages
+from sparselora_jax.jobs import export
 from sparselora_jax.jobs.job import Job
 
 CONFIG, WORKDIR = cli.define_config()
-FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *stages.PACKED), 'of the weights')
+FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *export.PACKED), 'of the weights')
 
 
 def main(argv):
@@ -23,10 +23,10 @@ def main(argv):
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     if FORMAT.value == 'hf':
-        print(stages.export(job))
+        print(export.export(job))
         print(f'exported: {job.workdir}/exported/')
     else:
-        print(stages.export_packed(job, FORMAT.value))
+        print(export.export_packed(job, FORMAT.value))
         print(f'exported: {job.workdir}/{FORMAT.value}/')
 
 
