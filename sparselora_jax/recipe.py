@@ -85,7 +85,8 @@ def at_least_one(field: str) -> LegalValues:
     return LegalValues(field, '1 or more', lambda value: value >= 1)
 
 
-# Checked from top to bottom; the first violation is reported.
+# Checked from top to bottom; the first violation is reported. Fields whose legal values depend on other fields or on
+# the tower are checked by the functions below `check_values`.
 LEGAL_VALUES = (
     one_of('dtype', DTYPES),
     one_of('restore.gradient', GRADIENTS),
@@ -94,8 +95,11 @@ LEGAL_VALUES = (
     one_of('restore.base', BASES),
     one_of('restore.teacher', TEACHERS),
     one_of('restore.on_bad_step', guard.POLICIES),
+    # 0 turns the check off. A limit of 1 or less would call ordinary steps spikes.
     LegalValues('restore.spike', 'more than 1 (times the usual loss), or 0', lambda value: value == 0 or value > 1),
+    # An infinite threshold would leave every output alone, so that DSnoT did nothing.
     LegalValues('prune.threshold', '0 or more, per token', lambda value: 0 <= value < math.inf),
+    # Sizes and counts.
     at_least_one('prune.chunk'),
     at_least_one('prune.block'),
     at_least_one('prune.cycles'),
@@ -123,7 +127,9 @@ def check_values(config: ConfigDict) -> None:
     Raises:
       ConfigError, PatternError: an illegal value: the field, its value and what is expected.
     """
+    # Towers go first: what follows looks fields up by the names of towers.
     _check_towers(config)
+    # Called for their errors; their results are made again where they are used.
     prune_methods(config)
     prune_rules(config)
     _check_allocation(config)
@@ -135,7 +141,7 @@ def check_values(config: ConfigDict) -> None:
     _check_trained_weights(config)
     _check_text(config)
     _check_shares(config)
-    metric(config)
+    metric(config)  # for its error too
     if config.stream and config.model == 'embedded':
         raise ConfigError('stream True: the embedded model is not read from disk; name a directory, :model=DIRECTORY')
     restore = config.restore
@@ -153,6 +159,7 @@ def _value(config: ConfigDict, field: str) -> Any:
 def _check_towers(config: ConfigDict) -> None:
     """Check that all fields that have a value per tower name the same towers."""
     for by_tower in (config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
+        # A tower that one field forgets would be a KeyError much later.
         not_in_both = set(by_tower) ^ set(towers(config))
         if not_in_both:
             raise ConfigError(
@@ -192,8 +199,10 @@ def _check_text(config: ConfigDict) -> None:
     try:
         text_format(config)
     except DataError as error:
+        # The message begins with the field: "prompt 'Question:': expected {} once".
         raise ConfigError(f'text.{error}') from None
-    longest_answer = config.text.answer_tokens - 1  # the last token is the end of text
+    # The last token of an answer is the end of text, which need not be generated to be right.
+    longest_answer = config.text.answer_tokens - 1
     if config.evaluate.max_new_tokens < longest_answer:
         raise ConfigError(
             f'evaluate.max_new_tokens {config.evaluate.max_new_tokens}: answers of up to {longest_answer} tokens '
@@ -204,6 +213,7 @@ def _check_text(config: ConfigDict) -> None:
 def _check_shares(config: ConfigDict) -> None:
     """Check that there is a share for each kind of answer of the data set."""
     shares = config.restore.shares
+    # The loader is looked up in any case: a data set that does not exist is an error without shares too.
     kinds = data_loader(config).kinds
     if not shares:
         return
@@ -265,6 +275,7 @@ def check_batches(config: ConfigDict) -> None:
         'restore.batch / restore.accumulate': config.restore.batch // config.restore.accumulate,
         'prune.samples': config.prune.samples,
     }
+    # Only ECoFLaP computes the loss of batches of its own to choose sparsities.
     if config.prune.allocation.startswith('ecoflap'):
         counts['prune.score_batch'] = config.prune.score_batch
     for field, count in counts.items():
@@ -454,6 +465,7 @@ def lora_rules(config: ConfigDict) -> list[tuple[str, LoraSpec | None]]:
     specs = []
     for tower in towers(config):
         rank = lora.rank[tower]
+        # Rank 0 leaves a tower alone. It keeps its rule, so that the rule of no other tower can match its kernels.
         spec = LoraSpec(rank, lora.alpha[tower]) if rank else None
         specs.append((_block_rule(tower, lora.targets[tower]), spec))
     return [*specs, ('.*', None)]
@@ -475,6 +487,7 @@ def check_targets(config: ConfigDict, params: dict) -> None:
         for alternative in split_alternatives(config.lora.targets[tower]):
             if any(re.fullmatch(_block_rule(tower, alternative), path) for path in paths):
                 continue
+            # Named without the tower and the blocks, as the user writes them in the field.
             rests = sorted({match['rest'] for match in map(in_blocks.fullmatch, paths) if match})
             raise ConfigError(
                 f'lora.targets.{tower}: {alternative!r} matches no kernel of the blocks; they are {", ".join(rests)}'
@@ -536,6 +549,7 @@ def override(config: ConfigDict, fields: dict[str, Any], *, owner: str = 'config
       ConfigError: a field that does not exist, with the nearest one, or a value of another type.
     """
     for name, value in fields.items():
+        # ml_collections adds a field that does not exist, even to a locked config.
         _check_field_exists(config, name, owner)
         try:
             config.update_from_flattened_dict({name: value})
@@ -544,7 +558,7 @@ def override(config: ConfigDict, fields: dict[str, Any], *, owner: str = 'config
 
 
 def _check_field_exists(config: ConfigDict, name: str, owner: str) -> None:
-    """Raise `ConfigError` if the config has no field of this dotted name: updating would add it."""
+    """Raise `ConfigError` if the config has no field of this dotted name."""
     part = config
     parents = []
     for key in name.split('.'):
@@ -558,6 +572,7 @@ def _check_field_exists(config: ConfigDict, name: str, owner: str) -> None:
             if suggestion:
                 hint = suggestion[0].lower() + suggestion[1:]
             else:
+                # No name is near enough, so all are listed.
                 hint = f'{".".join(parents) or "it"} has {", ".join(sorted(part))}'
             raise ConfigError(f'{owner} has no field {name!r}; {hint}') from None
         parents.append(key)
@@ -588,6 +603,7 @@ def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
     """Return a phrase for each field that differs between two configs, but for fields that change no result."""
     differences = []
     for name in sorted((ours.keys() | theirs.keys()) - set(NO_RESULT)):
+        # A field that one side lacks counts as None: configs of an older version have fewer.
         our_value = ours.get(name)
         their_value = theirs.get(name)
         if isinstance(our_value, dict) and isinstance(their_value, dict):
@@ -598,6 +614,7 @@ def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
 
 
 def _shorten(value: Any) -> str:
+    # Points of a sweep, for example, are lists of hundreds of words.
     return textwrap.shorten(repr(value), 60, placeholder=' ...')
 
 

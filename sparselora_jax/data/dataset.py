@@ -35,7 +35,7 @@ class Split:
       read_texts: returns (question, answer) of every record, without decoding images.
     """
 
-    source: Records | Sequence
+    source: Records | Sequence  # a list has the methods of `Records`, with wider types
     read_texts: Callable[[], list[tuple[str, str]]]
 
 
@@ -70,6 +70,7 @@ class DataRequest:
     misfit: Callable[[str, str], str] = lambda question, answer: ''
 
 
+# Checkable at run time, so that an object that a config names is refused before any work if it is none.
 @runtime_checkable
 class Loader(Protocol):
     """The interface of a data set: an object that loads the data set of a recipe.
@@ -89,4 +90,5 @@ class Loader(Protocol):
         """
 
 
+# The names that `config.data` may have, besides folders and `package.module:Name`.
 DATASETS: Registry[Loader] = Registry('data set')

@@ -96,9 +96,7 @@ def read_texts(builder: tfds.core.DatasetBuilder, split: str) -> list[tuple[str,
       builder: as `prepare` returns it.
       split: 'train' or 'test'.
     """
-    from tensorflow_datasets import decode
-
-    source = builder.as_data_source(split, decoders={'image': decode.SkipDecoding()})
+    source = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
     # All records in one call: one by one takes three times as long.
     records = source.__getitems__(range(len(source)))
     return [(record['question'].decode(), record['answer'].decode(), int(record['image_id'])) for record in records]

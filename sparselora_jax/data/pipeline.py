@@ -52,6 +52,7 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, 'height width 3']:
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, 'height width 3']:
+    # Before the conversion: that drops EXIF, and with it the orientation.
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         # `convert('RGB')` alone would drop alpha and show whatever colour transparent pixels happen to have.
@@ -124,6 +125,7 @@ def batches(
     Raises:
       DataError: a group is empty.
     """
+    # An empty group has nothing to shuffle and repeat, and grain does not say which one it is.
     if not all(len(group) for group in groups):
         raise DataError(f'a group of the training data is empty; sizes {[len(group) for group in groups]}')
     # Indices are shuffled and mixed, not records: nothing is read that is not drawn.
@@ -133,8 +135,10 @@ def batches(
     ]
     mixed = grain.MapDataset.mix(shuffled, weights=shares)
     examples = mixed.map(lambda index: transform(source[index]))
+    # `random_map` makes a generator for each position from this seed, so a resumed run draws the same.
     if augment is not None:
         examples = examples.seed(seed).random_map(augment)
+    # `examples` is endless, and item i of it is a function of i: batches can be asked for in any order.
     if rows is None or len(rows) == batch:
         return examples.batch(batch)
     # One process of several: item i of `own_examples` is row `rows[i % len(rows)]` of the global batch of its step.

@@ -12,6 +12,7 @@ from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime.progress import Progress
 
+# Plain text, of which a decoder-only language tower gets its perplexity.
 HELD_OUT_TEXT = Path(__file__).parents[2] / 'assets' / 'heldout.txt'
 
 
@@ -32,6 +33,7 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
     def compute():
         model = job.model
         weights = load_weights()
+        # The same seed for every model: answers are compared question by question.
         indices = vqa.sample(job.config.evaluate.questions, len(job.dataset.test.source), seed=job.config.seed)
         answers = vqa.evaluate(
             model,
@@ -41,6 +43,7 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
             job.dataset.test,
             indices,
             batch=job.config.evaluate.batch,
+            # Answers are written as they come, so that an evaluation that was stopped goes on after the last.
             answers_file=job.workdir / f'answers_{name}.jsonl',
             progress=Progress(f'evaluate {name}', len(indices)),
             **job.text.decoding,
@@ -65,6 +68,7 @@ def floor(job: Job) -> dict:
     """
 
     def compute():
+        # Texts alone are read: no image is needed, and reading images takes minutes.
         train = job.dataset.train.read_texts()
         test = job.dataset.test.read_texts()
         indices = vqa.sample(job.config.evaluate.questions, len(test), seed=job.config.seed)

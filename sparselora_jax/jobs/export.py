@@ -39,8 +39,10 @@ def export(job: Job) -> dict:
 
     def compute():
         merged = job.merged()
+        # Counted where every process has its part of the arrays, before they are gathered in the first.
         zeros = count_zeros(job, merged, job.trained(names.TRAINING['restored']))
         source = job.model.source
+        # The embedded model lies in no Hugging Face directory, so the bytes of its arrays are counted instead.
         dense = _weight_bytes(source) if source else sum(leaf.nbytes for leaf in jax.tree.leaves(job.params))
         if jax.process_count() > 1:
             # One process writes, so the arrays, of which each process has a part, are gathered there.
@@ -65,6 +67,7 @@ def _write_export(job: Job, merged: dict) -> int:
         # A pruned model that fits into no memory was written when it was pruned; otherwise there is no such directory.
         base = str(job.workdir / names.PRUNED_MODEL) if job.config.stream else None
         save_peft(job.workdir / names.ADAPTER, job.model, job.trained(names.TRAINING['restored']), base=base)
+    # Reads the directory back and compares it with what is in memory, bit for bit.
     check_export(folder, job.model, merged)
     return _weight_bytes(folder)
 
@@ -114,6 +117,7 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
         _, written = load_packed(folder, model)
         if not jax.tree.all(jax.tree.map(jnp.array_equal, written, packed)):
             raise StorageError(f'{folder}: what was read back is not what was written; export it again')
+        # Errors are of what was read back, not of what is in memory: that is what others will load.
         packed_kernels = flatten(written)
         kernels = flatten(merged)
         errors = {path: _relative_error(packed_kernels[path], kernels[path]) for path in flatten(job.masks)}
@@ -130,6 +134,7 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
 
 def _relative_error(packed: Packed24 | Bitmask | Adapted | Array, kernel: Array) -> float:
     """Return how far a packed kernel is from the kernel that it stands for, in the Frobenius norm."""
+    # Factors beside a packed kernel are merged first: the kernel to compare with is the restored one.
     if isinstance(packed, Adapted):
         packed = merge({'kernel': packed.kernel}, None, {'kernel': packed.lora}, dtype=kernel.dtype)['kernel']
     error = jnp.linalg.norm(dense_kernel(packed, jnp.float32) - kernel.astype(jnp.float32))
@@ -155,6 +160,7 @@ def count_zeros(job: Job, params: dict, trained: dict | None) -> dict:
     """
     patterns = job.config.prune.pattern
     groups = job.config.prune.group
+    # Where an allocation moved zeros between layers, a layer's pattern promises nothing; its allocated zeros do.
     zeros = job.allocated_zeros()
     counts = {
         'sparsity': {

@@ -100,6 +100,7 @@ class Job:
         """
         self.config = config
         self.workdir = Path(workdir)
+        # None: not in memory. See the docstring of the class.
         self._params: dict | None = None
         self._frozen: Frozen | None = None
         self._reduced_base: Frozen | None = None
@@ -118,6 +119,7 @@ class Job:
         file = self.workdir / names.result_file(name)
         # The first process looks and writes for all: the others may not see its disk.
         if not processes.agreed(file.exists):
+            # Every process checks, since each loads the model; the first alone writes.
             self.check()
             processes.agreed(lambda: self._begin(name))
             started = time.monotonic()
@@ -156,6 +158,7 @@ class Job:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
         _ = self.mesh  # raises if the devices cannot form it
         check_batches(self.config)
+        # The data are read here for the first time, after all that is quicker to check.
         file = self.workdir / names.QUESTIONS
         if file.exists() and file.read_text() != self.questions:
             raise ConfigError(
@@ -166,6 +169,7 @@ class Job:
     @functools.cached_property
     def questions(self) -> str:
         """Return a digest of the test questions as JSON, the content of `questions.json`."""
+        # Texts alone: reading all images would take minutes.
         texts = self.dataset.test.read_texts()
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         return json.dumps({'count': len(texts), 'sha256': digest})
@@ -241,6 +245,7 @@ class Job:
     @functools.cached_property
     def dataset(self) -> Dataset:
         """Return the data that the model is pruned, trained and evaluated with."""
+        # `_misfit` is a method of this job, so the loader needs to know nothing of models.
         request = DataRequest(self.config.data, Path(self.config.data_dir), self._misfit)
         return data_loader(self.config)(request)
 
@@ -259,6 +264,7 @@ class Job:
         """
         train = self.dataset.train
         shares = self.config.restore.shares
+        # Without shares all records are one group, and kinds come as often as they are in the data.
         groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
         rows = None if self.mesh is None else sharding.local_rows(self.mesh, batch)
         batches = pipeline.batches(
@@ -270,6 +276,7 @@ class Job:
             shares=shares or (1,),
             rows=rows,
         )
+        # By step, as the teacher's files are: batch and logits belong together at whatever step a run is resumed.
         if with_teacher:
             folder = self.workdir / names.TEACHER
             batches = batches.map_with_index(
@@ -300,6 +307,7 @@ class Job:
         kept weights.
         """
         if self._frozen is None:
+            # This file exists only if the method changed kept weights.
             edited_file = self.workdir / names.KERNELS
             if edited_file.exists():
                 edited = self.shard(trees.load_safetensors(edited_file)[0])
@@ -331,6 +339,7 @@ class Job:
         if self._reduced_base is None:
             self.release_dense()
             params, masks = on_disk.reduce_on_disk(self.pruned_on_disk(), formats)
+            # Read last, and only for the teacher: the base is made without the dense weights in memory.
             dense = self.params if runs_teacher(self.config) else None
             self._reduced_base = Frozen(self.shard(params), None if masks is None else self.shard(masks), dense)
         return self._reduced_base
@@ -342,6 +351,7 @@ class Job:
 
     def release_dense(self) -> None:
         """Release the dense weights, unless the teacher runs on them; they are read again when they are needed."""
+        # The masks of `frozen` go too; they are read again from the workdir.
         self._frozen = None
         if not runs_teacher(self.config):
             self._params = None
@@ -382,6 +392,7 @@ class Job:
         """
         trained = self.trained(names.TRAINING['restored'])
         params = merge_trained(self.base, trained, self.config.restore.trained, dtype=self.dtype)
+        # The contract of a merge, checked on the arrays that are evaluated and exported.
         check_sparse(params, self.masks)
         return params
 

@@ -68,6 +68,7 @@ def render(job: Job, report: dict) -> str:
         for name in names.MODELS
     ]
     won_back = report['won_back']
+    # From the report, which holds the config as JSON: the page shows what the run was made with.
     beams = report['config']['evaluate']['num_beams']
     metric = report['metric']
     return _TEMPLATES.get_template('report.html.jinja').render(
@@ -90,6 +91,7 @@ def render(job: Job, report: dict) -> str:
 
 
 def _scores_by_kind(report: dict) -> Table:
+    # Baselines are rows like models, but the recipe decides which there are.
     by_model = {name: report['scores_by_kind'][name] for name in names.MODELS}
     by_baseline = {name: report['baselines'][key] for key, name in BASELINES.items() if key in report['baselines']}
     kinds = list(by_model['dense'])
@@ -167,8 +169,10 @@ def _densities(job: Job) -> list[str]:
     for stack, kernels in stacks.items():
         figure = Figure(figsize=(6, 0.6 + 0.2 * len(kernels)))
         axes = figure.subplots()
+        # 0 to 1 in every figure, so that colours can be compared between towers.
         image = axes.imshow(np.array(list(kernels.values())), vmin=0, vmax=1, aspect='auto', cmap='viridis')
         axes.set_yticks(range(len(kernels)), list(kernels))
+        # There is no layer 2.5.
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel='layer', title=f'{stack}: share of weights kept')
         figure.colorbar(image)
@@ -188,6 +192,7 @@ def _examples(job: Job) -> list[Example]:
         answers = []
         for name in names.MODELS:
             text = results[name]['predicted'][position]
+            # A metric may give half a point; only the full score is shown as right.
             answers.append(Answer(name, text, is_right=metric(text, true) >= 1))
         examples.append(Example(_png(record['image']), record['question'], true, answers))
     return examples
@@ -196,6 +201,7 @@ def _examples(job: Job) -> list[Example]:
 def _png(pixels: UInt8[np.ndarray, 'height width 3']) -> str:
     """Return a small picture as a data URL."""
     picture = Image.fromarray(pixels)
+    # Small: the page holds its pictures itself, and a camera's would make it many megabytes.
     picture.thumbnail(LARGEST_PICTURE)
     file = io.BytesIO()
     picture.save(file, format='png')

@@ -55,8 +55,10 @@ def figure(config: ConfigDict, table: list[Row]) -> Figure:
     # Positions of all rows, also of those that failed: every point has its place.
     positions = list(dict.fromkeys(_label(row, config.plot.x) for row in table if row.model not in REFERENCES))
     is_bars = config.plot.kind == 'bars'
+    # Bars become thin in a figure that does not grow with their number.
     width = max(5.0, 2.0 + 0.16 * len(drawn)) if is_bars else 5.0
     plot = Figure(figsize=(width * len(quantities), 4.2), layout='constrained')
+    # `subplots` returns no array for a single quantity.
     for axes, quantity in zip(np.atleast_1d(plot.subplots(1, len(quantities))), quantities, strict=True):
         draw = _bars if is_bars else _lines
         draw(axes, config.plot, drawn, positions, quantity)
@@ -66,12 +68,12 @@ def figure(config: ConfigDict, table: list[Row]) -> Figure:
         axes.set_xlabel(config.plot.x)
         if quantity == PERPLEXITY:
             axes.set_ylabel(PERPLEXITY)
-            axes.set_yscale('log')
+            axes.set_yscale('log')  # a broken model's is a thousand times that of a good one
         else:
             axes.set_ylabel(f'{quantity}, %')
             axes.set_ylim(0, 105)  # room for a marker at 100 %
         axes.grid(axis='y', alpha=0.3)
-        axes.set_axisbelow(True)
+        axes.set_axisbelow(True)  # the grid, or it would cross the bars
     handles, titles = plot.axes[0].get_legend_handles_labels()
     unique = dict(zip(titles, handles, strict=True))  # a reference that several points have is one entry
     plot.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=4, fontsize='small')
@@ -124,6 +126,7 @@ def _title(series: str, model: str, groups: Groups) -> str:
 def _colours(groups: Groups) -> dict[str, tuple[float, float, float]]:
     """Return a colour for each series."""
     colours = matplotlib.colormaps['tab10'].colors
+    # By series alone: the pruned and the restored model of a series have the same colour.
     series = dict.fromkeys(series for series, _ in groups)
     return {name: colours[index % len(colours)] for index, name in enumerate(series)}
 
@@ -139,9 +142,10 @@ def _bars(axes: Axes, plot: ConfigDict, drawn: list[Row], positions: list[Label]
     """Draw a bar for each row, those of one position side by side."""
     groups = _groups(plot, drawn)
     colours = _colours(groups)
-    width = 0.8 / max(len(groups), 1)
+    width = 0.8 / max(len(groups), 1)  # of a place of 1, so that a gap of 0.2 separates places
     for index, ((series, model), rows) in enumerate(groups.items()):
         rows = [row for row in rows if quantity in row.values]
+        # The groups of a place are centred on it.
         offset = width * (index - (len(groups) - 1) / 2)
         heights, halves = _heights(rows, quantity)
         axes.bar(
@@ -160,7 +164,7 @@ def _places(positions: list[Label]) -> list[float]:
     """Return where labels lie on the x axis: numbers at their values, other labels side by side."""
     if not all(isinstance(position, int | float) for position in positions):
         return [float(index) for index in range(len(positions))]
-    # Numbers that span much, such as ranks of 1 to 64, would lie on each other.
+    # Numbers that span much, such as ranks of 1 to 64, would lie on each other: they are drawn on a log scale.
     if min(positions) > 0 and max(positions) >= 16 * min(positions):
         return [float(np.log2(position)) for position in positions]
     return [float(position) for position in positions]
@@ -173,6 +177,7 @@ def _lines(axes: Axes, plot: ConfigDict, drawn: list[Row], positions: list[Label
     place = dict(zip(positions, _places(positions), strict=True))
     for (series, model), rows in groups.items():
         rows = [row for row in rows if quantity in row.values]
+        # By place, not by the order of points: a line that goes back and forth cannot be read.
         rows.sort(key=lambda row: place[_label(row, plot.x)])
         heights, halves = _heights(rows, quantity)
         axes.errorbar(

@@ -111,6 +111,7 @@ def answers_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Co
       batch: see `Model.answer_logits`; with `targets` and `answer`, True at the tokens of the answer.
       cfg: of the model.
     """
+    # LoRA is no part of the params; `bind` combines them where the model reads a weight.
     params = frozen | {name: tree for name, tree in trained.items() if name != 'lora'}
     logits = Model(cfg, embedded.GENERATION).answer_logits(bind(params, lora=trained.get('lora')), batch)
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
@@ -133,6 +134,7 @@ def optimizer(
       clip: global norm of the gradients; theirs is 20 to 80.
       weight_decay: of AdamW.
     """
+    # Clipped at the beginning of the chain: AdamW's moments are of the clipped gradients.
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, 0.01 * peak)
     return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=weight_decay))
 

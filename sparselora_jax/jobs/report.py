@@ -19,6 +19,7 @@ def build(job: Job) -> dict:
     Args:
       job: the run.
     """
+    # Read from the files, not from the stages: a report can be written again without loading a model.
     results = {path.stem: json.loads(path.read_text()) for path in job.workdir.glob('*.json')}
     evaluations = {name: results[names.evaluation_stage(name)] for name in names.MODELS}
     scores = {name: evaluation['accuracy']['overall'] for name, evaluation in evaluations.items()}
@@ -47,6 +48,7 @@ def build(job: Job) -> dict:
 
 def _won_back(scores: dict[str, float]) -> float | None:
     """Return the share of what pruning lost that restoration won back; None: pruning lost nothing."""
+    # Of the scores over all questions; by kind, some kinds lose nothing.
     lost = scores['dense'] - scores['pruned']
     won = scores['restored'] - scores['pruned']
     return won / lost if lost > 0 else None
@@ -115,6 +117,7 @@ def write(job: Job) -> dict:
       job: a finished run.
     """
     report = build(job)
+    # The page goes first: where `report.json` exists, the report is whole.
     write_text(job.workdir / 'report.html', render(job, report))
     write_text(job.workdir / 'report.json', json.dumps(report, indent=1))
     return report

@@ -58,6 +58,7 @@ def restore(job: Job, name: str, load_frozen: Callable[[], Frozen]) -> dict:
       `step_s`, the median seconds of a step, and `steps_s`, the seconds of all steps, those of an interrupted run
       included.
     """
+    # A stage of its own, before the model is trained: the dense model need not be in memory later.
     is_taught = reads_teacher(job.config)
     if is_taught:
         keep_teacher(job)
@@ -66,11 +67,13 @@ def restore(job: Job, name: str, load_frozen: Callable[[], Frozen]) -> dict:
         options = job.config.restore
         frozen = load_frozen()
         if options.trained == 'weights':
+            # Copies, since the state is donated to each step, and `frozen` must stay.
             first = pruned_kernels(frozen.params, frozen.masks)
         else:
             first = init_lora(jax.random.key(job.config.seed), frozen.params, lora_rules(job.config))
         step, tx = restore_program(job.model, job.config, job.mesh)
         checkpoints = Checkpoints(job.workdir / names.CHECKPOINTS / name)
+        # A resumed run begins to count at its newest checkpoint, or the rate and the ETA would be wrong.
         saved_steps = checkpoints.steps() or [0]
         progress = Progress(name, options.steps, first=saved_steps[-1])
         state = init_state(job.shard(first), tx)
@@ -78,6 +81,7 @@ def restore(job: Job, name: str, load_frozen: Callable[[], Frozen]) -> dict:
             # Its counters too, or a checkpoint would bring them back to one device.
             state = sharding.everywhere(state, job.mesh)
         batches = job.batches(options.batch, job.config.seed, with_teacher=is_taught)
+        # A step's time is the time between two logs, so it includes reading the next batch and saving checkpoints.
         last_time = time.monotonic()
 
         def log_step(index, metrics):

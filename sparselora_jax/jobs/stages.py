@@ -39,6 +39,7 @@ def run(job: Job) -> None:
     evaluate_models(job, MODELS)
     export(job)
     floor(job)
+    # The control goes last: the other stages do not need it, and it costs as much as restoration.
     if job.config.restore.control:
         evaluate_models(job, (CONTROL,))
 
@@ -56,6 +57,7 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
     # Weights are given as functions: a stage that is done already loads none.
     if 'dense' in models:
         evaluate(job, 'dense', lambda: job.params)
+    # Pruning is needed by two models, so it is no part of either.
     if 'pruned' in models or 'restored' in models:
         prune(job)
     if 'pruned' in models:
@@ -66,6 +68,7 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
         evaluate(job, 'restored', job.merged)
     if CONTROL in models:
         restore(job, TRAINING[CONTROL], lambda: Frozen(job.params, None))
+        # Without masks: LoRA is merged into the dense weights as usual.
         evaluate(job, CONTROL, lambda: merge(job.params, None, job.trained(TRAINING[CONTROL])))
 
 
@@ -154,6 +157,7 @@ def prune(job: Job) -> dict:
 
 def _by_layer(name: str, params: dict) -> Callable[[str, int, int], None]:
     """Return a function that shows the progress of a walk over all blocks: called with tower, layer and layers."""
+    # Layers are counted here: a walk says which layer of which tower is done, not how many in all.
     progress = Progress(name, block_count(params), interval=5)
     done = 0
 

@@ -89,13 +89,16 @@ def runs(config: ConfigDict) -> list[Run]:
     budget = config.budgets[config.budget].to_dict()
     seeds = budget.pop('seeds')
     planned = []
+    # The dense model is a point of every sweep: everything is compared with it, and it is evaluated once.
     for point in (Point('dense', {}, models=('dense',)), *config.points):
         if not point.models or set(point.models) - set(names.ALL_MODELS):
             expected = ', '.join(names.ALL_MODELS)
             raise ConfigError(f'point {point.name}: models {point.models}: expected some of {expected}')
         for seed in range(config.base.seed, config.base.seed + seeds):
+            # A copy for each run: the base recipe and the other runs must not see the overrides.
             recipe = ConfigDict(config.base.to_dict())
             override(recipe, _dotted(budget), owner=f'budget {config.budget}')
+            # Before the point's own fields, which win over its share.
             recipe.restore.steps = max(1, round(point.share * recipe.restore.steps))
             override(recipe, {**point.fields, 'seed': seed}, owner=f'point {point.name}')
             with _naming(point):
@@ -115,6 +118,7 @@ def _naming(point: Point) -> Iterator[None]:
     try:
         yield
     except SparseloraError as error:
+        # The same type: callers and tests tell a pattern from a config by it.
         raise type(error)(f'point {point.name}: {error}') from None
 
 
@@ -205,6 +209,7 @@ def run(
     refuse_other_sweep(workdir, config)
     planned = runs(config)
     unfinished = [run for run in planned if not sweep_runs.is_finished(workdir / run.name)]
+    # All points are checked before the first runs; a sweep that is done only writes its table again.
     if unfinished:
         check(planned)
     claim(workdir, config)
@@ -244,5 +249,6 @@ def _run_one(run: Run, folder: Path, shared: Path, run_one: Callable[[Run, Path]
     finally:
         # Also of a run that failed or was stopped: what it has done is done.
         sweep_runs.give_shared(run.shared_stages, run.config, folder, shared)
+    # Those of a run that failed stay, so that it can be resumed.
     sweep_runs.remove_weights(folder)
     return ''

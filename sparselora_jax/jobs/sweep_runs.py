@@ -55,10 +55,11 @@ def run_here(config: ConfigDict, folder: Path, models: tuple[str, ...]) -> None:
       models: which models it evaluates, some of `names.ALL_MODELS`.
     """
     job = Job(config, folder)
+    # No export and no report: a sweep compares scores and costs alone.
     stages.evaluate_models(job, models)
     if 'dense' in models:
         stages.floor(job)
-    measure(job, models)
+    measure(job, models)  # last: its result marks the run as finished
 
 
 def run_apart(command: Sequence[str], folder: Path) -> None:
@@ -76,6 +77,7 @@ def run_apart(command: Sequence[str], folder: Path) -> None:
     """
     compiled = {
         'JAX_COMPILATION_CACHE_DIR': str((folder.parent / 'compiled').absolute()),
+        # JAX's default is 1 s, which would leave out most programs of a small model.
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
     }
     output = folder / names.OUTPUT
@@ -93,6 +95,7 @@ def run_apart(command: Sequence[str], folder: Path) -> None:
     if code < 0:
         raise PointError(f'killed by signal {-code}')
     if code > 0:
+        # launch/cli.py ends with one line that says what was wrong; of a traceback the last line says most.
         lines = output.read_text(errors='replace').strip().splitlines()
         raise PointError(lines[-1].removeprefix('error: ') if lines else f'ended with code {code} and no output')
 
@@ -107,6 +110,7 @@ def measure(job: Job, models: tuple[str, ...]) -> dict:
 
     def compute():
         cfg = job.model.cfg
+        # From shapes alone: counting FLOPs needs no weights.
         estimate = memory.recipe(cfg, job.config)
         counts = {}
         densities = {}
@@ -165,6 +169,7 @@ def take_shared(shared_stages: Sequence[str], config: ConfigDict, folder: Path, 
     """
     for stage in shared_stages:
         source = shared / _key(stage, config)
+        # The last file is linked last: where it exists, the stage is whole.
         if (source / SHARED_FILES[stage][-1]).exists():
             _link(SHARED_FILES[stage], source, folder)
 
@@ -191,6 +196,7 @@ def remove_unneeded(later_runs: Sequence[tuple[Sequence[str], ConfigDict]], shar
       shared: folder of all shared results.
     """
     needed = {_key(stage, config) for shared_stages, config in later_runs for stage in shared_stages}
+    # Results are hard links: the runs that have used them keep theirs.
     for folder in shared.glob('*'):
         if folder.name not in needed:
             shutil.rmtree(folder)

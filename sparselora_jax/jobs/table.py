@@ -59,7 +59,7 @@ def mean_interval(values: list[float]) -> tuple[float, float | None]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None
-    deviation = np.std(values, ddof=1)
+    deviation = np.std(values, ddof=1)  # of a sample, not of the population
     if deviation == 0:
         # Of a distribution without width scipy returns NaN.
         return mean, 0.0
@@ -75,6 +75,7 @@ def rows(config: ConfigDict, workdir: str | Path) -> list[Row]:
       config: a sweep.
       workdir: its folder.
     """
+    # Planned again from the config: a run that was not started yet has its row too.
     runs_by_point: dict[str, list[sweep.Run]] = {}
     for run in sweep.runs(config):
         runs_by_point.setdefault(run.point.name, []).append(run)
@@ -123,6 +124,7 @@ def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]
     """
     if model == FLOOR_TITLE:
         return _scores(result[names.FLOOR], title)
+    # Columns are added in the order in which the table shows them.
     evaluation = result[names.evaluation_stage(model)]
     measured = result[names.MEASURE]
     values = _scores(evaluation, title)
@@ -137,6 +139,7 @@ def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]
         values['prune s'] = sum(stage['seconds'] for stage in pruning_stages)
         values['prune GiB'] = max(stage['peak_memory_bytes'] for stage in pruning_stages) / GIB
     if model in names.TRAINING:
+        # Seconds of all steps, not of the stage: a run that was stopped has had earlier processes.
         trained = result[names.TRAINING[model]]
         values['restore s'] = trained['steps_s']
         values['step s'] = trained['step_s']
@@ -145,6 +148,7 @@ def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]
         values['GFLOP a step'] = measured['step_flops'] / 1e9
     if model == 'restored' and 'lora_merged_density' in measured:
         values['density if LoRA is merged'] = measured['lora_merged_density']
+    # Nominal: what a kernel would save that skips every zero.
     values['GFLOP an answer'] = measured['answer_flops_sparse' if is_pruned else 'answer_flops'] / 1e9
     return values
 
@@ -206,6 +210,7 @@ def _steps(row: Row) -> int | str:
 def _number(value: float | None) -> str:
     if value is None:
         return ''
+    # Counts are whole and may have more than six digits.
     return f'{value:.0f}' if value.is_integer() else f'{value:.6g}'
 
 
@@ -217,6 +222,7 @@ def to_markdown(config: ConfigDict, table: list[Row]) -> str:
       table: see `rows`.
     """
     labels, values = columns(table)
+    # The column of failures is only there if there are any: most tables are wide enough.
     has_failed = any(row.failed for row in table)
     head = [*labels, 'model', 'steps', *values]
     if has_failed:
@@ -245,6 +251,7 @@ def _conditions(config: ConfigDict) -> str:
     seeds = config.budgets[config.budget].seeds
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in PACKAGES)
     interval = f'means of {seeds} seeds with 95 % intervals (t)' if seeds > 1 else 'one seed'
+    # Those that this process may use, which in a container are fewer than the machine has.
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB
     return (
