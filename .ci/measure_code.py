@@ -91,6 +91,7 @@ VERBS = {
     'divide',
     'do',
     'download',
+    'draw',
     'drop',
     'dump',
     'embed',

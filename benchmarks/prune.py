@@ -112,11 +112,11 @@ def check(folder: Path, pattern: str) -> dict[str, Any]:
     import sparselora_jax as sl
     from sparselora_jax.checkpoints import embedded, gguf
     from sparselora_jax.evaluation.perplexity import perplexity
-    from sparselora_jax.jobs import stages
+    from sparselora_jax.jobs.evaluate import HELD_OUT_TEXT
     from sparselora_jax.sparse import rules
 
     model, params = sl.load_model(folder, dtype='float32')
-    held_out = gguf.load_tokenizer(embedded.language_model_file())(stages.TEXT.read_text())['input_ids']
+    held_out = gguf.load_tokenizer(embedded.language_model_file())(HELD_OUT_TEXT.read_text())['input_ids']
     found = {path: np.asarray(leaf) for path, leaf in rules.kernels(params).items() if '/blocks/' in path}
     kept, wanted = sum(np.count_nonzero(leaf) for leaf in found.values()), sl.parse_pattern(pattern)
     broken = None

@@ -15,7 +15,7 @@ def base_config() -> ConfigDict:
     config.model = 'embedded'
     # The family that reads the model: '' for that of its model_type, or one of your own as package.module:FAMILY.
     config.family = ''
-    # The data: 'easy_vqa', or a folder of images with a data.jsonl (sparselora_jax/data/folder.py).
+    # The data: 'easy_vqa', a folder of images with a data.jsonl (sparselora_jax/data/folder.py), or package.module:Name.
     config.data = 'easy_vqa'
     # Folder that easy-VQA is prepared in, once for all runs.
     config.data_dir = 'runs/data'
@@ -139,6 +139,8 @@ def base_config() -> ConfigDict:
     config.evaluate.questions = 1000
     # Number of questions that are answered at a time.
     config.evaluate.batch = 50
+    # What an answer scores: a registered metric (sparselora_jax/evaluation/metric.py), or package.module:Name.
+    config.evaluate.metric = 'exact_match'
     # Decoding. The paper: 5 beams, length penalty -1 (short answers) or 1 (captions).
     # Number of beams; 1 is greedy decoding.
     config.evaluate.num_beams = 1

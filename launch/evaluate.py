@@ -4,11 +4,13 @@ python launch/evaluate.py --model=runs/demo/exported [--questions=1000] [--data=
 """
 
 import json
+from pathlib import Path
 
 import cli
 from absl import flags
 
-from sparselora_jax.data import easy_vqa, folder, pipeline
+from sparselora_jax.data import find_loader, pipeline
+from sparselora_jax.data.dataset import DataRequest
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.runtime.progress import Progress
 
@@ -27,12 +29,9 @@ def main(argv: list[str]) -> None:
     """Print the accuracy, and the floor: the best accuracy of a model that never sees an image."""
     del argv
     model, params, processor, text = cli.load_model()
-    if DATA.value == 'easy_vqa':
-        dataset = easy_vqa.load(DATA_DIR.value)
-    else:
-        dataset = folder.load(DATA.value, pipeline.misfit(processor, text, answers=False))
-    train = dataset.train.read_texts()
-    test = dataset.test.read_texts()
+    misfit = pipeline.misfit(processor, text, answers=False)
+    dataset = find_loader(DATA.value)(DataRequest(DATA.value, Path(DATA_DIR.value), misfit))
+    train, test = (split.read_texts() for split in (dataset.train, dataset.test))
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
     answers = vqa.evaluate(
         model,

@@ -15,11 +15,11 @@ Formats (docs/formats.md):
 import cli
 from absl import flags
 
-from sparselora_jax.jobs import stages
+from sparselora_jax.jobs import export
 from sparselora_jax.jobs.job import Job
 
 CONFIG, WORKDIR = cli.define_config()
-FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *stages.PACKED), 'format of the weights')
+FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *export.PACKED), 'format of the weights')
 
 
 def main(argv: list[str]) -> None:
@@ -27,10 +27,10 @@ def main(argv: list[str]) -> None:
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     if FORMAT.value == 'hf':
-        print(stages.export(job))
+        print(export.export(job))
         print(f'exported: {job.workdir}/exported/')
     else:
-        print(stages.export_packed(job, FORMAT.value))
+        print(export.export_packed(job, FORMAT.value))
         print(f'exported: {job.workdir}/{FORMAT.value}/')
 
 

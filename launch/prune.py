@@ -5,7 +5,7 @@ python launch/prune.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
 import cli
 
-from sparselora_jax.jobs import stages
+from sparselora_jax.jobs import names, stages
 from sparselora_jax.jobs.job import Job
 
 CONFIG, WORKDIR = cli.define_config()
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     print(stages.prune(job))
-    print(f'masks: {job.workdir}/masks.safetensors')
+    print(f'masks: {job.workdir}/{names.MASKS}')
 
 
 if __name__ == '__main__':

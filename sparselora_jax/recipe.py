@@ -1,131 +1,295 @@
-"""What a config says, as the library's own arguments; the configs themselves lie in `configs/`."""
+"""Turns a config into arguments of the library; the configs themselves lie in `configs/`."""
 
 import dataclasses
-import difflib
 import json
 import math
+import re
 import textwrap
-from dataclasses import MISSING
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+import optax
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
-from sparselora_jax.data.easy_vqa import KINDS
+from sparselora_jax.data import find_loader
+from sparselora_jax.data.dataset import Loader
 from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.evaluation.metric import METRICS, Metric
 from sparselora_jax.models.model import Model
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.pruning.method import check_method
 from sparselora_jax.restoration import guard
 from sparselora_jax.restoration.losses import KL_REDUCTIONS
-from sparselora_jax.restoration.restore import TRAINED, make_train_step, paper_optimizer
+from sparselora_jax.restoration.restore import TRAINED, Frozen, make_train_step, paper_optimizer
+from sparselora_jax.restoration.train import State
 from sparselora_jax.runtime.errors import DataError, SparseloraError
 from sparselora_jax.runtime.files import hold, write_text
 from sparselora_jax.runtime.registry import Registry, UnknownNameError
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern
 from sparselora_jax.sparse.packing import FOUR_BITS
+from sparselora_jax.sparse.rules import kernels
 from sparselora_jax.sparse.weights import GRADIENTS, LoraSpec
 
 BASES = ('dense', 'packed', 'packed_int4', *FOUR_BITS)  # what restoration holds pruned kernels as
 TEACHERS = ('model', 'top_k')
 DTYPES = ('float32', 'bfloat16', 'float16')
 TWO_OF_FOUR = parse_pattern('2:4')
-NO_RESULT = ('mesh', 'profile')  # fields that change none beyond rounding: a run goes on whatever they say
-BLOCKS = '(.*/)?blocks/'  # below a tower's name: T5 has an encoder's and a decoder's
+CONFIG_FILE = 'config.json'  # in a workdir: the config that its run began with
+# Fields that change no result beyond rounding. A run may be resumed with other values.
+NO_RESULT = ('mesh', 'profile')
+BLOCKS = '(.*/)?blocks/'  # regex between a tower's name and the rest of a path: T5 has an encoder and a decoder
+# Fields of `config.evaluate` that are no arguments of `generate`.
+NO_DECODING = ('questions', 'batch', 'metric')
 
 
 class ConfigError(SparseloraError, ValueError):
-    """A config that asks for what does not exist, or that is not the workdir's own."""
+    """An invalid config, or one that differs from the config the workdir was started with."""
 
 
-def check_values(config: Any) -> None:
-    """Names what cannot work whatever the model, before anything is loaded.
+@dataclass(frozen=True)
+class LegalValues:
+    """The values that one field may have, whatever the other fields and the model are.
+
+    Attributes:
+      field: dotted name, for example `restore.steps`.
+      expected: the legal values, for the error message.
+      is_legal: returns whether a value is one of them.
+    """
+
+    field: str
+    expected: str
+    is_legal: Callable[[Any], bool]
+
+
+def one_of(field: str, values: Collection[str]) -> LegalValues:
+    """Return the rule that a field has one of a few values.
+
+    Args:
+      field: dotted name.
+      values: the legal ones.
+    """
+    return LegalValues(field, f'one of {", ".join(values)}', lambda value: value in values)
+
+
+def at_least_one(field: str) -> LegalValues:
+    """Return the rule that a field is a number of 1 or more.
+
+    Args:
+      field: dotted name.
+    """
+    return LegalValues(field, '1 or more', lambda value: value >= 1)
+
+
+# Checked from top to bottom; the first violation is reported. Fields whose legal values depend on other fields or on
+# the tower are checked by the functions below `check_values`.
+LEGAL_VALUES = (
+    one_of('dtype', DTYPES),
+    one_of('restore.gradient', GRADIENTS),
+    one_of('restore.kl_reduction', KL_REDUCTIONS),
+    one_of('restore.trained', TRAINED),
+    one_of('restore.base', BASES),
+    one_of('restore.teacher', TEACHERS),
+    one_of('restore.on_bad_step', guard.POLICIES),
+    # 0 turns the check off. A limit of 1 or less would call ordinary steps spikes.
+    LegalValues('restore.spike', 'more than 1 (times the usual loss), or 0', lambda value: value == 0 or value > 1),
+    # An infinite threshold would leave every output alone, so that DSnoT did nothing.
+    LegalValues('prune.threshold', '0 or more, per token', lambda value: 0 <= value < math.inf),
+    # Sizes and counts.
+    at_least_one('prune.chunk'),
+    at_least_one('prune.block'),
+    at_least_one('prune.cycles'),
+    at_least_one('prune.score_samples'),
+    at_least_one('prune.score_batch'),
+    at_least_one('evaluate.questions'),
+    at_least_one('evaluate.batch'),
+    at_least_one('evaluate.max_new_tokens'),
+    at_least_one('evaluate.num_beams'),
+    at_least_one('restore.steps'),
+    at_least_one('restore.batch'),
+    at_least_one('restore.checkpoint_every'),
+    at_least_one('restore.top_k'),
+    at_least_one('text.prompt_tokens'),
+    at_least_one('text.answer_tokens'),
+)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Check everything that can be checked without the model and the data.
+
+    Args:
+      config: a recipe.
 
     Raises:
-      ConfigError, PatternError: the field, its value and what is expected.
+      ConfigError, PatternError: an illegal value: the field, its value and what is expected.
     """
-    for part in (config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
-        if odd := set(part) ^ set(towers(config)):
-            raise ConfigError(
-                f'tower {sorted(odd)[0]!r}: named in one of prune.pattern, prune.group, lora.*, not in all'
-            )
+    # Towers go first: what follows looks fields up by the names of towers.
+    _check_towers(config)
+    # Called for their errors; their results are made again where they are used.
     prune_methods(config)
     prune_rules(config)
     _check_allocation(config)
-    restore = config.restore
-    fields = {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS, 'trained': TRAINED}
-    fields |= {'base': BASES, 'teacher': TEACHERS, 'on_bad_step': guard.POLICIES}
-    for field, values in fields.items():
-        if restore[field] not in values:
-            raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
-    if restore.spike != 0 and not restore.spike > 1:
-        raise ConfigError(f'restore.spike {restore.spike}: expected more than 1 (times the usual loss), or 0')
-    if not 0 <= config.prune.threshold < float('inf'):
-        raise ConfigError(f'prune.threshold {config.prune.threshold}: expected 0 or more, per token')
-    if restore.trained == 'weights':
-        if all(parse_pattern(pattern).dense for pattern in config.prune.pattern.values()):
-            raise ConfigError("restore.trained 'weights' trains pruned kernels: prune.pattern leaves every tower dense")
-        if restore.base != 'dense':
-            raise ConfigError(f"restore.base {restore.base!r} is frozen under LoRA; set restore.trained to 'lora'")
-        if restore.control:
-            raise ConfigError("restore.control: a LoRA budget on the dense model; set restore.trained to 'lora'")
-    counts = {
-        'prune': ('chunk', 'block', 'cycles', 'score_samples', 'score_batch'),
-        'evaluate': ('questions', 'batch', 'max_new_tokens', 'num_beams'),
-    }
-    counts |= {'restore': ('steps', 'batch', 'checkpoint_every', 'top_k'), 'text': ('prompt_tokens', 'answer_tokens')}
-    for part, fields in counts.items():
-        for field in fields:
-            if config[part][field] < 1:
-                raise ConfigError(f'{part}.{field} {config[part][field]}: expected 1 or more')
-    for tower in towers(config):
-        if config.lora.rank[tower] < 0:
-            raise ConfigError(f'lora.rank.{tower} {config.lora.rank[tower]}: expected 0 (leave it alone) or more')
-    if config.dtype not in DTYPES:
-        raise ConfigError(f'dtype {config.dtype!r}: expected one of {", ".join(DTYPES)}')
-    try:
-        text_format(config)
-    except DataError as error:
-        raise ConfigError(f'text.{error}') from None
-    if config.evaluate.max_new_tokens < (longest := config.text.answer_tokens - 1):
-        raise ConfigError(
-            f'evaluate.max_new_tokens {config.evaluate.max_new_tokens}: answers of up to {longest} tokens '
-            '(text.answer_tokens and the end) could not be right'
-        )
+    for legal in LEGAL_VALUES:
+        value = _value(config, legal.field)
+        if not legal.is_legal(value):
+            raise ConfigError(f'{legal.field} {value!r}: expected {legal.expected}')
+    _check_lora(config)
+    _check_trained_weights(config)
+    _check_text(config)
+    _check_shares(config)
+    metric(config)  # for its error too
     if config.stream and config.model == 'embedded':
         raise ConfigError('stream True: the embedded model is not read from disk; name a directory, :model=DIRECTORY')
-    shares, kinds = restore.shares, KINDS if config.data == 'easy_vqa' else ()
-    if shares and (len(shares) != len(kinds) or min(shares) < 0 or not sum(shares)):
-        expected = f'a share of each kind: {", ".join(kinds)}' if kinds else 'none, () (only easy_vqa has kinds)'
-        raise ConfigError(f'restore.shares {shares}: expected {expected}')
+    restore = config.restore
     if restore.accumulate < 1 or restore.batch % restore.accumulate:
         raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
 
 
-def check_batches(config: Any) -> None:
-    """Names batches that the mesh cannot split.
+def _value(config: ConfigDict, field: str) -> Any:
+    """Return the value of a field by its dotted name."""
+    for name in field.split('.'):
+        config = config[name]
+    return config
+
+
+def _check_towers(config: ConfigDict) -> None:
+    """Check that all fields that have a value per tower name the same towers."""
+    for by_tower in (config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
+        # A tower that one field forgets would be a KeyError much later.
+        not_in_both = set(by_tower) ^ set(towers(config))
+        if not_in_both:
+            raise ConfigError(
+                f'tower {min(not_in_both)!r}: named in one of prune.pattern, prune.group, lora.*, not in all'
+            )
+
+
+def _check_lora(config: ConfigDict) -> None:
+    """Check ranks and regexes of every tower."""
+    for tower in towers(config):
+        rank = config.lora.rank[tower]
+        if rank < 0:
+            raise ConfigError(f'lora.rank.{tower} {rank}: expected 0 (leave it alone) or more')
+        targets = config.lora.targets[tower]
+        try:
+            # Grouped as `lora_rules` has it: '(?i)q' compiles alone, but not inside a group.
+            re.compile(f'(?:{targets})')
+        except re.error as error:
+            raise ConfigError(f'lora.targets.{tower} {targets!r}: expected a regular expression ({error})') from None
+
+
+def _check_trained_weights(config: ConfigDict) -> None:
+    """Check that nothing asks for LoRA where the pruned kernels themselves are trained."""
+    restore = config.restore
+    if restore.trained != 'weights':
+        return
+    if all(parse_pattern(pattern).dense for pattern in config.prune.pattern.values()):
+        raise ConfigError("restore.trained 'weights' trains pruned kernels: prune.pattern leaves every tower dense")
+    if restore.base != 'dense':
+        raise ConfigError(f"restore.base {restore.base!r} is frozen under LoRA; set restore.trained to 'lora'")
+    if restore.control:
+        raise ConfigError("restore.control: a LoRA budget on the dense model; set restore.trained to 'lora'")
+
+
+def _check_text(config: ConfigDict) -> None:
+    """Check the prompt's template, and that generation can be as long as the answers."""
+    try:
+        text_format(config)
+    except DataError as error:
+        # The message begins with the field: "prompt 'Question:': expected {} once".
+        raise ConfigError(f'text.{error}') from None
+    # The last token of an answer is the end of text, which need not be generated to be right.
+    longest_answer = config.text.answer_tokens - 1
+    if config.evaluate.max_new_tokens < longest_answer:
+        raise ConfigError(
+            f'evaluate.max_new_tokens {config.evaluate.max_new_tokens}: answers of up to {longest_answer} tokens '
+            '(text.answer_tokens and the end) could not be right'
+        )
+
+
+def _check_shares(config: ConfigDict) -> None:
+    """Check that there is a share for each kind of answer of the data set."""
+    shares = config.restore.shares
+    # The loader is looked up in any case: a data set that does not exist is an error without shares too.
+    kinds = data_loader(config).kinds
+    if not shares:
+        return
+    if not kinds:
+        raise ConfigError(
+            f'restore.shares {shares}: expected none, (): which kinds of answers {config.data!r} has is not known'
+        )
+    if len(shares) != len(kinds) or min(shares) < 0 or sum(shares) == 0:
+        raise ConfigError(f'restore.shares {shares}: expected a share of each kind: {", ".join(kinds)}')
+
+
+def data_loader(config: ConfigDict) -> Loader:
+    """Return what loads the data set that a recipe names.
+
+    Args:
+      config: a recipe.
 
     Raises:
-      ConfigError: the field, what does not divide it, and the nearest mesh of as many devices that splits all.
+      ConfigError: `data` is `package.module:Name`, and there is no such loader.
     """
-    mesh, restore, prune = config.mesh, config.restore, config.prune
-    rows, counts = mesh.data * mesh.fsdp, {'restore.batch / restore.accumulate': restore.batch // restore.accumulate}
-    counts['prune.samples'] = prune.samples
+    try:
+        return find_loader(config.data)
+    except UnknownNameError as error:
+        raise ConfigError(f'data: {error}') from None
+
+
+def metric(config: ConfigDict) -> Metric:
+    """Return the metric that a recipe names.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      ConfigError: `evaluate.metric` is no metric's name.
+    """
+    name = config.evaluate.metric
+    try:
+        chosen = METRICS.find(name)
+    except UnknownNameError as error:
+        raise ConfigError(f'evaluate.metric: {error}') from None
+    # A class has the attributes of its objects, but calling it creates an object instead of a score.
+    if isinstance(chosen, type) or not isinstance(chosen, Metric):
+        raise ConfigError(f'evaluate.metric: metric {name!r}: expected an object with a `title` that can be called')
+    return chosen
+
+
+def check_batches(config: ConfigDict) -> None:
+    """Check that the mesh divides the batches.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      ConfigError: the field, what does not divide it, and the nearest mesh of as many devices that divides all.
+    """
+    mesh = config.mesh
+    rows = mesh.data * mesh.fsdp  # both axes split a batch
+    counts = {
+        'restore.batch / restore.accumulate': config.restore.batch // config.restore.accumulate,
+        'prune.samples': config.prune.samples,
+    }
+    # Some allocations compute the loss of batches of their own.
     if allocation_of(config).uses_score_batches:
-        counts['prune.score_batch'] = prune.score_batch
+        counts['prune.score_batch'] = config.prune.score_batch
     for field, count in counts.items():
-        if count % rows:
-            fits = math.gcd(rows, *counts.values())
-            fsdp = math.gcd(mesh.fsdp, fits)
-            better = f'data={fits // fsdp}, fsdp={fsdp}, tensor={mesh.tensor * rows // fits}'
-            raise ConfigError(
-                f'{field} is {count}: mesh.data * mesh.fsdp = {rows} does not divide it; {better} divides all, or ask '
-                f'for a multiple of {rows}'
-            )
+        if count % rows == 0:
+            continue
+        # As many devices, but fewer of them along the axes that split batches.
+        best_rows = math.gcd(rows, *counts.values())
+        fsdp = math.gcd(mesh.fsdp, best_rows)
+        better = f'data={best_rows // fsdp}, fsdp={fsdp}, tensor={mesh.tensor * rows // best_rows}'
+        raise ConfigError(
+            f'{field} is {count}: mesh.data * mesh.fsdp = {rows} does not divide it; {better} divides all, or ask '
+            f'for a multiple of {rows}'
+        )
 
 
 def _options(kind: type, config: ConfigDict, group: str = 'output') -> dict[str, Any]:
@@ -240,8 +404,12 @@ def _check_allocation(config: ConfigDict) -> None:
         )
 
 
-def towers(config: Any) -> tuple[str, ...]:
-    """The towers that the config speaks of."""
+def towers(config: ConfigDict) -> tuple[str, ...]:
+    """Return the names of the towers that the config has values for.
+
+    Args:
+      config: a recipe.
+    """
     return tuple(config.prune.pattern)
 
 
@@ -297,19 +465,23 @@ def _method(kind: type, config: ConfigDict, group: str) -> pruning.Method:
     return method
 
 
-def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
-    """(regex, pattern) of each tower's blocks; everything else stays dense.
+def prune_rules(config: ConfigDict) -> list[tuple[str, Pattern]]:
+    """Return (regex, pattern) of each tower's blocks; everything else stays dense.
+
+    Args:
+      config: a recipe.
 
     Raises:
       PatternError: a pattern that does not parse.
     """
-    rules = []
+    patterns = []
     for tower in towers(config):
         try:
-            rules.append((f'{tower}/{BLOCKS}.*', parse_pattern(config.prune.pattern[tower])))
+            pattern = parse_pattern(config.prune.pattern[tower])
         except PatternError as error:
             raise PatternError(f'prune.pattern.{tower}: {error}') from None
-    return [*rules, ('.*', Pattern())]
+        patterns.append((f'{tower}/{BLOCKS}.*', pattern))
+    return [*patterns, ('.*', Pattern())]
 
 
 def rounded_rules(config: Any) -> list[tuple[str, Pattern]]:
@@ -345,21 +517,91 @@ def base_formats(config: Any) -> str | list[tuple[str, str]] | None:
     return base if base in FOUR_BITS else pack_formats(config, four_bits=base == 'packed_int4')
 
 
-def runs_teacher(config: Any) -> bool:
-    """Whether restoration runs the dense model beside the student."""
+def runs_teacher(config: ConfigDict) -> bool:
+    """Return whether restoration runs the dense model beside the student.
+
+    Args:
+      config: a recipe.
+    """
     return bool(config.restore.kd) and config.restore.teacher == 'model'
 
 
-def reads_teacher(config: Any) -> bool:
-    """Whether restoration reads what an earlier stage kept of the dense model's logits."""
+def reads_teacher(config: ConfigDict) -> bool:
+    """Return whether restoration reads logits of the dense model that an earlier stage wrote.
+
+    Args:
+      config: a recipe.
+    """
     return bool(config.restore.kd) and config.restore.teacher == 'top_k'
 
 
-def lora_rules(config: Any) -> list[tuple[str, LoraSpec | None]]:
-    """(regex, LoraSpec) of each tower's blocks; everything else is left alone."""
+def split_alternatives(regex: str) -> list[str]:
+    """Split a regex at each `|` that stands outside brackets.
+
+    Args:
+      regex: a valid regular expression.
+
+    >>> split_alternatives('attn/(q|k)/kernel|mlp/up/kernel')
+    ['attn/(q|k)/kernel', 'mlp/up/kernel']
+    """
+    alternatives = ['']
+    depth = 0  # of open groups
+    # An escaped character, a set of characters (in which a first `]` stands for itself), or any other character.
+    for token in re.findall(r'\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.', regex, re.DOTALL):
+        if token == '(':
+            depth += 1
+        elif token == ')':
+            depth -= 1
+        if token == '|' and depth == 0:
+            alternatives.append('')
+        else:
+            alternatives[-1] += token
+    return alternatives
+
+
+def _block_rule(tower: str, regex: str) -> str:
+    """Return the regex of those kernels in a tower's blocks whose rest of the path a user's regex matches."""
+    # Grouped: in 'prefix/a|b' the prefix would belong to the first alternative only.
+    return f'{tower}/{BLOCKS}(?:{regex})'
+
+
+def lora_rules(config: ConfigDict) -> list[tuple[str, LoraSpec | None]]:
+    """Return (regex, LoraSpec) of each tower's blocks; everything else is left alone.
+
+    Args:
+      config: a recipe.
+    """
     lora = config.lora
-    specs = {tower: LoraSpec(rank, lora.alpha[tower]) if rank else None for tower, rank in lora.rank.items()}
-    return [(f'{tower}/{BLOCKS}{lora.targets[tower]}', specs[tower]) for tower in towers(config)] + [('.*', None)]
+    specs = []
+    for tower in towers(config):
+        rank = lora.rank[tower]
+        # Rank 0 leaves a tower alone. It keeps its rule, so that the rule of no other tower can match its kernels.
+        spec = LoraSpec(rank, lora.alpha[tower]) if rank else None
+        specs.append((_block_rule(tower, lora.targets[tower]), spec))
+    return [*specs, ('.*', None)]
+
+
+def check_targets(config: ConfigDict, params: dict) -> None:
+    """Check that every alternative of `lora.targets` matches a kernel: a misspelt one would be left out silently.
+
+    Args:
+      config: a recipe.
+      params: params, or anything with their shapes.
+
+    Raises:
+      ConfigError: an alternative that matches no kernel, and the kernels that there are.
+    """
+    paths = kernels(params)
+    for tower in towers(config):
+        in_blocks = re.compile(f'{tower}/{BLOCKS}(?P<rest>.*)')
+        for alternative in split_alternatives(config.lora.targets[tower]):
+            if any(re.fullmatch(_block_rule(tower, alternative), path) for path in paths):
+                continue
+            # Named without the tower and the blocks, as the user writes them in the field.
+            rests = sorted({match['rest'] for match in map(in_blocks.fullmatch, paths) if match})
+            raise ConfigError(
+                f'lora.targets.{tower}: {alternative!r} matches no kernel of the blocks; they are {", ".join(rests)}'
+            )
 
 
 def check_allocation(config: ConfigDict, params: PyTree) -> None:
@@ -382,102 +624,182 @@ def check_allocation(config: ConfigDict, params: PyTree) -> None:
         raise PatternError(f'prune.allocation {config.prune.allocation!r}: {error}') from None
 
 
-def field_names(config: Any, prefix: str = '') -> list[str]:
-    """The dotted names of all fields, those of parts included: `restore`, `restore.steps`."""
-    found = []
-    for name, value in config.items():
-        found.append(prefix + name)
-        if isinstance(value, ConfigDict):
-            found += field_names(value, f'{prefix}{name}.')
-    return found
-
-
-def override(config: ConfigDict, fields: dict[str, Any], *, of: str = 'config') -> None:
-    """Sets fields by their dotted names.
+def field_names(config: ConfigDict, prefix: str = '') -> list[str]:
+    """Return the dotted names of all fields, parts included: `restore`, `restore.steps`, ...
 
     Args:
-      of: whose fields they are, for the error.
+      config: a recipe, or a part of one.
+      prefix: put before each name.
+    """
+    names = []
+    for name, value in config.items():
+        names.append(prefix + name)
+        if isinstance(value, ConfigDict):
+            names += field_names(value, f'{prefix}{name}.')
+    return names
+
+
+def override(config: ConfigDict, fields: dict[str, Any], *, owner: str = 'config') -> None:
+    """Set fields by their dotted names.
+
+    Args:
+      config: changed in place.
+      fields: dotted name -> new value.
+      owner: whose fields they are, for the error.
 
     Raises:
       ConfigError: a field that does not exist, with the nearest one, or a value of another type.
     """
-    known = field_names(config)
     for name, value in fields.items():
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1, cutoff=0.0)
-            raise ConfigError(f'{of} has no field {name!r}; did you mean {nearest[0]!r}?')
+        # ml_collections adds a field that does not exist, even to a locked config.
+        _check_field_exists(config, name, owner)
         try:
             config.update_from_flattened_dict({name: value})
         except (TypeError, ValueError) as error:
-            raise ConfigError(f'{of}: {name} cannot be {value!r} ({error})') from None
+            raise ConfigError(f'{owner}: {name} cannot be {value!r} ({error})') from None
 
 
-def text_format(config: Any) -> TextFormat:
-    """How questions become tokens, and how answers are generated."""
+def _check_field_exists(config: ConfigDict, name: str, owner: str) -> None:
+    """Raise `ConfigError` if the config has no field of this dotted name."""
+    part = config
+    parents = []
+    for key in name.split('.'):
+        if not isinstance(part, ConfigDict):
+            raise ConfigError(f'{owner} has no field {name!r}; {".".join(parents)} has no fields')
+        try:
+            part = part[key]
+        except KeyError as error:
+            # ml_collections says "'stepz'", and on a second line 'Did you mean "steps" ...' if a name is near.
+            _, _, suggestion = error.args[0].partition('\n')
+            if suggestion:
+                hint = suggestion[0].lower() + suggestion[1:]
+            else:
+                # No name is near enough, so all are listed.
+                hint = f'{".".join(parents) or "it"} has {", ".join(sorted(part))}'
+            raise ConfigError(f'{owner} has no field {name!r}; {hint}') from None
+        parents.append(key)
+
+
+def text_format(config: ConfigDict) -> TextFormat:
+    """Return how questions become tokens, and how answers are generated.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      DataError: the prompt's template has not exactly one place for the question.
+    """
     return TextFormat(**config.text.to_dict(), decoding=decoding(config))
 
 
-def decoding(config: Any) -> dict[str, Any]:
-    """Arguments of `generate`."""
-    return {name: value for name, value in config.evaluate.to_dict().items() if name not in ('questions', 'batch')}
+def decoding(config: ConfigDict) -> dict[str, Any]:
+    """Return the arguments of `generate`.
+
+    Args:
+      config: a recipe.
+    """
+    return {name: value for name, value in config.evaluate.to_dict().items() if name not in NO_DECODING}
 
 
 def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
-    found = []
+    """Return a phrase for each field that differs between two configs, but for fields that change no result."""
+    differences = []
     for name in sorted((ours.keys() | theirs.keys()) - set(NO_RESULT)):
-        a, b = ours.get(name), theirs.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f'{prefix}{name}.')
-        elif a != b:
-            here, there = (textwrap.shorten(repr(value), 60, placeholder=' ...') for value in (a, b))
-            found.append(f'{prefix}{name} is {here} here and {there} there')
-    return found
+        # A field that one side lacks counts as None: configs of an older version have fewer.
+        our_value = ours.get(name)
+        their_value = theirs.get(name)
+        if isinstance(our_value, dict) and isinstance(their_value, dict):
+            differences += _differences(our_value, their_value, f'{prefix}{name}.')
+        elif our_value != their_value:
+            differences.append(f'{prefix}{name} is {_shorten(our_value)} here and {_shorten(their_value)} there')
+    return differences
 
 
-def refuse_other(workdir: Path, config: Any) -> None:
-    """Checks that a workdir is this config's, or nobody's yet.
+def _shorten(value: Any) -> str:
+    # Points of a sweep, for example, are lists of hundreds of words.
+    return textwrap.shorten(repr(value), 60, placeholder=' ...')
+
+
+def refuse_other(workdir: Path, config: ConfigDict) -> None:
+    """Check that a workdir holds the run of this config, or no run yet.
 
     The mesh may be another: what was saved on one is read on any.
 
-    Raises:
-      ConfigError: it holds the run of another config; names the fields that differ.
-    """
-    kept, ours = workdir / 'config.json', json.loads(config.to_json())
-    theirs = json.loads(kept.read_text()) if kept.exists() else ours
-    if found := _differences(ours, theirs):
-        raise ConfigError(f'{workdir} holds the run of another config ({"; ".join(found)}); use another workdir')
-
-
-def claim(workdir: Path, config: Any) -> None:
-    """Makes the workdir this config's, and keeps other processes out of it until this one ends.
+    Args:
+      workdir: the folder of a run.
+      config: the config of the run that is about to begin or to be resumed.
 
     Raises:
-      StorageError: another run is in it. ConfigError: see `refuse_other`. What it holds stays then.
+      ConfigError: the workdir holds the run of another config; names the fields that differ.
     """
-    hold(workdir)
-    refuse_other(workdir, config)  # another run may have come and gone since it was looked at
-    write_text(workdir / 'config.json', json.dumps(json.loads(config.to_json()), indent=1))
+    file = workdir / CONFIG_FILE
+    if not file.exists():
+        return
+    # Through JSON and back, so that tuples compare as the lists that they become in the file.
+    differences = _differences(json.loads(config.to_json()), json.loads(file.read_text()))
+    if differences:
+        raise ConfigError(f'{workdir} holds the run of another config ({"; ".join(differences)}); use another workdir')
 
 
-def restore_program(model: Model, config: Any, mesh: Mesh | AbstractMesh | None) -> tuple[Any, Any]:
-    """(the jitted step of restoration, its optimizer), as a recipe asks for them.
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Write the config into the workdir, and keep other processes out of it until this one ends.
 
     Args:
-      mesh: where its arguments will lie; None: on one device.
+      workdir: the folder of a run.
+      config: its config.
+
+    Raises:
+      StorageError: another run uses the workdir.
+      ConfigError: see `refuse_other`; the files in the workdir stay as they are.
     """
-    knobs = config.restore
-    schedule = ('peak', 'warmup', 'start', 'end', 'weight_decay', 'clip')
-    tx = paper_optimizer(knobs.steps, **{name: knobs[name] for name in schedule})
-    if knobs.on_bad_step == 'skip' or knobs.spike:
-        tx = guard.skip_bad_steps(tx, spike=knobs.spike or None)
-    run = remat_blocks if knobs.remat else scan_blocks
-    loss = ('kd', 'temperature', 'kl_reduction', 'gradient', 'accumulate', 'trained')
-    loss = {name: knobs[name] for name in loss}
-    if mesh is None:
-        return make_train_step(lambda w, batch: model.answer_logits(w, batch, run), tx, **loss), tx
+    hold(workdir)
+    # Checked again: another run may have come and gone since the first check, which was without the lock.
+    refuse_other(workdir, config)
+    write_text(workdir / CONFIG_FILE, json.dumps(json.loads(config.to_json()), indent=1))
+
+
+def restore_program(
+    model: Model, config: ConfigDict, mesh: Mesh | AbstractMesh | None
+) -> tuple[Callable[[State, Frozen, dict], tuple[State, dict[str, Array]]], optax.GradientTransformation]:
+    """Return the jitted step of restoration and its optimizer, as a recipe asks for them.
+
+    Args:
+      model: the model that is restored.
+      config: a recipe.
+      mesh: the mesh on which the arguments of the step will lie; None: one device.
+    """
+    restore = config.restore
+    tx = paper_optimizer(
+        restore.steps,
+        peak=restore.peak,
+        warmup=restore.warmup,
+        start=restore.start,
+        end=restore.end,
+        weight_decay=restore.weight_decay,
+        clip=restore.clip,
+    )
+    # A spike can only be recognised by the wrapper, whether it is then skipped or ends the run.
+    if restore.on_bad_step == 'skip' or restore.spike:
+        tx = guard.skip_bad_steps(tx, spike=restore.spike or None)
+    runner = remat_blocks if restore.remat else scan_blocks
+    if mesh is not None:
+        runner = sharding.gathering(runner, mesh)
 
     def forward(weights, batch):
-        weights = sharding.gather_outside_blocks(weights, mesh)
-        return model.answer_logits(weights, batch, sharding.gathering(run, mesh))
+        if mesh is not None:
+            # The weights of the blocks are gathered by the runner, a layer at a time.
+            weights = sharding.gather_outside_blocks(weights, mesh)
+        return model.answer_logits(weights, batch, runner)
 
-    return make_train_step(forward, tx, **loss, parts=sharding.row_parts(mesh)), tx
+    step = make_train_step(
+        forward,
+        tx,
+        kd=restore.kd,
+        temperature=restore.temperature,
+        kl_reduction=restore.kl_reduction,
+        gradient=restore.gradient,
+        accumulate=restore.accumulate,
+        trained=restore.trained,
+        parts=sharding.row_parts(mesh),
+    )
+    return step, tx

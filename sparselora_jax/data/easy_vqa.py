@@ -9,22 +9,24 @@ import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.data.dataset import DataRequest, Dataset, Split
+from sparselora_jax.runtime import processes
 
 COLOURS = ('black', 'gray', 'red', 'green', 'blue', 'yellow', 'teal', 'brown')
 SHAPES = ('rectangle', 'circle', 'triangle')
 KINDS = ('yes/no', 'shape', 'colour')
+UNKNOWN = -1  # index of a colour or shape that the questions about an image do not tell
 
 
 class EasyVqa(tfds.core.GeneratorBasedBuilder):
-    """One example a question, in the package's order of images."""
+    """A tensorflow-datasets builder with one example a question, in the package's order of images."""
 
     VERSION = tfds.core.Version('1.0.0')
 
@@ -40,35 +42,43 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
             description=__doc__,
             features=tfds.features.FeaturesDict(features),
             homepage='https://github.com/vzhou842/easy-VQA',
+            # Records stay in the package's order, so an index always means the same question.
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        # Only the package's files are read, so it is looked up without importing it.
         spec = importlib.util.find_spec('easy_vqa')
         if spec is None:
             raise FileNotFoundError('the package easy-vqa is not installed; run: pip install easy-vqa')
         (folder,) = spec.submodule_search_locations
         return {split: self._generate_examples(Path(folder) / 'data' / split) for split in ('train', 'test')}
 
-    def _generate_examples(self, folder: Path):
-        for index, (question, answer, image_id) in enumerate(json.loads((folder / 'questions.json').read_text())):
+    def _generate_examples(self, folder: Path) -> Iterator[tuple[int, dict]]:
+        questions = json.loads((folder / 'questions.json').read_text())
+        for index, (question, answer, image_id) in enumerate(questions):
             image = (folder / 'images' / f'{image_id}.png').read_bytes()
             yield index, {'image': image, 'image_id': image_id, 'question': question, 'answer': answer}
 
 
 def prepare(data_dir: str | Path) -> tfds.core.DatasetBuilder:
-    """The builder, its records written under `data_dir` unless they are there (5 seconds)."""
+    """Write the records under `data_dir` unless they are there (5 seconds), and return their builder.
+
+    Args:
+      data_dir: folder of prepared data sets.
+    """
     builder = EasyVqa(data_dir=str(data_dir), file_format='array_record')
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for a script's result
+    # TFDS prints to stdout, which belongs to the result of a script.
+    with contextlib.redirect_stdout(sys.stderr):
         builder.download_and_prepare()
     return builder
 
 
-class _Records:
-    """The builder's records with text as text."""
+class _DecodedRecords:
+    """The builder's records, with text as `str` where TFDS has bytes."""
 
-    def __init__(self, source: Any):
+    def __init__(self, source: Sequence[Mapping[str, Any]]):
         self.source = source
 
     def __len__(self) -> int:
@@ -79,37 +89,68 @@ class _Records:
         return record | {name: record[name].decode() for name in ('question', 'answer')}
 
 
-def read_texts(builder: Any, split: str) -> list[tuple[str, str, int]]:
-    """(question, answer, image_id) of every record, images not decoded."""
-    from tensorflow_datasets import decode
+def read_texts(builder: tfds.core.DatasetBuilder, split: str) -> list[tuple[str, str, int]]:
+    """Return (question, answer, image_id) of every record, without decoding images.
 
-    source = builder.as_data_source(split, decoders={'image': decode.SkipDecoding()})
-    records = source.__getitems__(range(len(source)))  # at once: one by one takes three times as long
-    return [(r['question'].decode(), r['answer'].decode(), int(r['image_id'])) for r in records]
+    Args:
+      builder: as `prepare` returns it.
+      split: 'train' or 'test'.
+    """
+    source = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
+    # All records in one call: one by one takes three times as long.
+    records = source.__getitems__(range(len(source)))
+    return [(record['question'].decode(), record['answer'].decode(), int(record['image_id'])) for record in records]
 
 
 def load(data_dir: str | Path) -> Dataset:
-    """The data set, its records written under `data_dir` unless they are there."""
+    """Return the data set; its records are written under `data_dir` unless they are there.
+
+    Args:
+      data_dir: folder of prepared data sets.
+    """
     builder = prepare(data_dir)
 
     def split(name: str) -> Split:
+        # Cached: a job reads the texts several times, which takes seconds each.
         texts = functools.cache(lambda: [text[:2] for text in read_texts(builder, name)])
-        return Split(_Records(builder.as_data_source(name)), texts)
+        return Split(_DecodedRecords(builder.as_data_source(name)), texts)
 
     return Dataset(split('train'), split('test'), KINDS, kind_of)
 
 
+class EasyVqaLoader:
+    """The `Loader` of easy-VQA. All texts are short, so `request.misfit` is not asked."""
+
+    kinds = KINDS
+
+    def __call__(self, request: DataRequest) -> Dataset:
+        """Load easy-VQA; the first process prepares its files, the others wait and read them.
+
+        Args:
+          request: its `data_dir` says where the files lie.
+        """
+        return processes.first_then_others(lambda: load(request.data_dir))
+
+
 def kind_of(answer: str) -> str:
-    """The kind of an answer, one of `KINDS`.
+    """Return the kind of an answer, one of `KINDS`.
+
+    Args:
+      answer: an answer of easy-VQA.
 
     >>> kind_of('no'), kind_of('circle'), kind_of('teal')
     ('yes/no', 'shape', 'colour')
     """
-    return 'yes/no' if answer in ('yes', 'no') else 'shape' if answer in SHAPES else 'colour'
+    if answer in ('yes', 'no'):
+        return 'yes/no'
+    return 'shape' if answer in SHAPES else 'colour'
 
 
 def image_facts(questions: Iterable[tuple[str, str, int]]) -> dict[int, tuple[int, int]]:
-    """What the questions and answers say about each image: {image_id: (colour index, shape index)}, -1 where untold.
+    """Return what the questions and answers tell about each image: {image_id: (colour index, shape index)}.
+
+    Args:
+      questions: (question, answer, image_id), as `read_texts` returns them. What they do not tell is `UNKNOWN`.
 
     >>> image_facts([('what color is the circle?', 'teal', 7), ('is there not a red shape?', 'no', 8)])
     {7: (6, 1), 8: (2, -1)}
@@ -117,12 +158,15 @@ def image_facts(questions: Iterable[tuple[str, str, int]]) -> dict[int, tuple[in
     facts: dict[int, list[int]] = {}
     for question, answer, image_id in questions:
         words = question.strip('?').split()
-        said = facts.setdefault(image_id, [-1, -1])
-        denies = (answer == 'no') != ('not' in words or 'no' in words)
-        told = [answer] if kind_of(answer) == 'yes/no' and denies else [*words, answer]
-        for word in told:
+        fact = facts.setdefault(image_id, [UNKNOWN, UNKNOWN])
+        # "is there a red shape?" - "no" says that the image is not red, and so does "is there no red shape?" - "yes".
+        # The words of such a question tell nothing about the image.
+        is_negated = 'not' in words or 'no' in words
+        is_denied = (answer == 'no') != is_negated
+        true_words = [answer] if kind_of(answer) == 'yes/no' and is_denied else [*words, answer]
+        for word in true_words:
             if word in COLOURS:
-                said[0] = COLOURS.index(word)
+                fact[0] = COLOURS.index(word)
             elif word in SHAPES:
-                said[1] = SHAPES.index(word)
+                fact[1] = SHAPES.index(word)
     return {image_id: (colour, shape) for image_id, (colour, shape) in facts.items()}

@@ -8,11 +8,11 @@
       {"image": "cats/2.jpg", "prompt": "A picture of", "answer": "a cat on a mat", "split": "test"}
 
   image   a file of any format that Pillow reads; its path is relative to the folder and stays inside it
-  prompt  what is asked, or how a caption begins; a recipe's template (`text.prompt`) is put around it
-  answer  what the model is to say
-  split   'train' or 'test'; left out, all lines of an image go to the same one, chosen by a hash of its path
+  prompt  the question, or the beginning of a caption; the recipe puts its template (`text.prompt`) around it
+  answer  the answer that the model should give
+  split   'train' or 'test'; if no line of an image has it, a hash of the image's path chooses one for all its lines
 
-Other fields and blank lines are passed over. A line that cannot be used is left out, counted and named by its number.
+Other fields and blank lines are ignored. A line that cannot be used is left out, counted and named by its number.
 """
 
 import hashlib
@@ -26,16 +26,21 @@ from typing import Any, SupportsIndex
 from PIL import Image
 
 from sparselora_jax.data import pipeline
-from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.data.dataset import DATASETS, DataRequest, Dataset, Split
 from sparselora_jax.runtime.errors import DataError
 
 FIELDS = ('image', 'prompt', 'answer')
 SPLITS = ('train', 'test')
+KINDS = ('yes/no', 'number', 'other')
+TEST_SHARE = 0.1  # of the images whose lines name no split
+TOLERANCE = 0.5  # the largest share of lines that may be left out
+SHOWN_PROBLEMS = 5  # how many of the lines that were left out a summary names
+LONGEST_QUOTE = 80  # characters of a line that a message repeats
 
 
 @dataclass(frozen=True)
 class Record:
-    """A line that can be used; `image` is as it is written there, the texts have no space around."""
+    """A usable line. `image` is the path as the line has it; the texts are stripped of surrounding spaces."""
 
     line: int
     image: str
@@ -46,7 +51,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line that was left out, and why."""
+    """A line that was left out, and the reason."""
 
     line: int
     reason: str
@@ -62,8 +67,13 @@ class Source:
     def __len__(self) -> int:
         return len(self.records)
 
+    # grain passes numpy's integers, hence `SupportsIndex`.
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        """Reads the image; raises `DataError` where its pixels are broken."""
+        """Read a record and its image.
+
+        Raises:
+          DataError: the pixels of the image are broken.
+        """
         record = self.records[index]
         try:
             pixels = pipeline.read_image(self.folder / record.image)
@@ -74,27 +84,32 @@ class Source:
 
 @dataclass(frozen=True)
 class Folder:
-    """What `read_folder` found, in the order of its lines."""
+    """The usable and unusable lines of a folder, in their order in the file."""
 
     path: Path
     records: tuple[Record, ...]
     problems: tuple[Problem, ...]
 
-    def summary(self, shown: int = 5) -> str:
-        """E.g. '1,204 examples; 3 left out: line 7: image cats/1.png does not exist; ...', all on one line."""
+    def summary(self) -> str:
+        """Return one line, for example '1,204 examples; 3 left out: line 7: image cats/1.png does not exist; ...'."""
         count = len(self.records)
         text = f'{count:,} example{"s" * (count != 1)}'
         if not self.problems:
             return text
-        named = [f'line {problem.line}: {problem.reason}' for problem in self.problems[:shown]]
-        rest = len(self.problems) - len(named)
-        return f'{text}; {len(self.problems):,} left out: ' + '; '.join(named + [f'and {rest:,} more'] * (rest > 0))
+        reasons = [f'line {problem.line}: {problem.reason}' for problem in self.problems[:SHOWN_PROBLEMS]]
+        rest = len(self.problems) - len(reasons)
+        if rest > 0:
+            reasons.append(f'and {rest:,} more')
+        return f'{text}; {len(self.problems):,} left out: ' + '; '.join(reasons)
 
     def as_data_source(self, split: str) -> Source:
-        """The records of a split, 'train' or 'test'.
+        """Return the records of a split.
+
+        Args:
+          split: 'train' or 'test'.
 
         Raises:
-          DataError: there are none.
+          DataError: the split has no records.
         """
         records = tuple(record for record in self.records if record.split == split)
         if not records:
@@ -102,99 +117,134 @@ class Folder:
         return Source(self.path, records)
 
     def texts(self, split: str) -> list[tuple[str, str, str]]:
-        """(prompt, answer, image path) of a split's records, images not read."""
-        return [(r.prompt, r.answer, r.image) for r in self.as_data_source(split).records]
+        """Return (prompt, answer, image path) of a split's records, without reading images.
+
+        Args:
+          split: 'train' or 'test'.
+        """
+        source = self.as_data_source(split)
+        return [(record.prompt, record.answer, record.image) for record in source.records]
 
 
-def read_folder(
-    path: str | Path,
-    *,
-    test_share: float = 0.1,
-    tolerance: float = 0.5,
-    misfit: Callable[[str, str], str] = lambda prompt, answer: '',
-) -> Folder:
-    """Reads and checks `data.jsonl`; of the images, only that they are there and begin as images do.
+def read_folder(path: str | Path, *, misfit: Callable[[str, str], str] = lambda prompt, answer: '') -> Folder:
+    """Read and check `data.jsonl`; images are only opened, their pixels are not read.
 
     Args:
-      test_share: of the images whose lines name no split.
-      tolerance: the share of lines that may be left out.
+      path: the folder.
       misfit: (prompt, answer) -> why a model cannot take them, '' if it can.
 
+    Returns:
+      The lines that can be used and those that cannot.
+
     Raises:
-      DataError: no such folder or file, no line in it that can be used, or too many that cannot.
+      DataError: no such folder or file, no usable line, or too many that are not.
     """
-    path, file = Path(path), Path(path) / 'data.jsonl'
+    path = Path(path)
+    file = path / 'data.jsonl'
+    if not path.is_dir():
+        registered = ', '.join(DATASETS)
+        raise DataError(f'{path}: no such folder; expected a folder, package.module:Name, or one of {registered}')
     if not file.is_file():
-        what = 'no data.jsonl in this folder' if path.is_dir() else 'no such folder'
-        raise DataError(f'{path}: {what}; see sparselora_jax/data/folder.py for what it holds')
-    records, problems, seen, images = [], [], {}, {}
-    splits: dict[str, str] = {}  # of images, as some line of theirs says
-    for number, line in enumerate(file.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n'), start=1):
+        raise DataError(f'{path}: no data.jsonl in this folder; see sparselora_jax/data/folder.py for its format')
+    lines = file.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')  # a byte order mark, as Windows writes it
+    checker = _LineChecker(path, misfit)
+    usable: dict[int, dict[str, str]] = {}
+    problems = []
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            fields = _fields(line)
-            content = tuple(fields[name] for name in FIELDS)
-            if content in seen:
-                raise DataError(f'the same as line {seen[content]}')
-            name = fields['image']
-            if name not in images:  # an image has several questions: opened once
-                images[name] = _image_problem(path, name)
-            if images[name]:
-                raise DataError(f'image {_short(name)} {images[name]}')
-            if reason := misfit(fields['prompt'], fields['answer']):
-                raise DataError(reason)
+            usable[number] = checker.check(number, line)
         except DataError as error:
             problems.append(Problem(number, str(error)))
-            continue
-        seen[content] = number
-        if fields['split']:
-            splits.setdefault(name, fields['split'])
-        records.append((number, fields))
-
-    def split_of(fields):
-        name = fields['image']
-        return fields['split'] or splits.get(name) or _hashed(name, test_share)
-
-    found = tuple(Record(number, *(f[name] for name in FIELDS), split_of(f)) for number, f in records)
-    folder = Folder(path, found, tuple(problems))
-    if not found:
+    records = []
+    for number, fields in usable.items():
+        split = fields['split'] or checker.image_splits.get(fields['image']) or _split_by_hash(fields['image'])
+        records.append(Record(number, fields['image'], fields['prompt'], fields['answer'], split))
+    folder = Folder(path, tuple(records), tuple(problems))
+    if not records:
         reason = folder.summary() if problems else 'it is empty'
         raise DataError(f'{file}: no line that can be used: {reason}')
-    if len(problems) > tolerance * (len(found) + len(problems)):
-        raise DataError(f'{file}: more than {tolerance:.0%} of the lines cannot be used: {folder.summary()}')
+    if len(problems) > TOLERANCE * (len(records) + len(problems)):
+        raise DataError(f'{file}: more than {TOLERANCE:.0%} of the lines cannot be used: {folder.summary()}')
     return folder
 
 
-def _fields(line: bytes) -> dict[str, str]:
-    """A line's fields, `split` '' where it names none; raises `DataError` with what is wrong."""
+class _LineChecker:
+    """Checks lines one after the other, and remembers what later lines are compared with."""
+
+    def __init__(self, folder: Path, misfit: Callable[[str, str], str]):
+        self.folder = folder
+        self.misfit = misfit
+        self.first_lines: dict[tuple[str, ...], int] = {}  # image, prompt and answer -> the line that had them first
+        self.image_problems: dict[str, str] = {}  # an image has several questions, but is opened once
+        self.image_splits: dict[str, str] = {}  # image -> the split that the first line to name one gave it
+
+    def check(self, number: int, line: bytes) -> dict[str, str]:
+        """Return the fields of a line, `split` '' where it names none.
+
+        Raises:
+          DataError: the line cannot be used, and why.
+        """
+        fields = _parse_line(line)
+        content = tuple(fields[name] for name in FIELDS)
+        if content in self.first_lines:
+            raise DataError(f'the same as line {self.first_lines[content]}')
+        image = fields['image']
+        if image not in self.image_problems:
+            self.image_problems[image] = _image_problem(self.folder, image)
+        if self.image_problems[image]:
+            raise DataError(f'image {_quote(image)} {self.image_problems[image]}')
+        reason = self.misfit(fields['prompt'], fields['answer'])
+        if reason:
+            raise DataError(reason)
+        # Only usable lines are remembered: a bad line must neither hide a good one nor choose a split.
+        self.first_lines[content] = number
+        if fields['split']:
+            self.image_splits.setdefault(image, fields['split'])
+        return fields
+
+
+def _parse_line(line: bytes) -> dict[str, str]:
+    """Return the fields of a line, `split` '' where it names none.
+
+    Raises:
+      DataError: the line is no JSON object, or a field is missing or has another type.
+    """
     try:
-        found = json.loads(line.decode())
+        values = json.loads(line.decode())
     except UnicodeDecodeError:
         raise DataError('not UTF-8') from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: ten thousand brackets in each other
         raise DataError(f'not JSON ({error})') from None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise DataError('not a JSON object')
     for name in FIELDS:
-        if name not in found:
+        if name not in values:
             raise DataError(f'no field {name!r}')
-        if not isinstance(found[name], str):
-            raise DataError(f'{name} is {_short(json.dumps(found[name]))}, not a text')
-        if not found[name].strip():
+        value = values[name]
+        if not isinstance(value, str):
+            raise DataError(f'{name} is {_quote(json.dumps(value))}, not a text')
+        if not value.strip():
             raise DataError(f'{name} is empty')
-        if any('\ud800' <= character <= '\udfff' for character in found[name]):  # JSON can spell them, no file can
+        # JSON can spell half of a surrogate pair, but no file and no tokenizer can take it.
+        if any('\ud800' <= character <= '\udfff' for character in value):
             raise DataError(f'{name} holds half of a surrogate pair')
-    split = found.get('split')
+    split = values.get('split')
     if split not in (None, *SPLITS):
-        raise DataError(f"split is {_short(json.dumps(split))}, neither 'train' nor 'test'")
-    return {'image': found['image'], 'split': split or ''} | {n: found[n].strip() for n in ('prompt', 'answer')}
+        raise DataError(f"split is {_quote(json.dumps(split))}, neither 'train' nor 'test'")
+    return {
+        'image': values['image'],
+        'prompt': values['prompt'].strip(),
+        'answer': values['answer'].strip(),
+        'split': split or '',
+    }
 
 
 def _image_problem(folder: Path, name: str) -> str:
-    """Why an image cannot be used; '' if nothing speaks against it. Its pixels are not read."""
+    """Return why an image cannot be used, '' if it probably can; its pixels are not read."""
     try:
-        # Links count as well: a data set from elsewhere must not show a model files that it does not hold.
+        # Links are resolved too: a data set from elsewhere must not show a model files that it does not hold.
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             return 'leads outside the folder'
         with Image.open(folder / name):
@@ -202,41 +252,69 @@ def _image_problem(folder: Path, name: str) -> str:
     except FileNotFoundError:
         return 'does not exist'
     except pipeline.UNREADABLE as error:
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = 'no image format that Pillow knows' if unknown else getattr(error, 'strerror', None) or error
-        return f'cannot be read: {reason}'
+        if isinstance(error, Image.UnidentifiedImageError):
+            return 'cannot be read: no image format that Pillow knows'
+        # `strerror` is an OSError's text without its number and path.
+        return f'cannot be read: {getattr(error, "strerror", None) or error}'
 
 
-def _short(text: str) -> str:
-    """Something of a line's, as part of a message of one line."""
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 80 else text[:77] + '...'
+def _quote(text: str) -> str:
+    """Return a text from the file so that it fits into a message of one line."""
+    if not text.isprintable():
+        text = repr(text)
+    return text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + '...'
 
 
-def _hashed(name: str, test_share: float) -> str:
-    digest = hashlib.sha256(name.encode()).digest()
-    return SPLITS[int.from_bytes(digest[:8]) < test_share * 2**64]
+def _split_by_hash(image: str) -> str:
+    """Return the split of an image by a hash of its path, so that it stays when lines are added or reordered."""
+    digest = hashlib.sha256(image.encode()).digest()
+    is_test = int.from_bytes(digest[:8]) < TEST_SHARE * 2**64
+    return 'test' if is_test else 'train'
 
 
 def kind_of(answer: str) -> str:
-    """The kind of an answer, as VQA's evaluation tells them apart.
+    """Return the kind of an answer, as the evaluation of VQA (arXiv 1505.00468) tells them apart.
+
+    Args:
+      answer: any text.
 
     >>> kind_of('Yes'), kind_of('12'), kind_of('a cat')
     ('yes/no', 'number', 'other')
     """
-    return 'yes/no' if answer.lower() in ('yes', 'no') else 'number' if answer.isdigit() else 'other'
+    if answer.lower() in ('yes', 'no'):
+        return 'yes/no'
+    return 'number' if answer.isdigit() else 'other'
 
 
 def load(path: str | Path, misfit: Callable[[str, str], str] = lambda prompt, answer: '') -> Dataset:
-    """The folder as a data set; says on stderr what was left out; `misfit`: see `read_folder`.
+    """Return the folder as a data set, and say on stderr which lines were left out.
+
+    Args:
+      path: the folder.
+      misfit: see `read_folder`.
 
     Raises:
       DataError: see `read_folder`; or one of the two splits is empty.
     """
-    found = read_folder(path, misfit=misfit)
-    print(found.summary(), file=sys.stderr)
+    folder = read_folder(path, misfit=misfit)
+    print(folder.summary(), file=sys.stderr)
 
     def split(name: str) -> Split:
-        return Split(found.as_data_source(name), lambda: [text[:2] for text in found.texts(name)])
+        return Split(folder.as_data_source(name), lambda: [text[:2] for text in folder.texts(name)])
 
-    return Dataset(split('train'), split('test'), ('yes/no', 'number', 'other'), kind_of)
+    return Dataset(split('train'), split('test'), KINDS, kind_of)
+
+
+class FolderLoader:
+    """The `Loader` of folders: `request.data` is the path of one."""
+
+    # Batches cannot be mixed by kind: a folder may hold no answer of some kind, and no batch could be drawn from it.
+    kinds = ()
+
+    def __call__(self, request: DataRequest) -> Dataset:
+        """Load a folder, without the records that the model cannot take.
+
+        Args:
+          request: its `data` is the folder.
+        """
+        return load(request.data, request.misfit)

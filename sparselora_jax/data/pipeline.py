@@ -1,70 +1,106 @@
-"""From records to batches: image and text processing, and a grain pipeline where a batch is a function of its step.
+"""Turns records into batches: image and text processing, and a grain pipeline where a batch is a function of its step.
 
 `batches(...)[step]` is the batch of a global step: a position in the data is one integer, which a checkpoint stores.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.data.dataset import Dataset, Records, Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.runtime.errors import DataError
 
-# What Pillow raises for a file that is there.
+# What Pillow raises for a file that exists but cannot be read: it has no common error of its own.
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 
 
+@runtime_checkable
+class ExampleProcessor(Protocol):
+    """What is used here of `processing.Processor`, whose module imports transformers."""
+
+    def example(
+        self, image: np.ndarray, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int
+    ) -> dict[str, np.ndarray]:
+        """Return the arrays of one example; see `processing.Processor.example`."""
+
+    def misfit(self, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int | None) -> str:
+        """Return why the tokens do not fit, '' if they do; see `processing.Processor.misfit`."""
+
+
 def read_image(path: str | Path) -> UInt8[np.ndarray, 'height width 3']:
-    """An image file as RGB pixels, turned as a camera says, on white where it is transparent.
+    """Read an image file as RGB: turned as its EXIF orientation says, on white where it is transparent.
+
+    Args:
+      path: a file of any format that Pillow knows.
 
     Raises:
       DataError: the file is missing or no image.
     """
     try:
         with Image.open(path) as image:
-            return _rgb(image)
+            return _to_rgb(image)
     except FileNotFoundError:
         raise DataError(f'{path}: no such file') from None
     except UNREADABLE as error:
         raise DataError(f'{path}: not a readable image ({error})') from None
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, 'height width 3']:
+    # Before the conversion: that drops EXIF, and with it the orientation.
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
+        # `convert('RGB')` alone would drop alpha and show whatever colour transparent pixels happen to have.
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return np.asarray(image.convert('RGB'))
 
 
-def vqa_transform(processor: Any, text: TextFormat) -> Callable[[dict], dict]:
-    """A record -> the arrays that a model reads and those that it is trained to predict."""
-    size = {'prompt_tokens': text.prompt_tokens, 'answer_tokens': text.answer_tokens}
+def vqa_transform(processor: ExampleProcessor, text: TextFormat) -> Callable[[dict], dict]:
+    """Return a function that turns a record into the arrays of one example: a model's inputs and its targets.
+
+    Args:
+      processor: of the model.
+      text: how the question is written, and the room for prompt and answer.
+    """
 
     def transform(record):
-        return processor.example(record['image'], text.write(record['question']), record['answer'], **size)
+        return processor.example(
+            record['image'],
+            text.write(record['question']),
+            record['answer'],
+            prompt_tokens=text.prompt_tokens,
+            answer_tokens=text.answer_tokens,
+        )
 
     return transform
 
 
-def misfit(processor: Any, text: TextFormat, *, answers: bool = True) -> Callable[[str, str], str]:
-    """(question, answer) -> why their tokens do not fit the format, '' if they do; for `folder.load`.
+def misfit(processor: ExampleProcessor, text: TextFormat, *, answers: bool = True) -> Callable[[str, str], str]:
+    """Return a function (question, answer) -> why their tokens do not fit the format, '' if they do.
 
     Args:
-      answers: whether answers must fit too: those that are only compared as text need no room.
+      processor: of the model.
+      text: how the question is written, and the room for prompt and answer.
+      answers: whether answers must fit too. Answers that are only compared as text need no room.
     """
-    room = {'prompt_tokens': text.prompt_tokens, 'answer_tokens': text.answer_tokens if answers else None}
-    return lambda question, answer: processor.misfit(text.write(question), answer, **room)
+    answer_tokens = text.answer_tokens if answers else None
+
+    def reason(question, answer):
+        return processor.misfit(
+            text.write(question), answer, prompt_tokens=text.prompt_tokens, answer_tokens=answer_tokens
+        )
+
+    return reason
 
 
 def batches(
-    source: Any,
+    source: Records | Sequence,
     transform: Callable[[dict], dict],
     *,
     batch: int,
@@ -74,31 +110,49 @@ def batches(
     rows: Sequence[int] | None = None,
     augment: Callable[[dict, np.random.Generator], dict] | None = None,
 ) -> grain.MapDataset:
-    """An endless dataset whose item `step` is the batch of that step, stacked.
+    """Return an endless dataset whose item `step` is the batch of that step, stacked.
 
     Args:
-      source: random access to records.
-      groups: indices into `source`, each group shuffled anew every epoch of its own.
-      shares: the weight of each group in a batch, e.g. (2, 1, 1) for half, a quarter, a quarter.
-      rows: those of each batch that are made, others are not read; None: all.
+      source: the records.
+      transform: record -> the arrays of one example.
+      batch: number of examples in a batch.
+      seed: decides the order of records, and what `augment` draws.
+      groups: indices into `source`. Each group is shuffled, anew in each of its own epochs.
+      shares: the weight of each group in a batch, for example (2, 1, 1) for half, a quarter, a quarter.
+      rows: rows of each batch to make; records of other rows are not read. None: all.
       augment: applied to each example, with a generator that is a function of seed and position.
+
+    Raises:
+      DataError: a group is empty.
     """
+    # An empty group has nothing to shuffle and repeat, and grain does not say which one it is.
     if not all(len(group) for group in groups):
         raise DataError(f'a group of the training data is empty; sizes {[len(group) for group in groups]}')
-    mixed = grain.MapDataset.mix(
-        [grain.MapDataset.source(list(group)).seed(seed + i).shuffle().repeat() for i, group in enumerate(groups)],
-        weights=shares,
-    )
+    # Indices are shuffled and mixed, not records: nothing is read that is not drawn.
+    shuffled = [
+        grain.MapDataset.source(list(group)).seed(seed + number).shuffle().repeat()
+        for number, group in enumerate(groups)
+    ]
+    mixed = grain.MapDataset.mix(shuffled, weights=shares)
     examples = mixed.map(lambda index: transform(source[index]))
+    # `random_map` makes a generator for each position from this seed, so a resumed run draws the same.
     if augment is not None:
         examples = examples.seed(seed).random_map(augment)
+    # `examples` is endless, and item i of it is a function of i: batches can be asked for in any order.
     if rows is None or len(rows) == batch:
         return examples.batch(batch)
-    steps = grain.MapDataset.range(len(examples) // batch * len(rows))
-    return steps.map(lambda i: examples[i // len(rows) * batch + rows[i % len(rows)]]).batch(len(rows))
+    # One process of several: item i of `own_examples` is row `rows[i % len(rows)]` of the global batch of its step.
+    own_examples = grain.MapDataset.range(len(examples) // batch * len(rows))
+    own_examples = own_examples.map(lambda i: examples[i // len(rows) * batch + rows[i % len(rows)]])
+    return own_examples.batch(len(rows))
 
 
 def groups_by_kind(split: Split, dataset: Dataset) -> list[list[int]]:
-    """Indices of the split's records of each kind, in the order of `dataset.kinds`."""
+    """Return the indices of the split's records of each kind, in the order of `dataset.kinds`.
+
+    Args:
+      split: its texts are read, its images are not.
+      dataset: says the kinds.
+    """
     kinds = [dataset.kind_of(answer) for _, answer in split.read_texts()]
-    return [[i for i, kind in enumerate(kinds) if kind == name] for name in dataset.kinds]
+    return [[index for index, kind in enumerate(kinds) if kind == name] for name in dataset.kinds]

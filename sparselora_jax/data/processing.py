@@ -1,4 +1,4 @@
-"""Images and texts for a Hugging Face directory: its own processor converts them, and they are laid out for our batches.
+"""Images and texts for a Hugging Face directory: its own processor converts them; this module lays them out.
 
 transformers' processors and their PIL image processors do the conversion, without torch. This module decides where
 tokens stand:

@@ -1,1 +1,1 @@
-"""Runs a recipe in a working directory, runs sweeps of recipes, writes reports."""
+"""Runs a recipe in a working directory, runs sweeps of recipes, and writes reports."""

@@ -1,7 +1,4 @@
-"""One config in one workdir: what the stages read, loaded when first needed, and where they leave their results.
-
-`config` is what `configs/*.py` return, or anything with the same attributes.
-"""
+"""One run of a recipe in a workdir: what its stages read, loaded when first needed, and where they leave results."""
 
 import functools
 import hashlib
@@ -11,15 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints import embedded, on_disk, streaming, trees
-from sparselora_jax.checkpoints import load as hf
-from sparselora_jax.data import easy_vqa, folder, pipeline, processing
-from sparselora_jax.data.dataset import Dataset
+from sparselora_jax.checkpoints.layout import Piece
+from sparselora_jax.checkpoints.load import open_model
+from sparselora_jax.data import pipeline, processing
+from sparselora_jax.data.dataset import DataRequest, Dataset
 from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.jobs import names
 from sparselora_jax.models.model import Model, abstract_params
 from sparselora_jax.pruning import targets
 from sparselora_jax.recipe import (
@@ -27,8 +29,10 @@ from sparselora_jax.recipe import (
     base_formats,
     check_allocation,
     check_batches,
+    check_targets,
     check_values,
     claim,
+    data_loader,
     lora_rules,
     prune_methods,
     prune_rules,
@@ -40,62 +44,106 @@ from sparselora_jax.restoration import teacher
 from sparselora_jax.restoration.restore import Frozen, merge_trained
 from sparselora_jax.runtime import files, processes
 from sparselora_jax.runtime.progress import Log, peak_memory
-from sparselora_jax.sparse import rules, sharding
+from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import check_sparse
-from sparselora_jax.sparse.weights import init_lora, with_kernels
+from sparselora_jax.sparse.rules import flatten
+from sparselora_jax.sparse.weights import init_lora, merge, with_kernels
 
-TEACHER = 'teacher'  # a folder, see teacher.py
-MASKS, KERNELS = 'masks.safetensors', 'kernels.safetensors'  # what pruning leaves; the second if kept weights changed
-ROUNDED = 'rounded.safetensors'  # kernels whose values four bits hold, see `stages.round_base`
-QUESTIONS = 'questions.json'
+EMBEDDED = 'embedded'  # the value of `config.model` that means the model that comes with the package
 
 
-def check_fit(config: Any, shapes: dict) -> None:
-    """Names what of a config does not fit a model of these shapes.
+def check_fit(config: ConfigDict, shapes: dict) -> None:
+    """Check that a recipe fits a model, from the shapes of its weights alone.
+
+    Args:
+      config: a recipe.
+      shapes: params tree with a shape in the place of each array.
 
     Raises:
       PatternError, RuleError: see `prune_tree` and `init_lora`.
+      ConfigError: see `check_targets`.
     """
-    like = jax.tree.map(
+    params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda shape: isinstance(shape, tuple)
     )
-    patterns = pruning.patterns_of(like, prune_rules(config))
-    targets.pattern_zeros(rules.flatten(like), patterns, targets.methods_of(like, prune_methods(config)))
-    check_allocation(config, like)
-    jax.eval_shape(lambda key: init_lora(key, like, lora_rules(config)), jax.random.key(0))
+    patterns = pruning.patterns_of(params, prune_rules(config))
+    targets.pattern_zeros(flatten(params), patterns, targets.methods_of(params, prune_methods(config)))
+    check_allocation(config, params)
+    check_targets(config, params)
+    # Nothing is computed: the factors are made of shapes, so that errors come before any weight is read.
+    jax.eval_shape(lambda key: init_lora(key, params, lora_rules(config)), jax.random.key(0))
 
 
 class Job:
-    """A config, its workdir, and what is expensive to load."""
+    """A recipe, its workdir, and what is expensive to load.
 
-    def __init__(self, config: Any, workdir: str | Path):
-        """Nothing is loaded or written yet.
+    Most of what is loaded stays in memory. Three sets of weights are large, so when they are in memory is explicit:
+
+      params  the dense weights, from their first use until `release_dense`
+      frozen  the same weights with the kernels that pruning changed, masks and teacher; until `release_dense` too
+      base    what LoRA is trained on. It is `frozen`, unless the recipe stores pruned kernels in fewer bytes.
+
+    Attributes:
+      config: the recipe, as a file of `configs/` returns it.
+      workdir: the folder of all results.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str | Path):
+        """Check the values of the recipe; nothing is loaded or written yet.
+
+        Args:
+          config: a recipe.
+          workdir: a folder, which need not exist.
 
         Raises:
-          ConfigError: the workdir holds the run of another config (names the fields), or a field's value cannot work.
+          ConfigError: the workdir holds the run of another config (names the fields), or a field has an illegal value.
         """
-        self.config, self.workdir = config, Path(workdir)
+        self.config = config
+        self.workdir = Path(workdir)
+        # None: not in memory. See the docstring of the class.
+        self._params: dict | None = None
+        self._frozen: Frozen | None = None
+        self._reduced_base: Frozen | None = None
         check_values(config)
         refuse_other(self.workdir, config)
 
+    # Stages.
+
     def stage(self, name: str, compute: Callable[[], dict]) -> dict:
-        """The result of a stage: read from `<name>.json`, or computed and written there with its time and memory."""
-        file = self.workdir / f'{name}.json'
+        """Return the result of a stage: read from its file, or computed and written there with its time and memory.
+
+        Args:
+          name: of the stage; the file is `<name>.json`.
+          compute: does the work, and returns what JSON can hold.
+        """
+        file = self.workdir / names.result_file(name)
+        # The first process looks and writes for all: the others may not see its disk.
         if not processes.agreed(file.exists):
+            # Every process checks, since each loads the model; the first alone writes.
             self.check()
             processes.agreed(lambda: self._begin(name))
             started = time.monotonic()
             result = compute() | {'seconds': time.monotonic() - started, 'peak_memory_bytes': peak_memory()}
             processes.agreed(lambda: files.write_text(file, json.dumps(result)))
-        return processes.agreed(lambda: json.loads(file.read_text()))
+        return self.stage_result(name)
 
-    def _begin(self, name: str) -> None:
+    def stage_result(self, name: str) -> dict | None:
+        """Return the result of a stage that is done, None if it is not.
+
+        Args:
+          name: of the stage.
+        """
+        file = self.workdir / names.result_file(name)
+        return processes.agreed(lambda: json.loads(file.read_text()) if file.exists() else None)
+
+    def _begin(self, stage: str) -> None:
+        """Claim the workdir for this config and these questions, and say which stage begins."""
         claim(self.workdir, self.config)
-        files.write_text(self.workdir / QUESTIONS, self.questions)
-        print(f'-- {name}', flush=True)
+        files.write_text(self.workdir / names.QUESTIONS, self.questions)
+        print(f'-- {stage}', flush=True)
 
     def check(self) -> None:
-        """Names what does not fit the model, before any long work.
+        """Check that the recipe fits the model, the devices and the data, before any long work.
 
         Raises:
           PatternError, RuleError: see `prune_tree` and `init_lora`.
@@ -104,13 +152,15 @@ class Job:
             answers are compared one by one.
         """
         check_fit(self.config, self.model.shapes())
-        vocab, restore = self.model.cfg.language.vocab, self.config.restore
+        vocab = self.model.cfg.language.vocab
+        restore = self.config.restore
         if restore.teacher == 'top_k' and restore.top_k >= vocab:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
-        _ = self.mesh
+        _ = self.mesh  # raises if the devices cannot form it
         check_batches(self.config)
-        kept, questions = self.workdir / QUESTIONS, self.questions
-        if kept.exists() and kept.read_text() != questions:
+        # The data are read here for the first time, after all that is quicker to check.
+        file = self.workdir / names.QUESTIONS
+        if file.exists() and file.read_text() != self.questions:
             raise ConfigError(
                 f'{self.workdir}: the test questions of {self.config.data} are not those that this run began with; '
                 'use another workdir, or put them back'
@@ -118,148 +168,237 @@ class Job:
 
     @functools.cached_property
     def questions(self) -> str:
-        """What tells the test questions from others."""
+        """Return a digest of the test questions as JSON, the content of `questions.json`."""
+        # Texts alone: reading all images would take minutes.
         texts = self.dataset.test.read_texts()
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         return json.dumps({'count': len(texts), 'sha256': digest})
 
     @functools.cached_property
     def log(self) -> Log:
-        """Scalars, in the workdir."""
+        """Return the log of scalars in the workdir."""
         return Log(self.workdir)
+
+    # Devices.
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh | None:
-        """The mesh that the config asks for; None: one device. Says which kernels it does not split."""
+        """Return the mesh that the recipe asks for, None for one device; print which kernels it does not split."""
         axes = self.config.mesh.to_dict()
+        # Several processes need a mesh even with one device each.
         if set(axes.values()) == {1} and jax.process_count() == 1:
             return None
         mesh = sharding.make_mesh(**axes)
-        lines, batch = sharding.undivided(abstract_params(self.model.cfg), mesh), self.config.evaluate.batch
+        lines = sharding.undivided(abstract_params(self.model.cfg), mesh)
+        batch = self.config.evaluate.batch
         if batch % mesh.shape['data']:
             lines.append(
                 f'data={mesh.shape["data"]} does not divide evaluate.batch, {batch}: every device answers all questions'
             )
-        for line in lines if processes.first() else ():
-            print(f'mesh: {line}', flush=True)
+        if processes.first():
+            for line in lines:
+                print(f'mesh: {line}', flush=True)
         return mesh
 
     def shard(self, tree: dict) -> dict:
-        """Params, masks or lora on the mesh."""
+        """Return a tree with its arrays on the mesh, or on the device.
+
+        Args:
+          tree: params, masks or lora.
+        """
         return jax.device_put(tree) if self.mesh is None else sharding.shard(tree, self.mesh)
 
+    # The model.
+
     @functools.cached_property
-    def _opened(self) -> tuple[Model, Any]:
-        """(model, params) of the embedded model; of another one (model, where its weights lie)."""
-        if self.config.model == 'embedded':
+    def _opened(self) -> tuple[Model, dict | list[Piece]]:
+        """Return the model, and its params if it is the embedded one, otherwise where its weights lie on disk."""
+        if self.config.model == EMBEDDED:
             return embedded.load(dtype=self.dtype)
-        return hf.open_model(self.config.model, self.config.family)
+        return open_model(self.config.model, self.config.family)
 
     @property
-    def dtype(self) -> Any:
-        """Of the base weights."""
+    def dtype(self) -> np.dtype:
+        """Return the dtype of the base weights."""
         return jnp.dtype(self.config.dtype)
 
     @property
     def model(self) -> Model:
-        """The model, without its weights."""
-        return self._opened[0]
+        """Return the model, without its weights."""
+        model, _ = self._opened
+        return model
 
     @functools.cached_property
-    def params(self) -> dict:
-        """The dense weights."""
-        model, found = self._opened
-        if self.config.model == 'embedded':
-            return self.shard(found)
-        return streaming.read_params(model.shapes(), found, self.dtype, self.mesh)
-
-    def params_on_disk(self) -> dict:
-        """The dense weights, their blocks to be read when they are needed (the embedded model's are in memory)."""
-        model, found = self._opened
-        return found if self.config.model == 'embedded' else on_disk.params_on_disk(model, found, self.dtype)
-
-    def pruned_on_disk(self) -> dict:
-        """The pruned model, its kernels to be read a layer at a time: as `stages.round_base` left them, if it did."""
-        kernels = (self.workdir / name for name in (KERNELS, ROUNDED))
-        return on_disk.pruned_on_disk(self.params_on_disk(), self.workdir / MASKS, *kernels)
-
-    def let_go(self) -> None:
-        """Of the dense weights, unless the teacher is to run; they are read again when they are asked for."""
-        for name in ('frozen',) if runs_teacher(self.config) else ('frozen', 'params'):
-            self.__dict__.pop(name, None)
-
-    @functools.cached_property
-    def processor(self) -> Any:
-        """Images and text -> what the model reads, and tokens -> text."""
-        if self.config.model == 'embedded':
+    def processor(self) -> processing.Processor:
+        """Return what turns images and text into the inputs of the model, and tokens into text."""
+        if self.config.model == EMBEDDED:
             return embedded.load_processor(self.model.cfg)
         return processing.load_processor(self.model.source, self.model.family.processor)
 
     @functools.cached_property
     def text(self) -> TextFormat:
-        """How questions become tokens."""
+        """Return how questions become tokens."""
         return text_format(self.config)
+
+    # The data.
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        """What is trained on and evaluated with."""
-        if self.config.data == 'easy_vqa':
-            return processes.first_then_others(lambda: easy_vqa.load(self.config.data_dir))  # which writes its files
-        return folder.load(self.config.data, pipeline.misfit(self.processor, self.text))
+        """Return the data that the model is pruned, trained and evaluated with."""
+        # `_misfit` is a method of this job, so the loader needs to know nothing of models.
+        request = DataRequest(self.config.data, Path(self.config.data_dir), self._misfit)
+        return data_loader(self.config)(request)
 
-    def batches(self, batch: int, seed: int, *, taught: bool = False) -> Any:
-        """Training batches by step; of many processes each reads the rows of its own devices.
+    def _misfit(self, question: str, answer: str) -> str:
+        """Return why the model cannot take a record, '' if it can."""
+        # Only a loader that asks causes the processor to be read: reading it takes seconds.
+        return pipeline.misfit(self.processor, self.text)(question, answer)
+
+    def batches(self, batch: int, seed: int, *, with_teacher: bool = False) -> grain.MapDataset:
+        """Return training batches by step. Each of many processes reads only the rows of its own devices.
 
         Args:
-          taught: with what the stage `teacher` has kept of the teacher's logits.
+          batch: number of rows, of all processes together.
+          seed: decides the order of records.
+          with_teacher: add the logits of the teacher that the stage `teacher` wrote.
         """
-        train, shares = self.dataset.train, self.config.restore.shares
+        train = self.dataset.train
+        shares = self.config.restore.shares
+        # Without shares all records are one group, and kinds come as often as they are in the data.
         groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
-        transform = pipeline.vqa_transform(self.processor, self.text)
         rows = None if self.mesh is None else sharding.local_rows(self.mesh, batch)
-        knobs = {'batch': batch, 'seed': seed, 'groups': groups, 'shares': shares or (1,), 'rows': rows}
-        drawn = pipeline.batches(train.source, transform, **knobs)
-        if taught:
-            kept = self.workdir / TEACHER
-            drawn = drawn.map_with_index(lambda step, batch: batch | {'teacher': teacher.read(kept, step, rows)})
-        return drawn if self.mesh is None else drawn.map(lambda local: sharding.shard_batch(local, self.mesh))
+        batches = pipeline.batches(
+            train.source,
+            pipeline.vqa_transform(self.processor, self.text),
+            batch=batch,
+            seed=seed,
+            groups=groups,
+            shares=shares or (1,),
+            rows=rows,
+        )
+        # By step, as the teacher's files are: batch and logits belong together at whatever step a run is resumed.
+        if with_teacher:
+            folder = self.workdir / names.TEACHER
+            batches = batches.map_with_index(
+                lambda step, arrays: arrays | {'teacher': teacher.read(folder, step, rows)}
+            )
+        if self.mesh is not None:
+            batches = batches.map(lambda local: sharding.shard_batch(local, self.mesh))
+        return batches
+
+    # The weights.
+
+    @property
+    def params(self) -> dict:
+        """Return the dense weights; they stay in memory until `release_dense`."""
+        if self._params is None:
+            model, weights = self._opened
+            if self.config.model == EMBEDDED:
+                self._params = self.shard(weights)
+            else:
+                self._params = streaming.read_params(model.shapes(), weights, self.dtype, self.mesh)
+        return self._params
+
+    @property
+    def frozen(self) -> Frozen:
+        """Return params, masks and teacher as pruning left them; they stay in memory until `release_dense`.
+
+        The teacher runs only if the recipe asks for it. It shares its weights with the student, unless pruning changed
+        kept weights.
+        """
+        if self._frozen is None:
+            # This file exists only if the method changed kept weights.
+            edited_file = self.workdir / names.KERNELS
+            if edited_file.exists():
+                edited = self.shard(trees.load_safetensors(edited_file)[0])
+                dense = self.params if runs_teacher(self.config) else None
+                self._frozen = Frozen(with_kernels(self.params, edited), self.masks, dense)
+            else:
+                self._frozen = Frozen(self.params, self.masks)
+        return self._frozen
 
     @property
     def masks(self) -> dict:
-        """What pruning has kept: those of `frozen` while it is held; a packed base does not need them beside it."""
-        if 'frozen' in self.__dict__:
-            return self.frozen.masks
-        return self.shard(trees.load_safetensors(self.workdir / MASKS)[0])
+        """Return the pruning masks: those of `frozen` if it is in memory, otherwise read from the workdir.
 
-    @functools.cached_property
-    def frozen(self) -> Frozen:
-        """Params, masks and, if it runs, the teacher: it shares W unless kept weights changed."""
-        if not (self.workdir / KERNELS).exists():
-            return Frozen(self.params, self.masks)
-        edited = self.shard(trees.load_safetensors(self.workdir / KERNELS)[0])
-        return Frozen(with_kernels(self.params, edited), self.masks, self.params if runs_teacher(self.config) else None)
+        They are not kept in memory otherwise: a packed base carries its own masks.
+        """
+        if self._frozen is not None:
+            return self._frozen.masks
+        return self.shard(trees.load_safetensors(self.workdir / names.MASKS)[0])
 
-    @functools.cached_property
+    @property
     def base(self) -> Frozen:
-        """Params, masks and teacher as LoRA is trained on them: `frozen`, or its pruned kernels in fewer bytes.
+        """Return params, masks and teacher as LoRA is trained on them: `frozen`, or its kernels in fewer bytes.
 
-        Those are made a layer at a time, of what is read from disk, after the dense weights were let go.
+        The latter are made a layer at a time from the files, after the dense weights were released.
         """
         formats = base_formats(self.config)
         if formats is None:
             return self.frozen
-        self.let_go()
-        params, masks = on_disk.reduce_on_disk(self.pruned_on_disk(), formats)
-        dense = self.params if runs_teacher(self.config) else None
-        return Frozen(self.shard(params), None if masks is None else self.shard(masks), dense)
+        if self._reduced_base is None:
+            self.release_dense()
+            params, masks = on_disk.reduce_on_disk(self.pruned_on_disk(), formats)
+            # Read last, and only for the teacher: the base is made without the dense weights in memory.
+            dense = self.params if runs_teacher(self.config) else None
+            self._reduced_base = Frozen(self.shard(params), None if masks is None else self.shard(masks), dense)
+        return self._reduced_base
 
-    def trained(self, name: str) -> dict:
-        """What the stage `name` has trained: LoRA factors, or kernels."""
-        return trees.load_safetensors(self.workdir / f'{name}.safetensors')[0]
+    @property
+    def has_dense_weights(self) -> bool:
+        """Return whether the dense weights are in memory."""
+        return self._params is not None or self._frozen is not None
+
+    def release_dense(self) -> None:
+        """Release the dense weights, unless the teacher runs on them; they are read again when they are needed."""
+        # The masks of `frozen` go too; they are read again from the workdir.
+        self._frozen = None
+        if not runs_teacher(self.config):
+            self._params = None
+
+    def params_on_disk(self) -> dict:
+        """Return the dense weights, whose blocks are read when they are used (the embedded model's are in memory)."""
+        model, weights = self._opened
+        if self.config.model == EMBEDDED:
+            return weights
+        return on_disk.params_on_disk(model, weights, self.dtype)
+
+    def pruned_on_disk(self) -> dict:
+        """Return the pruned model, whose kernels are read a layer at a time; with rounded values if there are any."""
+        return on_disk.pruned_on_disk(
+            self.params_on_disk(),
+            self.workdir / names.MASKS,
+            self.workdir / names.KERNELS,
+            self.workdir / names.ROUNDED,
+        )
+
+    def pruned(self) -> dict:
+        """Return the pruned model as plain arrays with zeros in place."""
+        return merge(self.frozen.params, self.frozen.masks)
+
+    def trained(self, stage: str) -> dict:
+        """Return what a stage has trained: LoRA factors, or kernels.
+
+        Args:
+          stage: `restore` or `control`.
+        """
+        return trees.load_safetensors(self.workdir / names.trained_file(stage))[0]
 
     def merged(self) -> dict:
-        """The restored model as plain arrays with exact zeros, checked."""
-        kind = self.config.restore.trained
-        params = merge_trained(self.base, self.trained('restore'), kind, dtype=self.dtype)
+        """Return the restored model as plain arrays with exact zeros, checked.
+
+        Raises:
+          PatternError: a weight is not zero where the mask is False.
+        """
+        trained = self.trained(names.TRAINING['restored'])
+        params = merge_trained(self.base, trained, self.config.restore.trained, dtype=self.dtype)
+        # The contract of a merge, checked on the arrays that are evaluated and exported.
         check_sparse(params, self.masks)
         return params
+
+    def allocated_zeros(self) -> dict[str, np.ndarray] | None:
+        """Return the zeros of each layer's kernels that the stage `zeros` wrote; None: the recipe allocates none."""
+        result: dict[str, Any] | None = self.stage_result(names.ZEROS)
+        if result is None:
+            return None
+        return {path: np.array(zeros_of_layers) for path, zeros_of_layers in result['zeros'].items()}

@@ -1,76 +1,123 @@
-"""What a run showed: `report.json` for machines, `report.html` (one self-contained file) for people."""
+"""The report of a run: `report.json` for machines, `report.html` (one self-contained file) for people."""
 
 import importlib.metadata
 import json
-from typing import Any
 
-from sparselora_jax.evaluation import bootstrap, metric, vqa
-from sparselora_jax.jobs.page import MODELS, render
+from sparselora_jax import recipe
+from sparselora_jax.evaluation import bootstrap, vqa
+from sparselora_jax.jobs import names
+from sparselora_jax.jobs.job import Job
+from sparselora_jax.jobs.page import render
 from sparselora_jax.runtime.files import write_text
 
-PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # whose versions are reported
 
 
-def build(job: Any) -> dict:
-    """The report of a finished job, from what its stages left in the workdir."""
+def build(job: Job) -> dict:
+    """Return the report of a finished run, from the files that its stages left in the workdir.
+
+    Args:
+      job: the run.
+    """
+    # Read from the files, not from the stages: a report can be written again without loading a model.
     results = {path.stem: json.loads(path.read_text()) for path in job.workdir.glob('*.json')}
-    evaluations = {name: results[f'evaluate_{name}'] for name in MODELS}
-    correct = {
-        name: vqa.Answers(e['predicted'], e['true']).scores(metric.EXACT_MATCH) for name, e in evaluations.items()
-    }
-    export, restore = results['export'], results['restore']
-    baselines = {'image_blind': results['floor']['accuracy']}
-    if 'lora_merged_density' in export:  # LoRA was trained
-        baselines['lora_merged_density'] = export['lora_merged_density']
-    if 'evaluate_control' in results:
-        control = results['evaluate_control']
-        kept = {'perplexity': control['perplexity']} if 'perplexity' in control else {}
-        baselines['dense_control'] = control['accuracy'] | kept
-    lost = evaluations['dense']['accuracy']['overall'] - evaluations['pruned']['accuracy']['overall']
-    won = evaluations['restored']['accuracy']['overall'] - evaluations['pruned']['accuracy']['overall']
-    times = {
-        name: results[name]['seconds'] for name in ('zeros', 'prune', 'round', 'teacher', 'export') if name in results
-    }
-    times['evaluate'] = sum(e['seconds'] for e in evaluations.values())
-    times['restore'] = restore['steps_s']  # all sessions of an interrupted run
+    evaluations = {name: results[names.evaluation_stage(name)] for name in names.MODELS}
+    scores = {name: evaluation['accuracy']['overall'] for name, evaluation in evaluations.items()}
+    restored = results[names.TRAINING['restored']]
+    exported = results[names.EXPORT]
     return {
-        'scores': {name: e['accuracy']['overall'] for name, e in evaluations.items()},
-        'scores_by_kind': {name: e['accuracy'] for name, e in evaluations.items()},
+        'metric': recipe.metric(job.config).title,
+        'scores': scores,
+        'scores_by_kind': {name: evaluation['accuracy'] for name, evaluation in evaluations.items()},
         'questions': len(evaluations['dense']['true']),
-        'won_back': won / lost if lost > 0 else None,
-        'intervals': {
-            f'{name} - dense': bootstrap.paired_interval(correct[name], correct['dense']) for name in MODELS[1:]
+        'won_back': _won_back(scores),
+        'intervals': _intervals(job, evaluations),
+        'perplexity': {
+            name: evaluation['perplexity'] for name, evaluation in evaluations.items() if 'perplexity' in evaluation
         },
-        'perplexity': {name: e['perplexity'] for name, e in evaluations.items() if 'perplexity' in e},
-        'baselines': baselines,
-        'sparsity': export['sparsity'],
-        'time_s': times,
-        'step_s': restore['step_s'],
+        'baselines': _baselines(results),
+        'sparsity': exported['sparsity'],
+        'time_s': _times(results),
+        'step_s': restored['step_s'],
         'peak_memory_bytes': max(result.get('peak_memory_bytes', 0) for result in results.values()),
-        'bytes': export['bytes'],
+        'bytes': exported['bytes'],
         'config': results['config'],
         'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 
+def _won_back(scores: dict[str, float]) -> float | None:
+    """Return the share of what pruning lost that restoration won back; None: pruning lost nothing."""
+    # Of the scores over all questions; by kind, some kinds lose nothing.
+    lost = scores['dense'] - scores['pruned']
+    won = scores['restored'] - scores['pruned']
+    return won / lost if lost > 0 else None
+
+
+def _intervals(job: Job, evaluations: dict[str, dict]) -> dict[str, tuple[float, float]]:
+    """Return the confidence interval of each model's score minus the dense model's."""
+    metric = recipe.metric(job.config)
+    scores = {
+        name: vqa.Answers(evaluation['predicted'], evaluation['true']).scores(metric)
+        for name, evaluation in evaluations.items()
+    }
+    others = (name for name in names.MODELS if name != 'dense')
+    return {f'{name} - dense': bootstrap.paired_interval(scores[name], scores['dense']) for name in others}
+
+
+def _baselines(results: dict[str, dict]) -> dict:
+    """Return what the models are compared with."""
+    baselines = {'image_blind': results[names.FLOOR]['accuracy']}
+    exported = results[names.EXPORT]
+    if 'lora_merged_density' in exported:  # only if LoRA was trained
+        baselines['lora_merged_density'] = exported['lora_merged_density']
+    control = results.get(names.evaluation_stage(names.CONTROL))
+    if control is not None:
+        baselines['dense_control'] = dict(control['accuracy'])
+        if 'perplexity' in control:
+            baselines['dense_control']['perplexity'] = control['perplexity']
+    return baselines
+
+
+def _times(results: dict[str, dict]) -> dict[str, float]:
+    """Return the seconds of each stage."""
+    stages = (names.ZEROS, names.PRUNE, names.ROUND, names.TEACHER, names.EXPORT)  # some recipes have fewer
+    times = {stage: results[stage]['seconds'] for stage in stages if stage in results}
+    times['evaluate'] = sum(results[names.evaluation_stage(name)]['seconds'] for name in names.MODELS)
+    # The steps of all processes of an interrupted run; `seconds` are those of the last process.
+    times['restore'] = results[names.TRAINING['restored']]['steps_s']
+    return times
+
+
 def summary(report: dict) -> str:
-    """The report's scores in a few lines, for a terminal."""
-    lines = [f'{name:9} accuracy {report["scores"][name]:7.1%}' for name in MODELS]
-    if report['perplexity']:  # of a decoder-only language tower
-        lines = [
-            f'{line}   perplexity {report["perplexity"][name]:8.1f}' for line, name in zip(lines, MODELS, strict=True)
-        ]
-    for tower, found in report['sparsity'].items():
-        density = f'density {found["density"]:.4f}   {found["violations"]} violations'
-        lines.append(f'{tower:9} pattern {found["pattern"]:>6}   {density}')
+    """Return the report's scores in a few lines, for a terminal.
+
+    Args:
+      report: see `build`.
+    """
+    title = report['metric']
+    lines = []
+    for name in names.MODELS:
+        line = f'{name:9} {title} {report["scores"][name]:7.1%}'
+        if name in report['perplexity']:  # only of a decoder-only language tower
+            line += f'   perplexity {report["perplexity"][name]:8.1f}'
+        lines.append(line)
+    for tower, counts in report['sparsity'].items():
+        density = f'density {counts["density"]:.4f}   {counts["violations"]} violations'
+        lines.append(f'{tower:9} pattern {counts["pattern"]:>6}   {density}')
     if report['won_back'] is not None:
-        lines.append(f'{report["won_back"]:.1%} of the accuracy that pruning lost is won back')
+        lines.append(f'{report["won_back"]:.1%} of the {title} that pruning lost is won back')
     return '\n'.join(lines)
 
 
-def write(job: Any) -> dict:
-    """Builds the report and writes both files into the workdir."""
+def write(job: Job) -> dict:
+    """Write `report.json` and `report.html` into the workdir, and return the report.
+
+    Args:
+      job: a finished run.
+    """
     report = build(job)
+    # The page goes first: where `report.json` exists, the report is whole.
     write_text(job.workdir / 'report.html', render(job, report))
     write_text(job.workdir / 'report.json', json.dumps(report, indent=1))
     return report

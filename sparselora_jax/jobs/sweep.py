@@ -5,52 +5,59 @@ fields are set in the recipe, and `seeds` is how often each point runs) and `plo
 the budget.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from sparselora_jax.checkpoints import embedded
-from sparselora_jax.checkpoints import load as hf
-from sparselora_jax.jobs import sweep_runs
-from sparselora_jax.jobs.job import check_fit
-from sparselora_jax.recipe import ConfigError, check_values, claim, override, refuse_other
+from sparselora_jax.checkpoints.load import open_model
+from sparselora_jax.jobs import names, sweep_runs
+from sparselora_jax.jobs.job import EMBEDDED, check_fit
+from sparselora_jax.recipe import CONFIG_FILE, ConfigError, check_values, claim, override, refuse_other
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import write_text
 from sparselora_jax.runtime.progress import Progress
 
-MODELS = ('dense', 'pruned', 'restored', 'control')
-SHARED_BY = {'prune': {'pruned', 'restored'}, 'evaluate_pruned': {'pruned'}}  # stages, and the models that need them
+# Stages that runs may share, and the models that need them.
+SHARED_BY = {names.PRUNE: {'pruned', 'restored'}, names.evaluation_stage('pruned'): {'pruned'}}
 
 
 class SweepError(SparseloraError, RuntimeError):
-    """Points that failed; the others are finished."""
+    """Some runs failed; the others are finished."""
 
 
 class Point(NamedTuple):
     """One point of a grid.
 
     Attributes:
-      name: of its folder.
-      labels: what it is, by the table's columns.
-      fields: what differs from the base recipe, by dotted names.
-      models: which models it evaluates, of `MODELS`.
-      share: of the budget's restoration steps, which this point takes.
+      name: beginning of the names of its folders, one for each seed.
+      labels: column of the table -> what this point is in it.
+      fields: dotted name -> value of the recipe's fields that differ from the base recipe.
+      models: which models it evaluates, some of `names.ALL_MODELS`.
+      share: share of the budget's restoration steps that this point takes.
     """
 
     name: str
     labels: dict[str, Any]
-    fields: Mapping[str, Any] = MappingProxyType({})
+    # A plain dict: config.json holds the points, and JSON knows no read-only mapping. Nothing changes it in place.
+    fields: dict[str, Any] = {}  # noqa: RUF012
     models: tuple[str, ...] = ('pruned', 'restored')
     share: float = 1.0
 
 
 class Run(NamedTuple):
-    """A point with one seed: a main job."""
+    """A point with one seed: a main job.
+
+    Attributes:
+      point: the point.
+      seed: of the recipe.
+      config: the recipe.
+    """
 
     point: Point
     seed: int
@@ -58,131 +65,189 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Return the name of its folder."""
         return f'{self.point.name}-seed{self.seed}'
 
     @property
-    def shares(self) -> tuple[str, ...]:
-        """The stages that it may share with other runs."""
+    def shared_stages(self) -> tuple[str, ...]:
+        """Return the stages that it may share with other runs."""
         return tuple(stage for stage, models in SHARED_BY.items() if models & set(self.point.models))
 
 
-def runs(config: Any) -> list[Run]:
-    """The jobs of a sweep, in order, values checked; the dense model comes first.
+def runs(config: ConfigDict) -> list[Run]:
+    """Return the jobs of a sweep, in order, values checked; the dense model comes first.
+
+    Args:
+      config: a sweep.
 
     Raises:
-      ConfigError, PatternError: a budget, a field or a value that cannot be; names the point.
+      ConfigError, PatternError: an illegal budget, field or value; names the point.
     """
     if config.budget not in config.budgets:
         raise ConfigError(f'budget {config.budget!r}: expected one of {", ".join(config.budgets)}')
     budget = config.budgets[config.budget].to_dict()
     seeds = budget.pop('seeds')
-    found = []
+    planned = []
+    # The dense model is a point of every sweep: everything is compared with it, and it is evaluated once.
     for point in (Point('dense', {}, models=('dense',)), *config.points):
-        if not point.models or set(point.models) - set(MODELS):
-            raise ConfigError(f'point {point.name}: models {point.models}: expected some of {", ".join(MODELS)}')
+        if not point.models or set(point.models) - set(names.ALL_MODELS):
+            expected = ', '.join(names.ALL_MODELS)
+            raise ConfigError(f'point {point.name}: models {point.models}: expected some of {expected}')
         for seed in range(config.base.seed, config.base.seed + seeds):
+            # A copy for each run: the base recipe and the other runs must not see the overrides.
             recipe = ConfigDict(config.base.to_dict())
-            override(recipe, _flat(budget), of=f'budget {config.budget}')
+            override(recipe, _dotted(budget), owner=f'budget {config.budget}')
+            # Before the point's own fields, which win over its share.
             recipe.restore.steps = max(1, round(point.share * recipe.restore.steps))
-            override(recipe, {**point.fields, 'seed': seed}, of=f'point {point.name}')
-            try:
+            override(recipe, {**point.fields, 'seed': seed}, owner=f'point {point.name}')
+            with _naming(point):
                 check_values(recipe)
-            except SparseloraError as error:
-                raise type(error)(f'point {point.name}: {error}') from None
-            found.append(Run(point, seed, recipe))
-    names = [run.name for run in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f'{twice[0]}: two points of this name')
-    return found
+            planned.append(Run(point, seed, recipe))
+    seen = set()
+    for run in planned:
+        if run.name in seen:
+            raise ConfigError(f'{run.name}: two points of this name')
+        seen.add(run.name)
+    return planned
 
 
-def _flat(fields: dict, prefix: str = '') -> dict[str, Any]:
-    found = {}
+@contextlib.contextmanager
+def _naming(point: Point) -> Iterator[None]:
+    """Put the name of a point before the message of an error."""
+    try:
+        yield
+    except SparseloraError as error:
+        # The same type: callers and tests tell a pattern from a config by it.
+        raise type(error)(f'point {point.name}: {error}') from None
+
+
+def _dotted(fields: dict, prefix: str = '') -> dict[str, Any]:
+    """Return the values of a nested dict by dotted names."""
+    flat = {}
     for name, value in fields.items():
-        found |= _flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value}
-    return found
+        if isinstance(value, dict):
+            flat |= _dotted(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
-def family_config(config: Any) -> Any:
-    """The config of the model that a recipe names; no weights are read."""
-    return embedded.load_config() if config.model == 'embedded' else hf.open_model(config.model, config.family)[0].cfg
+def family_config(config: ConfigDict) -> Any:
+    """Return the config of the model that a recipe names, without reading weights.
+
+    Args:
+      config: a recipe.
+    """
+    if config.model == EMBEDDED:
+        return embedded.load_config()
+    model, _ = open_model(config.model, config.family)
+    return model.cfg
 
 
 def check(planned: list[Run]) -> None:
-    """Names the first point that does not fit its model, before any work.
+    """Check that all points fit their models, before any work.
+
+    Args:
+      planned: the runs of the sweep.
 
     Raises:
-      PatternError, RuleError, and what opening a model raises.
+      PatternError, RuleError, and what opening a model raises; names the point.
     """
-    shapes: dict[str, dict] = {}
+    shapes: dict[str, dict] = {}  # of each model, which is opened once
     for run in planned:
-        if (model := run.config.model) not in shapes:
+        model = run.config.model
+        if model not in shapes:
             cfg = family_config(run.config)
             shapes[model] = cfg.family.shapes(cfg)
-        try:
+        with _naming(run.point):
             check_fit(run.config, shapes[model])
-        except SparseloraError as error:
-            raise type(error)(f'point {run.point.name}: {error}') from None
 
 
-def refuse_other_sweep(workdir: Path, config: Any) -> None:
-    """Checks that a workdir is this sweep's, or nobody's yet.
+def refuse_other_sweep(workdir: Path, config: ConfigDict) -> None:
+    """Check that a workdir holds this sweep, or nothing yet.
+
+    Args:
+      workdir: the folder of a sweep.
+      config: the sweep that is about to begin or to be resumed.
 
     Raises:
-      ConfigError: it holds another one.
+      ConfigError: it holds another sweep, or a run that is no sweep.
     """
-    kept = workdir / 'config.json'
-    if kept.exists() and (name := json.loads(kept.read_text()).get('name', 'no sweep')) != config.name:
-        raise ConfigError(f'{workdir} holds another run ({name!r}, not {config.name!r}); use another workdir')
+    file = workdir / CONFIG_FILE
+    if file.exists():
+        # The name goes first: a list of all fields that differ would say less.
+        name = json.loads(file.read_text()).get('name', 'no sweep')
+        if name != config.name:
+            raise ConfigError(f'{workdir} holds another run ({name!r}, not {config.name!r}); use another workdir')
     refuse_other(workdir, config)
 
 
 def run(
-    config: Any, workdir: str | Path, run_one: Callable[[Run, Path], None], *, after: Callable[[], None] = lambda: None
+    config: ConfigDict,
+    workdir: str | Path,
+    run_one: Callable[[Run, Path], None],
+    *,
+    after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs what is not finished yet, one after the other.
+    """Run what is not finished yet, one run after the other.
 
     Args:
-      run_one: does the work of one run in its folder: here (`sweep_runs.run_here`) or apart (`sweep_runs.run_apart`).
+      config: a sweep.
+      workdir: its folder.
+      run_one: does the work of one run in its folder: in this process (`sweep_runs.run_here`) or in one of its own
+        (`sweep_runs.run_apart`).
       after: called after each run.
 
     Raises:
-      ConfigError, PatternError, RuleError: before anything runs.
-      SweepError: runs failed; the others are finished, and a second call tries those that failed alone.
+      ConfigError, PatternError, RuleError: an illegal point; before anything runs.
+      SweepError: runs failed; the others are finished, and a second call tries only those that failed.
+      Interrupted: a run was stopped, and has saved its state.
     """
-    workdir, shared = Path(workdir), Path(workdir) / 'shared'
+    workdir = Path(workdir)
+    shared = workdir / 'shared'
     refuse_other_sweep(workdir, config)
     planned = runs(config)
-    left = [run for run in planned if not sweep_runs.finished(workdir / run.name)]
-    if left:
+    unfinished = [run for run in planned if not sweep_runs.is_finished(workdir / run.name)]
+    # All points are checked before the first runs; a sweep that is done only writes its table again.
+    if unfinished:
         check(planned)
     claim(workdir, config)
-    progress = Progress(config.name, len(planned), first=len(planned) - len(left), interval=0)
+    done = len(planned) - len(unfinished)
+    progress = Progress(config.name, len(planned), first=done, interval=0)
     failed = []
-    for index, one in enumerate(left):
-        folder = workdir / one.name
-        folder.mkdir(exist_ok=True)
-        (folder / sweep_runs.FAILED).unlink(missing_ok=True)
-        sweep_runs.take(one.shares, one.config, folder, shared)
-        note = ''
-        try:
-            run_one(one, folder)
-        except Interrupted:
-            sweep_runs.give(one.shares, one.config, folder, shared)
-            raise
-        except (SparseloraError, OSError) as error:
-            write_text(folder / sweep_runs.FAILED, f'{error}\n')
-            failed.append(one.name)
-            note = f' failed: {error}'
-        sweep_runs.give(one.shares, one.config, folder, shared)
-        if not note:
-            sweep_runs.remove_weights(folder)
-        if not failed:  # what failed will need it again
-            sweep_runs.forget([(run.shares, run.config) for run in left[index + 1 :]], shared)
+    for index, current in enumerate(unfinished):
+        error = _run_one(current, workdir / current.name, shared, run_one)
+        if error:
+            failed.append(current.name)
+        if not failed:
+            # As long as no run has failed: one that has will need the shared results again.
+            later = unfinished[index + 1 :]
+            sweep_runs.remove_unneeded([(run.shared_stages, run.config) for run in later], shared)
         after()
-        progress(len(planned) - len(left) + index + 1, one.name + note)
+        progress(done + index + 1, f'{current.name} failed: {error}' if error else current.name)
     if failed:
-        share, names = f'{len(failed)} of {len(planned)}', ', '.join(failed)
-        where = f'why: {sweep_runs.FAILED} and output.txt in their folders of {workdir}'
-        raise SweepError(f'{share} runs failed: {names}; {where}; the same command tries them again')
+        raise SweepError(
+            f'{len(failed)} of {len(planned)} runs failed: {", ".join(failed)}; why: {names.FAILED} and {names.OUTPUT} '
+            f'in their folders of {workdir}; the same command tries them again'
+        )
+
+
+def _run_one(run: Run, folder: Path, shared: Path, run_one: Callable[[Run, Path], None]) -> str:
+    """Do one run, and return why it failed, '' if it did not."""
+    folder.mkdir(exist_ok=True)
+    failed_file = folder / names.FAILED
+    failed_file.unlink(missing_ok=True)
+    sweep_runs.take_shared(run.shared_stages, run.config, folder, shared)
+    try:
+        run_one(run, folder)
+    except Interrupted:
+        raise  # no failure: the whole sweep stops
+    except (SparseloraError, OSError) as error:
+        write_text(failed_file, f'{error}\n')
+        return str(error) or type(error).__name__
+    finally:
+        # Also of a run that failed or was stopped: what it has done is done.
+        sweep_runs.give_shared(run.shared_stages, run.config, folder, shared)
+    # Those of a run that failed stay, so that it can be resumed.
+    sweep_runs.remove_weights(folder)
+    return ''

@@ -1,4 +1,4 @@
-"""One run of a sweep: a main job in a folder of its own, and what it shares with others."""
+"""One run of a sweep: a main job in a folder of its own, and the stages that it shares with other runs."""
 
 import json
 import os
@@ -7,112 +7,149 @@ import subprocess
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from sparselora_jax.jobs import stages
-from sparselora_jax.jobs.job import TEACHER, Job
+from ml_collections import ConfigDict
+
+from sparselora_jax.jobs import names, stages
+from sparselora_jax.jobs.export import count_zeros
+from sparselora_jax.jobs.job import Job
 from sparselora_jax.planning import flops, inspection, memory
 from sparselora_jax.recipe import NO_RESULT
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import whole
 
-LAST = 'measured'  # the stage that ends a run
-FAILED = 'failed.txt'  # in the folder of a run that failed: why
-# Stages that runs may share, and what they leave; the stage's own result comes last, so that it is there or is not.
-SHARED = {
-    'prune': ('masks.safetensors', 'kernels.safetensors', 'zeros.json', 'prune.json'),
-    'evaluate_pruned': ('evaluate_pruned.json',),
+# Stages that runs may share, and the files of each. The stage's own result comes last: it is linked last, so where it
+# exists the other files exist too.
+SHARED_FILES = {
+    names.PRUNE: (
+        names.MASKS,
+        names.KERNELS,
+        names.result_file(names.ZEROS),
+        names.result_file(names.PRUNE),
+    ),
+    names.evaluation_stage('pruned'): (names.result_file(names.evaluation_stage('pruned')),),
 }
+STOPPED = 130  # exit code of a process that was stopped by a signal and saved its state, as cli.py ends it
 
 
 class PointError(SparseloraError, RuntimeError):
-    """Why one run failed: the last line of what it said."""
+    """One run failed; the message is the last line that it printed."""
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run's last stage is done."""
-    return (folder / f'{LAST}.json').exists()
-
-
-def run_here(config: Any, folder: Path, models: tuple[str, ...]) -> None:
-    """Does the work of one run in this process.
+def is_finished(folder: Path) -> bool:
+    """Return whether the last stage of a run is done.
 
     Args:
-      models: which it evaluates: dense, pruned, restored, control.
+      folder: of the run.
+    """
+    return (folder / names.result_file(names.MEASURE)).exists()
+
+
+def run_here(config: ConfigDict, folder: Path, models: tuple[str, ...]) -> None:
+    """Do the work of one run in this process.
+
+    Args:
+      config: a recipe.
+      folder: of the run.
+      models: which models it evaluates, some of `names.ALL_MODELS`.
     """
     job = Job(config, folder)
+    # No export and no report: a sweep compares scores and costs alone.
     stages.evaluate_models(job, models)
     if 'dense' in models:
         stages.floor(job)
-    measure(job, models)
+    measure(job, models)  # last: its result marks the run as finished
 
 
 def run_apart(command: Sequence[str], folder: Path) -> None:
-    """Does it in a process of its own, so that its peak memory and its end are its own; all it says is kept.
+    """Do the work of one run in a process of its own, which prints into `output.txt`.
+
+    So its peak memory is its own, and its end does not end the sweep.
 
     Args:
-      command: what does the work; programs that it compiles are kept for the runs beside it.
+      command: does the work.
+      folder: of the run. Programs that the process compiles are stored beside it, for the other runs.
 
     Raises:
-      PointError: it failed; its last line. Interrupted: it was stopped, and saved.
+      PointError: the process failed.
+      Interrupted: the process was stopped, and has saved its state.
     """
     compiled = {
         'JAX_COMPILATION_CACHE_DIR': str((folder.parent / 'compiled').absolute()),
+        # JAX's default is 1 s, which would leave out most programs of a small model.
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
     }
-    output = folder / 'output.txt'
+    output = folder / names.OUTPUT
     with output.open('ab') as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | compiled)
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # it is told too, and saves what it has
+        except KeyboardInterrupt:
+            # Ctrl-C in a terminal reaches the process too; a signal to this process alone does not.
             process.terminate()
             process.wait()
-            code = 130
-    if code == 130:
+            code = STOPPED
+    if code == STOPPED:
         raise Interrupted(f'{folder.name} was stopped; the same command goes on')
-    if code:
-        said = output.read_text(errors='replace').strip().splitlines()[-1:] if code > 0 else []
-        raise PointError(said[0].removeprefix('error: ') if said else f'killed by signal {-code}')
+    if code < 0:
+        raise PointError(f'killed by signal {-code}')
+    if code > 0:
+        # launch/cli.py ends with one line that says what was wrong; of a traceback the last line says most.
+        lines = output.read_text(errors='replace').strip().splitlines()
+        raise PointError(lines[-1].removeprefix('error: ') if lines else f'ended with code {code} and no output')
 
 
 def measure(job: Job, models: tuple[str, ...]) -> dict:
-    """The last stage: zeros, trained parameters, and FLOPs of a restoration step and of an answer."""
+    """Run the last stage: count zeros, trained parameters, and FLOPs of a restoration step and of an answer.
+
+    Args:
+      job: the run.
+      models: which models it evaluated.
+    """
 
     def compute():
         cfg = job.model.cfg
-        made = memory.recipe(cfg, job.config)
-        stage_of = {'restored': 'restore', 'control': 'control'}
-        trained = next((stage_of[model] for model in models if model in stage_of), None)
-        found, kept = {}, {}
-        if 'pruned' in models or 'restored' in models:
-            pruned = job.merged() if 'restored' in models else stages.pruned_params(job)
-            found = stages.count_zeros(job, pruned, job.trained('restore') if 'restored' in models else None)
-            kept = {path: layers for tower in found['layer_density'].values() for path, layers in tower.items()}
-        if trained:
-            found['trained_parameters'] = inspection.count(job.trained(trained))
-            found['step_flops'] = flops.train_step(made._replace(masks={}) if trained == 'control' else made)
-        dense, sparse = flops.answer(cfg, job.config.text, made.params, kept)
-        return found | {'answer_flops': dense, 'answer_flops_sparse': sparse}
+        # From shapes alone: counting FLOPs needs no weights.
+        estimate = memory.recipe(cfg, job.config)
+        counts = {}
+        densities = {}
+        if 'restored' in models:
+            counts = count_zeros(job, job.merged(), job.trained(names.TRAINING['restored']))
+        elif 'pruned' in models:
+            counts = count_zeros(job, job.pruned(), None)
+        for tower_densities in counts.get('layer_density', {}).values():
+            densities |= tower_densities
+        trained_models = [model for model in models if model in names.TRAINING]
+        if trained_models:
+            model = trained_models[0]
+            counts['trained_parameters'] = inspection.count(job.trained(names.TRAINING[model]))
+            # The control is trained without masks.
+            counts['step_flops'] = flops.train_step(estimate._replace(masks={}) if model == 'control' else estimate)
+        dense, sparse = flops.answer(cfg, job.config.text, estimate.params, densities)
+        return counts | {'answer_flops': dense, 'answer_flops_sparse': sparse}
 
-    return job.stage(LAST, compute)
+    return job.stage(names.MEASURE, compute)
 
 
-def _key(stage: str, config: Any) -> str:
-    """Of the fields that a shared stage depends on: neither LoRA nor restoration, but for what orders the data."""
+def _key(stage: str, config: ConfigDict) -> str:
+    """Return a name for a shared stage and the fields that its result depends on."""
     fields = json.loads(config.to_json())
-    read = {name: fields[name] for name in fields if name not in ('lora', 'restore', 'evaluate', *NO_RESULT)}
-    read['shares'] = fields['restore']['shares']
-    if stage != 'prune':
-        read['evaluate'] = fields['evaluate']
-    return f'{stage}-{sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]}'
+    # Neither LoRA nor restoration changes what pruning does, but for the shares, which decide the order of the data.
+    relevant = {
+        name: value for name, value in fields.items() if name not in ('lora', 'restore', 'evaluate', *NO_RESULT)
+    }
+    relevant['shares'] = fields['restore']['shares']
+    if stage != names.PRUNE:
+        relevant['evaluate'] = fields['evaluate']
+    digest = sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+    return f'{stage}-{digest[:16]}'
 
 
-def _link(files: tuple[str, ...], source: Path, target: Path) -> None:
-    """Files under another name too, without a second copy where the disk can do that."""
+def _link(file_names: tuple[str, ...], source: Path, target: Path) -> None:
+    """Give files a second name in another folder, or copy them where the disk has no hard links."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in files:
+    for name in file_names:
         if (source / name).exists() and not (target / name).exists():
             try:
                 os.link(source / name, target / name)
@@ -121,31 +158,57 @@ def _link(files: tuple[str, ...], source: Path, target: Path) -> None:
                     shutil.copyfile(source / name, partial)
 
 
-def take(shared_stages: Sequence[str], config: Any, folder: Path, shared: Path) -> None:
-    """What an earlier run has done of this one."""
+def take_shared(shared_stages: Sequence[str], config: ConfigDict, folder: Path, shared: Path) -> None:
+    """Link the results of stages that an earlier run has done into the folder of this run.
+
+    Args:
+      shared_stages: stages that this run may share, keys of `SHARED_FILES`.
+      config: the recipe of this run.
+      folder: of this run.
+      shared: folder of all shared results.
+    """
     for stage in shared_stages:
-        if (shared / _key(stage, config) / SHARED[stage][-1]).exists():
-            _link(SHARED[stage], shared / _key(stage, config), folder)
+        source = shared / _key(stage, config)
+        # The last file is linked last: where it exists, the stage is whole.
+        if (source / SHARED_FILES[stage][-1]).exists():
+            _link(SHARED_FILES[stage], source, folder)
 
 
-def give(shared_stages: Sequence[str], config: Any, folder: Path, shared: Path) -> None:
-    """What later runs need not do again."""
+def give_shared(shared_stages: Sequence[str], config: ConfigDict, folder: Path, shared: Path) -> None:
+    """Link the results of stages that this run has done into the folder of shared results.
+
+    Args:
+      shared_stages: stages that this run may share, keys of `SHARED_FILES`.
+      config: the recipe of this run.
+      folder: of this run.
+      shared: folder of all shared results.
+    """
     for stage in shared_stages:
-        if (folder / SHARED[stage][-1]).exists():
-            _link(SHARED[stage], folder, shared / _key(stage, config))
+        if (folder / SHARED_FILES[stage][-1]).exists():
+            _link(SHARED_FILES[stage], folder, shared / _key(stage, config))
 
 
-def forget(later: Sequence[tuple[Sequence[str], Any]], shared: Path) -> None:
-    """Removes what none of these (stages that a run shares, its config) need."""
-    needed = {_key(stage, config) for shared_stages, config in later for stage in shared_stages}
+def remove_unneeded(later_runs: Sequence[tuple[Sequence[str], ConfigDict]], shared: Path) -> None:
+    """Remove the shared results that no later run needs.
+
+    Args:
+      later_runs: (stages that it may share, recipe) of each run that is not done.
+      shared: folder of all shared results.
+    """
+    needed = {_key(stage, config) for shared_stages, config in later_runs for stage in shared_stages}
+    # Results are hard links: the runs that have used them keep theirs.
     for folder in shared.glob('*'):
         if folder.name not in needed:
             shutil.rmtree(folder)
 
 
 def remove_weights(folder: Path) -> None:
-    """Masks, factors and checkpoints of a finished run: what it showed is in its json files."""
+    """Remove masks, factors and checkpoints of a finished run; its results are in its json files.
+
+    Args:
+      folder: of the run.
+    """
     for file in folder.glob('*.safetensors'):
         file.unlink()
-    for name in ('checkpoints', TEACHER):
+    for name in (names.CHECKPOINTS, names.TEACHER):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a sweep showed, as one table: a row for each point and model, means over seeds with 95 % intervals."""
+"""The results of a sweep as one table: a row for each point and model, means over seeds with 95 % intervals."""
 
 import csv
 import importlib.metadata
@@ -9,187 +9,281 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
+from ml_collections import ConfigDict
+from scipy import stats
 
-from sparselora_jax.jobs import sweep, sweep_runs
+from sparselora_jax import recipe
+from sparselora_jax.jobs import names, sweep, sweep_runs
+from sparselora_jax.jobs.names import FLOOR_TITLE
 from sparselora_jax.jobs.report import PACKAGES
 from sparselora_jax.runtime.files import write_text
 
 GIB = 2**30
-FLOOR = 'image-blind floor'
-STAGES = {'restored': 'restore', 'control': 'control'}  # the stage that trains a model
+LEVEL = 0.95  # confidence level of the intervals
+# How the names of columns begin that hold what is counted, timed or given, not measured on the model.
+WITHOUT_INTERVAL = ('density', 'prune ', 'restore ', 'step ', 'trained ', 'GFLOP')
 
 
 class Row(NamedTuple):
-    """One model of one point: `values[column]` has a number a finished seed; `failed` says what is missing, and why."""
+    """One model of one point.
+
+    Attributes:
+      labels: of the point: column -> what the point is in it.
+      model: one of `names.ALL_MODELS`, or the floor.
+      steps: restoration steps of the point, also where this model was not restored.
+      values: column -> a number for each finished seed.
+      failed: which runs are missing, and why; '' if none is.
+    """
 
     labels: dict[str, Any]
     model: str
-    steps: int  # of restoration, whatever this model had of it
+    steps: int
     values: dict[str, list[float]]
     failed: str = ''
 
+    @property
+    def seeds(self) -> int:
+        """Return the number of finished seeds."""
+        return max((len(values) for values in self.values.values()), default=0)
+
 
 def mean_interval(values: list[float]) -> tuple[float, float | None]:
-    """(mean, half width of its 95 % interval by Student's t; None: one value says nothing of its spread).
+    """Return the mean and the half width of its 95 % interval by Student's t; None: one value says nothing of spread.
+
+    Args:
+      values: one for each seed.
 
     >>> mean_interval([1.0, 2.0, 3.0])[0], round(mean_interval([1.0, 2.0, 3.0])[1], 3), mean_interval([2.0])
     (2.0, 2.484, (2.0, None))
     """
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
+    mean = float(np.mean(values))
+    if len(values) < 2:
         return mean, None
-    return mean, float(stdtrit(count - 1, 0.975) * np.std(values, ddof=1) / count**0.5)
+    deviation = np.std(values, ddof=1)  # of a sample, not of the population
+    if deviation == 0:
+        # Of a distribution without width scipy returns NaN.
+        return mean, 0.0
+    # Around 0, since only the half width is asked for: no digits are lost in a difference from the mean.
+    _, half = stats.t.interval(LEVEL, df=len(values) - 1, loc=0.0, scale=deviation / len(values) ** 0.5)
+    return mean, float(half)
 
 
-def rows(config: Any, workdir: str | Path) -> list[Row]:
-    """The rows of a sweep, finished or not, in the order of its points; the dense model and the floor come first."""
-    points: dict[str, list[sweep.Run]] = {}
+def rows(config: ConfigDict, workdir: str | Path) -> list[Row]:
+    """Return the rows of a sweep, finished or not, in the order of its points; the dense model and the floor first.
+
+    Args:
+      config: a sweep.
+      workdir: its folder.
+    """
+    # Planned again from the config: a run that was not started yet has its row too.
+    runs_by_point: dict[str, list[sweep.Run]] = {}
     for run in sweep.runs(config):
-        points.setdefault(run.point.name, []).append(run)
-    found = []
-    for of_point in points.values():
-        point, config = of_point[0].point, of_point[0].config
-        folders = [Path(workdir) / run.name for run in of_point]
-        results = [_read(folder) for folder in folders if sweep_runs.finished(folder)]
+        runs_by_point.setdefault(run.point.name, []).append(run)
+    table = []
+    for runs in runs_by_point.values():
+        # The recipes of a point differ by the seed alone.
+        point = runs[0].point
+        point_recipe = runs[0].config
+        title = recipe.metric(point_recipe).title
+        folders = [Path(workdir) / run.name for run in runs]
+        results = [_read(folder) for folder in folders if sweep_runs.is_finished(folder)]
         failed = _missing(folders)
-        for model in (*point.models, *((FLOOR,) if 'dense' in point.models else ())):
+        models = [*point.models, FLOOR_TITLE] if 'dense' in point.models else point.models
+        for model in models:
             values: dict[str, list[float]] = {}
             for result in results:
-                for column, value in _values(result, model).items():
+                for column, value in _values(result, model, title).items():
                     values.setdefault(column, []).append(float(value))
-            found.append(Row(point.labels, model, config.restore.steps, values, failed))
-    return found
+            table.append(Row(point.labels, model, point_recipe.restore.steps, values, failed))
+    return table
 
 
 def _read(folder: Path) -> dict[str, dict]:
+    """Return the results of all stages of a run, by stage."""
     return {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json')}
 
 
 def _missing(folders: list[Path]) -> str:
-    """What is known of the runs that are not finished."""
-    said = []
+    """Return which runs are not finished, and why as far as that is known."""
+    reasons = []
     for folder in folders:
-        if not sweep_runs.finished(folder):
-            failed = folder / sweep_runs.FAILED
-            said.append(f'{folder.name}: {failed.read_text().strip() if failed.exists() else "not run yet"}')
-    return '; '.join(said)
+        if not sweep_runs.is_finished(folder):
+            failed = folder / names.FAILED
+            reason = failed.read_text().strip() if failed.exists() else 'not run yet'
+            reasons.append(f'{folder.name}: {reason}')
+    return '; '.join(reasons)
 
 
-def _values(result: dict[str, dict], model: str) -> dict[str, float]:
-    if model == FLOOR:
-        return _accuracy(result['floor'])
-    evaluation, measured = result[f'evaluate_{model}'], result[sweep_runs.LAST]
-    values = _accuracy(evaluation)
+def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]:
+    """Return the columns of one model of one run.
+
+    Args:
+      result: result of each stage.
+      model: see `Row`.
+      title: of the metric.
+    """
+    if model == FLOOR_TITLE:
+        return _scores(result[names.FLOOR], title)
+    # Columns are added in the order in which the table shows them.
+    evaluation = result[names.evaluation_stage(model)]
+    measured = result[names.MEASURE]
+    values = _scores(evaluation, title)
     if 'perplexity' in evaluation:
         values['perplexity'] = evaluation['perplexity']
-    pruned = model in ('pruned', 'restored')
-    if pruned:
-        values |= {f'density {tower}': found['density'] for tower, found in measured['sparsity'].items()}
-        stages = [result[stage] for stage in ('zeros', 'prune') if stage in result]  # an allocation is found before
-        values['prune s'] = sum(stage['seconds'] for stage in stages)
-        values['prune GiB'] = max(stage['peak_memory_bytes'] for stage in stages) / GIB
-    if model in STAGES:
-        trained = result[STAGES[model]]
-        values |= {'restore s': trained['steps_s'], 'step s': trained['step_s']}
-        values |= {'restore GiB': trained['peak_memory_bytes'] / GIB}
-        values |= {'trained parameters': measured['trained_parameters'], 'GFLOP a step': measured['step_flops'] / 1e9}
+    is_pruned = model in ('pruned', 'restored')
+    if is_pruned:
+        for tower, counts in measured['sparsity'].items():
+            values[f'density {tower}'] = counts['density']
+        # An allocation is found before pruning, and is part of its cost.
+        pruning_stages = [result[stage] for stage in (names.ZEROS, names.PRUNE) if stage in result]
+        values['prune s'] = sum(stage['seconds'] for stage in pruning_stages)
+        values['prune GiB'] = max(stage['peak_memory_bytes'] for stage in pruning_stages) / GIB
+    if model in names.TRAINING:
+        # Seconds of all steps, not of the stage: a run that was stopped has had earlier processes.
+        trained = result[names.TRAINING[model]]
+        values['restore s'] = trained['steps_s']
+        values['step s'] = trained['step_s']
+        values['restore GiB'] = trained['peak_memory_bytes'] / GIB
+        values['trained parameters'] = measured['trained_parameters']
+        values['GFLOP a step'] = measured['step_flops'] / 1e9
     if model == 'restored' and 'lora_merged_density' in measured:
         values['density if LoRA is merged'] = measured['lora_merged_density']
-    values['GFLOP an answer'] = measured['answer_flops_sparse' if pruned else 'answer_flops'] / 1e9
+    # Nominal: what a kernel would save that skips every zero.
+    values['GFLOP an answer'] = measured['answer_flops_sparse' if is_pruned else 'answer_flops'] / 1e9
     return values
 
 
-def _accuracy(stage: dict) -> dict[str, float]:
-    return {'accuracy' if kind == 'overall' else kind: share for kind, share in stage['accuracy'].items()}
+def _scores(stage: dict, title: str) -> dict[str, float]:
+    """Return the scores of an evaluation by column: the metric's title, then the kinds of answers."""
+    return {title if kind == 'overall' else kind: score for kind, score in stage['accuracy'].items()}
 
 
 def columns(table: list[Row]) -> tuple[list[str], list[str]]:
-    """(labels, values) that any row has, in the order in which they appear."""
+    """Return the names of all labels and of all values, in the order in which they appear.
+
+    Args:
+      table: see `rows`.
+    """
     labels = dict.fromkeys(name for row in table for name in row.labels)
-    # The row with the most values says their order.
-    fullest = sorted(table, key=lambda row: -len(row.values))
-    return list(labels), list(dict.fromkeys(name for row in fullest for name in row.values))
+    # The row with the most values decides their order.
+    fullest_first = sorted(table, key=lambda row: -len(row.values))
+    values = dict.fromkeys(name for row in fullest_first for name in row.values)
+    return list(labels), list(values)
 
 
-def spreads(name: str) -> bool:
-    """Whether a column has an interval: what is measured on the model, not counted, timed or given."""
-    return not name.startswith(('density', 'prune ', 'restore ', 'step ', 'trained ', 'GFLOP'))
+def has_interval(name: str) -> bool:
+    """Return whether a column has an interval: whether it is measured on the model, not counted, timed or given.
+
+    Args:
+      name: of the column.
+    """
+    return not name.startswith(WITHOUT_INTERVAL)
 
 
 def to_csv(table: list[Row]) -> str:
-    """The table for machines: shares as numbers of 0 to 1, an interval's half width behind each mean."""
+    """Return the table for machines: shares as numbers of 0 to 1, an interval's half width behind each mean.
+
+    Args:
+      table: see `rows`.
+    """
     labels, values = columns(table)
+    value_head = []
+    for name in values:
+        value_head += [name, f'{name} ±'] if has_interval(name) else [name]
     out = io.StringIO()
-    head = [part for name in values for part in ((name, f'{name} ±') if spreads(name) else (name,))]
     writer = csv.writer(out, lineterminator='\n')
-    writer.writerow([*labels, 'model', 'steps', 'seeds', *head, 'failed'])
+    writer.writerow([*labels, 'model', 'steps', 'seeds', *value_head, 'failed'])
     for row in table:
         cells = []
         for name in values:
             mean, half = mean_interval(row.values[name]) if name in row.values else (None, None)
-            cells += [_number(mean), _number(half)] if spreads(name) else [_number(mean)]
-        seeds = len(row.values.get('accuracy', ()))
-        given = [*(row.labels.get(name, '') for name in labels), row.model, _steps(row), seeds]
-        writer.writerow([*given, *cells, row.failed])
+            cells += [_number(mean), _number(half)] if has_interval(name) else [_number(mean)]
+        label_cells = [row.labels.get(name, '') for name in labels]
+        writer.writerow([*label_cells, row.model, _steps(row), row.seeds, *cells, row.failed])
     return out.getvalue()
 
 
 def _steps(row: Row) -> int | str:
-    return row.steps if row.model in STAGES else ''
+    return row.steps if row.model in names.TRAINING else ''
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return ''
+    # Counts are whole and may have more than six digits.
     return f'{value:.0f}' if value.is_integer() else f'{value:.6g}'
 
 
-def to_markdown(config: Any, table: list[Row]) -> str:
-    """The table for people, with what it was made by."""
+def to_markdown(config: ConfigDict, table: list[Row]) -> str:
+    """Return the table for people, under a line on how it was made.
+
+    Args:
+      config: a sweep.
+      table: see `rows`.
+    """
     labels, values = columns(table)
-    failed = any(row.failed for row in table)
-    head = [*labels, 'model', 'steps', *values, *(['failed'] if failed else [])]
-    lines = [f'# {config.plot.title}', '', _conditions(config, table), '']
-    lines += ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+    # The column of failures is only there if there are any: most tables are wide enough.
+    has_failed = any(row.failed for row in table)
+    head = [*labels, 'model', 'steps', *values]
+    if has_failed:
+        head.append('failed')
+    lines = [
+        f'# {config.plot.title}',
+        '',
+        _conditions(config),
+        '',
+        '| ' + ' | '.join(head) + ' |',
+        '|' + '---|' * len(head),
+    ]
     for row in table:
-        cells = [str(row.labels.get(name, '')) for name in labels] + [row.model]
-        cells += [str(_steps(row))]
+        cells = [str(row.labels.get(name, '')) for name in labels]
+        cells += [row.model, str(_steps(row))]
         cells += [_cell(name, row.values[name]) if name in row.values else '' for name in values]
-        cells += [row.failed.replace('|', '/')] if failed else []
+        if has_failed:
+            cells.append(row.failed.replace('|', '/'))  # a bar would end the cell
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
 
-def _conditions(config: Any, table: list[Row]) -> str:
-    recipe, seeds = sweep.runs(config)[0].config, config.budgets[config.budget].seeds
+def _conditions(config: ConfigDict) -> str:
+    """Return how a sweep's figures were made: budget, recipe, machine, versions."""
+    run_recipe = sweep.runs(config)[0].config
+    seeds = config.budgets[config.budget].seeds
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in PACKAGES)
     interval = f'means of {seeds} seeds with 95 % intervals (t)' if seeds > 1 else 'one seed'
-    cores, memory = len(os.sched_getaffinity(0)), os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB
+    # Those that this process may use, which in a container are fewer than the machine has.
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB
     return (
-        f'Sweep `{config.name}`, budget `{config.budget}`: model {recipe.model}, data {recipe.data}, '
-        f'{recipe.evaluate.questions} questions, {recipe.prune.samples} calibration samples, restoration in batches of '
-        f'{recipe.restore.batch}; {interval}. FLOPs count matmuls; those of an answer are nominal: each pruned kernel '
-        'at its density. Seconds hold what was compiled; memory is the peak of the process up to the end of that '
-        f'stage. {cores} CPU cores, {memory:.0f} GiB; {versions}.'
+        f'Sweep `{config.name}`, budget `{config.budget}`: model {run_recipe.model}, data {run_recipe.data}, '
+        f'{run_recipe.evaluate.questions} questions, {run_recipe.prune.samples} calibration samples, restoration in '
+        f'batches of {run_recipe.restore.batch}; {interval}. FLOPs count matmuls; those of an answer are nominal: each '
+        'pruned kernel at its density. Seconds include compilation; memory is the peak of the process up to the end of '
+        f'that stage. {cores} CPU cores, {memory:.0f} GiB; {versions}.'
     )
 
 
 def _cell(name: str, values: list[float]) -> str:
+    """Return a cell of the Markdown table."""
     mean, half = mean_interval(values)
     if name.startswith('density'):
         return f'{mean:.4f}'
     if name == 'trained parameters':
         return f'{mean:,.0f}'
-    if not spreads(name):
+    if not has_interval(name):
         return f'{mean:.2f}'
     if name == 'perplexity':
-        return f'{mean:.1f}' + (f' ± {half:.1f}' if half is not None else '')
-    return f'{mean:.1%}' + (f' ± {100 * half:.1f}' if half is not None else '')
+        return f'{mean:.1f}' if half is None else f'{mean:.1f} ± {half:.1f}'
+    return f'{mean:.1%}' if half is None else f'{mean:.1%} ± {100 * half:.1f}'
 
 
-def write(config: Any, workdir: str | Path) -> list[Row]:
-    """Writes `<name>.csv` and `<name>.md` into the workdir."""
+def write(config: ConfigDict, workdir: str | Path) -> list[Row]:
+    """Write `<name>.csv` and `<name>.md` into the workdir, and return the rows.
+
+    Args:
+      config: a sweep.
+      workdir: its folder.
+    """
     table = rows(config, workdir)
     write_text(Path(workdir) / f'{config.name}.csv', to_csv(table))
     write_text(Path(workdir) / f'{config.name}.md', to_markdown(config, table))

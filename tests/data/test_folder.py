@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparselora_jax.data import folder as module
 from sparselora_jax.data.folder import read_folder
 from sparselora_jax.runtime.errors import DataError
 
@@ -50,8 +51,6 @@ def test_records_are_random_access_to_images_and_texts(write):
 
 
 def test_the_example_of_the_docstring_is_read(write):
-    from sparselora_jax.data import folder as module
-
     lines = [text.strip() for text in module.__doc__.splitlines() if text.strip().startswith('{"image"')]
     path = write(*lines)
     (path / 'cats').mkdir()
@@ -116,24 +115,26 @@ def test_a_line_that_cannot_be_used_is_left_out_and_named(write, bad, reason):
     assert folder.summary() == f'6 examples; 1 left out: line 7: {folder.problems[0].reason}'
 
 
-def test_a_summary_counts_all_and_names_the_first(write):
+def test_a_summary_counts_all_and_names_the_first(write, monkeypatch):
     bad = [line(answer='', prompt=str(index)) for index in range(4)]
     folder = read_folder(write(*GOOD, *bad))
     want = '6 examples; 4 left out: line 7: answer is empty; line 8: answer is empty; and 2 more'
-    assert folder.summary(shown=2) == want
     assert folder.summary().count('answer is empty') == 4
     assert 'more' not in folder.summary()
+    monkeypatch.setattr(module, 'SHOWN_PROBLEMS', 2)
+    assert folder.summary() == want
     assert read_folder(write(GOOD[0])).summary() == '1 example'
     assert read_folder(write(*(line(prompt=str(index)) for index in range(1204)))).summary() == '1,204 examples'
 
 
-def test_too_many_bad_lines_are_an_error_that_names_them(write):
+def test_too_many_bad_lines_are_an_error_that_names_them(write, monkeypatch):
     path = write(*GOOD[:2], *(line(answer='', prompt=str(index)) for index in range(3)))
     with pytest.raises(
         DataError, match='more than 50% of the lines cannot be used: 2 examples; 3 left out: line 3: answ'
     ):
         read_folder(path)
-    assert len(read_folder(path, tolerance=0.7).records) == 2
+    monkeypatch.setattr(module, 'TOLERANCE', 0.7)
+    assert len(read_folder(path).records) == 2
 
 
 def test_nothing_to_use_is_an_error(write, tmp_path):
@@ -145,7 +146,7 @@ def test_nothing_to_use_is_an_error(write, tmp_path):
         with pytest.raises(DataError, match='no line that can be used: it is empty'):
             read_folder(write(*lines))
     with pytest.raises(DataError, match='no line that can be used: 0 examples; 1 left out: line 1: answer is empty'):
-        read_folder(write(line(answer='')), tolerance=1.0)
+        read_folder(write(line(answer='')))
 
 
 def test_an_image_that_breaks_off_is_named_when_it_is_read(write):
@@ -158,7 +159,7 @@ def test_an_image_that_breaks_off_is_named_when_it_is_read(write):
         source[0]
 
 
-def test_a_given_split_counts_and_the_others_follow_their_image(write):
+def test_a_given_split_counts_and_the_others_follow_their_image(write, monkeypatch):
     path = write(*(line(f'{i}.png', f'question {j}') for i in range(200) for j in range(2)))
     for index in range(200):
         Image.new('L', (1, 1)).save(path / f'{index}.png')
@@ -168,7 +169,9 @@ def test_a_given_split_counts_and_the_others_follow_their_image(write):
     assert not train & test
     assert len(train | test) == 200
     assert 8 <= len(test) <= 35
-    more = read_folder(path, test_share=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'TEST_SHARE', 0.5)
+        more = read_folder(path)
     assert test < {image for _, _, image in more.texts('test')}
     moved = min(train)
     folder = read_folder(write(*(path / 'data.jsonl').read_text().splitlines(), line(moved, 'and now?', split='test')))

@@ -130,7 +130,7 @@ def test_an_empty_group_is_named():
 
 def test_groups_hold_every_question_once_by_kind(easy_vqa_builder):
     texts = [text[:2] for text in easy_vqa.read_texts(easy_vqa_builder, 'test')]
-    split = Split(None, lambda: texts)
+    split = Split([], lambda: texts)
     groups = pipeline.groups_by_kind(split, Dataset(split, split, easy_vqa.KINDS, easy_vqa.kind_of))
     assert sorted(functools.reduce(operator.iadd, groups, [])) == list(range(len(texts)))
     for kind, group in zip(easy_vqa.KINDS, groups, strict=True):

@@ -17,6 +17,7 @@ from sparselora_jax.checkpoints import embedded, trees
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.jobs import report, stages
+from sparselora_jax.jobs.export import export_packed
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.recipe import ConfigError, prune_methods, prune_rules
 from sparselora_jax.runtime.errors import DataError
@@ -101,7 +102,7 @@ def test_every_stage_leaves_its_file(wanda):
 def test_a_packed_export_is_the_restored_model(wanda, four_bits, tmp_path):
     workdir = shutil.copytree(wanda, tmp_path / 'copy')
     job, kind = Job(tiny_config(), workdir), 'packed_int4' if four_bits else 'packed'
-    got = stages.export_packed(job, kind)
+    got = export_packed(job, kind)
     folder = workdir / kind
     assert got['bytes'] == (folder / 'packed.safetensors').stat().st_size < read(wanda, 'export')['bytes']['exported']
     read_back, restored = sl.unpack(sl.load_model(folder)[1]), job.merged()
@@ -224,7 +225,7 @@ def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(wor
     assert all(record['kl'] > 0 for record in map(json.loads, (workdir / 'log.jsonl').open()) if 'kl' in record)
     held = rules.flatten(job.base.params)
     rounded = rules.flatten(trees.load_safetensors(workdir / 'rounded.safetensors')[0])
-    assert job.__dict__.keys().isdisjoint({'params', 'frozen'})
+    assert not job.has_dense_weights
     assert all(
         isinstance(held[path], sl.Packed24) and held[path].scale is not None for path in rules.flatten(job.masks)
     )
@@ -236,7 +237,7 @@ def test_restoring_on_four_bits_needs_no_dense_model_and_ends_exactly_sparse(wor
     jax.tree.map(np.testing.assert_array_equal, exported, merged)
     assert not (workdir / 'adapter').exists()  # it would be beside weights that it was not trained on
 
-    again, beside = stages.export_packed(job, 'packed_int4'), stages.export_packed(job, 'packed_lora')
+    again, beside = export_packed(job, 'packed_int4'), export_packed(job, 'packed_lora')
     assert 0 < again['largest_relative_error'] < 0.15
     assert beside['largest_relative_error'] == 0
     assert again['bytes_of_dense_kernels'] < 0.2
@@ -286,7 +287,7 @@ def test_more_tokens_than_the_vocabulary_has_are_refused_before_any_work(world, 
 
 def test_factors_are_kept_beside_a_packed_base_alone(wanda):
     with pytest.raises(ConfigError, match=r"restore.base is 'dense': expected packed or packed_int4"):
-        stages.export_packed(Job(tiny_config(), wanda), 'packed_lora')
+        export_packed(Job(tiny_config(), wanda), 'packed_lora')
 
 
 ALLOCATED = {

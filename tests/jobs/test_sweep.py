@@ -15,7 +15,7 @@ from test_job import few, tiny_config
 from configs.sweeps import grid
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.data import easy_vqa
-from sparselora_jax.jobs import plots, sweep, sweep_runs, table
+from sparselora_jax.jobs import names, plots, sweep, sweep_runs, table
 from sparselora_jax.jobs.sweep import Point
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.restoration.train import Interrupted
@@ -217,7 +217,7 @@ def test_the_workdir_of_another_sweep_is_refused(tmp_path):
         (
             point('x', restore__stepz=3),
             ConfigError,
-            "point x has no field 'restore.stepz'; did you mean 'restore.steps'",
+            r'point x has no field \'restore.stepz\'; did you mean "steps" instead of "stepz"\?',
         ),
         (point('x', '1.5'), PatternError, r"point x: prune.pattern.language: pattern '1.5'"),
         (point('x', '2:7'), PatternError, 'point x: language/blocks/.*7 does not divide'),
@@ -289,7 +289,7 @@ def test_the_table_holds_means_and_intervals_of_the_seeds(done):
         rows = list(csv.DictReader(file))
     assert [(row['way'], row['model']) for row in rows] == [
         ('', 'dense'),
-        ('', table.FLOOR),
+        ('', names.FLOOR_TITLE),
         ('SparseLoRA', 'pruned'),
         ('SparseLoRA', 'restored'),
         ('plain', 'pruned'),
@@ -342,11 +342,11 @@ def test_the_markdown_table_is_one_and_says_what_made_it(done):
 @pytest.mark.slow
 def test_the_same_results_make_the_same_files(done):
     config, workdir = done
-    names = [f'sweep.{kind}' for kind in ('csv', 'md', 'png', 'svg')]
+    results = [f'sweep.{kind}' for kind in ('csv', 'md', 'png', 'svg')]
 
     def files():
         plots.write(config, table.write(config, workdir), workdir)
-        return [(workdir / name).read_bytes() for name in names]
+        return [(workdir / name).read_bytes() for name in results]
 
     assert files() == files()
 
@@ -361,8 +361,34 @@ def test_bars_are_as_high_as_the_table_says(done):
     assert [text.get_text() for text in accuracy.get_xticklabels()] == ['2:4', '0.7']
     lines = {line.get_label(): line.get_ydata()[0] for line in accuracy.lines if line.get_label()[0] != '_'}
     dense, control = (np.mean(row.values['accuracy']) for row in rows if row.model in ('dense', 'control'))
-    assert lines == pytest.approx({'dense': 100 * dense, table.FLOOR: 25.0, 'dense, same LoRA budget': 100 * control})
+    assert lines == pytest.approx(
+        {'dense': 100 * dense, names.FLOOR_TITLE: 25.0, 'dense, same LoRA budget': 100 * control}
+    )
     assert perplexity.get_yscale() == 'log'
+
+
+class Letters:
+    """A metric of one's own."""
+
+    title = 'letters'
+
+    def __call__(self, predicted, reference):
+        return 0.0
+
+
+LETTERS = Letters()
+
+
+def test_the_title_of_a_metric_is_shown(tmp_path):
+    base = tiny_config(**{'evaluate.metric': f'{__name__}:LETTERS'})
+    config = sweep_config(*POINTS, base=base)
+    sweep.run(config, tmp_path, pretend)
+    rows = table.write(config, tmp_path)
+    assert all('letters' in row.values and 'accuracy' not in row.values for row in rows)
+    assert '| letters |' in (tmp_path / 'sweep.md').read_text()
+    assert plots.figure(config, rows).axes[0].get_ylabel() == 'letters, %'
+    with (tmp_path / 'sweep.csv').open() as file:
+        assert {row['seeds'] for row in csv.DictReader(file)} == {'1'}
 
 
 def test_lines_go_through_the_table_in_order(tmp_path):

@@ -108,7 +108,7 @@ def test_a_group_that_does_not_divide_is_named_before_any_work(refused, tiny_mod
 
 def test_lora_targets_that_match_nothing_are_named_before_any_work(refused, tiny_model):
     err = refused('train.py', '--config.lora.targets.language=attn/z/.*')
-    assert "rule 'language/(.*/)?blocks/attn/z/.*' matches none" in err
+    assert "lora.targets.language: 'attn/z/.*' matches no kernel of the blocks; they are attn/k/kernel, " in err
 
 
 def test_a_workdir_is_not_claimed_by_a_config_that_cannot_run(refused, tiny_model, tmp_path):

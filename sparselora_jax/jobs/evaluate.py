@@ -1,0 +1,78 @@
+"""The stages that score: answers of a model, and those of a baseline that never sees an image."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sparselora_jax import recipe
+from sparselora_jax.evaluation import vqa
+from sparselora_jax.evaluation.perplexity import perplexity
+from sparselora_jax.jobs import names
+from sparselora_jax.jobs.job import Job
+from sparselora_jax.runtime.progress import Progress
+
+# Plain text, of which a decoder-only language tower gets its perplexity.
+HELD_OUT_TEXT = Path(__file__).parents[2] / 'assets' / 'heldout.txt'
+
+
+def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
+    """Score a model: answers, mean score per kind of answer, and perplexity of a decoder-only language tower.
+
+    Args:
+      job: the run.
+      name: the model, one of `names.ALL_MODELS`.
+      load_weights: returns its weights; called only if the stage is not done.
+
+    Returns:
+      `accuracy` (mean of `evaluate.metric`, overall and by kind), `indices` of the questions, the predicted and true
+      answers, and `perplexity`.
+    """
+    stage = names.evaluation_stage(name)
+
+    def compute():
+        model = job.model
+        weights = load_weights()
+        # The same seed for every model: answers are compared question by question.
+        indices = vqa.sample(job.config.evaluate.questions, len(job.dataset.test.source), seed=job.config.seed)
+        answers = vqa.evaluate(
+            model,
+            weights,
+            job.processor,
+            job.text,
+            job.dataset.test,
+            indices,
+            batch=job.config.evaluate.batch,
+            # Answers are written as they come, so that an evaluation that was stopped goes on after the last.
+            answers_file=job.workdir / f'answers_{name}.jsonl',
+            progress=Progress(f'evaluate {name}', len(indices)),
+            **job.text.decoding,
+        )
+        accuracy = answers.accuracy(job.dataset.kind_of, recipe.metric(job.config))
+        scores = {}
+        # An encoder-decoder gives no probabilities to plain text.
+        if not model.encoder_decoder:
+            tokens = np.asarray(job.processor.hf.tokenizer(HELD_OUT_TEXT.read_text())['input_ids'])
+            scores['perplexity'] = perplexity(weights['language'], model.cfg.language, tokens)
+        job.log.scalars(stage, 0, accuracy | scores)
+        return {'accuracy': accuracy, 'indices': indices} | scores | answers._asdict()
+
+    return job.stage(stage, compute)
+
+
+def floor(job: Job) -> dict:
+    """Score what a model that never sees an image can reach on the same questions.
+
+    Args:
+      job: the run.
+    """
+
+    def compute():
+        # Texts alone are read: no image is needed, and reading images takes minutes.
+        train = job.dataset.train.read_texts()
+        test = job.dataset.test.read_texts()
+        indices = vqa.sample(job.config.evaluate.questions, len(test), seed=job.config.seed)
+        answers = vqa.blind_floor(train, [test[index] for index in indices])
+        return {'accuracy': answers.accuracy(job.dataset.kind_of, recipe.metric(job.config))}
+
+    return job.stage(names.FLOOR, compute)

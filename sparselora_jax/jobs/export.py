@@ -1,0 +1,191 @@
+"""The stages that write the restored model for other programs, and check what they wrote."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sparselora_jax.checkpoints import embedded, hf_configs, on_disk, safetensors_format
+from sparselora_jax.checkpoints.export import check_export, export_model
+from sparselora_jax.checkpoints.packed import export_packed as write_packed
+from sparselora_jax.checkpoints.packed import keep_factors, load_packed
+from sparselora_jax.checkpoints.peft import save_peft
+from sparselora_jax.data import text_format
+from sparselora_jax.evaluation.density import layer_density, plain_lora_density, tower_sparsity
+from sparselora_jax.jobs import names
+from sparselora_jax.jobs.job import Job
+from sparselora_jax.recipe import ConfigError, pack_formats
+from sparselora_jax.runtime import processes
+from sparselora_jax.runtime.files import StorageError
+from sparselora_jax.sparse import packing
+from sparselora_jax.sparse.dense import dense_kernel
+from sparselora_jax.sparse.packing import Bitmask, Packed24
+from sparselora_jax.sparse.rules import flatten
+from sparselora_jax.sparse.weights import Adapted, merge
+
+PACKED = ('packed', 'packed_int4', 'packed_lora')  # what `export_packed` can write
+
+
+def export(job: Job) -> dict:
+    """Write `exported/`, a Hugging Face directory of the merged model, and `adapter/`, LoRA alone; check the former.
+
+    Args:
+      job: the run.
+
+    Returns:
+      The zeros of the model, see `count_zeros`, and `bytes` of the weights before and after.
+    """
+
+    def compute():
+        merged = job.merged()
+        # Counted where every process has its part of the arrays, before they are gathered in the first.
+        zeros = count_zeros(job, merged, job.trained(names.TRAINING['restored']))
+        source = job.model.source
+        # The embedded model lies in no Hugging Face directory, so the bytes of its arrays are counted instead.
+        dense = _weight_bytes(source) if source else sum(leaf.nbytes for leaf in jax.tree.leaves(job.params))
+        if jax.process_count() > 1:
+            # One process writes, so the arrays, of which each process has a part, are gathered there.
+            merged = jax.tree.map(processes.on_first, merged)
+        exported = processes.agreed(lambda: _write_export(job, merged))
+        return zeros | {'bytes': {'dense': dense, 'exported': exported}}
+
+    return job.stage(names.EXPORT, compute)
+
+
+def _write_export(job: Job, merged: dict) -> int:
+    """Write and check the directories of `export`, and return the bytes of the exported weights."""
+    folder = job.workdir / names.EXPORTED_MODEL
+    changed = None  # the embedded model is written anew
+    texts = {text_format.FILE: text_format.dump(job.text)}
+    if job.model.source is None:
+        embedded.save(folder, job.model, merged, texts=texts)
+    else:
+        merged, changed = _merge_from_source(job, merged)
+        export_model(folder, job.model, merged, changed=changed, texts=texts)
+    restore = job.config.restore
+    # An adapter is of use only with the weights that it was trained on: those must not have been rounded.
+    if restore.trained == 'lora' and restore.base in ('dense', 'packed'):
+        # A pruned model that fits into no memory was written when it was pruned; otherwise there is no such directory.
+        base = str(job.workdir / names.PRUNED_MODEL) if job.config.stream else None
+        save_peft(job.workdir / names.ADAPTER, job.model, job.trained(names.TRAINING['restored']), base=base)
+    # Reads the directory back and compares it with what is in memory, bit for bit.
+    check_export(folder, job.model, merged, changed=changed)
+    return _weight_bytes(folder)
+
+
+def _merge_from_source(job: Job, merged: dict) -> tuple[dict, set[str]]:
+    """Return the params to export, computed from the precision of the source's files, and the paths that differ."""
+    restore = job.config.restore
+    masks = job.workdir / names.MASKS
+    trained = job.trained(names.TRAINING['restored'])
+    changed = flatten(trained).keys() | {entry.name for entry in safetensors_format.read_header(masks)}
+    if restore.trained == 'weights':
+        kernels = job.workdir / f'{names.TRAINING["restored"]}.safetensors'
+        return on_disk.merge_from_source(job.model, merged, {}, masks, kernels), changed
+    if restore.base in ('dense', 'packed'):
+        return on_disk.merge_from_source(job.model, merged, trained, masks, job.workdir / names.KERNELS), changed
+    # LoRA was trained on weights in four bits, which the source does not hold.
+    return merged, changed
+
+
+def export_packed(job: Job, kind: str = 'packed') -> dict:
+    """Write the restored model without its zeros into a folder named `kind`, and check it.
+
+    Args:
+      job: the run.
+      kind: `packed`: merged, 2:4 towers as `packed24`, others as `bitmask`; `packed_int4`: merged in high precision,
+        then the values of 2:4 kernels rounded to four bits again; `packed_lora`: pruned kernels as restoration stored
+        them (`restore.base`), with LoRA beside them, under their masks.
+
+    Returns:
+      `bytes` of the weights, `bytes_of_dense_kernels`: the packed kernels' share of the dense ones' bytes, and
+      `largest_relative_error` of a kernel.
+
+    Raises:
+      ConfigError: `packed_lora` of a base that is not packed.
+      StorageError: the files do not hold what was written.
+    """
+    base = job.config.restore.base
+    if kind == 'packed_lora' and not base.startswith('packed'):
+        raise ConfigError(
+            f'--format=packed_lora keeps what LoRA was trained on, and restore.base is {base!r}: '
+            'expected packed or packed_int4'
+        )
+
+    def compute():
+        model = job.model
+        merged = job.merged()
+        folder = job.workdir / kind
+        if kind == 'packed_lora':
+            packed = keep_factors(job.base.params, job.trained(names.TRAINING['restored']))
+        else:
+            packed = packing.pack(merged, job.masks, pack_formats(job.config, four_bits=kind == 'packed_int4'))
+        # The embedded model has no directory whose config and processor could be copied.
+        is_embedded = model.source is None
+        write_packed(
+            folder,
+            model,
+            packed,
+            texts={text_format.FILE: text_format.dump(job.text)},
+            hf_config=hf_configs.blip2_config(model.cfg, model.generation) if is_embedded else None,
+            processor=job.processor.hf if is_embedded else None,
+        )
+        _, written = load_packed(folder, model)
+        if not jax.tree.all(jax.tree.map(jnp.array_equal, written, packed)):
+            raise StorageError(f'{folder}: what was read back is not what was written; export it again')
+        # Errors are of what was read back, not of what is in memory: that is what others will load.
+        packed_kernels = flatten(written)
+        kernels = flatten(merged)
+        errors = {path: _relative_error(packed_kernels[path], kernels[path]) for path in flatten(job.masks)}
+        dense_bytes = sum(kernels[path].nbytes for path in errors)
+        packed_bytes = sum(leaf.nbytes for path in errors for leaf in jax.tree.leaves(packed_kernels[path]))
+        return {
+            'bytes': _weight_bytes(folder),
+            'bytes_of_dense_kernels': packed_bytes / dense_bytes,
+            'largest_relative_error': max(errors.values()),
+        }
+
+    return job.stage(kind, compute)
+
+
+def _relative_error(packed: Packed24 | Bitmask | Adapted | Array, kernel: Array) -> float:
+    """Return how far a packed kernel is from the kernel that it stands for, in the Frobenius norm."""
+    # Factors beside a packed kernel are merged first: the kernel to compare with is the restored one.
+    if isinstance(packed, Adapted):
+        packed = merge({'kernel': packed.kernel}, None, {'kernel': packed.lora}, dtype=kernel.dtype)['kernel']
+    error = jnp.linalg.norm(dense_kernel(packed, jnp.float32) - kernel.astype(jnp.float32))
+    return float(error / jnp.linalg.norm(kernel.astype(jnp.float32)))
+
+
+def _weight_bytes(folder: str | Path) -> int:
+    """Return the bytes of a directory's weights."""
+    return sum(file.stat().st_size for file in Path(folder).glob('*.safetensors'))
+
+
+def count_zeros(job: Job, params: dict, trained: dict | None) -> dict:
+    """Count the zeros of a pruned or restored model.
+
+    Args:
+      job: the run.
+      params: the model as plain arrays.
+      trained: what restoring it has trained; None: nothing.
+
+    Returns:
+      `sparsity` of each tower, `layer_density` of each kernel by tower and, if LoRA was trained,
+      `lora_merged_density`: the density of the pruned kernels, had LoRA been merged outside the masks as usual.
+    """
+    patterns = job.config.prune.pattern
+    groups = job.config.prune.group
+    # Where an allocation moved zeros between layers, a layer's pattern promises nothing; its allocated zeros do.
+    zeros = job.allocated_zeros()
+    counts = {
+        'sparsity': {
+            tower: tower_sparsity(params, tower, patterns[tower], group=groups[tower], zeros=zeros)
+            for tower in patterns
+        },
+        'layer_density': {tower: layer_density(params, tower) for tower in patterns},
+    }
+    if trained is not None and job.config.restore.trained == 'lora':
+        counts['lora_merged_density'] = plain_lora_density(job.base.params, job.masks, trained)
+    return counts

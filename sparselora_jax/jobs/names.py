@@ -1,0 +1,59 @@
+"""Names of a run's parts: the models that it evaluates, its stages, and the files that they write into the workdir."""
+
+# Models that every report compares, in the order of its tables.
+MODELS = ('dense', 'pruned', 'restored')
+# The dense model after the same training, which tells what training alone does; evaluated only if a recipe asks for it.
+CONTROL = 'control'
+ALL_MODELS = (*MODELS, CONTROL)
+# What reports call the two baselines.
+FLOOR_TITLE = 'image-blind floor'
+CONTROL_TITLE = 'dense, same LoRA budget'
+
+# Stages. The result of each lies in `<stage>.json`.
+ZEROS = 'zeros'
+PRUNE = 'prune'
+ROUND = 'round'
+TEACHER = 'teacher'  # also the folder of the teacher's logits
+EXPORT = 'export'
+FLOOR = 'floor'
+MEASURE = 'measured'  # the last stage of a run of a sweep
+TRAINING = {'restored': 'restore', CONTROL: 'control'}  # model -> the stage that trains it
+
+# Files and folders.
+QUESTIONS = 'questions.json'
+MASKS = 'masks.safetensors'
+KERNELS = 'kernels.safetensors'  # kernels whose kept weights pruning changed; missing if it changed none
+ROUNDED = 'rounded.safetensors'  # kernels with values that four bits can hold, see `stages.round_base`
+CHECKPOINTS = 'checkpoints'
+PRUNED_MODEL = 'pruned'  # a Hugging Face directory, written only if pruning reads the model from disk
+EXPORTED_MODEL = 'exported'  # a Hugging Face directory
+ADAPTER = 'adapter'  # a PEFT directory
+FAILED = 'failed.txt'  # why a run of a sweep failed
+OUTPUT = 'output.txt'  # what a run of a sweep printed
+
+
+def result_file(stage: str) -> str:
+    """Return the name of the file with a stage's result.
+
+    Args:
+      stage: its name.
+    """
+    return f'{stage}.json'
+
+
+def evaluation_stage(model: str) -> str:
+    """Return the name of the stage that evaluates a model.
+
+    Args:
+      model: one of `ALL_MODELS`.
+    """
+    return f'evaluate_{model}'
+
+
+def trained_file(stage: str) -> str:
+    """Return the name of the file with what a stage has trained.
+
+    Args:
+      stage: one of `TRAINING`'s values.
+    """
+    return f'{stage}.safetensors'
