@@ -151,7 +151,7 @@ def on_gpus(rows: int, inputs: int, outputs: int) -> None:
         print(f'| {where} | {product} | dense | | | | | | | 1.0000 | {seconds} | {binds} | | |', flush=True)
         for four_bits in (False, True):
             problem = Problem(rows, inputs, outputs, four_bits, transposed)
-            kind, tile = gpu.fastest(rows, problem.packed, transposed)
+            kind, tile = gpu.choose_kernel(rows, problem.packed, transposed)
             if tile is None:
                 print(
                     f'| {where} | {product} | packed{" int4" if four_bits else ""} | unpacked, then dense', flush=True

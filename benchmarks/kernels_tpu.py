@@ -76,7 +76,7 @@ def on_tpus(rows: int, inputs: int, outputs: int) -> None:
         kernels = {'dense': (dense_product, dense, None)}
         for name, four_bits in (('packed', False), ('packed int4', True)):
             packed = packed24_like(dense, four_bits=four_bits)
-            tile = tpu.tile(rows, packed, transposed)
+            tile = tpu.choose_tile(rows, packed, transposed)
             kernels[name] = functools.partial(product, tile=tile), packed, tile
         estimates = {}
         for name, (fn, weights, tile) in kernels.items():

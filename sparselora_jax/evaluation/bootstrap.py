@@ -27,6 +27,7 @@ def paired_interval(
     >>> paired_interval(np.ones(100), np.zeros(100))
     (1.0, 1.0)
     """
+    # One sample of differences, not two samples of scores: this is what keeps the pairs together.
     differences = first - second
     if len(differences) == 1:
         # Every resample of one question is that question. scipy refuses samples of fewer than two.

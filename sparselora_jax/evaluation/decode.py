@@ -78,6 +78,7 @@ def decode(
         stacked = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *start.caches)
         x, caches = run(scan_blocks, start.blocks, start.x, start.view, stacked)
         caches = unstack(caches)
+    # Only the last token of the prompt predicts a new one. The head is the largest matrix, so the others skip it.
     first_logits = logits(x[:, -1:])
     rows, _, vocab = first_logits.shape
     first_logits = jnp.broadcast_to(first_logits, (rows, beams, vocab))  # all beams begin with the same prompt
@@ -88,6 +89,7 @@ def decode(
     def advance(carry):
         """Generate one token for every beam."""
         index, caches, state = carry
+        # The newest token of each beam, which `search.step` has just chosen, has no cache slot yet.
         tokens = jax.lax.dynamic_index_in_dim(state.tokens, index - 1, axis=2, keepdims=False)
         view = _beam_view(start.view.positions, start.valid, state.ancestry, index)
         x, caches = run(unrolled_blocks, blocks, language.embed_tokens(w, cfg, tokens), view, caches)
@@ -99,6 +101,7 @@ def decode(
     caches = sharding.split_rows(caches, mesh, sharding.CACHE)
     carry = (jnp.ones((), jnp.int32), caches, state)
     _, _, state = jax.lax.while_loop(lambda carry: carry[2].is_unfinished, advance, carry)
+    # Finished beams are sorted, best first.
     best = state.finished[:, 0], jnp.max(state.lengths[:, 0])
     return sharding.split_rows(best, mesh, PartitionSpec())
 

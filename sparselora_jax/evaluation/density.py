@@ -61,7 +61,7 @@ def tower_sparsity(
     nonzero = sum(int(jnp.count_nonzero(kernel)) for kernel in kernels.values())
     size = sum(kernel.size for kernel in kernels.values())
     wrong_groups = 0
-    if not parsed.dense:
+    if not parsed.dense:  # a dense tower promises no zeros
         for path, kernel in kernels.items():
             zeros_of_layers = (zeros or {}).get(path)
             wrong_groups += int(violations(kernel != 0, parsed, group, zeros_of_layers).sum())
@@ -77,7 +77,7 @@ def layer_density(params: dict, tower: str) -> dict[str, list[float]]:
     """
     densities = {}
     for path, kernel in _block_kernels(params, tower).items():
-        nonzero_of_layers = jnp.count_nonzero(kernel, axis=(1, 2))
+        nonzero_of_layers = jnp.count_nonzero(kernel, axis=(1, 2))  # [layers, in, out] -> [layers]
         densities[path] = (nonzero_of_layers / kernel[0].size).tolist()
     return densities
 
@@ -100,8 +100,9 @@ def plain_lora_density(params: dict, masks: dict, lora: dict) -> float:
     nonzero = 0
     size = 0
     for path, mask in rules.flatten(masks).items():
+        # In fp32, where a small product of the factors is not rounded away beside a weight.
         kernel = jnp.where(mask, dense_kernel(kernels[path], jnp.float32), 0.0)
-        if path in factors:
+        if path in factors:  # the other pruned kernels keep the density of their masks
             kernel = kernel + factors[path].scale * jnp.matmul(factors[path].a, factors[path].b)
         nonzero += int(jnp.count_nonzero(kernel))
         size += kernel.size

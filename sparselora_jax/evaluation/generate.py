@@ -16,26 +16,30 @@ class GenerationError(SparseloraError, ValueError):
 # Entries of generation_config.json that change which tokens transformers chooses, and that are not supported here. An
 # entry is accepted at the value in this table, at which it changes nothing.
 UNSUPPORTED = {
+    # Forbid or force tokens:
     'bad_words_ids': None,
     'begin_suppress_tokens': None,
-    'diversity_penalty': 0.0,
+    'force_words_ids': None,
+    'forced_bos_token_id': None,
+    'forced_eos_token_id': None,
+    'no_repeat_ngram_size': 0,
     'encoder_no_repeat_ngram_size': 0,
+    'suppress_tokens': None,
+    # Change scores:
     'encoder_repetition_penalty': 1.0,
     'exponential_decay_length_penalty': None,
-    'forced_bos_token_id': None,
-    'force_words_ids': None,
-    'forced_eos_token_id': None,
     'guidance_scale': None,
-    'max_time': None,
-    'no_repeat_ngram_size': 0,
-    'num_beam_groups': 1,
-    'num_return_sequences': 1,
-    'penalty_alpha': None,
     'renormalize_logits': False,
     'repetition_penalty': 1.0,
     'sequence_bias': None,
+    # Ask for another kind of search, or for several results:
+    'diversity_penalty': 0.0,
+    'num_beam_groups': 1,
+    'num_return_sequences': 1,
+    'penalty_alpha': None,
+    # Stop for other reasons than length and end tokens:
+    'max_time': None,
     'stop_strings': None,
-    'suppress_tokens': None,
 }
 
 
@@ -82,6 +86,7 @@ def generate(
         words; PaliGemma's batch has no token_type_ids.
     """
     batch = _add_prompt(model, batch)
+    # Values are checked here, because `decode` is compiled and knows only shapes.
     prompts.check_ids(model.cfg, batch)
     if 'pixel_values' in batch:
         prompts.check_image_tokens(model.cfg, batch['input_ids'], batch['attention_mask'])
@@ -97,6 +102,7 @@ def generate(
     prompt = np.asarray(batch['decoder_input_ids' if model.is_encoder_decoder else 'input_ids'])
     beams, settings = _settings(model, arguments, prompt.shape[1])
     tokens, length = decode.decode(model, weights, batch, settings, beams=beams, mesh=sharding.mesh_of(weights))
+    # `decode` returns room for the most tokens. transformers returns as many columns as the longest row fills.
     return np.concatenate([prompt, np.asarray(tokens)[:, : int(length)]], axis=1)
 
 

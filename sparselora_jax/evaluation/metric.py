@@ -46,5 +46,6 @@ class ExactMatch:
         return float(predicted.lower() == reference.lower())
 
 
+# A config names a metric by its name here, or as `package.module:Name`.
 METRICS: Registry[Metric] = Registry('metric')
 EXACT_MATCH = METRICS.register('exact_match', ExactMatch())

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 def _losses(w: dict, cfg: Any, tokens: Int[Array, 'windows tokens']) -> Float[Array, 'windows predicted']:
     """Return the cross-entropy of each token of a window but the first, in nats."""
     language = cfg.tower
+    # Windows have no pads: every token is valid.
     hidden = language.forward(w, cfg, language.embed_tokens(w, cfg, tokens), jnp.ones(tokens.shape, bool))
     logits = language.head(w, cfg, hidden)
     # The logits at one token predict the next one.

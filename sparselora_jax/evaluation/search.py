@@ -157,6 +157,7 @@ def _greedy_step(
     """Take the most likely token of each row; rows that have ended get pads."""
     is_last = index == settings.finished_divisors.shape[0] - 1
     has_ended = state.lengths > 0
+    # No log-probabilities are needed: the largest logit has the largest one.
     token = jnp.where(has_ended, settings.pad, jnp.argmax(scores, axis=-1).astype(jnp.int32))
     tokens = _write(state.tokens, token, index)
     lengths = jnp.where(~has_ended & (is_end[token] | is_last), index + 1, state.lengths)
@@ -184,6 +185,7 @@ def _beam_step(
     # A beam has as many candidates that end as there are end tokens. Even if all of those are among the best, `beams`
     # others remain that go on.
     candidates = max(2, 1 + settings.eos.shape[0]) * beams
+    # All beams of a batch item compete: [batch, beams, vocab] -> [batch, beams * vocab].
     scores, best = top_k((scores + state.scores[..., None]).reshape(batch, -1), candidates)
     tokens, ancestry = _pick((state.tokens, state.ancestry), best // vocab)
     token = (best % vocab).astype(jnp.int32)

@@ -45,6 +45,7 @@ class Answers(NamedTuple):
         """
         scores = self.scores(metric)
         kinds = np.array([kind_of(answer) for answer in self.true])
+        # `dict.fromkeys` drops repetitions and, unlike a set, keeps the order.
         by_kind = {str(kind): float(scores[kinds == kind].mean()) for kind in dict.fromkeys(kinds)}
         return {'overall': float(scores.mean())} | by_kind
 
@@ -118,6 +119,7 @@ def evaluate(
       **decoding: arguments of `generate`.
     """
     source = split.source
+    # All processes must go on from the same batch, so they take what the first one reads.
     predicted = processes.agreed(lambda: _read_answers(answers_file, batch))
     true = [source[index]['answer'] for index in indices[: len(predicted)]]
     for first in range(len(predicted), len(indices), batch):
@@ -141,6 +143,7 @@ def evaluate(
             **decoding,
         )[: len(records)]
         predicted += answers
+        # Written after each batch, so that a killed process loses no more than one.
         if answers_file is not None and processes.first():
             with answers_file.open('a') as file:
                 file.writelines(json.dumps(answer) + '\n' for answer in answers)

@@ -1,1 +1,1 @@
-"""Matmuls of packed kernels: Pallas for GPU and TPU, plain jax.numpy for everything else."""
+"""Products of packed kernels: Pallas for GPU and TPU, plain jax.numpy for everything else."""

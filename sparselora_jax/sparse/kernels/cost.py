@@ -1,4 +1,4 @@
-"""What the kernels tell XLA of their cost, which it cannot see."""
+"""The cost of a Pallas kernel, which XLA cannot see by itself and needs to schedule it."""
 
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
@@ -7,8 +7,17 @@ from sparselora_jax.sparse.packing.packed24 import Packed24
 
 
 def cost(x: Float[Array, 'rows m'], packed: Packed24) -> pl.CostEstimate:
-    """Of a product with packed weights, either way: FLOPs of the dense one, and each array read or written once."""
-    (inputs, outputs), rows = packed.shape, x.shape[0]
+    """Estimate the cost of a product with packed weights, transposed or not.
+
+    Args:
+      x: what is multiplied.
+      packed: W, one matrix.
+
+    Returns:
+      FLOPs of the dense product, since the kernels skip no zeros, and bytes if each array is read or written once.
+    """
+    inputs, outputs = packed.shape
+    rows = x.shape[0]
     return pl.CostEstimate(
         flops=2 * rows * inputs * outputs,
         bytes_accessed=packed.nbytes + rows * (inputs + outputs) * x.dtype.itemsize,

@@ -1,18 +1,20 @@
 """x @ W, g @ W.T and W itself of a `Packed24`, for NVIDIA GPUs from Ampere on (Pallas, Triton).
 
-A tile of packed weights is read once, its dense form is made in registers and multiplied at once: it is never in
-memory. What is saved is bytes (0.5625x of bf16), not FLOPs. With many rows FLOPs bind: W is then unpacked to memory,
-once, and XLA's own product follows. (`gpu_kernels.py` has the bodies, `gpu_tiles.py` what was found to be fastest.)
+A tile of packed weights is read once. Its dense form is built in registers and multiplied there: it is never in memory.
+That saves bytes (0.5625 times those of bf16), not FLOPs. With many rows FLOPs are the limit. W is then unpacked to
+memory once, and XLA's own product follows.
+
+`gpu_kernels.py` has the bodies of the kernels, `gpu_tiles.py` the tiles that were measured to be fastest.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sparselora_jax.sparse.kernels import gpu_kernels
@@ -25,114 +27,209 @@ from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED, Packed24
 LANES = 2  # bf16 outputs that share a word of 32 bits
 
 
-def takes(dtype: Any, packed: Packed24) -> bool:
-    """Whether the kernels here read these: bf16 or fp32, x and values alike (int4 values fit both), even outputs."""
-    same = packed.scale is not None or packed.values.dtype == dtype
-    return same and dtype in (jnp.bfloat16, jnp.float32) and packed.shape[-1] % LANES == 0
+def takes(dtype: DTypeLike, packed: Packed24) -> bool:
+    """Return whether the kernels read these operands.
 
-
-def tile(kind: str, rows: int, packed: Packed24) -> Tile | None:
-    """What to read at a time; None: of so many rows the kernel of this kind is not the fastest.
+    They read bf16 or fp32, the same for x and the values (int4 values fit both), and an even number of outputs.
 
     Args:
-      kind: `few`, `forward`, `transposed` or `unpack` (of no rows).
+      dtype: of x, or of the unpacked weights.
+      packed: W, or its shapes and dtypes.
+    """
+    same_dtype = packed.scale is not None or packed.values.dtype == dtype
+    return same_dtype and dtype in (jnp.bfloat16, jnp.float32) and packed.shape[-1] % LANES == 0
+
+
+def choose_tile(kind: str, rows: int, packed: Packed24) -> Tile | None:
+    """Return the fastest tile of a kernel, or None if the kernel is not the fastest for so many rows.
+
+    Args:
+      kind: `few`, `forward`, `transposed` or `unpack`.
+      rows: number of rows of x or g; 0 for `unpack`.
+      packed: W.
     """
     tiles = TILES[kind, 'values' if packed.scale is None else 'int4']
-    return next((Tile(*found) for most, found in tiles if rows <= most), None)
+    return next((Tile(*sizes) for max_rows, sizes in tiles if rows <= max_rows), None)
 
 
-def fastest(rows: int, packed: Packed24, transposed: bool) -> tuple[str, Tile | None]:
-    """The kernel for a product with so many rows, and its tile; None: unpacking and a dense product are faster."""
+def choose_kernel(rows: int, packed: Packed24, transposed: bool) -> tuple[str, Tile | None]:
+    """Return the fastest kernel for a product and its tile.
+
+    Args:
+      rows: number of rows of x or g.
+      packed: W.
+      transposed: the product is `g @ W.T`.
+
+    Returns:
+      The kernel's kind and its tile. None in place of a tile: unpacking and a dense product are faster.
+    """
     kinds = ['transposed'] if transposed else ['few', 'forward']
-    found = [(kind, tile(kind, rows, packed)) for kind in kinds]
-    return next((one for one in found if one[1] is not None), found[-1])
+    choices = [(kind, choose_tile(kind, rows, packed)) for kind in kinds]
+    return next(((kind, tile) for kind, tile in choices if tile is not None), choices[-1])
 
 
-@functools.partial(jax.jit, static_argnames=('transposed', 'interpret'))  # a kernel's body is traced once for a shape
+# Jitted, so that the body of a kernel is traced once for each shape and not once for each layer.
+@functools.partial(jax.jit, static_argnames=('transposed', 'interpret'))
 def product(
     x: Float[Array, 'rows m'], packed: Packed24, *, transposed: bool, interpret: bool = False
 ) -> Float[Array, 'rows n']:
-    """`x @ W` or `x @ W.T`, summed in fp32, in x's dtype, by what is fastest for so many rows."""
-    kind, found = fastest(x.shape[0], packed, transposed)
-    if found is None:
+    """Return `x @ W` or `x @ W.T`, summed in fp32, in x's dtype, by the fastest way for so many rows.
+
+    Args:
+      x: the rows to multiply.
+      packed: W, one matrix.
+      transposed: multiply with W.T.
+      interpret: run the kernel by Pallas' interpreter, on any machine.
+    """
+    kind, tile = choose_kernel(x.shape[0], packed, transposed)
+    if tile is None:
         return dense_product(x, unpacked(packed, x.dtype, interpret=interpret), transposed=transposed)
-    return MULTIPLY[kind](x, packed, found, interpret=interpret)
+    return MULTIPLY[kind](x, packed, tile, interpret=interpret)
 
 
 def matmul(
     x: Float[Array, 'rows inputs'], packed: Packed24, tile: Tile, *, interpret: bool = False
 ) -> Float[Array, 'rows outputs']:
-    """`x @ W`, summed in fp32, in x's dtype; fp32 ones are multiplied at JAX's default precision."""
+    """Return `x @ W`, summed in fp32, in x's dtype.
+
+    fp32 numbers are multiplied at JAX's default precision.
+
+    Args:
+      x: the rows to multiply.
+      packed: W, one matrix.
+      tile: what one program computes at a time.
+      interpret: run the kernel by Pallas' interpreter.
+    """
     outputs = packed.shape[-1]
-    grid = pl.cdiv(x.shape[0], tile.rows), pl.cdiv(outputs, tile.outputs), tile.splits
-    return _summed(gpu_kernels.forward, 'matmul24', x, packed, tile, grid, outputs, interpret)
+    grid = (pl.cdiv(x.shape[0], tile.rows), pl.cdiv(outputs, tile.outputs), tile.splits)
+    return _product(gpu_kernels.forward, 'matmul24', x, packed, tile, grid, outputs, interpret)
 
 
 def matmul_transposed(
     g: Float[Array, 'rows outputs'], packed: Packed24, tile: Tile, *, interpret: bool = False
 ) -> Float[Array, 'rows inputs']:
-    """`g @ W.T`, summed in fp32, in g's dtype; fp32 ones are multiplied at JAX's default precision."""
-    grid = pl.cdiv(g.shape[0], tile.rows), pl.cdiv(packed.positions.shape[0], tile.octets), tile.splits
-    return _summed(gpu_kernels.transposed, 'matmul24_transposed', g, packed, tile, grid, packed.inputs, interpret)
+    """Return `g @ W.T`, summed in fp32, in g's dtype; fp32 as in `matmul`.
+
+    Args:
+      g: the rows to multiply.
+      packed: W, one matrix.
+      tile: what one program computes at a time.
+      interpret: run the kernel by Pallas' interpreter.
+    """
+    grid = (pl.cdiv(g.shape[0], tile.rows), pl.cdiv(packed.positions.shape[0], tile.octets), tile.splits)
+    return _product(gpu_kernels.transposed, 'matmul24_transposed', g, packed, tile, grid, packed.inputs, interpret)
 
 
 def matmul_few(
     x: Float[Array, 'rows inputs'], packed: Packed24, tile: Tile, *, interpret: bool = False
 ) -> Float[Array, 'rows outputs']:
-    """`x @ W` in fp32, in x's dtype; registers grow with the rows."""
+    """Return `x @ W`, multiplied and summed in fp32 without the tensor core, in x's dtype.
+
+    Args:
+      x: few rows, since each takes registers of its own.
+      packed: W, one matrix.
+      tile: what one program computes at a time; its rows are not used.
+      interpret: run the kernel by Pallas' interpreter.
+    """
     outputs = packed.shape[-1]
-    grid = 1, pl.cdiv(outputs, tile.outputs), tile.splits
-    return _summed(gpu_kernels.few, 'matmul24_few', x, packed, tile, grid, outputs, interpret)
+    grid = (1, pl.cdiv(outputs, tile.outputs), tile.splits)
+    return _product(gpu_kernels.few, 'matmul24_few', x, packed, tile, grid, outputs, interpret)
 
 
 MULTIPLY = {'few': matmul_few, 'forward': matmul, 'transposed': matmul_transposed}
 
 
 @functools.partial(jax.jit, static_argnames=('dtype', 'interpret'))
-def unpacked(packed: Packed24, dtype: Any, *, interpret: bool = False) -> Float[Array, 'inputs outputs']:
-    """W with its zeros; `dtype` as `takes` has it."""
-    return unpack(packed, dtype, tile('unpack', 0, packed), interpret=interpret)
+def unpacked(packed: Packed24, dtype: DTypeLike, *, interpret: bool = False) -> Float[Array, 'inputs outputs']:
+    """Return W with its zeros, by the fastest tile.
+
+    Args:
+      packed: W, one matrix.
+      dtype: bf16 or fp32, as `takes` allows.
+      interpret: run the kernel by Pallas' interpreter.
+    """
+    return unpack(packed, dtype, choose_tile('unpack', 0, packed), interpret=interpret)
 
 
-def unpack(packed: Packed24, dtype: Any, tile: Tile, *, interpret: bool = False) -> Float[Array, 'inputs outputs']:
-    """`unpacked` by this tile."""
-    grid = pl.cdiv(packed.positions.shape[0], tile.octets), pl.cdiv(packed.shape[-1], tile.outputs)
+def unpack(
+    packed: Packed24, dtype: DTypeLike, tile: Tile, *, interpret: bool = False
+) -> Float[Array, 'inputs outputs']:
+    """Return W with its zeros, by this tile.
+
+    Args:
+      packed: W, one matrix.
+      dtype: bf16 or fp32, as `takes` allows.
+      tile: what one program unpacks; its rows and splits are not used.
+      interpret: run the kernel by Pallas' interpreter.
+    """
+    grid = (pl.cdiv(packed.positions.shape[0], tile.octets), pl.cdiv(packed.shape[-1], tile.outputs))
     out = jax.ShapeDtypeStruct(packed.shape, dtype)
     return _call(gpu_kernels.unpack, 'unpack24', (), packed, tile, grid, out, interpret)
 
 
-def _summed(body, name, x, packed: Packed24, tile: Tile, grid, out_width: int, interpret) -> Array:
-    """A product, whose parts are added where programs share a sum."""
-    alone = tile.splits == 1
-    out = jax.ShapeDtypeStruct((tile.splits, x.shape[0], out_width), x.dtype if alone else jnp.float32)
+def _product(
+    body: Callable,
+    name: str,
+    x: Array,
+    packed: Packed24,
+    tile: Tile,
+    grid: tuple[int, ...],
+    out_width: int,
+    interpret: bool,
+) -> Array:
+    """Return a product, whose parts are added up if several programs share a sum."""
+    is_whole = tile.splits == 1
+    # Parts stay in fp32 until they are added. Only a whole sum is cast by the kernel itself.
+    out = jax.ShapeDtypeStruct((tile.splits, x.shape[0], out_width), x.dtype if is_whole else jnp.float32)
     parts = _call(body, name, (x,), packed, tile, grid, out, interpret)
-    return parts[0] if alone else jnp.sum(parts, axis=0).astype(x.dtype)
+    return parts[0] if is_whole else jnp.sum(parts, axis=0).astype(x.dtype)
 
 
 def _call(
-    body: Callable, name: str, xs: tuple[Array, ...], packed: Packed24, tile: Tile, grid, out, interpret: bool
+    body: Callable,
+    name: str,
+    xs: tuple[Array, ...],
+    packed: Packed24,
+    tile: Tile,
+    grid: tuple[int, ...],
+    out: jax.ShapeDtypeStruct,
+    interpret: bool,
 ) -> Array:
+    """Call a kernel with packed arrays in words of 32 bits.
+
+    Args:
+      body: of `gpu_kernels`.
+      name: of the kernel in profiles.
+      xs: x or g; empty to unpack.
+      packed: W.
+      tile: what one program computes at a time.
+      grid: number of programs along each axis.
+      out: shape and dtype of the result.
+      interpret: run by Pallas' interpreter.
+    """
     if packed.scale is not None and tile.octets > SCALED // BYTE:
-        raise ValueError(f'{tile}: int4 values have a scale for {SCALED // BYTE} octets')
+        raise ValueError(f'{tile}: int4 values have one scale for {SCALED // BYTE} octets; use a tile of fewer octets')
     octets, outputs = packed.positions.shape
     dtype = xs[0].dtype if xs else out.dtype
+    # Neighbouring outputs (lanes) whose dense numbers fill a word: two of bf16, one of fp32. Their packed values are
+    # read as one number of a type that holds as many lanes, a byte each for positions and int4.
     lanes = 4 // dtype.itemsize
-    bits = {1: jnp.uint8, 2: jnp.uint16}[lanes]
-    values = _as_words(packed.values, lanes, jnp.uint32 if packed.scale is None else bits)
-    arrays = [values.reshape(octets, -1, outputs // lanes), _as_words(packed.positions, lanes, bits)]
+    byte_per_lane = {1: jnp.uint8, 2: jnp.uint16}[lanes]
+    values = _as_words(packed.values, lanes, jnp.uint32 if packed.scale is None else byte_per_lane)
+    # A new axis for the rows of values of one octet (4, of int4 2): a body reads them by a fixed index.
+    arrays = [values.reshape(octets, -1, outputs // lanes), _as_words(packed.positions, lanes, byte_per_lane)]
     if packed.scale is not None:
-        few = body is gpu_kernels.few
-        arrays.append(_as_words(packed.scale.astype(dtype), lanes, jnp.uint32) if few else packed.scale)
+        # `few` works on lanes, so it reads scales in the same words. The others scale whole outputs.
+        reads_words = body is gpu_kernels.few
+        arrays.append(_as_words(packed.scale.astype(dtype), lanes, jnp.uint32) if reads_words else packed.scale)
+    # Whole arrays are passed. The bodies load their tiles themselves, masked where a tile reaches behind an array.
+    in_specs = [pl.BlockSpec(memory_space=pl.ANY)] * (len(xs) + len(arrays))
+    sizes = Sizes(rows=xs[0].shape[0] if xs else 0, inputs=packed.inputs, outputs=outputs, octets=octets)
     return pl.pallas_call(
-        functools.partial(
-            body,
-            tile=tile,
-            sizes=Sizes(xs[0].shape[0] if xs else 0, packed.inputs, outputs, octets),
-            interpret=interpret,
-        ),
+        functools.partial(body, tile=tile, sizes=sizes, interpret=interpret),
         name=name,
         grid=grid,
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (len(xs) + len(arrays)),
+        in_specs=in_specs,
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         out_shape=out,
         interpret=interpret,
@@ -141,7 +238,8 @@ def _call(
     )(*xs, *arrays)
 
 
-def _as_words(array: Array, lanes: int, word: Any) -> Array:
-    """Neighbouring outputs as one number."""
+def _as_words(array: Array, lanes: int, word: DTypeLike) -> Array:
+    """Return neighbouring outputs, `lanes` of them, as one number of type `word`."""
+    # A bitcast to a wider type joins the numbers along the last axis.
     array = array.reshape(*array.shape[:-1], -1, lanes) if lanes > 1 else array
     return jax.lax.bitcast_convert_type(array, word)

@@ -1,39 +1,48 @@
-"""Bodies of the kernels in gpu.py, and how they read packed weights.
+"""Bodies of the kernels in gpu.py: how a program reads a tile of packed weights, and what it computes with it.
 
-Outputs are read in words of 32 bits (see gpu_unpack.py). Programs may share a sum (`Tile.splits`): each stores its
-part.
+Outputs are read in words of 32 bits: one fp32 number, or two neighbouring outputs of 16 bits (see gpu_unpack.py).
+Several programs may share a sum (`Tile.splits`). Each then stores its part.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int, PyTree
 
 from sparselora_jax.sparse.kernels.gpu_ptx import numbers, product_in_two
 from sparselora_jax.sparse.kernels.gpu_unpack import joined, placed, unpacked
 from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED
 
-LAST = 2  # axis of the grid along which programs share a sum
+SPLITS_AXIS = 2  # axis of the grid along which programs share a sum
 
 
 class Tile(NamedTuple):
-    """What one program reads and computes at a time: powers of two, outputs at least 16, octets at least 2."""
+    """What one program reads and computes at a time. Sizes are powers of two, outputs at least 16, octets at least 2.
 
-    rows: int  # of x, or of g; of the kernel for few rows and of unpacking without meaning
+    Attributes:
+      rows: of x or g; without meaning for `few` and `unpack`.
+      outputs: of W.
+      octets: runs of eight inputs, which share a byte of positions.
+      warps: threads of a program / 32.
+      stages: loads in flight (Triton's software pipelining).
+      splits: programs that share a sum. With few rows there are otherwise too few programs to keep memory busy.
+    """
+
+    rows: int
     outputs: int
-    octets: int  # eight inputs each, which share a byte of positions
+    octets: int
     warps: int = 4
     stages: int = 3
-    splits: int = 1  # programs that share a sum: with few rows there are else too few to keep memory busy
+    splits: int = 1
 
 
 class Sizes(NamedTuple):
-    """Of the arrays."""
+    """Sizes of the whole arrays."""
 
     rows: int
     inputs: int
@@ -41,205 +50,278 @@ class Sizes(NamedTuple):
     octets: int
 
 
-class _Along(NamedTuple):
-    """A run of an axis: where it lies, and which of it are not behind the axis' end; None: none can be."""
+class _Span(NamedTuple):
+    """A run of one axis of an array.
 
-    at: Any
-    fits: Array | None
+    Attributes:
+      slice: where the run lies.
+      fits: False for places behind the end of the axis; None: no place can be, so no mask is needed.
+    """
 
-    @classmethod
-    def of(cls, index, size, end, runs=None):
-        """Run `index` of `runs`; by default of as many as reach the end."""
-        whole = end == size * (pl.cdiv(end, size) if runs is None else runs)
-        fits = None if whole else index * size + jnp.arange(size, dtype=jnp.int32) < end
-        return cls(pl.ds(index * size, size), fits)
+    slice: pl.Slice
+    fits: Bool[Array, ' size'] | None
 
 
-class _Sum(NamedTuple):
-    """The steps of a program along what is summed, of all those that share the sum."""
+def _span(index: Int[Array, ''], size: int, end: int, runs: int | None = None) -> _Span:
+    """Return one of several runs that cover an axis.
 
-    steps: int
-    runs: int  # of all programs
-    first: Any
+    Args:
+      index: number of the run, traced.
+      size: places in a run.
+      end: length of the axis.
+      runs: how many runs there are; None: as many as reach the end.
+    """
+    all_fit = end == size * (pl.cdiv(end, size) if runs is None else runs)
+    fits = None if all_fit else index * size + jnp.arange(size, dtype=jnp.int32) < end
+    return _Span(pl.ds(index * size, size), fits)
 
-    @classmethod
-    def of(cls, end: int, size: int, splits: int):
-        steps = pl.cdiv(pl.cdiv(end, size), splits)
-        return cls(steps, steps * splits, pl.program_id(LAST) * steps)
+
+class _Steps(NamedTuple):
+    """A program's share of a sum.
+
+    Attributes:
+      count: steps of this program.
+      runs: steps of all programs that share the sum.
+      first: index of this program's first step among these.
+    """
+
+    count: int
+    runs: int
+    first: Int[Array, '']
 
 
-def _both(first: _Along, second: _Along, shape: tuple[int, int]) -> Array | None:
+def _steps(end: int, size: int, splits: int) -> _Steps:
+    """Divide the runs of an axis, over which is summed, among the programs that share the sum."""
+    count = pl.cdiv(pl.cdiv(end, size), splits)
+    return _Steps(count, count * splits, pl.program_id(SPLITS_AXIS) * count)
+
+
+def _mask(first: _Span, second: _Span, shape: tuple[int, int]) -> Bool[Array, '...'] | None:
+    """Return where a matrix of this shape lies within its array; None: everywhere."""
     masks = [
-        None if along.fits is None else jnp.expand_dims(along.fits, axis) for along, axis in ((first, 1), (second, 0))
+        None if span.fits is None else jnp.expand_dims(span.fits, axis) for span, axis in ((first, 1), (second, 0))
     ]
-    known = [jnp.broadcast_to(mask, shape) for mask in masks if mask is not None]
-    return functools.reduce(jnp.logical_and, known) if known else None
+    needed = [jnp.broadcast_to(mask, shape) for mask in masks if mask is not None]
+    return functools.reduce(jnp.logical_and, needed) if needed else None
 
 
 def _load(ref, mask):
+    """Load with zeros where the mask is False: they add nothing to a sum."""
     return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 
 
 def _lanes(dtype) -> int:
-    """Numbers in a word."""
+    """Return how many numbers lie in a word."""
     return 4 // dtype.itemsize
 
 
-def _words(packed_refs, octets: _Along, words: _Along, dtype, tile: Tile) -> tuple[list[Array], Array]:
-    """Words of a tile's values, and its positions: `[octets, words]` each."""
+def _read_words(packed_refs, octets: _Span, words: _Span, dtype, tile: Tile) -> tuple[list[Array], Array]:
+    """Load the words of a tile's values and its positions, `[octets, words]` each.
+
+    The list has one array for each row of values in an octet: four, or two of int4.
+    """
     values_ref, positions_ref, *_ = packed_refs
-    fits = _both(octets, words, (tile.octets, tile.outputs // _lanes(dtype)))
-    positions = _load(positions_ref.at[octets.at, words.at], fits)
-    planes = range(values_ref.shape[1])
-    return [_load(values_ref.at[octets.at, jnp.int32(plane), words.at], fits) for plane in planes], positions
+    mask = _mask(octets, words, (tile.octets, tile.outputs // _lanes(dtype)))
+    positions = _load(positions_ref.at[octets.slice, words.slice], mask)
+    rows = range(values_ref.shape[1])
+    return [_load(values_ref.at[octets.slice, jnp.int32(row), words.slice], mask) for row in rows], positions
 
 
-def _dense(packed_refs, octets: _Along, words: _Along, dtype, tile: Tile, interpret) -> Callable[[], Array]:
-    """Reads a tile; the call makes its dense form, `[8 * octets, outputs]`; int4 values as numbers, not scaled."""
-    values, positions = _words(packed_refs, octets, words, dtype, tile)
-    four_bits = _four_bits(packed_refs)
+def _read_tile(packed_refs, octets: _Span, words: _Span, dtype, tile: Tile, interpret) -> Callable[[], Array]:
+    """Load a tile, and return a function that unpacks it to `[8 * octets, outputs]`.
+
+    int4 values become whole numbers without their scale.
+    """
+    values, positions = _read_words(packed_refs, octets, words, dtype, tile)
+    four_bits = _are_four_bits(packed_refs)
     return functools.partial(unpacked, values, positions, dtype, four_bits=four_bits, interpret=interpret)
 
 
-def _four_bits(packed_refs) -> bool:
-    return len(packed_refs) == 3
+def _are_four_bits(packed_refs) -> bool:
+    return len(packed_refs) == 3  # values, positions and, of int4 only, scales
 
 
-def _made(make: Callable[[], Any], step: Array) -> Any:
-    """`make()`, in a branch that is always taken.
+def _in_branch(make: Callable[[], PyTree], step: Int[Array, '']) -> PyTree:
+    """Return `make()`, computed in a branch that is always taken, since no step is negative.
 
-    Behind a join Triton halves the width in which it gives operands to the tensor core, and then sorts registers by
-    moves, one for each of an operand's words; what is elementwise it computes in the order in which the tensor core
-    reads, once in each warp. It does not see either in a branch; nor does it fetch ahead what a branch reads, so that
-    is read before.
+    Without the branch, Triton does two things that cost time:
+
+    - After a join it feeds the tensor core operands of half the width, and shuffles registers, one move for each word
+      of an operand.
+    - It computes elementwise operations in the order in which the tensor core reads, once in each warp.
+
+    Inside a branch it does neither. But it does not fetch ahead what a branch loads, so `make` must only compute, and
+    what it needs is loaded before.
     """
-    nothing = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(make))
-    return jax.lax.cond(step >= 0, make, lambda: nothing)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(make))
+    return jax.lax.cond(step >= 0, make, lambda: zeros)
 
 
-def _scales(packed_refs, octet, along: _Along) -> Array:
-    """Of the 128 inputs that an octet is among; behind the last of them the last."""
+def _scales(packed_refs, octet, columns: _Span) -> Array:
+    """Load the scales of the 128 inputs that an octet belongs to."""
+    # Steps may lie behind the last inputs, where all values are masked: any scale does, so the last one is read.
     index = jnp.minimum(octet // (SCALED // BYTE), packed_refs[2].shape[0] - 1)
-    return _load(packed_refs[2].at[index, along.at], along.fits)
+    return _load(packed_refs[2].at[index, columns.slice], columns.fits)
 
 
-def _store(out_ref, total, first: _Along, second: _Along) -> None:
-    at = out_ref.at[pl.program_id(LAST), first.at, second.at]
-    plgpu.store(at, total.astype(out_ref.dtype), mask=_both(first, second, total.shape))
+def _store(out_ref, total, first: _Span, second: _Span) -> None:
+    """Store this program's part of a sum."""
+    target = out_ref.at[pl.program_id(SPLITS_AXIS), first.slice, second.slice]
+    plgpu.store(target, total.astype(out_ref.dtype), mask=_mask(first, second, total.shape))
 
 
 def forward(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
-    """`x @ W` by the tensor core; grid: rows, outputs, shares of the sum."""
-    *packed_refs, out_ref = refs
-    dtype, lanes = x_ref.dtype, _lanes(x_ref.dtype)
-    rows = _Along.of(pl.program_id(0), tile.rows, sizes.rows)
-    words = _Along.of(pl.program_id(1), tile.outputs // lanes, sizes.outputs // lanes)
-    outputs = _Along.of(pl.program_id(1), tile.outputs, sizes.outputs)
-    along = _Sum.of(sizes.octets, tile.octets, tile.splits)
+    """Compute `x @ W` with the tensor core.
 
-    def body(step, total):
-        step = along.first + step
-        octets = _Along.of(step, tile.octets, sizes.octets, along.runs)
-        inputs = _Along.of(step, BYTE * tile.octets, sizes.inputs, along.runs)
-        x = _load(x_ref.at[rows.at, inputs.at], _both(rows, inputs, (tile.rows, BYTE * tile.octets)))
-        dense = _dense(packed_refs, octets, words, dtype, tile, interpret)
-        part = plgpu.dot(x, _made(dense, step))
-        if not _four_bits(packed_refs):
+    Args:
+      x_ref: x.
+      *refs: packed arrays (values, positions, scales of int4), then the output `[splits, rows, outputs]`.
+      tile: what a program computes at a time.
+      sizes: of the arrays. Grid: rows, outputs, splits.
+      interpret: replace PTX by jax.numpy.
+    """
+    *packed_refs, out_ref = refs
+    dtype = x_ref.dtype
+    lanes = _lanes(x_ref.dtype)
+    rows = _span(pl.program_id(0), tile.rows, sizes.rows)
+    words = _span(pl.program_id(1), tile.outputs // lanes, sizes.outputs // lanes)
+    outputs = _span(pl.program_id(1), tile.outputs, sizes.outputs)
+    steps = _steps(sizes.octets, tile.octets, tile.splits)
+
+    def add_step(step, total):
+        step = steps.first + step
+        octets = _span(step, tile.octets, sizes.octets, steps.runs)
+        inputs = _span(step, BYTE * tile.octets, sizes.inputs, steps.runs)
+        x = _load(x_ref.at[rows.slice, inputs.slice], _mask(rows, inputs, (tile.rows, BYTE * tile.octets)))
+        unpack_tile = _read_tile(packed_refs, octets, words, dtype, tile, interpret)
+        part = plgpu.dot(x, _in_branch(unpack_tile, step))
+        if not _are_four_bits(packed_refs):
             return total + part
+        # A tile of int4 has at most 16 octets and never lies across two scales: one for each output serves the step.
         return total + part * _scales(packed_refs, step * tile.octets, outputs).astype(jnp.float32)[None]
 
-    first = jnp.zeros((tile.rows, tile.outputs), jnp.float32)
-    _store(out_ref, jax.lax.fori_loop(0, along.steps, body, first), rows, outputs)
+    zeros = jnp.zeros((tile.rows, tile.outputs), jnp.float32)
+    _store(out_ref, jax.lax.fori_loop(0, steps.count, add_step, zeros), rows, outputs)
 
 
 def transposed(g_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
-    """`g @ W.T` by the tensor core; grid: rows, inputs, shares of the sum."""
-    *packed_refs, out_ref = refs
-    dtype, lanes = g_ref.dtype, _lanes(g_ref.dtype)
-    rows = _Along.of(pl.program_id(0), tile.rows, sizes.rows)
-    block = pl.program_id(1)
-    octets = _Along.of(block, tile.octets, sizes.octets)
-    inputs = _Along.of(block, BYTE * tile.octets, sizes.inputs)
-    along = _Sum.of(sizes.outputs, tile.outputs, tile.splits)
+    """Compute `g @ W.T` with the tensor core.
 
-    def body(step, total):
-        step = along.first + step
-        words = _Along.of(step, tile.outputs // lanes, sizes.outputs // lanes, along.runs)
-        outputs = _Along.of(step, tile.outputs, sizes.outputs, along.runs)
-        g = _load(g_ref.at[rows.at, outputs.at], _both(rows, outputs, (tile.rows, tile.outputs)))
-        dense = _dense(packed_refs, octets, words, dtype, tile, interpret)
-        weights = _made(dense, step)
+    Args:
+      g_ref: g.
+      *refs: packed arrays (values, positions, scales of int4), then the output `[splits, rows, inputs]`.
+      tile: what a program computes at a time.
+      sizes: of the arrays. Grid: rows, inputs, splits.
+      interpret: replace PTX by jax.numpy.
+    """
+    *packed_refs, out_ref = refs
+    dtype = g_ref.dtype
+    lanes = _lanes(g_ref.dtype)
+    rows = _span(pl.program_id(0), tile.rows, sizes.rows)
+    block = pl.program_id(1)
+    octets = _span(block, tile.octets, sizes.octets)
+    inputs = _span(block, BYTE * tile.octets, sizes.inputs)
+    steps = _steps(sizes.outputs, tile.outputs, tile.splits)
+
+    def add_step(step, total):
+        step = steps.first + step
+        words = _span(step, tile.outputs // lanes, sizes.outputs // lanes, steps.runs)
+        outputs = _span(step, tile.outputs, sizes.outputs, steps.runs)
+        g = _load(g_ref.at[rows.slice, outputs.slice], _mask(rows, outputs, (tile.rows, tile.outputs)))
+        unpack_tile = _read_tile(packed_refs, octets, words, dtype, tile, interpret)
+        weights = _in_branch(unpack_tile, step)
         parts = [g]
-        if _four_bits(packed_refs):
-            # Scales differ from output to output, along which is summed, so they go to g.
+        if _are_four_bits(packed_refs):
+            # The sum runs over outputs, and each has a scale of its own. So the scales cannot be applied to the sum:
+            # they are applied to g. In bf16 the product would be rounded, so it is split into two numbers.
             scale = jnp.broadcast_to(_scales(packed_refs, block * tile.octets, outputs).astype(dtype)[None], g.shape)
-            split = functools.partial(product_in_two, g, scale, interpret=interpret)
-            parts = _made(split, step) if dtype == jnp.bfloat16 else [g * scale]
+            scale_in_two = functools.partial(product_in_two, g, scale, interpret=interpret)
+            parts = _in_branch(scale_in_two, step) if dtype == jnp.bfloat16 else [g * scale]
         for part in parts:
             total += plgpu.dot(part, weights, trans_b=True)
         return total
 
-    first = jnp.zeros((tile.rows, BYTE * tile.octets), jnp.float32)
-    _store(out_ref, jax.lax.fori_loop(0, along.steps, body, first), rows, inputs)
+    zeros = jnp.zeros((tile.rows, BYTE * tile.octets), jnp.float32)
+    _store(out_ref, jax.lax.fori_loop(0, steps.count, add_step, zeros), rows, inputs)
 
 
 def few(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
-    """`x @ W` of few rows, in fp32 by plain multiply-adds; grid: 1, outputs, shares of the sum.
+    """Compute `x @ W` for few rows, in fp32 by plain multiply-adds.
 
-    Each thread adds up products of its own weights: nothing of the dense form leaves its registers.
+    Each thread adds up products of its own weights, so nothing of the dense form leaves its registers.
+
+    Args:
+      x_ref: x.
+      *refs: packed arrays (values, positions, scales of int4 in words), then the output `[splits, rows, outputs]`.
+      tile: what a program computes at a time, for all rows.
+      sizes: of the arrays. Grid: 1, outputs, splits.
+      interpret: replace PTX by jax.numpy.
     """
     *packed_refs, out_ref = refs
-    dtype, lanes = x_ref.dtype, _lanes(x_ref.dtype)
-    words = _Along.of(pl.program_id(1), tile.outputs // lanes, sizes.outputs // lanes)
-    outputs = _Along.of(pl.program_id(1), tile.outputs, sizes.outputs)
-    along = _Sum.of(sizes.octets, tile.octets, tile.splits)
-    four_bits = _four_bits(packed_refs)
+    dtype = x_ref.dtype
+    lanes = _lanes(x_ref.dtype)
+    words = _span(pl.program_id(1), tile.outputs // lanes, sizes.outputs // lanes)
+    outputs = _span(pl.program_id(1), tile.outputs, sizes.outputs)
+    steps = _steps(sizes.octets, tile.octets, tile.splits)
+    four_bits = _are_four_bits(packed_refs)
 
-    def of_row(row: int, inputs: Array) -> list[Array]:
-        """Inputs 0, 1, ... and 7 of each octet."""
-        fits = None if sizes.inputs == along.runs * tile.octets * BYTE else inputs
-        found = []
+    def load_row(row: int, inputs: Array) -> list[Array]:
+        """Load inputs 0, 1, ... and 7 of each octet from one row of x, `[octets, 1]` each."""
+        # Octets behind the last are masked, and so are the inputs that the last octet lacks.
+        all_fit = sizes.inputs == steps.runs * tile.octets * BYTE
+        places = []
         for place in range(BYTE):
-            mask = None if fits is None else inputs + place < sizes.inputs
-            found.append(_load(x_ref.at[jnp.int32(row), inputs + place], mask).astype(jnp.float32)[:, None])
-        return found
+            mask = None if all_fit else inputs + place < sizes.inputs
+            places.append(_load(x_ref.at[jnp.int32(row), inputs + place], mask).astype(jnp.float32)[:, None])
+        return places
 
-    def body(step, totals):
-        step = along.first + step
-        octets = _Along.of(step, tile.octets, sizes.octets, along.runs)
-        values, positions = _words(packed_refs, octets, words, dtype, tile)
-        phases = placed(values, positions, dtype, four_bits=four_bits, interpret=interpret)
-        weights = [numbers(phase, dtype) for phase in phases]  # of each input of an octet, and lane
+    def add_step(step, totals):
+        step = steps.first + step
+        octets = _span(step, tile.octets, sizes.octets, steps.runs)
+        values, positions = _read_words(packed_refs, octets, words, dtype, tile)
+        places = placed(values, positions, dtype, four_bits=four_bits, interpret=interpret)
+        weights = [numbers(place, dtype) for place in places]  # of each input of an octet, of each lane
         inputs = (step * tile.octets + jnp.arange(tile.octets, dtype=jnp.int32)) * BYTE
         scales = numbers(_scales(packed_refs, step * tile.octets, words), dtype) if four_bits else None
-        found = []
-        for row, of_lanes in enumerate(totals):
-            xs = of_row(row, inputs)
+        new_totals = []
+        for row, totals_of_lanes in enumerate(totals):
+            xs = load_row(row, inputs)
             sums = [sum(weight[lane] * x for weight, x in zip(weights, xs, strict=True)) for lane in range(lanes)]
             if scales is not None:
                 sums = [part * scale[None] for part, scale in zip(sums, scales, strict=True)]
-            found.append([total + part for total, part in zip(of_lanes, sums, strict=True)])
-        return found
+            new_totals.append([total + part for total, part in zip(totals_of_lanes, sums, strict=True)])
+        return new_totals
 
-    zero = jnp.zeros((tile.octets, tile.outputs // lanes), jnp.float32)
-    totals = jax.lax.fori_loop(0, along.steps, body, [[zero] * lanes] * sizes.rows)
-    for row, of_lanes in enumerate(totals):
-        sums = joined([jnp.sum(total, axis=0) for total in of_lanes]).reshape(tile.outputs)
-        at = out_ref.at[pl.program_id(LAST), jnp.int32(row), outputs.at]
-        plgpu.store(at, sums.astype(out_ref.dtype), mask=outputs.fits)
+    # A total for each row of x and each lane, of each octet of the tile: octets are added up only once, at the end.
+    zeros = jnp.zeros((tile.octets, tile.outputs // lanes), jnp.float32)
+    totals = jax.lax.fori_loop(0, steps.count, add_step, [[zeros] * lanes] * sizes.rows)
+    for row, totals_of_lanes in enumerate(totals):
+        sums = joined([jnp.sum(total, axis=0) for total in totals_of_lanes]).reshape(tile.outputs)
+        target = out_ref.at[pl.program_id(SPLITS_AXIS), jnp.int32(row), outputs.slice]
+        plgpu.store(target, sums.astype(out_ref.dtype), mask=outputs.fits)
 
 
 def unpack(*refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
-    """W with its zeros; grid: inputs, outputs."""
+    """Write W with its zeros.
+
+    Args:
+      *refs: packed arrays (values, positions, scales of int4), then the output `[inputs, outputs]`.
+      tile: what a program unpacks.
+      sizes: of the arrays. Grid: inputs, outputs.
+      interpret: replace PTX by jax.numpy.
+    """
     *packed_refs, out_ref = refs
-    dtype, lanes = out_ref.dtype, _lanes(out_ref.dtype)
-    block, column = pl.program_id(0), pl.program_id(1)
-    octets = _Along.of(block, tile.octets, sizes.octets)
-    inputs = _Along.of(block, BYTE * tile.octets, sizes.inputs)
-    words = _Along.of(column, tile.outputs // lanes, sizes.outputs // lanes)
-    outputs = _Along.of(column, tile.outputs, sizes.outputs)
-    weights = _dense(packed_refs, octets, words, dtype, tile, interpret)()
-    if _four_bits(packed_refs):
+    dtype = out_ref.dtype
+    lanes = _lanes(out_ref.dtype)
+    block = pl.program_id(0)
+    column = pl.program_id(1)
+    octets = _span(block, tile.octets, sizes.octets)
+    inputs = _span(block, BYTE * tile.octets, sizes.inputs)
+    words = _span(column, tile.outputs // lanes, sizes.outputs // lanes)
+    outputs = _span(column, tile.outputs, sizes.outputs)
+    # No branch here: nothing of this tile goes to the tensor core.
+    weights = _read_tile(packed_refs, octets, words, dtype, tile, interpret)()
+    if _are_four_bits(packed_refs):
         scale = _scales(packed_refs, block * tile.octets, outputs).astype(jnp.float32)
         weights = (weights.astype(jnp.float32) * scale[None]).astype(dtype)
-    plgpu.store(out_ref.at[inputs.at, outputs.at], weights, mask=_both(inputs, outputs, weights.shape))
+    plgpu.store(out_ref.at[inputs.slice, outputs.slice], weights, mask=_mask(inputs, outputs, weights.shape))

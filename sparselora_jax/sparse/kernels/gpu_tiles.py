@@ -1,7 +1,8 @@
-"""Tiles of the kernels in gpu.py, by times on an NVIDIA H200; `python benchmarks/tune.py` finds them anew.
+"""Fastest tiles of the kernels in gpu.py, measured on an NVIDIA H200; `python benchmarks/tune.py` measures them again.
 
-Of a kernel and a kind of weights: up to so many rows this tile: rows, outputs, octets, warps, stages, splits. Beyond
-the last, another kernel is faster, or unpacking to memory and a dense product.
+`TILES[kernel, weights]` lists `(max_rows, tile)`. The first entry whose `max_rows` is not exceeded is used. A tile is
+(rows, outputs, octets, warps, stages, splits). With more rows than in the last entry, another kernel is faster, or
+unpacking to memory and a dense product. Notes compare the time with the dense product's and with the next best way.
 """
 
 TILES = {

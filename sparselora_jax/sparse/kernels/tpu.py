@@ -1,19 +1,25 @@
-"""x @ W and g @ W.T of a `Packed24`, for TPUs (Pallas, Mosaic); weights are unpacked in registers (`tpu_unpack.py`).
+"""x @ W and g @ W.T of a `Packed24`, for TPUs (Pallas, Mosaic). Weights are unpacked in registers by `tpu_unpack.py`.
 
-int4 values arrive as 24 + value: what the 24 add up to is subtracted from the sum. Transposed, that is the sum of an
-input all of whose weights are pruned, multiplied and added up as the others', so that pruned ones give zero. It takes
-the matrix unit as long as 128 inputs do: of more than a few rows the 24 are subtracted from the weights. Scales, one
-for 128 inputs of an output, are applied in fp32: to sums of 128 inputs, or to g, which then is two numbers of bf16,
-nothing rounded.
+int4 values arrive as 24 + value, pruned weights as 24. So a product has 24 times the sum of its inputs too much:
+
+- `x @ W`: that sum is computed beside the kernel and subtracted.
+- `g @ W.T` of few rows: the kernel also multiplies g with a few inputs whose weights are all pruned, in the same way as
+  with the others, and subtracts the result. Pruned weights then give exactly zero. It takes the matrix unit as long as
+  128 inputs.
+- `g @ W.T` of more rows: 24 is subtracted from the unpacked weights instead.
+
+Scales, one for 128 inputs of an output, are applied in fp32: for `x @ W` to the sums of 128 inputs, for `g @ W.T` to g.
+The product of g and a scale is then split into two bf16 numbers, without rounding.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sparselora_jax.sparse.kernels.cost import cost
@@ -21,112 +27,148 @@ from sparselora_jax.sparse.kernels.reference import reference
 from sparselora_jax.sparse.kernels.tpu_unpack import BIAS, CHUNK, dense, in_order, ordered
 from sparselora_jax.sparse.packing.packed24 import SCALED, Packed24
 
-STRIPS = (256, 128)  # outputs that are unpacked at a time: the matrix unit's width, or half of it
-WORK = 2**21  # weights of a step, about: each costs some 200 cycles of its own
-WIDEST = 12288  # outputs that a step of the transposed product sums over
-ROWS = 256
-FEW = 16  # rows up to which the transposed product is of int4 values with the 24
-PRUNED = 8  # inputs of pruned weights alone that these are multiplied with: a register's
-LARGEST = 2**22  # numbers of x in a tile
+STRIPS = (256, 128)  # outputs unpacked at a time: the width of the matrix unit, or half of it
+WORK = 2**21  # weights that a step of the grid should have, since each step costs about 200 cycles of its own
+WIDEST = 12288  # most outputs that a step of the transposed product sums over
+ROWS = 256  # most rows of a tile
+FEW = 16  # up to these rows, the transposed product subtracts the 24 of int4 values from the result
+PRUNED = 8  # inputs with pruned weights only that g is multiplied with for that: the sublanes of a register
+LARGEST = 2**22  # most numbers of x in a tile
 
 
 class Tile(NamedTuple):
-    """What one step of the grid reads: `rows` a multiple of 8, `inputs` of 256, `outputs` of 128."""
+    """What one step of the grid reads.
+
+    Attributes:
+      rows: of x or g, a multiple of 8.
+      inputs: of W, a multiple of 256.
+      outputs: of W, a multiple of 128.
+    """
 
     rows: int
     inputs: int
     outputs: int
 
 
-def takes(dtype: Any, packed: Packed24) -> bool:
-    """Whether the kernels here read these: x of bf16, values of bf16 or int4, and whole registers of them."""
-    bf16 = dtype == jnp.bfloat16 and (packed.scale is not None or packed.values.dtype == jnp.bfloat16)
-    return bf16 and packed.inputs % CHUNK == 0 and packed.shape[-1] % STRIPS[-1] == 0
+def takes(dtype: DTypeLike, packed: Packed24) -> bool:
+    """Return whether the kernels read these operands: x in bf16, values in bf16 or int4, and whole registers of them.
+
+    Args:
+      dtype: of x.
+      packed: W, or its shapes and dtypes.
+    """
+    is_bf16 = dtype == jnp.bfloat16 and (packed.scale is not None or packed.values.dtype == jnp.bfloat16)
+    return is_bf16 and packed.inputs % CHUNK == 0 and packed.shape[-1] % STRIPS[-1] == 0
 
 
-@functools.partial(jax.jit, static_argnames='transposed')  # a kernel's body is traced once for a shape
+# Jitted, so that the body of a kernel is traced once for each shape and not once for each layer.
+@functools.partial(jax.jit, static_argnames='transposed')
 def product(x: Float[Array, 'rows m'], packed: Packed24, *, transposed: bool) -> Float[Array, 'rows n']:
-    """`x @ W` or `x @ W.T`, summed in fp32, in x's dtype.
+    """Return `x @ W` or `x @ W.T`, summed in fp32, in x's dtype.
 
-    The kernels unpack all weights again for each 256 rows. Of more rows than here it is faster to unpack them once,
-    write them, and leave the product to XLA (limits by benchmarks/kernels.py: of v6e, and int4's of all).
+    Args:
+      x: the rows to multiply.
+      packed: W, one matrix.
+      transposed: multiply with W.T.
     """
     rows = x.shape[0]
+    # The kernels unpack all weights again for each 256 rows. For more rows it is faster to unpack them once, write them
+    # to memory, and leave the product to XLA. (Limits by benchmarks/kernels.py: of v6e, for int4 of all TPUs.)
     if rows > (2 * ROWS if packed.scale is None else ROWS):
         return reference(x, packed, transposed=transposed)
-    return (matmul_transposed if transposed else matmul)(x, packed, tile(rows, packed, transposed))
+    multiply = matmul_transposed if transposed else matmul
+    return multiply(x, packed, choose_tile(rows, packed, transposed))
 
 
-def tile(rows: int, packed: Packed24, transposed: bool) -> Tile:
-    """What to read at a time: all inputs of some outputs; transposed, a divisor of the outputs."""
+def choose_tile(rows: int, packed: Packed24, transposed: bool) -> Tile:
+    """Return what a step reads: all inputs of some outputs; transposed, some inputs of a divisor of the outputs.
+
+    Args:
+      rows: number of rows of x or g.
+      packed: W.
+      transposed: the product is `g @ W.T`.
+    """
     inputs, outputs = packed.shape
-    strip = _strip(outputs)
+    strip = _strip_width(outputs)
     if transposed:
-        few = packed.scale is not None and rows <= FEW  # more inputs then share the product with pruned weights
+        # More inputs in a step share the product with pruned weights.
+        shares_pruned = packed.scale is not None and rows <= FEW
         strips = outputs // strip
-        outputs = strip * max(count for count in range(1, min(strips, WIDEST // strip) + 1) if strips % count == 0)
-        inputs = 2 * CHUNK if inputs % (2 * CHUNK) == 0 and (few or 2 * CHUNK * outputs <= WORK) else CHUNK
+        counts = range(1, min(strips, WIDEST // strip) + 1)
+        outputs = strip * max(count for count in counts if strips % count == 0)
+        fits_two_chunks = inputs % (2 * CHUNK) == 0 and (shares_pruned or 2 * CHUNK * outputs <= WORK)
+        inputs = 2 * CHUNK if fits_two_chunks else CHUNK
     else:
         outputs = min(outputs, max(WORK // inputs // strip, 1) * strip)
-    most = min(ROWS, LARGEST // max(inputs, outputs) // 8 * 8)
-    return Tile(min(-(-rows // 8) * 8, most), inputs, outputs)
+    most_rows = min(ROWS, LARGEST // max(inputs, outputs) // 8 * 8)
+    return Tile(min(-(-rows // 8) * 8, most_rows), inputs, outputs)
 
 
-def _strip(outputs: int) -> int:
+def _strip_width(outputs: int) -> int:
     return next(strip for strip in STRIPS if outputs % strip == 0)
 
 
-def _strips(outputs: int) -> list[Any]:
-    strip = _strip(outputs)
-    return [pl.ds(start, strip) for start in range(0, outputs, strip)]
+def _strips(outputs: int) -> list[pl.Slice]:
+    """Divide the outputs of a tile into strips that are unpacked at a time."""
+    width = _strip_width(outputs)
+    return [pl.ds(start, width) for start in range(0, outputs, width)]
 
 
 def _forward_kernel(x_ref, values_ref, positions_ref, *refs):
-    *scaled_refs, out_ref = refs
-    width = SCALED if scaled_refs else CHUNK
+    """Compute a tile of `x @ W`; of int4, `refs` begins with 24 times the sums of x, and the scales."""
+    *int4_refs, out_ref = refs
+    width = SCALED if int4_refs else CHUNK  # inputs that are multiplied at once
     for strip in _strips(out_ref.shape[1]):
         total = jnp.zeros((x_ref.shape[0], strip.size), jnp.float32)
-        if scaled_refs:
-            sums_ref, scale_ref = scaled_refs
+        if int4_refs:
+            sums_ref, scale_ref = int4_refs
             scale = scale_ref[:, strip].astype(jnp.float32)
+            # What all the 24 add to the result is known before: it is subtracted first, in fp32.
             total -= jnp.dot(sums_ref[...], scale, precision='highest', preferred_element_type=jnp.float32)
         for chunk in range(x_ref.shape[1] // CHUNK):
-            for at, weights in enumerate(dense(values_ref, positions_ref, chunk, strip), chunk * CHUNK // width):
-                x = x_ref[:, pl.ds(at * width, width)]
+            for block, weights in enumerate(dense(values_ref, positions_ref, chunk, strip), chunk * CHUNK // width):
+                x = x_ref[:, pl.ds(block * width, width)]
                 part = jnp.dot(x, weights, preferred_element_type=jnp.float32)
-                total += part * scale[at : at + 1] if scaled_refs else part
+                total += part * scale[block : block + 1] if int4_refs else part
         out_ref[:, strip] = total.astype(out_ref.dtype)
 
 
 def _times_transposed(g: Array, weights: Array) -> Array:
+    """Return `g @ weights.T` in fp32."""
     return jax.lax.dot_general(g, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _transposed_kernel(g_ref, values_ref, positions_ref, *refs):
+    """Add a step to a tile of `g @ W.T`; `refs`: the scales of int4, the output, and scratch for the sum."""
     *scale_refs, out_ref, total_ref = refs
     rows, inputs = out_ref.shape
-    width = SCALED if scale_refs else CHUNK
+    width = SCALED if scale_refs else CHUNK  # inputs that share a g: scales differ from one 128 inputs to the next
     blocks = inputs // width
-    biased = bool(scale_refs) and rows <= FEW
+    subtracts_from_result = bool(scale_refs) and rows <= FEW
     totals = [jnp.zeros((rows, width), jnp.float32)] * blocks
-    pruned = [jnp.zeros((rows, PRUNED), jnp.float32)] * blocks
+    pruned_totals = [jnp.zeros((rows, PRUNED), jnp.float32)] * blocks
     for strip in _strips(g_ref.shape[1]):
         gs = [g_ref[:, strip]] * blocks
         if scale_refs:
-            scales = [scale_refs[0][0, at : at + 1, strip].astype(jnp.float32) for at in range(blocks)]
-            gs = [_in_two(g.astype(jnp.float32) * scale) for g, scale in zip(gs, scales, strict=True)]
-        if biased:
-            found = _times_transposed(jnp.concatenate(gs), jnp.full((PRUNED, strip.size), BIAS, gs[0].dtype))
-            pruned = [total + _of_two(two) for total, two in zip(pruned, jnp.split(found, blocks), strict=True)]
+            scales = [scale_refs[0][0, block : block + 1, strip].astype(jnp.float32) for block in range(blocks)]
+            gs = [_split_in_two(g.astype(jnp.float32) * scale) for g, scale in zip(gs, scales, strict=True)]
+        if subtracts_from_result:
+            # One product for all blocks, since each costs the matrix unit as much as 128 inputs.
+            parts = _times_transposed(jnp.concatenate(gs), jnp.full((PRUNED, strip.size), BIAS, gs[0].dtype))
+            pruned_totals = [
+                total + _add_two(part) for total, part in zip(pruned_totals, jnp.split(parts, blocks), strict=True)
+            ]
         for chunk in range(inputs // CHUNK):
-            for at, weights in enumerate(dense(values_ref, positions_ref, chunk, strip), chunk * CHUNK // width):
-                found = _times_transposed(gs[at], weights - BIAS if scale_refs and not biased else weights)
-                totals[at] += _of_two(found) if scale_refs else found
-    if biased:
-        totals = [total - none[:, :1] for total, none in zip(totals, pruned, strict=True)]
+            for block, weights in enumerate(dense(values_ref, positions_ref, chunk, strip), chunk * CHUNK // width):
+                subtracts_now = scale_refs and not subtracts_from_result
+                part = _times_transposed(gs[block], weights - BIAS if subtracts_now else weights)
+                totals[block] += _add_two(part) if scale_refs else part
+    if subtracts_from_result:
+        totals = [total - pruned[:, :1] for total, pruned in zip(totals, pruned_totals, strict=True)]
     total = jnp.concatenate(totals, axis=1)
     step = pl.program_id(2)
 
+    # The last axis of the grid sums over outputs: the scratch keeps the sum from step to step, in fp32.
     @pl.when(step == 0)
     def _():
         total_ref[...] = total
@@ -140,39 +182,53 @@ def _transposed_kernel(g_ref, values_ref, positions_ref, *refs):
         out_ref[...] = total_ref[...].astype(out_ref.dtype)
 
 
-def _in_two(x: Array) -> Array:
-    """Products of two bf16 as bf16, nothing rounded: the upper bits of all rows, then the lower ones."""
+def _split_in_two(x: Array) -> Array:
+    """Split products of two bf16 numbers into two bf16 numbers each, whose sum they are exactly.
+
+    Returns:
+      `[2 * rows, outputs]`: the upper bits of all rows, then the rest of all rows.
+    """
+    # A product of two bf16 has 16 significant bits. Cutting off the lower half of fp32 leaves 8, and the rest has 8.
     upper = pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.concatenate([upper, x - upper]).astype(jnp.bfloat16)
 
 
-def _of_two(found: Array) -> Array:
-    """What was multiplied in two, added up."""
-    upper, lower = jnp.split(found, 2)
+def _add_two(parts: Array) -> Array:
+    """Add up the products of what `_split_in_two` has split."""
+    upper, lower = jnp.split(parts, 2)
     return upper + lower
 
 
 def matmul(
     x: Float[Array, 'rows inputs'], packed: Packed24, tile: Tile, *, interpret: bool = False
 ) -> Float[Array, 'rows outputs']:
-    """`x @ W`, summed in fp32, in x's dtype."""
-    x, rows = _filled(x, tile.rows), x.shape[0]
+    """Return `x @ W`, summed in fp32, in x's dtype.
+
+    Args:
+      x: the rows to multiply.
+      packed: W, one matrix.
+      tile: what a step reads; it has all inputs.
+      interpret: run the kernel by Pallas' interpreter.
+    """
+    rows = x.shape[0]
+    x = _pad_rows(x, tile.rows)
     arrays = [ordered(x, packed.scale is not None), packed.values, packed.positions]
     if packed.scale is not None:
-        arrays += [BIAS * jnp.sum(x.reshape(x.shape[0], -1, SCALED), axis=2, dtype=jnp.float32), packed.scale]
+        sums = BIAS * jnp.sum(x.reshape(x.shape[0], -1, SCALED), axis=2, dtype=jnp.float32)
+        arrays += [sums, packed.scale]
 
-    def of_rows(array):
+    def row_block(array):
         return pl.BlockSpec((tile.rows, array.shape[1]), lambda i, j: (i, 0))
 
-    def of_outputs(array):
+    def output_block(array):
         return pl.BlockSpec((array.shape[0], tile.outputs), lambda i, j: (0, j))
 
-    specs = of_rows, of_outputs, of_outputs, of_rows, of_outputs
+    blocks = row_block, output_block, output_block, row_block, output_block  # the last two for int4 only
     return pl.pallas_call(
         _forward_kernel,
         name='matmul24',
         grid=(x.shape[0] // tile.rows, pl.cdiv(packed.shape[1], tile.outputs)),
-        in_specs=[spec(array) for spec, array in zip(specs, arrays, strict=False)],
+        in_specs=[block(array) for block, array in zip(blocks, arrays, strict=False)],
         out_specs=pl.BlockSpec((tile.rows, tile.outputs), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], packed.shape[1]), x.dtype),
         compiler_params=_compiler_params('parallel', 'parallel'),
@@ -184,21 +240,31 @@ def matmul(
 def matmul_transposed(
     g: Float[Array, 'rows outputs'], packed: Packed24, tile: Tile, *, interpret: bool = False
 ) -> Float[Array, 'rows inputs']:
-    """`g @ W.T`, summed in fp32, in g's dtype."""
-    g, rows = _filled(g, tile.rows), g.shape[0]
+    """Return `g @ W.T`, summed in fp32, in g's dtype.
+
+    Args:
+      g: the rows to multiply.
+      packed: W, one matrix.
+      tile: what a step reads; its inputs and outputs divide those of W.
+      interpret: run the kernel by Pallas' interpreter.
+    """
+    rows = g.shape[0]
+    g = _pad_rows(g, tile.rows)
     inputs, outputs = packed.shape
     arrays = [g, packed.values, packed.positions]
     specs = [
         pl.BlockSpec((tile.rows, tile.outputs), lambda i, j, k: (i, k)),
         *(
+            # Values and positions have fewer rows than W has inputs: each its own share of the tile's.
             pl.BlockSpec((array.shape[0] * tile.inputs // inputs, tile.outputs), lambda i, j, k: (j, k))
             for array in arrays[1:]
         ),
     ]
     if packed.scale is not None:
+        # A tile may have fewer scales than a block's 8 sublanes, so an axis of their own counts the tiles.
         arrays.append(packed.scale.reshape(-1, tile.inputs // SCALED, outputs))
         specs.append(pl.BlockSpec((1, tile.inputs // SCALED, tile.outputs), lambda i, j, k: (j, 0, k)))
-    found = pl.pallas_call(
+    out = pl.pallas_call(
         _transposed_kernel,
         name='matmul24_transposed',
         grid=(g.shape[0] // tile.rows, inputs // tile.inputs, outputs // tile.outputs),
@@ -206,17 +272,23 @@ def matmul_transposed(
         out_specs=pl.BlockSpec((tile.rows, tile.inputs), lambda i, j, k: (i, j)),
         out_shape=jax.ShapeDtypeStruct((g.shape[0], inputs), g.dtype),
         scratch_shapes=[pltpu.VMEM((tile.rows, tile.inputs), jnp.float32)],
-        compiler_params=_compiler_params('parallel', 'parallel', 'arbitrary'),
+        compiler_params=_compiler_params('parallel', 'parallel', 'arbitrary'),  # the sum's steps must be in turn
         interpret=interpret,
         cost_estimate=cost(g, packed),
     )(*arrays)[:rows]
-    return in_order(found, packed.scale is not None)
+    return in_order(out, packed.scale is not None)
 
 
-def _filled(x: Array, rows: int) -> Array:
-    """With rows of zeros up to a tile's end."""
-    return jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0)))
+def _pad_rows(x: Array, tile_rows: int) -> Array:
+    """Add rows of zeros up to the end of the last tile."""
+    return jnp.pad(x, ((0, -x.shape[0] % tile_rows), (0, 0)))
 
 
 def _compiler_params(*semantics: str) -> pltpu.CompilerParams:
+    """Return Mosaic's parameters.
+
+    Args:
+      *semantics: of each axis of the grid: 'parallel' axes may be divided among cores.
+    """
+    # Two buffers of the largest tile of x take 16 MiB alone, so the compiler is allowed 64 MiB.
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=2**26)

@@ -1,109 +1,163 @@
-"""Packed weights as dense ones in the registers of a TPU, 256 inputs at a time: what tpu.py multiplies with.
+"""Unpacks weights in the registers of a TPU, 256 inputs at a time, for the kernels in tpu.py.
 
-The two values of a group lie in one word (bf16) or one byte (int4), and are unpacked there. Of each four inputs, 0 and
-3 are one half, 1 and 2 the other. In the first half the first value, which is never at 3, and the second, never at 0,
-have a side each: what stands there is a mask of the word. In the other half both can be on both sides: what is on its
-own side, or that of the other, with the sides swapped. The result is dense, so the matrix unit does no more than for
-dense weights. Inputs are put into this order, and back, outside the kernel.
+The two values of a group of four inputs lie in one word (bf16) or one byte (int4), the first in the low half, the
+second in the high half. They are unpacked there. Of each four inputs, 0 and 3 go to one word or byte, 1 and 2 to
+another:
 
-int4 values become 24 + value, in which bf16 holds the four bits as they are.
+- The first value is never at 3, and the second never at 0. So in the word for 0 and 3 each has a half of its own: the
+  packed word, masked.
+- In the word for 1 and 2, both values can be in both halves. A value one place from home keeps its half. A value two
+  places from home changes to the other half.
+
+The result is dense, so the matrix unit does as much as for dense weights. The rows of the result are not in the order
+of the inputs. `ordered` puts the inputs of x into that order, outside the kernel, and `in_order` puts results back.
+
+int4 values become 24 + value, because bf16 holds their four bits as they are in 16 to 31.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED
 
-CHUNK = 2 * SCALED  # inputs whose positions fill a register
-BIAS = 24  # of int4 values
+CHUNK = 2 * SCALED  # inputs whose positions fill a register: 32 bytes, as 8 sublanes of words
+BIAS = 24  # added to int4 values
 
-Halves = tuple[list[Array], list[Array]]  # of inputs: 0 and 3 of each four, and 1 and 2
+Halves = tuple[list[Array], list[Array]]  # words with inputs 0 and 3 of each four, and words with inputs 1 and 2
 
 
-def _sublane(shape: tuple[int, ...]) -> Array:
+def _sublane(shape: tuple[int, ...]) -> UInt32[Array, 'sublanes outputs']:
+    """Return the number of each element's sublane (row of a register)."""
     return jax.lax.broadcasted_iota(jnp.uint32, shape, 0)
 
 
-def _pick(rows: Array, index: Any) -> Array:
+def _pick(rows: Array, index: UInt32[Array, 'sublanes outputs']) -> Array:
+    """Gather rows within registers."""
     return jnp.take_along_axis(rows, index.astype(jnp.int32), axis=0, mode='promise_in_bounds')
 
 
-def _halves_of_bf16(values: Array, codes: Array) -> Halves:
-    """The words of 128 inputs by half, `[8, outputs]` each.
+def _halves_of_bf16(values: UInt32[Array, '32 outputs'], codes: UInt32[Array, '8 outputs']) -> Halves:
+    """Unpack 128 inputs to words, in arrays of `[8, outputs]`.
 
     Args:
-      values: a group's in a word, `[32, outputs]`.
-      codes: eight groups' in a word, `[4, outputs]` twice.
+      values: a word has the two values of a group.
+      codes: a word has the codes of eight groups (see `dense`). Its four rows come twice.
     """
-    at = _sublane(codes.shape)
-    codes = codes >> (at >> 2) * 16  # the groups 0 to 3 of each eight, and below, the groups 4 to 7
-    codes = codes & 0x3333 | (codes & 0xCCCC) << 14  # of the first value, and 16 bits on, of the second
+    sublane = _sublane(codes.shape)
+    # Sublanes 0 to 3 take the codes of groups 0 to 3 of each eight, sublanes 4 to 7 those of groups 4 to 7.
+    codes = codes >> (sublane >> 2) * 16
+    # The codes of first values stay in the low half of the word, the codes of second values go to the high half: each
+    # to the half where its value lies.
+    codes = codes & 0x3333 | (codes & 0xCCCC) << 14
     halves: Halves = ([], [])
     for row in range(4):
         word = values[8 * row : 8 * row + 8]
-        both = _pick(codes, (at & 4) + row) >> (at & 3) * 4
-        at1, at2 = both & 0x00010001, both & 0x00020002
-        first, second = word & ((at1 << 16) - at1), word & ((at2 << 15) - (at2 >> 1))
-        halves[0].append(word ^ first ^ second)
-        halves[1].append(first | second << 16 | second >> 16)
+        code = _pick(codes, (sublane & 4) + row) >> (sublane & 3) * 4
+        bit0 = code & 0x00010001
+        bit1 = code & 0x00020002
+        # The differences set all bits of a half whose code has the bit.
+        one_from_home = word & ((bit0 << 16) - bit0)
+        two_from_home = word & ((bit1 << 15) - (bit1 >> 1))
+        halves[0].append(word ^ one_from_home ^ two_from_home)
+        halves[1].append(one_from_home | two_from_home << 16 | two_from_home >> 16)
     return halves
 
 
-def _halves_of_int4(word: Array, codes: Array) -> Halves:
-    """The same; four groups in a word, codes of four in the low half of a word, both `[8, outputs]`."""
+def _halves_of_int4(word: UInt32[Array, '8 outputs'], codes: UInt32[Array, '8 outputs']) -> Halves:
+    """Unpack 128 inputs to words of 24 + value in bf16, in arrays of `[8, outputs]`.
+
+    Args:
+      word: the values of four groups, a byte each.
+      codes: the codes of the same four groups in the low half of a word (see `dense`).
+    """
+    # Spread the four codes of 4 bits over four bytes.
     codes = (codes | codes << 8) & 0x00FF00FF
     codes = (codes | codes << 4) & 0x0F0F0F0F
-    codes = codes | codes << 2  # of the first value, and 4 bits on, of the second
-    at1, at2 = codes & 0x11111111, codes & 0x22222222
-    first, second = word & ((at1 << 4) - at1), word & ((at2 << 3) - (at2 >> 1))
-    halves = word ^ first ^ second, first | (second & 0x0F0F0F0F) << 4 | second >> 4 & 0x0F0F0F0F
-    first, second = ([_biased(half, bits) for bits in range(0, 16, 4)] for half in halves)
+    # The codes of first values stay in the low half of a byte, those of second values go to the high half.
+    codes = codes | codes << 2
+    bit0 = codes & 0x11111111
+    bit1 = codes & 0x22222222
+    # As in `_halves_of_bf16`, with halves of four bits.
+    one_from_home = word & ((bit0 << 4) - bit0)
+    two_from_home = word & ((bit1 << 3) - (bit1 >> 1))
+    inputs_0_3 = word ^ one_from_home ^ two_from_home
+    inputs_1_2 = one_from_home | (two_from_home & 0x0F0F0F0F) << 4 | two_from_home >> 4 & 0x0F0F0F0F
+    first, second = ([_biased(half, low_bit) for low_bit in range(0, 16, 4)] for half in (inputs_0_3, inputs_1_2))
     return first, second
 
 
-def _biased(word: Array, at: int) -> Array:
-    """Of each half of a word, the four bits from there, as bf16: of 16 to 31, bits 3 to 6 count ones."""
-    bits = word << 3 if at == 0 else word >> at - 3
-    return bits & 0x00780078 ^ 0x41C041C0  # 16, and the sign's bit the other way round: 24
+def _biased(word: UInt32[Array, '8 outputs'], low_bit: int) -> UInt32[Array, '8 outputs']:
+    """Return four bits of each half of a word, a signed number, as 24 + number in bf16.
+
+    In bf16 numbers from 16 to 31, bits 3 to 6 count ones.
+    """
+    bits = word << 3 if low_bit == 0 else word >> low_bit - 3
+    # 0x4180 is 16. To flip the sign's bit (0x0040) adds 8 to a signed number of four bits.
+    return bits & 0x00780078 ^ 0x41C041C0
 
 
-def dense(values_ref, positions_ref, chunk: int, strip) -> list[Array]:
-    """256 inputs of a strip as bf16, `[256, outputs]`; of int4, those of each scale, `[128, outputs]`."""
-    rows = CHUNK // BYTE
-    positions = pltpu.bitcast(positions_ref[pl.ds(rows * chunk, rows), strip], jnp.uint32)
-    codes = positions ^ jnp.uint32(0xCCCCCCCC)  # 3 - place of the second value: both are at home where 0 is
-    at = _sublane(codes.shape)
-    rows = values_ref.shape[0] // positions_ref.shape[0] * rows
+def dense(values_ref, positions_ref, chunk: int, strip: pl.Slice) -> list[Array]:
+    """Unpack 256 inputs of some outputs to bf16.
+
+    Args:
+      values_ref: values in VMEM.
+      positions_ref: positions in VMEM.
+      chunk: which 256 inputs.
+      strip: which outputs.
+
+    Returns:
+      One array `[256, outputs]`; of int4 two arrays `[128, outputs]`, one for each scale, 24 too large.
+    """
+    octets = CHUNK // BYTE
+    positions = pltpu.bitcast(positions_ref[pl.ds(octets * chunk, octets), strip], jnp.uint32)
+    # A group's code: two bits with the place of the first value, two with 3 - place of the second. So 0 is a value at
+    # home, and 1 and 2 say how far from home it is.
+    codes = positions ^ jnp.uint32(0xCCCCCCCC)
+    sublane = _sublane(codes.shape)
+    rows = values_ref.shape[0] // positions_ref.shape[0] * octets
     values = jnp.split(pltpu.bitcast(values_ref[pl.ds(rows * chunk, rows), strip], jnp.uint32), 2)
     if values_ref.dtype == jnp.uint8:
-        of_words = [_pick(codes, (at >> 1) + 4 * block) >> (at & 1) * 16 & 0xFFFF for block in (0, 1)]
-        halves = [_halves_of_int4(words, code) for words, code in zip(values, of_words, strict=True)]
+        # A word of values has four groups, a word of codes eight: two sublanes share it.
+        codes_of_blocks = [_pick(codes, (sublane >> 1) + 4 * block) >> (sublane & 1) * 16 & 0xFFFF for block in (0, 1)]
+        halves = [_halves_of_int4(words, code) for words, code in zip(values, codes_of_blocks, strict=True)]
         return [pltpu.bitcast(jnp.concatenate([*first, *second]), jnp.bfloat16) for first, second in halves]
-    halves = [_halves_of_bf16(words, _pick(codes, (at & 3) + 4 * block)) for block, words in enumerate(values)]
+    halves = [_halves_of_bf16(words, _pick(codes, (sublane & 3) + 4 * block)) for block, words in enumerate(values)]
     return [pltpu.bitcast(jnp.concatenate([word for both in halves for half in both for word in half]), jnp.bfloat16)]
 
 
 def ordered(x: Float[Array, 'rows inputs'], four_bits: bool) -> Float[Array, 'rows inputs']:
-    """Inputs in the order of the unpacked weights' rows, 128 by 128."""
+    """Put inputs into the order of the rows that `dense` makes. It differs within each 128 inputs.
+
+    Args:
+      x: inputs in their own order.
+      four_bits: the order of int4 weights.
+    """
     rows = x.shape[0]
     groups = x.reshape(rows, -1, 4)
     halves = jnp.stack([groups[..., place] for place in (0, 3, 1, 2)], axis=-1)
     if four_bits:
+        # [rows, 128s, 8 words, 2 halves of a word, 2 groups, 2 halves, 2 places]
+        # -> [rows, 128s, 2 halves, 2 groups, 2 places, 8 words, 2 halves of a word]
         return halves.reshape(rows, -1, 8, 2, 2, 2, 2).transpose(0, 1, 5, 4, 6, 2, 3).reshape(x.shape)
+    # [rows, 128s, 32 groups, 2 halves, 2 places] -> [rows, 128s, 2 halves, 32 groups, 2 places]
     return halves.reshape(rows, -1, 32, 2, 2).transpose(0, 1, 3, 2, 4).reshape(x.shape)
 
 
 def in_order(x: Float[Array, 'rows inputs'], four_bits: bool) -> Float[Array, 'rows inputs']:
-    """The inverse of `ordered`."""
+    """Put inputs back into their own order: the inverse of `ordered`.
+
+    Args:
+      x: inputs in the order of `dense`.
+      four_bits: the order of int4 weights.
+    """
     rows = x.shape[0]
     if four_bits:
         halves = x.reshape(rows, -1, 2, 2, 2, 8, 2).transpose(0, 1, 5, 6, 3, 2, 4)
     else:
         halves = x.reshape(rows, -1, 2, 32, 2).transpose(0, 1, 3, 2, 4)
     groups = halves.reshape(rows, -1, 4)
-    return jnp.stack([groups[..., at] for at in (0, 2, 3, 1)], axis=-1).reshape(x.shape)
+    # Places 0, 3, 1, 2 become 0, 1, 2, 3.
+    return jnp.stack([groups[..., index] for index in (0, 2, 3, 1)], axis=-1).reshape(x.shape)

@@ -170,7 +170,7 @@ def test_layers_of_a_trained_model_by_the_tiles_that_are_used(chip, layer, rows,
             got = gpu.product(of, packed, transposed=transposed, interpret=INTERPRET)
         else:
             multiply = tpu.matmul_transposed if transposed else tpu.matmul
-            got = multiply(of, packed, tpu.tile(rows, packed, transposed), interpret=True)
+            got = multiply(of, packed, tpu.choose_tile(rows, packed, transposed), interpret=True)
         check(got, of, want)
 
 
