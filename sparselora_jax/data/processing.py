@@ -1,4 +1,4 @@
-"""Images and texts for a Hugging Face directory: its own processor converts them; this module lays them out.
+"""Images and texts for a Hugging Face directory: converted by its own processor, laid out for our batches.
 
 transformers' processors and their PIL image processors do the conversion, without torch. This module decides where
 tokens stand:
@@ -56,7 +56,7 @@ class Processor:
     def prompt(self, images: Sequence[Picture], texts: Sequence[str]) -> Inputs:
         """Return a batch to generate from, one image a text, padded to the longest text.
 
-        A LLaVA text holds '<image>' once, e.g. 'USER: <image>\\nWhat is this? ASSISTANT:'; the others need none.
+        A LLaVA text holds '<image>' once, e.g. 'USER: <image> What is this? ASSISTANT:'; the others need none.
         Transparent pixels become white, as in transformers.
 
         Args:

@@ -220,8 +220,9 @@ def find_family(model_type: str, name: str = '') -> Family:
     """
     if not name:
         if model_type not in FAMILIES:
+            known = ', '.join(sorted(FAMILIES))
             raise UnsupportedModelError(
-                f'model_type {model_type!r} is not known; known are {", ".join(sorted(FAMILIES))}'
+                f'model_type {model_type!r}: expected one of {known}, or a family of your own as package.module:FAMILY'
             )
         return FAMILIES.find(model_type)
     family = FAMILIES.find(name)

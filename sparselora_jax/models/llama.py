@@ -367,7 +367,7 @@ def from_hf(hf: HfConfig) -> LlamaConfig:
     )
 
 
-def _llama3_rope(rope: Mapping[str, float]) -> Llama3Rope:
+def _llama3_rope(rope: Mapping[str, str | float]) -> Llama3Rope:
     return Llama3Rope(
         factor=float(rope['factor']),
         low_freq_factor=float(rope['low_freq_factor']),
