@@ -69,8 +69,12 @@ def init_state(trained: PyTree, tx: optax.GradientTransformation) -> State:
     Returns:
       The state at step 0. Arrays keep their shardings.
     """
+    placement = None
+    if jax.process_count() > 1:
+        # An array with parts in other processes can only be copied to where it is.
+        placement = jax.tree.map(lambda leaf: leaf.sharding, trained)
     # Not `jnp.copy`, which compiles a program for each shape.
-    copied = jax.device_put(trained, may_alias=False)
+    copied = jax.device_put(trained, placement, may_alias=False)
     return State(copied, tx.init(copied), jnp.zeros((), jnp.int32))
 
 
