@@ -1,1 +1,1 @@
-"""Trains LoRA under the mask: losses, step, loop, checkpoints, teacher."""
+"""Train LoRA under the mask: losses, step, loop, checkpoints, teacher."""

@@ -106,6 +106,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and 'orbax' in record.pathname)
 
 
+# A filter of the logger, not a level: other warnings of Orbax, and those of other libraries, still appear.
 logging.getLogger('absl').addFilter(_is_news)
 
 
@@ -186,9 +187,10 @@ class Checkpoints:
         processes.agreed(lambda: self._make_room(target, tree))
         # A manager of its own for each state reads the folder anew: a damaged checkpoint no longer counts.
         manager = self._manager(lambda: self._write_manifest(step))
+        arguments = ocp.args.Composite(**{STATE: ocp.args.StandardSave(tree)})
         with _named(target):
             # Without `force` Orbax would skip a step that is not above those it knows.
-            manager.save(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(tree)}), force=True)
+            manager.save(step, args=arguments, force=True)
         self._writing = _Writing(manager, target)
 
     def finish(self) -> None:
@@ -220,10 +222,9 @@ class Checkpoints:
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         for step in reversed(self.steps()):
             if processes.agreed(lambda step=step: self._holds(step)):
+                arguments = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)})
                 with self._manager() as manager:
-                    return manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)}))[
-                        STATE
-                    ]
+                    return manager.restore(step, args=arguments)[STATE]
         return None
 
     def _manager(self, before_rename: Callable[[], None] | None = None) -> ocp.CheckpointManager:
@@ -239,7 +240,9 @@ class Checkpoints:
         return _Manager(self.folder, options=options)
 
     def _write_manifest(self, step: int) -> None:
-        """Write the hashes into the folder that Orbax is about to rename; only the first process is called."""
+        """Write the hashes into the folder that Orbax is about to rename; called in the first process only."""
+        # All processes have written by now. What Orbax still changes are notes beside the arrays, which are not hashed
+        # and never read.
         partial = ocp.path.step.find_step_path(self.folder, _StepsWithManifest(), step=step, include_uncommitted=True)
         write_text(Path(partial) / MANIFEST, json.dumps(_hashes(Path(partial))))
 
@@ -250,7 +253,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         if free < SPARE_ROOM * need:
             raise CheckpointError(f'{target}: {-(-need // 2**20)} MiB to write, {free // 2**20} MiB free on this disk')
-        if target.exists():
+        if target.exists():  # without a manifest, or of a step that is run again
             shutil.rmtree(target)
 
     def _holds(self, step: int) -> bool:

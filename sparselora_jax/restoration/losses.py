@@ -1,4 +1,4 @@
-"""The restoration loss (arXiv 2404.02424): cross-entropy and distillation over answer tokens."""
+"""Compute the restoration loss (arXiv 2404.02424): cross-entropy and distillation over answer tokens."""
 
 import functools
 from typing import NamedTuple
@@ -9,11 +9,18 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 KL_REDUCTIONS = ('token', 'sequence')
+KD_WEIGHT = 0.1  # share of the distillation term in the loss
+KD_TEMPERATURE = 2.0  # divides the logits of both models in the distillation term
 
 
 class TokenWeights(NamedTuple):
-    """What each position counts in the two sums of the loss. They are shared out over a whole batch, so the losses of
-    its micro-batches add up to the loss of the batch.
+    """Weight of each position in the two sums of the loss.
+
+    The weights are computed over a whole batch, so the losses of its micro-batches add up to the loss of the batch.
+
+    Attributes:
+      ce: weights of the cross-entropy.
+      kl: weights of the KL divergence from the teacher.
     """
 
     ce: Float[Array, 'batch tokens']
@@ -21,15 +28,18 @@ class TokenWeights(NamedTuple):
 
 
 def token_weights(answer: Bool[Array, 'batch tokens'], *, kl_reduction: str = 'token') -> TokenWeights:
-    """Only answer positions count.
+    """Return the weight of each position in the loss; positions outside the answers weigh zero.
 
     Args:
       answer: True where the target is a token of the answer.
-      kl_reduction: `'token'`: the mean over answer tokens; `'sequence'`: their sum over the batch size, as the public
-        code has it: distillation weighs more on longer answers.
+      kl_reduction: `'token'` takes the mean of the KL over all answer tokens. `'sequence'` divides its sum by the batch
+        size, as the paper's public code does; distillation then weighs more on longer answers.
+
+    Returns:
+      Both kinds of weights.
 
     Raises:
-      ValueError: an unknown `kl_reduction`.
+      ValueError: `kl_reduction` is unknown.
 
     >>> token_weights(jnp.array([[True, True], [True, False]]), kl_reduction='sequence').kl.tolist()
     [[0.5, 0.5], [0.5, 0.0]]
@@ -37,51 +47,77 @@ def token_weights(answer: Bool[Array, 'batch tokens'], *, kl_reduction: str = 't
     if kl_reduction not in KL_REDUCTIONS:
         raise ValueError(f'kl_reduction {kl_reduction!r}: expected one of {", ".join(KL_REDUCTIONS)}')
     counts = answer.astype(jnp.float32)
+    # A micro-batch may have no answer token at all; 0 / 0 would poison the whole step.
     mean = counts / jnp.maximum(jnp.sum(counts), 1.0)
     return TokenWeights(ce=mean, kl=mean if kl_reduction == 'token' else counts / answer.shape[0])
 
 
 class TopK(NamedTuple):
-    """What is kept of a teacher's logits: its likeliest tokens, and all others as one outcome."""
+    """The likeliest tokens of a teacher at each position, and all other tokens as one outcome.
+
+    Attributes:
+      tokens: ids of the k likeliest tokens, the likeliest first.
+      log_probs: their log-probabilities at the temperature; the last entry is that of all other tokens together.
+    """
 
     tokens: Int[Array, 'batch tokens k']
-    log_probs: Float[Array, 'batch tokens k+1']  # at the temperature; the last is that of all other tokens together
+    log_probs: Float[Array, 'batch tokens k+1']
 
 
-def top_k(logits: Float[Array, 'batch tokens vocab'], k: int, *, temperature: float = 2.0) -> TopK:
-    """The `k` likeliest tokens of each position.
+def top_k(logits: Float[Array, 'batch tokens vocab'], k: int, *, temperature: float = KD_TEMPERATURE) -> TopK:
+    """Return the `k` likeliest tokens of each position.
+
+    Args:
+      logits: the teacher's logits.
+      k: number of tokens, 1 to vocab - 1, so that at least one token is left for the other outcome.
+      temperature: divides the logits.
+
+    Returns:
+      Tokens and log-probabilities in float32.
 
     Raises:
-      ValueError: `k` is not in [1, vocab - 1]: the others are at least one token.
+      ValueError: `k` is out of range.
 
-    >>> found = top_k(jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])), 1, temperature=1.0)
-    >>> found.tokens.tolist(), jnp.exp(found.log_probs).round(4).tolist()
+    >>> likeliest = top_k(jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])), 1, temperature=1.0)
+    >>> likeliest.tokens.tolist(), jnp.exp(likeliest.log_probs).round(4).tolist()
     ([[[1]]], [[[0.5, 0.5]]])
     """
     if not 1 <= k < logits.shape[-1]:
         raise ValueError(f'k {k}: expected 1 to {logits.shape[-1] - 1}, fewer than the tokens of the vocabulary')
     tokens = jax.lax.top_k(logits, k)[1]
-    return TopK(tokens, _log_probs_of(logits, tokens, temperature))
+    return TopK(tokens, _outcome_log_probs(logits, tokens, temperature))
 
 
-def _log_probs_of(logits, tokens, temperature):
-    """Of these tokens, and of all others together."""
+def _outcome_log_probs(
+    logits: Float[Array, 'batch tokens vocab'], tokens: Int[Array, 'batch tokens k'], temperature: float
+) -> Float[Array, 'batch tokens k+1']:
+    """Return the log-probabilities of some tokens, and at the end that of all others together."""
     logits = logits.astype(jnp.float32) / temperature
-    whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     of_tokens = jnp.take_along_axis(logits, tokens, axis=-1)
+    # The sum over the others is taken over them alone: 1 - sum(p) would lose all digits where the tokens have
+    # nearly all probability.
     others = jnp.put_along_axis(logits, tokens, -jnp.inf, axis=-1, inplace=False)
-    return jnp.concatenate([of_tokens, jax.nn.logsumexp(others, axis=-1, keepdims=True)], axis=-1) - whole
+    return jnp.concatenate([of_tokens, jax.nn.logsumexp(others, axis=-1, keepdims=True)], axis=-1) - total
 
 
 def top_k_kl(
-    student: Float[Array, 'batch tokens vocab'], teacher: TopK, *, temperature: float = 2.0
+    student: Float[Array, 'batch tokens vocab'], teacher: TopK, *, temperature: float = KD_TEMPERATURE
 ) -> Float[Array, 'batch tokens']:
-    """KL(teacher || student) over k + 1 outcomes: the teacher's k likeliest tokens, and any other.
+    """Return KL(teacher || student) over k + 1 outcomes: each of the teacher's k likeliest tokens, and any other token.
 
-    It is never more than the KL over the vocabulary (outcomes are put together), grows with k, and equals it at
+    It is at most the KL over the vocabulary, because outcomes are merged. It grows with k and equals that KL at
     k = vocab - 1.
+
+    Args:
+      student: logits of the student.
+      teacher: result of `top_k` at the same temperature.
+      temperature: divides the student's logits.
+
+    Returns:
+      The KL in nats at each position.
     """
-    gaps = teacher.log_probs - _log_probs_of(student, teacher.tokens, temperature)
+    gaps = teacher.log_probs - _outcome_log_probs(student, teacher.tokens, temperature)
     return jnp.sum(jnp.exp(teacher.log_probs) * gaps, axis=-1)
 
 
@@ -91,24 +127,35 @@ def distillation_loss(
     targets: Int[Array, 'batch tokens'],
     weights: TokenWeights,
     *,
-    kd: float = 0.1,
-    temperature: float = 2.0,
+    kd: float = KD_WEIGHT,
+    temperature: float = KD_TEMPERATURE,
 ) -> tuple[Float[Array, ''], dict[str, Array]]:
-    """`(1 - kd) * CE + kd * KL(teacher || student)` at a temperature, with no T^2 factor (the paper's loss).
+    """Return `(1 - kd) * CE + kd * KL(teacher || student)`, the loss of arXiv 2404.02424, and its parts.
+
+    As in the paper, the KL is not multiplied by the square of the temperature.
 
     Args:
-      teacher: logits; or what `top_k` has kept of them, at the same temperature: the KL is then `top_k_kl`, a loss of
-        its own; None drops the KL, and `kd` with it.
+      student: logits of the model that is trained.
+      teacher: logits of the dense model; or the result of `top_k` at the same temperature, which makes the KL that of
+        `top_k_kl`; or None, which leaves out the KL and `kd` with it.
+      targets: token that each position should predict.
+      weights: weight of each position, from `token_weights`.
+      kd: share of the KL in the loss, 0 to 1.
+      temperature: divides the logits of both models in the KL.
+
+    Returns:
+      The loss in nats, and metrics: `loss`, `ce` and, where there is a teacher, `kl`.
     """
-    if teacher is None or isinstance(teacher, TopK):
-        ce = optax.softmax_cross_entropy_with_integer_labels(student, targets)
-        if teacher is None:
-            ce = jnp.sum(weights.ce * ce)
-            return ce, {'loss': ce, 'ce': ce}
-        kl = top_k_kl(student, teacher, temperature=temperature)
+    if teacher is None:
+        ce = jnp.sum(weights.ce * optax.softmax_cross_entropy_with_integer_labels(student, targets))
+        return ce, {'loss': ce, 'ce': ce}
+    if isinstance(teacher, TopK):
+        token_ce = optax.softmax_cross_entropy_with_integer_labels(student, targets)
+        token_kl = top_k_kl(student, teacher, temperature=temperature)
     else:
-        ce, kl = _token_losses(temperature, student, jax.lax.stop_gradient(teacher), targets)
-    ce, kl = jnp.sum(weights.ce * ce), jnp.sum(weights.kl * kl)
+        token_ce, token_kl = _token_losses(temperature, student, jax.lax.stop_gradient(teacher), targets)
+    ce = jnp.sum(weights.ce * token_ce)
+    kl = jnp.sum(weights.kl * token_kl)
     loss = (1 - kd) * ce + kd * kl
     return loss, {'loss': loss, 'ce': ce, 'kl': kl}
 
@@ -116,23 +163,42 @@ def distillation_loss(
 def answer_loss(
     logits: Float[Array, 'batch tokens vocab'], targets: Int[Array, 'batch tokens'], answer: Bool[Array, 'batch tokens']
 ) -> Float[Array, '']:
-    """Mean cross-entropy of the answers' tokens: what ECoFLaP differentiates."""
+    """Return the mean cross-entropy of the answer tokens, which ECoFLaP (arXiv 2310.02998) differentiates.
+
+    Args:
+      logits: logits of the model.
+      targets: token that each position should predict.
+      answer: True where the target is a token of the answer.
+
+    Returns:
+      The mean in nats.
+    """
     return distillation_loss(logits, None, targets, token_weights(answer))[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_losses(temperature, student, teacher, targets):
-    """Cross-entropy and KL of each token, with the gradient written out: autodiff of the two softmaxes walks the
-    vocabulary three times as often, and keeps more of it.
+def _token_losses(
+    temperature: float,
+    student: Float[Array, 'batch tokens vocab'],
+    teacher: Float[Array, 'batch tokens vocab'],
+    targets: Int[Array, 'batch tokens'],
+) -> tuple[Float[Array, 'batch tokens'], Float[Array, 'batch tokens']]:
+    """Return the cross-entropy and the KL of each token.
+
+    The gradient is written by hand. Autodiff of the two softmaxes reads arrays of the vocabulary's size three times as
+    often, and keeps more of them for the backward pass.
     """
     return _token_losses_forward(temperature, student, teacher, targets)[0]
 
 
 def _token_losses_forward(temperature, student, teacher, targets):
+    """Return both losses, and what the backward pass needs: logits, targets and the logarithms of three sums."""
     # KL = sum p_t (t - s) / T + logsumexp(s / T) - logsumexp(t / T): one exponential of each kind serves all sums.
+    # Subtracting the maximum first keeps every exponential at 1 or below.
     top_student, top_teacher = (jnp.max(x, axis=-1, keepdims=True) for x in (student, teacher))
     shares = jnp.exp((teacher - top_teacher) / temperature)
     total = jnp.sum(shares, axis=-1, keepdims=True)
+    # The gap t - s is weighted before it is divided by the sum: one division a position instead of one a token id.
     cross = jnp.sum(shares * (teacher - student), axis=-1) / (total[..., 0] * temperature)
     hard = top_student + jnp.log(jnp.sum(jnp.exp(student - top_student), axis=-1, keepdims=True))
     soft = jnp.sum(jnp.exp((student - top_student) / temperature), axis=-1, keepdims=True)
@@ -144,8 +210,11 @@ def _token_losses_forward(temperature, student, teacher, targets):
 
 
 def _token_losses_backward(temperature, saved, gradients):
+    """Return the gradient towards the student's logits; teacher and targets have none."""
     student, teacher, targets, hard, soft, soft_teacher = saved
     g_ce, g_kl = (g[..., None] for g in gradients)
+    # Both gradients are a difference of probabilities: of the student and the target, of the student and the teacher.
+    # The compiler fuses all of it into one pass over the vocabulary; a one-hot array of the targets is never stored.
     label = jnp.arange(student.shape[-1], dtype=targets.dtype) == targets[..., None]
     d_ce = jnp.exp(student - hard) - label.astype(student.dtype)
     d_kl = jnp.exp(student / temperature - soft) - jnp.exp(teacher / temperature - soft_teacher)

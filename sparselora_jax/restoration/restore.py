@@ -1,9 +1,10 @@
-"""Restoration: the SparseLoRA train step and its schedule (arXiv 2404.02424).
+"""Restore a pruned model: the SparseLoRA train step, its optimizer and its results (arXiv 2404.02424).
 
-`step(state, frozen, batch)`: `state` holds what is trained and is donated; `frozen` (params, masks, teacher) is an
-argument. Only what is trained is ever differentiated, so base and masks are bit-identical after any number of steps.
+The step is `step(state, frozen, batch)`. `state` holds what is trained, and its buffers are donated. `frozen` (params,
+masks, teacher) is only read. Only the trained tree is differentiated, so params and masks are bit-identical after any
+number of steps.
 
-What is trained is LoRA, or, for comparison, the pruned kernels themselves (masked full fine-tuning).
+The trained tree is LoRA or, for comparison, the pruned kernels themselves (masked full fine-tuning).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from sparselora_jax.restoration.losses import distillation_loss, token_weights
-from sparselora_jax.restoration.train import State, make_step
+from sparselora_jax.restoration.losses import KD_TEMPERATURE, KD_WEIGHT, TopK, distillation_loss, token_weights
+from sparselora_jax.restoration.train import Step, make_step
 from sparselora_jax.sparse.dense import unpack
 from sparselora_jax.sparse.packing import is_reduced, reduce_kernels
 from sparselora_jax.sparse.rules import flatten, unflatten
@@ -25,11 +26,12 @@ TRAINED = ('lora', 'weights')
 
 
 class Frozen(NamedTuple):
-    """What a step only reads.
+    """Trees that a step only reads.
 
     Attributes:
-      params: kernels may be packed, which bring their masks, or quantised.
-      teacher: a params tree of its own, or None: the unmasked `params` (shared).
+      params: base weights; kernels may be packed, which then hold their masks, or quantised.
+      masks: masks of the kernels that are not packed; None if there are none.
+      teacher: params of the teacher. None: the unmasked `params`, which takes no memory of its own.
     """
 
     params: dict
@@ -38,19 +40,31 @@ class Frozen(NamedTuple):
 
 
 def pruned_kernels(params: dict, masks: dict, *, dtype: jax.typing.DTypeLike = jnp.float32) -> dict:
-    """Copies of the kernels that have a mask, zeros in place: what masked full fine-tuning starts from.
+    """Copy the kernels that have a mask, with zeros in place: the start of masked full fine-tuning.
 
-    Their zeros have no gradient and no moments, and weight decay scales them: AdamW leaves them exactly zero.
+    The zeros have no gradient and so no moments, and weight decay only scales them: AdamW leaves them exactly zero.
+
+    Args:
+      params: base weights.
+      masks: the pruning masks.
+      dtype: dtype of the copies; half precision would lose small updates.
+
+    Returns:
+      A tree with the paths of `masks`.
     """
     flat = flatten(params)
     return unflatten({path: jnp.where(mask, flat[path], 0).astype(dtype) for path, mask in flatten(masks).items()})
 
 
 def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen:
-    """The same in fewer bytes: kernels that have a mask packed, or in four bits beside a mask of one bit.
+    """Return the same trees in fewer bytes: masked kernels are packed, or held in four bits beside a one-bit mask.
 
     Args:
-      base: `int4` or `nf4` (see `packing.quantise_masked`), or formats of `packing.pack`.
+      frozen: params and masks as pruning leaves them.
+      base: `int4` or `nf4` (see `packing.quantise_masked`), or a list of (regex, format) as `packing.pack` takes it.
+
+    Returns:
+      The reduced params and the masks that are still needed; the teacher is passed on.
 
     Raises:
       PackingError: see `packing.pack`.
@@ -60,16 +74,22 @@ def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen
 
 
 def merge_trained(frozen: Frozen, trained: dict, kind: str, *, dtype: jax.typing.DTypeLike | None = None) -> dict:
-    """The restored model as plain arrays with exact zeros.
+    """Return the restored model as plain arrays with exact zeros.
 
-    A quantised base is dequantised, and what was trained is added in float32: the merge in high precision.
+    A quantised base is dequantised first and LoRA is added in float32, so the merged weights are not quantised again.
 
     Args:
+      frozen: the trees that the steps have read.
+      trained: the tree that the steps have trained.
       kind: what `trained` is, one of `TRAINED`.
-      dtype: of the merged kernels; each kernel's own by default (of four bits: that of their scales).
+      dtype: dtype of the merged kernels; by default each kernel's own (a quantised kernel's is that of its scales).
+
+    Returns:
+      Params with the paths of `frozen.params`.
     """
     if kind == 'lora':
         return unpack(merge(frozen.params, frozen.masks, trained, dtype=dtype), dtype)
+    # Trained kernels are float32 whatever the model is: back to the model's dtype before they take their places.
     flat = flatten(frozen.params)
     kernels = {path: kernel.astype(flat[path].dtype) for path, kernel in flatten(trained).items()}
     return merge(with_kernels(frozen.params, unflatten(kernels)), frozen.masks)
@@ -85,8 +105,23 @@ def paper_optimizer(
     weight_decay: float = 0.05,
     clip: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with the paper's schedule: linear warm-up over `warmup` steps, then cosine to `end` at `steps`."""
-    schedule = optax.warmup_cosine_decay_schedule(start, peak, min(warmup, max(steps - 1, 0)), steps, end)
+    """Return AdamW with linear warm-up and cosine decay; the defaults are those of arXiv 2404.02424.
+
+    Args:
+      steps: number of steps of the whole run; the learning rate reaches `end` at the last.
+      peak: learning rate after the warm-up.
+      warmup: steps of the warm-up; cut to `steps - 1` where the run is shorter.
+      start: learning rate of the first step.
+      end: learning rate of the last step.
+      weight_decay: decoupled weight decay, in units of the learning rate.
+      clip: global norm to which gradients are clipped; None: they are not.
+
+    Returns:
+      An optax optimizer.
+    """
+    # optax asks for at least one step of decay after the warm-up.
+    warmup_steps = min(warmup, max(steps - 1, 0))
+    schedule = optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, steps, end)
     adamw = optax.adamw(schedule, weight_decay=weight_decay)
     return adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
 
@@ -95,36 +130,39 @@ def make_train_step(
     forward: Callable[[dict, dict], Array],
     tx: optax.GradientTransformation,
     *,
-    kd: float = 0.1,
-    temperature: float = 2.0,
+    kd: float = KD_WEIGHT,
+    temperature: float = KD_TEMPERATURE,
     kl_reduction: str = 'token',
     gradient: str = 'exact',
     accumulate: int = 1,
     trained: str = 'lora',
     parts: int = 1,
-) -> Callable[[State, Frozen, dict], tuple[State, dict[str, Array]]]:
-    """The jitted step, `(state, frozen, batch) -> (state, metrics)`.
+) -> Step:
+    """Return the jitted step of SparseLoRA (arXiv 2404.02424), `(state, frozen, batch) -> (state, metrics)`.
 
     Args:
-      forward: `forward(weights, batch)` -> logits `[batch, tokens, vocab]` that predict `batch['targets']`.
-      kd, temperature: see `distillation_loss`; `kd=0` runs no teacher.
-      kl_reduction: see `token_weights`.
-      gradient: see `weights.Adapted`.
-      accumulate: micro-batches a step; must divide the batch; changes nothing beyond rounding.
-      trained: what the state trains: `'lora'`, or `'weights'`, the kernels of `pruned_kernels`; the teacher then still
-        reads those of `frozen`.
-      parts: see `weights.Adapted`.
+      forward: `forward(weights, batch)` returns logits `[batch, tokens, vocab]` that predict `batch['targets']`.
+      tx: the optimizer, e.g. `paper_optimizer`.
+      kd: share of the distillation term, see `losses.distillation_loss`; 0 runs no teacher.
+      temperature: divides the logits in that term.
+      kl_reduction: see `losses.token_weights`.
+      gradient: `'exact'` or `'straight_through'`, see `weights.Adapted`.
+      accumulate: micro-batches of a step; must divide the batch. It changes nothing beyond rounding.
+      trained: `'lora'`, or `'weights'` for the tree of `pruned_kernels`. The teacher reads `frozen` in both cases.
+      parts: row blocks of the gradient's products, see `weights.Adapted`.
 
     Returns:
-      The step. `batch` holds `targets` and `answer` besides what `forward` reads; and, if the teacher is not to be run,
-      `teacher`, what `losses.top_k` has kept of its logits. Metrics are `loss`, `ce`, `grad_norm`, and `kl` where there
-      is a teacher.
+      The step; `state` is donated. `frozen` is a `Frozen`. `batch` holds `targets` and `answer` of shape `[batch,
+      tokens]`, and whatever `forward` reads. A batch with `teacher`, a `losses.TopK`, needs no teacher to run. Metrics
+      are `loss`, `ce`, `grad_norm`, and `kl` where there is a teacher.
 
     Raises:
-      ValueError: when it is traced: a teacher that would have to be the params, but those are packed.
+      ValueError: when the step is traced, if the params should be the teacher but are packed or quantised.
     """
 
     def prepare(batch):
+        # The weight of a token depends on how many answer tokens the whole batch has, so it is computed before the
+        # batch is split into micro-batches.
         return batch | {'weights': token_weights(batch['answer'], kl_reduction=kl_reduction)}
 
     def student_weights(tree, frozen):
@@ -132,24 +170,35 @@ def make_train_step(
             return bind(with_kernels(frozen.params, tree), frozen.masks)
         return bind(frozen.params, frozen.masks, tree, gradient=gradient, parts=parts)
 
+    def teacher_logits(frozen: Frozen, batch: dict, inputs: dict) -> Array | TopK | None:
+        if not kd:
+            return None
+        likeliest = batch.get('teacher')
+        return forward(_teacher_weights(frozen), inputs) if likeliest is None else likeliest
+
     def loss(tree, frozen, batch):
-        read = {name: array for name, array in batch.items() if name not in ('teacher', 'weights')}
-        student = forward(student_weights(tree, frozen), read)
-        teacher = batch.get('teacher') if kd else None
-        if kd and teacher is None:
-            teacher = forward(_teacher_weights(frozen), read)
+        # The teacher's tokens and the weights of the loss are no inputs of the model.
+        inputs = {name: array for name, array in batch.items() if name not in ('teacher', 'weights')}
+        student = forward(student_weights(tree, frozen), inputs)
+        # The teacher has no gradient: `frozen` is not differentiated, so its activations are not kept either.
+        teacher = teacher_logits(frozen, batch, inputs)
         return distillation_loss(student, teacher, batch['targets'], batch['weights'], kd=kd, temperature=temperature)
 
     return make_step(loss, tx, accumulate=accumulate, prepare=prepare)
 
 
 def _teacher_weights(frozen: Frozen) -> dict:
+    """Return the params of the teacher.
+
+    Raises:
+      ValueError: the teacher would be the params, but they no longer hold the dense weights.
+    """
     if frozen.teacher is not None:
         return frozen.teacher
-    changed = [path for path, leaf in flatten(frozen.params).items() if is_reduced(leaf)]
-    if changed:
+    reduced = [path for path, leaf in flatten(frozen.params).items() if is_reduced(leaf)]
+    if reduced:
         raise ValueError(
-            f'{changed[0]} is packed or quantised, so the params are no dense teacher: '
+            f'{reduced[0]} is packed or quantised, so the params are no dense teacher: '
             "give Frozen.teacher, or batch['teacher'], or kd=0"
         )
     return frozen.params

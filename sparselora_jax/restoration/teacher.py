@@ -1,57 +1,84 @@
-"""A teacher's likeliest tokens on disk, batch by batch, so that the dense model need not run while another learns."""
+"""Keep a teacher's likeliest tokens on disk, batch by batch; the dense model need not run beside the student then."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from sparselora_jax.checkpoints.trees import load_safetensors, save_safetensors
 from sparselora_jax.restoration.losses import TopK, top_k
+from sparselora_jax.restoration.train import Batches
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError
 
 
 def keep(
     folder: str | Path,
-    logits: Callable[[Any, dict], Array],
-    weights: Any,
-    batches: Any,
+    logits: Callable[[PyTree, dict], Array],
+    weights: PyTree,
+    batches: Batches,
     *,
     steps: int,
     k: int,
     temperature: float,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Writes `top_k` of each batch's logits, a file a step; those that are there are not computed again.
+    """Write `top_k` of the logits of each batch, one file a step.
+
+    Files that exist already are kept, so an interrupted run goes on where it was.
 
     Args:
-      logits: `logits(weights, batch)`, as `make_train_step` takes them.
+      folder: where the files go.
+      logits: `logits(weights, batch)`, the forward that `make_train_step` takes.
+      weights: the dense model.
+      batches: `batches[i]` is the batch of step i.
+      steps: number of batches.
+      k: tokens that are kept of each position, see `losses.top_k`.
+      temperature: divides the logits; must be that of the restoration.
+      progress: called with the number of steps done, after each new file.
 
     Returns:
-      Bytes on disk.
+      Bytes of all files on disk.
+
+    Raises:
+      StorageError: a file cannot be written.
     """
-    kept = jax.jit(lambda weights, batch: top_k(logits(weights, batch), k, temperature=temperature))
+    # Jitted once: `top_k` runs on the device, so logits of the whole vocabulary never reach the host.
+    likeliest = jax.jit(lambda weights, batch: top_k(logits(weights, batch), k, temperature=temperature))
     for step in range(steps):
         if not processes.agreed(_file(folder, step).exists):
-            save_safetensors(_file(folder, step), kept(weights, batches[step])._asdict())
+            save_safetensors(_file(folder, step), likeliest(weights, batches[step])._asdict())
             progress(step + 1)
     return sum(_file(folder, step).stat().st_size for step in range(steps))
 
 
 def read(folder: str | Path, step: int, rows: Sequence[int] | None = None) -> TopK:
-    """What was kept of a step's batch, or of some rows of it.
+    """Read the teacher's likeliest tokens for the batch of one step.
+
+    Args:
+      folder: where `keep` has written.
+      step: index of the batch.
+      rows: rows of the batch; None: all of them.
+
+    Returns:
+      Arrays of numpy.
 
     Raises:
       StorageError: the file is missing or damaged.
     """
-    arrays, _ = load_safetensors(_file(folder, step))
+    file = _file(folder, step)
+    arrays, _ = load_safetensors(file)
     if arrays.keys() != set(TopK._fields):
-        raise StorageError(f'{_file(folder, step)}: holds {sorted(arrays)}, expected {", ".join(TopK._fields)}')
-    return TopK(**{name: np.asarray(array)[... if rows is None else rows] for name, array in arrays.items()})
+        raise StorageError(f'{file}: holds {sorted(arrays)}, expected {", ".join(TopK._fields)}')
+    chosen = ... if rows is None else rows
+    return TopK(
+        tokens=np.asarray(arrays['tokens'])[chosen],
+        log_probs=np.asarray(arrays['log_probs'])[chosen],
+    )
 
 
 def _file(folder: str | Path, step: int) -> Path:
+    """Return the file of one step."""
     return Path(folder) / f'{step:06d}.safetensors'

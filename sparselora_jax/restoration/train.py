@@ -1,17 +1,18 @@
-"""A train step from a loss, and the loop that runs it: logged, checkpointed, interruptible, resumable bit for bit."""
+"""Make a train step from a loss, and run it in a loop that logs, checkpoints, stops and resumes bit for bit."""
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from sparselora_jax.restoration import guard
 from sparselora_jax.restoration.checkpoint import Checkpoints
@@ -20,43 +21,83 @@ from sparselora_jax.runtime.errors import SparseloraError
 
 
 class BadStepError(SparseloraError, RuntimeError):
-    """A loss or a gradient that is not finite, or a loss that spikes; the last good checkpoint is kept."""
+    """A loss or a gradient that is not finite, or a loss that spikes; the last good checkpoint stays."""
 
 
-class Interrupted(SparseloraError):  # noqa: N818  a stop that was asked for, no error
-    """SIGTERM or Ctrl-C: the state was saved, the same command goes on from there."""
+class Interrupted(SparseloraError):  # noqa: N818  a stop that was asked for, not an error
+    """SIGTERM or Ctrl-C: the state is saved, and the same command goes on from there."""
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """The part of a run that a step changes.
 
-    trained: Any
-    optimizer: Any
+    Attributes:
+      trained: the tree that is trained, e.g. LoRA.
+      optimizer: state of the optimizer.
+      step: number of steps done.
+    """
+
+    trained: PyTree
+    optimizer: PyTree
     step: Int[Array, '']
 
 
-def init_state(trained: Any, tx: optax.GradientTransformation) -> State:
-    """The state before the first step."""
-    trained = jax.device_put(trained, may_alias=False)
-    return State(trained, tx.init(trained), jnp.zeros((), jnp.int32))
+Step = Callable[[State, PyTree, PyTree], tuple[State, dict[str, Array]]]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Batches by the index of their step, e.g. a list or a `grain.MapDataset`.
+
+    The same index must always give the same batch: a resumed run asks for it again.
+    """
+
+    def __getitem__(self, index: int) -> PyTree:
+        """Return the batch of global step `index`."""
+
+
+def init_state(trained: PyTree, tx: optax.GradientTransformation) -> State:
+    """Return the state before the first step.
+
+    The state holds a copy of `trained`. A step donates its state, which deletes the buffers: without the copy it would
+    delete those of the caller. The copy doubles the memory of a large tree for as long as the caller keeps its own.
+
+    Args:
+      trained: the tree to train; it may be used again after the steps.
+      tx: the optimizer.
+
+    Returns:
+      The state at step 0. Arrays keep their shardings.
+    """
+    placement = None
+    if jax.process_count() > 1:
+        # An array with parts in other processes can only be copied to where it is.
+        placement = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    # Not `jnp.copy`, which compiles a program for each shape.
+    copied = jax.device_put(trained, placement, may_alias=False)
+    return State(copied, tx.init(copied), jnp.zeros((), jnp.int32))
 
 
 def make_step(
-    loss: Callable[[Any, Any, dict], tuple[Array, dict[str, Array]]],
+    loss: Callable[[PyTree, PyTree, PyTree], tuple[Array, dict[str, Array]]],
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    prepare: Callable[[dict], dict] = lambda batch: batch,
-) -> Callable[[State, Any, dict], tuple[State, dict[str, Array]]]:
-    """The jitted step, `(state, frozen, batch) -> (state, metrics)`; only `state` is donated.
+    prepare: Callable[[PyTree], PyTree] = lambda batch: batch,
+) -> Step:
+    """Return the jitted step, `(state, frozen, batch) -> (state, metrics)`.
 
     Args:
       loss: `loss(trained, frozen, batch) -> (loss, metrics)`, differentiated in `trained`.
-      tx: under `guard.skip_bad_steps`, metrics have the bad steps in a row as `skipped`.
-      accumulate: micro-batches a step; must divide the batch. Their losses, metrics and gradients are *added*, so the
-        loss of a part must be its share of the whole batch's.
-      prepare: applied to the whole batch before it is divided: what makes such a loss possible, e.g. the weight of each
-        token, which depends on how many there are.
+      tx: the optimizer. Under `guard.skip_bad_steps` the metrics have the number of bad steps in a row as `skipped`.
+      accumulate: micro-batches of a step; must divide the batch. Their losses, metrics and gradients are *added*, so
+        the loss of a part must be its share of the loss of the whole batch.
+      prepare: applied to the whole batch before it is split. It can add what makes such a loss possible, e.g. the
+        weight of each token, which depends on how many tokens there are.
+
+    Returns:
+      The step. `state` is donated: its buffers are gone after the call. `frozen` is an argument rather than a constant
+      of the program, so that another base needs no new compilation. Metrics include `grad_norm`.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -66,9 +107,10 @@ def make_step(
     def accumulated(trained, frozen, batch):
         if accumulate == 1:
             return gradients(trained, frozen, batch)
-        # A part is every n-th row: of a batch that is split over devices, rows of each device's own.
+        # A part is every n-th row. If the batch is split over devices, a part has rows of each device, and none move.
         parts = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), batch)
         first = jax.tree.map(lambda leaf: leaf[0], parts)
+        # Shapes of losses and gradients are traced, not computed: the scan can begin with zeros and compiles one body.
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradients, trained, frozen, first)
         )
@@ -91,21 +133,25 @@ def make_step(
 
 
 @contextmanager
-def stop_signal():
-    """Yields a function of the step that tells whether SIGTERM or Ctrl-C has arrived; a second Ctrl-C ends at once.
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Yield a function of the step that tells whether the run should stop, because of SIGTERM or Ctrl-C.
 
-    Of many processes any may have been told: JAX then finds a step at which all of them stop (SIGTERM only).
+    A second Ctrl-C ends the process at once. With many processes any of them may receive the signal (SIGTERM only);
+    JAX then finds a step at which all of them stop.
     """
     if jax.process_count() > 1:
+        # A step is a collective: if one process stopped alone, the others would wait for it for ever.
         yield multihost_utils.reached_preemption_sync_point
         return
-    arrived = []
+    arrived: list[int] = []
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
         if arrived and number == signal.SIGINT:
             raise KeyboardInterrupt
         arrived.append(number)
 
+    # A handler only notes the signal; the loop looks at it between steps, when the state is whole.
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda step: bool(arrived)
@@ -115,10 +161,10 @@ def stop_signal():
 
 
 def fit(
-    step: Callable[[State, Any, dict], tuple[State, dict[str, Array]]],
+    step: Step,
     state: State,
-    frozen: Any,
-    batches: Any,
+    frozen: PyTree,
+    batches: Batches,
     *,
     steps: int,
     checkpoints: Checkpoints,
@@ -127,53 +173,80 @@ def fit(
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     profile: str | Path | None = None,
 ) -> State:
-    """Runs `step` up to global step `steps`, from the newest checkpoint if there is one.
+    """Run `step` up to global step `steps`, from the newest checkpoint if there is one.
+
+    A run that was stopped and goes on ends with the bits of a run that was not, on the same machine.
 
     Args:
+      step: result of `make_step` or `make_train_step`.
+      state: the state to begin with if there is no checkpoint; it is donated.
+      frozen: what the step only reads.
       batches: `batches[i]` is the batch of global step i, whatever ran before.
-      every: steps between checkpoints; a killed process loses at most these, and those made while one is written.
-      patience: with an optimizer under `guard.skip_bad_steps`: bad steps in a row at which to stop.
-      log: called with the number of steps done and the metrics of the last.
-      profile: a folder for a trace of a few steps, see `profiling.steps`; None: none.
+      steps: number of steps of the whole run.
+      checkpoints: where states are saved. On every way out this function waits until the last one is complete.
+      every: steps between checkpoints. A killed process loses at most these, and those made while one is written.
+      patience: number of bad steps in a row at which to stop; above 1 with an optimizer under `guard.skip_bad_steps`.
+      log: called after each step with the number of steps done and the metrics.
+      profile: folder for a trace of a few steps, see `profiling.steps`; None: no trace.
+
+    Returns:
+      The state after the last step.
 
     Raises:
-      BadStepError: names the step. Interrupted: the state was saved first. CheckpointError: see `Checkpoints.finish`.
+      BadStepError: names the step, and the last good state.
+      Interrupted: SIGTERM or Ctrl-C; the state was saved first.
+      CheckpointError: a state could not be written, see `Checkpoints.finish`.
     """
-    state = checkpoints.restore(state) or state
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        state = restored
     first = int(state.step)
     indices = profiling.steps(range(first, steps), profile)
 
-    def draw(index):
+    def draw(index: int) -> PyTree:
         if index >= steps:
             return None
         with jax.profiler.TraceAnnotation(profiling.DATA):
             return batches[index]
 
-    with checkpoints, stop_signal() as stopped, closing(indices):
+    # `checkpoints` comes first, so it is left last: signals are those of the caller while it waits for its writer.
+    with checkpoints, stop_signal() as should_stop, closing(indices):
         batch = draw(first)
         for index in indices:
+            done = index + 1
             state, metrics = step(state, frozen, batch)
-            batch = draw(index + 1)  # before its numbers are waited for, so that the device has work meanwhile
+            # JAX returns before the step is computed; reading its metrics waits for it. The next batch is drawn
+            # between the two, so that the host prepares data while the device computes.
+            batch = draw(done)
             values = {name: float(value) for name, value in metrics.items()}
-            if bad := _why_bad(values, patience):
-                saved = checkpoints.steps()
-                last = f'that of step {saved[-1]}' if saved else 'the start'
-                raise BadStepError(f'step {index + 1}: {bad}; the last good state is {last}')
-            log(index + 1, values)
-            stopping = stopped(index + 1)
-            if (index + 1) % every == 0 or index + 1 == steps or stopping:
-                checkpoints.save(index + 1, state)
-            if stopping:
-                checkpoints.finish()
-                raise Interrupted(f'step {index + 1} of {steps} is saved; the same command goes on from there')
+            if problem := _why_bad(values, patience):
+                raise BadStepError(f'step {done}: {problem}; the last good state is {_last_good(checkpoints)}')
+            log(done, values)
+            is_stopping = should_stop(done)
+            if done % every == 0 or done == steps or is_stopping:
+                checkpoints.save(done, state)
+            if is_stopping:
+                checkpoints.finish()  # before the message that says so
+                raise Interrupted(f'step {done} of {steps} is saved; the same command goes on from there')
     return state
 
 
+def _last_good(checkpoints: Checkpoints) -> str:
+    """Return the words for the state that a run goes on from."""
+    saved = checkpoints.steps()
+    return f'that of step {saved[-1]}' if saved else 'the start'
+
+
 def _why_bad(values: dict[str, float], patience: int) -> str | None:
-    """What is wrong with a step after which training must not go on."""
-    wrong = [name for name in sorted(values, key='loss'.__ne__) if not math.isfinite(values[name])]
-    in_a_row = values.get('skipped', patience if wrong else 0)
+    """Return what is wrong with a step after which training must not go on, or None."""
+    # The loss is named first: the other metrics are often not finite because it is not.
+    not_finite = [name for name in sorted(values, key='loss'.__ne__) if not math.isfinite(values[name])]
+    in_a_row = values.get('skipped', patience if not_finite else 0)
     if in_a_row < patience:
         return None
-    what = f'{wrong[0]} is {values[wrong[0]]}' if wrong else f'the loss has jumped to {values["loss"]:.4g}'
+    if not_finite:
+        what = f'{not_finite[0]} is {values[not_finite[0]]}'
+    else:
+        # A guarded step with finite metrics can only be bad because of a spike.
+        what = f'the loss has jumped to {values["loss"]:.4g}'
     return what + (f', {in_a_row:.0f} bad steps in a row' if patience > 1 else '')

@@ -181,13 +181,17 @@ def test_what_goes_wrong_while_writing_is_said_at_the_next_save(tmp_path, monkey
 def test_an_error_stays_the_error_and_the_writer_is_waited_for(tmp_path):
     warnings = []
     checkpoints = Checkpoints(tmp_path, warn=warnings.append)
-    with pytest.raises(KeyError, match='lost'), checkpoints:
-        checkpoints.save(1, state(1.0))
-        raise KeyError('lost')
+
+    def save_and_fail(step):
+        with checkpoints:
+            checkpoints.save(step, state(float(step)))
+            raise KeyError('lost')
+
+    with pytest.raises(KeyError, match='lost'):
+        save_and_fail(1)
     assert (tmp_path / '1/manifest.json').exists()
-    with files_of_at_most(10), pytest.raises(KeyError, match='lost'), checkpoints:
-        checkpoints.save(2, state(2.0))
-        raise KeyError('lost')
+    with files_of_at_most(10), pytest.raises(KeyError, match='lost'):
+        save_and_fail(2)
     assert len(warnings) == 1
     assert '/2 cannot be written' in warnings[0]
     assert checkpoints.steps() == [1]
