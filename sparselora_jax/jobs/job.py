@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -125,16 +124,18 @@ class Job:
             started = time.monotonic()
             result = compute() | {'seconds': time.monotonic() - started, 'peak_memory_bytes': peak_memory()}
             processes.agreed(lambda: files.write_text(file, json.dumps(result)))
-        return self.stage_result(name)
+        return processes.agreed(lambda: self.read_result(name))
 
-    def stage_result(self, name: str) -> dict | None:
-        """Return the result of a stage that is done, None if it is not.
+    def read_result(self, stage: str) -> dict | None:
+        """Read the result of a stage from the disk of this process, None if the stage is not done.
+
+        Processes do not communicate here, so the first may call this alone, as it does for the report.
 
         Args:
-          name: of the stage.
+          stage: its name.
         """
-        file = self.workdir / names.result_file(name)
-        return processes.agreed(lambda: json.loads(file.read_text()) if file.exists() else None)
+        file = self.workdir / names.result_file(stage)
+        return json.loads(file.read_text()) if file.exists() else None
 
     def _begin(self, stage: str) -> None:
         """Claim the workdir for this config and these questions, and say which stage begins."""
@@ -158,9 +159,11 @@ class Job:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
         _ = self.mesh  # raises if the devices cannot form it
         check_batches(self.config)
-        # The data are read here for the first time, after all that is quicker to check.
+        # The data are read here for the first time: after all that is quicker to check, and even if there is nothing to
+        # compare with, so that data that cannot be read leave no workdir behind.
+        questions = self.questions
         file = self.workdir / names.QUESTIONS
-        if file.exists() and file.read_text() != self.questions:
+        if file.exists() and file.read_text() != questions:
             raise ConfigError(
                 f'{self.workdir}: the test questions of {self.config.data} are not those that this run began with; '
                 'use another workdir, or put them back'
@@ -398,7 +401,7 @@ class Job:
 
     def allocated_zeros(self) -> dict[str, np.ndarray] | None:
         """Return the zeros of each layer's kernels that the stage `zeros` wrote; None: the recipe allocates none."""
-        result: dict[str, Any] | None = self.stage_result(names.ZEROS)
+        result = processes.agreed(lambda: self.read_result(names.ZEROS))
         if result is None:
             return None
         return {path: np.array(zeros_of_layers) for path, zeros_of_layers in result['zeros'].items()}

@@ -159,7 +159,7 @@ def _curves(job: Job) -> str:
 
 def _densities(job: Job) -> list[str]:
     """Plot the density of each kernel and layer, a figure for each stack of blocks."""
-    layer_density = job.stage_result(names.EXPORT)['layer_density']
+    layer_density = job.read_result(names.EXPORT)['layer_density']
     stacks: dict[str, dict[str, list[float]]] = {}  # a tower may hold two, an encoder and a decoder
     for kernels in layer_density.values():
         for path, layers in kernels.items():
@@ -182,7 +182,7 @@ def _densities(job: Job) -> list[str]:
 
 def _examples(job: Job) -> list[Example]:
     """Return questions spread evenly over those that were asked, with the answers of all models."""
-    results = {name: job.stage_result(names.evaluation_stage(name)) for name in names.MODELS}
+    results = {name: job.read_result(names.evaluation_stage(name)) for name in names.MODELS}
     metric = recipe.metric(job.config)
     indices = results['dense']['indices']
     examples = []

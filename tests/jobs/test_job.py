@@ -15,7 +15,7 @@ from configs import blip2_lang_only
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints import embedded, trees
 from sparselora_jax.data import easy_vqa
-from sparselora_jax.data.dataset import Split
+from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.jobs import report, stages
 from sparselora_jax.jobs.export import export_packed
 from sparselora_jax.jobs.job import Job
@@ -423,6 +423,44 @@ def test_a_workdir_that_was_evaluated_on_other_questions_is_refused(wanda, tmp_p
     monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: fewer)
     with pytest.raises(ConfigError, match='the test questions of easy_vqa are not those'):
         run(tmp_path / 'run')
+
+
+@pytest.mark.parametrize(('kd', 'stays'), [(0.0, False), (0.1, True)])
+def test_the_dense_weights_are_in_memory_until_nobody_needs_them(world, tmp_path, kd, stays):
+    job = Job(tiny_config(**{'restore.kd': kd}), tmp_path)
+    assert not job.has_dense_weights
+    assert job.params is job.params
+    assert job.has_dense_weights
+    job.release_dense()
+    assert job.has_dense_weights == stays
+
+
+class Squares:
+    """A data set of one's own, which leaves out what the model cannot take."""
+
+    kinds = ('small', 'large')
+
+    def __call__(self, request):
+        sizes = {'small': 8, 'large': 48, 'far too large for these few tokens of an answer': 60}
+        records = [
+            {'image': np.full((64, 64, 3), size, np.uint8), 'question': 'how large?', 'answer': answer}
+            for answer, size in sizes.items()
+            if not request.misfit('how large?', answer)
+        ]
+        split = Split(records, lambda: [(record['question'], record['answer']) for record in records])
+        return Dataset(split, split, self.kinds, str)
+
+
+SQUARES = Squares()
+
+
+def test_a_data_set_of_ones_own_is_drawn_from_by_its_kinds(world, tmp_path):
+    job = Job(tiny_config(data=f'{__name__}:SQUARES', **{'restore.shares': (3, 1)}), tmp_path)
+    assert [answer for _, answer in job.dataset.test.read_texts()] == ['small', 'large']
+    pixels = job.batches(4, 0)[0]['pixel_values']
+    assert sorted(np.unique(pixels[:, 0, 0, 0], return_counts=True)[1]) == [1, 3]
+    with pytest.raises(ConfigError, match=r'restore.shares \(1, 1, 1\): expected a share of each kind: small, large'):
+        Job(tiny_config(data=f'{__name__}:SQUARES', **{'restore.shares': (1, 1, 1)}), tmp_path / 'other')
 
 
 def test_nothing_is_claimed_before_the_data_were_found(world, tmp_path):
