@@ -33,7 +33,18 @@ from sparselora_jax.checkpoints.load import load_model
 from sparselora_jax.checkpoints.trees import load_safetensors, save_safetensors
 from sparselora_jax.evaluation.generate import GenerationError, generate
 from sparselora_jax.models.model import Model
-from sparselora_jax.pruning import GPTQ, DSnoT, Magnitude, PruneResult, Random, SparseGPT, Wanda, prune, prune_tree
+from sparselora_jax.pruning import (
+    GPTQ,
+    RIA,
+    DSnoT,
+    Magnitude,
+    PruneResult,
+    Random,
+    SparseGPT,
+    Wanda,
+    prune,
+    prune_tree,
+)
 from sparselora_jax.pruning.calibrate import CalibrationError, collect, hessian, squares
 from sparselora_jax.restoration.restore import Frozen, make_train_step, paper_optimizer, reduce_base
 from sparselora_jax.restoration.train import State, init_state, make_step
@@ -57,6 +68,7 @@ __version__ = '0.1.0'
 
 __all__ = [
     'GPTQ',
+    'RIA',
     'Adapted',
     'Bitmask',
     'CalibrationError',

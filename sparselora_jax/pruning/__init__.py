@@ -19,6 +19,7 @@ from sparselora_jax.pruning.magnitude import Magnitude, Random
 from sparselora_jax.pruning.method import METHODS, Method, MethodError
 from sparselora_jax.pruning.owl import OWL, outlier_shares, owl_zeros
 from sparselora_jax.pruning.pruner import PruneResult, prune, prune_tree
+from sparselora_jax.pruning.ria import RIA
 from sparselora_jax.pruning.sparsegpt import SparseGPT
 from sparselora_jax.pruning.targets import methods_of, patterns_of
 from sparselora_jax.pruning.wanda import Wanda
@@ -28,6 +29,7 @@ __all__ = [
     'GPTQ',
     'METHODS',
     'OWL',
+    'RIA',
     'Allocation',
     'AllocationError',
     'AllocationInputs',
@@ -64,6 +66,7 @@ METHODS.register('magnitude', Magnitude)
 METHODS.register('wanda', Wanda)
 METHODS.register('sparsegpt', SparseGPT)
 METHODS.register('dsnot', DSnoT)
+METHODS.register('ria', RIA)
 
 ALLOCATIONS.register('uniform', Uniform)
 ALLOCATIONS.register('global_magnitude', GlobalMagnitude)
