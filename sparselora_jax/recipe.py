@@ -21,15 +21,18 @@ from sparselora_jax.restoration.restore import TRAINED, make_train_step, paper_o
 from sparselora_jax.runtime.errors import DataError, SparseloraError
 from sparselora_jax.runtime.files import hold, write_text
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern
-from sparselora_jax.sparse.packing import FOUR_BITS
+from sparselora_jax.sparse.packing import FORMATS, PackingError, find_format, format_for
+from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern
 from sparselora_jax.sparse.weights import GRADIENTS, LoraSpec
 
 ALLOCATIONS = ('uniform', 'global_magnitude', 'owl', 'ecoflap_first', 'ecoflap_zeroth')
-BASES = ('dense', 'packed', 'packed_int4', *FOUR_BITS)  # what restoration holds pruned kernels as
+# How restoration holds pruned kernels, `restore.base`: as dense arrays; in the first packed format that takes a tower's
+# pattern, rounded to four bits or not; or all of them in one format, for any pattern.
+DENSE = 'dense'
+BY_PATTERN = {'packed': False, 'packed_int4': True}  # whether values are rounded to four bits
+BASES = (DENSE, *BY_PATTERN, *(name for name in FORMATS if not FORMATS.find(name).brings_mask))
 TEACHERS = ('model', 'top_k')
 DTYPES = ('float32', 'bfloat16', 'float16')
-TWO_OF_FOUR = parse_pattern('2:4')
 NO_RESULT = ('mesh', 'profile')  # fields that change none beyond rounding: a run goes on whatever they say
 BLOCKS = '(.*/)?blocks/'  # below a tower's name: T5 has an encoder's and a decoder's
 
@@ -54,7 +57,8 @@ def check_values(config: Any) -> None:
     _check_allocation(config)
     restore = config.restore
     fields = {'gradient': GRADIENTS, 'kl_reduction': KL_REDUCTIONS, 'trained': TRAINED}
-    fields |= {'base': BASES, 'teacher': TEACHERS, 'on_bad_step': guard.POLICIES}
+    fields |= {'teacher': TEACHERS, 'on_bad_step': guard.POLICIES}
+    _check_base(restore.base)
     for field, values in fields.items():
         if restore[field] not in values:
             raise ConfigError(f'restore.{field} {restore[field]!r}: expected one of {", ".join(values)}')
@@ -100,6 +104,19 @@ def check_values(config: Any) -> None:
         raise ConfigError(f'restore.shares {shares}: expected {expected}')
     if restore.accumulate < 1 or restore.batch % restore.accumulate:
         raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
+
+
+def _check_base(base: str) -> None:
+    """Check that `restore.base` is one of `BASES`, or a format of somebody else's, as `package.module:Name`."""
+    if base in BASES:
+        return
+    try:
+        if ':' in base:
+            find_format(base)
+            return
+    except PackingError as error:
+        raise ConfigError(f'restore.base: {error}') from None
+    raise ConfigError(f'restore.base {base!r}: expected one of {", ".join(BASES)}, or package.module:Name')
 
 
 def check_batches(config: Any) -> None:
@@ -199,37 +216,74 @@ def prune_rules(config: Any) -> list[tuple[str, Pattern]]:
     return [*rules, ('.*', Pattern())]
 
 
-def rounded_rules(config: Any) -> list[tuple[str, Pattern]]:
-    """(regex, pattern) of what `restore.base` holds in four bits, everything else dense; empty: nothing is."""
-    base, rules = config.restore.base, prune_rules(config)
-    if base == 'packed_int4':
-        rules = [(regex, pattern if pattern == TWO_OF_FOUR else Pattern()) for regex, pattern in rules]
-    elif base not in FOUR_BITS:
-        return []
-    return rules if any(not pattern.dense for _, pattern in rules) else []
-
-
-def pack_formats(config: Any, *, four_bits: bool) -> list[tuple[str, str]]:
-    """(regex, format of `packing.pack`) of each pruned tower: 2:4 as `packed24`, other patterns as `bitmask`.
+def rounded_rules(config: ConfigDict) -> list[tuple[str, Pattern]]:
+    """Return (regex, pattern) of the kernels that `restore.base` rounds, everything else dense.
 
     Args:
-      four_bits: the values of 2:4 kernels as int4.
+      config: the recipe.
+
+    Returns:
+      Ordered rules; empty where nothing is rounded.
     """
-    two_of_four = 'packed24_int4' if four_bits else 'packed24'
+    rounded = [
+        (regex, pattern if form is not None and find_format(form).levels is not None else Pattern())
+        for regex, pattern, form in _base_rules(config)
+    ]
+    return rounded if any(not pattern.dense for _, pattern in rounded) else []
+
+
+def rounded_format(config: ConfigDict) -> str:
+    """Return the name of the format whose levels the kernels of `rounded_rules` are rounded to.
+
+    Args:
+      config: the recipe; `restore.base` rounds some of its kernels.
+    """
+    names = (form for _, _, form in _base_rules(config) if form is not None)
+    return next(name for name in names if find_format(name).levels is not None)
+
+
+def pack_formats(config: ConfigDict, *, four_bits: bool) -> list[tuple[str, str]]:
+    """Return (regex, format of `packing.pack`) of each pruned tower: the first format that takes its pattern.
+
+    Args:
+      config: the recipe.
+      four_bits: round values to four bits where a format for the pattern does.
+    """
     patterns = {tower: parse_pattern(config.prune.pattern[tower]) for tower in towers(config)}
     return [
-        (f'{tower}/.*', two_of_four if pattern == TWO_OF_FOUR else 'bitmask')
+        (f'{tower}/.*', format_for(pattern, four_bits=four_bits))
         for tower, pattern in patterns.items()
         if not pattern.dense
     ]
 
 
-def base_formats(config: Any) -> str | list[tuple[str, str]] | None:
-    """What `restore.reduce_base` makes of pruned kernels; None: they stay dense arrays."""
+def base_formats(config: ConfigDict) -> str | list[tuple[str, str]] | None:
+    """Return the formats in which restoration holds pruned kernels, see `packing.reduce_kernels`.
+
+    Args:
+      config: the recipe.
+
+    Returns:
+      The name of one format, or rules (regex, name); None: kernels stay dense arrays.
+    """
     base = config.restore.base
-    if base == 'dense':
+    if base == DENSE:
         return None
-    return base if base in FOUR_BITS else pack_formats(config, four_bits=base == 'packed_int4')
+    return pack_formats(config, four_bits=BY_PATTERN[base]) if base in BY_PATTERN else base
+
+
+def _base_rules(config: ConfigDict) -> list[tuple[str, Pattern, str | None]]:
+    """Return (regex, pattern, the format of `restore.base` for this pattern or None: a dense array)."""
+    base = config.restore.base
+    rules = []
+    for regex, pattern in prune_rules(config):
+        form = base
+        if pattern.dense or base == DENSE:
+            form = None
+        elif base in BY_PATTERN:
+            form = format_for(pattern, four_bits=BY_PATTERN[base])
+        rules.append((regex, pattern, form))
+    return rules
 
 
 def runs_teacher(config: Any) -> bool:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError, whole
 from sparselora_jax.sparse import rules
-from sparselora_jax.sparse.packing import PackedMask, is_packed, parts
+from sparselora_jax.sparse.packing import Stored, is_packed, stored
 from sparselora_jax.sparse.weights import Adapted, Lora
 
 DTYPES = {  # names of safetensors, https://huggingface.co/docs/safetensors, "Format"
@@ -46,9 +46,9 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     for name, leaf in _leaves(tree):
         if isinstance(leaf, Lora):
             arrays[f'{name}/a'], arrays[f'{name}/b'], scales[name] = leaf.a, leaf.b, leaf.scale
-        elif is_packed(leaf) or isinstance(leaf, PackedMask):
-            of_leaf, packed[name] = parts.take_apart(leaf)
-            arrays |= {f'{name}/{part}': array for part, array in of_leaf.items()}
+        elif isinstance(leaf, Stored):
+            packed[name] = stored.header_of(leaf)
+            arrays |= {f'{name}/{part}': array for part, array in leaf.to_arrays().items()}
         elif hasattr(leaf, '__array__'):
             arrays[name] = leaf
         else:
@@ -168,8 +168,9 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
     for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
     for name, said in json.loads(metadata.pop('packed', '{}')).items():
-        of_leaf = {part: flat.pop(f'{name}/{part}') for part in parts.NAMES if f'{name}/{part}' in flat}
-        kernel, factors = parts.put_together(f'{path}: {name}', said, of_leaf), flat.get(name)
+        parts = [part for part in sorted(stored.array_names()) if f'{name}/{part}' in flat]
+        of_leaf = {part: flat.pop(f'{name}/{part}') for part in parts}
+        kernel, factors = stored.from_file(f'{path}: {name}', said, of_leaf), flat.get(name)
         if factors is not None:
             (*layers, inputs, rank), b = factors.a.shape, factors.b.shape
             if kernel.shape != (*layers, inputs, b[-1]) or b != (*layers, rank, b[-1]):

@@ -34,6 +34,7 @@ from sparselora_jax.recipe import (
     prune_rules,
     reads_teacher,
     restore_program,
+    rounded_format,
     rounded_rules,
 )
 from sparselora_jax.restoration import guard, teacher
@@ -231,9 +232,7 @@ def round_base(job: Job) -> None:
         flat = flatten(params)
         like = {path: flat[path] for path in pruning.patterns_of(params, rules)}
         with trees.layer_writer(job.workdir / ROUNDED, like) as write:
-            base = config.restore.base
-            held = base if base in packing.FOUR_BITS else 'packed24_int4'
-            knobs = {'method': pruning.GPTQ(config.prune.damp, held), 'chunk': config.prune.chunk}
+            knobs = {'method': pruning.GPTQ(config.prune.damp, rounded_format(config)), 'chunk': config.prune.chunk}
             knobs |= {'keep': lambda path, layer, kernel, mask: write(path, layer, kernel)}
             knobs |= {'progress': _by_layer('round', params)}
             result = pruning.prune(job.model.hidden, params, _calibration(job), rules, **knobs)

@@ -20,7 +20,7 @@ from sparselora_jax.pruning import calibrate
 from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules, rounded_rules, runs_teacher
 from sparselora_jax.sparse import rules as rules_lib
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.packing.like import base_like
+from sparselora_jax.sparse.packing import reduce_shapes
 from sparselora_jax.sparse.weights import init_lora
 
 FLOAT = 4  # bytes of float32
@@ -81,7 +81,7 @@ def base(made: Recipe) -> tuple[dict, dict]:
     formats = base_formats(made.config)
     if formats is None or not made.masks:
         return made.params, made.masks
-    return base_like(made.params, made.densities, formats)
+    return reduce_shapes(made.params, made.densities, formats)
 
 
 def holds_teacher(made: Recipe) -> bool:

@@ -10,10 +10,8 @@ from jaxtyping import Array, Bool, Float
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.sparsegpt import inverse_factor
 from sparselora_jax.sparse.masks import Pattern
-from sparselora_jax.sparse.packing.errors import PackingError
+from sparselora_jax.sparse.packing import PackingError, find_format, rounding_formats
 from sparselora_jax.sparse.packing.four_bits import best_scale, rounded
-from sparselora_jax.sparse.packing.packed24 import SCALED
-from sparselora_jax.sparse.packing.quantised import FOUR_BITS, tile
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,12 @@ class GPTQ:
           PackingError: an unknown `held`.
         """
         del pattern, num_zeros
-        if self.held not in ('packed24_int4', *FOUR_BITS):
-            raise PackingError(f'GPTQ held {self.held!r}: expected one of packed24_int4, {", ".join(FOUR_BITS)}')
+        if self.held not in rounding_formats():
+            raise PackingError(f'GPTQ held {self.held!r}: expected one of {", ".join(rounding_formats())}')
         inputs, dtype = kernel.shape[0], statistic.dtype
-        kind, size = (self.held, tile(inputs)) if self.held in FOUR_BITS else ('int4', SCALED)
+        form = find_format(self.held)
+        kind = form.levels
+        size = form.inputs_per_scale(inputs)
         lower = inverse_factor(statistic, self.damp, size)
         weights = jnp.pad(kernel.astype(dtype), ((0, -inputs % size), (0, 0)))  # zeros, whose error is none
         read, write = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
