@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparselora_jax import pruning
-from sparselora_jax.sparse.masks import parse_pattern
+from sparselora_jax.sparse.patterns import parse_pattern
 
 INPUTS, OUTPUTS, TOKENS, BLOCK, DAMP = 512, 256, 4096, 128, 0.01
 

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparselora_jax.planning.tracing import nbytes
-from sparselora_jax.sparse.packing.like import packed24_like
-from sparselora_jax.sparse.packing.packed24 import Packed24
+from sparselora_jax.sparse.packing.packed24 import Packed24, shapes24
 
 
 class Chip(NamedTuple):
@@ -38,7 +37,7 @@ class Problem(NamedTuple):
     @property
     def packed(self) -> Packed24:
         """Shapes of its weights."""
-        return packed24_like(jax.ShapeDtypeStruct((self.inputs, self.outputs), jnp.bfloat16), four_bits=self.four_bits)
+        return shapes24(jax.ShapeDtypeStruct((self.inputs, self.outputs), jnp.bfloat16), four_bits=self.four_bits)
 
     def moved(self, weights: float) -> float:
         """Bytes, where the weights are so many."""

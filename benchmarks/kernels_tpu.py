@@ -20,7 +20,7 @@ from kernels_roofline import Chip, Problem, times
 from sparselora_jax.planning import chips
 from sparselora_jax.planning.tracing import nbytes
 from sparselora_jax.sparse.kernels import tpu
-from sparselora_jax.sparse.packing.like import packed24_like
+from sparselora_jax.sparse.packing.packed24 import shapes24
 
 DUMP = Path(os.environ['LIBTPU_INIT_ARGS'].split('=')[-1])  # of the TPU compiler
 CORES = {'v5e': (1, 1.5e9, 'v5e:2x2'), 'v6e': (1, 1.75e9, 'v6e:2x2'), 'v5p': (2, 1.75e9, 'v5p:2x2x1')}
@@ -75,7 +75,7 @@ def on_tpus(rows: int, inputs: int, outputs: int) -> None:
         dense_product = (lambda x, w: x @ w.T) if transposed else jnp.matmul
         kernels = {'dense': (dense_product, dense, None)}
         for name, four_bits in (('packed', False), ('packed int4', True)):
-            packed = packed24_like(dense, four_bits=four_bits)
+            packed = shapes24(dense, four_bits=four_bits)
             tile = tpu.choose_tile(rows, packed, transposed)
             kernels[name] = functools.partial(product, tile=tile), packed, tile
         estimates = {}

@@ -31,8 +31,7 @@ from sparselora_jax.restoration.losses import TopK
 from sparselora_jax.restoration.restore import Frozen
 from sparselora_jax.restoration.train import init_state
 from sparselora_jax.sparse import rules
-from sparselora_jax.sparse.packing.like import packed24_like
-from sparselora_jax.sparse.packing.packed24 import Packed24, mask24
+from sparselora_jax.sparse.packing.packed24 import Packed24, mask24, shapes24
 from sparselora_jax.sparse.weights import init_lora
 
 CASES = {
@@ -86,7 +85,7 @@ def random_masks(key: jax.Array, like: dict) -> dict:
     """2:4 masks."""
 
     def mask(shape):
-        positions = packed24_like(jax.ShapeDtypeStruct(shape, jnp.bfloat16)).positions
+        positions = shapes24(jax.ShapeDtypeStruct(shape, jnp.bfloat16)).positions
         return jax.jit(lambda key: mask24(Packed24(None, random_positions(key, positions), None, shape[-2])))(key)
 
     return jax.tree.map(lambda leaf: mask(leaf.shape), like)

@@ -15,7 +15,8 @@ def base_config() -> ConfigDict:
     config.model = 'embedded'
     # The family that reads the model: '' for that of its model_type, or one of your own as package.module:FAMILY.
     config.family = ''
-    # The data: 'easy_vqa', a folder of images with a data.jsonl (sparselora_jax/data/folder.py), or package.module:Name.
+    # The data: 'easy_vqa', a folder of images with a data.jsonl (sparselora_jax/data/folder.py), or a loader as
+    # package.module:Name.
     config.data = 'easy_vqa'
     # Folder that easy-VQA is prepared in, once for all runs.
     config.data_dir = 'runs/data'

@@ -51,16 +51,9 @@ from sparselora_jax.restoration.train import State, init_state, make_step
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse.dense import unpack
 from sparselora_jax.sparse.linear import linear
-from sparselora_jax.sparse.masks import (
-    Pattern,
-    PatternError,
-    check_masks,
-    check_sparse,
-    density,
-    mask_from_scores,
-    parse_pattern,
-)
+from sparselora_jax.sparse.masks import check_masks, check_sparse, density, mask_from_scores
 from sparselora_jax.sparse.packing import Bitmask, Packed24, PackingError, pack, pack_masks
+from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern
 from sparselora_jax.sparse.rules import RuleError
 from sparselora_jax.sparse.weights import Adapted, Lora, LoraSpec, Masked, bind, effective_weight, init_lora, merge
 

@@ -31,15 +31,18 @@ from sparselora_jax.runtime.errors import DataError, SparseloraError
 from sparselora_jax.runtime.files import hold, write_text
 from sparselora_jax.runtime.registry import Registry, UnknownNameError
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern
-from sparselora_jax.sparse.packing import FOUR_BITS
+from sparselora_jax.sparse.packing import FORMATS, PackingError, find_format, format_for
+from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern
 from sparselora_jax.sparse.rules import kernels
 from sparselora_jax.sparse.weights import GRADIENTS, LoraSpec
 
-BASES = ('dense', 'packed', 'packed_int4', *FOUR_BITS)  # what restoration holds pruned kernels as
+# How restoration holds pruned kernels, `restore.base`: as dense arrays; in the first packed format that takes a tower's
+# pattern, rounded to four bits or not; or all of them in one format, for any pattern.
+DENSE = 'dense'
+BY_PATTERN = {'packed': False, 'packed_int4': True}  # whether values are rounded to four bits
+BASES = (DENSE, *BY_PATTERN, *(name for name in FORMATS if not FORMATS.find(name).brings_mask))
 TEACHERS = ('model', 'top_k')
 DTYPES = ('float32', 'bfloat16', 'float16')
-TWO_OF_FOUR = parse_pattern('2:4')
 CONFIG_FILE = 'config.json'  # in a workdir: the config that its run began with
 # Fields that change no result beyond rounding. A run may be resumed with other values.
 NO_RESULT = ('mesh', 'profile')
@@ -93,7 +96,6 @@ LEGAL_VALUES = (
     one_of('restore.gradient', GRADIENTS),
     one_of('restore.kl_reduction', KL_REDUCTIONS),
     one_of('restore.trained', TRAINED),
-    one_of('restore.base', BASES),
     one_of('restore.teacher', TEACHERS),
     one_of('restore.on_bad_step', guard.POLICIES),
     # 0 turns the check off. A limit of 1 or less would call ordinary steps spikes.
@@ -138,6 +140,7 @@ def check_values(config: ConfigDict) -> None:
         value = _value(config, legal.field)
         if not legal.is_legal(value):
             raise ConfigError(f'{legal.field} {value!r}: expected {legal.expected}')
+    _check_base(config.restore.base)
     _check_lora(config)
     _check_trained_weights(config)
     _check_text(config)
@@ -148,6 +151,19 @@ def check_values(config: ConfigDict) -> None:
     restore = config.restore
     if restore.accumulate < 1 or restore.batch % restore.accumulate:
         raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
+
+
+def _check_base(base: str) -> None:
+    """Check that `restore.base` is one of `BASES`, or a format of somebody else's, as `package.module:Name`."""
+    if base in BASES:
+        return
+    try:
+        if ':' in base:
+            find_format(base)
+            return
+    except PackingError as error:
+        raise ConfigError(f'restore.base: {error}') from None
+    raise ConfigError(f'restore.base {base!r}: expected one of {", ".join(BASES)}, or package.module:Name')
 
 
 def _value(config: ConfigDict, field: str) -> Any:
@@ -484,37 +500,74 @@ def prune_rules(config: ConfigDict) -> list[tuple[str, Pattern]]:
     return [*patterns, ('.*', Pattern())]
 
 
-def rounded_rules(config: Any) -> list[tuple[str, Pattern]]:
-    """(regex, pattern) of what `restore.base` holds in four bits, everything else dense; empty: nothing is."""
-    base, rules = config.restore.base, prune_rules(config)
-    if base == 'packed_int4':
-        rules = [(regex, pattern if pattern == TWO_OF_FOUR else Pattern()) for regex, pattern in rules]
-    elif base not in FOUR_BITS:
-        return []
-    return rules if any(not pattern.dense for _, pattern in rules) else []
-
-
-def pack_formats(config: Any, *, four_bits: bool) -> list[tuple[str, str]]:
-    """(regex, format of `packing.pack`) of each pruned tower: 2:4 as `packed24`, other patterns as `bitmask`.
+def rounded_rules(config: ConfigDict) -> list[tuple[str, Pattern]]:
+    """Return (regex, pattern) of the kernels that `restore.base` rounds, everything else dense.
 
     Args:
-      four_bits: the values of 2:4 kernels as int4.
+      config: the recipe.
+
+    Returns:
+      Ordered rules; empty where nothing is rounded.
     """
-    two_of_four = 'packed24_int4' if four_bits else 'packed24'
+    rounded = [
+        (regex, pattern if form is not None and find_format(form).levels is not None else Pattern())
+        for regex, pattern, form in _base_rules(config)
+    ]
+    return rounded if any(not pattern.dense for _, pattern in rounded) else []
+
+
+def rounded_format(config: ConfigDict) -> str:
+    """Return the name of the format whose levels the kernels of `rounded_rules` are rounded to.
+
+    Args:
+      config: the recipe; `restore.base` rounds some of its kernels.
+    """
+    names = (form for _, _, form in _base_rules(config) if form is not None)
+    return next(name for name in names if find_format(name).levels is not None)
+
+
+def pack_formats(config: ConfigDict, *, four_bits: bool) -> list[tuple[str, str]]:
+    """Return (regex, format of `packing.pack`) of each pruned tower: the first format that takes its pattern.
+
+    Args:
+      config: the recipe.
+      four_bits: round values to four bits where a format for the pattern does.
+    """
     patterns = {tower: parse_pattern(config.prune.pattern[tower]) for tower in towers(config)}
     return [
-        (f'{tower}/.*', two_of_four if pattern == TWO_OF_FOUR else 'bitmask')
+        (f'{tower}/.*', format_for(pattern, four_bits=four_bits))
         for tower, pattern in patterns.items()
         if not pattern.dense
     ]
 
 
-def base_formats(config: Any) -> str | list[tuple[str, str]] | None:
-    """What `restore.reduce_base` makes of pruned kernels; None: they stay dense arrays."""
+def base_formats(config: ConfigDict) -> str | list[tuple[str, str]] | None:
+    """Return the formats in which restoration holds pruned kernels, see `packing.reduce_kernels`.
+
+    Args:
+      config: the recipe.
+
+    Returns:
+      The name of one format, or rules (regex, name); None: kernels stay dense arrays.
+    """
     base = config.restore.base
-    if base == 'dense':
+    if base == DENSE:
         return None
-    return base if base in FOUR_BITS else pack_formats(config, four_bits=base == 'packed_int4')
+    return pack_formats(config, four_bits=BY_PATTERN[base]) if base in BY_PATTERN else base
+
+
+def _base_rules(config: ConfigDict) -> list[tuple[str, Pattern, str | None]]:
+    """Return (regex, pattern, the format of `restore.base` for this pattern or None: a dense array)."""
+    base = config.restore.base
+    rules = []
+    for regex, pattern in prune_rules(config):
+        form = base
+        if pattern.dense or base == DENSE:
+            form = None
+        elif base in BY_PATTERN:
+            form = format_for(pattern, four_bits=BY_PATTERN[base])
+        rules.append((regex, pattern, form))
+    return rules
 
 
 def runs_teacher(config: ConfigDict) -> bool:

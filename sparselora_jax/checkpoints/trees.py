@@ -15,7 +15,7 @@ from sparselora_jax.checkpoints.safetensors_format import make_header
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError, whole
 from sparselora_jax.sparse import rules
-from sparselora_jax.sparse.packing import PackedMask, is_packed, parts
+from sparselora_jax.sparse.packing import Stored, is_packed, stored
 from sparselora_jax.sparse.weights import Adapted, Lora
 
 # Writes one layer: `write(path, layer, array)`.
@@ -45,9 +45,9 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
             arrays[f'{name}/a'] = leaf.a
             arrays[f'{name}/b'] = leaf.b
             scales[name] = leaf.scale
-        elif is_packed(leaf) or isinstance(leaf, PackedMask):
-            of_leaf, packed[name] = parts.take_apart(leaf)
-            arrays |= {f'{name}/{part}': array for part, array in of_leaf.items()}
+        elif isinstance(leaf, Stored):
+            packed[name] = stored.header_of(leaf)
+            arrays |= {f'{name}/{part}': array for part, array in leaf.to_arrays().items()}
         elif hasattr(leaf, '__array__'):
             arrays[name] = leaf
         else:
@@ -166,8 +166,10 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
     # After the factors: a packed kernel and its factors lie under one path.
     for name, said in json.loads(metadata.pop('packed', '{}')).items():
-        of_leaf = {part: flat.pop(f'{name}/{part}') for part in parts.NAMES if f'{name}/{part}' in flat}
-        kernel, factors = parts.put_together(f'{path}: {name}', said, of_leaf), flat.get(name)
+        parts = [part for part in sorted(stored.array_names()) if f'{name}/{part}' in flat]
+        arrays = {part: flat.pop(f'{name}/{part}') for part in parts}
+        kernel = stored.from_file(f'{path}: {name}', said, arrays)
+        factors = flat.get(name)
         flat[name] = kernel if factors is None else _adapt_packed(f'{path}: {name}', kernel, factors)
     return rules.unflatten(flat), metadata
 

@@ -8,7 +8,8 @@ from jaxtyping import Array
 
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.dense import dense_kernel
-from sparselora_jax.sparse.masks import parse_pattern, violations
+from sparselora_jax.sparse.masks import violations
+from sparselora_jax.sparse.patterns import parse_pattern
 
 
 def _block_kernels(params: dict, tower: str) -> dict[str, Array]:

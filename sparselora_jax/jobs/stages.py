@@ -19,11 +19,10 @@ from sparselora_jax.jobs.export import export
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.names import ALL_MODELS, CONTROL, KERNELS, MASKS, MODELS, ROUNDED, TRAINING
 from sparselora_jax.jobs.restore import restore
-from sparselora_jax.recipe import allocation_of, prune_methods, prune_rules, rounded_rules
+from sparselora_jax.recipe import allocation_of, prune_methods, prune_rules, rounded_format, rounded_rules
 from sparselora_jax.restoration.losses import answer_loss
 from sparselora_jax.restoration.restore import Frozen
 from sparselora_jax.runtime.progress import Progress
-from sparselora_jax.sparse import packing
 from sparselora_jax.sparse.masks import check_masks, check_sparse
 from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import merge
@@ -208,8 +207,7 @@ def round_base(job: Job) -> None:
         params = job.pruned_on_disk()
         flat = flatten(params)
         rounded = {path: flat[path] for path in pruning.patterns_of(params, rules)}
-        base = config.restore.base
-        method = pruning.GPTQ(config.prune.damp, base if base in packing.FOUR_BITS else 'packed24_int4')
+        method = pruning.GPTQ(config.prune.damp, rounded_format(config))
         with trees.layer_writer(job.workdir / ROUNDED, rounded) as write:
             result = pruning.prune(
                 job.model.hidden,

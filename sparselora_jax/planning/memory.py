@@ -22,7 +22,7 @@ from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.pruner import kernels_pruned_as_one
 from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules, rounded_rules, runs_teacher
 from sparselora_jax.sparse import rules, sharding
-from sparselora_jax.sparse.packing.like import base_like
+from sparselora_jax.sparse.packing import reduce_shapes
 from sparselora_jax.sparse.weights import init_lora
 
 FLOAT = 4  # bytes of float32
@@ -136,7 +136,7 @@ def base(trees: Recipe) -> tuple[dict, dict]:
     formats = base_formats(trees.config)
     if formats is None or not trees.masks:
         return trees.params, trees.masks
-    return base_like(trees.params, trees.densities, formats)
+    return reduce_shapes(trees.params, trees.densities, formats)
 
 
 def holds_teacher(trees: Recipe) -> bool:

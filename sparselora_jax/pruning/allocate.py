@@ -15,7 +15,7 @@ from jaxtyping import Float, PyTree
 
 from sparselora_jax.pruning.allocation import Zeros
 from sparselora_jax.pruning.targets import Methods, PatternRules, methods_of, pattern_zeros, patterns_of
-from sparselora_jax.sparse.masks import Pattern, PatternError
+from sparselora_jax.sparse.patterns import Pattern, PatternError
 from sparselora_jax.sparse.rules import flatten, stack_of
 
 

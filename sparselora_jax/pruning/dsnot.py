@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.method import Method
 from sparselora_jax.pruning.wanda import Wanda
-from sparselora_jax.sparse.masks import Pattern
+from sparselora_jax.sparse.patterns import Pattern
 
 
 class Moments(NamedTuple):

@@ -26,7 +26,7 @@ from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.allocate import allocate, check_bound, total
 from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
 from sparselora_jax.pruning.targets import in_blocks
-from sparselora_jax.sparse.masks import PatternError
+from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import RuleError, flatten, is_in_block, unflatten
 
 ROWS = 32  # inputs of a kernel whose noise is drawn at once

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from sparselora_jax.pruning.allocate import bounds, check_bound, check_left, kernel_sizes, total
 from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
-from sparselora_jax.sparse.masks import PatternError, ordered_bits
+from sparselora_jax.sparse.masks import ordered_bits
+from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import flatten
 
 DIGIT = 16  # bits of a weight that one pass over the model settles

@@ -11,11 +11,9 @@ from jaxtyping import Array, Bool, Float
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.method import Method
 from sparselora_jax.pruning.sparsegpt import inverse_factor
-from sparselora_jax.sparse.masks import Pattern
-from sparselora_jax.sparse.packing.errors import PackingError
+from sparselora_jax.sparse.packing import PackingError, find_format, rounding_formats
 from sparselora_jax.sparse.packing.four_bits import best_scale, rounded
-from sparselora_jax.sparse.packing.packed24 import SCALED
-from sparselora_jax.sparse.packing.quantised import FOUR_BITS, tile
+from sparselora_jax.sparse.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,13 @@ class GPTQ(Method):
           PackingError: an unknown `format`.
         """
         del pattern, num_zeros
-        if self.format not in ('packed24_int4', *FOUR_BITS):
-            raise PackingError(f'GPTQ format {self.format!r}: expected one of packed24_int4, {", ".join(FOUR_BITS)}')
+        if self.format not in rounding_formats():
+            raise PackingError(f'GPTQ format {self.format!r}: expected one of {", ".join(rounding_formats())}')
         inputs = kernel.shape[0]
         dtype = statistic.dtype
-        # The grid of levels, and the number of inputs that share a scale.
-        kind, size = (self.format, tile(inputs)) if self.format in FOUR_BITS else ('int4', SCALED)
+        form = find_format(self.format)
+        kind = form.levels
+        size = form.inputs_per_scale(inputs)
         lower = inverse_factor(statistic, self.damp, size)
         weights = jnp.pad(kernel.astype(dtype), ((0, -inputs % size), (0, 0)))  # zeros are rounded without error
         read = jax.lax.dynamic_slice_in_dim

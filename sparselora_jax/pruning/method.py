@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from sparselora_jax.pruning.calibrate import Statistic
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.registry import Registry
-from sparselora_jax.sparse.masks import Pattern
+from sparselora_jax.sparse.patterns import Pattern
 
 
 class MethodError(SparseloraError, TypeError):

@@ -23,7 +23,7 @@ from sparselora_jax.pruning.allocation import Allocation, AllocationError, Alloc
 from sparselora_jax.pruning.targets import in_blocks
 from sparselora_jax.pruning.walk import block_observer, joined, walk
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.masks import PatternError
+from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import RuleError, block_path, stack_of, unflatten
 
 

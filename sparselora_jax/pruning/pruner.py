@@ -25,7 +25,7 @@ from sparselora_jax.pruning.targets import (
 )
 from sparselora_jax.pruning.walk import block_observer, joined, walk
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.masks import Pattern
+from sparselora_jax.sparse.patterns import Pattern
 from sparselora_jax.sparse.rules import RuleError, block_path, flatten, unflatten
 
 

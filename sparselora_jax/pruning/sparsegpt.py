@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.method import Method
-from sparselora_jax.sparse.masks import Pattern, PatternError, keep_largest, keep_n_of_m
+from sparselora_jax.sparse.masks import keep_largest, keep_n_of_m
+from sparselora_jax.sparse.patterns import Pattern, PatternError
 
 UNROLLED = 16  # inputs that unstructured pruning treats one after the other before their errors are passed on at once
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from sparselora_jax.pruning.method import Method, check_method
-from sparselora_jax.sparse.masks import Pattern, PatternError, parse_pattern, spread
+from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern, spread
 from sparselora_jax.sparse.rules import check_layout, is_in_block, kernels, match, name_in_block, stack_of
 
 # A method for all kernels, or ordered rules `(regex, method)`.

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.method import Method
-from sparselora_jax.sparse.masks import Pattern, mask_from_scores
+from sparselora_jax.sparse.masks import mask_from_scores
+from sparselora_jax.sparse.patterns import Pattern
 
 
 @dataclass(frozen=True)

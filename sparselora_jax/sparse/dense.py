@@ -1,44 +1,66 @@
 """Kernels and masks of any kind as plain arrays."""
 
-from typing import Any
+import functools
 
+import numpy as np
 import qwix
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Num
 
-from sparselora_jax.sparse import rules as rules_lib
 from sparselora_jax.sparse.kernels.dense24 import dense24
-from sparselora_jax.sparse.packing import Bitmask, Packed24, PackedMask, is_reduced, unpack_bitmask, unpack_mask
-from sparselora_jax.sparse.packing.packed24 import mask24
+from sparselora_jax.sparse.packing import Packed24, PackedMask, is_packed, is_reduced, unpack_mask
 from sparselora_jax.sparse.packing.quantised import dequantise
+from sparselora_jax.sparse.rules import flatten, unflatten
 
 
-def unpack(params: dict, dtype: Any = None) -> dict:
-    """Params with plain kernels in the places of packed and quantised ones.
+def unpack(params: dict, dtype: DTypeLike | None = None) -> dict:
+    """Return params with plain kernels in the places of packed and quantised ones.
 
     Args:
-      dtype: of the kernels; what they were packed from by default (of four bits: that of their scales).
+      params: the params tree.
+      dtype: of the kernels; by default that of the kernels they were packed from (of four bits: that of their scales).
     """
-    flat = rules_lib.flatten(params)
+    flat = flatten(params)
     plain = {path: dense_kernel(leaf, dtype) for path, leaf in flat.items() if is_reduced(leaf)}
-    return rules_lib.unflatten(flat | plain)
+    return unflatten(flat | plain)
 
 
-def dense_kernel(kernel: Any, dtype: Any = None) -> Any:
-    """A kernel of any kind as an array."""
-    if isinstance(kernel, Packed24):
-        return dense24(kernel, dtype)
-    if isinstance(kernel, qwix.QArray):
-        return dequantise(kernel).astype(dtype or kernel.dtype)
-    if isinstance(kernel, Bitmask):
-        kernel = unpack_bitmask(kernel)
+@functools.singledispatch
+def dense_kernel(kernel: object, dtype: DTypeLike | None = None) -> Num[Array | np.ndarray, '*layers inputs outputs']:
+    """Return a kernel of any kind as an array.
+
+    A kind of kernel that has a faster way than its own `unpack` registers it: `@dense_kernel.register(Kind)`.
+
+    Args:
+      kernel: an array, or a packed or quantised kernel.
+      dtype: of the result; the kernel's own by default.
+    """
+    if is_packed(kernel):
+        return kernel.unpack(dtype)
     return kernel if dtype is None else kernel.astype(dtype)
 
 
-def dense_mask(mask: Any, kernel: Any) -> Any:
-    """A mask as an array of booleans: of any kind, or None, where a packed kernel brings its own."""
+@dense_kernel.register(Packed24)
+def _dense_packed24(kernel: Packed24, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
+    return dense24(kernel, dtype)
+
+
+@dense_kernel.register(qwix.QArray)
+def _dense_four_bits(kernel: qwix.QArray, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
+    return dequantise(kernel).astype(dtype or kernel.dtype)
+
+
+def dense_mask(
+    mask: Bool[Array, '*layers inputs outputs'] | PackedMask | None, kernel: object
+) -> Bool[Array, '*layers inputs outputs'] | None:
+    """Return a mask as an array of booleans; None: the kernel has no mask.
+
+    Args:
+      mask: a mask of any kind; None where a packed kernel brings its own.
+      kernel: a kernel of any kind.
+    """
     if isinstance(mask, PackedMask):
         return unpack_mask(mask)
-    if mask is None and isinstance(kernel, Packed24):
-        return mask24(kernel)
-    if mask is None and isinstance(kernel, Bitmask):
-        return unpack_mask(kernel.mask)
+    if mask is None and is_packed(kernel):
+        return kernel.unpack_mask()
     return mask

@@ -1,24 +1,38 @@
-"""The one matmul every model calls; it dispatches on the kind of kernel."""
+"""The one matmul that every model calls; it dispatches on the kind of kernel."""
 
 import functools
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from sparselora_jax.sparse import packing
 from sparselora_jax.sparse.dense import dense_kernel, dense_mask
 from sparselora_jax.sparse.kernels.matmul24 import matmul24
-from sparselora_jax.sparse.weights import Adapted, Lora, Masked, effective_weight
+from sparselora_jax.sparse.packing import Packed24, PackedKernel, PackedMask, is_packed
+from sparselora_jax.sparse.weights import Adapted, Kernel, Lora, Masked, effective_weight
+
+
+@runtime_checkable
+class ObservingKernel(Protocol):
+    """A kernel that wants to see its input, as pruning's statistics do."""
+
+    def observe(self, x: Float[Array, '*batch inputs']) -> Any:
+        """Take note of the input, and return the kernel to multiply it by."""
+        ...
 
 
 def linear(
-    x: Float[Array, '*batch inputs'], kernel: Any, bias: Float[Array, ' outputs'] | None = None
+    x: Float[Array, '*batch inputs'], kernel: object, bias: Float[Array, ' outputs'] | None = None
 ) -> Float[Array, '*batch outputs']:
-    """`x @ kernel + bias` in x's dtype, for any kind of kernel: an array, packed, Masked, Adapted, a calibrating one.
+    """Return `x @ kernel + bias` in x's dtype, for any kind of kernel: see `multiply`.
+
+    Args:
+      x: the input.
+      kernel: an array, a packed kernel, `Masked`, `Adapted`, one that observes its input, or a kind of one's own.
+      bias: added to every row; None: no bias.
 
     Raises:
       TypeError: a kernel of an unknown kind.
@@ -26,50 +40,87 @@ def linear(
     >>> linear(jnp.ones((1, 2)), jnp.ones((2, 3))).tolist()
     [[2.0, 2.0, 2.0]]
     """
-    if isinstance(kernel, jax.Array | np.ndarray):
-        y = x @ kernel.astype(x.dtype)
-    elif isinstance(kernel, packing.Packed24):
-        y = matmul24(x, kernel)
-    elif isinstance(kernel, packing.Bitmask):
-        y = _bitmask_matmul(x, kernel)
-    elif isinstance(kernel, Masked):
-        y = x @ effective_weight(kernel.kernel, kernel.mask, dtype=x.dtype)
-    elif isinstance(kernel, Adapted):
-        y = _adapted(x, kernel)
-    elif hasattr(kernel, 'observe'):
-        return linear(x, kernel.observe(x), bias)
-    else:
-        raise TypeError(f'linear does not know a kernel of kind {type(kernel).__name__}')
+    y = multiply(kernel, x)
+    # Named, so that a runner's policy can save products and recompute all else.
     return checkpoint_name(y if bias is None else y + bias.astype(y.dtype), 'linear')
 
 
+@functools.singledispatch
+def multiply(kernel: object, x: Float[Array, '*batch inputs']) -> Float[Array, '*batch outputs']:
+    """Return `x @ kernel` in x's dtype.
+
+    A new kind of kernel registers a function of (kernel, x): `@multiply.register(Kind)`. A packed kernel needs none: it
+    is unpacked where it is used, in the forward and again in the backward.
+
+    Args:
+      kernel: of any kind that is registered.
+      x: the input.
+
+    Raises:
+      TypeError: a kernel of an unknown kind.
+    """
+    # Not registered: an array may be of many classes, those of tracers among them, and the others are protocols.
+    if isinstance(kernel, jax.Array | np.ndarray):
+        return x @ kernel.astype(x.dtype)
+    if is_packed(kernel):
+        return _packed_matmul(x, kernel)
+    if isinstance(kernel, ObservingKernel):
+        return multiply(kernel.observe(x), x)
+    raise TypeError(f'linear does not know a kernel of kind {type(kernel).__name__}; see `multiply.register`')
+
+
+@multiply.register(Packed24)
+def _multiply_packed24(kernel: Packed24, x: Float[Array, '*batch inputs']) -> Float[Array, '*batch outputs']:
+    return matmul24(x, kernel)
+
+
+@multiply.register(Masked)
+def _multiply_masked(kernel: Masked, x: Float[Array, '*batch inputs']) -> Float[Array, '*batch outputs']:
+    return x @ effective_weight(kernel.kernel, kernel.mask, dtype=x.dtype)
+
+
+@multiply.register(Adapted)
+def _multiply_adapted(kernel: Adapted, x: Float[Array, '*batch inputs']) -> Float[Array, '*batch outputs']:
+    has_mask = kernel.mask is not None or is_packed(kernel.kernel)
+    gradient = kernel.gradient
+    if gradient == 'exact' and not has_mask:
+        # Without a mask both gradients of the combined weight are the same, and this one needs a matmul less.
+        gradient = 'straight_through'
+    can_split = x.ndim > 1 and x.shape[0] % kernel.parts == 0
+    return _adapted_matmul(gradient, kernel.parts if can_split else 1, x, kernel.kernel, kernel.mask, kernel.lora)
+
+
 @jax.custom_vjp
-def _bitmask_matmul(x, kernel):
+def _packed_matmul(x: Float[Array, '*batch inputs'], kernel: PackedKernel) -> Float[Array, '*batch outputs']:
     return x @ dense_kernel(kernel, x.dtype)
 
 
-def _bitmask_forward(x, kernel):
-    return _bitmask_matmul(x, kernel), kernel  # not its array: the backward unpacks one layer at a time
+def _packed_forward(
+    x: Float[Array, '*batch inputs'], kernel: PackedKernel
+) -> tuple[Float[Array, '*batch outputs'], PackedKernel]:
+    # The kernel is saved packed, not its array: the backward unpacks one layer at a time.
+    return _packed_matmul(x, kernel), kernel
 
 
-def _bitmask_backward(kernel, g):
+def _packed_backward(
+    kernel: PackedKernel, g: Float[Array, '*batch outputs']
+) -> tuple[Float[Array, '*batch inputs'], None]:
     return g @ dense_kernel(kernel, g.dtype).T, None
 
 
-_bitmask_matmul.defvjp(_bitmask_forward, _bitmask_backward)
-
-
-def _adapted(x: Float[Array, '*batch inputs'], weight: Adapted) -> Float[Array, '*batch outputs']:
-    masked = weight.mask is not None or packing.is_packed(
-        weight.kernel
-    )  # without a mask both gradients of the combined weight are the same
-    gradient = 'straight_through' if weight.gradient == 'exact' and not masked else weight.gradient
-    parts = weight.parts if x.ndim > 1 and x.shape[0] % weight.parts == 0 else 1
-    return _adapted_matmul(gradient, parts, x, weight.kernel, weight.mask, weight.lora)
+_packed_matmul.defvjp(_packed_forward, _packed_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _adapted_matmul(gradient, parts, x, kernel, mask, lora):
+def _adapted_matmul(
+    gradient: str,
+    parts: int,
+    x: Float[Array, '*batch inputs'],
+    kernel: Kernel,
+    mask: Bool[Array, 'inputs outputs'] | PackedMask | None,
+    lora: Lora,
+) -> Float[Array, '*batch outputs']:
+    """Return `x` times the kernel with its low-rank update, see `Adapted`."""
     del parts  # of the backward
     if gradient != 'plain':
         return x @ effective_weight(kernel, mask, lora, dtype=x.dtype)
@@ -84,18 +135,27 @@ def _adapted_forward(gradient, parts, x, kernel, mask, lora):
 
 def _adapted_backward(gradient, parts, saved, g):
     x, kernel, mask, lora = saved
-    a, b, combined = lora.a, lora.b, None if gradient == 'plain' else lora
+    a = lora.a
+    b = lora.b
+    combined = None if gradient == 'plain' else lora
     dx = g @ effective_weight(kernel, mask, combined, dtype=g.dtype).T
-    x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    rows_x = x.reshape(-1, x.shape[-1])
+    rows_g = g.reshape(-1, g.shape[-1])
     if gradient == 'exact':
-        x3, g3 = (rows.reshape(parts, -1, rows.shape[-1]) for rows in (x2, g2))
-        dw = jnp.where(dense_mask(mask, kernel), jax.vmap(_contract_rows)(x3, g3), 0.0)
-        da, db = (jnp.sum(of_parts, 0) for of_parts in (dw @ b.astype(dw.dtype).T, a.astype(dw.dtype).T @ dw))
+        # The gradient of the weight, under the mask, of each part of the batch: a device has one of the parts, and the
+        # parts are only added up once they are gradients of the small factors.
+        parts_x = rows_x.reshape(parts, -1, rows_x.shape[-1])
+        parts_g = rows_g.reshape(parts, -1, rows_g.shape[-1])
+        dw = jnp.where(dense_mask(mask, kernel), jax.vmap(_contract_rows)(parts_x, parts_g), 0.0)
+        da_of_parts = dw @ b.astype(dw.dtype).T
+        db_of_parts = a.astype(dw.dtype).T @ dw
+        da = jnp.sum(da_of_parts, 0)
+        db = jnp.sum(db_of_parts, 0)
     else:
         # Barriers, or XLA folds the small transposes into products that walk x and g by columns (16x slower on a CPU).
-        gb, xa = jax.lax.optimization_barrier((g2 @ b.astype(g2.dtype).T, x2 @ a.astype(x2.dtype)))
-        da = jax.lax.optimization_barrier(_contract_rows(gb, x2)).T
-        db = _contract_rows(xa, g2)
+        gb, xa = jax.lax.optimization_barrier((rows_g @ b.astype(rows_g.dtype).T, rows_x @ a.astype(rows_x.dtype)))
+        da = jax.lax.optimization_barrier(_contract_rows(gb, rows_x)).T
+        db = _contract_rows(xa, rows_g)
         if gradient == 'plain':
             dx = dx + lora.scale * (gb @ a.astype(gb.dtype).T).reshape(dx.shape)
     grads = Lora((lora.scale * da).astype(a.dtype), (lora.scale * db).astype(b.dtype), lora.scale)
@@ -103,7 +163,7 @@ def _adapted_backward(gradient, parts, saved, g):
 
 
 def _contract_rows(x: Float[Array, 'rows m'], y: Float[Array, 'rows n']) -> Float[Array, 'm n']:
-    """`x.T @ y`, summed in fp32."""
+    """Return `x.T @ y`, summed in fp32."""
     return jnp.matmul(x.T, y, preferred_element_type=jnp.float32)
 
 

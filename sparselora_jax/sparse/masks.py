@@ -1,10 +1,6 @@
-"""Sparsity patterns, masks with an exact number of zeros, and checks that a tree obeys its pattern."""
+"""Masks with an exact number of zeros, and checks that a tree obeys its patterns."""
 
-import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,142 +8,79 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from sparselora_jax.runtime import processes
-from sparselora_jax.runtime.errors import SparseloraError
-from sparselora_jax.sparse import rules as rules_lib
-
-
-class PatternError(SparseloraError, ValueError):
-    """A pattern that does not parse or does not fit an array."""
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """`dense`, an unstructured sparsity in (0, 1), or N:M (n kept of every m along the input axis)."""
-
-    sparsity: float = 0.0
-    n: int = 0
-    m: int = 0
-
-    @property
-    def dense(self) -> bool:
-        return self.sparsity == 0.0
-
-    @property
-    def structured(self) -> bool:
-        return self.m > 0
-
-    @property
-    def kind(self) -> 'Pattern':
-        """What a compiled pruner depends on: N:M, or only that it is unstructured, where counts come from elsewhere."""
-        return self if self.structured or self.dense else Pattern(sparsity=0.5)
-
-    def __str__(self) -> str:
-        return f'{self.n}:{self.m}' if self.structured else 'dense' if self.dense else f'{self.sparsity:g}'
-
-    def zeros(self, size: int) -> int:
-        """How many zeros a comparison group of `size` weights gets; computed on the host, exact.
-
-        Raises:
-          PatternError: N:M whose M does not divide `size`.
-        """
-        if self.structured:
-            if size % self.m:
-                raise PatternError(f'pattern {self} does not fit: {self.m} does not divide the input axis of {size}')
-            return size // self.m * (self.m - self.n)
-        # Through a decimal string: 0.7 * 10 is 7.000000000000001 one way and 6.99... another.
-        return math.floor(round(self.sparsity * size, 6))
-
-
-def parse_pattern(text: str | float | Pattern) -> Pattern:
-    """Parses `'2:4'`, `'4:8'`, `'0.7'`, `0.7` or `'dense'`.
-
-    Raises:
-      PatternError: anything else, including a sparsity outside [0, 1) and N:M with N not in 1..M-1.
-
-    >>> str(parse_pattern('2:4')), parse_pattern(0.5).zeros(10)
-    ('2:4', 5)
-    """
-    if isinstance(text, Pattern):
-        return text
-    text = str(text).strip()
-    if text == 'dense':
-        return Pattern()
-    if found := re.fullmatch(r'(\d+):(\d+)', text):
-        n, m = map(int, found.groups())
-        if not 0 < n < m:
-            raise PatternError(f'pattern {text!r}: N:M needs 0 < N < M')
-        return Pattern(sparsity=1 - n / m, n=n, m=m)
-    try:
-        sparsity = float(text)
-    except ValueError:
-        raise PatternError(f"pattern {text!r}: expected 'dense', a sparsity such as 0.7, or N:M such as 2:4") from None
-    if not 0 <= sparsity < 1:
-        raise PatternError(f'pattern {text!r}: a sparsity lies in [0, 1)')
-    return Pattern(sparsity=sparsity)
-
-
-def spread(total: int, groups: int) -> np.ndarray:
-    """`total` zeros of a kernel over its comparison groups, as evenly as integers go: the first get one more.
-
-    >>> spread(7, 3).tolist()
-    [3, 2, 2]
-    """
-    return (total // groups + (np.arange(groups) < total % groups)).astype(np.int32)
+from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern, spread
+from sparselora_jax.sparse.rules import first_match, flatten
 
 
 def keep_largest(
     scores: Float[Array, '*shape'], num_zeros: int | Integer[Array, '*groups'], *, axis: int = -1
 ) -> Bool[Array, '*shape']:
-    """True for all but the `num_zeros` smallest scores along `axis`; of equal scores the earlier is pruned first.
+    """Return True for all but the smallest scores along an axis; of equal scores the earlier is pruned first.
 
-    The threshold is found bit by bit, by counting the scores below it: a compiler can do that in parallel, which it
-    cannot a sort. `num_zeros` (one integer, or one for each group) may be traced, so that one compilation serves every
-    ratio.
+    The threshold is found bit by bit, by counting the scores below it: a compiler runs that in parallel, which it
+    cannot a sort.
+
+    Args:
+      scores: importance of each weight.
+      num_zeros: how many are pruned, one integer or one for each group. It may be traced, so that one compilation
+        serves every ratio.
+      axis: along which scores are compared.
     """
-    bits, axis = ordered_bits(scores), axis % scores.ndim
+    bits = ordered_bits(scores)
+    axis = axis % scores.ndim
     groups = tuple(size for i, size in enumerate(scores.shape) if i != axis)
     zeros = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(num_zeros, jnp.int32), groups), axis)
 
     def count(chosen):
         return jnp.sum(chosen, axis=axis, keepdims=True, dtype=jnp.int32)
 
-    def largest(top, fits):
-        """The largest number of `top` bits that fits, of each group; all smaller ones fit too."""
+    def find_largest(num_bits: int, fits: Callable) -> Array:
+        """Return the largest number of so many bits that fits, for each group; all smaller ones fit too."""
 
-        def refine(i, found):
-            candidate = found | (jnp.ones((), found.dtype) << (top - 1 - i).astype(found.dtype))
-            return jnp.where(fits(candidate), candidate, found)
+        def set_next_bit(i, number):
+            candidate = number | (jnp.ones((), number.dtype) << (num_bits - 1 - i).astype(number.dtype))
+            return jnp.where(fits(candidate), candidate, number)
 
-        return jax.lax.fori_loop(0, top, refine, jnp.zeros(zeros.shape, bits.dtype))
+        return jax.lax.fori_loop(0, num_bits, set_next_bit, jnp.zeros(zeros.shape, bits.dtype))
 
-    # The last score that is pruned; all below it are, and as many of its equals as are then missing.
-    threshold = largest(bits.dtype.itemsize * 8, lambda value: count(bits < value) < zeros)
-    below, equal = bits < threshold, bits == threshold
+    # The last score that is pruned. All below it are pruned, and as many of its equals as are then missing.
+    threshold = find_largest(bits.dtype.itemsize * 8, lambda value: count(bits < value) < zeros)
+    below = bits < threshold
+    equal = bits == threshold
     missing = zeros - count(below)
     position = jax.lax.broadcasted_iota(bits.dtype, scores.shape, axis)
 
-    def earliest(equal):
-        last = largest(scores.shape[axis].bit_length(), lambda end: count(equal & (position < end)) < missing)
+    def choose_earliest(equal):
+        num_bits = scores.shape[axis].bit_length()
+        last = find_largest(num_bits, lambda end: count(equal & (position < end)) < missing)
         return equal & (position <= last) & (missing > 0)
 
-    tied = jnp.any(count(equal) > missing)
-    return ~(below | jax.lax.cond(tied, earliest, lambda equal: equal, equal))
+    # The second search is only run where there are more equals than are missing, which is rare.
+    is_tied = jnp.any(count(equal) > missing)
+    return ~(below | jax.lax.cond(is_tied, choose_earliest, lambda equal: equal, equal))
 
 
 def ordered_bits(scores: Float[Array, '*shape']) -> Shaped[Array, '*shape']:
-    """Unsigned integers that compare as the scores do."""
+    """Return unsigned integers that compare as the scores do."""
     scores = scores.astype(jnp.float32) if scores.dtype.itemsize < 4 else scores
     scores = jnp.where(scores == 0, jnp.zeros((), scores.dtype), scores)  # -0.0 is equal to 0.0
     kind = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
     bits = jax.lax.bitcast_convert_type(scores, kind)
     sign = jnp.asarray(1 << (bits.dtype.itemsize * 8 - 1), kind)
+    # Positive floats compare as their bits do; those of negative ones compare the other way round.
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def keep_n_of_m(
     scores: Float[Array, '*layers inputs outputs'], n: int, m: int
 ) -> Bool[Array, '*layers inputs outputs']:
-    """The N:M mask: in each run of `m` inputs, the `n` largest scores are kept; ties prune the earlier."""
+    """Return the N:M mask: in each run of `m` inputs the `n` largest scores are kept; ties prune the earlier.
+
+    Args:
+      scores: importance of each weight.
+      n: how many are kept of each group.
+      m: the size of a group; divides the inputs.
+    """
     *layers, inputs, outputs = scores.shape
     groups = scores.reshape(*layers, inputs // m, m, outputs)
     # The rank of an entry is the number of entries that are pruned before it: m*m comparisons beat a sort for small m.
@@ -166,7 +99,9 @@ def mask_from_scores(
     group: str = 'output',
     num_zeros: int | Integer[Array, '...'] | None = None,
 ) -> Bool[Array, '*layers inputs outputs']:
-    """Keeps the highest scores of each comparison group; exactly the promised number of zeros, ties by position.
+    """Keep the highest scores of each comparison group, with exactly the promised number of zeros.
+
+    Ties are broken by position.
 
     Args:
       scores: importance of each weight, kernels `[*layers, in, out]`; comparison happens in the scores' dtype.
@@ -187,7 +122,7 @@ def mask_from_scores(
     if pattern.structured:
         if num_zeros is not None:
             raise PatternError(f'num_zeros has no meaning for the N:M pattern {pattern}')
-        pattern.zeros(inputs)
+        pattern.zeros(inputs)  # raises where M does not divide the inputs
         return keep_n_of_m(scores, pattern.n, pattern.m)
     if group == 'output':
         return keep_largest(scores, pattern.zeros(inputs) if num_zeros is None else num_zeros, axis=-2)
@@ -199,17 +134,19 @@ def mask_from_scores(
 
 
 def density(masks: dict) -> dict[str, float]:
-    """Share of kept weights per path, and of all of them under `'total'`.
+    """Return the share of kept weights by path, and of all of them under `'total'`.
+
+    Args:
+      masks: the masks tree.
 
     >>> density({'q': {'kernel': jnp.array([[True, False]])}})
     {'q/kernel': 0.5, 'total': 0.5}
     """
-    flat = rules_lib.flatten(masks)
-    kept = {path: int(jnp.count_nonzero(mask)) for path, mask in flat.items()}
-    total = sum(mask.size for mask in flat.values())
-    return {path: kept[path] / flat[path].size for path in flat} | {
-        'total': sum(kept.values()) / total if total else 1.0
-    }
+    flat = flatten(masks)
+    counts = {path: int(jnp.count_nonzero(mask)) for path, mask in flat.items()}
+    size = sum(mask.size for mask in flat.values())
+    densities = {path: counts[path] / mask.size for path, mask in flat.items()}
+    return densities | {'total': sum(counts.values()) / size if size else 1.0}
 
 
 def violations(
@@ -217,46 +154,55 @@ def violations(
     pattern: Pattern,
     group: str = 'output',
     zeros: Integer[np.ndarray, '*layers'] | None = None,
-) -> np.ndarray:
-    """Comparison groups per layer whose number of zeros is not the promised one; 0-d for a single matrix.
+) -> Integer[np.ndarray, '*layers']:
+    """Count the comparison groups of each layer whose number of zeros is not the promised one.
 
     Args:
+      mask: the mask of one kernel or of a stack.
+      pattern: what was promised.
+      group: the comparison group, see `mask_from_scores`.
       zeros: of each layer's kernel, where they are not the pattern's (see `spread`).
+
+    Returns:
+      A number for each layer; of a single matrix an array without axes.
     """
     *layers, inputs, outputs = mask.shape
     if pattern.structured:
         groups = jnp.swapaxes(mask.reshape(*layers, -1, pattern.m, outputs), -1, -2)
-        want = pattern.zeros(pattern.m)
+        promised = pattern.zeros(pattern.m)
     elif group == 'matrix':
         groups = mask.reshape(*layers, inputs * outputs)
-        want = pattern.zeros(inputs * outputs) if zeros is None else zeros
+        promised = pattern.zeros(inputs * outputs) if zeros is None else zeros
     else:
         groups = jnp.swapaxes(mask, -1, -2)
-        counts = None if zeros is None else [spread(int(total), outputs) for total in zeros.reshape(-1)]
-        want = pattern.zeros(inputs) if counts is None else np.stack(counts).reshape(*layers, outputs)
-    wrong = jnp.sum(~groups, axis=-1, dtype=jnp.int32) != jnp.asarray(want, jnp.int32)
+        promised = pattern.zeros(inputs)
+        if zeros is not None:
+            counts = [spread(int(total), outputs) for total in zeros.reshape(-1)]
+            promised = np.stack(counts).reshape(*layers, outputs)
+    wrong = jnp.sum(~groups, axis=-1, dtype=jnp.int32) != jnp.asarray(promised, jnp.int32)
     return processes.on_host(jnp.sum(wrong, axis=tuple(range(len(layers), wrong.ndim))))
 
 
 def check_masks(
     masks: dict,
-    rules: Sequence[tuple[str, Any]],
+    rules: Sequence[tuple[str, Pattern | str | float]],
     *,
     group: str = 'output',
-    zeros: dict[str, np.ndarray] | None = None,
+    zeros: Mapping[str, Integer[np.ndarray, '...']] | None = None,
 ) -> None:
-    """Checks that every mask has exactly its pattern's zeros in every comparison group.
+    """Check that every mask has exactly its pattern's zeros in every comparison group.
 
     Args:
       masks: the masks tree; a path whose rule says `dense` must be absent or all True.
-      rules: `(regex, pattern)` pairs, as given to `prune`; so are `zeros`.
+      rules: `(regex, pattern)` pairs, as given to `prune`.
+      group: the comparison group, see `mask_from_scores`.
+      zeros: path -> zeros of each layer's kernel, as given to `prune`.
 
     Raises:
       PatternError: names the path, the first offending layer and how many groups are wrong.
     """
-    flat = rules_lib.flatten(masks)
-    for path, mask in flat.items():
-        pattern = parse_pattern(rules_lib.first_match([*rules, ('.*', 'dense')], path))
+    for path, mask in flatten(masks).items():
+        pattern = parse_pattern(first_match([*rules, ('.*', 'dense')], path))
         count = np.atleast_1d(violations(mask, pattern, group, (zeros or {}).get(path)))
         if count.any():
             layer = np.argwhere(count)[0].tolist()
@@ -264,17 +210,20 @@ def check_masks(
 
 
 def check_sparse(params: dict, masks: dict) -> None:
-    """Checks that no weight is non-zero where its mask is False.
+    """Check that no weight is non-zero where its mask is False.
+
+    Args:
+      params: the params tree, plain arrays.
+      masks: the masks tree.
 
     Raises:
       PatternError: names the path, the first offending layer and the number of weights.
     """
-    flat = rules_lib.flatten(params)
-    for path, mask in rules_lib.flatten(masks).items():
+    flat = flatten(params)
+    for path, mask in flatten(masks).items():
         if path not in flat:
             raise PatternError(f'{path}: has a mask but no kernel')
-        leaks = processes.on_host(jnp.sum((flat[path] != 0) & ~mask, axis=(-2, -1)))
-        if leaks.any():
-            layer = np.argwhere(np.atleast_1d(leaks))[0].tolist()
-            count = np.atleast_1d(leaks)[tuple(layer)]
-            raise PatternError(f'{path}, layer {layer}: {count} weights are non-zero outside the mask')
+        count = np.atleast_1d(processes.on_host(jnp.sum((flat[path] != 0) & ~mask, axis=(-2, -1))))
+        if count.any():
+            layer = np.argwhere(count)[0].tolist()
+            raise PatternError(f'{path}, layer {layer}: {count[tuple(layer)]} weights are non-zero outside the mask')

@@ -294,9 +294,7 @@ def reconfigure(folder, **changes):
 
 def test_unknown_models_are_refused(llama):
     reconfigure(llama, model_type='mamba', auto_map={'AutoConfig': 'evil.Config'})
-    with pytest.raises(
-        UnsupportedModelError, match=r"config.json: model_type 'mamba': expected one of blip-2, gemma"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"config.json: model_type 'mamba': expected one of blip-2, gemma"):
         load_model(llama)
     reconfigure(llama, model_type='llama', quantization_config={'quant_method': 'gptq'})
     with pytest.raises(UnsupportedModelError, match='quantised weights'):

@@ -20,7 +20,7 @@ from sparselora_jax.jobs.sweep import Point
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime import files
-from sparselora_jax.sparse.masks import PatternError
+from sparselora_jax.sparse.patterns import PatternError
 
 KINDS = {'yes/no': 0.0, 'shape': 0.1}
 

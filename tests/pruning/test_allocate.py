@@ -6,7 +6,7 @@ import pytest
 
 from sparselora_jax import pruning
 from sparselora_jax.pruning.allocate import check_bound, round_zeros, total
-from sparselora_jax.sparse.masks import PatternError
+from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import stack_of
 
 SIZES = {'a/blocks/q/kernel': 60, 'a/blocks/up/kernel': 150, 'b/blocks/q/kernel': 77}

@@ -8,7 +8,8 @@ import pytest
 from sparselora_jax import pruning
 from sparselora_jax.pruning.allocate import total
 from sparselora_jax.sparse import rules
-from sparselora_jax.sparse.masks import PatternError, check_masks
+from sparselora_jax.sparse.masks import check_masks
+from sparselora_jax.sparse.patterns import PatternError
 
 SHAPES = {'vision/blocks/fc/kernel': (3, 6, 5), 'language/blocks/q/kernel': (2, 8, 4), 'head/kernel': (7, 3)}
 METHOD = pruning.Magnitude(group='matrix')

@@ -11,7 +11,7 @@ from sparselora_jax.models.init import init_params
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.allocate import total
 from sparselora_jax.sparse import rules
-from sparselora_jax.sparse.masks import PatternError
+from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import stack_of
 
 CFG = llama.LlamaConfig(vocab=11, width=16, depth=3, heads=4, kv_heads=2, mlp_width=24)

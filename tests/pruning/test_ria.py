@@ -10,7 +10,8 @@ from sparselora_jax.models import layers, llama
 from sparselora_jax.models.init import init_params
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.sparse import rules
-from sparselora_jax.sparse.masks import check_masks, parse_pattern
+from sparselora_jax.sparse.masks import check_masks
+from sparselora_jax.sparse.patterns import parse_pattern
 
 CFG = llama.LlamaConfig(vocab=11, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
 

@@ -1,11 +1,14 @@
 """Contracts of bind and merge, and the gradients of the combined matmul against plain autodiff and finite algebra."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import sparselora_jax as sl
 from sparselora_jax.sparse import rules
+from sparselora_jax.sparse.linear import multiply
 
 
 def make(dtype=jnp.float32, layers=2, inputs=16, outputs=12, rank=3):
@@ -116,3 +119,21 @@ def test_tree_that_does_not_fit_is_refused_by_path(tree):
 def test_unknown_kind_of_kernel_is_refused():
     with pytest.raises(TypeError, match='str'):
         sl.linear(jnp.ones((1, 2)), 'kernel')
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Diagonal:
+    """A kind of kernel of somebody else's."""
+
+    scale: jax.Array
+
+
+@multiply.register(Diagonal)
+def _(kernel, x):
+    return x * kernel.scale
+
+
+def test_a_kind_of_kernel_of_ones_own_is_registered():
+    got = sl.linear(jnp.ones((1, 3)), Diagonal(jnp.arange(3.0)), jnp.ones(3))
+    assert got.tolist() == [[1.0, 2.0, 3.0]]

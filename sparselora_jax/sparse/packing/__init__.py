@@ -2,33 +2,55 @@
 
 from sparselora_jax.sparse.packing.bitmask import (
     Bitmask,
+    BitmaskFormat,
     PackedMask,
     pack_bitmask,
     pack_mask,
     unpack_bitmask,
     unpack_mask,
 )
-from sparselora_jax.sparse.packing.errors import PackingError
-from sparselora_jax.sparse.packing.pack import (
+from sparselora_jax.sparse.packing.format import (
     FORMATS,
+    PackedFormat,
+    PackedKernel,
+    PackingError,
+    Stored,
+    find_format,
+    format_for,
     is_packed,
+    rounding_formats,
+)
+from sparselora_jax.sparse.packing.pack import (
     is_reduced,
     pack,
     pack_masks,
     quantise_masked,
     reduce_kernels,
+    reduce_shapes,
     stack,
 )
-from sparselora_jax.sparse.packing.packed24 import Packed24, pack24
-from sparselora_jax.sparse.packing.quantised import FOUR_BITS
+from sparselora_jax.sparse.packing.packed24 import Packed24, Packed24Format, pack24
+from sparselora_jax.sparse.packing.quantised import FOUR_BITS, FourBitFormat
+
+# Every format, the most specific first: `format_for` takes the first that can hold a pattern.
+FORMATS.register('packed24', Packed24Format())
+FORMATS.register('packed24_int4', Packed24Format(four_bits=True))
+FORMATS.register('bitmask', BitmaskFormat())
+FORMATS.register('int4', FourBitFormat('int4'))
+FORMATS.register('nf4', FourBitFormat('nf4'))
 
 __all__ = [
     'FORMATS',
     'FOUR_BITS',
     'Bitmask',
     'Packed24',
+    'PackedFormat',
+    'PackedKernel',
     'PackedMask',
     'PackingError',
+    'Stored',
+    'find_format',
+    'format_for',
     'is_packed',
     'is_reduced',
     'pack',
@@ -38,6 +60,8 @@ __all__ = [
     'pack_masks',
     'quantise_masked',
     'reduce_kernels',
+    'reduce_shapes',
+    'rounding_formats',
     'stack',
     'unpack_bitmask',
     'unpack_mask',

@@ -1,46 +1,67 @@
 """Any mask in one bit an element, alone or with the weights that it keeps."""
 
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped, UInt32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Int, Num, Shaped, UInt32
 
-from sparselora_jax.sparse.packing.errors import PackingError
+from sparselora_jax.sparse.packing.format import PackedKernel, PackingError, Stored
 from sparselora_jax.sparse.packing.stacks import kernel_shape, over_layers
+from sparselora_jax.sparse.patterns import Pattern
 
-WORD = 32
-RUNS = 2  # of words, to be a loop
+WORD = 32  # bits that are counted at once
+RUNS = 2  # of words: the fewest that XLA compiles to a loop
 BIT = np.left_shift(np.uint32(1), np.arange(WORD, dtype=np.uint32))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PackedMask:
+class PackedMask(Stored):
     """A mask `[*layers, inputs, outputs]` in bits.
 
     Attributes:
       bits: `uint8 [*layers, ceil(inputs / 8), outputs]`; bit j of a byte is input 8 * row + j.
+      inputs: of the mask; bits behind the last are 0.
     """
 
-    bits: Any
+    stored_as: ClassVar[str] = 'packed_mask'
+    required_arrays: ClassVar[tuple[str, ...]] = ('bits',)
+
+    bits: Any  # JAX unflattens placeholders into the fields, so they carry no shape check
     inputs: int = field(metadata={'static': True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the mask."""
+        """Return the shape of the mask."""
         return kernel_shape(self.bits, self.inputs)
 
     @property
     def ndim(self) -> int:
+        """Return the number of axes of the mask."""
         return self.bits.ndim
+
+    def to_arrays(self) -> dict[str, Any]:
+        """Return the arrays by the names of their fields."""
+        return {'bits': self.bits}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], inputs: int) -> 'PackedMask':
+        """Return the mask that has these arrays, checked by `check_packed_mask`."""
+        packed = cls(arrays['bits'], inputs)
+        check_packed_mask(packed)
+        return packed
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Bitmask:
+class Bitmask(PackedKernel):
     """A kernel `[*layers, inputs, outputs]` as its mask and the weights that it keeps.
 
     Attributes:
@@ -48,30 +69,103 @@ class Bitmask:
       mask: a `PackedMask`.
     """
 
+    stored_as: ClassVar[str] = 'bitmask'
+    required_arrays: ClassVar[tuple[str, ...]] = ('values', 'bits')
+
     values: Any
     mask: Any
 
     @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the kernel."""
+        return self.mask.inputs
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel."""
+        """Return the shape of the kernel."""
         return self.mask.shape
 
     @property
     def ndim(self) -> int:
+        """Return the number of axes of the kernel."""
         return self.mask.ndim
 
     @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-    @property
     def dtype(self) -> Any:
-        """Of the kernel."""
+        """Return the dtype of the kernel."""
         return self.values.dtype
+
+    def unpack(self, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
+        """Return the kernel with its zeros, as `unpack_bitmask` does."""
+        kernel = unpack_bitmask(self)
+        return kernel if dtype is None else kernel.astype(dtype)
+
+    def unpack_mask(self) -> Bool[Array, '*layers inputs outputs']:
+        """Return the mask, True where a weight is kept."""
+        return unpack_mask(self.mask)
+
+    def to_arrays(self) -> dict[str, Any]:
+        """Return the arrays by the names of their fields."""
+        return {'values': self.values, 'bits': self.mask.bits}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], inputs: int) -> 'Bitmask':
+        """Return the kernel that has these arrays, checked by `check_bitmask`."""
+        packed = cls(arrays['values'], PackedMask(arrays['bits'], inputs))
+        check_bitmask(packed)
+        return packed
+
+    @staticmethod
+    def stack(layers: Sequence['Bitmask']) -> 'Bitmask':
+        """Return one stacked kernel from single layers, on the host; those that keep fewer weights get zeros."""
+        longest = max(layer.values.size for layer in layers)
+        padded = [
+            dataclasses.replace(layer, values=np.pad(layer.values, (0, longest - layer.values.size)))
+            for layer in layers
+        ]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *padded)
+
+
+@dataclass(frozen=True)
+class BitmaskFormat:
+    """The format of `Bitmask`: any mask, without loss."""
+
+    kernel_type: ClassVar[type] = Bitmask
+    brings_mask: ClassVar[bool] = True
+    levels: ClassVar[None] = None
+
+    def takes(self, pattern: Pattern) -> bool:
+        """Return whether a pattern prunes anything."""
+        return not pattern.dense
+
+    def pack(
+        self, kernel: Shaped[Array, '*layers inputs outputs'], mask: Bool[Array, '*layers inputs outputs']
+    ) -> Bitmask:
+        """Pack a kernel by `pack_bitmask`."""
+        return pack_bitmask(kernel, mask)
+
+    def pack_shapes(self, kernel: Any, density: float) -> Bitmask:
+        """Return the packed kernel by shapes: each layer keeps this share of its weights."""
+        *layers, inputs, outputs = kernel.shape
+        num_kept = math.ceil(density * inputs * outputs)
+        return Bitmask(jax.ShapeDtypeStruct((*layers, num_kept), kernel.dtype), mask_shapes(kernel))
+
+
+def mask_shapes(kernel: Any) -> PackedMask:
+    """Return a `PackedMask` of shapes.
+
+    Args:
+      kernel: anything with the kernel's shape.
+    """
+    *layers, inputs, outputs = kernel.shape
+    return PackedMask(jax.ShapeDtypeStruct((*layers, -(-inputs // 8), outputs), jnp.uint8), inputs)
 
 
 def pack_mask(mask: Bool[Array, '*layers inputs outputs']) -> PackedMask:
-    """A mask in one bit an element.
+    """Return a mask in one bit an element.
+
+    Args:
+      mask: True where a weight is kept.
 
     >>> packed = pack_mask(jnp.array([[True], [False], [True]]))
     >>> packed.bits.tolist(), unpack_mask(packed).tolist()
@@ -81,50 +175,66 @@ def pack_mask(mask: Bool[Array, '*layers inputs outputs']) -> PackedMask:
 
 
 def unpack_mask(packed: PackedMask) -> Bool[Array, '*layers inputs outputs']:
-    """The mask, True where a weight is kept."""
+    """Return the mask, True where a weight is kept.
+
+    Args:
+      packed: the mask or a stack of them.
+    """
     return jnp.unpackbits(packed.bits, axis=-2, count=packed.inputs, bitorder='little').astype(bool)
 
 
 def pack_bitmask(
     kernel: Shaped[Array, '*layers inputs outputs'], mask: Bool[Array, '*layers inputs outputs'] | None = None
 ) -> Bitmask:
-    """The kernel's values where the mask is True, and the mask. Lossless.
+    """Return the kernel's values where the mask is True, and the mask, without loss.
 
     Args:
+      kernel: the kernel or a stack of them.
       mask: which weights are kept; None: those that are not zero.
     """
     mask = kernel != 0 if mask is None else mask
     *layers, inputs, outputs = kernel.shape
     # On the host: how many values there are depends on the mask.
-    kernels, masks = (np.asarray(array).reshape(-1, inputs * outputs) for array in (kernel, mask))
+    kernels = np.asarray(kernel).reshape(-1, inputs * outputs)
+    masks = np.asarray(mask).reshape(-1, inputs * outputs)
     values = np.zeros((len(kernels), int(masks.sum(axis=1).max())), kernels.dtype)
-    for row, one, kept in zip(values, kernels, masks, strict=True):
-        row[: kept.sum()] = one[kept]
+    for row, layer_kernel, layer_mask in zip(values, kernels, masks, strict=True):
+        row[: layer_mask.sum()] = layer_kernel[layer_mask]
     return Bitmask(jnp.asarray(values.reshape(*layers, -1)), pack_mask(jnp.asarray(mask)))
 
 
 def unpack_bitmask(packed: Bitmask) -> Shaped[Array, '*layers inputs outputs']:
-    """The kernel with its zeros."""
+    """Return the kernel with its zeros.
+
+    Args:
+      packed: the kernel or a stack of them.
+    """
     return over_layers(_unpack_matrix, packed.ndim)(packed)
 
 
-def _unpack_matrix(packed: Bitmask) -> Array:
+def _unpack_matrix(packed: Bitmask) -> Shaped[Array, 'inputs outputs']:
     mask = unpack_mask(packed.mask)
-    if not packed.values.size:  # nothing to take from
+    if not packed.values.size:  # a gather needs something to take from
         return jnp.zeros(mask.shape, packed.dtype)
     bits = jnp.pad(mask.reshape(-1), (0, -mask.size % (RUNS * WORD))).reshape(RUNS, -1, WORD)
     words = jnp.sum(jnp.where(bits, BIT, jnp.uint32(0)), axis=2, dtype=jnp.uint32)
+    # A loop, or XLA for CPUs would count within the gather of the values, bit by bit, in three times the time.
     _, places = jax.lax.scan(_places, jnp.zeros((), jnp.int32), words)
+    # Where no weight is kept the place means nothing and may lie behind the end: clipped here, masked below.
     values = packed.values.at[places.reshape(-1)[: mask.size].reshape(mask.shape)].get(mode='clip')
     return jnp.where(mask, values, jnp.zeros((), values.dtype))
 
 
 def _places(start: Int[Array, ''], words: UInt32[Array, 'words']) -> tuple[Int[Array, ''], Int[Array, 'words 32']]:
-    """How many weights are kept until behind these words, and before each of their bits: there its value stands.
+    """Return how many weights are kept up to the end of these words, and before each of their bits.
 
-    Those of all words before, by a sum over words (over weights it would take twice as long as all the rest), and those
-    of lower bits of its own. A step of a loop, or XLA for CPUs would count within the gather of the values, bit by bit,
-    in three times the time.
+    A weight stands in `values` behind as many others as are kept before it: those of all words before, and those of
+    lower bits of its own word. The first are summed over words; over weights a sum would take twice as long as all the
+    rest.
+
+    Args:
+      start: how many are kept before the first of these words.
+      words: bits of the mask.
     """
     counts = jax.lax.population_count(words).astype(jnp.int32)
     until = start + jnp.cumsum(counts, dtype=jnp.int32)
@@ -132,20 +242,36 @@ def _places(start: Int[Array, ''], words: UInt32[Array, 'words']) -> tuple[Int[A
     return until[-1], (until - counts)[:, None] + lower
 
 
-def check_bitmask(packed: Bitmask | PackedMask) -> None:
-    """Checks what was read from a file.
+def check_packed_mask(packed: PackedMask) -> None:
+    """Check a mask that was read from a file.
+
+    Args:
+      packed: the mask or a stack of them.
 
     Raises:
-      PackingError: shapes that do not belong together, more values than bits that are set, or bits behind the end.
+      PackingError: shapes that do not belong together, or bits behind the end.
     """
-    mask = packed.mask if isinstance(packed, Bitmask) else packed
-    *layers, rows, _outputs = mask.bits.shape
-    if mask.bits.dtype != jnp.uint8 or rows != -(-mask.inputs // 8):
-        raise PackingError(f'bits are {mask.bits.dtype} {mask.bits.shape}, expected uint8 for {mask.inputs} inputs')
-    behind = mask.inputs % 8
-    if behind and bool(jnp.any(mask.bits[..., -1, :] >> behind)):
-        raise PackingError(f'bits are set behind the last of {mask.inputs} inputs')
-    if isinstance(packed, Bitmask):
-        kept = np.asarray(jnp.sum(unpack_mask(mask), axis=(-2, -1), dtype=jnp.int32))
-        if packed.values.shape != (*layers, int(kept.max(initial=0))):
-            raise PackingError(f'values are {packed.values.shape}, the masks keep {kept.tolist()}')
+    rows = packed.bits.shape[-2]
+    if packed.bits.dtype != jnp.uint8 or rows != -(-packed.inputs // 8):
+        raise PackingError(
+            f'bits are {packed.bits.dtype} {packed.bits.shape}, expected uint8 for {packed.inputs} inputs'
+        )
+    in_last_byte = packed.inputs % 8
+    if in_last_byte and bool(jnp.any(packed.bits[..., -1, :] >> in_last_byte)):
+        raise PackingError(f'bits are set behind the last of {packed.inputs} inputs')
+
+
+def check_bitmask(packed: Bitmask) -> None:
+    """Check a kernel that was read from a file.
+
+    Args:
+      packed: the kernel or a stack of them.
+
+    Raises:
+      PackingError: see `check_packed_mask`; or another number of values than of bits that are set.
+    """
+    check_packed_mask(packed.mask)
+    layers = packed.shape[:-2]
+    counts = np.asarray(jnp.sum(unpack_mask(packed.mask), axis=(-2, -1), dtype=jnp.int32))
+    if packed.values.shape != (*layers, int(counts.max(initial=0))):
+        raise PackingError(f'values are {packed.values.shape}, the masks keep {counts.tolist()}')

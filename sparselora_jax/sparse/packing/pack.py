@@ -1,36 +1,33 @@
-"""Packs the kernels of a tree: sparse ones without their zeros (docs/formats.md), or dense ones in four bits."""
+"""Store the kernels of a tree in fewer bytes: sparse ones without their zeros (docs/formats.md), or in four bits."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import qwix
 
-from sparselora_jax.sparse import rules as rules_lib
-from sparselora_jax.sparse.packing.bitmask import Bitmask, pack_bitmask, pack_mask
-from sparselora_jax.sparse.packing.errors import PackingError
-from sparselora_jax.sparse.packing.packed24 import Packed24, pack24, quantise24
-from sparselora_jax.sparse.packing.quantised import FOUR_BITS, quantise
+from sparselora_jax.sparse.packing.bitmask import mask_shapes, pack_mask
+from sparselora_jax.sparse.packing.format import PackedFormat, PackingError, find_format, is_packed
+from sparselora_jax.sparse.packing.quantised import FOUR_BITS
+from sparselora_jax.sparse.rules import flatten, match, unflatten
 
-FORMATS = {
-    'packed24': pack24,
-    'packed24_int4': lambda kernel, mask: quantise24(pack24(kernel, mask)),
-    'bitmask': pack_bitmask,
-}
+Formats = str | Sequence[tuple[str, str]]  # the name of one format, or ordered rules (regex, name)
 
 
-def pack(params: dict, masks: dict, formats: str | Sequence[tuple[str, str]] = 'packed24') -> dict:
-    """Params with every kernel that has a mask packed.
+def pack(params: dict, masks: dict, formats: Formats = 'packed24') -> dict:
+    """Pack every kernel that has a mask; the packed kernels bring their masks.
 
     Args:
+      params: the params tree, plain arrays.
+      masks: the masks tree.
       formats: one of `FORMATS`, or ordered rules `(regex, format)`. `packed24` holds two of each four inputs, without
-        loss; `packed24_int4` rounds its values to four bits; `bitmask` holds any mask, without loss.
+        loss; `packed24_int4` rounds its values to four bits; `bitmask` holds any mask, without loss. A format of one's
+        own is named `package.module:Name`.
 
     Raises:
-      PackingError: a mask that its format cannot hold (names path, layer and first group), or an unknown format.
+      PackingError: a mask that its format cannot hold (names path, layer and first group), an unknown format, or one
+        whose kernels do not bring their masks.
       RuleError: rules that do not fit the masks.
 
     >>> from sparselora_jax.sparse.dense import unpack
@@ -39,26 +36,21 @@ def pack(params: dict, masks: dict, formats: str | Sequence[tuple[str, str]] = '
     >>> packed['q']['kernel'].shape, unpack(packed)['q']['kernel'].tolist() == kernel.tolist()
     ((4, 1), True)
     """
-    flat, masks = rules_lib.flatten(params), rules_lib.flatten(masks)
-    rules = [('.*', formats)] if isinstance(formats, str) else formats
-    for path, name in rules_lib.match(rules, masks).items():
-        if name not in FORMATS:
-            raise PackingError(f'format {name!r}: expected one of {", ".join(FORMATS)}')
-        if getattr(flat.get(path), 'shape', None) != masks[path].shape:
-            raise PackingError(f'{path}: has a mask {masks[path].shape}, but no kernel of that shape')
-        try:
-            flat[path] = FORMATS[name](flat[path], masks[path])
-        except PackingError as error:
-            raise PackingError(f'{path}: {error}') from None
-    return rules_lib.unflatten(flat)
+    packed, masks_beside = reduce_kernels(params, masks, formats)
+    if masks_beside is not None:
+        path = next(iter(flatten(masks_beside)))
+        raise PackingError(f'{path}: its format does not store the mask; use `reduce_kernels`, which returns masks too')
+    return packed
 
 
 def quantise_masked(params: dict, masks: dict, kind: str) -> dict:
-    """Params with every kernel that has a mask in four bits, its zeros in place, for any mask: 4 1/8 bits a weight.
+    """Round every kernel that has a mask to four bits, its zeros in place, for any mask: 4 1/8 bits a weight.
 
     Unlike packed kernels these do not bring their masks; `pack_masks` makes those small.
 
     Args:
+      params: the params tree, plain arrays.
+      masks: the masks tree.
       kind: `int4` or `nf4`, see `quantised.quantise`.
 
     Raises:
@@ -66,52 +58,85 @@ def quantise_masked(params: dict, masks: dict, kind: str) -> dict:
     """
     if kind not in FOUR_BITS:
         raise PackingError(f'kind {kind!r}: expected one of {", ".join(FOUR_BITS)}')
-    flat = rules_lib.flatten(params)
-    for path, mask in rules_lib.flatten(masks).items():
-        flat[path] = quantise(jnp.where(mask, flat[path], jnp.zeros((), flat[path].dtype)), kind)
-    return rules_lib.unflatten(flat)
+    return reduce_kernels(params, masks, kind)[0]
 
 
 def pack_masks(masks: dict) -> dict:
-    """Masks in one bit an element, which `bind` and `merge` take as they take others."""
-    return rules_lib.unflatten({path: pack_mask(mask) for path, mask in rules_lib.flatten(masks).items()})
+    """Return masks in one bit an element, which `bind` and `merge` take as they take others.
+
+    Args:
+      masks: the masks tree.
+    """
+    return unflatten({path: pack_mask(mask) for path, mask in flatten(masks).items()})
 
 
-def reduce_kernels(params: dict, masks: dict, base: str | Sequence[tuple[str, str]]) -> tuple[dict, dict | None]:
+def reduce_kernels(params: dict, masks: dict, formats: Formats) -> tuple[dict, dict | None]:
     """Store the kernels that have a mask in fewer bytes: packed, or in four bits beside a mask of one bit a weight.
 
     Args:
-      params: plain arrays.
+      params: the params tree, plain arrays.
       masks: of the kernels to store in fewer bytes.
-      base: `int4` or `nf4` (see `quantise_masked`), or formats of `pack`.
+      formats: one of `FORMATS`, or ordered rules `(regex, format)`, see `pack`; also `int4` and `nf4`.
 
     Returns:
-      (params, masks); masks None: packed kernels bring their own.
+      (params, masks). The masks are those of kernels that do not bring their own; None: there are none.
 
     Raises:
-      PackingError: see `pack`.
+      PackingError: a mask that its format cannot hold, or an unknown format; names the path.
     """
-    if isinstance(base, str) and base in FOUR_BITS:
-        return quantise_masked(params, masks, base), pack_masks(masks)
-    return pack(params, masks, base), None
+    flat = flatten(params)
+    flat_masks = flatten(masks)
+    masks_beside = {}
+    for path, form in _formats_by_path(formats, flat_masks).items():
+        mask = flat_masks[path]
+        if getattr(flat.get(path), 'shape', None) != mask.shape:
+            raise PackingError(f'{path}: has a mask {mask.shape}, but no kernel of that shape')
+        try:
+            flat[path] = form.pack(flat[path], mask)
+        except PackingError as error:
+            raise PackingError(f'{path}: {error}') from None
+        if not form.brings_mask:
+            masks_beside[path] = pack_mask(mask)
+    return unflatten(flat), unflatten(masks_beside) if masks_beside else None
+
+
+def reduce_shapes(params: dict, densities: Mapping[str, float], formats: Formats) -> tuple[dict, dict]:
+    """Return what `reduce_kernels` would return, by shapes: to count memory and to compile programs with.
+
+    Args:
+      params: the params tree, by shapes.
+      densities: of the kernels that have a mask, by path.
+      formats: see `reduce_kernels`.
+
+    Returns:
+      (params, masks), by shapes.
+    """
+    flat = flatten(params)
+    masks_beside = {}
+    for path, form in _formats_by_path(formats, densities).items():
+        kernel = flat[path]
+        flat[path] = form.pack_shapes(kernel, densities[path])
+        if not form.brings_mask:
+            masks_beside[path] = mask_shapes(kernel)
+    return unflatten(flat), unflatten(masks_beside)
+
+
+def _formats_by_path(formats: Formats, paths: Mapping[str, Any]) -> dict[str, PackedFormat]:
+    rule_list = [('.*', formats)] if isinstance(formats, str) else formats
+    return {path: find_format(name) for path, name in match(rule_list, paths).items()}
 
 
 def stack(layers: Sequence[Any]) -> Any:
-    """Kernels or masks of single layers, of one kind and shape, as one of a stack; on the host."""
-    if isinstance(layers[0], Bitmask):
-        longest = max(layer.values.size for layer in layers)
-        layers = [
-            dataclasses.replace(layer, values=np.pad(layer.values, (0, longest - layer.values.size)))
-            for layer in layers
-        ]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    """Return kernels or masks of single layers as one of a stack; on the host.
+
+    Args:
+      layers: arrays, or packed kernels or masks, of one kind and shape.
+    """
+    if is_packed(layers[0]):
+        return type(layers[0]).stack(layers)
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
 
 
-def is_packed(kernel: Any) -> bool:
-    """Whether a kernel is packed: it brings its own mask."""
-    return isinstance(kernel, Packed24 | Bitmask)
-
-
-def is_reduced(kernel: Any) -> bool:
-    """Whether a kernel is packed or quantised: no array that could be used as it is."""
+def is_reduced(kernel: object) -> bool:
+    """Return whether a kernel is stored packed or in four bits, and so is no array that could be used as it is."""
     return is_packed(kernel) or isinstance(kernel, qwix.QArray)

@@ -1,29 +1,33 @@
-"""2:4 kernels without their zeros: two values of each four inputs, and where they stand, in half a byte.
+"""2:4 kernels without their zeros: two values of each four inputs, and their positions, in half a byte.
 
 Rows keep the order of the kernel's (docs/formats.md), so a run of inputs is a run of rows in every array: it can be cut
 out, or laid on another device, without unpacking.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Num, Shaped, UInt8
 
-from sparselora_jax.sparse.packing.errors import PackingError
+from sparselora_jax.sparse.packing.format import PackedKernel, PackingError
 from sparselora_jax.sparse.packing.four_bits import best_scale, nearest
-from sparselora_jax.sparse.packing.stacks import kernel_shape, of_layer, over_layers
+from sparselora_jax.sparse.packing.stacks import in_layer, kernel_shape, over_layers
+from sparselora_jax.sparse.patterns import Pattern
 
 BYTE = 8  # inputs that share a byte of positions: two groups of four
 SCALED = 128  # inputs that share an int4 scale
-HALVES, PLACES = (np.arange(count, dtype=np.int32)[:, None] for count in (2, 4))  # of a byte, and of a group
+HALVES = np.arange(2, dtype=np.int32)[:, None]  # of a byte
+PLACES = np.arange(4, dtype=np.int32)[:, None]  # in a group
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Packed24:
+class Packed24(PackedKernel):
     """A kernel `[*layers, inputs, outputs]` with at most two non-zeros in each four inputs of an output.
 
     Attributes:
@@ -31,9 +35,13 @@ class Packed24:
         `uint8 [*layers, groups, outputs]`: the first in the low half of a byte, the second in the high one.
       positions: `uint8 [*layers, groups / 2, outputs]`: bits 0-1 and 2-3 say where the first and the second value of
         an even group stand, bits 4-7 the same of the odd group behind it. The first stands before the second.
-      scale: of int4 values, bf16 `[*layers, ceil(inputs / 128), outputs]`; None: values are what they are.
+      scale: of int4 values, bf16 `[*layers, ceil(inputs / 128), outputs]`; None: values are not scaled.
       inputs: of the kernel; groups of zeros fill the last byte.
     """
+
+    stored_as: ClassVar[str] = 'packed24'
+    required_arrays: ClassVar[tuple[str, ...]] = ('values', 'positions')
+    optional_arrays: ClassVar[tuple[str, ...]] = ('scale',)
 
     values: Any  # JAX unflattens placeholders into the fields, so they carry no shape check
     positions: Any
@@ -42,31 +50,110 @@ class Packed24:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel that it holds."""
+        """Return the shape of the kernel."""
         return kernel_shape(self.positions, self.inputs)
 
     @property
     def ndim(self) -> int:
+        """Return the number of axes of the kernel."""
         return self.positions.ndim
 
     @property
     def dtype(self) -> Any:
-        """Of the kernel that it is read as."""
+        """Return the dtype of the kernel when it is unpacked; of int4 values that of their scale."""
         return self.values.dtype if self.scale is None else self.scale.dtype
 
+    def unpack(self, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
+        """Return the kernel with its zeros, as `unpack24` does."""
+        return unpack24(self, dtype)
+
+    def unpack_mask(self) -> Bool[Array, '*layers inputs outputs']:
+        """Return the mask, as `mask24` does."""
+        return mask24(self)
+
+    def to_arrays(self) -> dict[str, Any]:
+        """Return the arrays by the names of their fields."""
+        arrays = {'values': self.values, 'positions': self.positions}
+        return arrays if self.scale is None else arrays | {'scale': self.scale}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], inputs: int) -> 'Packed24':
+        """Return the kernel that has these arrays, checked by `check_packed24`."""
+        packed = cls(arrays['values'], arrays['positions'], arrays.get('scale'), inputs)
+        check_packed24(packed)
+        return packed
+
+
+@dataclass(frozen=True)
+class Packed24Format:
+    """The format of `Packed24`: two of each four inputs.
+
+    Attributes:
+      four_bits: round the values to int4.
+    """
+
+    four_bits: bool = False
+    kernel_type: ClassVar[type] = Packed24
+    brings_mask: ClassVar[bool] = True
+
     @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+    def levels(self) -> str | None:
+        """Return the levels to which it rounds values."""
+        return 'int4' if self.four_bits else None
+
+    def takes(self, pattern: Pattern) -> bool:
+        """Return whether a pattern is 2:4."""
+        return (pattern.n, pattern.m) == (2, 4)
+
+    def pack(
+        self, kernel: Shaped[Array, '*layers inputs outputs'], mask: Bool[Array, '*layers inputs outputs']
+    ) -> Packed24:
+        """Pack a kernel by `pack24`, and round its values where the format says so."""
+        packed = pack24(kernel, mask)
+        return quantise24(packed) if self.four_bits else packed
+
+    def pack_shapes(self, kernel: Any, density: float = 0.5) -> Packed24:
+        """Return the packed kernel by shapes, see `shapes24`."""
+        del density  # half of the weights, whatever the mask
+        return shapes24(kernel, four_bits=self.four_bits)
+
+    def inputs_per_scale(self, inputs: int) -> int:
+        """Return how many inputs share a scale; the last of them are filled up."""
+        del inputs
+        return SCALED
+
+
+def shapes24(kernel: Any, *, four_bits: bool = False) -> Packed24:
+    """Return a `Packed24` of shapes.
+
+    Args:
+      kernel: anything with the kernel's shape and dtype.
+      four_bits: of int4 values.
+
+    >>> packed = shapes24(jax.ShapeDtypeStruct((2, 16, 3), jnp.bfloat16))
+    >>> packed.values.shape, packed.positions.shape
+    ((2, 8, 3), (2, 2, 3))
+    """
+    *layers, inputs, outputs = kernel.shape
+    rows = -(-inputs // BYTE)
+    positions = jax.ShapeDtypeStruct((*layers, rows, outputs), jnp.uint8)
+    if not four_bits:
+        values = jax.ShapeDtypeStruct((*layers, 4 * rows, outputs), kernel.dtype)
+        return Packed24(values, positions, None, inputs)
+    values = jax.ShapeDtypeStruct((*layers, 2 * rows, outputs), jnp.uint8)
+    scale = jax.ShapeDtypeStruct((*layers, -(-inputs // SCALED), outputs), jnp.bfloat16)
+    return Packed24(values, positions, scale, inputs)
 
 
 def pack24(
     kernel: Shaped[Array, '*layers inputs outputs'], mask: Bool[Array, '*layers inputs outputs'] | None = None
 ) -> Packed24:
-    """The kernel's values where the mask is True, and their positions. Lossless.
+    """Return the kernel's values where the mask is True, and their positions, without loss.
 
     A group that keeps fewer than two weights is filled up with zeros.
 
     Args:
+      kernel: the kernel or a stack of them.
       mask: which weights are kept; None: those that are not zero.
 
     Raises:
@@ -84,30 +171,40 @@ def pack24(
 
 
 def check24(mask: Bool[Array, '*layers inputs outputs']) -> None:
-    """Raises `PackingError` unless every four inputs of an output keep at most two weights."""
-    kept = over_layers(_count_kept, mask.ndim)(mask)
-    if bool(jnp.any(kept > 2)):
-        *layer, group, output = (int(i) for i in jnp.argwhere(kept > 2, size=1)[0])
+    """Check that every four inputs of an output keep at most two weights.
+
+    Args:
+      mask: the mask of a kernel or of a stack.
+
+    Raises:
+      PackingError: names the first group that keeps more.
+    """
+    counts = over_layers(_count_kept, mask.ndim)(mask)
+    if bool(jnp.any(counts > 2)):
+        *layer, group, output = (int(i) for i in jnp.argwhere(counts > 2, size=1)[0])
         raise PackingError(
-            f'{of_layer(layer)}inputs {4 * group} to {4 * group + 3} of output {output}: '
-            f'{int(kept[*layer, group, output])} weights are kept, 2:4 allows two'
+            f'{in_layer(layer)}inputs {4 * group} to {4 * group + 3} of output {output}: '
+            f'{int(counts[*layer, group, output])} weights are kept, 2:4 allows two'
         )
 
 
-def _count_kept(mask):
-    """Of each group of four inputs."""
+def _count_kept(mask: Bool[Array, 'inputs outputs']) -> Int[Array, 'groups outputs']:
+    """Count the weights that each group of four inputs keeps."""
     mask = jnp.pad(mask, ((0, -mask.shape[0] % 4), (0, 0)))
     return jnp.sum(mask.reshape(-1, 4, mask.shape[1]), axis=1, dtype=jnp.int32)
 
 
-def _pack_matrix(kernel, mask):
+def _pack_matrix(
+    kernel: Shaped[Array, 'inputs outputs'], mask: Bool[Array, 'inputs outputs']
+) -> tuple[Shaped[Array, 'rows outputs'], UInt8[Array, 'bytes outputs']]:
     outputs = kernel.shape[1]
     fill = ((0, -kernel.shape[0] % BYTE), (0, 0))
     mask = jnp.pad(mask, fill).reshape(-1, 4, outputs)
     kernel = jnp.where(mask, jnp.pad(kernel, fill).reshape(-1, 4, outputs), jnp.zeros((), kernel.dtype))
-    first, last = jnp.argmax(mask, axis=1), 3 - jnp.argmax(mask[:, ::-1], axis=1)
+    first = jnp.argmax(mask, axis=1)
+    last = 3 - jnp.argmax(mask[:, ::-1], axis=1)
     count = jnp.sum(mask, axis=1, dtype=jnp.int32)
-    # A group that keeps one weight, or none, also holds a zero beside it.
+    # A group that keeps one weight, or none, also holds a zero beside it. Only a weight at 3 has no place behind it.
     first = jnp.where(count == 0, 0, jnp.where((count == 1) & (first == 3), 2, first))
     places = jnp.stack([first, jnp.where(count == 2, last, first + 1)], axis=1)
     values = jnp.take_along_axis(kernel, places, axis=1).reshape(-1, outputs)
@@ -116,7 +213,10 @@ def _pack_matrix(kernel, mask):
 
 
 def split_codes(positions: UInt8[Array, 'bytes outputs']) -> Int[Array, 'groups outputs']:
-    """Half a byte a group: where its first value stands (bits 0-1), and its second (bits 2-3).
+    """Return half a byte for each group: where its first value stands (bits 0-1), and its second (bits 2-3).
+
+    Args:
+      positions: of one matrix.
 
     >>> split_codes(jnp.uint8([[0b01001101]])).tolist() == [[0b1101], [0b0100]]
     True
@@ -125,15 +225,20 @@ def split_codes(positions: UInt8[Array, 'bytes outputs']) -> Int[Array, 'groups 
     return ((word >> 4 * HALVES) & 15).reshape(-1, positions.shape[1])
 
 
-def _split_values(packed: Packed24) -> Array:
-    """`[groups, 2, outputs]` of one matrix; int4 values as integers, not scaled; bf16 as `as_bits`."""
+def _split_values(packed: Packed24) -> Num[Array, 'groups 2 outputs']:
+    """Return the two values of each group of a matrix: int4 ones as integers, not scaled; bf16 ones as `as_bits`."""
     if packed.scale is None:
         return as_bits(packed.values).reshape(-1, 2, packed.values.shape[-1])
     return nibble(packed.values.astype(jnp.int32)[:, None], HALVES)
 
 
-def as_bits(values: Num[Array, '*of']) -> Num[Array, '*of']:
-    """bf16 as the integers that its bits are, others as they are: XLA for CPUs widens bf16 to cut it up, or to select.
+def as_bits(values: Num[Array, '*shape']) -> Num[Array, '*shape']:
+    """Return bf16 values as the integers that their bits are, others as they are.
+
+    XLA for CPUs widens bf16 to fp32 to cut it up, or to select.
+
+    Args:
+      values: of any dtype.
 
     >>> as_bits(jnp.bfloat16([1.0])).tolist() == [0x3F80]
     True
@@ -141,8 +246,12 @@ def as_bits(values: Num[Array, '*of']) -> Num[Array, '*of']:
     return jax.lax.bitcast_convert_type(values, jnp.uint16) if values.dtype == jnp.bfloat16 else values
 
 
-def nibble(word: Int[Array, '*of'], high: bool | np.ndarray) -> Int[Array, '...']:
-    """Four bits of a byte as a signed number.
+def nibble(word: Int[Array, '*shape'], high: bool | np.ndarray) -> Int[Array, '...']:
+    """Return four bits of a byte as a signed number.
+
+    Args:
+      word: bytes.
+      high: the high four bits, or the low ones.
 
     >>> int(nibble(jnp.int32(0xF3), True)), int(nibble(jnp.int32(0xF3), False))
     (-1, 3)
@@ -150,18 +259,20 @@ def nibble(word: Int[Array, '*of'], high: bool | np.ndarray) -> Int[Array, '...'
     return (word << 28 - 4 * high) >> 28  # the shift to the right copies the sign
 
 
-def unpack24(packed: Packed24, dtype: Any = None) -> Float[Array, '*layers inputs outputs']:
-    """The kernel with its zeros.
+def unpack24(packed: Packed24, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
+    """Return the kernel with its zeros.
 
     Args:
+      packed: the kernel or a stack of them.
       dtype: of the result; that of its values (or scales) by default.
     """
     return over_layers(_unpack_matrix, packed.ndim)(packed).astype(dtype or packed.dtype)
 
 
-def _unpack_matrix(packed: Packed24) -> Array:
+def _unpack_matrix(packed: Packed24) -> Num[Array, 'inputs outputs']:
     # Elementwise over [groups, 4, outputs]: rows that are stacked instead would take XLA twice as long on a CPU.
-    values, codes = _split_values(packed), split_codes(packed.positions)[:, None]
+    values = _split_values(packed)
+    codes = split_codes(packed.positions)[:, None]
     second = jnp.where(codes >> 2 == PLACES, values[:, 1:], jnp.zeros((), values.dtype))
     matrix = jnp.where(codes & 3 == PLACES, values[:, :1], second).reshape(-1, packed.shape[-1])[: packed.inputs]
     if packed.scale is not None:
@@ -169,27 +280,43 @@ def _unpack_matrix(packed: Packed24) -> Array:
     return matrix if matrix.dtype == packed.dtype else jax.lax.bitcast_convert_type(matrix, packed.dtype)
 
 
-def scaled(matrix: Integer[Array, 'inputs outputs'], scale: Float[Array, 'blocks outputs']) -> Float[Array, '...']:
-    """Integers times the scale of their 128 inputs, in fp32."""
+def scaled(
+    matrix: Integer[Array, 'inputs outputs'], scale: Float[Array, 'blocks outputs']
+) -> Float[Array, 'inputs outputs']:
+    """Return integers times the scale of their 128 inputs, in fp32.
+
+    Args:
+      matrix: int4 values as integers.
+      scale: of each 128 inputs.
+    """
     wide = jnp.repeat(scale.astype(jnp.float32), SCALED, axis=0)[: matrix.shape[0]]
     return matrix.astype(jnp.float32) * wide
 
 
 def mask24(packed: Packed24) -> Bool[Array, '*layers inputs outputs']:
-    """Where the kernel's two values of each group stand: the mask that it was packed with, if that kept two of each."""
+    """Return where the kernel's two values of each group stand.
+
+    It is the mask that the kernel was packed with, if that kept two weights of each group.
+
+    Args:
+      packed: the kernel or a stack of them.
+    """
     return over_layers(_mask_matrix, packed.ndim)(packed.positions)[..., : packed.inputs, :]
 
 
-def _mask_matrix(positions):
+def _mask_matrix(positions: UInt8[Array, 'bytes outputs']) -> Bool[Array, 'inputs outputs']:
     codes = split_codes(positions)[:, None]
     return ((codes & 3 == PLACES) | (codes >> 2 == PLACES)).reshape(-1, positions.shape[1])
 
 
 def quantise24(packed: Packed24) -> Packed24:
-    """Values as int4 with a bf16 scale for 128 inputs of each output: to the nearest, with the least squared error.
+    """Round values to int4 with a bf16 scale for 128 inputs of each output, with the least squared error.
 
-    A scale is tried that makes the largest magnitude -8, which int4 has on one side only, and smaller ones, which cut
-    off the largest values and round the others more finely.
+    A scale is tried that makes the largest magnitude -8, which int4 has on one side only. Smaller scales are tried too:
+    they cut off the largest values and round the others more finely.
+
+    Args:
+      packed: the kernel or a stack of them; int4 values stay as they are.
     """
     if packed.scale is not None:
         return packed
@@ -197,40 +324,50 @@ def quantise24(packed: Packed24) -> Packed24:
     return Packed24(values, packed.positions, scale, packed.inputs)
 
 
-def _quantise_matrix(values: Float[Array, 'rows outputs']):
+def _quantise_matrix(
+    values: Float[Array, 'rows outputs'],
+) -> tuple[UInt8[Array, 'groups outputs'], Float[Array, 'blocks outputs']]:
     rows, outputs = values.shape
-    per = SCALED // 2  # half of the inputs are kept
-    wide = jnp.pad(values.astype(jnp.float32), ((0, -rows % per), (0, 0))).reshape(-1, per, outputs)
+    rows_per_scale = SCALED // 2  # half of the inputs are kept
+    wide = jnp.pad(values.astype(jnp.float32), ((0, -rows % rows_per_scale), (0, 0)))
+    wide = wide.reshape(-1, rows_per_scale, outputs)
     scale = best_scale(wide, 'int4')
-    found = (nearest(wide, scale, 'int4') - 8).reshape(-1, outputs)[:rows] & 15
-    return (found[0::2] | found[1::2] << 4).astype(jnp.uint8), scale
+    # Levels are numbered from 0, which is -8: two's complement in four bits is that number less 8.
+    codes = (nearest(wide, scale, 'int4') - 8).reshape(-1, outputs)[:rows] & 15
+    return (codes[0::2] | codes[1::2] << 4).astype(jnp.uint8), scale
 
 
 def check_packed24(packed: Packed24) -> None:
-    """Checks what was read from a file.
+    """Check a kernel that was read from a file.
+
+    Args:
+      packed: the kernel or a stack of them.
 
     Raises:
       PackingError: shapes or dtypes that do not belong together, or positions that are not two different places in
         order: names the first.
     """
     *layers, rows, outputs = packed.positions.shape
-    values, dtype = (4 * rows, None) if packed.scale is None else (2 * rows, jnp.uint8)
-    expected = {
-        'positions': (packed.positions, (*layers, -(-packed.inputs // BYTE), outputs), jnp.uint8),
-        'values': (packed.values, (*layers, values, outputs), dtype),
-    }
+    value_rows = 4 * rows if packed.scale is None else 2 * rows
+    _check_array('positions', packed.positions, (*layers, -(-packed.inputs // BYTE), outputs), jnp.uint8)
+    _check_array('values', packed.values, (*layers, value_rows, outputs), None if packed.scale is None else jnp.uint8)
     if packed.scale is not None:
-        expected['scale'] = (packed.scale, (*layers, -(-packed.inputs // SCALED), outputs), jnp.bfloat16)
-    for name, (array, shape, dtype) in expected.items():
-        if array.shape != shape or (dtype is not None and array.dtype != dtype):
-            raise PackingError(f'{name} is {array.dtype} {array.shape}, expected {dtype or array.dtype} {shape}')
+        _check_array('scale', packed.scale, (*layers, -(-packed.inputs // SCALED), outputs), jnp.bfloat16)
     word = packed.positions.astype(jnp.int32)
     for half in (0, 4):
-        first, second = (word >> half) & 3, (word >> half + 2) & 3
+        first = (word >> half) & 3
+        second = (word >> half + 2) & 3
         if bool(jnp.any(first >= second)):
             *layer, row, output = (int(i) for i in jnp.argwhere(first >= second, size=1)[0])
-            pair = int(first[*layer, row, output]), int(second[*layer, row, output])
+            pair = (int(first[*layer, row, output]), int(second[*layer, row, output]))
             group = 2 * row + half // 4
             raise PackingError(
-                f'{of_layer(layer)}group {group} of output {output}: {pair} are not two places of four, in order'
+                f'{in_layer(layer)}group {group} of output {output}: {pair} are not two places of four, in order'
             )
+
+
+def _check_array(name: str, array: Array, shape: tuple[int, ...], dtype: DTypeLike | None) -> None:
+    """Check shape and dtype of one array; dtype None: any."""
+    if array.shape != shape or (dtype is not None and array.dtype != dtype):
+        expected = array.dtype if dtype is None else jnp.dtype(dtype)
+        raise PackingError(f'{name} is {array.dtype} {array.shape}, expected {expected} {shape}')

@@ -2,29 +2,71 @@
 
 import functools
 import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import qwix
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.sparse.packing.four_bits import best_scale, nearest
+from sparselora_jax.sparse.patterns import Pattern
 
-FOUR_BITS = {'int4': jnp.int4, 'nf4': 'nf4'}
+FOUR_BITS = {'int4': jnp.int4, 'nf4': 'nf4'}  # kinds of levels, and qwix's types
+
+
+@dataclass(frozen=True)
+class FourBitFormat:
+    """The format of dense kernels in four bits, zeros in place: 4 1/8 bits a weight, for any mask.
+
+    Its kernels do not bring their masks. Packed masks beside them take one bit a weight.
+
+    Attributes:
+      levels: `int4` or `nf4`, see `quantise`.
+    """
+
+    levels: str
+    kernel_type: ClassVar[type] = qwix.QArray
+    brings_mask: ClassVar[bool] = False
+
+    def takes(self, pattern: Pattern) -> bool:
+        """Return whether a pattern prunes anything."""
+        return not pattern.dense
+
+    def pack(
+        self, kernel: Float[Array, '*layers inputs outputs'], mask: Bool[Array, '*layers inputs outputs']
+    ) -> qwix.QArray:
+        """Round a kernel by `quantise`, with zeros where the mask is False."""
+        return quantise(jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), self.levels)
+
+    def pack_shapes(self, kernel: Any, density: float) -> qwix.QArray:
+        """Return the rounded kernel by shapes."""
+        del density  # zeros take as much as others
+        return jax.eval_shape(functools.partial(quantise, kind=self.levels), kernel)
+
+    def inputs_per_scale(self, inputs: int) -> int:
+        """Return how many inputs share a scale, see `tile`."""
+        return tile(inputs)
 
 
 def tile(inputs: int) -> int:
-    """Inputs that share a scale: 128, or the largest power of two below it that divides the inputs."""
+    """Return how many inputs share a scale: 128, or the largest power of two below it that divides the inputs.
+
+    Args:
+      inputs: of the kernel.
+    """
     return math.gcd(inputs, 128)
 
 
 def quantise(kernel: Float[Array, '*layers inputs outputs'], kind: str) -> qwix.QArray:
-    """A kernel in four bits, with a bf16 scale for 128 inputs of each output.
+    """Round a kernel to four bits, with a bf16 scale for 128 inputs of each output.
 
     Of the scales that are tried the one with the least squared error is taken. Values that lie on a grid already, as
     `sl.GPTQ` leaves them, are held as they are.
 
     Args:
+      kernel: the kernel or a stack of them.
       kind: `int4`: evenly spaced levels; `nf4`: levels at quantiles of the normal distribution (QLoRA, section 3 of
         arXiv 2305.14314).
 
@@ -38,14 +80,19 @@ def quantise(kernel: Float[Array, '*layers inputs outputs'], kind: str) -> qwix.
 
 
 @functools.partial(jax.jit, static_argnames='kind')
-def _quantise_matrix(kernel, kind):
+def _quantise_matrix(kernel: Float[Array, 'inputs outputs'], kind: str) -> qwix.QArray:
     blocks = kernel.astype(jnp.float32).reshape(-1, tile(kernel.shape[0]), kernel.shape[1])
     scale = best_scale(blocks, kind)
     codes = nearest(blocks, scale, kind).reshape(kernel.shape)
-    codes = (codes - 8).astype(jnp.int4) if kind == 'int4' else codes.astype(jnp.uint4)  # as qwix stores them
+    # As qwix stores them: int4 as signed numbers, of NF4 the number of the level.
+    codes = (codes - 8).astype(jnp.int4) if kind == 'int4' else codes.astype(jnp.uint4)
     return qwix.QArray(codes, scale, None, FOUR_BITS[kind])
 
 
 def dequantise(kernel: qwix.QArray) -> Float[Array, '*layers inputs outputs']:
-    """The kernel in float32."""
+    """Return the kernel in float32.
+
+    Args:
+      kernel: the kernel or a stack of them.
+    """
     return qwix.dequantize(kernel.astype(jnp.float32))

@@ -1,7 +1,8 @@
 """Packed kernels hold what was packed, in the bytes that docs/formats.md promises, and refuse what contradicts them."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from safetensors.flax import load_file, save_file
 import sparselora_jax as sl
 from sparselora_jax.sparse import packing
 from sparselora_jax.sparse.dense import dense_kernel
-from sparselora_jax.sparse.packing import packed24, tensor_core
+from sparselora_jax.sparse.packing import packed24
 
 PAIRS = list(itertools.combinations(range(4), 2))
 
@@ -56,7 +57,7 @@ def test_groups_that_keep_fewer_than_two_and_inputs_that_four_does_not_divide():
 def test_a_kernel_that_keeps_nothing_comes_back(shape):
     kernel = jnp.zeros(shape, jnp.bfloat16)
     for name in ('packed24', 'bitmask'):
-        packed = packing.FORMATS[name](kernel, kernel != 0)
+        packed = packing.FORMATS.find(name).pack(kernel, kernel != 0)
         same(dense_kernel(packed), kernel)
 
 
@@ -134,22 +135,6 @@ def test_four_bits_round_to_the_nearest_and_better_than_by_the_largest_value():
     assert packed24.quantise24(four) is four
     zeros = packed24.quantise24(packed24.pack24(jnp.zeros((8, 2))))
     assert (packed24.unpack24(zeros) == 0).all()
-
-
-def test_positions_are_the_metadata_of_the_sparse_tensor_core():
-    import torch
-    from torch.sparse import _semi_structured_conversions
-
-    kernel, mask = kernel_and_mask((192, 96))
-    kernel = jnp.where(mask, kernel, 0)
-    positions = np.asarray(packed24.pack24(kernel, mask).positions)
-    ours = tensor_core.to_tensor_core(positions)
-    dense = torch.tensor(np.asarray(kernel)).T.contiguous().half()
-    _, theirs = _semi_structured_conversions.sparse_semi_structured_from_dense_cutlass(dense)
-    np.testing.assert_array_equal(ours.reshape(-1), theirs.numpy().view(np.uint16).reshape(-1))
-    np.testing.assert_array_equal(tensor_core.from_tensor_core(ours), positions)
-    with pytest.raises(sl.PackingError, match='multiples of 32'):
-        tensor_core.to_tensor_core(positions[:, :40])
 
 
 def tree():
@@ -231,6 +216,8 @@ def test_bitmasks_that_contradict_themselves_are_refused():
     for message, damaged in wrong.items():
         with pytest.raises(sl.PackingError, match=message):
             packing.bitmask.check_bitmask(damaged)
+        with pytest.raises(sl.PackingError, match=message):
+            packing.Bitmask.from_arrays(damaged.to_arrays(), damaged.inputs)
 
 
 @pytest.mark.parametrize('formats', ['packed24', 'bitmask'])
@@ -261,3 +248,144 @@ def test_masks_in_bits_are_masks():
         one, other = (sl.bind(params, m, of)['q']['kernel'] for m in (sl.pack_masks(masks), masks))
         got, want = (sl.linear(x, jax.tree.map(lambda a: a[0], kernel)) for kernel in (one, other))
         same(got, want)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Halves(packing.PackedKernel):
+    """A kernel that keeps all of its even inputs and none of its odd ones: a format of somebody else's."""
+
+    stored_as: ClassVar[str] = 'halves'
+    required_arrays: ClassVar[tuple[str, ...]] = ('even',)
+    even: Any
+    inputs: int = field(metadata={'static': True})
+
+    @property
+    def shape(self):
+        return (*self.even.shape[:-2], self.inputs, self.even.shape[-1])
+
+    @property
+    def ndim(self):
+        return self.even.ndim
+
+    @property
+    def dtype(self):
+        return self.even.dtype
+
+    def unpack(self, dtype=None):
+        kernel = jnp.zeros(self.shape, self.dtype).at[..., ::2, :].set(self.even)
+        return kernel if dtype is None else kernel.astype(dtype)
+
+    def unpack_mask(self):
+        return jnp.zeros(self.shape, bool).at[..., ::2, :].set(True)
+
+    def to_arrays(self):
+        return {'even': self.even}
+
+    @classmethod
+    def from_arrays(cls, arrays, inputs):
+        if arrays['even'].shape[-2] != -(-inputs // 2):
+            raise sl.PackingError(f'{arrays["even"].shape[-2]} rows for {inputs} inputs')
+        return cls(arrays['even'], inputs)
+
+
+class HalvesFormat:
+    kernel_type = Halves
+    brings_mask = True
+    levels = None
+
+    def takes(self, pattern):
+        return False
+
+    def pack(self, kernel, mask):
+        if not (mask == (jnp.arange(mask.shape[-2]) % 2 == 0)[:, None]).all():
+            raise sl.PackingError('odd inputs are kept')
+        return Halves(kernel[..., ::2, :], kernel.shape[-2])
+
+    def pack_shapes(self, kernel, density):
+        *layers, inputs, outputs = kernel.shape
+        return Halves(jax.ShapeDtypeStruct((*layers, -(-inputs // 2), outputs), kernel.dtype), inputs)
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    monkeypatch.setattr(packing.FORMATS, '_parts', dict(packing.FORMATS._parts))
+    packing.FORMATS.register('halves', HalvesFormat())
+
+
+def even_masks(params):
+    rows = jnp.arange(params['q']['kernel'].shape[-2]) % 2 == 0
+    return {name: {'kernel': jnp.broadcast_to(rows[:, None], leaf['kernel'].shape)} for name, leaf in params.items()}
+
+
+@pytest.mark.parametrize('gradient', ['exact', 'straight_through', 'plain'])
+def test_a_format_of_ones_own_is_packed_multiplied_and_merged(halves, gradient):
+    params, _ = tree()
+    masks = even_masks(params)
+    packed = sl.pack(params, masks, 'halves')
+    assert isinstance(packed['q']['kernel'], Halves)
+    jax.tree.map(same, sl.unpack(packed), sl.merge(params, masks))
+    lora = jax.tree.map(lambda leaf: leaf + 0.1, sl.init_lora(jax.random.key(3), params, [('.*', (2, 4))]))
+    x = jax.random.normal(jax.random.key(4), (5, 24))
+
+    def loss(lora, x, params, masks):
+        bound = sl.bind(params, masks, lora, gradient=gradient)
+        return sum(jnp.sum(jnp.tanh(sl.linear(x, jax.tree.map(lambda a: a[1], bound[n]['kernel'])))) for n in 'qk')
+
+    for adapted in (lora, None):
+        got = jax.value_and_grad(loss, argnums=(0, 1))(adapted, x, packed, None)
+        want = jax.value_and_grad(loss, argnums=(0, 1))(adapted, x, params, masks)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    jax.tree.map(same, sl.merge(packed, None, lora), sl.merge(params, masks, lora))
+
+
+def test_a_format_of_ones_own_is_stored_stacked_and_given_by_shapes(halves, tmp_path):
+    params, _ = tree()
+    masks = even_masks(params)
+    packed, masks_beside = packing.reduce_kernels(params, masks, 'halves')
+    assert masks_beside is None
+    shapes, _ = packing.reduce_shapes(params, dict.fromkeys(('q/kernel', 'k/kernel'), 0.5), 'halves')
+    assert jax.tree.structure(shapes) == jax.tree.structure(packed)
+    jax.tree.map(lambda a, b: a.shape == b.shape or pytest.fail(f'{a} {b}'), shapes, packed)
+    layers = [packing.find_format('halves').pack(params['q']['kernel'][i], masks['q']['kernel'][i]) for i in (0, 1)]
+    jax.tree.map(same, packing.stack(layers), packed['q']['kernel'])
+    assert packed['q']['kernel'].nbytes == params['q']['kernel'].nbytes / 2
+    path = tmp_path / 'p.safetensors'
+    sl.save_safetensors(path, packed)
+    jax.tree.map(same, sl.load_safetensors(path)[0], packed)
+    arrays = {'even': packed['q']['kernel'].even}
+    with pytest.raises(sl.PackingError, match='q/kernel: 12 rows for 30 inputs'):
+        packing.stored.from_file('q/kernel', {'format': 'halves', 'inputs': 30}, arrays)
+
+
+def test_a_format_may_be_named_where_it_is_defined():
+    params, _ = tree()
+    packed = sl.pack(params, even_masks(params), f'{__name__}:HALVES')
+    assert isinstance(packed['k']['kernel'], Halves)
+    with pytest.raises(sl.PackingError, match=r"format 'halves': expected one of .*, or package.module:Name"):
+        sl.pack(params, even_masks(params), 'halves')
+
+
+HALVES = HalvesFormat()
+
+
+def test_the_format_says_which_pattern_it_takes():
+    found = {
+        (text, four_bits): packing.format_for(sl.parse_pattern(text), four_bits=four_bits)
+        for text in ('2:4', '4:8', '0.5')
+        for four_bits in (False, True)
+    }
+    others = {(text, four_bits): 'bitmask' for text in ('4:8', '0.5') for four_bits in (False, True)}
+    assert found == {('2:4', False): 'packed24', ('2:4', True): 'packed24_int4'} | others
+    with pytest.raises(sl.PackingError, match='no format takes pattern dense; there are packed24, '):
+        packing.format_for(sl.Pattern())
+
+
+def test_formats_without_masks_need_them_returned():
+    params, masks = tree()
+    with pytest.raises(sl.PackingError, match='k/kernel: its format does not store the mask; use `reduce_kernels`'):
+        sl.pack(params, masks, 'nf4')
+    formats = [('q/.*', 'int4'), ('.*', 'packed24')]
+    reduced, masks_beside = packing.reduce_kernels(params, masks, formats)
+    assert list(masks_beside) == ['q']
+    jax.tree.map(same, sl.unpack(reduced)['k'], sl.merge(params, masks)['k'])

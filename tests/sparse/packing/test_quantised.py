@@ -10,7 +10,7 @@ import sparselora_jax as sl
 from sparselora_jax.planning import tracing
 from sparselora_jax.restoration import restore
 from sparselora_jax.sparse import packing, rules
-from sparselora_jax.sparse.packing import like, quantised
+from sparselora_jax.sparse.packing import quantised
 
 # Appendix E of arXiv 2305.14314 (QLoRA).
 NF4 = (
@@ -97,7 +97,7 @@ def tree(dtype=jnp.float32):
 def test_the_shapes_are_those_of_what_is_made(base, dtype):
     params, masks = tree(dtype)
     made = sl.reduce_base(sl.Frozen(params, masks), base)
-    expected = like.base_like(params, dict.fromkeys(rules.flatten(masks), 0.5), base)
+    expected = packing.reduce_shapes(params, dict.fromkeys(rules.flatten(masks), 0.5), base)
 
     def shapes(of):
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), of)

@@ -1,0 +1,113 @@
+"""Sparsity patterns: dense, an unstructured share of zeros, or N:M."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+from sparselora_jax.runtime.errors import SparseloraError
+
+
+class PatternError(SparseloraError, ValueError):
+    """A pattern that does not parse or does not fit an array."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern: `dense`, an unstructured sparsity in (0, 1), or N:M.
+
+    Attributes:
+      sparsity: the share of zeros; 0 for `dense`.
+      n: how many weights of each `m` inputs are kept; 0 unless N:M.
+      m: the size of a group, which runs along the input axis; 0 unless N:M.
+    """
+
+    sparsity: float = 0.0
+    n: int = 0
+    m: int = 0
+
+    @property
+    def dense(self) -> bool:
+        """Return whether nothing is pruned."""
+        return self.sparsity == 0.0
+
+    @property
+    def structured(self) -> bool:
+        """Return whether the pattern is N:M."""
+        return self.m > 0
+
+    @property
+    def kind(self) -> 'Pattern':
+        """Return a pattern for which a compiled pruner can be reused.
+
+        A program depends on N:M. Of an unstructured pattern it depends on nothing, since numbers of zeros are traced:
+        all of them are one kind.
+        """
+        return self if self.structured or self.dense else Pattern(sparsity=0.5)
+
+    def __str__(self) -> str:
+        if self.structured:
+            return f'{self.n}:{self.m}'
+        return 'dense' if self.dense else f'{self.sparsity:g}'
+
+    def zeros(self, size: int) -> int:
+        """Return the exact number of zeros that a comparison group gets.
+
+        Args:
+          size: number of weights of the group.
+
+        Raises:
+          PatternError: N:M whose M does not divide `size`.
+        """
+        if self.structured:
+            if size % self.m:
+                raise PatternError(f'pattern {self} does not fit: {self.m} does not divide the input axis of {size}')
+            return size // self.m * (self.m - self.n)
+        # Through a decimal string: 0.7 * 10 is 7.000000000000001 one way and 6.99... another.
+        return math.floor(round(self.sparsity * size, 6))
+
+
+def parse_pattern(text: str | float | Pattern) -> Pattern:
+    """Parse `'2:4'`, `'4:8'`, `'0.7'`, `0.7` or `'dense'`.
+
+    Args:
+      text: the pattern; a `Pattern` is returned as it is.
+
+    Raises:
+      PatternError: anything else, including a sparsity outside [0, 1) and N:M with N not in 1..M-1.
+
+    >>> str(parse_pattern('2:4')), parse_pattern(0.5).zeros(10)
+    ('2:4', 5)
+    """
+    if isinstance(text, Pattern):
+        return text
+    text = str(text).strip()
+    if text == 'dense':
+        return Pattern()
+    if n_of_m := re.fullmatch(r'(\d+):(\d+)', text):
+        n, m = map(int, n_of_m.groups())
+        if not 0 < n < m:
+            raise PatternError(f'pattern {text!r}: N:M needs 0 < N < M')
+        return Pattern(sparsity=1 - n / m, n=n, m=m)
+    try:
+        sparsity = float(text)
+    except ValueError:
+        raise PatternError(f"pattern {text!r}: expected 'dense', a sparsity such as 0.7, or N:M such as 2:4") from None
+    if not 0 <= sparsity < 1:
+        raise PatternError(f'pattern {text!r}: a sparsity lies in [0, 1)')
+    return Pattern(sparsity=sparsity)
+
+
+def spread(total: int, groups: int) -> Int32[np.ndarray, '{groups}']:
+    """Distribute the zeros of a kernel over its comparison groups, as evenly as integers allow.
+
+    Args:
+      total: number of zeros of the kernel.
+      groups: number of comparison groups; the first ones get one zero more where it does not come out even.
+
+    >>> spread(7, 3).tolist()
+    [3, 2, 2]
+    """
+    return (total // groups + (np.arange(groups) < total % groups)).astype(np.int32)
