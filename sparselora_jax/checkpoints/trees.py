@@ -167,7 +167,8 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
     # After the factors: a packed kernel and its factors lie under one path.
     for name, said in json.loads(metadata.pop('packed', '{}')).items():
         of_leaf = {part: flat.pop(f'{name}/{part}') for part in parts.NAMES if f'{name}/{part}' in flat}
-        kernel, factors = parts.put_together(f'{path}: {name}', said, of_leaf), flat.get(name)
+        kernel = parts.put_together(f'{path}: {name}', said, of_leaf)
+        factors = flat.get(name)
         flat[name] = kernel if factors is None else _adapt_packed(f'{path}: {name}', kernel, factors)
     return rules.unflatten(flat), metadata
 
