@@ -19,7 +19,7 @@ from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse.weights import merge
 
-# Trained by launch/pretrain.py.
+# Vision encoder, Q-Former and projection, made by launch/pretrain.py.
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
 # SmolLM2-Instruct ends a turn with <|im_end|>, which also pads, and begins one with <|im_start|>.
 GENERATION = Generation(eos=(2,), pad=2, bos=1)

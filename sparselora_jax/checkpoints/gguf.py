@@ -72,7 +72,7 @@ def _open(path: str | Path) -> tuple[Any, Header]:
     except (ValueError, IndexError) as error:
         raise AssetError(f'{path}: not a complete GGUF file ({error}); install or download it again') from None
 
-    def value_of(key: str, default: str | float | None = None) -> Any:
+    def value_of(key: str, default: str | int | float | None = None) -> Any:
         if key in reader.fields:
             return reader.fields[key].contents()
         if default is None:

@@ -136,7 +136,7 @@ def pruned_on_disk(params: dict, masks: Path, *kernels: Path) -> dict:
       kernels: files of `trees.layer_writer`. They need not exist. Of two that hold the same kernel, the last counts.
     """
     flat = rules.flatten(params)
-    edited = _read_headers(kernels)
+    edited = _read_headers(filter(Path.exists, kernels))
     for path, mask in _read_headers([masks]).items():
         flat[path] = Pruned(flat[path], mask, edited.get(path))
     return rules.unflatten(flat)
@@ -192,7 +192,7 @@ def merge_from_source(model: Model, merged: dict, lora: dict, masks: Path, *kern
     flat = rules.flatten(merged)
     factors = rules.flatten(lora)
     mask_entries = _read_headers([masks])
-    edited = _read_headers(kernels)
+    edited = _read_headers(filter(Path.exists, kernels))
     for path in mask_entries.keys() | factors.keys():
         pieces = pieces_of[path]
         # `merged` equals the trained weights bit for bit; a merge of one layer at a time need not round alike.
@@ -225,12 +225,8 @@ def _group_by_path(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
 
 
 def _read_headers(files: Iterable[Path]) -> dict[str, Entry]:
-    """Return the tensors of the files that exist by name; of several files the last counts."""
-    entries: dict[str, Entry] = {}
-    for file in files:
-        if file.exists():
-            entries |= {entry.name: entry for entry in safetensors_format.read_header(file)}
-    return entries
+    """Return the tensors of several files by name; of two with one name the last counts."""
+    return {entry.name: entry for file in files for entry in safetensors_format.read_header(file)}
 
 
 def _read_layer(entry: Entry, layer: int) -> HostArray:
