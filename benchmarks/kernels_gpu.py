@@ -20,12 +20,12 @@ from sparselora_jax.sparse.packing.packed24 import BYTE
 
 GPUS = [
     Chip(
-        f'{gpu.chip.name} (sm_{gpu.capability}0)',
+        f'{gpu.chip.name} (sm_{gpu.architecture.capability}0)',
         gpu.chip.bytes_s,
         gpu.chip.flops_s,
-        gpu.cores,
-        gpu.hertz,
-        10 * gpu.capability,
+        gpu.architecture.cores,
+        gpu.architecture.hertz,
+        10 * gpu.architecture.capability,
     )
     for gpu in (chips.GPUS[name] for name in ('a100', 'h100', 'b200'))
 ]

@@ -70,15 +70,14 @@ def print_recipe(trees: memory.Recipe) -> None:
     print(f'\nrecipe: {config.dtype} on a mesh of {mesh}; pruning by {prune.method}, {prune.samples} samples,')
     print(f'{prune.chunk} at a time; restoring in batches of {restore.batch} in {restore.accumulate} parts')
     # A recipe is named for the towers that it prunes; LoRA is trained wherever its rank is not 0.
-    towers = recipe.towers(config)
-    trained = 'the pruned kernels' if restore.trained == 'weights' else f'LoRA in {_present(towers, trees.lora)}'
-    print(f'pruned: {_present(towers, trees.masks)}; trained: {trained}')
+    trained = 'the pruned kernels' if restore.trained == 'weights' else f'LoRA in {_towers_of(trees.lora)}'
+    print(f'pruned: {_towers_of(trees.masks)}; trained: {trained}')
 
 
-def _present(towers: Sequence[str], tree: dict[str, Any]) -> str:
-    """Return the names of those towers that a tree has leaves in."""
-    present = {path.partition('/')[0] for path in rules.flatten(tree)}
-    return ', '.join(tower for tower in towers if tower in present) or 'no tower'
+def _towers_of(tree: dict[str, Any]) -> str:
+    """Return the names of the towers that a tree has leaves in."""
+    towers = {path.partition('/')[0] for path in rules.flatten(tree)}
+    return ', '.join(sorted(towers)) or 'no tower'
 
 
 def print_rules(trees: memory.Recipe) -> None:

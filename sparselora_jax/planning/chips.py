@@ -1,43 +1,57 @@
-"""Accelerators by what their makers publish: what a program's time is estimated with where there is no chip.
+"""Accelerators by what their makers publish: used to estimate a program's time where there is no chip.
 
-Rates are dense bf16, per chip. Links are what one chip can send to its neighbours, all links together. Prices are list
-prices of Google Cloud on demand (us-central and us-east, early 2026), in dollars an hour: set your own. There is none
-for GPUs, whose prices differ by several times from one cloud to another.
+Rates are dense bf16, per chip. Links are what one chip can send to its neighbours over all its links together. Prices
+are list prices of Google Cloud on demand (us-central and us-east, early 2026); set your own. There is no price for
+GPUs, which differ by several times from one cloud to another.
 """
 
 from typing import NamedTuple
 
-GB, KIB, MIB = 10**9, 2**10, 2**20
+GB = 10**9
+KIB = 2**10
+MIB = 2**20
+GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One accelerator."""
+    """One accelerator.
+
+    Attributes:
+      name: of the product.
+      memory: bytes.
+      bytes_s: bytes a second from memory.
+      flops_s: FLOPs a second, dense bf16.
+      links_s: bytes a second to its neighbours.
+      dollars_hour: price of an hour; None: not known.
+    """
 
     name: str
-    memory: int  # bytes
+    memory: int
     bytes_s: float
     flops_s: float
-    links_s: float  # bytes
+    links_s: float
     dollars_hour: float | None
 
 
 TPUS = {
-    'v5e': Chip('TPU v5e', 16 * 2**30, 0.819e12, 197e12, 200e9, 1.20),
-    'v5p': Chip('TPU v5p', 95 * GB, 2.765e12, 459e12, 600e9, 4.20),
-    'v6e': Chip('TPU v6e', 32 * GB, 1.64e12, 918e12, 448e9, 2.70),
+    'v5e': Chip('TPU v5e', 16 * GIB, bytes_s=0.819e12, flops_s=197e12, links_s=200e9, dollars_hour=1.20),
+    'v5p': Chip('TPU v5p', 95 * GB, bytes_s=2.765e12, flops_s=459e12, links_s=600e9, dollars_hour=4.20),
+    'v6e': Chip('TPU v6e', 32 * GB, bytes_s=1.64e12, flops_s=918e12, links_s=448e9, dollars_hour=2.70),
 }
 
 
-class Gpu(NamedTuple):
-    """A GPU, and what XLA's compiler asks about its multiprocessors.
+class Architecture(NamedTuple):
+    """What XLA's compiler asks about the multiprocessors of a generation of GPUs.
 
     Attributes:
       capability: the first number of the compute capability.
-      cores: multiprocessors, of `lanes` fp32 units and `shared` bytes of shared memory each.
-      cache: bytes, the last level.
+      cores: number of multiprocessors.
+      hertz: their clock.
+      lanes: fp32 units of each.
+      shared: bytes of shared memory of each.
+      cache: bytes of the last level of cache.
     """
 
-    chip: Chip
     capability: int
     cores: int
     hertz: float
@@ -46,13 +60,26 @@ class Gpu(NamedTuple):
     cache: int
 
 
-AMPERE = {'capability': 8, 'cores': 108, 'hertz': 1.41e9, 'lanes': 64, 'shared': 164 * KIB, 'cache': 40 * MIB}
-HOPPER = {'capability': 9, 'cores': 132, 'hertz': 1.83e9, 'lanes': 128, 'shared': 228 * KIB, 'cache': 50 * MIB}
-BLACKWELL = {'capability': 10, 'cores': 148, 'hertz': 1.85e9, 'lanes': 128, 'shared': 228 * KIB, 'cache': 126 * MIB}
+class Gpu(NamedTuple):
+    """A GPU.
 
-GPUS = {  # memory is what the driver leaves, links are NVLink's
-    'a100': Gpu(Chip('NVIDIA A100 80 GB', 85_100_068_864, 2.04e12, 312e12, 300e9, None), **AMPERE),
-    'h100': Gpu(Chip('NVIDIA H100 SXM', 84_942_979_072, 3.35e12, 989e12, 450e9, None), **HOPPER),
-    'h200': Gpu(Chip('NVIDIA H200', 151_397_597_184, 4.8e12, 989e12, 450e9, None), **HOPPER),
-    'b200': Gpu(Chip('NVIDIA B200', 191_514_411_008, 8.0e12, 2250e12, 900e9, None), **BLACKWELL),
+    Attributes:
+      chip: its memory and rates.
+      architecture: what XLA's compiler asks about it.
+    """
+
+    chip: Chip
+    architecture: Architecture
+
+
+AMPERE = Architecture(8, cores=108, hertz=1.41e9, lanes=64, shared=164 * KIB, cache=40 * MIB)
+HOPPER = Architecture(9, cores=132, hertz=1.83e9, lanes=128, shared=228 * KIB, cache=50 * MIB)
+BLACKWELL = Architecture(10, cores=148, hertz=1.85e9, lanes=128, shared=228 * KIB, cache=126 * MIB)
+
+# Memory is what the driver leaves to programs; links are NVLink's.
+GPUS = {
+    'a100': Gpu(Chip('NVIDIA A100 80 GB', 85_100_068_864, 2.04e12, 312e12, 300e9, None), AMPERE),
+    'h100': Gpu(Chip('NVIDIA H100 SXM', 84_942_979_072, 3.35e12, 989e12, 450e9, None), HOPPER),
+    'h200': Gpu(Chip('NVIDIA H200', 151_397_597_184, 4.8e12, 989e12, 450e9, None), HOPPER),
+    'b200': Gpu(Chip('NVIDIA B200', 191_514_411_008, 8.0e12, 2250e12, 900e9, None), BLACKWELL),
 }

@@ -1,28 +1,32 @@
-"""FLOPs of a program's matmuls, counted from its trace: exact for any model and step, nothing is computed.
+"""Counts the FLOPs of a program's matmuls in its trace: exact for any model and step, and nothing is computed.
 
 XLA's own `cost_analysis()` counts the body of a loop once; here a scan counts as often as it runs.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
+from ml_collections import ConfigDict
 
+from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.models.model import abstract_model
 from sparselora_jax.planning.memory import Recipe
 from sparselora_jax.planning.programs import restore_step
-from sparselora_jax.planning.tracing import batch_of, stacks
-from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.planning.tracing import ModelConfig, batch_of, stacks
+from sparselora_jax.sparse import rules
 
 
 def matmul_flops(function: Callable, *args: Any) -> int:
-    """FLOPs of all matmuls in `function(*args)`: a product `[m, k] @ [k, n]` is 2mkn. Norms, softmax etc. are left out.
+    """Count the FLOPs of all matmuls in `function(*args)`: a product `[m, k] @ [k, n]` has 2mkn.
 
-    So are products that no result depends on, which no compiler leaves in.
+    Norms, softmax and the like are left out. So are products that no result depends on, which every compiler removes.
 
     Args:
+      function: can be traced by JAX.
       args: arrays or their shapes.
 
     Raises:
@@ -33,61 +37,84 @@ def matmul_flops(function: Callable, *args: Any) -> int:
     180
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    # Dead code elimination, as compilers do it.
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(used)
 
 
-def _count(jaxpr: Any) -> int:
+def _count(jaxpr: Jaxpr) -> int:
     return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
-    name, params = equation.primitive.name, equation.params
+def _of_equation(equation: JaxprEqn) -> int:
+    """Count the FLOPs of one equation, and of the programs within it."""
+    name = equation.primitive.name
+    params = equation.params
     if name == 'dot_general':
         (contracted, _), _ = params['dimension_numbers']
-        left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-        return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+        left = equation.invars[0].aval.shape
+        result = equation.outvars[0].aval.shape
+        return 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
     inside = [_count(jaxpr) for jaxpr in _inside(params)]
+    # A while loop without matmuls (a search, a sort) does not matter.
     if name == 'while' and any(inside):
         raise ValueError('a matmul in a while loop: the trace does not know how often it runs')
     if name == 'cond':
+        # One of the branches runs: at most the longest.
         return max(inside, default=0)
-    if name == 'shard_map':  # what one device does
-        return math.prod(params['mesh'].shape[axis] for axis in params['newly_manual_axes']) * sum(inside)
-    return params.get('length', 1) * sum(inside) if name == 'scan' else sum(inside)
+    if name == 'shard_map':
+        # Its program is what one device does; each device along the axes that it maps over does as much.
+        devices = math.prod(params['mesh'].shape[axis] for axis in params['newly_manual_axes'])
+        return devices * sum(inside)
+    rounds = params.get('length', 1) if name == 'scan' else 1
+    return rounds * sum(inside)
 
 
-def _inside(params: dict) -> Iterator[Any]:
+def _inside(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+    """Yield the programs among an equation's parameters: bodies of loops, branches, jitted functions."""
     for value in params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
-            part = getattr(part, 'jaxpr', part)
-            if hasattr(part, 'eqns'):
-                yield part
+            # A ClosedJaxpr holds its program as `jaxpr`.
+            jaxpr = getattr(part, 'jaxpr', part)
+            if hasattr(jaxpr, 'eqns'):
+                yield jaxpr
 
 
-def train_step(made: Recipe) -> int:
-    """FLOPs of one restoration step as a recipe asks for it, the teacher and what is computed twice included."""
-    step, arguments = restore_step(made)
+def train_step(trees: Recipe) -> int:
+    """Count the FLOPs of one restoration step, with the teacher and with what is computed twice.
+
+    Args:
+      trees: of the recipe.
+    """
+    step, arguments = restore_step(trees)
     return matmul_flops(step, *arguments)
 
 
-def answer(cfg: Any, text: Any, params: dict, density: dict[str, list[float]]) -> tuple[int, int]:
-    """(dense, sparse) FLOPs of one forward over a question and its answer.
+def answer(
+    cfg: ModelConfig, text: TextFormat | ConfigDict, params: dict, density: Mapping[str, Sequence[float]]
+) -> tuple[int, int]:
+    """Count the FLOPs of one forward over a question and its answer: dense, and sparse.
 
     Sparse is nominal: each pruned kernel counts at its density, as on a device that skips every zero. Whether a device
     does so is another question.
 
     Args:
+      cfg: our config of the model.
       text: has `prompt_tokens` and `answer_tokens`.
-      params: shapes.
-      density: path of a kernel -> share of weights kept in each layer; kernels that are not named are dense.
+      params: by shapes.
+      density: share of weights kept in each layer of a kernel, by path; kernels that are not named are dense.
+
+    Returns:
+      (dense, sparse).
     """
-    model, batch = abstract_model(cfg), batch_of(cfg, text, 1)
-    dense, skipped = matmul_flops(model.answer_logits, params, batch), 0.0
-    kernels = rules_lib.kernels(params)
+    batch = batch_of(cfg, text, 1)
+    dense = matmul_flops(abstract_model(cfg).answer_logits, params, batch)
+    kernels = rules.kernels(params)
+    skipped = 0.0
     for stack in stacks(cfg, params, batch):
-        for name, read in stack.inputs.items():
-            path = f'{stack.tower}/blocks/{name}'
-            layer = 2 * math.prod(read.shape) * kernels[path].shape[-1]
-            skipped += sum(layer * (1 - kept) for kept in density.get(path, ()))
+        for name, array in stack.inputs.items():
+            path = rules.block_path(stack.tower, name)
+            # [..., inputs] @ [inputs, outputs]
+            layer = 2 * math.prod(array.shape) * kernels[path].shape[-1]
+            skipped += sum(layer * (1 - share) for share in density.get(path, ()))
     return dense, dense - round(skipped)

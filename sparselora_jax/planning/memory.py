@@ -112,6 +112,7 @@ def recipe(cfg: ModelConfig, config: ConfigDict) -> Recipe:
     """
     params = abstract_params(cfg, config.dtype)
     kernels = rules.kernels(params)
+    # Dense kernels have no pattern here, and so no mask.
     patterns = pruning.patterns_of(params, prune_rules(config))
     masks = {path: jax.ShapeDtypeStruct(kernels[path].shape, jnp.bool_) for path in patterns}
     lora = jax.eval_shape(lambda key: init_lora(key, params, lora_rules(config)), jax.random.key(0))
@@ -213,6 +214,7 @@ def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
     """
     config = trees.config
     samples = _samples_on_device(trees, config.prune.samples)
+    # All samples pass one block before any reaches the next, so the hidden states of all are held between blocks.
     held = {
         'params': _params_where(trees, lambda path: not (from_disk and rules.is_in_block(path))),
         'calibration batch': nbytes(batch_of(trees.cfg, config.text, samples)),
@@ -222,6 +224,7 @@ def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
             3 * stack.hidden + 2 * nbytes(stack.ctx) for stack in _traced(trees, samples)
         ),
     }
+    # Within a block they pass chunk by chunk: its inner arrays have the size of one chunk.
     chunks = _traced(trees, min(config.prune.chunk, samples))
     observing = [_observing(trees, stack, methods) for stack in chunks]
     cutting = [_cutting(trees, stack, methods) for stack in chunks]
@@ -371,6 +374,7 @@ def merge(trees: Recipe) -> Stage:
       trees: of the recipe.
     """
     lora = rules.flatten(trees.lora)
+    # A kernel is merged where it is pruned or adapted; all others are written as they are.
     changed = rules.flatten(trees.masks).keys() | lora.keys()
     held = _held_base(trees)
     held['LoRA (float32)'] = on_device(trees.lora, trees.mesh)

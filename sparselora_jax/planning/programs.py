@@ -1,4 +1,4 @@
-"""The programs of a recipe and the shapes of what they read: to count, trace or compile them without any weights."""
+"""The programs of a recipe and the shapes of their arguments: to count, trace or compile them without any weights."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from sparselora_jax.models.model import abstract_model
 from sparselora_jax.planning import memory
@@ -16,45 +17,66 @@ from sparselora_jax.recipe import prune_methods, reads_teacher, restore_program
 from sparselora_jax.restoration.losses import TopK
 from sparselora_jax.restoration.restore import Frozen, pruned_kernels
 from sparselora_jax.restoration.train import State, init_state
-from sparselora_jax.sparse import rules as rules_lib
-from sparselora_jax.sparse import sharding
+from sparselora_jax.sparse import rules, sharding
 
 
-def restore_step(made: memory.Recipe) -> tuple[Any, tuple]:
-    """(the jitted step of restoration, the shapes of its arguments: state, frozen, batch)."""
-    cfg, config, knobs = made.cfg, made.config, made.config.restore
-    step, tx = restore_program(abstract_model(cfg), config, made.mesh)
-    trained = made.lora
-    if knobs.trained == 'weights':
-        trained = jax.eval_shape(pruned_kernels, made.params, made.masks)
+def restore_step(trees: memory.Recipe) -> tuple[Callable, tuple[State, Frozen, dict]]:
+    """Return the jitted step of restoration and the shapes of its arguments.
+
+    Args:
+      trees: of the recipe.
+
+    Returns:
+      (step, (state, frozen, batch)).
+    """
+    config = trees.config
+    # The step that a job runs, so that what is counted is what is run.
+    step, tx = restore_program(abstract_model(trees.cfg), config, trees.mesh)
+    if config.restore.trained == 'weights':
+        trained = jax.eval_shape(pruned_kernels, trees.params, trees.masks)
+    else:
+        trained = trees.lora
     state = jax.eval_shape(lambda tree: init_state(tree, tx), trained)
-    params, masks = memory.base(made)
-    frozen = Frozen(params, masks or None, made.params if memory.holds_teacher(made) else None)
-    batch = batch_of(cfg, config.text, knobs.batch)
+    params, masks = memory.base(trees)
+    teacher = trees.params if memory.holds_teacher(trees) else None
+    # A step takes no masks as None: packed kernels bring their own.
+    frozen = Frozen(params, masks or None, teacher)
+    batch = batch_of(trees.cfg, config.text, config.restore.batch)
     if reads_teacher(config):
-        tokens = jax.ShapeDtypeStruct((*batch['targets'].shape, knobs.top_k), jnp.int32)
-        log_probs = jax.ShapeDtypeStruct((*batch['targets'].shape, knobs.top_k + 1), jnp.float32)
-        batch['teacher'] = TopK(tokens, log_probs)
+        targets = batch['targets'].shape
+        top_k = config.restore.top_k
+        # One more than the tokens: all other tokens together.
+        batch['teacher'] = TopK(
+            tokens=jax.ShapeDtypeStruct((*targets, top_k), jnp.int32),
+            log_probs=jax.ShapeDtypeStruct((*targets, top_k + 1), jnp.float32),
+        )
     return step, (state, frozen, batch)
 
 
-def placed(arguments: tuple, mesh: Mesh) -> tuple:
-    """The shapes of `restore_step`'s arguments, each with where it lies: trees by `sharding.RULES`, batches by row."""
-    state, frozen, batch = arguments
+def placed(arguments: tuple[State, Frozen, dict], mesh: Mesh) -> tuple[State, Frozen, dict]:
+    """Return the shapes of `restore_step`'s arguments with their shardings: trees by `sharding.RULES`, batches by row.
 
-    def by_rules(tree):
+    Args:
+      arguments: (state, frozen, batch).
+      mesh: of the devices that the step is compiled for.
+    """
+    state, frozen, batch = arguments
+    structure = jax.tree.structure(state.trained)
+
+    def by_rules(tree: PyTree) -> PyTree:
         return jax.tree.map(_at, tree, sharding.shardings(tree, mesh))
 
-    def everywhere(tree, spec):
+    def everywhere(tree: PyTree, spec: PartitionSpec) -> PyTree:
         return jax.tree.map(lambda leaf: _at(leaf, NamedSharding(mesh, spec)), tree)
 
-    def as_trained(tree):  # the optimizer's moments
-        return jax.tree.structure(tree) == jax.tree.structure(state.trained)
+    # The optimizer's moments are trees like the one that is trained and lie where it does; its counters lie everywhere.
+    def is_moment(tree: PyTree) -> bool:
+        return jax.tree.structure(tree) == structure
 
     optimizer = jax.tree.map(
-        lambda tree: by_rules(tree) if as_trained(tree) else everywhere(tree, PartitionSpec()),
+        lambda tree: by_rules(tree) if is_moment(tree) else everywhere(tree, PartitionSpec()),
         state.optimizer,
-        is_leaf=as_trained,
+        is_leaf=is_moment,
     )
     state = State(by_rules(state.trained), optimizer, everywhere(state.step, PartitionSpec()))
     frozen = Frozen(*(None if tree is None else by_rules(tree) for tree in frozen))
@@ -62,17 +84,19 @@ def placed(arguments: tuple, mesh: Mesh) -> tuple:
 
 
 def _at(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    """Return the shape of an array that lies there."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 class Pass(NamedTuple):
-    """One program of a calibration pass: a chunk of samples in one block of a tower.
+    """One program of a calibration pass: a chunk of samples in one block of a stack.
 
     Attributes:
+      tower: path of the stack.
       runs: how often it runs, over all layers and chunks.
-      program: `(sums, w, pruned, x, ctx) -> (sums, x)`, jitted: statistics of what the kernels that are to be pruned
-        read are added to sums, then the chunk goes on through the block as it was pruned. In a tower that stays dense
-        sums are empty and it only goes on.
+      program: `(sums, weights, pruned, x, ctx) -> (sums, x)`, jitted. Statistics of what the kernels that are to be
+        pruned read are added to `sums`; then the chunk goes through the block with its pruned weights. In a tower that
+        stays dense, sums are empty and the chunk only goes through.
       arguments: their shapes.
     """
 
@@ -82,49 +106,68 @@ class Pass(NamedTuple):
     arguments: tuple
 
 
-def calibration(made: memory.Recipe) -> list[Pass]:
-    """The programs with which the pruner calibrates a recipe's model, one for each run of blocks.
+def calibration(trees: memory.Recipe) -> list[Pass]:
+    """Return the programs with which the pruner calibrates a recipe's model, one for each stack of blocks.
 
-    Each device has `prune.chunk` samples at a time. Between these programs kernels are pruned, and before them images
-    and words are embedded: neither is in them.
+    Each device has `prune.chunk` samples at a time. Kernels are pruned between these programs, and images and words are
+    embedded before them: neither is counted.
+
+    Args:
+      trees: of the recipe.
     """
-    config, parts = made.config, made.config.mesh.data * made.config.mesh.fsdp
+    config = trees.config
+    parts = config.mesh.data * config.mesh.fsdp
     samples = config.prune.samples // parts
     chunk = min(config.prune.chunk, samples)
-    found = stacks(made.cfg, made.params, batch_of(made.cfg, config.text, chunk * parts))
-    return [_pass(made, stack, stack.depth * -(-samples // chunk)) for stack in found]
+    chunks = -(-samples // chunk)  # rounded up: the last chunk may be smaller
+    traced = stacks(trees.cfg, trees.params, batch_of(trees.cfg, config.text, chunk * parts))
+    return [_pass(trees, stack, stack.depth * chunks) for stack in traced]
 
 
-def _pass(made: memory.Recipe, stack: Stack, runs: int) -> Pass:
-    step, methods = block_step(stack.block, made.mesh), prune_methods(made.config)
-    paths = {name: f'{stack.tower}/blocks/{name}' for name in stack.inputs}
-    pruned = {name: rules_lib.first_match(methods, path) for name, path in paths.items() if path in made.densities}
-    stats = {name: method.statistic or calibrate.squares for name, method in pruned.items()}
-    sums = block_sums(stack.block, stats.get, made.mesh)
+def _pass(trees: memory.Recipe, stack: Stack, runs: int) -> Pass:
+    """Return the program of one stack, built of the very parts that the pruner runs."""
+    step = block_step(stack.block, trees.mesh)
+    methods = prune_methods(trees.config)
+    statistics = {}
+    for name in stack.inputs:
+        path = rules.block_path(stack.tower, name)
+        if path in trees.densities:
+            # The pruner gathers squares for a method without a statistic too.
+            statistics[name] = rules.first_match(methods, path).statistic or calibrate.squares
+    sums = block_sums(stack.block, statistics.get, trees.mesh)
 
-    def observe_and_go_on(before, w, pruned, x, ctx):
-        return sums.add(before, w, (x, ctx)) if stats else before, step(pruned, (x, ctx))
+    def observe_and_go_on(before, weights, pruned, x, ctx):
+        after = sums.add(before, weights, (x, ctx)) if statistics else before
+        return after, step(pruned, (x, ctx))
 
-    zeros = jax.eval_shape(sums.zeros, stack.weights, (stack.x, stack.ctx)) if stats else {}
-    program = jax.jit(observe_and_go_on, donate_argnums=0)
+    # In a tower that stays dense nothing is watched, so there are no sums to begin with.
+    zeros = jax.eval_shape(sums.zeros, stack.weights, (stack.x, stack.ctx)) if statistics else {}
+    program = jax.jit(observe_and_go_on, donate_argnums=0)  # sums are added to in place
     return Pass(stack.tower, runs, program, (zeros, stack.weights, stack.weights, stack.x, stack.ctx))
 
 
-def placed_pass(made: memory.Recipe, one: Pass, mesh: Mesh) -> tuple:
-    """The shapes of a pass's arguments, each with where it lies: weights by `sharding.RULES`, samples by row."""
-    stacked = rules_lib.flatten(sharding.shardings(made.params, mesh))
-    sums, w, pruned, x, ctx = one.arguments
+def placed_pass(trees: memory.Recipe, one: Pass, mesh: Mesh) -> tuple:
+    """Return the shapes of a pass's arguments with their shardings: weights by `sharding.RULES`, samples by row.
 
-    def of_layer(tree):
-        flat = {
-            name: _at(leaf, NamedSharding(mesh, PartitionSpec(*stacked[f'{one.tower}/blocks/{name}'].spec[1:])))
-            for name, leaf in rules_lib.flatten(tree).items()
-        }
-        return rules_lib.unflatten(flat)
+    Args:
+      trees: of the recipe.
+      one: of `calibration`.
+      mesh: of the devices that the program is compiled for.
+    """
+    stacked = rules.flatten(sharding.shardings(trees.params, mesh))
+    sums, weights, pruned, x, ctx = one.arguments
 
-    by_row = (
-        jax.tree.map(lambda leaf: _at(leaf, sharding.fitting(mesh, sharding.BATCH, leaf.shape)), part)
-        for part in (x, ctx)
-    )
+    def of_layer(tree: dict) -> dict:
+        flat = {}
+        for name, leaf in rules.flatten(tree).items():
+            # The first axis of a stacked array, its layers, is not split; a layer has the axes behind it.
+            axes = stacked[rules.block_path(one.tower, name)].spec[1:]
+            flat[name] = _at(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+        return rules.unflatten(flat)
+
+    def by_row(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: _at(leaf, sharding.fitting(mesh, sharding.BATCH, leaf.shape)), tree)
+
+    # Of a Hessian each device holds some columns, of squares all.
     sums = jax.tree.map(lambda leaf: _at(leaf, calibrate.place_of_sum(leaf.shape, mesh)), sums)
-    return sums, of_layer(w), of_layer(pruned), *by_row
+    return sums, of_layer(weights), of_layer(pruned), by_row(x), by_row(ctx)

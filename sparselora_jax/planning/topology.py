@@ -1,4 +1,4 @@
-"""Chips that are not here, as JAX's compilers take them: slices of TPUs, and GPUs of one machine."""
+"""Devices that are not here, as JAX's compilers take them: slices of TPUs, and GPUs of one machine."""
 
 import re
 from typing import Any
@@ -10,7 +10,10 @@ from sparselora_jax.recipe import ConfigError
 
 
 def find(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip of a topology, `v5e:4x4` or `h100:8`, and its devices, which programs can be compiled for.
+    """Return the chip of a topology and its devices, which programs can be compiled for.
+
+    Args:
+      topology: e.g. `v5e:4x4` or `h100:8`.
 
     Raises:
       ConfigError: no such chip or slice, or its compiler is not installed.
@@ -21,53 +24,75 @@ def find(topology: str) -> tuple[Chip, list[Any]]:
     if kind not in TPUS:
         known = f'one of {", ".join(TPUS)}, then :4x4 or the like, or of {", ".join(GPUS)}, then :8 or fewer'
         raise ConfigError(f'--topology={topology}: expected {known}')
-    return TPUS[kind], _devices(topology, 'tpu', topology_name=topology)
+    return TPUS[kind], _devices(topology, 'tpu', 'requirements-tpu.txt', topology_name=topology)
 
 
-def compiler_options(chip: Chip, effort: float) -> dict[str, Any]:
-    """How a program is compiled for chips that are not here.
+def compiler_options(chip: Chip, effort: float) -> dict[str, bool | float]:
+    """Return the options with which a program is compiled for a chip that is not here.
 
     Args:
-      effort: see `launch/compile.py`; of TPUs.
+      chip: of `find`.
+      effort: of a TPU's compiler, from -1 to 1; see `launch/compile.py`.
     """
     if chip in (gpu.chip for gpu in GPUS.values()):
-        # A GPU's compiler tries its own products on the GPU; without one it may choose tiles that do not fit and fail.
+        # XLA times its own Triton products on the GPU. Without one it may choose tiles that do not fit, and fail.
         return {'xla_gpu_enable_triton_gemm': False}
+    # 0 is the default; only other values are passed on.
     return {'exec_time_optimization_effort': effort} if effort else {}
 
 
 def _gpus(topology: str, gpu: Gpu, count: str) -> list[Any]:
     if not re.fullmatch('[1-8]', count):
         raise ConfigError(f'--topology={topology}: expected 1 to 8 GPUs, of one machine')
-    return _devices(topology, 'cuda', topology=f'1x1x{count}', target_config=description(gpu))
+    # Slices x machines in a slice x GPUs in a machine.
+    shape = f'1x1x{count}'
+    return _devices(topology, 'cuda', 'requirements-gpu.txt', topology=shape, target_config=description(gpu))
 
 
-def _devices(topology: str, platform: str, /, **what: str) -> list[Any]:
-    needed = {'tpu': 'requirements-tpu.txt', 'cuda': 'requirements-gpu.txt'}[platform]
+def _devices(asked: str, platform: str, requirements: str, /, **what: str) -> list[Any]:
+    """Return the devices of a platform.
+
+    Args:
+      asked: as the user gave it, for the error.
+      platform: of JAX.
+      requirements: the file that installs its compiler.
+      what: arguments of JAX's `get_topology_desc`, which differ by platform.
+
+    Raises:
+      ConfigError: the platform's own error.
+    """
     try:
         return topologies.get_topology_desc(platform=platform, **what).devices
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f'--topology={topology}: {error}; is {needed} installed?') from None
+        # A wrong shape, or a plugin of JAX that is not installed: both come as these.
+        raise ConfigError(f'--topology={asked}: {error}; is {requirements} installed?') from None
 
 
 def description(gpu: Gpu) -> str:
-    """A GPU in XLA's words, a text of `stream_executor.GpuTargetConfigProto`."""
+    """Return a GPU in XLA's words: a `stream_executor.GpuTargetConfigProto` as text.
+
+    Limits that all GPUs of these generations share are constants.
+
+    Args:
+      gpu: of `chips.GPUS`.
+    """
+    own = gpu.architecture
     return f"""
 platform_name: "CUDA"
 device_description_str: "{gpu.chip.name}"
 dnn_version_info {{ major: 9 minor: 12 }}
 gpu_device_info {{
   name: "{gpu.chip.name}"
-  cuda_compute_capability {{ major: {gpu.capability} }}
-  core_count: {gpu.cores}
-  fpus_per_core: {gpu.lanes}
-  clock_rate_ghz: {gpu.hertz / 1e9}
+  cuda_compute_capability {{ major: {own.capability} }}
+  core_count: {own.cores}
+  fpus_per_core: {own.lanes}
+  clock_rate_ghz: {own.hertz / 1e9}
   device_memory_size: {gpu.chip.memory}
   memory_bandwidth: {int(gpu.chip.bytes_s)}
-  l2_cache_size: {gpu.cache}
-  shared_memory_per_core: {gpu.shared}
+  l2_cache_size: {own.cache}
+  shared_memory_per_core: {own.shared}
   shared_memory_per_block: {48 * KIB}
-  shared_memory_per_block_optin: {gpu.shared - KIB}
+  shared_memory_per_block_optin: {own.shared - KIB}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   threads_per_warp: 32

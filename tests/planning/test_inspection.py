@@ -169,7 +169,7 @@ def test_the_script_prints_towers_rules_and_memory(script):
 @pytest.mark.parametrize(
     ('overrides', 'line'),
     [
-        ([], 'pruned: language; trained: LoRA in vision, language'),
+        ([], 'pruned: language; trained: LoRA in language, vision'),
         (['--config.lora.rank.vision=0'], 'pruned: language; trained: LoRA in language'),
         (['--config.restore.trained=weights'], 'pruned: language; trained: the pruned kernels'),
     ],
