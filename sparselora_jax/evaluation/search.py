@@ -178,7 +178,7 @@ def _beam_step(
     is_end: Bool[Array, ' vocab'],
     top_k: Callable,
 ) -> Search:
-    """Continue the best candidates that do not end, and merge those that end into the finished beams."""
+    """Extend the beams by the best candidates that do not end, and merge those that end into the finished beams."""
     batch, beams, vocab = scores.shape
     is_last = index == settings.finished_divisors.shape[0] - 1
 
