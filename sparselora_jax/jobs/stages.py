@@ -141,7 +141,8 @@ def prune(job: Job) -> dict:
         rules = prune_rules(config)
         flat = flatten(params)
         patterns = pruning.patterns_of(params, rules)
-        methods = pruning.methods_of(params, prune_methods(config))
+        method_rules = prune_methods(config)
+        methods = pruning.methods_of(params, method_rules)
         mask_shapes = {path: jax.ShapeDtypeStruct(flat[path].shape, bool) for path in patterns}
         # Kept weights that are as they came are read again from the dense model.
         edited = {path: flat[path] for path in patterns if methods[path].edits_kept_weights}
@@ -164,7 +165,7 @@ def prune(job: Job) -> dict:
                 params,
                 calibration,
                 rules,
-                method=prune_methods(config),
+                method=method_rules,
                 zeros=zeros,
                 chunk=config.prune.chunk,
                 keep=keep,

@@ -68,6 +68,7 @@ METHODS.register('sparsegpt', SparseGPT)
 METHODS.register('dsnot', DSnoT)
 METHODS.register('ria', RIA)
 
+# The first is the default of every recipe.
 ALLOCATIONS.register('uniform', Uniform)
 ALLOCATIONS.register('global_magnitude', GlobalMagnitude)
 ALLOCATIONS.register('owl', OWL)

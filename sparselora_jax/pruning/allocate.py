@@ -47,6 +47,7 @@ def uniform_zeros(params: PyTree, rules: PatternRules, *, method: Methods) -> Ze
         if pattern.structured:
             expected = 'expected an unstructured sparsity such as 0.5, or uniform allocation'
             raise PatternError(f'{path}: zeros cannot be allocated under the N:M pattern {pattern}: {expected}')
+    # Uniform pruning of nothing is legal, so `patterns_of` does not refuse it; sharing nothing out is a mistake.
     if not patterns:
         raise PatternError('there are no zeros to allocate: the pattern of every kernel is dense')
     return pattern_zeros(flatten(params), patterns, methods_of(params, method))
@@ -85,6 +86,7 @@ def bounds(sizes: dict[str, int], shapes: dict[str, tuple[int, ...]], budget: in
     """
     if not 0 < highest <= 1:
         raise PatternError(f'highest sparsity {highest}: expected a share in (0, 1]')
+    # The same rounding as of any pattern: what a tower at sparsity `highest` has is within the bound.
     bound = Pattern(sparsity=highest)
     most = {path: np.full(shape, bound.zeros(sizes[path])) for path, shape in shapes.items()}
     if budget > total(most):
@@ -147,12 +149,16 @@ def allocate(scores: Mapping[str, np.ndarray], sizes: dict[str, int], budget: in
     # {stack: of each layer}; a kernel outside of all blocks is a group of its own.
     group_scores = _sum_by_stack(scores)
     group_sizes = _sum_by_stack({path: np.full(most[path].shape, sizes[path]) for path in most})
+    # One vector over the groups of all towers: they compete for one budget.
     flat_sizes = np.concatenate([group_sizes[group] for group in group_sizes])
     flat_scores = np.concatenate([group_scores[group] for group in group_sizes])
+    # What a group keeps at the highest sparsity, whatever its score.
     lowest = (1 - highest) * flat_sizes
     kept = _fill(flat_scores, lowest, flat_sizes, flat_sizes.sum() - budget)
+    # Back to {stack: sparsity of each layer}.
     ends = np.cumsum([len(of_layers) for of_layers in group_sizes.values()])[:-1]
     sparsity = dict(zip(group_sizes, np.split(1 - kept / flat_sizes, ends), strict=True))
+    # Every kernel of a group gets the group's ratio, so these are no integers yet.
     wanted = {path: sparsity[stack_of(path)].reshape(most[path].shape) * sizes[path] for path in scores}
     zeros = round_zeros(wanted, budget, most)
     check_left(zeros, sizes)
@@ -164,6 +170,7 @@ def _sum_by_stack(values: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarra
     sums: dict[str, np.ndarray] = {}
     for path, of_layers in values.items():
         of_layers = np.atleast_1d(np.asarray(of_layers, np.float64))
+        # All kernels of a layer lie in one stack; a kernel outside of blocks is its own.
         group = stack_of(path)
         sums[group] = sums[group] + of_layers if group in sums else of_layers
     return sums
@@ -225,6 +232,7 @@ def round_zeros(wanted: Mapping[str, np.ndarray], budget: int, most: Zeros) -> Z
     >>> round_zeros({'q': np.array([1.5, 2.5])}, 4, {'q': np.array([9, 9])})['q'].tolist()
     [2, 2]
     """
+    # A kernel that is no stack has a number where others have a vector.
     real = np.concatenate([np.atleast_1d(of_layers) for of_layers in wanted.values()])
     caps = np.concatenate([np.atleast_1d(of_layers) for of_layers in most.values()]).astype(np.int64)
     zeros = np.clip(np.floor(real).astype(np.int64), 0, caps)
@@ -233,6 +241,7 @@ def round_zeros(wanted: Mapping[str, np.ndarray], budget: int, most: Zeros) -> Z
         below_cap = np.flatnonzero(zeros < caps)
         if not below_cap.size:
             raise PatternError(f'{budget} zeros are to be shared out, and no more than {zeros.sum()} may be')
+        # A stable sort of the negated remainders: of equal ones the earlier comes first.
         chosen = below_cap[np.argsort(-(real - zeros)[below_cap], kind='stable')[:missing]]
         zeros[chosen] += 1
     ends = np.cumsum([np.size(of_layers) for of_layers in wanted.values()])[:-1]

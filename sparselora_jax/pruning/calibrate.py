@@ -117,6 +117,7 @@ class Recorder:
 
     def add(self, layer: Array, x: Float[Array, '*batch inputs']) -> None:
         """Add the statistic of one call's input, padding left out."""
+        # Kept to see which kernels read the very same array (`_leaders`).
         self.inputs.append(x)
         rows = x.reshape(-1, x.shape[-1])
         count = jnp.asarray(rows.shape[0], jnp.int32)
@@ -124,6 +125,7 @@ class Recorder:
             # Rows of zeros add nothing to any sum; leaving rows out would make shapes depend on data.
             rows = jnp.where(self.valid.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
             count = jnp.sum(self.valid, dtype=jnp.int32)
+        # `total` is a mutable ref: under scan the update lands in the layer's own row.
         for total, new in zip(jax.tree.leaves(self.total), jax.tree.leaves(self.stat(rows)), strict=True):
             total[layer] += new
         self.tokens[layer] += count
@@ -165,6 +167,7 @@ class Sums(NamedTuple):
         """
         sums = None
         for batch in batches:
+            # Shapes of sums follow from tracing, which needs a batch.
             sums = self.zeros(params, batch) if sums is None else sums
             sums = self.add(sums, params, batch)
         if sums is None:
@@ -200,14 +203,18 @@ def make_sums(
             stat = stats(path)
             if stat is None:
                 continue
+            # A stack of kernels [layers, in, out] is one kernel of each layer, sliced by the forward's scan.
             stacked = leaf.ndim == 3
             layers = leaf.shape[0] if stacked else 1
             mask = valid(path, batch)
             mask = None if mask is None else mask.reshape(-1)
             recorders[path] = Recorder(stat, layers, leaf.shape[-2], mask)
+            # Scan slices the index beside the kernel, so that `observe` knows its layer.
             index = jnp.arange(layers) if stacked else jnp.zeros((), jnp.int32)
             flat[path] = Calibrating(leaf, index, recorders[path])
+        # Its result is not used, so the compiler drops what no statistic depends on.
         forward(rules.unflatten(flat), batch)
+        # A side effect of tracing: which kernels share an input is known only now.
         leaders.update(_leaders(recorders))
         own = {path: (r.total, r.tokens) for path, r in recorders.items() if leaders[path] == path}
         # A leading axis: one entry for each device that runs this on its own rows.
@@ -269,6 +276,7 @@ def make_observer(
         stat = stats(path)
         return None if stat is None else _Scaled(stat)
 
+    # A second set of programs, so that those of ordinary models are what they would be without it.
     @functools.cache  # compiled for the first kernel that needs it, and for none in ordinary models
     def scaled_programs():
         return make_sums(forward, stats=scaled_stats, valid=valid, mesh=mesh)
@@ -278,6 +286,7 @@ def make_observer(
         kernels = rules.kernels(params)
         stacked = {path: kernels[path].ndim == 3 for path in sums}
         tiny = {path: _check_sums(path, stacked[path], *value) for path, value in sums.items()}
+        # Beside ordinary statistics those of tiny activations are 0 in effect, as they are here.
         if one_scale and not all(layers.all() for layers in tiny.values()):
             tiny = {path: np.zeros_like(layers) for path, layers in tiny.items()}
         if any(layers.any() for layers in tiny.values()):
@@ -300,6 +309,7 @@ def place_of_sum(shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None) -> Na
     """Return where a sum, `[layers, ...]`, lies: vectors on every device, of a Hessian some columns on each."""
     if mesh is None:
         return None
+    # [layers, inputs, inputs] is a Hessian: the one statistic too large for every device to hold.
     columns = (None, None, *sharding.BATCH) if len(shape) == 3 else ()
     return sharding.fitting(mesh, PartitionSpec(*columns), shape)
 
@@ -314,6 +324,7 @@ def _add_in_order(total: Array, parts: Array, mesh: Mesh | AbstractMesh | None) 
         return total + parts[0]
     place = PartitionSpec(None, *place_of_sum(parts.shape[1:], mesh).spec)
     parts = jax.lax.with_sharding_constraint(sharding.split_rows(parts, mesh), NamedSharding(mesh, place))
+    # A scan adds in a fixed order; a compiler may reorder a sum over an axis.
     return jax.lax.scan(lambda total, part: (total + part, None), total, parts)[0]
 
 
@@ -377,6 +388,7 @@ def _check_sums(path: str, stacked: bool, total: PyTree, tokens: Int[Array, ' la
     """
     if not processes.on_host(tokens).all():
         raise CalibrationError(f'{path}: no token reached it during calibration')
+    # One number of each leaf and layer comes to the host: NaN and infinity survive a maximum.
     largest = _largest_on_host(total)
     bad = ~np.isfinite(largest).all(axis=0)
     if bad.any():
@@ -409,6 +421,7 @@ def _finish(stacked: bool, stat: Statistic, total: PyTree, tokens: Array) -> tup
     """Return (sum or mean, tokens) of one kernel, without the layers axis where the kernel has none."""
     if isinstance(stat, Mean):
         total = jax.tree.map(lambda leaf: leaf / tokens.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1)), total)
+    # Accumulators always have a layers axis; that of a single kernel is dropped here.
     return (total, tokens) if stacked else jax.tree.map(lambda leaf: leaf[0], (total, tokens))
 
 
@@ -420,6 +433,7 @@ def _warn_about(
     messages: dict[str, str],
 ) -> None:
     """Log one line for each kernel and layer that is marked, with the kernels that read the same input."""
+    # All processes hold the same statistics: one of them speaks.
     if not processes.first():
         return
     for path, layers in layers_of.items():

@@ -151,6 +151,7 @@ def _swap(
     # What is left of the variance of an input that is all but constant is rounding: there it counts as that small.
     variance = jnp.maximum(second - mean**2, jnp.finfo(second.dtype).eps * second)
     variance = jnp.where(variance > 0, variance, 1.0)  # dead inputs; their share is zero, so they are never regrown
+    # Shares and scores are compared in the statistic's dtype, float32.
     weights = weights.astype(mean.dtype)
     share = weights * mean
     score = jnp.abs(weights) * jnp.sqrt(second)
@@ -159,6 +160,7 @@ def _swap(
 
     def best(allowed, priority):
         """Return inputs in the order in which they are taken, equal ones by position, and how many may be taken."""
+        # At most `cycles` candidates are ever taken, so no full sort is needed; top_k breaks ties by position.
         _, order = jax.lax.top_k(jnp.where(allowed, priority, -jnp.inf), min(options.cycles, inputs))
         return order, jnp.sum(allowed, axis=1, dtype=jnp.int32)
 
@@ -187,11 +189,13 @@ def _swap(
     def cycle(state):
         """Swap two weights of every output that is not done."""
         cycles, active, error, taken, mask = state
+        # Which of the two lists of candidates: 0 for errors above zero, 1 for errors below.
         side = (error < 0).astype(jnp.int32)
         grown, can_grow = candidate(to_grow, side, taken)
         pruned, can_prune = in_group(error, mask, grown) if pattern.structured else candidate(to_prune, side, taken)
         after = error - share[row, grown] + share[row, pruned]
         swaps = active & can_grow & can_prune & (jnp.abs(after) < jnp.abs(error))
+        # Outputs that do not swap write back what they have.
         mask = mask.at[row, grown].set(mask[row, grown] | swaps)
         mask = mask.at[row, pruned].set(mask[row, pruned] & ~swaps)
         taken = taken.at[side, row].add(1)
@@ -199,6 +203,7 @@ def _swap(
         active = (swaps & (jnp.abs(after) > options.threshold)) | (active & can_grow & ~can_prune)
         return cycles + 1, active, jnp.where(swaps, after, error), taken, mask
 
+    # What each output misses on the average token under the initial mask.
     error = jnp.sum(jnp.where(initial, 0.0, share), axis=1)
     state = (jnp.int32(0), jnp.abs(error) > options.threshold, error, jnp.zeros((2, outputs), jnp.int32), initial)
     return jax.lax.while_loop(lambda state: (state[0] < options.cycles) & state[1].any(), cycle, state)[-1]

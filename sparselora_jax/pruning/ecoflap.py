@@ -51,6 +51,7 @@ def _scored_forward(kernel, tap):
 
 
 def _scored_backward(kernel, gradient):
+    # The kernel, saved by the forward, meets its gradient here, in the backward of one block.
     score = jnp.sum(jnp.abs(kernel.astype(jnp.float32)) * jnp.abs(gradient.astype(jnp.float32)))
     return jnp.zeros_like(kernel), score.astype(score_dtype(kernel))
 
@@ -74,11 +75,13 @@ def tapped_blocks(taps: dict[str, Float[Array, ' layers']]) -> Runner:
 
     def run(tower, block, weights, x, ctx, cache=None):
         def tapped(w, x, ctx, cache):
+            # The tap goes through `_scored`, so its gradient is the score; its value, zero, is not used.
             flat = flatten(w['weights'])
             for name, tap in w['taps'].items():
                 flat[name] = _scored(flat[name], tap)
             return block(unflatten(flat), x, ctx, cache)
 
+        # The runner scans over weights and taps together: a block sees its own layer's tap.
         tower_taps = {name: taps[path] for name, path in in_blocks(taps, tower).items()}
         return remat_blocks(tower, tapped, {'weights': weights, 'taps': tower_taps}, x, ctx, cache)
 
@@ -116,6 +119,7 @@ def first_order_scores(loss: Loss, params: dict, batches: Iterable[Any], paths: 
     step = make_first_order(loss)
     flat = flatten(params)
     _check_paths(flat, paths)
+    # Scores come out as the gradients with respect to these, [layers] for each kernel.
     taps = {path: jnp.zeros(flat[path].shape[0], score_dtype(flat[path])) for path in paths}
     scores = _mean([step(params, batch, taps) for batch in batches])
     return {path: scores[path] for path in paths}  # jax sorts keys
@@ -179,6 +183,7 @@ def perturbed_blocks(
 
         def perturbed(stack, index):
             def perturb_row(row):
+                # Noise of size eps would vanish in bf16 weights, so it is added in float32 and rounded once.
                 wide = stack[index, row].astype(score_dtype(stack))
                 return (wide + scale.astype(wide.dtype) * noise(key, row, wide)).astype(stack.dtype)
 
@@ -188,6 +193,7 @@ def perturbed_blocks(
         def run_block(w, x, ctx, cache):
             flat = {}
             for name, stack in flatten(weights).items():
+                # A kernel that is not scored needs no `cond`.
                 if name in indices:
                     is_chosen = (w['layer'] == layer) & (kernel == indices[name])
                     flat[name] = jax.lax.cond(is_chosen, perturbed, plain, stack, w['layer'])
@@ -195,6 +201,7 @@ def perturbed_blocks(
                     flat[name] = stack[w['layer']]
             return block(unflatten(flat), x, ctx, cache)
 
+        # Scanned over layer indices, not weights: the block slices the stacks itself (see above).
         layers = jnp.arange(jax.tree.leaves(weights)[0].shape[0], dtype=jnp.int32)
         return scan_blocks(tower, run_block, {'layer': layers}, x, ctx, cache)
 
@@ -263,7 +270,9 @@ def zeroth_order_scores(
     for index, path in enumerate(paths):
         of_layers = []
         for layer in range(flat[path].shape[0]):
+            # Keys depend on indices alone, so scores do not depend on the order of work.
             layer_key = jax.random.fold_in(jax.random.fold_in(key, index), layer)
+            # Indices are numpy scalars: traced, so all kernels and layers share one program.
             of_batches = [
                 step(params, batch, np.int32(index), np.int32(layer), jax.random.fold_in(layer_key, b))
                 for b, batch in enumerate(batches)

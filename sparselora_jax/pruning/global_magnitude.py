@@ -36,6 +36,7 @@ def _histogram(
       dtype: in which weights are compared.
     """
     bits = ordered_bits(jnp.abs(kernel.astype(dtype)))
+    # Bits that compare as the weights do: the most significant digit comes first.
     last = bits.dtype.itemsize * 8 - DIGIT * (digit + 1)
     values = (bits >> last) & (2**DIGIT - 1)
     if digit:

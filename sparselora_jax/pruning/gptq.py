@@ -106,6 +106,7 @@ def _round_slab(
 
     def round_input(i, state):
         values, errors = state
+        # The rows of `errors` from i on are still zero: only inputs before i count.
         updated = part[i] - jnp.matmul(lower[i], errors, precision='highest')
         value = jnp.where(is_kept[i], rounded(updated[None], scale, kind)[0], 0.0)
         return values.at[i].set(value), errors.at[i].set((updated - value) / lower[i, i])

@@ -41,6 +41,7 @@ class Magnitude(Method):
           pattern: see `Method`.
           num_zeros: see `mask_from_scores`.
         """
+        # Scores in the kernel's own dtype: |W| is exact in it.
         mask = mask_from_scores(jnp.abs(kernel), pattern, group=self.group, num_zeros=num_zeros)
         return jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), mask
 

@@ -51,10 +51,12 @@ class Method(Protocol):
         Hessian; for estimates of memory.
     """
 
+    # What a class must say; data members of a Protocol may be fields, ClassVars or properties.
     statistic: Statistic | None
     group: str
     edits_kept_weights: ClassVar[bool]
     outputs_are_independent: bool
+    # Defaults of those that subclass `Method`.
     groups: ClassVar[Mapping[str, str]] = MappingProxyType({'output': 'output', 'matrix': 'matrix'})
     kernel_copies: ClassVar[int] = 4
     statistic_copies: int = 0
@@ -95,6 +97,7 @@ class Method(Protocol):
 # Names of `Method` classes for `config.prune.method` and `config.prune.initial`.
 METHODS: Registry[type] = Registry('prune.method')
 
+# isinstance(method, Method) says no more than False; these names make the error.
 _MEMBERS = (
     'statistic',
     'group',
@@ -116,6 +119,7 @@ def check_method(method: object) -> None:
     Raises:
       MethodError: names what is wrong and what to write instead.
     """
+    # The likeliest slips: the name, or the class without brackets.
     if isinstance(method, str | type) or not callable(method):
         name = method if isinstance(method, str) else getattr(method, '__name__', type(method).__name__)
         raise MethodError(f'pruning method {name}: expected an instance such as sl.Wanda(), not {method!r}')

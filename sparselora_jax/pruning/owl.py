@@ -30,9 +30,11 @@ from sparselora_jax.sparse.rules import RuleError, block_path, stack_of, unflatt
 @jax.jit
 def _outliers(kernels: list[Array], squares: list[Array], threshold: ArrayLike) -> Int[Array, ' kernels']:
     """Count the scores of each kernel above `threshold` times the mean of all of them."""
+    # Wanda's scores, in float32 whatever the weights' dtype.
     scores = [
         jnp.abs(w.astype(jnp.float32)) * jnp.sqrt(sums)[:, None] for w, sums in zip(kernels, squares, strict=True)
     ]
+    # One mean over all kernels of the block: an outlier stands out in its block, not in its kernel.
     mean = sum(jnp.sum(s) for s in scores) / sum(s.size for s in scores)
     return jnp.stack([jnp.sum(s > threshold * mean, dtype=jnp.int32) for s in scores])
 
@@ -87,9 +89,11 @@ def outlier_shares(
                 return f'{block_path(tower, name)}, layer {layer}'
 
             stats = observe(unflatten(w), chunks, place)
+            # The number of weights in a block may not fit into 32 bits, so counts are added up on the host.
             counts = _outliers([w[name] for name in names], [stats[name][0] for name in names], threshold)
             size = sum(w[name].size for name in names)
             shares.setdefault(tower, []).append(int(np.asarray(counts).sum(dtype=np.int64)) / size)
+            # Weights go on unchanged: shares are those of the dense model.
             return w
 
         return visit
@@ -129,16 +133,19 @@ def owl_zeros(
     width = every.max() - lowest
     # The paper's d: by how much the kept share of each block moves; not at all where all blocks are alike.
     moved = {tower: 2 * spread * (share - lowest) / width if width else 0 * share for tower, share in shares.items()}
+    # Blocks differ in size, so the mean that must stay weighs each by its weights.
     weights = sum(sizes[path] * zeros.size for path, zeros in uniform.items())
     mean = sum(sizes[path] * moved[stack_of(path)].sum() for path in uniform) / weights
     wanted = {path: zeros - sizes[path] * (moved[stack_of(path)] - mean) for path, zeros in uniform.items()}
     for path, of_layers in wanted.items():
+        # A large spread can push a ratio out of [0, 1]; clipping it would break the sum.
         odd = np.flatnonzero((of_layers < 0) | (of_layers > sizes[path]))
         if odd.size:
             ratio = of_layers[odd[0]] / sizes[path]
             raise PatternError(
                 f"{path}, layer {odd[0]}: OWL's sparsity would be {ratio:.3f}; ask for a smaller spread than {spread}"
             )
+    # Ratios lie in [0, 1] by now, so the only bound is the kernel itself.
     most = {path: np.full(zeros.shape, sizes[path]) for path, zeros in uniform.items()}
     zeros = round_zeros(wanted, total(uniform), most)
     check_left(zeros, sizes)
@@ -176,6 +183,7 @@ class OWL(Allocation):
           PatternError: one can.
         """
         for path, zeros in uniform.items():
+            # An early check, by one lambda: `owl_zeros` checks the ratios that come out.
             ratio = zeros.max() / sizes[path]
             if not self.spread < ratio < 1 - self.spread:
                 raise PatternError(

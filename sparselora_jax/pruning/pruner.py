@@ -52,6 +52,7 @@ class Verdict(NamedTuple):
 def _judge(kernel: Array, pruned: Array, mask: Array) -> Verdict:
     """Return whether pruned weights are finite, and whether kept ones were edited."""
     is_finite = jnp.isfinite(pruned)
+    # -0.0 equals 0.0, so a method may also multiply by its mask. NaN is the other check's.
     untouched = jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))
     return Verdict(is_finite.all(), jnp.any(is_finite & (pruned != untouched)))
 
@@ -82,6 +83,7 @@ def _prune_kernel(
     if kernel.ndim == 2:
         pruned, mask = method(kernel, statistic, pattern, zeros)
     else:
+        # Layer after layer: all at once would take the memory of all layers' scores.
         pruned, mask = jax.lax.map(
             lambda layer: method(layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros)
         )
@@ -109,19 +111,23 @@ def _prune_joined(
       places: where each kernel lies on a mesh. A method walks along inputs, so each device prunes some outputs, with
         all their inputs: no group is cut.
     """
+    # [inputs, outputs of all kernels]: a method sees one wide kernel.
     kernel = jnp.concatenate(kernels, axis=-1)
     constrain = jax.lax.with_sharding_constraint
     if places is not None:
         mesh = places[0].mesh
         outputs = sharding.fitting(mesh, PartitionSpec(None, ('fsdp', 'tensor')), kernel.shape)
+        # Every device needs the whole statistic: each output is pruned along all inputs.
         statistic = jax.tree.map(lambda leaf: constrain(leaf, NamedSharding(mesh, PartitionSpec())), statistic)
         kernel = constrain(kernel, outputs)
     pruned, mask = method(kernel, statistic, pattern, zeros)
     if places is not None:
         pruned, mask = constrain((pruned, mask), outputs)
+    # Cut back into the kernels as they came.
     ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1].tolist()
     results = (jnp.split(pruned, ends, axis=-1), jnp.split(mask, ends, axis=-1))
     if places is not None:
+        # Back to where the kernels lie, so that the next block finds them there.
         results = constrain(results, (list(places), list(places)))
     return *results, _judge(kernel, pruned, mask)
 
@@ -164,6 +170,7 @@ def prune_tree(
     methods = methods_of(params, method)
     patterns = patterns_of(params, rules)
     totals = pattern_zeros(flat, patterns, methods, zeros)
+    # All are looked at before the first kernel is pruned.
     statistics = {path: _statistic_for(path, methods[path], flat[path].shape, stats or {}) for path in patterns}
     masks = {}
     for path, pattern in patterns.items():
@@ -171,8 +178,10 @@ def prune_tree(
         outputs = flat[path].shape[-1]
         counts = None
         if not pattern.structured:
+            # [layers, groups], or [groups] for a kernel that is no stack.
             layers = [per_group(of_kernel, pattern, outputs, int(total)) for total in totals[path].reshape(-1)]
             counts = np.stack(layers) if totals[path].ndim else layers[0]
+        # `pattern.kind` forgets the sparsity: the counts say it, and one program serves every ratio.
         flat[path], masks[path], verdict = _prune_kernel(
             flat[path], statistics[path], counts, method=of_kernel, pattern=pattern.kind
         )
@@ -201,6 +210,7 @@ def _statistic_for(
     statistic = stats[path][0]
     *layers, inputs, _outputs = shape
     expected = _shapes(calibrate.statistic_shapes(method.statistic, inputs), layers)
+    # A Hessian would broadcast against Wanda's scores, so shapes are compared and not left to fail.
     if _shapes(statistic) != expected:
         # Other statistics of this kernel, to call the one that was given by its name.
         known = [other for other in (calibrate.squares, calibrate.hessian) if other is not method.statistic]
@@ -283,6 +293,7 @@ def prune(
         pruned_layers.setdefault(path, []).append(kernel)
         mask_layers.setdefault(path, []).append(mask)
 
+    # Without `keep` layers are gathered here and stacked at the end.
     take = keep or collect
 
     def enter(tower, block):
@@ -301,17 +312,20 @@ def prune(
             def place(name, _layer):
                 return f'{block_path(tower, name)}, layer {layer}'
 
+            # Inputs of this block, as the blocks pruned before it make them.
             stats = observe(unflatten(w), chunks, place)
             counts = {name: int(totals[path][layer]) for name, path in paths.items()}
             pruned, masks = _prune_block(w, stats, block_patterns, block_methods, counts)
             for name, path in paths.items():
                 take(path, layer, pruned[name], masks[name])
                 tokens[path] = int(stats[name][1])
+            # The walk takes the samples through the pruned block, to the next one.
             return w | pruned
 
         return visit
 
     walk(forward, params, samples, enter, chunk=chunk)
+    # Kernels outside of blocks were never visited; left dense without a word they would break the pattern.
     missed = sorted(patterns.keys() - tokens.keys())
     if missed:
         raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
@@ -337,6 +351,7 @@ def kernels_pruned_as_one(
     for name, pattern in patterns.items():
         method = methods[name]
         is_joint = prunes_jointly(method, pattern)
+        # Methods with the same options are equal, so kernels of different rules can still be joined.
         group = (inputs[name], method, pattern.kind) if is_joint else name
         groups.setdefault(group, []).append(name)
     return list(groups.values())
@@ -370,6 +385,7 @@ def _prune_block(
         pattern = patterns[names[0]]
         statistic = stats[names[0]][0] if method.statistic else None
         counts = [per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
+        # N:M has no counts: each of them is None.
         if len(names) == 1 or pattern.structured:
             counts = counts[0]
         else:

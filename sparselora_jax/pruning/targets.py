@@ -63,6 +63,7 @@ def methods_of(params: PyTree, method: Methods) -> dict[str, Method]:
       MethodError: an object that is no method.
       RuleError: see `rules.match`.
     """
+    # A string is a sequence too; `check_method` says what is wrong with it.
     is_rules = isinstance(method, Sequence) and not isinstance(method, str)
     method_rules = list(method) if is_rules else [('.*', method)]
     for _, candidate in method_rules:
@@ -95,10 +96,12 @@ def pattern_zeros(
     zeros = {}
     for path, pattern in patterns.items():
         *layers, inputs, outputs = flat[path].shape
+        # Here, where shapes are known and nothing is computed yet, so that a misfit costs no time.
         try:
             methods[path].check(pattern, inputs)
         except PatternError as error:
             raise PatternError(f'{path}: {error}') from None
+        # Ratios of an allocation differ from layer to layer, those of a pattern do not.
         if path in given:
             zeros[path] = np.asarray(given[path])
             most = inputs * outputs
@@ -116,6 +119,7 @@ def _zeros_of_kernel(path: str, pattern: Pattern, method: Method, inputs: int, o
     Raises:
       PatternError: a sparsity so low that no weight is pruned.
     """
+    # Groups lie along the inputs of one output, or are the whole matrix.
     compares_inputs = pattern.structured or method.group == 'output'
     size = inputs if compares_inputs else inputs * outputs
     zeros = pattern.zeros(size) * outputs if compares_inputs else pattern.zeros(size)

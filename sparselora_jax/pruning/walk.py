@@ -40,6 +40,7 @@ def joined(batches: Iterable[dict], chunk: int) -> dict:
         raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
     whole = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
     mesh = sharding.mesh_of_rows(batches[0])
+    # On one device the order of samples stays.
     if mesh is None:
         return whole
     parts = sharding.row_parts(mesh)
@@ -132,6 +133,7 @@ def walk(
 
     def run(tower, block, weights, x, ctx, cache=None):
         visit = enter(tower, block)
+        # Compiled once for all layers of the tower.
         step = block_step(block, mesh)
         chunks = in_chunks(x, ctx, chunk, mesh)
         layers = jax.tree.leaves(weights)[0].shape[0]
