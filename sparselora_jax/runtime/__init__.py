@@ -1,1 +1,1 @@
-"""What every room stands on: processes, files, progress, errors."""
+"""What every other room needs: processes, files, progress, registries, errors."""

@@ -1,8 +1,8 @@
-"""The base of every error that a user can act on: scripts print it as one line and exit with a code that is not 0."""
+"""Errors that a user can act on: scripts print them as one line and exit with a code that is not 0."""
 
 
 class SparseloraError(Exception):
-    """What was wrong, where, and what to do."""
+    """The base of these errors. A message says what was wrong, where, and what to do."""
 
 
 class UnsupportedModelError(SparseloraError, ValueError):

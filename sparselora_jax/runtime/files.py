@@ -70,7 +70,7 @@ def write_text(path: Path, text: str) -> None:
 
 def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)  # a folder opens no other way
     try:
         os.fsync(descriptor)
     finally:

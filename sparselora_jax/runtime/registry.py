@@ -40,6 +40,10 @@ class Registry(Generic[Part]):
     def register(self, name: str, part: Part) -> Part:
         """Give an object a name, and return the object.
 
+        Args:
+          name: as a config names it.
+          part: the object.
+
         Raises:
           ValueError: the name is taken.
         """
@@ -51,18 +55,22 @@ class Registry(Generic[Part]):
     def find(self, name: str) -> Part:
         """Return the object with this name, or import the one that `package.module:Name` names.
 
+        Args:
+          name: as a config names it.
+
         Raises:
           UnknownNameError: no such name, with the nearest one; or an object that cannot be imported.
         """
         if name in self._parts:
             return self._parts[name]
         module, colon, attribute = name.partition(':')
-        if not colon:
+        if not colon:  # a plain name, of which the nearest may be what was meant
             nearest = difflib.get_close_matches(name, self._parts, 1)
             hint = f' (did you mean {nearest[0]!r}?)' if nearest else ''
             raise UnknownNameError(
                 f'{self.kind} {name!r}: expected one of {", ".join(self._parts)}, or package.module:Name{hint}'
             )
+        # ValueError: importlib's, of an empty module name.
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:

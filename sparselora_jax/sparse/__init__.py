@@ -1,1 +1,1 @@
-"""What a weight can be and how it is multiplied."""
+"""Kinds of weights and how they are multiplied: rules, masks, packed formats, kernels, sharding."""

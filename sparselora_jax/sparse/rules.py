@@ -147,10 +147,10 @@ def kernels(params: PyTree) -> dict[str, Any]:
 def check_layout(params: PyTree, paths: Iterable[str]) -> None:
     """Check that the axes of kernels that are to be pruned or adapted are known.
 
-    A kernel is `[in, out]`; a kernel of three axes is a stack `[layers, in, out]`. But Flax's attention and DenseGeneral
-    have kernels `[in, heads, head_dim]`, whose groups would run along the wrong axis. So a kernel of three axes outside
-    of `blocks` is refused in two cases: the bias beside it is not `[layers, out]`, or its layer is called `query`,
-    `key`, `value` or `out` and no bias shows that it is a stack. More than three axes are refused everywhere.
+    A kernel is `[in, out]`; a kernel of three axes is a stack `[layers, in, out]`. But Flax's attention and its
+    DenseGeneral have kernels `[in, heads, head_dim]`, whose groups would run along the wrong axis. So a kernel of three
+    axes outside of `blocks` is refused in two cases: the bias beside it is not `[layers, out]`, or its layer is called
+    `query`, `key`, `value` or `out` and no bias shows that it is a stack. More than three axes are refused everywhere.
 
     Args:
       params: the params tree.

@@ -8,20 +8,22 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from sparselora_jax.runtime.errors import SparseloraError
-from sparselora_jax.sparse import rules as rules_lib
+from sparselora_jax.sparse.rules import block_path, first_match, flatten, is_in_block, kernels, name_in_block, unflatten
 from sparselora_jax.sparse.weights import Lora
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))  # of a batch's leading axis
-# Of what is decoded, and of its caches [rows, heads, slots, head_dim]. Not along fsdp: each token would gather all
-# weights, where it now adds up its few activations.
-DECODED, CACHE = PartitionSpec('data'), PartitionSpec('data', 'tensor')
+
+# Of rows that are decoded, and of their caches [rows, heads, slots, head_dim]. They are not split along fsdp: each
+# token would gather all weights, where it now adds up its few activations.
+DECODED = PartitionSpec('data')
+CACHE = PartitionSpec('data', 'tensor')
 
 # Kernels are [layers, in, out], a head's [in, out]. Attention's and the MLP's first kernels split their outputs, the
-# second their inputs.
+# second ones their inputs: between the two no activations need to move.
 RULES = (
     ('.*blocks/.*/(q|k|v|gate|up|fc1)/kernel', PartitionSpec(None, 'fsdp', 'tensor')),
     ('.*blocks/.*/(o|down|fc2)/kernel', PartitionSpec(None, 'tensor', 'fsdp')),
@@ -30,13 +32,21 @@ RULES = (
     ('.*', PartitionSpec()),
 )
 
+ShardingRules = Sequence[tuple[str, PartitionSpec]]
+
 
 class MeshError(SparseloraError, ValueError):
     """A mesh that the devices cannot form."""
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh.
+    """Return the mesh of these axes.
+
+    Args:
+      data: devices along which rows of a batch are split, each with whole weights.
+      fsdp: devices along which rows and weights are split; weights are gathered where they are used.
+      tensor: devices along which weights and products are split.
+      devices: all devices of the machine by default.
 
     Raises:
       MeshError: the product of the axes is not the number of devices.
@@ -51,126 +61,181 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequenc
 
 
 def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
-    """The spec, but for axes that don't divide evenly (few key/value heads): those are replicated."""
-    spec = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
+    """Return the sharding of a spec, but for axes that do not divide evenly: those are replicated.
 
-    def fits(axis: str | tuple[str, ...] | None, size: int) -> bool:
+    Few key/value heads are an example.
+
+    Args:
+      mesh: of `make_mesh`.
+      spec: may be shorter or longer than the shape; what is missing is replicated, what is left over is dropped.
+      shape: of the array.
+    """
+    axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
+
+    def divides(axis: str | tuple[str, ...] | None, size: int) -> bool:
         names = (axis,) if isinstance(axis, str) else axis or ()
         return size % math.prod(mesh.shape[name] for name in names) == 0
 
-    kept = [axis if fits(axis, size) else None for axis, size in zip(spec, shape, strict=True)]
-    return NamedSharding(mesh, PartitionSpec(*kept))
+    fitting_axes = [axis if divides(axis, size) else None for axis, size in zip(axes, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*fitting_axes))
 
 
-def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> dict:
-    """A NamedSharding for every array of params, masks or lora.
+def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULES) -> dict:
+    """Return a NamedSharding for every array of params, masks or lora.
 
     The factors of a `Lora` follow their kernel, bound to it or not; so do the arrays of a packed one, each as far as
     its own axes divide.
 
+    Args:
+      tree: arrays or their shapes.
+      mesh: of `make_mesh`.
+      rules: `(regex, PartitionSpec)` in order.
+
     Raises:
       RuleError: a path that no rule matches.
     """
-    flat = rules_lib.flatten(tree)
 
-    def arrays(spec: PartitionSpec, part: Any) -> Any:
+    def shard_array(spec: PartitionSpec, part: Any) -> NamedSharding | Lora:
         if not isinstance(part, Lora):
             return fitting(mesh, spec, part.shape)
+        # A is [*layers, in, rank] and B [*layers, rank, out]: each is split along its kernel's axis only.
         *layers, inputs, outputs = [*spec, *[None] * (part.a.ndim - len(spec))]
-        a, b = PartitionSpec(*layers, inputs, None), PartitionSpec(*layers, None, outputs)
-        return Lora(fitting(mesh, a, part.a.shape), fitting(mesh, b, part.b.shape), part.scale)
+        a = fitting(mesh, PartitionSpec(*layers, inputs, None), part.a.shape)
+        b = fitting(mesh, PartitionSpec(*layers, None, outputs), part.b.shape)
+        return Lora(a, b, part.scale)
 
-    def of(path: str, leaf: Any) -> Any:
-        spec = rules_lib.first_match(rules, path)
-        return jax.tree.map(lambda part: arrays(spec, part), leaf, is_leaf=lambda part: isinstance(part, Lora))
+    def shard_leaf(path: str, leaf: Any) -> PyTree:
+        spec = first_match(rules, path)
+        return jax.tree.map(lambda part: shard_array(spec, part), leaf, is_leaf=lambda part: isinstance(part, Lora))
 
-    return rules_lib.unflatten({path: of(path, leaf) for path, leaf in flat.items()})
+    return unflatten({path: shard_leaf(path, leaf) for path, leaf in flatten(tree).items()})
 
 
 def undivided(shapes: dict, mesh: Mesh | AbstractMesh) -> list[str]:
-    """A line for each axis that does not divide all kernels that it should split, with the nearest mesh that does.
+    """Return a line for each axis that does not divide all kernels it should split, with the nearest mesh that does.
 
     Args:
       shapes: params, by shapes.
+      mesh: of `make_mesh`.
     """
     lines = []
     for axis in ('fsdp', 'tensor'):
-        split: dict[str, int] = {}  # path -> the dimension that this axis should split
-        for path, leaf in rules_lib.kernels(shapes).items():
-            for name, size in zip(rules_lib.first_match(RULES, path), leaf.shape, strict=False):
-                split |= {path: size} if name == axis else {}
+        split_sizes: dict[str, int] = {}  # path -> size of the dimension that this axis should split
+        for path, leaf in kernels(shapes).items():
+            for name, size in zip(first_match(RULES, path), leaf.shape, strict=False):
+                if name == axis:
+                    split_sizes[path] = size
         devices = mesh.shape[axis]
-        if odd := {path: size for path, size in split.items() if size % devices}:
+        odd = {path: size for path, size in split_sizes.items() if size % devices}
+        if odd:
             path, size = next(iter(odd.items()))
-            fits = next(n for n in range(devices, 0, -1) if devices % n == 0 and not any(s % n for s in split.values()))
+            divisors = (count for count in range(devices, 0, -1) if devices % count == 0)
+            fits = next(count for count in divisors if not any(size % count for size in split_sizes.values()))
+            # The devices that are left over split rows instead.
             better = dict(mesh.shape) | {axis: fits, 'data': mesh.shape['data'] * devices // fits}
             lines.append(
-                f'{axis}={devices} does not divide {len(odd)} of {len(split)} kernels, e.g. the {size} of {path}: they '
-                f'lie whole on every device; {", ".join(f"{name}={n}" for name, n in better.items())} divides all'
+                f'{axis}={devices} does not divide {len(odd)} of {len(split_sizes)} kernels, e.g. the {size} of '
+                f'{path}: they lie whole on every device; {", ".join(f"{name}={n}" for name, n in better.items())} '
+                'divides all'
             )
     return lines
 
 
-def shard(tree: dict, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> dict:
-    """Puts params, masks or lora onto the mesh."""
+def shard(tree: dict, mesh: Mesh, rules: ShardingRules = RULES) -> dict:
+    """Put params, masks or lora onto the mesh.
+
+    Args:
+      tree: arrays.
+      mesh: of `make_mesh`.
+      rules: `(regex, PartitionSpec)` in order.
+    """
     return jax.device_put(tree, shardings(tree, mesh, rules))
 
 
-def everywhere(tree: Any, mesh: Mesh) -> Any:
-    """What is not on the mesh yet, whole on each of its devices."""
+def everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Put arrays that are not on the mesh yet onto each of its devices, whole.
+
+    Args:
+      tree: arrays.
+      mesh: of `make_mesh`.
+    """
 
     def put(leaf):
-        on_mesh = isinstance(getattr(leaf, 'sharding', None), NamedSharding)
-        return leaf if on_mesh else jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+        if isinstance(getattr(leaf, 'sharding', None), NamedSharding):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map(put, tree)
 
 
 def local_rows(mesh: Mesh, batch: int) -> list[int]:
-    """The rows of a batch of this size that devices of this process hold."""
-    where = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch,))
-    return sorted({row for (rows,) in where.values() for row in range(batch)[rows]})
+    """Return the rows of a batch that devices of this process hold.
+
+    Args:
+      mesh: of `make_mesh`.
+      batch: number of rows of the whole batch.
+    """
+    slices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch,))
+    return sorted({row for (rows,) in slices.values() for row in range(batch)[rows]})
 
 
-def shard_batch(rows: Any, mesh: Mesh) -> Any:
-    """Splits the leading axis of every array over data and fsdp together.
+def shard_batch(rows: PyTree, mesh: Mesh) -> PyTree:
+    """Split the leading axis of every array over data and fsdp together.
 
     Args:
       rows: a batch; of many processes, each has its `local_rows`.
+      mesh: of `make_mesh`.
     """
     where = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(where, array), rows)
 
 
-def on_mesh(array: Any) -> NamedSharding | None:
-    """Where an array lies on a mesh of `make_mesh`; None: it does not."""
+def on_mesh(array: object) -> NamedSharding | None:
+    """Return where an array lies on a mesh of `make_mesh`; None: it does not.
+
+    Args:
+      array: anything, an array or not.
+    """
     where = getattr(array, 'sharding', None)
     return where if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES else None
 
 
-def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh on which the arrays of a tree lie; None: on none."""
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """Return the mesh on which the arrays of a tree lie; None: on none.
+
+    Args:
+      tree: arrays.
+    """
     return next((where.mesh for where in map(on_mesh, jax.tree.leaves(tree)) if where is not None), None)
 
 
-def mesh_of_rows(batch: Any) -> Mesh | None:
-    """The mesh over which `shard_batch` has split the rows of a batch; None: it has not."""
-    found = (where for where in map(on_mesh, jax.tree.leaves(batch)) if where is not None)
-    return next((where.mesh for where in found if tuple(where.spec)[:1] == tuple(BATCH)), None)
+def mesh_of_rows(batch: PyTree) -> Mesh | None:
+    """Return the mesh over which `shard_batch` has split the rows of a batch; None: it has not.
+
+    Args:
+      batch: arrays.
+    """
+    places = (where for where in map(on_mesh, jax.tree.leaves(batch)) if where is not None)
+    return next((where.mesh for where in places if tuple(where.spec)[:1] == tuple(BATCH)), None)
 
 
 def row_parts(mesh: Mesh | AbstractMesh | None) -> int:
-    """Into how many parts `shard_batch` splits rows; None: one device."""
+    """Return into how many parts `shard_batch` splits rows.
+
+    Args:
+      mesh: of `make_mesh`; None: one device.
+    """
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
 def on_own_rows(function: Callable[..., Any], mesh: Mesh | AbstractMesh | None) -> Callable[[Any, Any], Any]:
-    """`function(weights, batch)`, in a program, as each device runs it alone: whole weights, its own rows of the batch.
+    """Return `function(weights, batch)` as each device runs it alone: whole weights, its own rows of the batch.
 
     What a device runs is the program of one device with as many rows, so they come out with the same bits. Along tensor
     the compiler still divides weights and products. All results are split by rows.
 
     Args:
+      function: called within a program.
       mesh: see `mesh_of_rows`; None: one device, the function as it is.
     """
     if mesh is None:
@@ -179,21 +244,40 @@ def on_own_rows(function: Callable[..., Any], mesh: Mesh | AbstractMesh | None) 
     @functools.wraps(function)
     def run(weights, batch):
         rows = jax.tree.leaves(batch)[0].shape[0]
+        # What has no rows, such as a table of positions, is the same on every device.
         split = jax.tree.map(lambda leaf: BATCH if leaf.shape[:1] == (rows,) else PartitionSpec(), batch)
-        knobs = {'mesh': mesh, 'axis_names': set(BATCH[0]), 'check_vma': False}
-        return jax.shard_map(function, in_specs=(PartitionSpec(), split), out_specs=BATCH, **knobs)(weights, batch)
+        on_each_device = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), split),
+            out_specs=BATCH,
+            axis_names=set(BATCH[0]),  # tensor is left to the compiler
+            check_vma=False,
+        )
+        return on_each_device(weights, batch)
 
     return run
 
 
 def gathered(tree: dict, mesh: Mesh | AbstractMesh) -> dict:
-    """`shardings` of weights that a program has gathered along fsdp: that axis only says where they are kept."""
+    """Return `shardings` of weights that a program has gathered along fsdp: that axis only says where they are kept.
+
+    Args:
+      tree: arrays or their shapes.
+      mesh: of `make_mesh`.
+    """
     rules = [(regex, PartitionSpec(*(None if axis == 'fsdp' else axis for axis in spec))) for regex, spec in RULES]
     return shardings(tree, mesh, rules)
 
 
-def split_rows(tree: Any, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec = BATCH) -> Any:
-    """Activations, in a program: each device with rows of its own; mesh None: one device, the tree as it is."""
+def split_rows(tree: PyTree, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec = BATCH) -> PyTree:
+    """Constrain activations, in a program, so that each device has rows of its own.
+
+    Args:
+      tree: arrays whose leading axis is rows.
+      mesh: of `make_mesh`; None: one device, the tree as it is.
+      spec: how they are split.
+    """
     if mesh is None:
         return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, fitting(mesh, spec, leaf.shape)), tree)
@@ -202,36 +286,43 @@ def split_rows(tree: Any, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec 
 def top_k(
     scores: Float[Array, 'rows candidates'], k: int, *, mesh: Mesh | None
 ) -> tuple[Float[Array, 'rows {k}'], Int[Array, 'rows {k}']]:
-    """`jax.lax.top_k` of decoded rows: each device's own. The compiler would gather all rows on every device.
+    """Return `jax.lax.top_k` of decoded rows, each device of its own: the compiler would gather all on every device.
 
     Args:
+      scores: of each candidate.
+      k: how many candidates of each row.
       mesh: None: one device.
     """
 
-    def best(own):
-        return tuple(jax.lax.top_k(own, k))
+    def find_best(scores):
+        return tuple(jax.lax.top_k(scores, k))
 
     if mesh is None:
-        return best(scores)
-    rows = fitting(mesh, DECODED, scores.shape).spec
-    return jax.shard_map(best, mesh=mesh, in_specs=rows, out_specs=rows)(scores)
+        return find_best(scores)
+    spec = fitting(mesh, DECODED, scores.shape).spec
+    return jax.shard_map(find_best, mesh=mesh, in_specs=spec, out_specs=spec)(scores)
 
 
 def gathering(run: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
-    """A runner: `run`, where each block gathers its own weights, and every device has rows of its own.
+    """Return a runner in which each block gathers its own weights, and every device has rows of its own.
 
     Left to itself the compiler may split products along fsdp's inputs instead: all rows on every device, activations to
     be added up.
+
+    Args:
+      run: a runner of blocks.
+      mesh: of `make_mesh`.
     """
 
     def run_gathering(tower, block, weights, x, ctx, cache=None):
-        prefix = f'{tower}/blocks/'
-        flat = {prefix + name: leaf for name, leaf in rules_lib.flatten(weights).items()}
-        stacked = rules_lib.flatten(gathered(rules_lib.unflatten(flat), mesh))
-        of_layer = rules_lib.unflatten({path.removeprefix(prefix): _one_layer(leaf) for path, leaf in stacked.items()})
+        # Rules are about whole paths, so the weights of the stack get theirs back to look up their shardings.
+        whole_paths = unflatten({block_path(tower, name): leaf for name, leaf in flatten(weights).items()})
+        stacked = flatten(gathered(whole_paths, mesh))
+        of_one_block = unflatten({name_in_block(path): _without_layers(leaf) for path, leaf in stacked.items()})
 
         def gathering_block(w, x, ctx, cache):
-            x, cache = block(jax.lax.with_sharding_constraint(w, of_layer), split_rows(x, mesh), ctx, cache)
+            w = jax.lax.with_sharding_constraint(w, of_one_block)
+            x, cache = block(w, split_rows(x, mesh), ctx, cache)
             return split_rows(x, mesh), cache
 
         return run(tower, gathering_block, weights, split_rows(x, mesh), ctx, cache)
@@ -239,13 +330,19 @@ def gathering(run: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..
     return run_gathering
 
 
-def _one_layer(stacked: Any) -> Any:
+def _without_layers(stacked: PyTree) -> PyTree:
+    """Return the shardings of one layer of stacked arrays."""
     return jax.tree.map(lambda where: NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])), stacked)
 
 
 def gather_outside_blocks(weights: dict, mesh: Mesh | AbstractMesh) -> dict:
-    """Embeddings, heads and whatever else is no block's, gathered, in a program."""
-    flat = rules_lib.flatten(weights)
-    outside = rules_lib.unflatten({path: leaf for path, leaf in flat.items() if '/blocks/' not in path})
+    """Gather weights that belong to no block, in a program: embeddings, heads, final norms.
+
+    Args:
+      weights: params, bound or not.
+      mesh: of `make_mesh`.
+    """
+    flat = flatten(weights)
+    outside = unflatten({path: leaf for path, leaf in flat.items() if not is_in_block(path)})
     whole = jax.lax.with_sharding_constraint(outside, gathered(outside, mesh))
-    return rules_lib.unflatten(flat | rules_lib.flatten(whole))
+    return unflatten(flat | flatten(whole))

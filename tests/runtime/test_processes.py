@@ -135,7 +135,7 @@ processes.connect('localhost:1', 2, 1, timeout=2)
     assert 'pass --coordinator=HOST:PORT' in done.stdout
     assert done.returncode
     assert 'within 2 seconds' in done.stderr
-    assert 'does localhost:1 lead to the first' in done.stderr
+    assert 'is localhost:1 the address of process 0' in done.stderr
 
 
 def reach(step, workdir, processes):
