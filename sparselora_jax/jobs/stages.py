@@ -280,6 +280,7 @@ def restore(job: Job, name: str, frozen: Callable[[], Frozen]) -> dict:
 
         batches = job.batches(knobs.batch, job.config.seed, taught=taught)
         state = init_state(job.shard(first), tx)
+        del first  # the state holds a copy; pruned kernels would be in memory twice
         if job.mesh is not None:  # its counters too, or a checkpoint would bring them back to one device
             state = sharding.everywhere(state, job.mesh)
         last[0] = time.monotonic()
