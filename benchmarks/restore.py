@@ -124,6 +124,7 @@ def measure(name: str, case: str) -> None:
     frozen = Frozen(params, None if masks is None else random_masks(key, masks), None)
     lora = jax.jit(lambda key: init_lora(key, made.params, recipe.lora_rules(config)))(key)
     state, batch = init_state(lora, tx), jax.device_put(random_batch(batch_like))
+    del lora  # the state holds a copy
     assert jax.tree.structure(state) == jax.tree.structure(state_like)
     compiled = step.lower(state, frozen, batch).compile()
     seconds = []

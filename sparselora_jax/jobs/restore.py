@@ -77,6 +77,7 @@ def restore(job: Job, name: str, load_frozen: Callable[[], Frozen]) -> dict:
         saved_steps = checkpoints.steps() or [0]
         progress = Progress(name, options.steps, first=saved_steps[-1])
         state = init_state(job.shard(first), tx)
+        del first  # the state has a copy; trained kernels would lie in memory twice
         if job.mesh is not None:
             # Its counters too, or a checkpoint would bring them back to one device.
             state = sharding.everywhere(state, job.mesh)
