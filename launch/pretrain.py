@@ -25,6 +25,7 @@ from sparselora_jax.jobs import pretrain
 from sparselora_jax.models import blip2, qformer, vit
 from sparselora_jax.models.model import Model
 from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.restore import paper_optimizer
 from sparselora_jax.restoration.train import fit, make_step
 from sparselora_jax.runtime import files
 from sparselora_jax.runtime.progress import Log, Progress
@@ -111,12 +112,15 @@ class Pretraining:
           `trained` after the last step.
         """
         schedule = self.config[name]
-        tx = pretrain.optimizer(
-            steps=schedule.steps,
+        # AdamW with warm-up and cosine. Gradients are clipped: their norm is 20 to 80 at the beginning.
+        tx = paper_optimizer(
+            schedule.steps,
             peak=schedule.peak,
             warmup=schedule.warmup,
-            clip=schedule.clip,
+            start=0.0,
+            end=0.01 * schedule.peak,
             weight_decay=schedule.weight_decay,
+            clip=schedule.clip,
         )
         checkpoints = Checkpoints(self.workdir / name)
         done = checkpoints.steps()

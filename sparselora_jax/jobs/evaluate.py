@@ -51,7 +51,7 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
         accuracy = answers.accuracy(job.dataset.kind_of, recipe.metric(job.config))
         scores = {}
         # An encoder-decoder gives no probabilities to plain text.
-        if not model.encoder_decoder:
+        if not model.is_encoder_decoder:
             tokens = np.asarray(job.processor.hf.tokenizer(HELD_OUT_TEXT.read_text())['input_ids'])
             scores['perplexity'] = perplexity(weights['language'], model.cfg.language, tokens)
         job.log.scalars(stage, 0, accuracy | scores)

@@ -1,4 +1,4 @@
-"""Losses and optimizer of the stages that made the embedded small VLM: BLIP-2's recipe in small (arXiv 2301.12597).
+"""Losses of the stages that made the embedded small VLM: BLIP-2's recipe in small (arXiv 2301.12597).
 
 A bridge into a frozen language model that is trained end to end learns only the most frequent answers, and ignores the
 image. So the image is made readable first, in stages: `facts` (the vision encoder names colour and shape), `words`
@@ -120,23 +120,6 @@ def answers_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Co
     # Right is an answer whose every token is; positions outside the answer count as right.
     is_right = jnp.all((jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch['targets']) | ~answer, axis=-1)
     return loss, {'loss': loss, 'accuracy': jnp.mean(is_right.astype(jnp.float32))}
-
-
-def optimizer(
-    *, steps: int, peak: float, warmup: int, clip: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """Return AdamW with warm-up and cosine, its gradients clipped.
-
-    Args:
-      steps: of the whole schedule.
-      peak: learning rate after the warm-up; the last is 1 % of it.
-      warmup: steps from 0 to `peak`.
-      clip: global norm of the gradients; theirs is 20 to 80.
-      weight_decay: of AdamW.
-    """
-    # Clipped at the beginning of the chain: AdamW's moments are of the clipped gradients.
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, 0.01 * peak)
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=weight_decay))
 
 
 def init(key: Array, cfg: blip2.Blip2Config) -> dict:
