@@ -78,8 +78,10 @@ def test_edits_of_kept_weights_reach_the_pruned_model(job):
 def test_late_layers_are_sparser_and_the_sum_is_that_of_uniform_pruning(job):
     for mask in rules.flatten(job.masks).values():
         kept = np.asarray(mask).mean(axis=(1, 2))
-        assert kept[0] > kept[-1]
-        np.testing.assert_allclose(kept.mean(), 0.5, atol=0.02)
+        assert len(kept) == 1 or kept[0] > kept[-1]
+        np.testing.assert_allclose(kept.mean(), 0.5, atol=1 / mask[0].size)  # of a whole number of zeros
+    masks = rules.flatten(job.masks).values()
+    assert 2 * sum(int(np.sum(mask)) for mask in masks) == sum(mask.size for mask in masks)
 
 
 def test_the_export_is_sparse_and_read_by_the_same_family(job, my_parts):
@@ -90,4 +92,4 @@ def test_the_export_is_sparse_and_read_by_the_same_family(job, my_parts):
 
 def test_the_report_shows_the_metric(job):
     assert read(job, 'report')['metric'] == 'first letter right'
-    assert 'first letter right' in (job.workdir / 'report.html').read_text()
+    assert 'First letter right' in (job.workdir / 'report.html').read_text()
