@@ -24,8 +24,8 @@ class GPTQ:
 
     Attributes:
       damp: added to the Hessian's diagonal, as a share of its mean.
-      held: what is to hold the values: `packed24_int4`, as `packing.pack` makes it, or `int4` or `nf4`, as
-        `packing.quantise_masked` does.
+      held: the format that is to hold the values, one of those that round: `packed24_int4`, `int4` or `nf4`, as
+        `packing.reduce_kernels` makes them.
     """
 
     damp: float = 0.01

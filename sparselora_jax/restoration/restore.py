@@ -50,7 +50,7 @@ def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen
     """The same in fewer bytes: kernels that have a mask packed, or in four bits beside a mask of one bit.
 
     Args:
-      base: `int4` or `nf4` (see `packing.quantise_masked`), or formats of `packing.pack`.
+      base: formats, see `packing.reduce_kernels`.
 
     Raises:
       PackingError: see `packing.pack`.
