@@ -29,8 +29,8 @@ class GPTQ(Method):
 
     Attributes:
       damp: added to the Hessian's diagonal, as a share of its mean.
-      format: what will store the values: `packed24_int4`, as `packing.pack` makes it, or `int4` or `nf4`, as
-        `packing.quantise_masked` does.
+      format: the format that stores the values, one of those that round: `packed24_int4`, `int4` or `nf4`, as
+        `packing.reduce_kernels` makes them.
     """
 
     damp: float = 0.01

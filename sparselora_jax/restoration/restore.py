@@ -61,7 +61,7 @@ def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen
 
     Args:
       frozen: params and masks as pruning leaves them.
-      base: `int4` or `nf4` (see `packing.quantise_masked`), or a list of (regex, format) as `packing.pack` takes it.
+      base: one format, or a list of (regex, format), see `packing.reduce_kernels`.
 
     Returns:
       The reduced params and the masks that are still needed; the teacher is passed on.

@@ -26,8 +26,8 @@ def unpack(params: dict, dtype: DTypeLike | None = None) -> dict:
 
 
 @functools.singledispatch
-def dense_kernel(kernel: object, dtype: DTypeLike | None = None) -> Num[Array | np.ndarray, '...']:
-    """Return a kernel of any kind as an array.
+def dense_kernel(kernel: object, dtype: DTypeLike | None = None) -> Num[Array | np.ndarray, '*shape']:
+    """Return a kernel of any kind as an array; other arrays are returned as they are.
 
     A kind of kernel that has a faster way than its own `unpack` registers it: `@dense_kernel.register(Kind)`.
 

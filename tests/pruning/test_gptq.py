@@ -67,10 +67,8 @@ def test_equals_numpy_in_float64(held, kind, inputs, size):
 def through(held, weights, mask):
     """The kernel as it is read from what holds it."""
     params, masks = {'kernel': weights}, {'kernel': mask}
-    made = (
-        packing.pack(params, masks, held) if held in packing.FORMATS else packing.quantise_masked(params, masks, held)
-    )
-    return packing.unpack(made, jnp.float32)['kernel']
+    reduced, _ = packing.reduce_kernels(params, masks, held)
+    return sl.unpack(reduced, jnp.float32)['kernel']
 
 
 @pytest.mark.parametrize('held', ['packed24_int4', 'nf4', pytest.param('int4', marks=pytest.mark.slow)])

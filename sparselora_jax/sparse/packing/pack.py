@@ -9,7 +9,6 @@ import qwix
 
 from sparselora_jax.sparse.packing.bitmask import mask_shapes, pack_mask
 from sparselora_jax.sparse.packing.format import PackedFormat, PackingError, find_format, is_packed
-from sparselora_jax.sparse.packing.quantised import FOUR_BITS
 from sparselora_jax.sparse.rules import flatten, match, unflatten
 
 Formats = str | Sequence[tuple[str, str]]  # the name of one format, or ordered rules (regex, name)
@@ -43,24 +42,6 @@ def pack(params: dict, masks: dict, formats: Formats = 'packed24') -> dict:
     return packed
 
 
-def quantise_masked(params: dict, masks: dict, kind: str) -> dict:
-    """Round every kernel that has a mask to four bits, its zeros in place, for any mask: 4 1/8 bits a weight.
-
-    Unlike packed kernels these do not bring their masks; `pack_masks` makes those small.
-
-    Args:
-      params: the params tree, plain arrays.
-      masks: the masks tree.
-      kind: `int4` or `nf4`, see `quantised.quantise`.
-
-    Raises:
-      PackingError: an unknown kind.
-    """
-    if kind not in FOUR_BITS:
-        raise PackingError(f'kind {kind!r}: expected one of {", ".join(FOUR_BITS)}')
-    return reduce_kernels(params, masks, kind)[0]
-
-
 def pack_masks(masks: dict) -> dict:
     """Return masks in one bit an element, which `bind` and `merge` take as they take others.
 
@@ -91,6 +72,7 @@ def reduce_kernels(params: dict, masks: dict, formats: Formats) -> tuple[dict, d
         mask = flat_masks[path]
         if getattr(flat.get(path), 'shape', None) != mask.shape:
             raise PackingError(f'{path}: has a mask {mask.shape}, but no kernel of that shape')
+        # Formats do not know paths.
         try:
             flat[path] = form.pack(flat[path], mask)
         except PackingError as error:

@@ -155,5 +155,5 @@ def test_outputs_and_gradients_are_those_of_the_dense_kernel(base, gradient):
 
 def test_an_unknown_kind_is_named():
     params, masks = tree()
-    with pytest.raises(sl.PackingError, match="kind 'int3': expected one of int4, nf4"):
-        packing.quantise_masked(params, masks, 'int3')
+    with pytest.raises(sl.PackingError, match=r"format 'int3': expected one of .*, int4, nf4"):
+        sl.reduce_base(sl.Frozen(params, masks), 'int3')
