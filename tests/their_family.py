@@ -1,4 +1,4 @@
-"""A family as somebody else would write it: LLaVA's towers behind a projector of one layer."""
+"""A family as somebody else would write it: LLaVA's towers, joined by a projector of one layer."""
 
 from dataclasses import dataclass, replace
 

@@ -111,6 +111,7 @@ class Processor:
         Raises:
           DataError: a prompt or an answer that does not fit, a prompt without tokens, and as `prompt` does.
         """
+        # The processor pads to the longest text of a batch; of one text it pads nothing, and the pads are put here.
         row = {name: value[0] for name, value in self.prompt([image], [prompt]).items()}
         target = [*self._answer_tokens(prompt, answer), self.end] if answer.strip() else []
         words = len(row['input_ids']) - self.image_tokens
@@ -256,6 +257,7 @@ def load_processor(folder: str | Path, spec: ProcessorSpec | None = None) -> Pro
     end = directory.find_end_token(folder, config, spec)
     if end is None:
         end = hf.tokenizer.eos_token_id
+    # A directory may combine files of several models, whose processor then runs and does not fit.
     processor = Processor(spec, hf, spec.count_image_tokens(config), end, _start_token(config.text_config))
     _check_on_an_image(folder, processor, config.vision_config.image_size)
     return processor

@@ -67,8 +67,10 @@ class ProcessorSpec:
 
     def find_class(self) -> type:
         """Return the processor's class, a subclass of `transformers.ProcessorMixin`."""
+        # Imported only now: specs exist as soon as the package is imported, and transformers takes seconds.
         module, _, name = self.class_name.rpartition(':')
         return getattr(importlib.import_module(module or 'transformers'), name)
 
 
+# By transformers' `model_type`. The kind's name is the beginning of the error for an unknown one.
 PROCESSORS: Registry[ProcessorSpec] = Registry('image processing of model_type')

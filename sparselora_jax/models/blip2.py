@@ -45,6 +45,7 @@ class Blip2Config:
     @property
     def family(self) -> Family:
         """Return the family that reads this config."""
+        # Both are composed alike. They differ in processor, recipe and what the Q-Former reads.
         return INSTRUCTBLIP if self.qformer.vocab else BLIP2
 
 
@@ -93,6 +94,7 @@ def complete_processor(processor: 'transformers.ProcessorMixin', hf: 'transforme
       processor: a transformers `Blip2Processor` or `InstructBlipProcessor`, which is changed.
       hf: the directory's config.
     """
+    # The processor writes the image tokens into the prompt, so it must know how many there are.
     if processor.num_query_tokens is None:
         processor.num_query_tokens = hf.num_query_tokens
 
@@ -132,6 +134,7 @@ class Blip2Family(ImageFamily):
         Raises:
           UnsupportedModelError: names the field whose value is not supported.
         """
+        # Old configs have none: the model then put soft words before the prompt, without placeholders.
         if hf.image_token_id is None:
             raise UnsupportedModelError(
                 f'{hf.model_type} without image_token_index: say in config.json which token is an image'
@@ -172,6 +175,7 @@ class Blip2Family(ImageFamily):
           cfg: the family's config.
         """
         table = key_table.nested(cfg.vision.tower.keys(cfg.vision), 'vision/', 'vision_model.')
+        # No prefix: the queries and the Q-Former are both members of the whole model.
         table |= key_table.nested(qformer.keys(cfg.qformer), 'qformer/', '')
         table |= key_table.dense('projection', 'language_projection')
         return table | towers.language_keys(cfg.language, 'language_model.model.', 'language_model.')
@@ -197,5 +201,6 @@ class InstructBlipFamily(Blip2Family):
         return super().vocabularies(cfg) | {'qformer_input_ids': cfg.qformer.vocab}
 
 
+# Two objects of one composition: a model type is looked up before any config is read.
 BLIP2 = register_family(Blip2Family(), 'blip-2')
 INSTRUCTBLIP = register_family(InstructBlipFamily(), 'instructblip')

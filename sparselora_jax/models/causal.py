@@ -42,10 +42,12 @@ class CausalFamily(Family):
         Raises:
           UnsupportedModelError: names the field whose value is not supported.
         """
+        # Set for models that read a whole text both ways, such as those that embed texts.
         if getattr(hf, 'use_bidirectional_attention', None):
             raise UnsupportedModelError(
                 f'use_bidirectional_attention of {hf.model_type}: only causal attention is known'
             )
+        # The text config of another family is a whole model's config here.
         return CausalConfig(towers.language_from_hf(hf))
 
     def prompt(self, w: dict, cfg: CausalConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:
@@ -74,6 +76,7 @@ class CausalFamily(Family):
         Args:
           cfg: the family's config.
         """
+        # transformers: `model.` holds the tower, and the head lies beside it.
         return towers.language_keys(cfg.language, 'model.', '')
 
 

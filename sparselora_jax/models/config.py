@@ -66,6 +66,7 @@ class VisionConfig(Protocol):
         """Return the module that runs this config."""
 
 
+# A family's config holds its towers' configs as fields, under the names of the towers in params.
 @runtime_checkable
 class FamilyConfig(Protocol):
     """The fields that every family's config has; families add their own."""

@@ -118,15 +118,17 @@ class Family(Protocol):
           prompt_tokens: number of text tokens that each prompt is padded to.
           answer_tokens: number of tokens that each answer is padded to.
         """
+        # `input_ids` hold the image's placeholders, the prompt and, for a decoder, the answer.
         tokens = prompt_tokens
         arrays = {'answer': jax.ShapeDtypeStruct((size, answer_tokens), jnp.bool_)}
         if 'vision' in self.tower_names:
             pixels = (size, 3, cfg.vision.image_size, cfg.vision.image_size)
             arrays['pixel_values'] = jax.ShapeDtypeStruct(pixels, jnp.float32)
             tokens += cfg.image_tokens
+        # All other arrays are int32 [size, length].
         lengths = {'targets': answer_tokens}
         if cfg.language.tower.is_encoder_decoder:
-            lengths['decoder_input_ids'] = answer_tokens
+            lengths['decoder_input_ids'] = answer_tokens  # the start token, and the answer but for its last token
         else:
             tokens += answer_tokens - 1  # a decoder reads the answer behind the prompt, but for its last token
         lengths |= dict.fromkeys(('input_ids', 'attention_mask'), tokens)
@@ -197,6 +199,7 @@ def register_family(family: Family, *model_types: str) -> Family:
     Raises:
       ValueError: a model type is registered already.
     """
+    # The processor goes to a registry of its own, since `data/` stands below and knows no families.
     for model_type in model_types:
         FAMILIES.register(model_type, family)
         if family.processor is not None:
@@ -226,6 +229,7 @@ def find_family(model_type: str, name: str = '') -> Family:
             )
         return FAMILIES.find(model_type)
     family = FAMILIES.find(name)
+    # An import by name may return any object; say so here, not where a method is first missed.
     if not isinstance(family, Family):
         raise UnsupportedModelError(f'{name} is a {type(family).__name__}: expected an object of the protocol Family')
     return family

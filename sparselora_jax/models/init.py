@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 
 def init_params(key: Array, shapes: dict, *, std: float = 0.02, dtype: DTypeLike = jnp.float32) -> dict:
-    """Draw random parameters of the given shapes.
+    """Create random parameters of the given shapes.
 
     Kernels are drawn with deviation 1/sqrt(inputs), embeddings and positions with `std`; scales are one and biases
     zero.
@@ -24,8 +24,9 @@ def init_params(key: Array, shapes: dict, *, std: float = 0.02, dtype: DTypeLike
     leaves, treedef = jax.tree.flatten_with_path(shapes, is_leaf=lambda s: isinstance(s, tuple))
 
     def draw(index: int, name: str, shape: tuple[int, ...]) -> Array:
-        if name in ('scale', 'bias'):
+        if name in ('scale', 'bias'):  # norms begin as the identity
             return jnp.full(shape, float(name == 'scale'), dtype)
+        # The last two axes of a kernel are [inputs, outputs]; the axis of layers comes before.
         scale = shape[-2] ** -0.5 if name == 'kernel' else std
         # A key of its own for each leaf: adding a parameter changes no other one's values but those behind it.
         return scale * jax.random.truncated_normal(jax.random.fold_in(key, index), -2.0, 2.0, shape, dtype)

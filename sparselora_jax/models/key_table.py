@@ -12,7 +12,7 @@ class Part(NamedTuple):
 
     name: str
     index: int
-    of: int
+    of: int  # of the EVA-CLIP's q, k and v: 3
 
 
 Keys = dict[str, str | Part]
@@ -49,6 +49,7 @@ def norm(ours: str, theirs: str, *, bias: bool = True) -> Keys:
     Returns:
       A table of scale and bias.
     """
+    # torch calls the scale of a norm its weight.
     table: Keys = {f'{ours}/scale': f'{theirs}.weight'}
     if bias:
         table[f'{ours}/bias'] = f'{theirs}.bias'
@@ -69,6 +70,7 @@ def nested(table: Keys, path: str, prefix: str) -> Keys:
     >>> nested({'norm/scale': 'norm.weight'}, 'language/', 'language_model.model.')
     {'language/norm/scale': 'language_model.model.norm.weight'}
     """
+    # Templates such as `{i}` in names pass through: `checkpoints.layout` fills them in.
     moved: Keys = {}
     for ours, name in table.items():
         if isinstance(name, Part):

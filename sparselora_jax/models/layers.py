@@ -49,10 +49,12 @@ def causal_view(valid: Bool[Array, 'batch tokens'], prefix: Bool[Array, 'batch t
       prefix: tokens that read each other both ways; None: there are none.
     """
     slots = jnp.arange(valid.shape[1])
-    mask = (slots <= slots[:, None])[None]
+    mask = (slots <= slots[:, None])[None]  # [1, tokens, slots]
     if prefix is not None:
+        # Both must be of the prefix: a token of the answer reads the prompt, and is not read by it.
         mask = mask | (prefix[:, None, :] & prefix[:, :, None])
     positions = positions_of(valid)
+    # Pads are masked where they would be read. What they read themselves does not matter: nobody reads the result.
     return View(positions, positions, mask & valid[:, None, :])
 
 
@@ -101,6 +103,7 @@ def rms_norm(w: dict, x: Float[Array, '*batch dim'], eps: float, *, offset: floa
       eps: added to the mean square.
       offset: added to the scale; Gemma's is 1.
     """
+    # LLaMA's code rounds before it scales, Gemma's after. In fp32 throughout, one formula serves both.
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * (offset + w['scale'].astype(jnp.float32))).astype(x.dtype)
@@ -147,9 +150,11 @@ def attend(
     """
     batch, heads, queries, head_dim = q.shape
     kv_heads = k.shape[1]
+    # The queries of a group stand one below the other, as more rows of one matrix: [heads / kv_heads * queries].
     # Plain batched matmuls over [batch, kv_heads]: with the group as an axis of its own XLA transposes what they read.
     q = q.reshape(batch, kv_heads, -1, head_dim)
     logits = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    # Apart again for bias and mask: [batch, kv_heads, heads / kv_heads, queries, keys].
     logits = logits.reshape(batch, kv_heads, -1, queries, k.shape[2])
     logits = logits * (head_dim**-0.5 if scale is None else scale)
     if bias is not None:
@@ -157,6 +162,7 @@ def attend(
     if mask is not None:
         # The smallest finite number, not -inf: a row of nothing but pads would become NaN.
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    # Softmax in fp32; only its result is rounded, for the matrix unit.
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     mixed = jnp.matmul(weights.reshape(batch, kv_heads, -1, k.shape[2]), v)
     # [batch, heads, queries, head_dim] -> [batch, queries, heads * head_dim]
@@ -172,6 +178,7 @@ def rope_table(
       positions: of the tokens.
       frequencies: radians a position, one for each pair of a head's numbers.
     """
+    # In fp32 whatever the weights' dtype: bf16 cannot tell positions above 256 apart.
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -186,7 +193,7 @@ def rotate(
       x: queries or keys.
       table: see `rope_table`.
     """
-    cos, sin = (t[:, None].astype(jnp.float32) for t in table)
+    cos, sin = (t[:, None].astype(jnp.float32) for t in table)  # an axis for the heads
     # Hugging Face's LLaMA pairs the first half with the second; the paper pairs neighbours.
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
@@ -205,6 +212,7 @@ def empty_caches(
       head_dim: size of a head.
       dtype: of keys and values.
     """
+    # Unwritten slots hold zeros, and no mask lets them be read. All layers share one array until they write.
     empty = jnp.zeros((batch, kv_heads, slots, head_dim), dtype)
     return tuple(KVCache(empty, empty, jnp.zeros((), jnp.int32)) for _ in range(layers))
 
@@ -222,6 +230,7 @@ def update_cache(
     Returns:
       The cache with them.
     """
+    # The index is traced, so that all steps of decoding are one program. XLA writes in place where a loop carries it.
     write = jax.lax.dynamic_update_slice_in_dim
     tokens = k.shape[2]
     return KVCache(
@@ -233,6 +242,7 @@ def update_cache(
 
 ACTIVATIONS = {  # by the names that Hugging Face's configs use
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    # Two names of the same approximation, by 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³))).
     'gelu_new': lambda x: jax.nn.gelu(x, approximate=True),
     'gelu_pytorch_tanh': lambda x: jax.nn.gelu(x, approximate=True),
     'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -266,6 +276,7 @@ def word_logits(w: dict, hidden: Float[Array, '*batch words'], *, tied: bool) ->
     """
     if not tied:
         return linear(hidden, w['head']['kernel']).astype(jnp.float32)
+    # The embedding is [vocab, dim]. Contracting its second axis saves a transposed copy of the largest matrix.
     return jnp.einsum('...d,vd->...v', hidden, w['embed'].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 

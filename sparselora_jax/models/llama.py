@@ -101,6 +101,7 @@ def rope_frequencies(cfg: LlamaConfig) -> Float[Array, ' half']:
     Args:
       cfg: the tower's config.
     """
+    # RoFormer, section 3.2.2: base ** (-2 i / head_dim) for each pair i of a head's numbers.
     frequencies = cfg.rope_base ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
     frequencies = frequencies / cfg.rope_linear
     if (stretch := cfg.rope_llama3) is None:
@@ -161,14 +162,17 @@ def block(
       `x`, changed, and the cache.
     """
     h = _norm(w['norm1'], cfg, x)
+    # [batch, heads, tokens, head_dim]; keys and values have `kv_heads` of them.
     q = layers.split_heads(layers.dense(w['attn']['q'], h), cfg.heads)
     k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.kv_heads) for name in 'kv')
     q = layers.rotate(q, ctx['rope'])
     k = layers.rotate(k, ctx['rope'])
     if cache is not None:
+        # Keys are kept rotated: a position never changes, so no later token rotates them again.
         cache = layers.update_cache(cache, k, v)
         k = cache.k.astype(q.dtype)
         v = cache.v.astype(q.dtype)
+    # From here on k and v are those of all slots; the mask says which of them each token reads.
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask']))
     h = _norm(w['norm2'], cfg, x)
     h = layers.ACTIVATIONS[cfg.activation](layers.dense(w['mlp']['gate'], h)) * layers.dense(w['mlp']['up'], h)
@@ -256,6 +260,7 @@ def shapes(cfg: LlamaConfig) -> dict:
         layer = {'kernel': (depth, inputs, outputs)}
         return layer | {'bias': (depth, outputs)} if bias else layer
 
+    # The embedding is [vocab, width] and no kernel: rules for kernels leave it alone.
     tree = {
         'embed': (cfg.vocab, width),
         'blocks': {
@@ -336,7 +341,7 @@ def from_hf(hf: HfConfig) -> LlamaConfig:
     Raises:
       UnsupportedModelError: names the field whose value is not supported.
     """
-    rope = dict(hf.rope_parameters)
+    rope = dict(hf.rope_parameters)  # transformers 5 gathers `rope_theta` and `rope_scaling` of older files here
     kind = rope.get('rope_type', 'default')
     if kind not in ('default', 'linear', 'llama3'):
         raise UnsupportedModelError(f"rope_type {kind!r} of {hf.model_type}: expected 'default', 'linear' or 'llama3'")
@@ -348,12 +353,13 @@ def from_hf(hf: HfConfig) -> LlamaConfig:
         width=hf.hidden_size,
         depth=hf.num_hidden_layers,
         heads=hf.num_attention_heads,
+        # A config without the field means that every head has keys and values of its own.
         kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
         mlp_width=hf.intermediate_size,
         rope_base=float(rope['rope_theta']),
         norm_eps=hf.rms_norm_eps,
         max_positions=hf.max_position_embeddings,
-        head_dim=getattr(hf, 'head_dim', None) or 0,
+        head_dim=getattr(hf, 'head_dim', None) or 0,  # old LLaMA configs lack the field
         tied=hf.tie_word_embeddings,
         attention_bias=getattr(hf, 'attention_bias', False),
         mlp_bias=getattr(hf, 'mlp_bias', False),

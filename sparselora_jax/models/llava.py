@@ -111,9 +111,10 @@ class LlavaFamily(ImageFamily):
         Raises:
           UnsupportedModelError: names the field whose value is not supported.
         """
+        # LLaVA-1.5: layer -2, without the class token.
         layer = hf.vision_feature_layer
         strategy = hf.vision_feature_select_strategy
-        if not isinstance(layer, int):
+        if not isinstance(layer, int):  # later models concatenate several layers
             raise UnsupportedModelError(f'vision_feature_layer {layer} of {hf.model_type}: expected one integer')
         if strategy not in ('default', 'full'):
             raise UnsupportedModelError(
@@ -166,6 +167,7 @@ class LlavaFamily(ImageFamily):
         Args:
           cfg: the family's config.
         """
+        # The names of transformers 5; `renames` brings those of older files into this form.
         table = key_table.nested(cfg.vision.tower.keys(cfg.vision), 'vision/', 'model.vision_tower.')
         for ours, theirs in {'fc1': 'linear_1', 'fc2': 'linear_2'}.items():
             module = f'model.multi_modal_projector.{theirs}'

@@ -54,7 +54,7 @@ class Generation:
     pad: int
     start: int | None = None
     bos: int | None = None
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()  # not a dict, since a model is hashable
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Model:
 
     cfg: FamilyConfig
     generation: Generation
+    # Not compared: a model from another directory of the same config is compiled only once.
     source: str | None = field(default=None, compare=False)
 
     @property
@@ -124,6 +125,7 @@ class Model:
         tokens = batch.get('decoder_input_ids')
         if tokens is None:  # the answer's first token is predicted from the start token alone
             tokens = jnp.full((prompt.x.shape[0], 1), self.generation.start, jnp.int32)
+        # Training batches have no such mask: an answer's pads come last, and no earlier token reads them.
         valid = batch.get('decoder_attention_mask', jnp.ones_like(tokens)).astype(bool)
         return self.language.decode(w, cfg, tokens, valid, encoded, prompt.valid, run)
 
@@ -164,6 +166,7 @@ class Model:
         Raises:
           BatchError: see `prompt`.
         """
+        # `data.processing` puts these positions last, of a decoder's input and of an encoder-decoder's.
         answer_tokens = batch['targets'].shape[1]
         return self.head(weights, self.hidden(weights, batch, run)[:, -answer_tokens:])
 

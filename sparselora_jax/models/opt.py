@@ -98,6 +98,7 @@ def embed(
     """
     if cfg.word_width != cfg.width:
         x = layers.dense(w['project_in'], x)
+    # Positions are added to the projected words, so their table has the width of the hidden states.
     return x + w['positions'][view.positions + OFFSET].astype(x.dtype), {'mask': view.mask}
 
 
@@ -116,12 +117,15 @@ def block(
     Returns:
       `x`, changed, and the cache.
     """
+    # The same two norms stand before attention and MLP, or (OPT-350m) behind the sums.
     h = layers.layer_norm(w['norm1'], x, NORM_EPS) if cfg.pre_norm else x
+    # [batch, heads, tokens, head_dim]
     q, k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.heads) for name in 'qkv')
     if cache is not None:
         cache = layers.update_cache(cache, k, v)
         k = cache.k.astype(q.dtype)
         v = cache.v.astype(q.dtype)
+    # With a cache, k and v are those of all slots; the mask says which of them each token reads.
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask']))
     if not cfg.pre_norm:
         x = layers.layer_norm(w['norm1'], x, NORM_EPS)
@@ -237,6 +241,7 @@ def keys(cfg: OptConfig) -> Keys:
     Args:
       cfg: the tower's config.
     """
+    # OPT names the MLP's norm of each layer like the norm behind the last one.
     layer = key_table.norm('norm1', 'self_attn_layer_norm') | key_table.norm('norm2', 'final_layer_norm')
     for name in 'qkv':
         layer |= key_table.dense(f'attn/{name}', f'self_attn.{name}_proj', bias=cfg.bias)
@@ -247,7 +252,7 @@ def keys(cfg: OptConfig) -> Keys:
     if cfg.word_width != cfg.width:
         for way in ('in', 'out'):
             table |= key_table.dense(f'project_{way}', f'project_{way}', bias=False)
-    if cfg.final_norm:  # it shares its name with a norm of each layer
+    if cfg.final_norm:
         table |= key_table.norm('norm', 'final_layer_norm')
     return table | key_table.nested(layer, 'blocks/', 'layers.{i}.')
 
@@ -308,10 +313,11 @@ def from_hf(hf: HfConfig) -> OptConfig:
         heads=hf.num_attention_heads,
         mlp_width=hf.ffn_dim,
         max_positions=hf.max_position_embeddings,
-        word_width=hf.word_embed_proj_dim,
+        word_width=hf.word_embed_proj_dim,  # 512 in OPT-350m, whose hidden states have 1024
         bias=hf.enable_bias,
         pre_norm=hf.do_layer_norm_before,
-        # OPT-350m norms after each sum and has no final norm; some early files have none either, and say so.
+        # OPT-350m norms after each sum and has no final norm. Files that were tuned before transformers 4.20.1 lack
+        # the norm too, and say so by the second field.
         final_norm=hf.do_layer_norm_before and not hf._remove_final_layer_norm,
         activation=hf.activation_function,
     )

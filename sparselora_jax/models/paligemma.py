@@ -80,6 +80,7 @@ class PaliGemmaFamily(ImageFamily):
         Raises:
           UnsupportedModelError: names the field whose value is not supported.
         """
+        # The projection's size is not read: it must be the language model's width, or the file's shapes do not fit.
         return PaliGemmaConfig(
             vision=towers.vision_from_hf(hf.vision_config),
             # The whole model's field ties the head, not the text config's.
@@ -115,6 +116,7 @@ class PaliGemmaFamily(ImageFamily):
         """
         if 'token_type_ids' not in batch:
             raise BatchError('no token_type_ids: pass those that the processor returns, 0 for the image and the prompt')
+        # Image, prompt and pads have type 0, the answer type 1. Pads are masked whatever their type.
         prompt = super().prompt(w, cfg, batch, run)
         return prompt._replace(prefix=batch['token_type_ids'] == 0)
 

@@ -62,7 +62,7 @@ def embed_words_and_image(
     images = batch['pixel_values']
     if images.shape[0] != tokens.shape[0]:
         raise BatchError(f'{images.shape[0]} pixel_values for {tokens.shape[0]} input_ids: expected one image a row')
-    if not isinstance(tokens, jax.core.Tracer):
+    if not isinstance(tokens, jax.core.Tracer):  # under jit no value is known
         check_image_tokens(cfg, tokens, mask)
     is_image = tokens == cfg.image_token
     # A token that stands for an image may lie outside the vocabulary (PaliGemma's first configs), so it is looked up
@@ -86,16 +86,17 @@ def check_ids(cfg: FamilyConfig, batch: Mapping[str, Array | np.ndarray]) -> Non
     Raises:
       BatchError: a token outside its vocabulary, with its row.
     """
-    image_token = getattr(cfg, 'image_token', None)
+    image_token = getattr(cfg, 'image_token', None)  # a language model alone has none
     for name, vocab in cfg.family.vocabularies(cfg).items():
         ids = batch.get(name)
         if ids is None or isinstance(ids, jax.core.Tracer):
             continue
-        ids = processes.on_host(ids)
+        ids = processes.on_host(ids)  # all of them, also of an array that lies on other processes
         is_wrong = (ids < 0) | (ids >= vocab)
         if name == 'input_ids' and image_token is not None:
             is_wrong &= ids != image_token
         if is_wrong.any():
+            # One row is enough for the error: a wrong tokenizer makes nearly all of them wrong.
             row, column = np.argwhere(is_wrong)[0]
             raise BatchError(
                 f"row {row} of {name} has {ids[row, column]}: expected 0 to {vocab - 1}, the ids of the model's "
@@ -116,6 +117,7 @@ def check_image_tokens(
     Raises:
       BatchError: a row with another number of image tokens.
     """
+    # A row without any word stands for no example, so it needs no image.
     counts = (processes.on_host(tokens) == cfg.image_token).sum(axis=1)
     wrong = np.flatnonzero((counts != cfg.image_tokens) & processes.on_host(mask).any(axis=1))
     if wrong.size:

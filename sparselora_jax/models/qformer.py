@@ -62,6 +62,7 @@ def embed(
     Raises:
       BatchError: no instruction, or one that is too long.
     """
+    # Every image is read by the same learned queries.
     x = jnp.broadcast_to(w['queries'], (image.shape[0], *w['queries'].shape[1:]))
     ctx = {'cross': image}
     if cfg.vocab:
@@ -69,13 +70,15 @@ def embed(
         if tokens is None or tokens.shape[1] > cfg.max_positions:
             have = 'are absent' if tokens is None else f'have {tokens.shape[1]} columns'
             raise BatchError(f'qformer_input_ids {have}: the Q-Former reads an instruction of 1 to {cfg.max_positions}')
+        # Words have positions, queries have none: they are a set.
         x = jnp.concatenate([x, w['embed'][tokens] + w['positions'][None, : tokens.shape[1]]], axis=1)
         mask = batch.get('qformer_attention_mask')
         text = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
         queries = jnp.ones((image.shape[0], cfg.queries), bool)
-        valid = jnp.concatenate([queries, text], axis=1)
+        valid = jnp.concatenate([queries, text], axis=1)  # in the order of x
         # Calibration must know which rows each kernel reads, see `runners.valid_rows`.
         ctx |= {'mask': valid[:, None], 'valid': valid, 'query_valid': queries, 'text_valid': text}
+    # BERT norms its embeddings. The blocks run in the dtype of what the vision tower hands on.
     return layers.layer_norm(w['norm'], x, cfg.norm_eps).astype(image.dtype), ctx
 
 
@@ -86,7 +89,7 @@ def _attention(
     source: Float[Array, 'batch sources source_dim'],
     mask: Bool[Array, 'batch 1 sources'] | None = None,
 ) -> Float[Array, 'batch rows dim']:
-    """Attend from `x` to `source`, add, and norm."""
+    """Return `x` after attention to `source`, the sum and its norm."""
     q = layers.split_heads(layers.dense(w['q'], x), cfg.heads)
     k, v = (layers.split_heads(layers.dense(w[name], source), cfg.heads) for name in 'kv')
     return layers.layer_norm(w['norm'], x + layers.dense(w['o'], layers.attend(q, k, v, mask)), cfg.norm_eps)
@@ -99,6 +102,7 @@ def _mlp(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim']) -> Floa
 
 def _layer(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim'], ctx: dict) -> Float[Array, 'batch rows dim']:
     x = _attention(w['self'], cfg, x, x, ctx.get('mask'))
+    # Queries and text attend to each other, then part: queries alone see the image, and each has an MLP of its own.
     queries = x[:, : cfg.queries]
     text = x[:, cfg.queries :]
     if 'cross' in w:  # the first layer of a pair
@@ -184,6 +188,7 @@ def shapes(cfg: QFormerConfig) -> dict:
             'norm': norm,
         }
 
+    # Every group ends in a norm of the sum, as in BERT.
     mlp = {'fc1': dense(width, cfg.mlp_width), 'fc2': dense(cfg.mlp_width, width), 'norm': norm}
     layer = {'self': attention(width), 'mlp': mlp}
     tree = {
@@ -212,6 +217,7 @@ def keys(cfg: QFormerConfig) -> Keys:
         table |= key_table.norm('norm', 'qformer.embeddings.layernorm')
     else:
         table |= key_table.norm('norm', 'qformer.layernorm')
+    # Layers 0, 2, 4, ... attend to the image; layers 1, 3, 5, ... do not.
     first = _layer_keys(cfg) | _attention_keys('cross', 'crossattention')
     table |= key_table.nested(first, 'blocks/first/', 'qformer.encoder.layer.{even}.')
     table |= key_table.nested(_layer_keys(cfg), 'blocks/second/', 'qformer.encoder.layer.{odd}.')
@@ -220,6 +226,7 @@ def keys(cfg: QFormerConfig) -> Keys:
 
 def _layer_keys(cfg: QFormerConfig) -> Keys:
     """Return the names that both layers of a pair have."""
+    # transformers calls the MLP of the queries `intermediate_query` and that of the text `intermediate`.
     table = _attention_keys('self', 'attention') | _mlp_keys('mlp', '_query')
     if cfg.vocab:
         table |= _mlp_keys('text_mlp', '')

@@ -112,10 +112,13 @@ def _scan(
     def run_layer(w, index, x, ctx, cache):
         return block(_cut_out(w, index), x, ctx, cache)
 
+    # `index` tells `_cut_out` which layer it is in, in a way that XLA cannot see through.
     def body(x, layer):
         w, index, layer_cache = layer
         return run_layer(w, index, x, ctx, layer_cache)
 
+    # The scan slices weights and caches along their leading axis, whatever kind of kernel they are: packed and masked
+    # ones are pytrees of stacked arrays. A cache of None has no leaves, and every layer gets None.
     layers = jax.tree.leaves(weights)[0].shape[0]
     return jax.lax.scan(body, x, (weights, jnp.arange(layers), cache))
 
@@ -157,6 +160,7 @@ def unrolled_blocks(
       Hidden states and the caches of all layers.
     """
     del tower
+    # A Python loop: the program holds every block, so it compiles longer than a scan, and runs faster a token.
     caches = []
     for index, w in enumerate(weights):
         x, layer_cache = block(w, x, ctx, None if cache is None else cache[index])
@@ -191,8 +195,11 @@ def valid_rows(name: str, ctx: dict) -> Bool[Array, 'batch rows'] | None:
     Returns:
       A mask over the rows; None: all of them count.
     """
+    # An image has no pads, so a Q-Former's context holds no `cross_valid`, and all rows count.
     if re.fullmatch(r'(.*/)?cross/[kv]/kernel', name):
         return ctx.get('cross_valid')
+    # In order: the first path that fits decides. A Q-Former without text has none of these masks, and its `mlp` reads
+    # the block's own rows.
     masks_by_path = ((r'(.*/)?(cross/[qo]|mlp/.*)/kernel', 'query_valid'), (r'(.*/)?text_mlp/.*', 'text_valid'))
     for regex, mask in masks_by_path:
         if mask in ctx and re.fullmatch(regex, name):

@@ -121,13 +121,15 @@ def relative_bias(
       max_distance: slots as far as this or farther share a bucket.
       bidirectional: half the buckets are for later slots; otherwise those are taken to be at distance 0.
     """
+    # [batch, tokens, slots]; positive: the slot comes later.
     offset = slot_positions[:, None, :] - positions[:, :, None]
     buckets = table.shape[0] // 2 if bidirectional else table.shape[0]
     distance = jnp.abs(offset) if bidirectional else jnp.maximum(-offset, 0)
+    # Distances beyond the table share its last bucket.
     bucket = jnp.asarray(distance_buckets(buckets, max_distance))[jnp.minimum(distance, max_distance)]
-    if bidirectional:
+    if bidirectional:  # the second half of the table is for later slots
         bucket = jnp.where(offset > 0, bucket + buckets, bucket)
-    return jnp.moveaxis(table[bucket], -1, 1)
+    return jnp.moveaxis(table[bucket], -1, 1)  # heads come behind the batch, as in the products
 
 
 def embed_tokens(w: dict, cfg: T5Config, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens dim']:
@@ -154,6 +156,7 @@ def _mlp(w: dict, cfg: T5Config, x: Float[Array, '*batch dim']) -> Float[Array, 
     activation = layers.ACTIVATIONS[cfg.activation]
     if not cfg.gated:
         return layers.dense(w['fc2'], activation(layers.dense(w['fc1'], x)))
+    # T5 1.1: the gate of GLU Variants Improve Transformer (arXiv 2002.05202).
     return layers.dense(w['down'], activation(layers.dense(w['gate'], x)) * layers.dense(w['up'], x))
 
 
@@ -257,19 +260,21 @@ def block(
     """
     h = _norm(w['norm1'], cfg, x)
     q, k, v = (_heads(w['attn'][name], cfg, h) for name in 'qkv')
+    # Self-attention: a token reads the tokens of the answer before it.
     if cache is not None:
         seen = layers.update_cache(cache.self, k, v)
         cache = cache._replace(self=seen)
         k = seen.k.astype(q.dtype)
         v = seen.v.astype(q.dtype)
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask'], bias=ctx['bias'], scale=1.0))
+    # Cross-attention: it reads the encoder's output, which is projected anew or, while decoding, lies in the cache.
     q = _heads(w['cross']['q'], cfg, _norm(w['norm2'], cfg, x))
     if cache is None:
         k, v = (_heads(w['cross'][name], cfg, ctx['cross']) for name in 'kv')
     else:
         k = cache.cross_k.astype(q.dtype)
         v = cache.cross_v.astype(q.dtype)
-    # Cross-attention knows no positions, hence no bias.
+    # No bias: the prompt's words have no distance to those of the answer.
     x = x + layers.dense(w['cross']['o'], layers.attend(q, k, v, ctx['cross_valid'][:, None], scale=1.0))
     return x + _mlp(w['mlp'], cfg, _norm(w['norm3'], cfg, x)), cache
 
@@ -308,6 +313,7 @@ def decode(
       run: executes the blocks.
     """
     positions = jnp.arange(tokens.shape[1])[None]
+    # The causal mask is as usual. Only the positions differ: `causal_view` would skip pads.
     view = layers.causal_view(valid)._replace(positions=positions, slot_positions=positions)
     x, ctx = embed(w, cfg, embed_tokens(w, cfg, tokens).astype(encoded.dtype), view)
     ctx |= {'valid': valid} | reading(encoded_valid, encoded)
@@ -324,7 +330,7 @@ def head(w: dict, cfg: T5Config, hidden: Float[Array, '*batch dim']) -> Float[Ar
       cfg: its config.
       hidden: what `finish` returns.
     """
-    if cfg.scale_head:
+    if cfg.scale_head:  # T5 1.0 shares the embedding with the head, at another scale
         hidden = hidden * jnp.asarray(cfg.width**-0.5, hidden.dtype)
     return layers.word_logits(w, hidden, tied=cfg.tied)
 
@@ -344,6 +350,7 @@ def caches(
     empty = layers.empty_caches(
         cfg.depth, batch=encoded.shape[0], kv_heads=cfg.heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
     )
+    # A layer at a time, of weights that may be of any kind of kernel: a scan would stack all layers' results.
     cross = unstack(w['decoder']['blocks']['cross'])
     cross_kv = ((_heads(layer[name], cfg, encoded).astype(dtype) for name in 'kv') for layer in cross)
     return tuple(DecoderCache(cache, *kv) for cache, kv in zip(empty, cross_kv, strict=True))
@@ -384,7 +391,7 @@ def keys(cfg: T5Config) -> Keys:
       cfg: the tower's config.
     """
     table: Keys = {'embed': EMBED}
-    if not cfg.tied:
+    if not cfg.tied:  # beside the embedding, since `key_prefix` is that of the whole model
         table['head/kernel'] = 'lm_head.weight'
     attention = {name: name for name in 'qkvo'}
     mlp = {'gate': 'wi_0', 'up': 'wi_1', 'down': 'wo'} if cfg.gated else {'fc1': 'wi', 'fc2': 'wo'}
@@ -459,7 +466,7 @@ def from_hf(hf: HfConfig) -> T5Config:
     return T5Config(
         vocab=hf.vocab_size,
         width=hf.d_model,
-        depth=hf.num_decoder_layers,
+        depth=hf.num_decoder_layers,  # transformers has already filled it in where a file names `num_layers` alone
         encoder_depth=hf.num_layers,
         heads=hf.num_heads,
         head_dim=hf.d_kv,

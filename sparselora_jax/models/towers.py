@@ -146,6 +146,7 @@ class VisionTower(Protocol):
         """Return how many parameters published files hold that this config does not read, by what they are."""
 
 
+# By transformers' `model_type`, of the text config and of the vision config.
 LANGUAGE_TOWERS: Registry[LanguageTower] = Registry('language model')
 VISION_TOWERS: Registry[VisionTower] = Registry('vision model')
 
@@ -197,7 +198,9 @@ def language_keys(cfg: LanguageConfig, model: str, head: str) -> Keys:
       head: the prefix of the head's name, and of T5's embedding and stacks.
     """
     tower = cfg.tower
+    # transformers nests a tower differently: a LLaMA is the model, an OPT the model's decoder, a T5 has no such module.
     table = key_table.nested(tower.keys(cfg), 'language/', tower.key_prefix(model, head))
+    # A tied head is no parameter of its own. Files that hold one all the same are handled by `checkpoints.layout`.
     if 'head' in tower.shapes(cfg):
         table['language/head/kernel'] = f'{head}lm_head.weight'
     return table

@@ -106,8 +106,9 @@ def embed(
     # is (row, column, channel), as `checkpoints.layout` lays the convolution's weights out.
     pixels = images[:, :, : grid * p, : grid * p].reshape(batch, channels, grid, p, grid, p)
     patches = pixels.transpose(0, 2, 4, 3, 5, 1).reshape(batch, grid * grid, p * p * channels)
-    x = layers.dense(w['patch'], patches)
+    x = layers.dense(w['patch'], patches)  # [batch, grid * grid, dim]
     if cfg.class_token:
+        # The class token takes position 0, so it joins before positions are added.
         first = jnp.broadcast_to(w['cls'].astype(x.dtype), (batch, 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1)
     x = x + w['positions'].astype(x.dtype)
@@ -129,6 +130,7 @@ def block(
     Returns:
       `x`, changed, and the cache.
     """
+    # No mask and no cache: an image has no pads, and its tokens are all there at once.
     h = layers.layer_norm(w['norm1'], x, cfg.norm_eps)
     q, k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.heads) for name in 'qkv')
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v))
@@ -145,6 +147,7 @@ def finish(w: dict, cfg: ViTConfig, x: Float[Array, 'batch tokens dim']) -> Floa
       cfg: its config.
       x: the last block's output.
     """
+    # Dropped before the norm, which reads each token by itself: the result is the same, for less work.
     x = x[:, 1:] if cfg.drop_first else x
     return layers.layer_norm(w['norm'], x, cfg.norm_eps) if cfg.final_norm else x
 
@@ -181,6 +184,7 @@ def shapes(cfg: ViTConfig) -> dict:
         layer = {'kernel': (depth, inputs, outputs)}
         return layer | {'bias': (depth, outputs)} if bias else layer
 
+    # Sizes of blocks lead with the layers, those around them do not.
     norm = {'scale': (width,), 'bias': (width,)}
     block_norm = {'scale': (depth, width), 'bias': (depth, width)}
     tree = {
@@ -224,6 +228,7 @@ def keys(cfg: ViTConfig) -> Keys:
     layer |= key_table.dense('attn/o', 'self_attn.projection' if cfg.fused_qkv else 'self_attn.out_proj')
     for index, name in enumerate('qkv'):
         if cfg.fused_qkv:
+            # Three kernels here, each pruned and adapted by itself; in files, equal slices of one matrix.
             fused = key_table.dense(f'attn/{name}', 'self_attn.qkv', bias=cfg.qkv_bias)
             layer |= {path: key_table.Part(key, index, 3) for path, key in fused.items()}
         else:
@@ -243,9 +248,11 @@ class _Variant:
     has_head: bool  # files hold a pooling head, which no family reads
 
 
+# ViT-g of EVA-CLIP, which BLIP-2 and InstructBLIP took over.
 _EVA = _Variant(class_token=True, patch_bias=True, pre_norm=False, final_norm=True, fused_qkv=True, has_head=False)
 # CLIP's own output is not normed: its final norm reads the class token alone.
 _CLIP = _Variant(class_token=True, patch_bias=False, pre_norm=True, final_norm=False, fused_qkv=False, has_head=False)
+# SigLIP pools by a head instead of a class token.
 _SIGLIP = _Variant(class_token=False, patch_bias=True, pre_norm=False, final_norm=True, fused_qkv=False, has_head=True)
 _VARIANTS = {
     'blip_2_vision_model': _EVA,
@@ -301,7 +308,7 @@ def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False)
         patch_bias=variant.patch_bias,
         qkv_bias=getattr(hf, 'qkv_bias', True),  # a field of EVA-CLIP's alone
         pre_norm=variant.pre_norm,
-        final_norm=variant.final_norm and layer is None,
+        final_norm=variant.final_norm and layer is None,  # torch's `hidden_states` are those before the norm
         drop_first=drop_first,
         fused_qkv=variant.fused_qkv,
     )
@@ -314,14 +321,14 @@ def unread(hf: HfConfig, cfg: ViTConfig) -> dict[str, int]:
       hf: transformers' config of the vision tower.
       cfg: ours, made from it.
     """
-    whole = replace(from_hf(hf), final_norm=True)
+    whole = replace(from_hf(hf), final_norm=True)  # all that a file holds, but a head
     counts = {}
     skipped = whole.depth - cfg.depth
     if skipped:
         shorter = replace(whole, depth=cfg.depth)
         counts[f'last {skipped} of {whole.depth} vision layers'] = _count(whole) - _count(shorter)
     if not cfg.final_norm:
-        counts['vision/norm'] = 2 * whole.width
+        counts['vision/norm'] = 2 * whole.width  # scale and bias
     if _VARIANTS[hf.model_type].has_head and getattr(hf, 'vision_use_head', True):
         # SigLIP's pooling head: attention of a learned probe, a norm, an MLP.
         attention = 4 * whole.width * (whole.width + 1)
@@ -335,5 +342,6 @@ def _count(cfg: ViTConfig) -> int:
     return sum(math.prod(shape) for shape in flatten(shapes(cfg)).values())
 
 
+# A module of functions satisfies the protocol of a tower (PEP 544).
 for _model_type in _VARIANTS:
     VISION_TOWERS.register(_model_type, sys.modules[__name__])
