@@ -10,6 +10,7 @@ import sparselora_jax as sl
 from sparselora_jax import pruning
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.sparse import packing
+from sparselora_jax.sparse.dense import unpack
 from sparselora_jax.sparse.packing import four_bits
 
 PATTERN = sl.parse_pattern('2:4')
@@ -70,7 +71,7 @@ def through(held, weights, mask):
     made = (
         packing.pack(params, masks, held) if held in packing.FORMATS else packing.quantise_masked(params, masks, held)
     )
-    return packing.unpack(made, jnp.float32)['kernel']
+    return unpack(made, jnp.float32)['kernel']
 
 
 @pytest.mark.parametrize('held', ['packed24_int4', 'nf4', pytest.param('int4', marks=pytest.mark.slow)])
