@@ -452,9 +452,9 @@ def prune_methods(config: ConfigDict) -> list[tuple[str, pruning.Method]]:
             expected = ' or '.join(map(repr, groups))
             raise ConfigError(f'prune.group.{tower} {prune.group[tower]!r}: expected {expected}')
     methods = []
-    for tower in towers(config):
+    # The rules have one more: the last is for kernels outside of blocks.
+    for tower, (regex, pattern) in zip(towers(config), prune_rules(config), strict=False):
         method = _method(kind, config, prune.group[tower])
-        pattern = parse_pattern(prune.pattern[tower])
         # A method without the option `group` has one group only; the job checks counts in the config's.
         has_group = (method.group == 'output') == (prune.group[tower] == 'output')
         if not (pattern.structured or pattern.dense or has_group):
@@ -462,7 +462,7 @@ def prune_methods(config: ConfigDict) -> list[tuple[str, pruning.Method]]:
                 f'prune.group.{tower} {prune.group[tower]!r}: method {prune.method!r} compares the weights of each '
                 f'{method.group} only'
             )
-        methods.append((f'{tower}/{BLOCKS}.*', method))
+        methods.append((regex, method))
     return [*methods, ('.*', _method(kind, config, 'output'))]
 
 
