@@ -60,7 +60,7 @@ def sparsegpt(kernel: np.ndarray, hessian: np.ndarray, sparsity: float) -> np.nd
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     kernel, x = layer()
     squares, hessian = np.sum(x**2, axis=0), x.T @ x
     scores = np.abs(kernel) * np.sqrt(squares)[:, None]

@@ -67,7 +67,7 @@ def held(params: dict) -> tuple[int, int]:
 
 
 def measure(model: Model, dtype: str, batch: int) -> None:
-    """Prints one line a format."""
+    """Print one line a format."""
     dense, masks = pruned(model, dtype)
     formats = {'dense': dense} | {name: sl.pack(dense, masks, name) for name in FORMATS.value}
     ids = np.random.default_rng(0).integers(1, SIZES[SIZE.value].vocab_size, (batch, PROMPT)).astype(np.int32)
@@ -98,7 +98,7 @@ def measure(model: Model, dtype: str, batch: int) -> None:
 
 
 def main(argv):
-    """Prints the table."""
+    """Print the table."""
     del argv
     config = SIZES[SIZE.value]
     config.num_hidden_layers = LAYERS.value or config.num_hidden_layers

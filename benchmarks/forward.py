@@ -184,7 +184,7 @@ def compare(ours: dict, theirs: dict, mask: np.ndarray | None) -> None:
 
 
 def measure(family: str) -> None:
-    """Builds, compares, times and prints one family."""
+    """Build, compares, times and prints one family."""
     torch.manual_seed(0)
     theirs = torch_model(family).eval()
     with tempfile.TemporaryDirectory() as folder:

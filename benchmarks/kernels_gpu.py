@@ -142,7 +142,7 @@ def unpacked_s(chip: Chip, problem: Problem) -> float:
 
 
 def on_gpus(rows: int, inputs: int, outputs: int) -> None:
-    """Prints one line a chip and kernel."""
+    """Print one line a chip and kernel."""
     for chip, transposed in itertools.product(GPUS, (False, True)):
         product, where = ('g @ W.T' if transposed else 'x @ W'), f'{chip.name} | {rows} | {inputs}x{outputs}'
         dense = dense_terms(chip, Problem(rows, inputs, outputs, False, transposed))

@@ -44,7 +44,7 @@ def tables():
 
 
 def main(argv):
-    """Prints the tables."""
+    """Print the tables."""
     del argv
     for columns, table in tables():
         print('\n| ' + ' | '.join(columns) + ' |\n' + '|---' * len(columns) + '|')

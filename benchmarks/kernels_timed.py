@@ -19,7 +19,7 @@ BOUND = 2**-7  # of an error, over the sum of magnitudes: bf16 rounds to 2**-9
 
 
 def timed(rows: int, inputs: int, outputs: int, *, rounds: int) -> None:
-    """Prints a line for each product and kind of weights; ends where numbers are wrong."""
+    """Print a line for each product and kind of weights; ends where numbers are wrong."""
     packed = [pruned(jax.random.key(layer), inputs, outputs) for layer in range(LAYERS)]
     weights = {
         'dense': [unpack24(one) for one in packed],

@@ -67,7 +67,7 @@ def said_by_xla(compiled) -> tuple[str, str]:
 
 
 def on_tpus(rows: int, inputs: int, outputs: int) -> None:
-    """Prints one line a chip and kernel."""
+    """Print one line a chip and kernel."""
     dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
     x, g = (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16) for size in (inputs, outputs))
     for chip, transposed in itertools.product(TPUS, (False, True)):

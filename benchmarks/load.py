@@ -2,8 +2,8 @@
 
 python benchmarks/load.py [--folder=/big/disk] [--cold]
 
-The checkpoint is made up and deleted afterwards. `load` is `hf.load_model` in a process of its own, compilation
-included; `read` is reading the same bytes into one buffer that is used again. `staging` is the
+The checkpoint is made up and deleted afterwards. `load` is `checkpoints.load.load_model` in a process of its own,
+compilation included; `read` is reading the same bytes into one buffer that is used again. `staging` is the
 peak memory of that process beyond what it had before and beyond the params themselves: what the host held on the way.
 
 Two cores: `read` 0.3 s from the kernel's cache, `load` 7.7 s with nothing else running (15 to 17 s beside other jobs).
@@ -38,7 +38,7 @@ def tensors() -> dict[str, tuple[int, ...]]:
 
 
 def write(folder: Path) -> int:
-    """Writes the directory; the numbers repeat, which is cheap and costs a reader the same.
+    """Write the directory; the numbers repeat, which is cheap and costs a reader the same.
 
     Returns:
       bytes of all tensors.
@@ -77,7 +77,7 @@ def write(folder: Path) -> int:
 
 
 def _evict(folder: Path) -> None:
-    """Drops the files from the kernel's cache."""
+    """Drop the files from the kernel's cache."""
     for path in folder.glob('*.safetensors'):
         with path.open('rb') as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -94,7 +94,7 @@ def _read(folder: Path) -> float:
 
 
 def measure(folder: Path, cold: bool) -> dict[str, float]:
-    """Loads once, in this process.
+    """Load once, in this process.
 
     Returns:
       `load` in seconds; `staging` and `params` in bytes.
@@ -103,7 +103,7 @@ def measure(folder: Path, cold: bool) -> dict[str, float]:
     import jax.numpy as jnp
     import transformers
 
-    from sparselora_jax.checkpoints import load as hf
+    from sparselora_jax.checkpoints.load import load_model
     from sparselora_jax.runtime.progress import peak_memory
 
     assert transformers.AutoConfig  # imported, with all it takes, before memory is looked at
@@ -112,14 +112,14 @@ def measure(folder: Path, cold: bool) -> dict[str, float]:
         _evict(folder)
     before = peak_memory()
     start = time.perf_counter()
-    _, params = hf.load_model(folder)
+    _, params = load_model(folder)
     load = time.perf_counter() - start
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return {'load': load, 'params': size, 'staging': peak_memory() - before - size}
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         '--folder', default=None, help='where the checkpoint is made; the temporary directory by default'

@@ -4,10 +4,10 @@ from pathlib import Path
 
 
 class PeakMemory:
-    """Counts from when it is made; what was held then is `loaded`. In bytes, resident."""
+    """Count from when it is made; what was held then is `loaded`. In bytes, resident."""
 
     def __init__(self):
-        """Sets the kernel's own high-water mark back to what is resident now."""
+        """Set the kernel's own high-water mark back to what is resident now."""
         Path('/proc/self/clear_refs').write_text('5')
         self.loaded = _status('VmRSS')
 

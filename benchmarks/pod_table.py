@@ -1,4 +1,4 @@
-"""Compiles models for slices of chips that are not here, and prints the tables of docs/scaling.md.
+"""Compile models for slices of chips that are not here, and prints the tables of docs/scaling.md.
 
 pip install -r requirements-tpu.txt -r requirements-gpu.txt
 python benchmarks/pod_table.py            # goes on where it stopped; hours on two cores
@@ -49,7 +49,7 @@ LARGE, SMALL = 'v5e-256', 'v5e-4'  # weak scaling: with as many tokens a chip, t
 
 
 def main(argv):
-    """Compiles what is missing, then prints."""
+    """Compile what is missing, then prints."""
     del argv
     for model, config in () if TABLE.value else MODELS.items():
         for slice_ in CHOSEN.value:

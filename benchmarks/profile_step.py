@@ -34,7 +34,7 @@ def operations(hlo: str) -> dict[str, str]:
 
 
 def main(argv):
-    """Compiles, runs two steps, traces the third."""
+    """Compile, runs two steps, traces the third."""
     del argv
     cfg, params, masks, lora, batch = benchmark.setup()
     step, state = benchmark.jax_step(GRADIENT.value, cfg, lora)

@@ -70,7 +70,7 @@ def write_tokens(file: Path, sequences: int, length: int) -> None:
 
 
 def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, Any]:
-    """Prunes once, in this process, and writes the directory `out`.
+    """Prune once, in this process, and writes the directory `out`.
 
     Returns:
       `seconds`, `cpu` (seconds of all threads), `peak` and `loaded` in bytes, `compiled` (programs) and `compiling`
@@ -144,7 +144,7 @@ def _row(method: str, pattern: str, by: str, got: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Prints a row a run, and the ratio of each pair."""
+    """Print a row a run, and the ratio of each pair."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--sequences', type=int, default=128)
     parser.add_argument('--length', type=int, default=128)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    """Prunes once."""
+    """Prune once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', required=True, help='a Hugging Face directory')
     parser.add_argument('--tokens', required=True, help='[sequences, length] int32, a .npy file')

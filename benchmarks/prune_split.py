@@ -22,16 +22,15 @@ from timing import matmul_runs, seconds
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import embedded, gguf
 from sparselora_jax.models import layers, llama
-from sparselora_jax.pruning import calibrate, sparsegpt, walk
-from sparselora_jax.pruning import pruner as walker
-from sparselora_jax.sparse import masks as sparsity
+from sparselora_jax.pruning import calibrate, pruner, sparsegpt, walk
 from sparselora_jax.sparse import rules
+from sparselora_jax.sparse.masks import parse_pattern
 
 SEQUENCES, LENGTH = 128, 128
 
 
 def main() -> None:
-    """Prints a row a part."""
+    """Print a row a part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--rounds', type=int, default=5)
     rounds = parser.parse_args().rounds
@@ -51,7 +50,7 @@ def main() -> None:
     x, ctx = llama.embed(language, cfg, llama.embed_tokens(language, cfg, tokens), layers.causal_view(valid))
     chunks = walk.in_chunks(x, ctx | {'valid': valid}, CHUNK)
     kernels = rules.kernels(blocks)
-    patterns = {pattern: dict.fromkeys(kernels, sparsity.parse_pattern(pattern)) for pattern in ('2:4', '0.5')}
+    patterns = {pattern: dict.fromkeys(kernels, parse_pattern(pattern)) for pattern in ('2:4', '0.5')}
     methods = {'wanda': sl.Wanda(), 'sparsegpt': sl.SparseGPT(block=BLOCK, damp=DAMP)}
     step = jax.jit(lambda w, x, ctx: llama.block(w, cfg, x, ctx, None)[0])
     observers = {
@@ -69,7 +68,7 @@ def main() -> None:
         flat = rules.flatten(blocks)
         zeros = {path: patterns[pattern][path].zeros(leaf.shape[0]) * leaf.shape[1] for path, leaf in kernels.items()}
         of_block = dict.fromkeys(kernels, methods[method])
-        return lambda: walker._prune_block(flat, stats[method], patterns[pattern], of_block, zeros)
+        return lambda: pruner._prune_block(flat, stats[method], patterns[pattern], of_block, zeros)
 
     rows, width, kv = SEQUENCES * LENGTH, cfg.width, cfg.kv_heads * cfg.head_dim
     attention = 2 * 2 * rows * LENGTH * width

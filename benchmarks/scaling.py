@@ -69,7 +69,7 @@ class Switched(Checkpoints):
     """Checkpoints of which only every other block, in the order with, without, without, with, has one."""
 
     def save(self, step: int, tree: Any) -> None:
-        """Saves, or does nothing."""
+        """Save, or does nothing."""
         if (step // EVERY.value) % 4 < 2:
             super().save(step, tree)
 
@@ -88,7 +88,7 @@ class Restoration:
         return init_state(init_lora(key, self.base.params, lora_rules(self.job.config)), self.tx)
 
     def fit(self, steps: int, checkpoints: Checkpoints, every: int, profile: Path | None = None) -> np.ndarray:
-        """Trains by the library's own loop; (time, seconds of all threads of this process) at the end of each step."""
+        """Train by the library's own loop; (time, seconds of all threads of this process) at the end of each step."""
         ends = []
         loop = {'steps': steps, 'checkpoints': checkpoints, 'every': every, 'profile': profile}
 
@@ -174,7 +174,7 @@ def records(workdir: Path) -> list[tuple[int, float]]:
 
 
 def watch(command: list[str], workdir: Path, victim: int, pause: float) -> tuple[float, float, list[tuple[int, float]]]:
-    """Runs a command until it has restored; or kills it, `pause` seconds after step `victim`.
+    """Run a command until it has restored; or kills it, `pause` seconds after step `victim`.
 
     Returns:
       (seconds of the run, those of the step in which it was killed, (step, seconds) of its whole ones).
@@ -228,7 +228,7 @@ def goodput(prepared: Path, folder: Path, overrides: dict[str, Any], step_s: flo
 
 
 def main(argv):
-    """Measures one after the other and prints a table."""
+    """Measure one after the other and prints a table."""
     del argv
     absl_logging.set_verbosity(absl_logging.ERROR)  # of the libraries of data and checkpoints
     began = time.monotonic()

@@ -126,7 +126,7 @@ def goals(
 
 
 def report(cfg: llama.LlamaConfig, times: dict[tuple, list[float]], rates: dict[tuple, list[float]]) -> None:
-    """Prints the matmul rates, the table, and whether each goal holds."""
+    """Print the matmul rates, the table, and whether each goal holds."""
     best = {}
     for (library, shape), values in rates.items():
         rate = float(np.median(values))
@@ -149,7 +149,7 @@ def report(cfg: llama.LlamaConfig, times: dict[tuple, list[float]], rates: dict[
 
 
 def main(argv):
-    """Checks that both libraries agree, then times every variant and the matmuls in turn."""
+    """Check that both libraries agree, then times every variant and the matmuls in turn."""
     del argv
     torch.set_num_threads(THREADS)
     model = setup()

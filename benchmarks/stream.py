@@ -28,7 +28,7 @@ MAKE = flags.DEFINE_string('make', '', 'internal: write the checkpoint there')
 
 
 def make(folder: str) -> None:
-    """Writes the directory; its numbers repeat, which is cheap and costs a reader the same."""
+    """Write the directory; its numbers repeat, which is cheap and costs a reader the same."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -63,7 +63,7 @@ def resident(pid: int) -> float:
 
 
 def prune(folder: str, workdir: Path, stream: bool) -> tuple[bool, float, float]:
-    """Runs the script; (finished, peak GiB, seconds)."""
+    """Run the script; (finished, peak GiB, seconds)."""
     command = [sys.executable, 'launch/prune.py', f'--config=configs/blip2_lang_only.py:model={folder}']
     fields = {'stream': stream, 'prune.method': METHOD.value, 'prune.samples': SAMPLES.value, 'prune.chunk': 8}
     command += [f'--config.{name}={value}' for name, value in fields.items()] + [f'--workdir={workdir}']
@@ -80,7 +80,7 @@ def prune(folder: str, workdir: Path, stream: bool) -> tuple[bool, float, float]
 
 
 def check(folder: Path) -> int:
-    """Counts the zeros of every pruned kernel of an exported directory; returns how many kernels there are."""
+    """Count the zeros of every pruned kernel of an exported directory; returns how many kernels there are."""
     import numpy as np
 
     from sparselora_jax.checkpoints import checkpoint_files, safetensors_format
@@ -96,7 +96,7 @@ def check(folder: Path) -> int:
 
 
 def main(argv):
-    """Makes the checkpoint, prunes it in both ways, prints what happened."""
+    """Make the checkpoint, prunes it in both ways, prints what happened."""
     del argv
     if MAKE.value:
         make(MAKE.value)

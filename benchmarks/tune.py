@@ -127,7 +127,7 @@ def best(ratios: dict[gpu.Tile, list[float]], shapes: int) -> tuple[float, gpu.T
 
 
 def main(argv):
-    """Writes the table."""
+    """Write the table."""
     del argv
     if jax.default_backend() != 'gpu':
         raise SystemExit(

@@ -235,6 +235,7 @@ def check_config(argv: Sequence[str], default: str | None) -> None:
             raise ConfigError(f'--config.{overrides[0]} without --config=...: which recipe is it a field of?')
         return
     path, _, argument = known.config.partition(':')
+    # Sweeps are configs too, so all folders below configs/ are searched for the nearest name.
     if not Path(path).is_file():
         nearest = difflib.get_close_matches(path, [str(file) for file in Path('configs').glob('**/*.py')], 1)
         hint = f'; did you mean {nearest[0]}?' if nearest else ''
@@ -248,6 +249,7 @@ def check_config(argv: Sequence[str], default: str | None) -> None:
     fields = field_names(config)
     for field in overrides:
         if field not in fields:
+            # No cutoff: among so few names the nearest is worth showing, however far it is.
             nearest = difflib.get_close_matches(field, fields, 1, cutoff=0.0)
             raise ConfigError(f'config has no field {field!r}; did you mean {nearest[0]!r}?')
 
@@ -267,6 +269,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _connect()
+            # Errors that come from the loss of another process are named as such.
             with processes.joint():
                 main(argv[1:])
         except (SparseloraError, OSError) as error:

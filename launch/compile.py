@@ -94,6 +94,7 @@ def main(argv: list[str]) -> None:
         if figures.get('fits') and figures['roofline']['bound'] == 'matmuls':
             break
     best = min((figures for figures in tried if figures.get('fits')), key=seconds, default=None)
+    # Written even where nothing fits: the file tells which meshes were tried, and by how much they miss.
     write(model.name, config, price, best, tried)
     if not tried:
         raise recipe.ConfigError(f'{TOPOLOGY.value}: no mesh of its {len(devices)} chips holds this, by shapes alone')
@@ -149,6 +150,7 @@ def compile_on(trees: memory.Recipe, devices: list[Any], chip: Chip, price: floa
     config = trees.config
     mesh = sharding.make_mesh(**config.mesh, devices=devices[: math.prod(config.mesh.values())])
     options = topology.compiler_options(chip, EFFORT.value)
+    # Tracing is timed too: with large models it takes as long as some compilers.
     started = time.monotonic()
     try:
         if PROGRAM.value == 'restore':
@@ -175,6 +177,7 @@ def compile_on(trees: memory.Recipe, devices: list[Any], chip: Chip, price: floa
 
 def write(name: str, config: ConfigDict, price: float | None, best: Figures | None, tried: list[Figures]) -> None:
     """Write the figures of all meshes that were tried, and of the best that fits, as JSON."""
+    # Hub ids hold a slash, topologies a colon: neither belongs into a file's name.
     stem = f'{name.replace("/", "--")}-{PROGRAM.value}-{TOPOLOGY.value.replace(":", "-")}'
     file = Path(WORKDIR.value) / f'{stem}.json'
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +202,7 @@ def report(figures: Figures, chip: Chip, price: float | None) -> None:
         print(f'  does not fit, or does not compile: {figures["error"]}')
         return
     rows = {'bytes a chip, by shapes': f'{figures["by_shapes"] / GIB:.2f} GiB; by the compiler, GiB'}
+    # A dense base has no teacher of its own, a packed one no masks: parts without bytes are left out.
     rows |= {part: f'{size / GIB:.3f}' for part, size in figures['bytes'].items() if size}
     fits = 'fits' if figures['fits'] else 'does NOT fit'
     rows['together'] = f'{figures["total"] / GIB:.2f}, {fits} into {chip.memory / GIB:.1f}'

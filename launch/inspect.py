@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     model = cli.find_model(argv, config)
     print_model(model)
+    # Without a recipe, the defaults of the family show what one would do.
     config = config or cli.family_recipe(model.cfg)
     if config is None:
         print('\nno recipe for a language model alone: give one with --config=...')
@@ -86,6 +87,7 @@ def print_rules(trees: memory.Recipe) -> None:
         'prune rule': recipe.prune_rules(trees.config),
         'LoRA rule': recipe.lora_rules(trees.config),
     }
+    # By the library's own rules: what is printed is what a job would do.
     for title, rule_list in rule_lists.items():
         rows = [
             (

@@ -122,6 +122,7 @@ class Pretraining:
             weight_decay=schedule.weight_decay,
             clip=schedule.clip,
         )
+        # A finished stage is restored from its last checkpoint, and `fit` has nothing left to do.
         checkpoints = Checkpoints(self.workdir / name)
         done = checkpoints.steps()
         progress = Progress(name, schedule.steps, first=done[-1] if done else 0)
@@ -150,6 +151,7 @@ class Pretraining:
           params: its weights.
           shuffle_images: show each question the image of another one.
         """
+        # A score that an earlier run has written is printed as it is.
         file = self.workdir / f'{name}.json'
         if not file.exists():
             indices = vqa.sample(self.config.eval_questions, len(self.dataset.test.source), seed=self.config.seed)
@@ -211,6 +213,7 @@ def main(argv: list[str]) -> None:
     )
     run.score('frozen', frozen | bridge)
 
+    # LoRA in all blocks of the language model; every other kernel is left alone.
     rules = [('language/blocks/.*', sl.LoraSpec(config.lora_rank, config.lora_alpha)), ('.*', None)]
     lora = sl.init_lora(jax.random.fold_in(key, 1), {'language': language}, rules)
     trained = run.train(

@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     del argv
     config = CONFIG.value
     workdir = Path(WORKDIR.value)
+    # Recipes and sweeps are both files of configs/.
     if not hasattr(config, 'points'):
         raise ConfigError('the config is a recipe, not a sweep: expected one of configs/sweeps/')
     if RUN.value is not None:
@@ -54,6 +55,7 @@ def run_alone(config: ConfigDict, workdir: Path) -> None:
 
 def run_apart(run: sweep.Run, folder: Path) -> None:
     """Start this script again for one run, so that each run gets all memory and may fail alone."""
+    # The same arguments: the process finds its run by name among those of the same sweep.
     sweep_runs.run_apart([sys.executable, *sys.argv, f'--run={run.name}'], folder)
 
 

@@ -19,6 +19,7 @@ def main(argv: list[str]) -> None:
     stages.run(job)
     # The first process writes the report, the others wait for it.
     summary = processes.agreed(lambda: report.summary(report.write(job)))
+    # All processes know the summary, one prints it.
     if processes.first():
         print(summary)
         print(f'complete: {job.workdir}/report.html, {job.workdir}/exported/')
