@@ -393,8 +393,10 @@ class Job:
         Raises:
           PatternError: a weight is not zero where the mask is False.
         """
+        # The base goes first: in a workdir where nothing was done yet, the masks are what is missing.
+        base = self.base
         trained = self.trained(names.TRAINING['restored'])
-        params = merge_trained(self.base, trained, self.config.restore.trained, dtype=self.dtype)
+        params = merge_trained(base, trained, self.config.restore.trained, dtype=self.dtype)
         # The contract of a merge, checked on the arrays that are evaluated and exported.
         check_sparse(params, self.masks)
         return params
