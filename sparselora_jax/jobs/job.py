@@ -393,7 +393,7 @@ class Job:
         Raises:
           PatternError: a weight is not zero where the mask is False.
         """
-        # In the order in which a run writes them, so that an error names the first file that is missing.
+        # The base goes first: in a workdir where nothing was done yet, the masks are what is missing.
         base = self.base
         trained = self.trained(names.TRAINING['restored'])
         params = merge_trained(base, trained, self.config.restore.trained, dtype=self.dtype)
