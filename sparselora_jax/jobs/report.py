@@ -15,7 +15,9 @@ def build(job: Any) -> dict:
     """The report of a finished job, from what its stages left in the workdir."""
     results = {path.stem: json.loads(path.read_text()) for path in job.workdir.glob('*.json')}
     evaluations = {name: results[f'evaluate_{name}'] for name in MODELS}
-    correct = {name: vqa.Answers(e['predicted'], e['true']).scores(metric.EXACT_MATCH) for name, e in evaluations.items()}
+    correct = {
+        name: vqa.Answers(e['predicted'], e['true']).scores(metric.EXACT_MATCH) for name, e in evaluations.items()
+    }
     export, restore = results['export'], results['restore']
     baselines = {'image_blind': results['floor']['accuracy']}
     if 'lora_merged_density' in export:  # LoRA was trained
