@@ -24,7 +24,7 @@ class Log:
     def __init__(self, workdir: str | Path):
         self.path = Path(workdir) / 'log.jsonl'
         if processes.first():
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # not at the top: only a process that writes needs it
 
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A run whose disk was full may have ended within a line.
@@ -113,6 +113,7 @@ class Progress:
         if not processes.first() or not (has_ended or now - self.printed >= self.interval):
             return
         self.printed = now
+        # What an earlier run has done took no time of this one.
         seconds = (now - self.started) / max(done - self.first, 1)
         rate = f'{seconds:.2f} s each' if seconds >= 1 else f'{1 / max(seconds, 1e-9):.1f} a second'
         left = int(seconds * (self.total - done))

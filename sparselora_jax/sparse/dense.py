@@ -40,11 +40,13 @@ def dense_kernel(kernel: object, dtype: DTypeLike | None = None) -> Num[Array | 
     return kernel if dtype is None else kernel.astype(dtype)
 
 
+# On GPUs a kernel of its own unpacks, which formats do not know.
 @dense_kernel.register(Packed24)
 def _dense_packed24(kernel: Packed24, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
     return dense24(kernel, dtype)
 
 
+# qwix's class, which cannot have a method of ours.
 @dense_kernel.register(qwix.QArray)
 def _dense_four_bits(kernel: qwix.QArray, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
     return dequantise(kernel).astype(dtype or kernel.dtype)
@@ -61,6 +63,7 @@ def dense_mask(
     """
     if isinstance(mask, PackedMask):
         return unpack_mask(mask)
+    # A mask that was given wins: it may be narrower than that of the packed kernel.
     if mask is None and is_packed(kernel):
         return kernel.unpack_mask()
     return mask

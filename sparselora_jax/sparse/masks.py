@@ -29,8 +29,10 @@ def keep_largest(
     bits = ordered_bits(scores)
     axis = axis % scores.ndim
     groups = tuple(size for i, size in enumerate(scores.shape) if i != axis)
+    # A group is all but the axis: its number of zeros is broadcast along that.
     zeros = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(num_zeros, jnp.int32), groups), axis)
 
+    # In int32: a bool summed under numpy's rules would be int64 where 64 bits are enabled.
     def count(chosen):
         return jnp.sum(chosen, axis=axis, keepdims=True, dtype=jnp.int32)
 
@@ -168,13 +170,13 @@ def violations(
     """
     *layers, inputs, outputs = mask.shape
     if pattern.structured:
-        groups = jnp.swapaxes(mask.reshape(*layers, -1, pattern.m, outputs), -1, -2)
+        groups = jnp.swapaxes(mask.reshape(*layers, -1, pattern.m, outputs), -1, -2)  # [*layers, groups, outputs, m]
         promised = pattern.zeros(pattern.m)
     elif group == 'matrix':
         groups = mask.reshape(*layers, inputs * outputs)
         promised = pattern.zeros(inputs * outputs) if zeros is None else zeros
     else:
-        groups = jnp.swapaxes(mask, -1, -2)
+        groups = jnp.swapaxes(mask, -1, -2)  # [*layers, outputs, inputs]
         promised = pattern.zeros(inputs)
         if zeros is not None:
             counts = [spread(int(total), outputs) for total in zeros.reshape(-1)]
@@ -202,6 +204,7 @@ def check_masks(
       PatternError: names the path, the first offending layer and how many groups are wrong.
     """
     for path, mask in flatten(masks).items():
+        # Unlike in `match`, rules may be about kernels that have no mask.
         pattern = parse_pattern(first_match([*rules, ('.*', 'dense')], path))
         count = np.atleast_1d(violations(mask, pattern, group, (zeros or {}).get(path)))
         if count.any():

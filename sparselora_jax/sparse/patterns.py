@@ -45,6 +45,7 @@ class Pattern:
         A program depends on N:M. Of an unstructured pattern it depends on nothing, since numbers of zeros are traced:
         all of them are one kind.
         """
+        # Any sparsity will do: the zeros are counted from the pattern itself, not from its kind.
         return self if self.structured or self.dense else Pattern(sparsity=0.5)
 
     def __str__(self) -> str:
@@ -64,7 +65,7 @@ class Pattern:
         if self.structured:
             if size % self.m:
                 raise PatternError(f'pattern {self} does not fit: {self.m} does not divide the input axis of {size}')
-            return size // self.m * (self.m - self.n)
+            return size // self.m * (self.m - self.n)  # N:M keeps n of m, so m - n are zero
         # Through a decimal string: 0.7 * 10 is 7.000000000000001 one way and 6.99... another.
         return math.floor(round(self.sparsity * size, 6))
 
@@ -91,6 +92,7 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
         if not 0 < n < m:
             raise PatternError(f'pattern {text!r}: N:M needs 0 < N < M')
         return Pattern(sparsity=1 - n / m, n=n, m=m)
+    # 'nan' parses, and fails the comparison below.
     try:
         sparsity = float(text)
     except ValueError:
@@ -101,7 +103,7 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
 
 
 def spread(total: int, groups: int) -> Int32[np.ndarray, '{groups}']:
-    """Distribute the zeros of a kernel over its comparison groups, as evenly as integers allow.
+    """Spread the zeros of a kernel over its comparison groups, as evenly as integers allow.
 
     Args:
       total: number of zeros of the kernel.

@@ -134,6 +134,7 @@ def kernels(params: PyTree) -> dict[str, Any]:
     """
     flat = flatten(params)
     for path, leaf in flat.items():
+        # Named tuples and dataclasses are kinds of kernels; plain lists and tuples are containers of layers.
         if type(leaf) in (list, tuple):
             raise RuleError(f'{path} is a {type(leaf).__name__}, whose kernels have no path: {_EXPECTED}')
     found = {path: leaf for path, leaf in flat.items() if is_kernel(path, leaf)}
@@ -163,6 +164,7 @@ def check_layout(params: PyTree, paths: Iterable[str]) -> None:
     for path in paths:
         shape = tuple(flat[path].shape)
         layer = path.removesuffix(f'/{KERNEL}')
+        # Within blocks the first axis is the layer, whatever the layers are called.
         is_stack = len(shape) == 3 and (is_in_block(path) or _looks_stacked(layer, shape, flat.get(f'{layer}/bias')))
         if len(shape) > 2 and not is_stack:
             raise RuleError(
@@ -205,6 +207,7 @@ def match(rules: Sequence[tuple[str, Value]], paths: Iterable[str]) -> dict[str,
             regex = re.compile(pattern)
         except re.error as error:
             raise RuleError(f'rule {pattern!r} is not a regular expression: {error}') from None
+        # A catch-all may be left with nothing; any other rule without a path is a typo.
         if pattern != '.*' and not any(regex.fullmatch(path) for path in paths):
             raise RuleError(f'rule {pattern!r} matches none of the {len(paths)} kernels, e.g. {paths[:3]}')
     return {path: first_match(rules, path) for path in paths}

@@ -72,6 +72,7 @@ def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ..
     """
     axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
 
+    # An axis of an array may be split along one axis of the mesh, along several together, or not at all.
     def divides(axis: str | tuple[str, ...] | None, size: int) -> bool:
         names = (axis,) if isinstance(axis, str) else axis or ()
         return size % math.prod(mesh.shape[name] for name in names) == 0
@@ -175,6 +176,7 @@ def local_rows(mesh: Mesh, batch: int) -> list[int]:
       mesh: of `make_mesh`.
       batch: number of rows of the whole batch.
     """
+    # Devices along tensor hold the same rows: a set.
     slices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch,))
     return sorted({row for (rows,) in slices.values() for row in range(batch)[rows]})
 
@@ -197,6 +199,7 @@ def on_mesh(array: object) -> NamedSharding | None:
       array: anything, an array or not.
     """
     where = getattr(array, 'sharding', None)
+    # Another mesh may come from the user's own code: nothing is known of its axes.
     return where if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES else None
 
 
@@ -266,12 +269,13 @@ def gathered(tree: dict, mesh: Mesh | AbstractMesh) -> dict:
       tree: arrays or their shapes.
       mesh: of `make_mesh`.
     """
+    # Along fsdp nothing is split any more; tensor still divides the products.
     rules = [(regex, PartitionSpec(*(None if axis == 'fsdp' else axis for axis in spec))) for regex, spec in RULES]
     return shardings(tree, mesh, rules)
 
 
 def split_rows(tree: PyTree, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec = BATCH) -> PyTree:
-    """Constrain activations, in a program, so that each device has rows of its own.
+    """Split activations, in a program, so that each device has rows of its own.
 
     Args:
       tree: arrays whose leading axis is rows.

@@ -102,7 +102,9 @@ def effective_weight(
     """
     dtype = dtype or kernel.dtype
     if lora is None and mask is None:
+        # Also of packed kernels: they unpack with zeros in place.
         return dense_kernel(kernel, dtype)
+    # With LoRA a packed kernel needs its mask too: the sum must not fill its zeros.
     mask = dense_mask(mask, kernel)
     weight = dense_kernel(kernel, dtype if lora is None else jnp.float32)
     if lora is not None:
@@ -142,6 +144,7 @@ def init_lora(
     specs = match(rules, kernels_by_path)
     check_layout(params, [path for path, spec in specs.items() if spec is not None])
     lora = {}
+    # Kernels that get no factors count too: which others are adapted does not change what a kernel draws.
     for index, (path, spec) in enumerate(specs.items()):
         if spec is None:
             continue
@@ -149,6 +152,7 @@ def init_lora(
         if rank < 1:
             raise ValueError(f'{path}: LoRA rank {rank} is below one; use None to leave a kernel alone')
         *layers, inputs, outputs = kernels_by_path[path].shape
+        # LoRA's reference draws A by kaiming_uniform_(a=sqrt(5)), whose bound is 1 / sqrt(inputs).
         bound = inputs**-0.5
         a = jax.random.uniform(jax.random.fold_in(key, index), (*layers, inputs, rank), dtype, -bound, bound)
         lora[path] = Lora(a=a, b=jnp.zeros((*layers, rank, outputs), dtype), scale=alpha / rank)
@@ -179,6 +183,7 @@ def bind(
     flat_masks = flatten(masks or {})
     flat_lora = flatten(lora or {})
     _check_fit(flat, flat_masks, flat_lora)
+    # A kernel that is both masked and adapted is one `Adapted`, which has the mask.
     for path in flat_masks.keys() - flat_lora.keys():
         flat[path] = Masked(flat[path], flat_masks[path])
     for path, factors in flat_lora.items():
@@ -235,6 +240,7 @@ def _merged(
 def _check_fit(params: Mapping[str, Any], masks: Mapping[str, Any], lora: Mapping[str, Lora]) -> None:
     """Check that masks and factors have the paths and shapes of kernels."""
     for path, mask in masks.items():
+        # A mask that is broadcast over layers would not be an error of jnp.where.
         if path not in params or params[path].shape != mask.shape:
             shape = getattr(params.get(path), 'shape', 'no such kernel')
             raise ValueError(f'{path}: mask of shape {mask.shape} for a kernel of shape {shape}')

@@ -12,11 +12,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, Num, Shaped, UInt32
 
-from sparselora_jax.sparse.packing.format import PackedKernel, PackingError, Stored
+from sparselora_jax.sparse.packing.format import PackedKernel, PackingError, ShapeLike, Stored
 from sparselora_jax.sparse.packing.stacks import kernel_shape, over_layers
 from sparselora_jax.sparse.patterns import Pattern
 
-WORD = 32  # bits that are counted at once
+WORD = 32  # bits that are counted at once, by `population_count`
 RUNS = 2  # of words: the fewest that XLA compiles to a loop
 BIT = np.left_shift(np.uint32(1), np.arange(WORD, dtype=np.uint32))
 
@@ -118,6 +118,7 @@ class Bitmask(PackedKernel):
     @staticmethod
     def stack(layers: Sequence['Bitmask']) -> 'Bitmask':
         """Return one stacked kernel from single layers, on the host; those that keep fewer weights get zeros."""
+        # Layers were packed one by one, each with as many values as it keeps.
         longest = max(layer.values.size for layer in layers)
         padded = [
             dataclasses.replace(layer, values=np.pad(layer.values, (0, longest - layer.values.size)))
@@ -144,18 +145,19 @@ class BitmaskFormat:
         """Pack a kernel by `pack_bitmask`."""
         return pack_bitmask(kernel, mask)
 
-    def pack_shapes(self, kernel: Any, density: float) -> Bitmask:
+    def pack_shapes(self, kernel: ShapeLike, density: float) -> Bitmask:
         """Return the packed kernel by shapes: each layer keeps this share of its weights."""
         *layers, inputs, outputs = kernel.shape
+        # A layer that keeps a fraction more than another decides for all: rounded up.
         num_kept = math.ceil(density * inputs * outputs)
         return Bitmask(jax.ShapeDtypeStruct((*layers, num_kept), kernel.dtype), mask_shapes(kernel))
 
 
-def mask_shapes(kernel: Any) -> PackedMask:
+def mask_shapes(kernel: ShapeLike) -> PackedMask:
     """Return a `PackedMask` of shapes.
 
     Args:
-      kernel: anything with the kernel's shape.
+      kernel: the kernel or its shape.
     """
     *layers, inputs, outputs = kernel.shape
     return PackedMask(jax.ShapeDtypeStruct((*layers, -(-inputs // 8), outputs), jnp.uint8), inputs)
@@ -197,6 +199,7 @@ def pack_bitmask(
     # On the host: how many values there are depends on the mask.
     kernels = np.asarray(kernel).reshape(-1, inputs * outputs)
     masks = np.asarray(mask).reshape(-1, inputs * outputs)
+    # An array is rectangular, so all layers have as many values as the one that keeps the most.
     values = np.zeros((len(kernels), int(masks.sum(axis=1).max())), kernels.dtype)
     for row, layer_kernel, layer_mask in zip(values, kernels, masks, strict=True):
         row[: layer_mask.sum()] = layer_kernel[layer_mask]
@@ -216,6 +219,7 @@ def _unpack_matrix(packed: Bitmask) -> Shaped[Array, 'inputs outputs']:
     mask = unpack_mask(packed.mask)
     if not packed.values.size:  # a gather needs something to take from
         return jnp.zeros(mask.shape, packed.dtype)
+    # Words run along the kernel's rows, as the values do: not down the inputs, as the bytes of the mask do.
     bits = jnp.pad(mask.reshape(-1), (0, -mask.size % (RUNS * WORD))).reshape(RUNS, -1, WORD)
     words = jnp.sum(jnp.where(bits, BIT, jnp.uint32(0)), axis=2, dtype=jnp.uint32)
     # A loop, or XLA for CPUs would count within the gather of the values, bit by bit, in three times the time.
@@ -236,6 +240,7 @@ def _places(start: Int[Array, ''], words: UInt32[Array, 'words']) -> tuple[Int[A
       start: how many are kept before the first of these words.
       words: bits of the mask.
     """
+    # population_count returns the dtype of its argument; int32, since these are indices of the gather.
     counts = jax.lax.population_count(words).astype(jnp.int32)
     until = start + jnp.cumsum(counts, dtype=jnp.int32)
     lower = jax.lax.population_count(words[:, None] & (BIT - 1)).astype(jnp.int32)
@@ -256,6 +261,7 @@ def check_packed_mask(packed: PackedMask) -> None:
         raise PackingError(
             f'bits are {packed.bits.dtype} {packed.bits.shape}, expected uint8 for {packed.inputs} inputs'
         )
+    # docs/formats.md: bits behind the end are 0, so that files of equal masks are equal.
     in_last_byte = packed.inputs % 8
     if in_last_byte and bool(jnp.any(packed.bits[..., -1, :] >> in_last_byte)):
         raise PackingError(f'bits are set behind the last of {packed.inputs} inputs')

@@ -18,6 +18,9 @@ from sparselora_jax.runtime.registry import Registry, UnknownNameError
 from sparselora_jax.sparse.patterns import Pattern
 
 
+ShapeLike = jax.ShapeDtypeStruct | Array
+
+
 class PackingError(SparseloraError, ValueError):
     """A kernel that a format cannot hold, or packed arrays that contradict their format."""
 
@@ -33,6 +36,7 @@ class Stored(Protocol):
       inputs: number of inputs of the kernel or mask; the arrays may hold a few more, which fill their last row.
     """
 
+    # `load_safetensors` finds the class by `stored_as`; `optional_arrays` are read where they are there.
     stored_as: ClassVar[str]
     required_arrays: ClassVar[tuple[str, ...]]
     optional_arrays: ClassVar[tuple[str, ...]] = ()
@@ -78,7 +82,7 @@ class PackedKernel(Stored, Protocol):
     @property
     def nbytes(self) -> int:
         """Return the number of bytes of all arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))  # of arrays, on a device or not; not of shapes
 
     def unpack(self, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
         """Return the kernel as an array, with its zeros."""
@@ -104,6 +108,7 @@ class PackedFormat(Protocol):
       levels: the levels to which it rounds values, one of `four_bits.LEVELS`; None: it is lossless.
     """
 
+    # Each is said of the format, not asked of its kernels: recipes and estimates are made before any is packed.
     kernel_type: type
     brings_mask: bool
     levels: str | None
@@ -120,11 +125,11 @@ class PackedFormat(Protocol):
         """
         ...
 
-    def pack_shapes(self, kernel: Any, density: float) -> Any:
+    def pack_shapes(self, kernel: ShapeLike, density: float) -> Any:
         """Return the packed kernel by shapes, without packing: to count memory and to compile programs.
 
         Args:
-          kernel: anything with the kernel's `shape` and `dtype`.
+          kernel: the kernel or its shape.
           density: the share of weights that each layer keeps.
         """
         ...
@@ -143,6 +148,7 @@ class RoundingFormat(PackedFormat, Protocol):
         ...
 
 
+# The order counts: `format_for` takes the first that fits.
 FORMATS: Registry[PackedFormat] = Registry('format')
 
 
@@ -157,7 +163,7 @@ def find_format(name: str) -> PackedFormat:
     """
     try:
         return FORMATS.find(name)
-    except UnknownNameError as error:
+    except UnknownNameError as error:  # callers catch one kind of error for a format and for what it cannot hold
         raise PackingError(str(error)) from None
 
 
@@ -178,6 +184,7 @@ def format_for(pattern: Pattern, *, four_bits: bool = False) -> str:
     """
     formats = {name: FORMATS.find(name) for name in FORMATS}
     fitting = [name for name, form in formats.items() if form.brings_mask and form.takes(pattern)]
+    # Rounding is lossy, so it is only chosen when asked for.
     rounding = [name for name in fitting if formats[name].levels is not None]
     lossless = [name for name in fitting if formats[name].levels is None]
     preferred = [*rounding, *lossless] if four_bits else lossless

@@ -35,6 +35,7 @@ def pack(params: dict, masks: dict, formats: Formats = 'packed24') -> dict:
     >>> packed['q']['kernel'].shape, unpack(packed)['q']['kernel'].tolist() == kernel.tolist()
     ((4, 1), True)
     """
+    # Without its mask a kernel of this tree would be read as if all its weights were kept.
     packed, masks_beside = reduce_kernels(params, masks, formats)
     if masks_beside is not None:
         path = next(iter(flatten(masks_beside)))
@@ -78,7 +79,7 @@ def reduce_kernels(params: dict, masks: dict, formats: Formats) -> tuple[dict, d
         except PackingError as error:
             raise PackingError(f'{path}: {error}') from None
         if not form.brings_mask:
-            masks_beside[path] = pack_mask(mask)
+            masks_beside[path] = pack_mask(mask)  # a bit a weight, where a bool takes a byte
     return unflatten(flat), unflatten(masks_beside) if masks_beside else None
 
 
@@ -104,6 +105,7 @@ def reduce_shapes(params: dict, densities: Mapping[str, float], formats: Formats
 
 
 def _formats_by_path(formats: Formats, paths: Mapping[str, Any]) -> dict[str, PackedFormat]:
+    # `match` refuses rules that fit no kernel, so that none is left dense by a typo.
     rule_list = [('.*', formats)] if isinstance(formats, str) else formats
     return {path: find_format(name) for path, name in match(rule_list, paths).items()}
 
@@ -115,7 +117,7 @@ def stack(layers: Sequence[Any]) -> Any:
       layers: arrays, or packed kernels or masks, of one kind and shape.
     """
     if is_packed(layers[0]):
-        return type(layers[0]).stack(layers)
+        return type(layers[0]).stack(layers)  # layers may need to be filled up to one length
     return jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
 
 

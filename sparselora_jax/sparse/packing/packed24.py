@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Num, Shaped, UInt8
 
-from sparselora_jax.sparse.packing.format import PackedKernel, PackingError
+from sparselora_jax.sparse.packing.format import PackedKernel, PackingError, ShapeLike
 from sparselora_jax.sparse.packing.four_bits import best_scale, nearest
 from sparselora_jax.sparse.packing.stacks import in_layer, kernel_shape, over_layers
 from sparselora_jax.sparse.patterns import Pattern
@@ -112,7 +112,7 @@ class Packed24Format:
         packed = pack24(kernel, mask)
         return quantise24(packed) if self.four_bits else packed
 
-    def pack_shapes(self, kernel: Any, density: float = 0.5) -> Packed24:
+    def pack_shapes(self, kernel: ShapeLike, density: float = 0.5) -> Packed24:
         """Return the packed kernel by shapes, see `shapes24`."""
         del density  # half of the weights, whatever the mask
         return shapes24(kernel, four_bits=self.four_bits)
@@ -123,11 +123,11 @@ class Packed24Format:
         return SCALED
 
 
-def shapes24(kernel: Any, *, four_bits: bool = False) -> Packed24:
+def shapes24(kernel: ShapeLike, *, four_bits: bool = False) -> Packed24:
     """Return a `Packed24` of shapes.
 
     Args:
-      kernel: anything with the kernel's shape and dtype.
+      kernel: the kernel or its shape.
       four_bits: of int4 values.
 
     >>> packed = shapes24(jax.ShapeDtypeStruct((2, 16, 3), jnp.bfloat16))
@@ -135,7 +135,7 @@ def shapes24(kernel: Any, *, four_bits: bool = False) -> Packed24:
     ((2, 8, 3), (2, 2, 3))
     """
     *layers, inputs, outputs = kernel.shape
-    rows = -(-inputs // BYTE)
+    rows = -(-inputs // BYTE)  # of bytes; each stands for four values
     positions = jax.ShapeDtypeStruct((*layers, rows, outputs), jnp.uint8)
     if not four_bits:
         values = jax.ShapeDtypeStruct((*layers, 4 * rows, outputs), kernel.dtype)
@@ -180,6 +180,7 @@ def check24(mask: Bool[Array, '*layers inputs outputs']) -> None:
       PackingError: names the first group that keeps more.
     """
     counts = over_layers(_count_kept, mask.ndim)(mask)
+    # On the host, so a kernel is packed outside of programs. The place is looked up only when there is an error.
     if bool(jnp.any(counts > 2)):
         *layer, group, output = (int(i) for i in jnp.argwhere(counts > 2, size=1)[0])
         raise PackingError(
@@ -190,6 +191,7 @@ def check24(mask: Bool[Array, '*layers inputs outputs']) -> None:
 
 def _count_kept(mask: Bool[Array, 'inputs outputs']) -> Int[Array, 'groups outputs']:
     """Count the weights that each group of four inputs keeps."""
+    # Inputs need not be a multiple of four: what is missing is pruned.
     mask = jnp.pad(mask, ((0, -mask.shape[0] % 4), (0, 0)))
     return jnp.sum(mask.reshape(-1, 4, mask.shape[1]), axis=1, dtype=jnp.int32)
 
@@ -206,8 +208,10 @@ def _pack_matrix(
     count = jnp.sum(mask, axis=1, dtype=jnp.int32)
     # A group that keeps one weight, or none, also holds a zero beside it. Only a weight at 3 has no place behind it.
     first = jnp.where(count == 0, 0, jnp.where((count == 1) & (first == 3), 2, first))
+    # [groups, 2, outputs]
     places = jnp.stack([first, jnp.where(count == 2, last, first + 1)], axis=1)
     values = jnp.take_along_axis(kernel, places, axis=1).reshape(-1, outputs)
+    # Half a byte a group; the even group of a byte lies in its low half.
     codes = (places[:, 0] | places[:, 1] << 2).astype(jnp.uint8)
     return values, codes[0::2] | codes[1::2] << 4
 

@@ -3,13 +3,14 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import qwix
 from jaxtyping import Array, Bool, Float
 
+from sparselora_jax.sparse.packing.format import ShapeLike
 from sparselora_jax.sparse.packing.four_bits import best_scale, nearest
 from sparselora_jax.sparse.patterns import Pattern
 
@@ -40,7 +41,7 @@ class FourBitFormat:
         """Round a kernel by `quantise`, with zeros where the mask is False."""
         return quantise(jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), self.levels)
 
-    def pack_shapes(self, kernel: Any, density: float) -> qwix.QArray:
+    def pack_shapes(self, kernel: ShapeLike, density: float) -> qwix.QArray:
         """Return the rounded kernel by shapes."""
         del density  # zeros take as much as others
         return jax.eval_shape(functools.partial(quantise, kind=self.levels), kernel)

@@ -17,6 +17,7 @@ def over_layers(function: Callable, ndim: int) -> Callable:
       function: takes and returns matrices, or packed ones.
       ndim: the number of axes of the stack.
     """
+    # One vmap for each leading axis: formats are written for one matrix.
     for _ in range(ndim - 2):
         function = jax.vmap(function)
     return jax.jit(function)
@@ -29,6 +30,7 @@ def kernel_shape(rows: Any, inputs: int) -> tuple[int, ...]:
       rows: anything with that array's shape.
       inputs: of the kernel.
     """
+    # The rows of a packed array are not inputs: several inputs share one, and the last row may be filled up.
     *layers, _, outputs = rows.shape
     return (*layers, inputs, outputs)
 

@@ -11,6 +11,8 @@ from sparselora_jax.sparse.packing.format import FORMATS, PackingError, Stored
 
 def stored_types() -> dict[str, type]:
     """Return the classes of leaves that files hold as several arrays, by the name that a header gives to them."""
+    # Looked up at each call: a format may be registered at any time. Kernels of formats without masks (qwix's class)
+    # are stored in no file of ours.
     kernel_types = [FORMATS.find(name).kernel_type for name in FORMATS if FORMATS.find(name).brings_mask]
     return {kind.stored_as: kind for kind in (*kernel_types, PackedMask)}
 
@@ -41,6 +43,7 @@ def from_file(path: str, header: Any, arrays: Mapping[str, Array]) -> Stored:
     Raises:
       PackingError: an unknown format, arrays that are missing, or what contradicts the format; names the path.
     """
+    # A file may be damaged or somebody else's: any of these may be missing or of another type.
     try:
         kind = stored_types()[header['format']]
         inputs = int(header['inputs'])
