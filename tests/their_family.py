@@ -10,18 +10,18 @@ from sparselora_jax.models import key_table, layers, llava, towers
 from sparselora_jax.models.config import LanguageConfig, VisionConfig
 from sparselora_jax.models.family import ImageFamily
 
-MODEL_TYPE = 'flat_llava'
+MODEL_TYPE = 'their_llava'
 
 
-class FlatLlavaHfConfig(transformers.LlavaConfig):
+class TheirLlavaHfConfig(transformers.LlavaConfig):
     model_type = MODEL_TYPE
 
 
-transformers.AutoConfig.register(MODEL_TYPE, FlatLlavaHfConfig)
+transformers.AutoConfig.register(MODEL_TYPE, TheirLlavaHfConfig)
 
 
 @dataclass(frozen=True)
-class FlatLlavaConfig:
+class TheirLlavaConfig:
     vision: VisionConfig
     language: LanguageConfig
     image_token: int
@@ -35,10 +35,10 @@ class FlatLlavaConfig:
         return FAMILY
 
 
-class FlatLlavaFamily(ImageFamily):
+class TheirLlavaFamily(ImageFamily):
     """One linear layer between CLIP and LLaMA."""
 
-    name = 'flat_llava'
+    name = 'their_llava'
     renames = llava.RENAMES
     ignored = llava.FAMILY.ignored
     processor = ProcessorSpec(
@@ -49,7 +49,7 @@ class FlatLlavaFamily(ImageFamily):
     )
 
     def from_hf(self, hf):
-        return FlatLlavaConfig(
+        return TheirLlavaConfig(
             vision=towers.vision_from_hf(hf.vision_config, layer=-2, drop_first=True),
             language=replace(towers.language_from_hf(hf.text_config), tied=hf.tie_word_embeddings),
             image_token=hf.image_token_id,
@@ -72,4 +72,4 @@ class FlatLlavaFamily(ImageFamily):
         return table | towers.language_keys(cfg.language, 'model.language_model.', '')
 
 
-FAMILY = FlatLlavaFamily()
+FAMILY = TheirLlavaFamily()

@@ -82,7 +82,7 @@ def test_a_family_named_in_full_needs_no_registration(directory):
 def test_without_a_name_it_is_unknown_until_it_is_registered(directory):
     if their_family.MODEL_TYPE in FAMILIES:
         pytest.skip('another test has registered it')
-    with pytest.raises(UnsupportedModelError, match=r"model_type 'flat_llava': expected one of blip-2, .*or a family"):
+    with pytest.raises(UnsupportedModelError, match=r"model_type 'their_llava': expected one of blip-2, .*or a family"):
         sl.load_model(directory)
 
 
@@ -171,7 +171,7 @@ def test_a_config_knows_its_family_and_its_towers(directory):
     assert isinstance(cfg, ImageConfig)
     assert isinstance(cfg.language, LanguageConfig)
     assert isinstance(cfg.vision, VisionConfig)
-    assert from_hf(their_family.FlatLlavaHfConfig(), NAMED).family is cfg.family
+    assert from_hf(their_family.TheirLlavaHfConfig(), NAMED).family is cfg.family
     assert abstract_model(cfg) == Model(cfg, abstract_model(cfg).generation)
     assert abstract_params(cfg)['projector']['kernel'].shape == (cfg.vision.width, cfg.language.width)
 
