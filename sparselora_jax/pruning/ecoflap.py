@@ -59,7 +59,7 @@ def _scored_backward(kernel, gradient):
 _scored.defvjp(_scored_forward, _scored_backward)
 
 
-def score_dtype(kernel: Array | jax.ShapeDtypeStruct) -> DTypeLike:
+def score_dtype(kernel: Array | np.ndarray | jax.ShapeDtypeStruct) -> DTypeLike:
     """Return fp32, or the kernel's own dtype where that is wider."""
     return jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
 
