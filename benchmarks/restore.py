@@ -25,7 +25,8 @@ from absl import app, flags
 from configs import instructblip_lang_only
 from sparselora_jax import recipe
 from sparselora_jax.models.init import init_params
-from sparselora_jax.planning import memory, programs, published, tracing
+from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.planning import memory, programs, published
 from sparselora_jax.restoration.losses import TopK
 from sparselora_jax.restoration.restore import Frozen
 from sparselora_jax.restoration.train import init_state
@@ -111,13 +112,13 @@ def random_batch(like: dict) -> dict:
 
 
 def measure(name: str, case: str) -> None:
-    """Print one line."""
+    """Prints one line."""
     cfg = published.model_config(published.find_config(name))
     config = instructblip_lang_only.get_config('hardware=gpu')
     size = {'batch': BATCH.value, 'accumulate': ACCUMULATE.value}
     config.restore.update(CASES[case] | size | {'remat': True})
     made = memory.recipe(cfg, config)
-    step, tx = recipe.restore_program(tracing.shape_model(cfg), config, None)
+    step, tx = recipe.restore_program(Model(cfg, Generation(eos=(0,), pad=0, start=0)), config, None)
     _, (state_like, frozen_like, batch_like) = programs.restore_step(made)
     key = jax.random.key(0)
     params, masks = random_params(key, frozen_like.params), frozen_like.masks
@@ -143,7 +144,7 @@ def measure(name: str, case: str) -> None:
 
 
 def main(argv):
-    """Print the table, a process a base; in such a process, its line."""
+    """Prints the table, a process a base; in such a process, its line."""
     if len(argv) != 2 or set(BASES.value) - set(CASES):
         raise SystemExit(f'expected one model, not {argv[1:]}, and --bases of {", ".join(CASES)}, not {BASES.value}')
     if len(BASES.value) == 1:
