@@ -111,7 +111,7 @@ def random_batch(like: dict) -> dict:
 
 
 def measure(name: str, case: str) -> None:
-    """Print one line."""
+    """Prints one line."""
     cfg = published.model_config(published.find_config(name))
     config = instructblip_lang_only.get_config('hardware=gpu')
     size = {'batch': BATCH.value, 'accumulate': ACCUMULATE.value}
@@ -144,7 +144,7 @@ def measure(name: str, case: str) -> None:
 
 
 def main(argv):
-    """Print the table, a process a base; in such a process, its line."""
+    """Prints the table, a process a base; in such a process, its line."""
     if len(argv) != 2 or set(BASES.value) - set(CASES):
         raise SystemExit(f'expected one model, not {argv[1:]}, and --bases of {", ".join(CASES)}, not {BASES.value}')
     if len(BASES.value) == 1:
