@@ -33,7 +33,7 @@ from sparselora_jax.runtime.registry import Registry, UnknownNameError
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.packing import FORMATS, PackingError, find_format, format_for
 from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern
-from sparselora_jax.sparse.rules import kernels
+from sparselora_jax.sparse.rules import block_rule, kernels, name_in_block
 from sparselora_jax.sparse.weights import GRADIENTS, LoraSpec
 
 # How restoration holds pruned kernels, `restore.base`: as dense arrays; in the first packed format that takes a tower's
@@ -46,7 +46,6 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 CONFIG_FILE = 'config.json'  # in a workdir: the config that its run began with
 # Fields that change no result beyond rounding. A run may be resumed with other values.
 NO_RESULT = ('mesh', 'profile')
-BLOCKS = '(.*/)?blocks/'  # regex between a tower's name and the rest of a path: T5 has an encoder and a decoder
 # Fields of `config.evaluate` that are no arguments of `generate`.
 NO_DECODING = ('questions', 'batch', 'metric')
 
@@ -496,7 +495,7 @@ def prune_rules(config: ConfigDict) -> list[tuple[str, Pattern]]:
             pattern = parse_pattern(config.prune.pattern[tower])
         except PatternError as error:
             raise PatternError(f'prune.pattern.{tower}: {error}') from None
-        patterns.append((f'{tower}/{BLOCKS}.*', pattern))
+        patterns.append((block_rule(tower), pattern))
     return [*patterns, ('.*', Pattern())]
 
 
@@ -612,12 +611,6 @@ def split_alternatives(regex: str) -> list[str]:
     return alternatives
 
 
-def _block_rule(tower: str, regex: str) -> str:
-    """Return the regex of those kernels in a tower's blocks whose rest of the path a user's regex matches."""
-    # Grouped: in 'prefix/a|b' the prefix would belong to the first alternative only.
-    return f'{tower}/{BLOCKS}(?:{regex})'
-
-
 def lora_rules(config: ConfigDict) -> list[tuple[str, LoraSpec | None]]:
     """Return (regex, LoraSpec) of each tower's blocks; everything else is left alone.
 
@@ -630,7 +623,7 @@ def lora_rules(config: ConfigDict) -> list[tuple[str, LoraSpec | None]]:
         rank = lora.rank[tower]
         # Rank 0 leaves a tower alone. It keeps its rule, so that the rule of no other tower can match its kernels.
         spec = LoraSpec(rank, lora.alpha[tower]) if rank else None
-        specs.append((_block_rule(tower, lora.targets[tower]), spec))
+        specs.append((block_rule(tower, lora.targets[tower]), spec))
     return [*specs, ('.*', None)]
 
 
@@ -646,12 +639,12 @@ def check_targets(config: ConfigDict, params: dict) -> None:
     """
     paths = kernels(params)
     for tower in towers(config):
-        in_blocks = re.compile(f'{tower}/{BLOCKS}(?P<rest>.*)')
         for alternative in split_alternatives(config.lora.targets[tower]):
-            if any(re.fullmatch(_block_rule(tower, alternative), path) for path in paths):
+            if any(re.fullmatch(block_rule(tower, alternative), path) for path in paths):
                 continue
             # Named without the tower and the blocks, as the user writes them in the field.
-            rests = sorted({match['rest'] for match in map(in_blocks.fullmatch, paths) if match})
+            in_blocks = (path for path in paths if re.fullmatch(block_rule(tower), path))
+            rests = sorted({name_in_block(path) for path in in_blocks})
             raise ConfigError(
                 f'lora.targets.{tower}: {alternative!r} matches no kernel of the blocks; they are {", ".join(rests)}'
             )

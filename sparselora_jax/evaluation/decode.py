@@ -22,7 +22,7 @@ from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.dense import dense_kernel
 from sparselora_jax.sparse.kernels import cpu
 from sparselora_jax.sparse.packing import Bitmask, Packed24, is_reduced
-from sparselora_jax.sparse.rules import flatten, unflatten
+from sparselora_jax.sparse.rules import flatten, is_in_block, unflatten
 from sparselora_jax.sparse.weights import Adapted, Masked, effective_weight
 
 
@@ -49,7 +49,7 @@ def decode(
     cfg = model.cfg.language
     # What lies outside the blocks is folded here. Each layer of the blocks is folded by itself, below.
     flat = flatten(weights['language'])
-    folded = {path: leaf if 'blocks/' in path else _fold(leaf) for path, leaf in flat.items()}
+    folded = {path: leaf if is_in_block(path) else _fold(leaf) for path, leaf in flat.items()}
     weights = weights | {'language': unflatten(folded)}
     w = weights['language']
     new = settings.finished_divisors.shape[0]

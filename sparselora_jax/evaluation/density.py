@@ -15,7 +15,9 @@ from sparselora_jax.sparse.patterns import parse_pattern
 def _block_kernels(params: dict, tower: str) -> dict[str, Array]:
     """Return the kernels of a tower's blocks by path, stacked: `[layers, in, out]`."""
     kernels = rules.kernels(params)
-    return {path: kernel for path, kernel in kernels.items() if path.startswith(f'{tower}/') and '/blocks/' in path}
+    return {
+        path: kernel for path, kernel in kernels.items() if path.startswith(f'{tower}/') and rules.is_in_block(path)
+    }
 
 
 def block_count(params: dict) -> int:
@@ -26,9 +28,9 @@ def block_count(params: dict) -> int:
     """
     # All kernels of one stack of blocks have the same leading axis, the layers.
     layers_of_stack = {
-        path.split('/blocks/')[0]: kernel.shape[0]
+        rules.stack_of(path): kernel.shape[0]
         for path, kernel in rules.kernels(params).items()
-        if '/blocks/' in path
+        if rules.is_in_block(path)
     }
     return sum(layers_of_stack.values())
 

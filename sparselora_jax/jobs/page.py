@@ -15,6 +15,7 @@ from PIL import Image
 from sparselora_jax import recipe
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.sparse.rules import name_in_block, stack_of
 
 EXAMPLES = 12  # questions that the page shows
 LARGEST_PICTURE = (160, 160)  # pixels
@@ -163,8 +164,8 @@ def _densities(job: Job) -> list[str]:
     stacks: dict[str, dict[str, list[float]]] = {}  # a tower may hold two, an encoder and a decoder
     for kernels in layer_density.values():
         for path, layers in kernels.items():
-            stack, name = path.removesuffix('/kernel').split('/blocks/')
-            stacks.setdefault(stack, {})[name] = layers
+            name = name_in_block(path).removesuffix('/kernel')
+            stacks.setdefault(stack_of(path), {})[name] = layers
     pictures = []
     for stack, kernels in stacks.items():
         figure = Figure(figsize=(6, 0.6 + 0.2 * len(kernels)))

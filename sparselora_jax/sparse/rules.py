@@ -107,6 +107,21 @@ def block_path(tower: str, name: str) -> str:
     return f'{tower}/{BLOCKS}/{name}' if tower else f'{BLOCKS}/{name}'
 
 
+def block_rule(tower: str, regex: str = '.*') -> str:
+    """Return the regex of the paths in a tower's blocks whose rest matches a regex.
+
+    Args:
+      tower: name of the tower. A T5 has two stacks, `language/encoder` and `language/decoder`; both match `language`.
+      regex: over the names within a block, such as `attn/[qv]/kernel`.
+
+    >>> block_rule('language', 'attn/q/kernel|mlp/up/kernel')
+    'language/(.*/)?blocks/(?:attn/q/kernel|mlp/up/kernel)'
+    """
+    # Grouped: in 'prefix/a|b' the prefix would belong to the first alternative only.
+    rest = regex if regex == '.*' else f'(?:{regex})'
+    return f'{tower}/(.*/)?{BLOCKS}/{rest}'
+
+
 def _split_at_blocks(path: str) -> tuple[str, str]:
     parts = path.split('/')
     index = parts.index(BLOCKS)
