@@ -17,7 +17,6 @@ from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.registry import Registry, UnknownNameError
 from sparselora_jax.sparse.patterns import Pattern
 
-
 ShapeLike = jax.ShapeDtypeStruct | Array
 
 
