@@ -26,9 +26,10 @@ import jax
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_disable_most_optimizations', True)
 from configs import blip2_both
-from sparselora_jax import processes, stages
-from sparselora_jax.errors import SparseloraError
-from sparselora_jax.job import Job
+from sparselora_jax.jobs import stages
+from sparselora_jax.jobs.job import Job
+from sparselora_jax.runtime import processes
+from sparselora_jax.runtime.errors import SparseloraError
 
 coordinator, count, index, workdir, recipe, fields, pause = sys.argv[1:]
 if int(count) > 1:
@@ -123,7 +124,7 @@ def test_several_processes_leave_what_one_does(start, alone, tmp_path, count, me
 
 def test_processes_that_find_no_others_say_so_soon():
     alone = """
-from sparselora_jax import processes
+from sparselora_jax.runtime import processes
 try:
     processes.connect()
 except processes.ProcessError as error:
