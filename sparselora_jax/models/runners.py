@@ -11,17 +11,21 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sparselora_jax.sparse.kernels import cpu
 from sparselora_jax.sparse.packing import Packed24
+
+# Hidden states; a forward may begin with arrays of NumPy.
+Hidden = Float[Array | np.ndarray, '...']
 
 
 @runtime_checkable
 class Block(Protocol):
     """One block of a tower."""
 
-    def __call__(self, w: dict, x: Float[Array, '...'], ctx: dict, cache: PyTree) -> tuple[Float[Array, '...'], PyTree]:
+    def __call__(self, w: dict, x: Hidden, ctx: dict, cache: PyTree) -> tuple[Float[Array, '...'], PyTree]:
         """Run one block.
 
         Args:
@@ -45,7 +49,7 @@ class Runner(Protocol):
     """
 
     def __call__(
-        self, tower: str, block: Block, weights: PyTree, x: Float[Array, '...'], ctx: dict, cache: PyTree = None
+        self, tower: str, block: Block, weights: PyTree, x: Hidden, ctx: dict, cache: PyTree = None
     ) -> tuple[Any, PyTree]:
         """Run all blocks of a stack in order.
 
@@ -63,7 +67,7 @@ class Runner(Protocol):
 
 
 def scan_blocks(
-    tower: str, block: Block, weights: dict, x: Float[Array, '...'], ctx: dict, cache: PyTree = None
+    tower: str, block: Block, weights: dict, x: Hidden, ctx: dict, cache: PyTree = None
 ) -> tuple[Float[Array, '...'], PyTree]:
     """Trace one block and scan it over the layers.
 
@@ -85,7 +89,7 @@ def scan_blocks(
 
 
 def remat_blocks(
-    tower: str, block: Block, weights: dict, x: Float[Array, '...'], ctx: dict, cache: PyTree = None
+    tower: str, block: Block, weights: dict, x: Hidden, ctx: dict, cache: PyTree = None
 ) -> tuple[Float[Array, '...'], PyTree]:
     """Scan like `scan_blocks`, but keep only each block's input for the backward: less memory, more computation.
 
@@ -105,7 +109,7 @@ def remat_blocks(
 
 
 def _scan(
-    block: Block, weights: dict, x: Float[Array, '...'], ctx: dict, cache: PyTree, policy: Callable[..., bool] | None
+    block: Block, weights: dict, x: Hidden, ctx: dict, cache: PyTree, policy: Callable[..., bool] | None
 ) -> tuple[Float[Array, '...'], PyTree]:
     # `prevent_cse=False`: the loop of a scan already keeps XLA from merging the recomputation with the forward.
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
@@ -140,7 +144,7 @@ def unrolled_blocks(
     tower: str,
     block: Block,
     weights: tuple[dict, ...],
-    x: Float[Array, '...'],
+    x: Hidden,
     ctx: dict,
     cache: tuple | None = None,
 ) -> tuple[Float[Array, '...'], tuple]:

@@ -72,7 +72,7 @@ def test_edits_are_kept_in_memory_and_in_the_export(pruned):
     job, dense = pruned()
     masks = masks_of(job)
     check_doubled(job.frozen.params, dense, masks)
-    check_doubled(stages.pruned_params(job), dense, masks)
+    check_doubled(job.pruned(), dense, masks)
     stages.restore(job, 'restore', lambda: job.base)
     stages.export(job)
     twice = dense | {path: jnp.where(mask, 2 * dense[path], 0) for path, mask in masks.items()}
@@ -88,4 +88,4 @@ def test_edits_are_kept_from_disk(pruned):
 
 def test_edits_are_kept_on_a_mesh(pruned):
     job, dense = pruned(**{'mesh.data': 2, 'mesh.tensor': 2})
-    check_doubled(stages.pruned_params(job), dense, masks_of(job))
+    check_doubled(job.pruned(), dense, masks_of(job))
