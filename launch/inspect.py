@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     # Without a recipe, the defaults of the family show what one would do.
     config = config or cli.family_recipe(model.cfg)
     if config is None:
-        print('\nno recipe for a language model alone: give one with --config=...')
+        print('\nno recipe for a language model alone; pass one with --config=...')
         return
     recipe.check_values(config)
     trees = memory.recipe(model.cfg, config)
