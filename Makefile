@@ -1,4 +1,4 @@
-# `make demo` and `make test` on a machine with Python 3.11, git and make need nothing else.
+# `make demo` and `make test` only need Python 3.11, git and make.
 PYTHON ?= python3.11
 VENV := .venv
 
@@ -14,8 +14,8 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(VENV)/bin/pip install --quiet -r requirements-test.txt
 	touch $@
 
-# The compilers for TPUs and GPUs in an environment of their own, on top of the other's packages: where they are installed,
-# jax looks for the chips.
+# The compilers for TPUs and GPUs have their own environment, which also sees the packages of the main one. If they were
+# installed in the main environment, jax would look for the chips there.
 PACKAGES := -c 'import site; print(site.getsitepackages()[0])'
 $(VENV)/compilers/installed: $(VENV)/installed-test requirements-tpu.txt requirements-gpu.txt
 	$(PYTHON) -m venv $(VENV)/compilers
@@ -33,7 +33,8 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python .ci/measure_code.py --check
 
-# XLA's older emitters compile in half the time; what is asserted about compiled programs is so about those that users get.
+# XLA's older emitters compile in half the time. Tests marked `compiled` run without these flags, because they check the
+# programs that users get.
 QUICK_XLA := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 
 test: lint
@@ -43,15 +44,15 @@ test-slow: $(VENV)/installed-test
 	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow
 	$(VENV)/bin/python -m pytest -n auto -m compiled $(shell grep -rl mark.compiled tests)
 
-# Tests that start processes of their own: several for one run, a sweep's points, the pretraining script.
+# Tests that start processes: several for one run, the points of a sweep, the pretraining script.
 test-processes: $(VENV)/installed-test
 	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist loadfile -m processes $(shell grep -rl mark.processes tests)
 
-# Programs compiled for TPUs and GPUs that are not there.
+# Tests that compile programs for TPUs and GPUs that this machine does not have.
 test-compilers: $(VENV)/compilers/installed
 	$(VENV)/compilers/bin/python -m pytest -n auto -m compilers tests/launch/test_compile.py
 
-# A main job struck by SIGTERM and SIGKILL a hundred times, at random moments; every rerun must end bit-identical.
+# Send SIGTERM and SIGKILL to a main job a hundred times, at random moments; the reruns must end bit-identical.
 soak: $(VENV)/installed-test
 	SOAK_KILLS=100 $(VENV)/bin/python -m pytest -m processes -s tests/jobs/test_soak.py
 

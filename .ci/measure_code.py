@@ -1,7 +1,7 @@
-"""Print the figures of docs/design.md on structure and readability: `python .ci/measure_code.py [FOLDER]`.
+"""Measure structure and readability of the code (docs/design.md): `python .ci/measure_code.py [FOLDER]`.
 
-Structure is measured of the whole package, readability of FOLDER, by default the package too. With `--check` the script
-ends with code 1 where a figure misses its bound.
+Structure is measured on the whole package, and readability on FOLDER (default: the package). With `--check`, the script
+ends with code 1 if a figure misses its bound.
 """
 
 import argparse
@@ -311,7 +311,7 @@ VERBS = {
     'zero',
 }
 
-# What is measured, its bound, and whether the figure must be at least ('>=') or at most ('<=') that.
+# For each figure, its bound, and whether the figure must be at least ('>=') or at most ('<=') that bound.
 BOUNDS = {
     'entries at the package root': ('<=', 13),
     'levels of imports between rooms': ('<=', 11),
@@ -339,7 +339,7 @@ def package_imports() -> dict[str, set[str]]:
 
 
 def levels(imports: dict[str, set[str]]) -> tuple[int, int]:
-    """Return (how many levels the rooms stand on, how many rooms are part of a circle)."""
+    """Return (number of import levels of the rooms, number of rooms in an import cycle)."""
     level: dict[str, int] = {}
     left = dict(imports)
     while left:
@@ -360,7 +360,7 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
 
 
 def begins_with_a_verb(docstring: str) -> bool:
-    """Return whether the first word is a verb in the imperative, or an example stands alone."""
+    """Return whether the first word of a docstring is a verb in the imperative."""
     first = re.match(r'[A-Za-z-]+', docstring)
     return bool(first) and first[0].lower() in VERBS
 
@@ -404,7 +404,7 @@ def count_file(file: Path) -> dict[str, int]:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Return every figure by its name in `BOUNDS`."""
+    """Return the figures, with the names in `BOUNDS` as keys."""
     total: dict[str, int] = {}
     for file in sorted(folder.rglob('*.py')):
         for name, count in count_file(file).items():
@@ -427,7 +427,7 @@ def main() -> None:
     """Print a line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('folder', nargs='?', type=Path, default=PACKAGE)
-    parser.add_argument('--check', action='store_true', help='end with code 1 where a figure misses its bound')
+    parser.add_argument('--check', action='store_true', help='end with code 1 if a figure misses its bound')
     arguments = parser.parse_args()
     missed = 0
     for name, value in measure(arguments.folder).items():

@@ -1,11 +1,11 @@
-"""Arguments of a recipe: the text after the colon in `--config=configs/NAME.py:model=...,data=...`.
+"""Parse the arguments of a recipe: the text after the colon in `--config=configs/NAME.py:model=...,data=...`.
 
 - `model`: a Hugging Face directory or hub id.
 - `data`: a folder with a `data.jsonl`.
 - `pattern`: the pattern of the towers that the recipe prunes: a sparsity such as 0.5, or N:M such as 2:4.
-- `hardware`: a name of `configs/hardware.py`.
+- `hardware`: a preset of `configs/hardware.py`.
 
-All are optional.
+All arguments are optional.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def parse(arg: str | None) -> dict[str, str]:
     values: dict[str, str] = {}
     if arg is None:
         return values
-    # An empty text, `--config=FILE:`, is an argument without a name, and refused like one.
+    # An empty text, as in `--config=FILE:`, counts as an argument without a name and is refused.
     for part in arg.split(','):
         name, _, value = part.partition('=')
         if name not in NAMES or not value or name in values:
@@ -40,15 +40,15 @@ def parse(arg: str | None) -> dict[str, str]:
 
 
 def apply(config: ConfigDict, arg: str | None, *, pruned: Sequence[str]) -> ConfigDict:
-    """Set the fields that the arguments stand for, and return the config.
+    """Set the fields that the arguments determine, and return the config.
 
     Args:
       config: a recipe; changed in place.
-      arg: see the module.
+      arg: text after the colon; see the module's docstring.
       pruned: the towers that get the pattern; the others stay dense.
 
     Raises:
-      ValueError: see `parse`, or hardware that has no preset.
+      ValueError: see `parse`; or no preset has the name of the hardware.
     """
     values = parse(arg)
     pattern = values.get('pattern', '2:4')
@@ -57,9 +57,9 @@ def apply(config: ConfigDict, arg: str | None, *, pruned: Sequence[str]) -> Conf
     config.model = values.get('model', config.model)
     if 'data' in values:
         config.data = values['data']
-        # Only easy-VQA has kinds of answers to draw in shares.
+        # Shares per kind of answer only exist for easy-VQA.
         config.restore.shares = ()
-        # The defaults fit easy-VQA, whose questions and answers are short.
+        # The defaults are too small for other data: easy-VQA's questions and answers are short.
         config.text.prompt_tokens = max(config.text.prompt_tokens, 32)
         config.text.answer_tokens = max(config.text.answer_tokens, 8)
         config.evaluate.max_new_tokens = max(config.evaluate.max_new_tokens, 10)

@@ -2,15 +2,15 @@
 
   python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
-The name says which tower is pruned. LoRA is trained in all of them, vision and Q-Former too, as in the paper;
-`--config.lora.rank.vision=0` leaves a tower as it is.
+The file's name says which tower is pruned. LoRA is trained in all towers, also vision and Q-Former, as in the paper.
+`--config.lora.rank.vision=0` leaves the vision tower unchanged.
 
 The model is the embedded one: SmolLM2-135M-Instruct and a bridge trained on easy-VQA. `base.py` lists every field of a
-recipe; each can be overridden, e.g. `--config.restore.steps=300`.
+recipe. Override a field with e.g. `--config.restore.steps=300`.
 
-Cost: 10 minutes on 2 slow CPU cores (restoration 4.8), 2.7 GiB. Accuracy on 1,000 test questions: dense 99.4 %, pruned
-51.2 %, restored 99.6 %; perplexity of the language tower 38, 424, 448. `--config.restore.control=True` trains the same
-LoRA budget on the dense model too.
+Cost: 10 minutes on 2 slow CPU cores (restoration 4.8), 2.7 GiB of memory. Accuracy on 1,000 test questions: dense
+99.4 %, pruned 51.2 %, restored 99.6 %; perplexity of the language tower 38, 424, 448. `--config.restore.control=True`
+trains the same LoRA budget on the dense model too.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def get_config(arg: str | None = None, pruned: Sequence[str] = ('language',)) ->
       pruned: the towers that get the pattern; `blip2_vision_only.py` and `blip2_both.py` name others.
     """
     config = base_config()
-    # Some of these are defaults; they stand here because the accuracy above depends on them.
+    # Some of these values are the defaults. They are repeated because the accuracy above depends on them.
     config.model = 'embedded'
     config.data = 'easy_vqa'
     config.prune.method = 'wanda'

@@ -2,33 +2,33 @@
 
   python launch/pretrain.py --config=configs/demo_pretrain.py --workdir=runs/pretrain
 
-Takes under an hour on 2 CPU cores and reaches 99.4 % of 1,000 test questions (assets/README.md has the log and the
-scores). `sparselora_jax/jobs/pretrain.py` describes the stages.
+The training takes under an hour on 2 CPU cores. The model then answers 99.4 % of 1,000 test questions correctly
+(assets/README.md has the log and the scores). `sparselora_jax/jobs/pretrain.py` describes the stages.
 """
 
 from ml_collections import ConfigDict
 
 
 def _stage(*, steps: int, batch: int, peak: float, warmup: int, weight_decay: float) -> ConfigDict:
-    """Return the schedule of one stage: steps, samples a step, and AdamW with warm-up and a cosine."""
+    """Return the schedule of one stage: steps, batch size, and AdamW with warm-up and cosine decay."""
     return ConfigDict(
         {
             'steps': steps,
             'batch': batch,
-            'peak': peak,  # highest learning rate
-            'warmup': warmup,  # steps until then
-            'clip': 1.0,  # highest norm of the gradient
+            'peak': peak,  # maximum learning rate
+            'warmup': warmup,  # steps until the peak
+            'clip': 1.0,  # maximum norm of the gradient
             'weight_decay': weight_decay,
         }
     )
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe; it takes no argument."""
+    """Return the recipe; `arg` is ignored."""
     del arg
     config = ConfigDict()
     config.seed = 42
-    # Folder that easy-VQA is prepared in.
+    # Folder for the prepared easy-VQA data.
     config.data_dir = 'runs/data'
     # Number of steps between two checkpoints.
     config.checkpoint_every = 50
@@ -45,7 +45,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.words = _stage(steps=600, batch=32, peak=1e-3, warmup=50, weight_decay=0.01)
     # Stage 3: the Q-Former learns to answer questions through the frozen language model.
     config.answers = _stage(steps=150, batch=32, peak=2e-4, warmup=20, weight_decay=0.01)
-    # Stage 4: LoRA in the language model is trained too. Frozen, it does not reach 95 % (negated questions).
+    # Stage 4: LoRA in the language model is trained too. With a frozen language model, the accuracy stays below 95 %,
+    # because negated questions fail.
     config.lora = _stage(steps=400, batch=32, peak=5e-4, warmup=20, weight_decay=0.0)
     config.lora_rank = 4
     config.lora_alpha = 8.0

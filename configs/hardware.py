@@ -1,7 +1,7 @@
-"""Presets of hardware, `hardware=NAME` in a recipe's argument: the type of the base weights and the mesh of devices.
+"""Define hardware presets (`hardware=NAME` in a recipe's arguments): the dtype of the base weights and the mesh.
 
-Weights are split along fsdp over at most 16 chips; with more chips, batches are split along data too. What a chip has
-to hold is estimated by `launch/compile.py`: v5e-16 is `--topology=v5e:4x4`, v5p-64 is `--topology=v5p:4x4x4`.
+Weights are split along fsdp over at most 16 chips. With more chips, batches are split along data too.
+`launch/compile.py` estimates the memory of a chip: v5e-16 is `--topology=v5e:4x4`, v5p-64 is `--topology=v5p:4x4x4`.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the recipes of a model from the hub and a folder of data share, on top of `base.py`."""
+"""Define the defaults of recipes for a hub model and a folder of data, on top of `base.py`."""
 
 from ml_collections import ConfigDict
 
@@ -7,12 +7,12 @@ from sparselora_jax.models.family import FAMILIES
 
 
 def base_config(model: str, *, family: str) -> ConfigDict:
-    """Return every field for a model of the hub, evaluated as in the paper: 5 beams, short answers.
+    """Return every field for a hub model, with the paper's evaluation: 5 beams, short answers.
 
     Args:
       model: hub id.
-      family: transformers' `model_type`; the prompt is that of the family's processor. Fields of towers that the family
-        does not have are removed, so that a rule for such a tower is an error.
+      family: transformers' `model_type`. The prompt is that of the family's processor. If the family lacks a tower, its
+        fields are removed, so that setting one is an error.
     """
     config = base.base_config()
     config.model = model
@@ -23,7 +23,7 @@ def base_config(model: str, *, family: str) -> ConfigDict:
         {'prompt': text.prompt, 'prompt_tokens': text.prompt_tokens, 'answer_tokens': text.answer_tokens}
     )
     config.restore.batch = 16
-    # Only easy-VQA has kinds of answers to draw in shares.
+    # Shares per kind of answer only exist for easy-VQA.
     config.restore.shares = ()
     config.evaluate.num_beams = 5
     config.evaluate.length_penalty = -1.0

@@ -2,11 +2,11 @@
 
   python launch/train.py --config=configs/llava_lang_only.py:data=FOLDER --workdir=runs/llava_lang_only
 
-FOLDER holds images and a `data.jsonl`; another model of the family: `:model=DIRECTORY,data=FOLDER`. Not yet run on
-published weights.
+FOLDER holds images and a `data.jsonl`. For another model of the family, use `:model=DIRECTORY,data=FOLDER`. The recipe
+has not been run on published weights.
 
-The name says which tower is pruned. LoRA is trained in all of them, vision too; `--config.lora.rank.vision=0` leaves a
-tower as it is. `base.py` lists every field of a recipe.
+The file's name says which tower is pruned. LoRA is trained in all towers, also vision. `--config.lora.rank.vision=0`
+leaves the vision tower unchanged. `base.py` lists every field of a recipe.
 """
 
 from collections.abc import Sequence

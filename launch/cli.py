@@ -1,17 +1,17 @@
-"""What the scripts share: import paths, flags, models and recipes by name, and errors as one line with an exit code."""
+"""Provide what all scripts need: import paths, flags, models and recipes by name, and errors as one line."""
 
 import os
 import sys
 
-# Python puts the folder of a script first on its path. Ours holds an `inspect.py`, which would hide the standard
-# library's `inspect` from every package that imports it. So the folder goes last, where scripts still find this file,
-# and the repository goes first, for `sparselora_jax` and `configs`.
+# Python puts the folder of a script first on `sys.path`. This folder has an `inspect.py`, which would hide the standard
+# library's `inspect` from every package that imports it. So the folder is moved to the end, where scripts still find
+# this file. The repository comes first, for `sparselora_jax` and `configs`.
 LAUNCH = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [os.path.dirname(LAUNCH), *(path for path in sys.path if os.path.abspath(path) != LAUNCH), LAUNCH]
 
-# transformers imports torch where it is installed, which takes half the time until a script begins, and no script
-# computes with it. None in `sys.modules` makes the import fail. transformers asks once and remembers the answer; the
-# None is removed then, since other packages look in `sys.modules` themselves and trip over it.
+# If torch is installed, transformers imports it. That takes half of a script's start-up time, and no script uses torch.
+# None in `sys.modules` makes the import fail. transformers checks for torch once and remembers the answer. Then the
+# None is removed, because other packages look in `sys.modules` themselves and would fail on it.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 if 'torch' not in sys.modules:
     sys.modules['torch'] = None
@@ -50,7 +50,7 @@ from sparselora_jax.runtime.errors import SparseloraError
 # Arguments of `generate` for a model that has no text_format.json.
 DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0}
 
-# What a config file may raise through a user's mistake in it, or through a wrong argument.
+# Exceptions that a config file raises if the user made a mistake in it, or passed a wrong argument.
 CONFIG_ERRORS = (ValueError, KeyError, SyntaxError, ImportError, NameError, TypeError, AttributeError)
 
 
@@ -83,29 +83,29 @@ def define_config(
     """Define `--config`, `--workdir` and the flags of a run on several processes; return the first two.
 
     Args:
-      default: recipe without `--config`.
-      workdir: folder without `--workdir`.
+      default: recipe used if `--config` is not given.
+      workdir: folder used if `--workdir` is not given.
     """
     config = define_recipe(default)
     flags.DEFINE_bool('distributed', False, 'run as one of several processes, which JAX finds from the environment')
-    flags.DEFINE_string('coordinator', None, 'host:port of process 0, where the environment does not tell it')
+    flags.DEFINE_string('coordinator', None, 'host:port of process 0, if the environment does not tell it')
     flags.DEFINE_integer('num_processes', None, 'number of processes, with --coordinator', lower_bound=1)
     flags.DEFINE_integer('process_id', None, 'index of this process, with --coordinator; 0 is the first', lower_bound=0)
     return config, flags.DEFINE_string('workdir', workdir, 'folder for results, logs and checkpoints')
 
 
 def define_recipe(default: str | None) -> flags.FlagHolder:
-    """Define `--config` alone; a recipe or an override that does not exist ends the script here.
+    """Define `--config` alone; end the script if the recipe or an overridden field does not exist.
 
     Args:
-      default: recipe without `--config`; None: there is none.
+      default: recipe used if `--config` is not given; None: no recipe.
     """
     # Checked first: ml_collections reads the config and the overrides as soon as the flag is defined.
     try:
         check_config(sys.argv[1:], default)
     except SparseloraError as error:
         _fail(error)
-    return config_flags.DEFINE_config_file('config', default, 'recipe: a file of configs/, then :ARGUMENTS if any')
+    return config_flags.DEFINE_config_file('config', default, 'recipe: a file in configs/, optionally with :ARGUMENTS')
 
 
 def define_model() -> None:
@@ -113,20 +113,21 @@ def define_model() -> None:
     own = "default: the model's text_format.json, otherwise"
     flags.DEFINE_string('model', None, 'a Hugging Face directory or hub id; default: the embedded dense model')
     flags.DEFINE_string('family', '', 'family of the model, as package.module:FAMILY; default: by its model_type')
-    flags.DEFINE_string('prompt', None, f'how a question is written, with {{}} in its place; {own} that of its family')
+    flags.DEFINE_string('prompt', None, f'prompt template, with {{}} for the question; {own} that of its family')
     flags.DEFINE_integer(
         'prompt_tokens', None, f'number of tokens each prompt is padded to; {own} that of its family', lower_bound=1
     )
     flags.DEFINE_enum('dtype', 'float32', DTYPES, 'type of the weights')
     flags.DEFINE_integer('num_beams', None, f'beams (1 = greedy); {own} 1', lower_bound=1)
-    flags.DEFINE_integer('max_new_tokens', None, f'highest number of tokens in an answer; {own} 10', lower_bound=1)
-    flags.DEFINE_integer('min_length', None, f'lowest number of tokens, prompt included; {own} 0', lower_bound=0)
-    flags.DEFINE_float('length_penalty', None, f'for beams, above 0 favours long answers; {own} 1')
+    flags.DEFINE_integer('max_new_tokens', None, f'maximum number of tokens in an answer; {own} 10', lower_bound=1)
+    flags.DEFINE_integer('min_length', None, f'minimum number of tokens, prompt included; {own} 0', lower_bound=0)
+    flags.DEFINE_float('length_penalty', None, f'for beams; a value above 0 favours long answers; {own} 1')
 
 
 def load_model() -> LoadedModel:
-    """Load the model of `--model`; flags that are given override its text format."""
-    # Here, since it imports transformers' processors: seconds that a wrong image or question need not wait for.
+    """Load the model of `--model`; given flags override its text format."""
+    # Imported here, because transformers' processors take seconds to import. An error in the image or the question is
+    # reported before that.
     from sparselora_jax.data import processing
 
     values = flags.FLAGS
@@ -147,11 +148,11 @@ def load_model() -> LoadedModel:
 
 
 def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:
-    """Return the model that the arguments name, else that of the recipe; no weights are read.
+    """Return the model that the arguments name, otherwise that of the recipe, without reading weights.
 
     Args:
       argv: positional arguments: a model, or nothing.
-      config: the recipe; None: there is none.
+      config: the recipe; None: no recipe.
 
     Raises:
       ConfigError: no model, or more than one.
@@ -165,7 +166,7 @@ def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:
         return ModelConfig(name, None, embedded.load_config())
     family = '' if config is None else config.family
     hf = published.find_config(name, others=recipes(), family=family)
-    # Only the weight files say whether a T5's head is tied; without them `model_config` assumes it.
+    # Only the weight files tell whether a T5's head is tied. Without them, `model_config` assumes that it is.
     if any(Path(name).glob('*.safetensors')):
         model, _ = load.open_model(name, family)
         return ModelConfig(name, hf, model.cfg)
@@ -173,7 +174,7 @@ def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:
 
 
 def family_recipe(cfg: FamilyConfig) -> ConfigDict | None:
-    """Return the `*_lang_only` recipe of a model's family; None for a language model alone, which has no recipe.
+    """Return the `*_lang_only` recipe of a model's family, or None for a language model alone, which has no recipe.
 
     Args:
       cfg: our config of the model.
@@ -188,13 +189,13 @@ def recipes() -> list[str]:
 
 
 def find_recipe(name: str) -> str | None:
-    """Return the path, and the argument if any, of a recipe that is named by its path or by its stem.
+    """Return the value for `--config` of a recipe that is named by its path or its stem.
 
     Args:
       name: e.g. `configs/llava_both.py:pattern=4:8` or `llava_both:pattern=4:8`.
 
     Returns:
-      What `--config` takes; None where the name is no recipe's.
+      The path, followed by the arguments if there are any; None if no recipe has that name.
     """
     path, colon, argument = name.partition(':')
     if path.endswith('.py'):
@@ -203,11 +204,11 @@ def find_recipe(name: str) -> str | None:
 
 
 def read_config(path: str, argument: str | None = None) -> ConfigDict:
-    """Return the config of a file.
+    """Return the config that a file defines.
 
     Args:
-      path: of the file.
-      argument: for its `get_config`.
+      path: the file.
+      argument: passed to its `get_config`.
     """
     return runpy.run_path(path)['get_config'](argument)
 
@@ -215,15 +216,16 @@ def read_config(path: str, argument: str | None = None) -> ConfigDict:
 def check_config(argv: Sequence[str], default: str | None) -> None:
     """Check that the config file and the overridden fields exist.
 
-    ml_collections finds a missing file only when a field is read, and names an unknown field by its last part alone. So
-    both are checked here, before it parses the same arguments.
+    ml_collections notices a missing file only when a field is read. For an unknown field, its error has only the last
+    part of the name. So both are checked here, before ml_collections parses the same arguments.
 
     Args:
       argv: the command line without the script.
-      default: the config file without `--config`; None: there is none.
+      default: config file used if `--config` is not given; None: no config.
 
     Raises:
-      ConfigError: a missing file or an unknown field, with the nearest one; or a file that raises an error.
+      ConfigError: the file or a field does not exist (the message suggests the nearest name), or the file raises an
+        error.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('-config', '--config', nargs='?', default=default)
@@ -232,7 +234,7 @@ def check_config(argv: Sequence[str], default: str | None) -> None:
     overrides = [match[1] for arg in others if (match := re.match(r'--?(?:no)?config\.([^=]+)', arg))]
     if known.config is None:
         if overrides:
-            raise ConfigError(f'--config.{overrides[0]} without --config=...: which recipe is it a field of?')
+            raise ConfigError(f'--config.{overrides[0]} needs a recipe: add --config=configs/NAME.py')
         return
     path, _, argument = known.config.partition(':')
     # Sweeps are configs too, so all folders below configs/ are searched for the nearest name.
@@ -243,19 +245,19 @@ def check_config(argv: Sequence[str], default: str | None) -> None:
     try:
         config = read_config(path, argument or None)
     except CONFIG_ERRORS as error:
-        # A ValueError is a message for the user (`configs/arguments.py`); of the others the kind says most.
+        # The message of a ValueError is written for the user (`configs/arguments.py`). Other messages need the type.
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
         raise ConfigError(f'{path}: {kind}{error}') from None
     fields = field_names(config)
     for field in overrides:
         if field not in fields:
-            # No cutoff: among so few names the nearest is worth showing, however far it is.
+            # No cutoff: with so few names, even a distant nearest name is a useful hint.
             nearest = difflib.get_close_matches(field, fields, 1, cutoff=0.0)
             raise ConfigError(f'config has no field {field!r}; did you mean {nearest[0]!r}?')
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run a script; what a user can act on ends it as one line, not as a traceback.
+    """Run a script; print an error that the user can act on as one line, not as a traceback.
 
     Args:
       main: takes the positional arguments.
@@ -265,23 +267,24 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         # The data libraries log every file that they open.
         absl_logging.set_verbosity(absl_logging.ERROR)
         logging.getLogger('sparselora_jax').setLevel(logging.WARNING)
-        # A scheduler's SIGTERM ends a run as Ctrl-C does: what is finished is kept.
+        # A scheduler's SIGTERM ends a run like Ctrl-C: finished stages are kept.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _connect()
-            # Errors that come from the loss of another process are named as such.
+            # If another process is lost, the error says so.
             with processes.joint():
                 main(argv[1:])
         except (SparseloraError, OSError) as error:
             _fail(error)
         except KeyboardInterrupt:
-            _fail(Interrupted('finished stages are kept, the same command goes on'))
+            _fail(Interrupted('finished stages are kept; run the same command to continue'))
 
     app.run(guarded)
 
 
 def _connect() -> None:
-    """Connect to the other processes if flags say that there are any; not every script defines these flags."""
+    """Connect to the other processes if the flags say that there are any."""
+    # Not every script defines these flags.
     values = flags.FLAGS
     if getattr(values, 'distributed', False) or getattr(values, 'coordinator', None):
         processes.connect(values.coordinator, values.num_processes, values.process_id)
@@ -290,7 +293,8 @@ def _connect() -> None:
 def _fail(error: Exception) -> NoReturn:
     """Print one line and end with code 1, or with 130 (the shell's code for Ctrl-C) after an interruption."""
     interrupted = isinstance(error, Interrupted)
-    # JAX would wait for the other processes, which wait for this one. An interruption has reached them as well.
+    # After an error, JAX would wait for the other processes, which wait for this one. An interruption reaches all of
+    # them, so they end too.
     if jax.distributed.is_initialized() and not interrupted:
         processes.leave(error)
     print(f'{"stopped" if interrupted else "error"}: {error}', file=sys.stderr)

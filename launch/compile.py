@@ -1,27 +1,28 @@
-"""Compile a recipe's programs for TPUs or GPUs that are not there: do they fit, how fast, at which cost?
+"""Compile a recipe's programs for TPUs or GPUs that you do not have, and estimate memory, time and cost.
 
 pip install -r requirements-tpu.txt  # or requirements-gpu.txt
 python launch/compile.py Salesforce/instructblip-vicuna-7b --topology=v5p:2x2x1 \
     --config=configs/instructblip_lang_only.py:hardware=gpu --config.restore.base=packed --config.restore.teacher=top_k
 
-Nothing is run and no weights are read. MODEL and the recipe without --config are as for `inspect.py`. --program says
-what is compiled: one restoration step, or a calibration pass. A calibration pass is the pruner's program for one block
-of each tower, counted as often as it runs: layers times chunks.
+No program is run and no weights are read. MODEL, and the default recipe without --config, are as for `inspect.py`.
+--program selects what to compile: one restoration step, or a calibration pass. A calibration pass is the pruner's
+program for one block of each tower. It counts as often as it runs: layers times chunks.
 
-The mesh is that of the config, on the first chips of the topology. --mesh=best searches one for the whole topology
-instead: of all meshes that fit by shapes, it compiles up to --tries, those first that send and read least by shapes. It
-stops at the first that fits and is bound by its matmuls, which take the same time on all meshes, and keeps the fastest.
+The default mesh is that of the config, on the first chips of the topology. --mesh=best searches for a mesh of the whole
+topology instead. Of the meshes that fit by shapes, it compiles up to --tries, in the order of their estimated time to
+send and read. It stops at the first mesh that fits and is bound by matmuls, because matmuls take the same time on all
+meshes. It reports the fastest mesh that it compiled.
 
-Bytes on a chip are counted by the compiler, FLOPs from the program's trace, bytes sent from the compiled program. The
-time is a roofline of these (`planning/plan.py`): a lower bound, no measurement. All of it is also written to --workdir
-as JSON.
+The compiler counts the bytes on a chip. FLOPs are counted from the program's trace, and bytes sent from the compiled
+program. The time is a roofline of these (`planning/plan.py`): a lower bound, not a measurement. The script also writes
+all figures to --workdir as JSON.
 """
 
 import os
 import sys
 
-# Nothing is run on this machine's own chips. The TPU compiler looks for a TPU machine's metadata unless it is told not
-# to, and refuses a second process unless it may load twice: several programs may compile side by side.
+# Nothing runs on this machine's own chips. Without these settings, the TPU compiler looks for the metadata of a TPU
+# machine, and refuses to load in a second process. Several programs may compile at the same time.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['TPU_SKIP_MDS_QUERY'] = '1'
 os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
@@ -46,19 +47,19 @@ from sparselora_jax.runtime import files
 from sparselora_jax.sparse import sharding
 
 GIB = 2**30
-# Each program, and the memory that it takes by shapes.
+# The programs, and the function that estimates the memory of each from shapes.
 STAGES = {'restore': memory.restore, 'calibrate': memory.prune}
 
 CONFIG = cli.define_recipe(None)
 TOPOLOGY = flags.DEFINE_string(
-    'topology', 'v5e:2x2', 'TPU slice, e.g. v5e:4x4, v5p:2x2x1, v6e:2x2, or GPUs of one machine, e.g. h100:8'
+    'topology', 'v5e:2x2', 'TPU slice, e.g. v5e:4x4, v5p:2x2x1, v6e:2x2, or GPUs in one machine, e.g. h100:8'
 )
 PROGRAM = flags.DEFINE_enum('program', 'restore', list(STAGES), 'program to compile')
 MESH = flags.DEFINE_enum(
     'mesh', 'config', ['config', 'best'], "the config's mesh, or the best one of the whole topology"
 )
-TRIES = flags.DEFINE_integer('tries', 3, 'with --mesh=best: highest number of meshes to compile for', lower_bound=1)
-PRICE = flags.DEFINE_float('price', None, 'dollars for one chip and hour; default: the list price of a TPU (chips.py)')
+TRIES = flags.DEFINE_integer('tries', 3, 'with --mesh=best: maximum number of meshes to compile for', lower_bound=1)
+PRICE = flags.DEFINE_float('price', None, 'dollars per chip and hour; default: the list price of a TPU (chips.py)')
 EFFORT = flags.DEFINE_float(
     'effort',
     -1.0,
@@ -69,17 +70,17 @@ EFFORT = flags.DEFINE_float(
 )
 WORKDIR = flags.DEFINE_string('workdir', 'runs/compile', 'folder that the figures are written to')
 
-# The figures of one mesh: those of `plan.restore` or `plan.calibrate` and of `compile_on`, as they are written to JSON.
+# The figures of one mesh, as written to JSON: those of `plan.restore` or `plan.calibrate`, and those of `compile_on`.
 Figures = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
-    """Print the figures, and end with code 1 where the program does not fit."""
+    """Print the figures, and end with code 1 if the program does not fit."""
     config = CONFIG.value
     model = cli.find_model(argv, config)
     config = config or cli.family_recipe(model.cfg)
     if config is None:
-        raise recipe.ConfigError(f'{model.name}: no recipe for a language model alone: give one with --config=...')
+        raise recipe.ConfigError(f'{model.name}: no recipe for a language model alone; pass one with --config=...')
     recipe.check_values(config)
     chip, devices = topology.find(TOPOLOGY.value)
     price = chip.dollars_hour if PRICE.value is None else PRICE.value
@@ -94,10 +95,10 @@ def main(argv: list[str]) -> None:
         if figures.get('fits') and figures['roofline']['bound'] == 'matmuls':
             break
     best = min((figures for figures in tried if figures.get('fits')), key=seconds, default=None)
-    # Written even where nothing fits: the file tells which meshes were tried, and by how much they miss.
+    # Written even if nothing fits: the file shows which meshes were tried, and how much too large they are.
     write(model.name, config, price, best, tried)
     if not tried:
-        raise recipe.ConfigError(f'{TOPOLOGY.value}: no mesh of its {len(devices)} chips holds this, by shapes alone')
+        raise recipe.ConfigError(f'{TOPOLOGY.value}: by shapes, this fits on no mesh of its {len(devices)} chips')
     report(best or tried[0], chip, price)
     if not best:
         sys.exit(1)
@@ -112,7 +113,7 @@ def find_meshes(cfg: Any, config: ConfigDict, chip: Chip, devices: list[Any]) ->
     """Return the axes of the meshes to compile for.
 
     Raises:
-      ConfigError: the config's mesh needs more chips than the topology has, or cannot split the batches.
+      ConfigError: the config's mesh needs more chips than the topology has, or does not divide the batches.
     """
     if MESH.value == 'config':
         recipe.check_batches(config)
@@ -140,17 +141,17 @@ def compile_on(trees: memory.Recipe, devices: list[Any], chip: Chip, price: floa
 
     Args:
       trees: the recipe, whose config names the mesh.
-      devices: those of the topology; the mesh takes the first of them.
-      chip: what they are.
-      price: dollars for one chip and hour.
+      devices: the devices of the topology; the mesh uses the first of them.
+      chip: the kind of these devices.
+      price: dollars per chip and hour.
 
     Returns:
-      Its figures; `error` alone, where it does not compile.
+      The figures of the program; only `error` if it does not compile.
     """
     config = trees.config
     mesh = sharding.make_mesh(**config.mesh, devices=devices[: math.prod(config.mesh.values())])
     options = topology.compiler_options(chip, EFFORT.value)
-    # Tracing is timed too: with large models it takes as long as some compilers.
+    # Tracing is timed too, because for large models it takes as long as some compilers.
     started = time.monotonic()
     try:
         if PROGRAM.value == 'restore':
@@ -167,7 +168,7 @@ def compile_on(trees: memory.Recipe, devices: list[Any], chip: Chip, price: floa
             ]
             figures = plan.calibrate(trees, passes, chip)
     except jax.errors.JaxRuntimeError as error:
-        # Most often: out of memory. A compiler may append its whole plan of it.
+        # Usually out of memory. A compiler may append its whole memory plan to the message.
         return {'error': str(error)[:2000]}
     figures['samples'] = samples
     figures['by_shapes'] = STAGES[PROGRAM.value](trees).total
@@ -176,8 +177,8 @@ def compile_on(trees: memory.Recipe, devices: list[Any], chip: Chip, price: floa
 
 
 def write(name: str, config: ConfigDict, price: float | None, best: Figures | None, tried: list[Figures]) -> None:
-    """Write the figures of all meshes that were tried, and of the best that fits, as JSON."""
-    # Hub ids hold a slash, topologies a colon: neither belongs into a file's name.
+    """Write the figures of all meshes that were tried, and of the best one that fits, as JSON."""
+    # Hub ids contain a slash and topologies a colon; neither is allowed in the file's name.
     stem = f'{name.replace("/", "--")}-{PROGRAM.value}-{TOPOLOGY.value.replace(":", "-")}'
     file = Path(WORKDIR.value) / f'{stem}.json'
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +203,7 @@ def report(figures: Figures, chip: Chip, price: float | None) -> None:
         print(f'  does not fit, or does not compile: {figures["error"]}')
         return
     rows = {'bytes a chip, by shapes': f'{figures["by_shapes"] / GIB:.2f} GiB; by the compiler, GiB'}
-    # A dense base has no teacher of its own, a packed one no masks: parts without bytes are left out.
+    # Parts without bytes are left out: a dense base has no separate teacher, and a packed base no separate masks.
     rows |= {part: f'{size / GIB:.3f}' for part, size in figures['bytes'].items() if size}
     fits = 'fits' if figures['fits'] else 'does NOT fit'
     rows['together'] = f'{figures["total"] / GIB:.2f}, {fits} into {chip.memory / GIB:.1f}'

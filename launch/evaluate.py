@@ -1,4 +1,4 @@
-"""Score a model on visual questions: those of easy-VQA, or of a folder.
+"""Score a model on the visual questions of easy-VQA or of a folder.
 
 python launch/evaluate.py --model=runs/demo/exported [--questions=1000] [--data=FOLDER] [--shuffle_images]
 """
@@ -17,9 +17,9 @@ from sparselora_jax.runtime.progress import Progress
 cli.define_model()
 QUESTIONS = flags.DEFINE_integer('questions', 1000, 'number of test questions', lower_bound=1)
 BATCH = flags.DEFINE_integer('batch', 50, 'number of questions answered at a time', lower_bound=1)
-SEED = flags.DEFINE_integer('seed', 42, 'seed of the choice of questions')
+SEED = flags.DEFINE_integer('seed', 42, 'seed of the random choice of questions')
 SHUFFLE = flags.DEFINE_bool(
-    'shuffle_images', False, 'show each question the image of another one, to see what images are worth'
+    'shuffle_images', False, 'pair each question with the image of another one, to measure how much images matter'
 )
 DATA = flags.DEFINE_string('data', 'easy_vqa', 'easy_vqa, or a folder with a data.jsonl')
 DATA_DIR = flags.DEFINE_string('data_dir', 'runs/data', 'folder that easy-VQA is prepared in')
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         progress=Progress('evaluate', len(indices)),
         **text.decoding,
     )
-    # What questions alone give away: an accuracy above it must come from the images.
+    # The accuracy that questions alone allow. Anything above it must come from the images.
     floor = vqa.blind_floor(train, [test[index] for index in indices])
     scores = {'accuracy': answers, 'image_blind_floor': floor}
     print(json.dumps({name: score.accuracy(dataset.kind_of) for name, score in scores.items()}, indent=1))

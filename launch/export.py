@@ -1,4 +1,4 @@
-"""Merge and export the restored model of a workdir, once `train.py` has restored it there.
+"""Merge and export the restored model of a workdir; run `train.py` first, which restores it.
 
 python launch/export.py --config=configs/blip2_lang_only.py --workdir=runs/demo --format=packed
 
@@ -6,10 +6,10 @@ Formats (docs/formats.md):
 
 - `hf`, the default: a Hugging Face directory with dense kernels, zeros included. `train.py` writes it too.
 - `packed`: kernels without their zeros.
-- `packed_int4`: as `packed`, the merged values of 2:4 kernels rounded to four bits.
-- `packed_lora`: nothing merged; LoRA beside the packed kernels that it was trained on (`restore.base`).
+- `packed_int4`: as `packed`, but the merged values of 2:4 kernels are rounded to four bits.
+- `packed_lora`: LoRA is not merged; its factors are stored beside the packed kernels of the base (`restore.base`).
 
-`evaluate.py` and `generate.py` read all of them, other software `hf` alone.
+`evaluate.py` and `generate.py` read all formats. Other software reads only `hf`.
 """
 
 import cli
@@ -23,7 +23,7 @@ FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *export.PACKED), 'format of th
 
 
 def main(argv: list[str]) -> None:
-    """Run the stage `export`, or that of a packed format."""
+    """Run the stage `export`, or the export to a packed format."""
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     if FORMAT.value == 'hf':

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     path, question = argv
     if not question.strip():
         raise DataError('the question is empty')
-    # Before the model, so that a file that is no image is refused at once.
+    # Read before the model is loaded, so that a bad image file is refused at once.
     image = pipeline.read_image(path)
     model, params, processor, text = cli.load_model()
     (answer,) = vqa.generate_answers(model, params, processor, text, [image], [question], **text.decoding)

@@ -1,11 +1,12 @@
-"""Describe a model, what a recipe prunes and trains in it, and the memory that each stage takes: from shapes alone.
+"""Describe a model, what a recipe prunes and trains in it, and the memory of each stage, from shapes alone.
 
 python launch/inspect.py Salesforce/blip2-opt-2.7b
 python launch/inspect.py DIRECTORY --config=configs/llava_both.py:hardware=gpu,pattern=4:8 --config.restore.batch=32
 python launch/inspect.py configs/blip2_lang_only.py
 
-MODEL comes first: a Hugging Face directory, a hub id (those of `sparselora_jax/planning/published.py` need no network)
-or a recipe of configs/, whose own model is taken. Without --config the recipe is the family's `*_lang_only`.
+MODEL is the first argument: a Hugging Face directory, a hub id or a recipe of configs/. Hub ids that are listed in
+`sparselora_jax/planning/published.py` need no network. A recipe stands for its own model. Without --config, the recipe
+is the family's `*_lang_only`.
 """
 
 import sys
@@ -22,7 +23,8 @@ from sparselora_jax.sparse.weights import LoraSpec
 
 GIB = 2**30
 
-# A recipe in the place of the model stands for `--config`. Before the flag is defined, which reads the command line.
+# A recipe in place of the model is turned into `--config`. This comes before the flag's definition, which reads the
+# command line.
 if len(sys.argv) > 1 and (path := cli.find_recipe(sys.argv[1])):
     sys.argv[1] = f'--config={path}'
 CONFIG = cli.define_recipe(None)
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> None:
     # Without a recipe, the defaults of the family show what one would do.
     config = config or cli.family_recipe(model.cfg)
     if config is None:
-        print('\nno recipe for a language model alone: give one with --config=...')
+        print('\nno recipe for a language model alone; pass one with --config=...')
         return
     recipe.check_values(config)
     trees = memory.recipe(model.cfg, config)
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 
 def print_model(model: cli.ModelConfig) -> None:
-    """Print the size of each tower and of the whole."""
+    """Print the size of each tower and of the whole model."""
     params = abstract_params(model.cfg)
     towers = inspection.towers(model.cfg, params)
     rows = [
@@ -70,7 +72,7 @@ def print_recipe(trees: memory.Recipe) -> None:
     restore = config.restore
     print(f'\nrecipe: {config.dtype} on a mesh of {mesh}; pruning by {prune.method}, {prune.samples} samples,')
     print(f'{prune.chunk} at a time; restoring in batches of {restore.batch} in {restore.accumulate} parts')
-    # A recipe is named for the towers that it prunes; LoRA is trained wherever its rank is not 0.
+    # A recipe is named after the towers that it prunes. LoRA is trained in every tower whose rank is not 0.
     trained = 'the pruned kernels' if restore.trained == 'weights' else f'LoRA in {_towers_of(trees.lora)}'
     print(f'pruned: {_towers_of(trees.masks)}; trained: {trained}')
 
@@ -87,7 +89,7 @@ def print_rules(trees: memory.Recipe) -> None:
         'prune rule': recipe.prune_rules(trees.config),
         'LoRA rule': recipe.lora_rules(trees.config),
     }
-    # By the library's own rules: what is printed is what a job would do.
+    # These are the rules that a job uses, so the tables show what a job would do.
     for title, rule_list in rule_lists.items():
         rows = [
             (
@@ -120,12 +122,12 @@ def _examples(paths: Sequence[str]) -> str:
 
 
 def print_memory(trees: memory.Recipe) -> None:
-    """Print the terms of each stage's memory; only the moment that takes most counts."""
+    """Print the terms of each stage's memory; the total counts only the moment with the highest use."""
     rows = []
     for title, estimate in memory.STAGES.items():
         stage = estimate(trees)
         if not stage.held:
-            # The recipe has no such stage: rounding, where no base is in four bits.
+            # The recipe does not have this stage, for example rounding without a four-bit base.
             continue
         rows.append((title, '', f'{stage.total / GIB:.2f}'))
         rows += [('', term, f'{size / GIB:.3f}') for term, size in stage.held.items()]
@@ -145,7 +147,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, left: i
     Args:
       header: of the columns.
       rows: cells, printed as `str` makes them.
-      left: the first columns, which hold text and are aligned to the left. So is `e.g.`; numbers go to the right.
+      left: number of columns at the left that hold text and are left-aligned, as is the column `e.g.`. All other
+        columns hold numbers and are right-aligned.
     """
     lines = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

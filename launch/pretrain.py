@@ -1,4 +1,4 @@
-"""Train the bridge of the embedded model, stage by stage. Resumes, and skips finished stages.
+"""Train the bridge of the embedded model, stage by stage. A rerun resumes and skips finished stages.
 
 python launch/pretrain.py --config=configs/demo_pretrain.py --workdir=runs/pretrain
 """
@@ -58,21 +58,24 @@ class Pretraining:
         self.image_texts = easy_vqa.read_texts(easy_vqa.prepare(config.data_dir), 'train')
 
     def images(self, *, batch: int, words: Callable[[tuple[int, int]], np.ndarray] | None = None) -> Any:
-        """Return batches of images with their facts, flipped and turned at random: neither changes shape or colour.
+        """Return batches of images with their facts, randomly flipped and rotated.
+
+        Neither change affects the shape or the colour.
 
         Args:
-          batch: images in a batch.
-          words: makes the words of a caption from a colour and a shape. With it, images whose colour or shape no
-            question tells are left out.
+          batch: number of images in a batch.
+          words: maps a colour and a shape to the words of a caption. If it is given, images are left out if no question
+            reveals their colour or their shape.
         """
         facts = easy_vqa.image_facts(self.image_texts)
-        # An image has several questions; its first record stands for it. Reversed, so that the first one wins.
+        # An image has several questions, and its first record represents it. The order is reversed so that the first
+        # record overwrites later ones.
         first = {image_id: index for index, (_, _, image_id) in reversed(list(enumerate(self.image_texts)))}
         usable = [first[image_id] for image_id, fact in sorted(facts.items()) if words is None or min(fact) >= 0]
 
         def transform(record: dict[str, Any]) -> dict[str, np.ndarray]:
             fact = facts[int(record['image_id'])]
-            # The processor wants a text beside each image; it is not used.
+            # The processor requires a text with each image; the text is not used.
             pixels = self.processor.prompt([record['image']], ['-'])['pixel_values'][0]
             example = {'pixel_values': pixels, 'facts': np.asarray(fact, np.int32)}
             return example if words is None else example | {'words': words(fact)}
@@ -88,7 +91,7 @@ class Pretraining:
         )
 
     def questions(self, *, batch: int, seed: int) -> Any:
-        """Return batches of questions and answers, in the config's shares of their kinds."""
+        """Return batches of questions and answers, with the config's shares of each kind."""
         return pipeline.batches(
             self.dataset.train.source,
             pipeline.vqa_transform(self.processor, self.text),
@@ -99,13 +102,13 @@ class Pretraining:
         )
 
     def train(self, name: str, loss: Callable[..., Any], trained: dict, frozen: dict | None, batches: Any) -> dict:
-        """Run one stage, or what its checkpoints leave to do of it.
+        """Run one stage, from its last checkpoint if there is one.
 
         Args:
-          name: of the stage; its schedule is the config's part of this name.
-          loss: one of `jobs.pretrain`.
+          name: name of the stage; its schedule is the config's field of this name.
+          loss: a loss of `jobs.pretrain`.
           trained: params to train.
-          frozen: params that the loss reads beside them.
+          frozen: params that the loss reads but the stage does not train.
           batches: see `restoration.train.fit`.
 
         Returns:
@@ -144,14 +147,14 @@ class Pretraining:
         return state.trained
 
     def score(self, name: str, params: dict, *, shuffle_images: bool = False) -> None:
-        """Print the accuracy on the test questions; it is kept in `NAME.json`.
+        """Print the accuracy on the test questions, and write it to `NAME.json`.
 
         Args:
-          name: of the model.
-          params: its weights.
-          shuffle_images: show each question the image of another one.
+          name: name of the model.
+          params: weights of the model.
+          shuffle_images: pair each question with the image of another one.
         """
-        # A score that an earlier run has written is printed as it is.
+        # If an earlier run has written the score, it is printed and not computed again.
         file = self.workdir / f'{name}.json'
         if not file.exists():
             indices = vqa.sample(self.config.eval_questions, len(self.dataset.test.source), seed=self.config.seed)
@@ -172,7 +175,7 @@ class Pretraining:
 
 
 def subset(params: dict, names: Sequence[str]) -> dict:
-    """Return the parts of a params tree that are named."""
+    """Return the named parts of a params tree."""
     return {name: params[name] for name in names}
 
 
@@ -213,7 +216,7 @@ def main(argv: list[str]) -> None:
     )
     run.score('frozen', frozen | bridge)
 
-    # LoRA in all blocks of the language model; every other kernel is left alone.
+    # LoRA is added to all blocks of the language model, and to no other kernel.
     rules = [('language/blocks/.*', sl.LoraSpec(config.lora_rank, config.lora_alpha)), ('.*', None)]
     lora = sl.init_lora(jax.random.fold_in(key, 1), {'language': language}, rules)
     trained = run.train(
@@ -221,16 +224,16 @@ def main(argv: list[str]) -> None:
         pretrain.answers_loss,
         trained=bridge | {'lora': lora},
         frozen=frozen,
-        # Another seed than the stage before: the same questions come in another order.
+        # The seed differs from that of the previous stage, so the same questions come in a different order.
         batches=run.questions(batch=config.lora.batch, seed=config.seed + 10),
     )
-    # The language model comes from its own package; the file holds the rest, in half the bytes.
+    # The language model comes from its own package, so the file holds only the rest, in half precision.
     result = trained | {'vision': frozen['vision']}
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), result)
     file = workdir / embedded.BRIDGE.name
     sl.save_safetensors(file, half, metadata={'config': embedded.to_json(run.cfg)})
     print(f'{file}: {file.stat().st_size / 1e6:.1f} MB')
-    # Scored as it is loaded: in half precision, with LoRA merged.
+    # Score the model as users load it: in half precision, with LoRA merged.
     _, weights = embedded.load(file)
     run.score('trained', weights)
     run.score('shuffled', weights, shuffle_images=True)

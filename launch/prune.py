@@ -1,4 +1,4 @@
-"""Calibrate and prune, nothing more: write the masks into the workdir.
+"""Calibrate and prune only, and write the masks to the workdir.
 
 python launch/prune.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 """

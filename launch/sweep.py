@@ -1,8 +1,8 @@
-"""Run a grid of main jobs, one process each; write a table (CSV, Markdown) and plots (PNG, SVG). Resumes.
+"""Run a grid of main jobs, one process each, and write a table (CSV, Markdown) and plots (PNG, SVG).
 
 python launch/sweep.py --config=configs/sweeps/modality.py --workdir=runs/modality [--config.budget=tiny|hour|full]
 
-A run that fails is marked in the table and the others go on. The same command tries it again.
+If a run fails, the table says so and the other runs go on. The same command resumes the sweep and repeats failed runs.
 """
 
 import sys
@@ -18,25 +18,25 @@ from sparselora_jax.restoration.train import Interrupted
 
 CONFIG, WORKDIR = cli.define_config('configs/sweeps/modality.py', 'runs/sweep')
 RUN = flags.DEFINE_string(
-    'run', None, 'name of one run to do alone, in this process; the sweep starts itself so for each run'
+    'run', None, 'name of the only run to do, in this process; the sweep starts itself with this flag for each run'
 )
 
 
 def main(argv: list[str]) -> None:
-    """Run what is not finished yet, then write the results."""
+    """Run the unfinished runs, then write the results."""
     del argv
     config = CONFIG.value
     workdir = Path(WORKDIR.value)
     # Recipes and sweeps are both files of configs/.
     if not hasattr(config, 'points'):
-        raise ConfigError('the config is a recipe, not a sweep: expected one of configs/sweeps/')
+        raise ConfigError('the config is a recipe, not a sweep: expected a file of configs/sweeps/')
     if RUN.value is not None:
         run_alone(config, workdir)
         return
     try:
         sweep.run(config, workdir, run_apart, after=lambda: table.write(config, workdir))
     except (sweep.SweepError, Interrupted):
-        # Show the results of the runs that are finished.
+        # Write the results of the finished runs.
         plots.write(config, table.write(config, workdir), workdir)
         raise
     plots.write(config, table.write(config, workdir), workdir)
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def run_alone(config: ConfigDict, workdir: Path) -> None:
-    """Run what `--run` names in this process."""
+    """Run the run that `--run` names, in this process."""
     planned = {run.name: run for run in sweep.runs(config)}
     if RUN.value not in planned:
         raise ConfigError(f'run {RUN.value!r}: expected one of {", ".join(planned)}')
@@ -55,7 +55,7 @@ def run_alone(config: ConfigDict, workdir: Path) -> None:
 
 def run_apart(run: sweep.Run, folder: Path) -> None:
     """Start this script again for one run, so that each run gets all memory and may fail alone."""
-    # The same arguments: the process finds its run by name among those of the same sweep.
+    # The arguments are the same, so the new process plans the same sweep and finds its run by name.
     sweep_runs.run_apart([sys.executable, *sys.argv, f'--run={run.name}'], folder)
 
 

@@ -1,4 +1,4 @@
-"""Run the main job: evaluate, prune, restore, merge, verify, export, report. Resumes, and skips finished stages.
+"""Run the main job: evaluate, prune, restore, merge, verify, export, report; a rerun skips finished stages.
 
 python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 """
@@ -17,9 +17,9 @@ def main(argv: list[str]) -> None:
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     stages.run(job)
-    # The first process writes the report, the others wait for it.
+    # The first process writes the report, and the others wait for it.
     summary = processes.agreed(lambda: report.summary(report.write(job)))
-    # All processes know the summary, one prints it.
+    # All processes have the summary, but only one prints it.
     if processes.first():
         print(summary)
         print(f'complete: {job.workdir}/report.html, {job.workdir}/exported/')

@@ -1,10 +1,10 @@
-"""Measure what a smaller base or a teacher on disk costs: language at 2:4, restored on each base, by each teacher.
+"""Measure how a smaller base or a teacher on disk affects accuracy, for a language tower restored at 2:4.
 
   python launch/sweep.py --config=configs/sweeps/base.py --workdir=runs/base
 
-All points are pruned in the same way, and LoRA is merged in float32. `top-k KL` is a loss of its own, not that over the
-teacher's whole distribution (`losses.top_k_kl`). Two points train longer, to see whether more steps win back what int4
-costs. `grid.py` describes the argument and the budgets.
+All points are pruned in the same way, and LoRA is merged in float32. `top-k KL` is a different loss from the KL over
+the teacher's whole distribution (`losses.top_k_kl`). Two points train longer, to see whether more steps recover the
+accuracy that int4 costs. `grid.py` describes the argument and the budgets.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from sparselora_jax.jobs.sweep import Point
 from sparselora_jax.recipe import BASES
 
 TEACHERS = {'model': {}, 'top-k KL': {'restore.teacher': 'top_k'}, 'none': {'restore.kd': 0.0}}
-LONG = 4  # how many times the budget's steps the long points take
+LONG = 4  # the long points train for this many times the budget's steps
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
         for base, teacher in pairs
     ]
-    # Longer training: does it win back what int4 costs, and what does it do for the dense base?
+    # Longer training on int4, and on the dense base for comparison.
     points += [
         Point(
             name=grid.name(base, 'long'),

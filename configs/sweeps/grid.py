@@ -1,10 +1,11 @@
-"""What the sweeps share: the recipe that a sweep's argument names, its budgets, and patterns by tower.
+"""Provide what all sweeps need: the base recipe, the budgets, and the fields of a pattern per tower.
 
-The argument, `--config=configs/sweeps/NAME.py:recipe=NAME,model=...,data=...`, names a recipe of `configs/` (default:
-`blip2_lang_only`, with the embedded model). The other arguments are those of the recipe (`configs/arguments.py`).
+The argument of a sweep is `--config=configs/sweeps/NAME.py:recipe=NAME,model=...,data=...`. It names a recipe of
+`configs/` (default: `blip2_lang_only`, with the embedded model). The other arguments are those of the recipe
+(`configs/arguments.py`).
 
 A budget (`--config.budget=tiny|hour|full`) sets fields of the recipe and the number of seeds that each point runs with.
-Its own fields can be overridden: `--config.budgets.hour.restore.steps=50`.
+Override a field of a budget with e.g. `--config.budgets.hour.restore.steps=50`.
 """
 
 import importlib
@@ -21,7 +22,7 @@ def base(arg: str | None) -> ConfigDict:
     """Return the recipe that a sweep's argument names.
 
     Raises:
-      ValueError: see `arguments.parse`, or a recipe that does not exist.
+      ValueError: see `arguments.parse`; or the recipe does not exist.
     """
     parts = arg.split(',') if arg else []
     name = next((part.removeprefix('recipe=') for part in parts if part.startswith('recipe=')), 'blip2_lang_only')
@@ -45,14 +46,14 @@ def config(
     """Return a sweep's config.
 
     Args:
-      name: of the sweep and of its results.
-      arg: see the module.
+      name: name of the sweep and of its result files.
+      arg: argument of the sweep; see the module's docstring.
       points: the points of the grid, each with its own fields.
       plot: see `jobs.plots.figure`.
-      hour: the budget of this name, as `budget` makes it.
-      full: the budget of this name.
+      hour: the budget `hour`, as returned by `budget`.
+      full: the budget `full`, as returned by `budget`.
     """
-    # Tiny is for tests: it shows that every point runs, not how well.
+    # The budget `tiny` is for tests. It only shows that every point runs; its results mean nothing.
     tiny = budget(seeds=1, steps=2, batch=4, questions=10, samples=4, scored=4)
     sweep = ConfigDict()
     sweep.name = name
@@ -65,15 +66,15 @@ def config(
 
 
 def budget(*, seeds: int, steps: int, batch: int, questions: int, samples: int, scored: int = 8) -> dict[str, Any]:
-    """Return the fields of a budget; a tenth of the steps is warm-up, and only the last step is a checkpoint.
+    """Return the fields of a budget; a tenth of the steps is warm-up, and only the last step has a checkpoint.
 
     Args:
-      seeds: number of runs of each point.
-      steps: of restoration.
-      batch: samples in a step of restoration.
+      seeds: number of seeds, and so of runs of each point.
+      steps: number of restoration steps.
+      batch: number of samples in a restoration step.
       questions: number of test questions.
       samples: number of calibration samples.
-      scored: number of samples of ECoFLaP's scores; its zeroth order runs them twice for each kernel and layer.
+      scored: number of samples for ECoFLaP's scores; its zeroth order runs them twice for each kernel and layer.
     """
     return {
         'seeds': seeds,
@@ -107,7 +108,7 @@ def patterns(towers: tuple[str, ...], **pruned: str) -> dict[str, str]:
 
 
 def name(*labels: str) -> str:
-    """Return a point's name, which is also that of its folder.
+    """Return a point's name, which also names its folder.
 
     >>> name('language only', '2:4'), name('both', '50 %')
     ('language-only-2-4', 'both-50')

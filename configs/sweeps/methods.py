@@ -1,10 +1,11 @@
-"""Compare every pruning method and every allocation over layers, with vision and language pruned alike.
+"""Compare pruning methods and allocations over layers, with the same pattern for vision and language.
 
   python launch/sweep.py --config=configs/sweeps/methods.py --workdir=runs/methods
 
-N:M patterns leave nothing to allocate. Global magnitude compares weights of the whole model, so its method is
-magnitude. The vision encoder has smaller weights: without a bound of 90 %, whole layers of it would be pruned. The
-other allocations use Wanda, as their papers do. `grid.py` describes the argument and the budgets.
+N:M patterns leave nothing to allocate, so allocations are only compared at 50 and 70 %. Global magnitude compares
+weights of the whole model, so its method is magnitude. The vision encoder has smaller weights, and global magnitude
+without a bound of 90 % would remove whole layers of it. The other allocations use Wanda, as their papers do. `grid.py`
+describes the argument and the budgets.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,7 @@
 
   python launch/sweep.py --config=configs/sweeps/modality.py --workdir=runs/modality
 
-The paper's first experiment (arXiv 2404.02424). `grid.py` describes the argument and the
-budgets.
+This is the paper's first experiment (arXiv 2404.02424). `grid.py` describes the argument and the budgets.
 """
 
 from ml_collections import ConfigDict

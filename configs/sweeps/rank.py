@@ -1,4 +1,4 @@
-"""Measure what the rank of LoRA buys: language pruned and restored at ranks 1 to 32, with alpha / rank fixed.
+"""Measure how the rank of LoRA affects accuracy: language restored at ranks 1 to 32, with alpha / rank fixed.
 
   python launch/sweep.py --config=configs/sweeps/rank.py --workdir=runs/rank
 
@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     points = []
     for label, pattern in PATTERNS.items():
         for rank in RANKS:
-            # Only the pruned tower is restored, so that its rank alone differs between points.
+            # Only the pruned tower has LoRA, so that points differ in its rank alone.
             lora = {f'lora.rank.{tower}': 0 for tower in towers}
             lora |= {'lora.rank.language': rank, 'lora.alpha.language': SCALE * rank}
             point = Point(

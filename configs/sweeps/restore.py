@@ -1,13 +1,13 @@
-"""Compare ways of restoring the pruned language tower at equal steps: none, DSnoT, and ways of training.
+"""Compare ways of restoring the pruned language tower: none, DSnoT, and ways of training with equal steps.
 
   python launch/sweep.py --config=configs/sweeps/restore.py --workdir=runs/restore
 
 The column `density if LoRA is merged` is the density after merging the same factors without the mask. The control
 trains the same LoRA budget on the dense model.
 
-Each learning rate is the best of those tried at 70 %, with another seed (7), 30 steps of 8 and 200 questions. LoRA:
-1e-3 63.5 %, 2e-3 76.0 %. Whole kernels: 1e-4 79.0 %, 3e-4 71.5 %, 1e-3 86.5 %. `grid.py` describes the argument and the
-budgets.
+Each learning rate is the best of those tried at 70 %, with another seed (7), 30 steps of batch 8 and 200 questions. For
+LoRA, 1e-3 gave 63.5 % and 2e-3 76.0 %. For whole kernels, 1e-4 gave 79.0 %, 3e-4 71.5 % and 1e-3 86.5 %. `grid.py`
+describes the argument and the budgets.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     towers = tuple(grid.base(arg).prune.pattern)
     points = []
     for label, pattern in PATTERNS.items():
-        # What trains nothing is evaluated after pruning, the others after restoration.
+        # Ways without training are evaluated after pruning, the others after restoration.
         for ways, models in ((PRUNED, ('pruned',)), (TRAINED, ('restored',))):
             points += [
                 Point(

@@ -1,8 +1,8 @@
-"""Compare splits of a fixed budget of sparsity between vision and language: sums of 100 % and of 120 %.
+"""Compare ways to split a sparsity budget between vision and language, for sums of 100 % and 120 %.
 
   python launch/sweep.py --config=configs/sweeps/split.py --workdir=runs/split
 
-The paper's second experiment (arXiv 2404.02424): 10:90 to 90:10, and 30:90 to 90:30. `grid.py` describes the
+This is the paper's second experiment (arXiv 2404.02424): 10:90 to 90:10, and 30:90 to 90:30. `grid.py` describes the
 argument and the budgets.
 """
 
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs.sweeps import grid
 from sparselora_jax.jobs.sweep import Point
 
-# Sum of both sparsities, and the sparsities of vision that are tried, in percent.
+# For each sum of the two sparsities, the sparsities of vision to try, in percent.
 BUDGETS = {100: range(10, 91, 10), 120: range(30, 91, 10)}
 
 

@@ -1,9 +1,9 @@
-"""Measure what the steps of restoration buy: language pruned and restored, from a sixteenth of the steps to all.
+"""Measure how the number of restoration steps affects accuracy, from a sixteenth of the budget's steps to all.
 
   python launch/sweep.py --config=configs/sweeps/steps.py --workdir=runs/steps
 
-Every point has its whole schedule, warm-up and decay, in its own steps. `grid.py` describes the argument and the
-budgets.
+Every point has a complete schedule, with warm-up and decay, for its number of steps. Only the language tower is pruned.
+`grid.py` describes the argument and the budgets.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from configs.sweeps import grid
 from sparselora_jax.jobs.sweep import Point
 
 PATTERNS = {'2:4': '2:4', '70 %': '0.7'}
-PARTS = (16, 8, 4, 2, 1)  # a point takes 1 / part of the budget's steps
+PARTS = (16, 8, 4, 2, 1)  # a point trains for 1 / part of the budget's steps
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
