@@ -150,7 +150,7 @@ def image_facts(questions: Iterable[tuple[str, str, int]]) -> dict[int, tuple[in
     """Return the colour and shape that the questions reveal: {image_id: (colour index, shape index)}.
 
     Args:
-      questions: (question, answer, image_id), as `read_texts` returns them. Facts that they do not reveal are `UNKNOWN`.
+      questions: (question, answer, image_id), as `read_texts` returns them. Unrevealed facts are `UNKNOWN`.
 
     >>> image_facts([('what color is the circle?', 'teal', 7), ('is there not a red shape?', 'no', 8)])
     {7: (6, 1), 8: (2, -1)}

@@ -44,7 +44,7 @@ class Blip2Config:
 
     @property
     def family(self) -> Family:
-        """Return the family that reads this config."""
+        """Return the family of this config."""
         # Both are composed alike. They differ in processor, recipe and what the Q-Former reads.
         return INSTRUCTBLIP if self.qformer.vocab else BLIP2
 
@@ -55,9 +55,9 @@ def bridge(
     """Return soft words from vision features, by the Q-Former and the projection.
 
     Args:
-      w: params, or what `bind` made of them.
+      w: params, or the weights from `bind`.
       cfg: the family's config.
-      image: what the vision tower hands on.
+      image: the vision tower's output.
       batch: holds the instruction, for an InstructBLIP.
       run: executes the Q-Former's blocks.
     """
@@ -88,11 +88,11 @@ def count_image_tokens(hf: 'transformers.PretrainedConfig') -> int:
 
 
 def complete_processor(processor: 'transformers.ProcessorMixin', hf: 'transformers.PretrainedConfig') -> None:
-    """Set what directories leave out that were saved when the model itself added the image tokens.
+    """Fill in settings that are missing in old directories, saved when the model itself added the image tokens.
 
     Args:
       processor: a transformers `Blip2Processor` or `InstructBlipProcessor`, which is changed.
-      hf: the directory's config.
+      hf: the transformers config of the directory.
     """
     # The processor writes the image tokens into the prompt, so it must know how many there are.
     if processor.num_query_tokens is None:
@@ -126,13 +126,13 @@ class Blip2Family(ImageFamily):
         """Convert a transformers `Blip2Config` or `InstructBlipConfig`.
 
         Args:
-          hf: transformers' config.
+          hf: the transformers config.
 
         Returns:
           Our config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
         # Old configs have none: the model then put soft words before the prompt, without placeholders.
         if hf.image_token_id is None:
@@ -152,7 +152,7 @@ class Blip2Family(ImageFamily):
         """Return an image (and its instruction) in the language model's embedding space.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the towers' blocks.
@@ -169,7 +169,7 @@ class Blip2Family(ImageFamily):
         return bridge_shapes(cfg) | {'language': cfg.language.tower.shapes(cfg.language)}
 
     def keys(self, cfg: Blip2Config) -> Keys:
-        """Return our paths with transformers' names in `Blip2ForConditionalGeneration` or InstructBLIP's.
+        """Return the key table: our paths -> parameter names in transformers' `Blip2ForConditionalGeneration` or InstructBLIP's.
 
         Args:
           cfg: the family's config.

@@ -19,7 +19,7 @@ class CausalConfig:
 
     @property
     def family(self) -> Family:
-        """Return the family that reads this config."""
+        """Return the family of this config."""
         return FAMILY
 
 
@@ -40,7 +40,7 @@ class CausalFamily(Family):
           Our config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
         # Set for models that read a whole text both ways, such as those that embed texts.
         if getattr(hf, 'use_bidirectional_attention', None):
@@ -54,7 +54,7 @@ class CausalFamily(Family):
         """Return the embeddings of the prompt's words.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: not needed, since no tower runs before the language model.
@@ -71,7 +71,7 @@ class CausalFamily(Family):
         return {'language': cfg.language.tower.shapes(cfg.language)}
 
     def keys(self, cfg: CausalConfig) -> Keys:
-        """Return our paths with transformers' names in `LlamaForCausalLM` and its like.
+        """Return the key table: our paths -> parameter names in transformers' `LlamaForCausalLM` and its like.
 
         Args:
           cfg: the family's config.

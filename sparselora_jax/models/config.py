@@ -77,7 +77,7 @@ class FamilyConfig(Protocol):
 
     @property
     def family(self) -> 'Family':
-        """Return the family that reads this config."""
+        """Return the family of this config."""
 
 
 @runtime_checkable

@@ -60,13 +60,13 @@ class Family(Protocol):
         """Convert a config of transformers.
 
         Args:
-          hf: transformers' config of a whole model.
+          hf: the transformers config of a whole model.
 
         Returns:
           The family's config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
 
     @abc.abstractmethod
@@ -74,7 +74,7 @@ class Family(Protocol):
         """Return what the language tower reads.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`; `attention_mask` is among them.
           run: executes the blocks of the towers before the language model.
@@ -142,7 +142,7 @@ class Family(Protocol):
         """Return how many parameters a published file holds that nothing here reads, by what they are.
 
         Args:
-          hf: transformers' config of a whole model.
+          hf: the transformers config of a whole model.
           cfg: the family's config that was made from it.
         """
         if 'vision' not in self.tower_names:
@@ -162,7 +162,7 @@ class ImageFamily(Family):
         """Return an image in the language model's embedding space, as many vectors as it has image tokens.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`; `pixel_values` are in the dtype of the language model.
           run: executes the towers' blocks.
@@ -172,7 +172,7 @@ class ImageFamily(Family):
         """Return the language tower's words, with the soft words in the places of the image tokens.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the towers' blocks.

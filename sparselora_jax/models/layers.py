@@ -35,7 +35,7 @@ def positions_of(valid: Bool[Array, 'batch slots']) -> Int[Array, 'batch slots']
     """Return positions that skip pads, wherever the pads are.
 
     Args:
-      valid: False: a pad.
+      valid: False marks a pad.
     """
     # A pad takes the position before it; no token reads a pad, so any position will do. It must not be negative.
     return jnp.maximum(jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
@@ -45,8 +45,8 @@ def causal_view(valid: Bool[Array, 'batch tokens'], prefix: Bool[Array, 'batch t
     """Return the view in which every token reads those before it and itself, pads left out.
 
     Args:
-      valid: False: a pad.
-      prefix: tokens that read each other both ways; None: there are none.
+      valid: False marks a pad.
+      prefix: tokens that attend to each other in both directions; None: there are none.
     """
     slots = jnp.arange(valid.shape[1])
     mask = (slots <= slots[:, None])[None]  # [1, tokens, slots]
@@ -208,9 +208,9 @@ def empty_caches(
       layers: number of caches.
       batch: number of rows.
       kv_heads: number of heads of keys and values.
-      slots: number of tokens that a row has room for.
+      slots: maximum number of tokens in a row.
       head_dim: size of a head.
-      dtype: of keys and values.
+      dtype: dtype of keys and values.
     """
     # Unwritten slots hold zeros, and no mask lets them be read. All layers share one array until they write.
     empty = jnp.zeros((batch, kv_heads, slots, head_dim), dtype)

@@ -39,20 +39,20 @@ class LlamaConfig:
     """A LLaMA's sizes and variant.
 
     Attributes:
-      vocab: number of words.
+      vocab: vocabulary size.
       width: size of a hidden state.
       depth: number of layers.
-      heads: of queries.
+      heads: number of query heads.
       kv_heads: of keys and values; each serves heads / kv_heads of the queries.
       mlp_width: size of a hidden state within an MLP.
       rope_base: of the rotary frequencies.
-      norm_eps: of the norms.
+      norm_eps: epsilon of the norms.
       max_positions: tokens of the longest text that it was trained on.
       head_dim: size of a head; 0: width / heads.
       tied: the head is the word embedding.
       attention_bias: the attention's layers have biases.
       mlp_bias: the MLP's layers have biases.
-      activation: of the MLP's gate, a name in `layers.ACTIVATIONS`.
+      activation: activation of the MLP's gate, a name in `layers.ACTIVATIONS`.
       rope_linear: positions are divided by it.
       rope_llama3: how low frequencies are stretched; None: not at all.
       norm_offset: norms scale by `norm_offset + w`; Gemma's is 1.
@@ -87,7 +87,7 @@ class LlamaConfig:
 
     @property
     def tower(self) -> LanguageTower:
-        """Return this module, which runs the config."""
+        """Return this module, which implements the tower."""
         return sys.modules[__name__]
 
     def __post_init__(self):
@@ -119,7 +119,7 @@ def embed_tokens(w: dict, cfg: LlamaConfig, tokens: Int[Array, 'batch tokens']) 
     Args:
       w: params of the tower.
       cfg: its config.
-      tokens: ids.
+      tokens: token ids.
     """
     words = w['embed'][tokens]
     # The factor is rounded to the weights' dtype before the product, as in transformers.
@@ -135,7 +135,7 @@ def embed(
       w: params of the tower.
       cfg: its config.
       x: word embeddings.
-      view: where the tokens stand, and what they may read.
+      view: positions of the tokens, and the slots that they may attend to.
     """
     del w
     # One table of rotations serves all layers.
@@ -156,10 +156,10 @@ def block(
       cfg: the tower's config.
       x: hidden states.
       ctx: rotations and mask, see `embed`.
-      cache: of this layer; None: tokens read each other alone.
+      cache: this layer's cache; None: tokens attend only to each other.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     h = _norm(w['norm1'], cfg, x)
     # [batch, heads, tokens, head_dim]; keys and values have `kv_heads` of them.
@@ -213,19 +213,19 @@ def forward(
     """Return hidden states after the final norm, from word embeddings.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
       x: word embeddings.
-      valid: False: a pad.
+      valid: False marks a pad.
       run: executes the blocks.
-      prefix: tokens that read each other both ways; None: attention is causal.
+      prefix: tokens that attend to each other in both directions; None: attention is causal.
 
     Raises:
       BatchError: more tokens than the window of attention.
     """
     layers.check_length(x.shape[1], cfg.longest)
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
-    ctx['valid'] = valid  # no block reads it; calibration leaves pads out by it
+    ctx['valid'] = valid  # no block reads it, but calibration uses it to exclude pads
     x, _ = run('language', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)
 
@@ -236,8 +236,8 @@ def caches(cfg: LlamaConfig, batch: int, slots: int, dtype: DTypeLike) -> tuple[
     Args:
       cfg: the tower's config.
       batch: number of rows.
-      slots: number of tokens that a row has room for.
-      dtype: of keys and values.
+      slots: maximum number of tokens in a row.
+      dtype: dtype of keys and values.
     """
     return layers.empty_caches(
         cfg.depth, batch=batch, kv_heads=cfg.kv_heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
@@ -284,7 +284,7 @@ def shapes(cfg: LlamaConfig) -> dict:
 
 
 def keys(cfg: LlamaConfig) -> Keys:
-    """Return our paths with transformers' names in `LlamaModel`.
+    """Return the key table: our paths -> parameter names in transformers' `LlamaModel`.
 
     Args:
       cfg: the tower's config.
@@ -300,7 +300,7 @@ def keys(cfg: LlamaConfig) -> Keys:
 
 
 def key_prefix(model: str, head: str) -> str:
-    """Return the prefix of `keys` in a whole model.
+    """Return the prefix of the names from `keys` in a whole model.
 
     Args:
       model: the prefix of transformers' model without its head.
@@ -311,7 +311,7 @@ def key_prefix(model: str, head: str) -> str:
 
 
 def embed_copies(own: str) -> list[str]:
-    """Return the names of copies of the word embedding: files hold none.
+    """Return no names, since files hold no copies of the word embedding.
 
     Args:
       own: the name of the word embedding.
@@ -321,7 +321,7 @@ def embed_copies(own: str) -> list[str]:
 
 
 def likely_tied(cfg: LlamaConfig) -> bool:
-    """Return whether the head of published files is the word embedding: as their config says.
+    """Return whether the head of published files is the word embedding, as their config says.
 
     Args:
       cfg: the tower's config.
@@ -333,13 +333,13 @@ def from_hf(hf: HfConfig) -> LlamaConfig:
     """Convert a transformers `LlamaConfig`, `MistralConfig` or `GemmaConfig`.
 
     Args:
-      hf: transformers' config.
+      hf: the transformers config.
 
     Returns:
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
     rope = dict(hf.rope_parameters)  # transformers 5 gathers `rope_theta` and `rope_scaling` of older files here
     kind = rope.get('rope_type', 'default')

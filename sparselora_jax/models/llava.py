@@ -34,7 +34,7 @@ class LlavaConfig:
     Attributes:
       vision: the vision tower.
       language: the language model.
-      image_token: stands for one soft word.
+      image_token: the placeholder token of one soft word.
       activation: between the projector's two layers.
       projector_bias: the projector's layers have biases.
     """
@@ -52,7 +52,7 @@ class LlavaConfig:
 
     @property
     def family(self) -> Family:
-        """Return the family that reads this config."""
+        """Return the family of this config."""
         return FAMILY
 
 
@@ -67,11 +67,11 @@ def count_image_tokens(hf: 'transformers.PretrainedConfig') -> int:
 
 
 def complete_processor(processor: 'transformers.ProcessorMixin', hf: 'transformers.PretrainedConfig') -> None:
-    """Set what directories leave out that were saved when the model itself added the image tokens.
+    """Fill in settings that are missing in old directories, saved when the model itself added the image tokens.
 
     Args:
       processor: a transformers `LlavaProcessor`, which is changed.
-      hf: the directory's config.
+      hf: the transformers config of the directory.
     """
     if processor.patch_size is None:
         processor.patch_size = hf.vision_config.patch_size
@@ -103,13 +103,13 @@ class LlavaFamily(ImageFamily):
         """Convert a transformers `LlavaConfig`.
 
         Args:
-          hf: transformers' config.
+          hf: the transformers config.
 
         Returns:
           Our config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
         # LLaVA-1.5: layer -2, without the class token.
         layer = hf.vision_feature_layer
@@ -122,7 +122,7 @@ class LlavaFamily(ImageFamily):
             )
         return LlavaConfig(
             vision=towers.vision_from_hf(hf.vision_config, layer=layer, drop_first=strategy == 'default'),
-            # The whole model's field ties the head, not the text config's.
+            # `tie_word_embeddings` counts in the whole model's config, not in the text config.
             language=replace(towers.language_from_hf(hf.text_config), tied=hf.tie_word_embeddings),
             image_token=hf.image_token_id,
             activation=layers.known_activation(hf.projector_hidden_act, 'the projector'),
@@ -135,7 +135,7 @@ class LlavaFamily(ImageFamily):
         """Return an image in the language model's embedding space: the MLP of its patches.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the vision tower's blocks.
@@ -162,7 +162,7 @@ class LlavaFamily(ImageFamily):
         }
 
     def keys(self, cfg: LlavaConfig) -> Keys:
-        """Return our paths with transformers' names in `LlavaForConditionalGeneration`.
+        """Return the key table: our paths -> parameter names in transformers' `LlavaForConditionalGeneration`.
 
         Args:
           cfg: the family's config.

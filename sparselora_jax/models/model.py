@@ -26,7 +26,7 @@ def from_hf(hf: HfConfig, family: str = '') -> FamilyConfig:
     """Convert a config of transformers.
 
     Args:
-      hf: transformers' config of a whole model.
+      hf: the transformers config of a whole model.
       family: a family to use instead of the model's own, see `family.find_family`.
 
     Returns:
@@ -91,8 +91,8 @@ class Model:
         """Return what the language tower reads.
 
         Args:
-          weights: params, or what `bind` made of them.
-          batch: see the module's text; arrays of NumPy or JAX.
+          weights: params, or the weights from `bind`.
+          batch: see the module docstring; arrays of NumPy or JAX.
           run: executes the towers' blocks.
 
         Raises:
@@ -108,8 +108,8 @@ class Model:
         """Return hidden states before the head: of every token, or of the decoder's tokens.
 
         Args:
-          weights: params, or what `bind` made of them.
-          batch: see the module's text; arrays of NumPy or JAX.
+          weights: params, or the weights from `bind`.
+          batch: see the module docstring; arrays of NumPy or JAX.
           run: executes the towers' blocks.
 
         Raises:
@@ -133,7 +133,7 @@ class Model:
         """Return logits of hidden states, in fp32.
 
         Args:
-          weights: params, or what `bind` made of them.
+          weights: params, or the weights from `bind`.
           hidden: what `hidden` returns, or any part of it.
         """
         return self.language.head(weights['language'], self.cfg.language, hidden)
@@ -142,8 +142,8 @@ class Model:
         """Return logits of every token of `input_ids`, or of `decoder_input_ids`, in fp32.
 
         Args:
-          weights: params, or what `bind` made of them.
-          batch: see the module's text; arrays of NumPy or JAX.
+          weights: params, or the weights from `bind`.
+          batch: see the module docstring; arrays of NumPy or JAX.
           run: executes the towers' blocks.
 
         Raises:
@@ -159,8 +159,8 @@ class Model:
         The head is the largest matrix of many models, so it reads the last positions alone.
 
         Args:
-          weights: params, or what `bind` made of them.
-          batch: see the module's text; `targets` [batch, answer] give the number of positions.
+          weights: params, or the weights from `bind`.
+          batch: see the module docstring; `targets` [batch, answer] give the number of positions.
           run: executes the towers' blocks.
 
         Raises:

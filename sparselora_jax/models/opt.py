@@ -25,18 +25,18 @@ class OptConfig:
     """An OPT's sizes and variant.
 
     Attributes:
-      vocab: number of words.
+      vocab: vocabulary size.
       width: size of a hidden state.
       depth: number of layers.
-      heads: of attention.
+      heads: number of attention heads.
       mlp_width: size of a hidden state within an MLP.
       max_positions: number of tokens of the longest text.
       word_width: size of a word embedding; where it is not `width`, words are projected, and hidden states back; 0:
         `width`.
       bias: linear layers have biases.
       pre_norm: a norm comes before attention and MLP; False: a norm follows each residual sum.
-      final_norm: there is a norm behind the blocks.
-      activation: of the MLP, a name in `layers.ACTIVATIONS`.
+      final_norm: there is a norm after the blocks.
+      activation: activation of the MLP, a name in `layers.ACTIVATIONS`.
       tied: the head is the word embedding.
     """
 
@@ -69,7 +69,7 @@ class OptConfig:
 
     @property
     def tower(self) -> LanguageTower:
-        """Return this module, which runs the config."""
+        """Return this module, which implements the tower."""
         return sys.modules[__name__]
 
 
@@ -79,7 +79,7 @@ def embed_tokens(w: dict, cfg: OptConfig, tokens: Int[Array, 'batch tokens']) ->
     Args:
       w: params of the tower.
       cfg: its config.
-      tokens: ids.
+      tokens: token ids.
     """
     del cfg
     return w['embed'][tokens]
@@ -94,7 +94,7 @@ def embed(
       w: params of the tower.
       cfg: its config.
       x: word embeddings.
-      view: where the tokens stand, and what they may read.
+      view: positions of the tokens, and the slots that they may attend to.
     """
     if cfg.word_width != cfg.width:
         x = layers.dense(w['project_in'], x)
@@ -112,10 +112,10 @@ def block(
       cfg: the tower's config.
       x: hidden states.
       ctx: the mask, see `embed`.
-      cache: of this layer; None: tokens read each other alone.
+      cache: this layer's cache; None: tokens attend only to each other.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     # The same two norms stand before attention and MLP, or (OPT-350m) behind the sums.
     h = layers.layer_norm(w['norm1'], x, NORM_EPS) if cfg.pre_norm else x
@@ -171,19 +171,19 @@ def forward(
     """Return what the head reads, from word embeddings.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
       x: word embeddings.
-      valid: False: a pad.
+      valid: False marks a pad.
       run: executes the blocks.
-      prefix: tokens that read each other both ways; None: attention is causal.
+      prefix: tokens that attend to each other in both directions; None: attention is causal.
 
     Raises:
       BatchError: more tokens than there are positions.
     """
     layers.check_length(x.shape[1], cfg.longest)
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
-    ctx['valid'] = valid  # no block reads it; calibration leaves pads out by it
+    ctx['valid'] = valid  # no block reads it, but calibration uses it to exclude pads
     x, _ = run('language', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)
 
@@ -194,8 +194,8 @@ def caches(cfg: OptConfig, batch: int, slots: int, dtype: DTypeLike) -> tuple[la
     Args:
       cfg: the tower's config.
       batch: number of rows.
-      slots: number of tokens that a row has room for.
-      dtype: of keys and values.
+      slots: maximum number of tokens in a row.
+      dtype: dtype of keys and values.
     """
     return layers.empty_caches(
         cfg.depth, batch=batch, kv_heads=cfg.heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
@@ -236,7 +236,7 @@ def shapes(cfg: OptConfig) -> dict:
 
 
 def keys(cfg: OptConfig) -> Keys:
-    """Return our paths with transformers' names in `OPTDecoder`.
+    """Return the key table: our paths -> parameter names in transformers' `OPTDecoder`.
 
     Args:
       cfg: the tower's config.
@@ -258,7 +258,7 @@ def keys(cfg: OptConfig) -> Keys:
 
 
 def key_prefix(model: str, head: str) -> str:
-    """Return the prefix of `keys` in a whole model.
+    """Return the prefix of the names from `keys` in a whole model.
 
     Args:
       model: the prefix of transformers' model without its head.
@@ -269,7 +269,7 @@ def key_prefix(model: str, head: str) -> str:
 
 
 def embed_copies(own: str) -> list[str]:
-    """Return the names of copies of the word embedding: files hold none.
+    """Return no names, since files hold no copies of the word embedding.
 
     Args:
       own: the name of the word embedding.
@@ -279,7 +279,7 @@ def embed_copies(own: str) -> list[str]:
 
 
 def likely_tied(cfg: OptConfig) -> bool:
-    """Return whether the head of published files is the word embedding: as their config says.
+    """Return whether the head of published files is the word embedding, as their config says.
 
     Args:
       cfg: the tower's config.
@@ -291,13 +291,13 @@ def from_hf(hf: HfConfig) -> OptConfig:
     """Convert a transformers `OPTConfig`.
 
     Args:
-      hf: transformers' config.
+      hf: the transformers config.
 
     Returns:
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
     if not hf.layer_norm_elementwise_affine:
         raise UnsupportedModelError(

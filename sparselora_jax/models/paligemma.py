@@ -26,7 +26,7 @@ class PaliGemmaConfig:
     Attributes:
       vision: the vision tower.
       language: the language model.
-      image_token: stands for one soft word.
+      image_token: the placeholder token of one soft word.
     """
 
     vision: VisionConfig
@@ -40,7 +40,7 @@ class PaliGemmaConfig:
 
     @property
     def family(self) -> Family:
-        """Return the family that reads this config."""
+        """Return the family of this config."""
         return FAMILY
 
 
@@ -72,18 +72,18 @@ class PaliGemmaFamily(ImageFamily):
         """Convert a transformers `PaliGemmaConfig`.
 
         Args:
-          hf: transformers' config.
+          hf: the transformers config.
 
         Returns:
           Our config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
         # The projection's size is not read: it must be the language model's width, or the file's shapes do not fit.
         return PaliGemmaConfig(
             vision=towers.vision_from_hf(hf.vision_config),
-            # The whole model's field ties the head, not the text config's.
+            # `tie_word_embeddings` counts in the whole model's config, not in the text config.
             language=replace(towers.language_from_hf(hf.text_config), tied=hf.tie_word_embeddings),
             image_token=hf.image_token_id,
         )
@@ -94,7 +94,7 @@ class PaliGemmaFamily(ImageFamily):
         """Return an image in the language model's embedding space; unlike words, soft words are not scaled.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the vision tower's blocks.
@@ -106,7 +106,7 @@ class PaliGemmaFamily(ImageFamily):
         """Return the language tower's input; tokens whose `token_type_ids` are 0 read each other both ways.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the towers' blocks.
@@ -133,7 +133,7 @@ class PaliGemmaFamily(ImageFamily):
         }
 
     def keys(self, cfg: PaliGemmaConfig) -> Keys:
-        """Return our paths with transformers' names in `PaliGemmaForConditionalGeneration`.
+        """Return the key table: our paths -> parameter names in transformers' `PaliGemmaForConditionalGeneration`.
 
         Args:
           cfg: the family's config.

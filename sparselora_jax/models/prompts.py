@@ -19,8 +19,8 @@ class Prompt(NamedTuple):
 
     Attributes:
       x: word embeddings and soft words.
-      valid: False: a pad.
-      prefix: tokens that read each other both ways (PaliGemma's prompt); None: attention is causal.
+      valid: False marks a pad.
+      prefix: tokens that attend to each other in both directions (PaliGemma's prompt); None: attention is causal.
     """
 
     x: Float[Array, 'batch tokens dim']

@@ -24,11 +24,11 @@ class QFormerConfig:
       queries: number of learned queries, and so of soft words of an image.
       width: size of a hidden state.
       pairs: layers / 2.
-      heads: of attention.
+      heads: number of attention heads.
       mlp_width: size of a hidden state within an MLP.
       image_width: size of the vision tower's hidden states.
-      norm_eps: of the norms.
-      activation: of the MLPs, a name in `layers.ACTIVATIONS`.
+      norm_eps: epsilon of the norms.
+      activation: activation of the MLPs, a name in `layers.ACTIVATIONS`.
       vocab: number of words of the instruction; 0: no text is read.
       max_positions: number of tokens of the longest instruction.
     """
@@ -53,7 +53,7 @@ def embed(
     Args:
       w: params of the Q-Former.
       cfg: its config.
-      image: what the vision tower hands on.
+      image: the vision tower's output.
       batch: `qformer_input_ids` and `qformer_attention_mask`, if `cfg.vocab` says that text is read.
 
     Returns:
@@ -125,10 +125,10 @@ def block(
       cfg: the Q-Former's config.
       x: queries, and words behind them.
       ctx: what `embed` returned.
-      cache: None, since nothing is decoded here.
+      cache: None, since this tower does not decode token by token.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     x = _layer(w['first'], cfg, x, ctx)
     return _layer(w['second'], cfg, x, ctx), cache
@@ -152,9 +152,9 @@ def forward(
     """Return the queries' hidden states after they have read the image (and the instruction, if `cfg.vocab` says so).
 
     Args:
-      w: params of the Q-Former, or what `bind` made of them.
+      w: params of the Q-Former, or its weights from `bind`.
       cfg: its config.
-      image: what the vision tower hands on.
+      image: the vision tower's output.
       batch: holds the instruction.
       run: executes the pairs.
 
@@ -203,7 +203,7 @@ def shapes(cfg: QFormerConfig) -> dict:
 
 
 def keys(cfg: QFormerConfig) -> Keys:
-    """Return our paths with transformers' names in BLIP-2's or InstructBLIP's model.
+    """Return the key table: our paths -> parameter names in transformers' BLIP-2's or InstructBLIP's model.
 
     The names are those of the whole model, since the queries lie outside of its Q-Former.
 
@@ -258,7 +258,7 @@ def from_hf(hf: HfConfig, queries: int) -> QFormerConfig:
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
     if hf.cross_attention_frequency != 2 or hf.num_hidden_layers % 2:
         raise UnsupportedModelError(

@@ -33,16 +33,16 @@ class T5Config:
     """A T5's sizes and variant.
 
     Attributes:
-      vocab: number of words.
+      vocab: vocabulary size.
       width: size of a hidden state.
       depth: number of the decoder's layers.
       encoder_depth: number of the encoder's layers.
-      heads: of attention.
+      heads: number of attention heads.
       head_dim: size of a head, which need not be width / heads.
       mlp_width: size of a hidden state within an MLP.
-      activation: of the MLP, a name in `layers.ACTIVATIONS`.
+      activation: activation of the MLP, a name in `layers.ACTIVATIONS`.
       gated: the MLP has a gate (T5 1.1).
-      norm_eps: of the norms.
+      norm_eps: epsilon of the norms.
       buckets: of relative positions.
       max_distance: positions as far as this or farther share a bucket.
       tied: the head is the word embedding.
@@ -70,7 +70,7 @@ class T5Config:
 
     @property
     def tower(self) -> LanguageTower:
-        """Return this module, which runs the config."""
+        """Return this module, which implements the tower."""
         return sys.modules[__name__]
 
 
@@ -138,7 +138,7 @@ def embed_tokens(w: dict, cfg: T5Config, tokens: Int[Array, 'batch tokens']) -> 
     Args:
       w: params of the tower.
       cfg: its config.
-      tokens: ids.
+      tokens: token ids.
     """
     del cfg
     return w['embed'][tokens]
@@ -170,10 +170,10 @@ def encoder_block(
       cfg: the tower's config.
       x: hidden states.
       ctx: mask and bias of relative positions.
-      cache: None, since nothing is decoded here.
+      cache: None, since this tower does not decode token by token.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     h = _norm(w['norm1'], cfg, x)
     q, k, v = (_heads(w['attn'][name], cfg, h) for name in 'qkv')
@@ -194,10 +194,10 @@ def encode(
     Pads count as positions, as they do in transformers.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
       x: word embeddings.
-      valid: False: a pad.
+      valid: False marks a pad.
       run: executes the blocks.
     """
     w = w['encoder']
@@ -218,7 +218,7 @@ def embed(
       w: params of the tower.
       cfg: its config.
       x: word embeddings.
-      view: where the tokens stand, and what they may read.
+      view: positions of the tokens, and the slots that they may attend to.
     """
     bias = relative_bias(
         w['decoder']['relative'],
@@ -236,7 +236,7 @@ def reading(
     """Return what the decoder's blocks read of the encoder, for their `ctx`.
 
     Args:
-      encoded_valid: False: a pad of the encoder's.
+      encoded_valid: False marks a pad of the encoder's input.
       encoded: the encoder's output; None: keys and values of it lie in the caches.
     """
     ctx = {'cross_valid': encoded_valid}
@@ -253,10 +253,10 @@ def block(
       cfg: the tower's config.
       x: hidden states.
       ctx: see `embed` and `reading`.
-      cache: of this layer; None: tokens read each other alone.
+      cache: this layer's cache; None: tokens attend only to each other.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     h = _norm(w['norm1'], cfg, x)
     q, k, v = (_heads(w['attn'][name], cfg, h) for name in 'qkv')
@@ -304,12 +304,12 @@ def decode(
     Pads count as positions, as they do in transformers.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
-      tokens: ids.
-      valid: False: a pad.
+      tokens: token ids.
+      valid: False marks a pad.
       encoded: the encoder's output.
-      encoded_valid: False: a pad of the encoder's.
+      encoded_valid: False marks a pad of the encoder's input.
       run: executes the blocks.
     """
     positions = jnp.arange(tokens.shape[1])[None]
@@ -344,8 +344,8 @@ def caches(
       w: params of the tower.
       cfg: its config.
       encoded: the encoder's output.
-      slots: number of tokens that a row has room for.
-      dtype: of keys and values.
+      slots: maximum number of tokens in a row.
+      dtype: dtype of keys and values.
     """
     empty = layers.empty_caches(
         cfg.depth, batch=encoded.shape[0], kv_heads=cfg.heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
@@ -385,7 +385,7 @@ def shapes(cfg: T5Config) -> dict:
 
 
 def keys(cfg: T5Config) -> Keys:
-    """Return our paths with transformers' names in `T5ForConditionalGeneration`.
+    """Return the key table: our paths -> parameter names in transformers' `T5ForConditionalGeneration`.
 
     Args:
       cfg: the tower's config.
@@ -453,13 +453,13 @@ def from_hf(hf: HfConfig) -> T5Config:
     its `shared.weight` needs `tied=False` all the same.
 
     Args:
-      hf: transformers' config.
+      hf: the transformers config.
 
     Returns:
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
     if hf.dense_act_fn not in layers.ACTIVATIONS:
         raise UnsupportedModelError(f'feed_forward_proj {hf.feed_forward_proj!r} of {hf.model_type} is not known')

@@ -25,7 +25,7 @@ from sparselora_jax.runtime.registry import Registry
 class LanguageTower(Protocol):
     """A language model: LLaMA, OPT, T5. A module whose functions have these names satisfies it.
 
-    Weights `w` are params of the tower, or what `bind` made of them. A decoder-only tower also has `forward`
+    Weights `w` are params of the tower, or its weights from `bind`. A decoder-only tower also has `forward`
     (`DecoderTower`), an encoder-decoder has `encode` and `decode` (`EncoderDecoderTower`).
 
     Attributes:
@@ -43,7 +43,7 @@ class LanguageTower(Protocol):
         """Return the shape of every parameter, as a params tree of tuples."""
 
     def keys(self, cfg: LanguageConfig) -> Keys:
-        """Return our paths with transformers' names within this kind of model."""
+        """Return the key table: our paths -> transformers' names within this kind of model."""
 
     def key_prefix(self, model: str, head: str) -> str:
         """Return the prefix of `keys` in a whole model; `model` and `head` as in `language_keys`."""
@@ -135,7 +135,7 @@ class VisionTower(Protocol):
         """Return the shape of every parameter, as a params tree of tuples."""
 
     def keys(self, cfg: VisionConfig) -> Keys:
-        """Return our paths with transformers' names within this kind of model."""
+        """Return the key table: our paths -> transformers' names within this kind of model."""
 
     def forward(
         self, w: dict, cfg: VisionConfig, images: Float[Array, 'batch 3 height width'], run: Runner

@@ -30,15 +30,15 @@ class ViTConfig:
       patch_size: pixels a side.
       width: size of a hidden state.
       depth: number of layers that run, which may be fewer than the checkpoint has.
-      heads: of attention.
+      heads: number of attention heads.
       mlp_width: size of a hidden state within an MLP.
-      norm_eps: of the norms.
-      activation: of the MLPs, a name in `layers.ACTIVATIONS`.
+      norm_eps: epsilon of the norms.
+      activation: activation of the MLPs, a name in `layers.ACTIVATIONS`.
       class_token: a learned token comes before the patches.
       patch_bias: the projection of patches has a bias.
       qkv_bias: queries, keys and values have biases.
       pre_norm: there is a norm before the blocks.
-      final_norm: there is a norm behind the blocks.
+      final_norm: there is a norm after the blocks.
       drop_first: the first token, CLIP's class token, is not handed on.
       fused_qkv: checkpoints name the weights as EVA-CLIP's do, with one matrix for q, k and v; False: as CLIP's.
     """
@@ -76,7 +76,7 @@ class ViTConfig:
 
     @property
     def tower(self) -> VisionTower:
-        """Return this module, which runs the config."""
+        """Return this module, which implements the tower."""
         return sys.modules[__name__]
 
 
@@ -125,10 +125,10 @@ def block(
       cfg: the tower's config.
       x: hidden states.
       ctx: nothing: all tokens read each other.
-      cache: None, since nothing is decoded here.
+      cache: None, since this tower does not decode token by token.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     # No mask and no cache: an image has no pads, and its tokens are all there at once.
     h = layers.layer_norm(w['norm1'], x, cfg.norm_eps)
@@ -158,7 +158,7 @@ def forward(
     """Return the hidden states of the tokens that are handed on.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
       images: normalised pixels.
       run: executes the blocks.
@@ -209,7 +209,7 @@ def shapes(cfg: ViTConfig) -> dict:
 
 
 def keys(cfg: ViTConfig) -> Keys:
-    """Return our paths with transformers' names in `Blip2VisionModel`, `CLIPVisionModel` or `SiglipVisionModel`.
+    """Return the key table: our paths -> parameter names in transformers' `Blip2VisionModel`, `CLIPVisionModel` or `SiglipVisionModel`.
 
     Args:
       cfg: the tower's config.
@@ -266,7 +266,7 @@ def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False)
     """Convert a transformers vision config of BLIP-2, InstructBLIP, CLIP or SigLIP.
 
     Args:
-      hf: transformers' config.
+      hf: the transformers config.
       layer: which of torch's `hidden_states` is handed on (0 is the blocks' input, -1 the last block's output, without
         the final norm); None: the tower's own output.
       drop_first: see `ViTConfig`.
@@ -275,7 +275,7 @@ def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False)
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
     if hf.model_type not in _VARIANTS:
         raise UnsupportedModelError(f'vision model {hf.model_type!r}: expected one of {", ".join(_VARIANTS)}')

@@ -180,7 +180,7 @@ def check24(mask: Bool[Array, '*layers inputs outputs']) -> None:
       PackingError: a group keeps more than two weights; names the first one.
     """
     counts = over_layers(_count_kept, mask.ndim)(mask)
-    # This reads the result on the host, so kernels cannot be packed under jit. The place is looked up only for an error.
+    # This reads the result on the host, so kernels cannot be packed under jit. The place is only needed for an error.
     if bool(jnp.any(counts > 2)):
         *layer, group, output = (int(i) for i in jnp.argwhere(counts > 2, size=1)[0])
         raise PackingError(
