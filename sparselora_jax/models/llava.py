@@ -17,8 +17,9 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 if TYPE_CHECKING:
     import transformers
 
-# Three layouts: as saved before transformers 4.52 and by default since (`language_model.model.`, `vision_tower.`), with
-# `model.` before all but the head, and with `vision_model.` in the vision tower's names, as version 4 had it.
+# Files use three layouts. The first was saved before transformers 4.52, and is still the default when saving
+# (`language_model.model.`, `vision_tower.`). The second has `model.` before everything except the head. The third has
+# `vision_model.` in the names of the vision tower, as in version 4.
 RENAMES = (
     (r'^language_model\.lm_head\.', 'lm_head.'),
     (r'^(model\.)?language_model\.(model\.)?', 'model.language_model.'),
@@ -35,7 +36,7 @@ class LlavaConfig:
       vision: the vision tower.
       language: the language model.
       image_token: the placeholder token of one soft word.
-      activation: between the projector's two layers.
+      activation: activation between the projector's two layers.
       projector_bias: the projector's layers have biases.
     """
 
@@ -80,14 +81,14 @@ def complete_processor(processor: 'transformers.ProcessorMixin', hf: 'transforme
 
 
 class LlavaFamily(ImageFamily):
-    """LLaVA: the projector is an MLP of two layers."""
+    """LLaVA: the projector is a two-layer MLP."""
 
     name = 'llava'
     renames = RENAMES
     ignored = (
         r'.*\.position_ids',
         r'.*\.rotary_emb\.inv_freq',
-        # Only where the key table does not name them: what lies behind the layer whose output is read.
+        # The layers after the one whose output is used. Names in the key table take precedence over these.
         r'model\.vision_tower\.encoder\.layers\..*',
         r'model\.vision_tower\.(post_layernorm|head)\..*',
     )
@@ -132,7 +133,7 @@ class LlavaFamily(ImageFamily):
     def soft_words(
         self, w: dict, cfg: LlavaConfig, batch: dict, run: Runner = scan_blocks
     ) -> Float[Array, 'batch soft dim']:
-        """Return an image in the language model's embedding space: the MLP of its patches.
+        """Return the soft words of an image: its patches after the MLP.
 
         Args:
           w: params, or the weights from `bind`.
@@ -167,7 +168,7 @@ class LlavaFamily(ImageFamily):
         Args:
           cfg: the family's config.
         """
-        # The names of transformers 5; `renames` brings those of older files into this form.
+        # These are the names of transformers 5; `renames` converts those of older files.
         table = key_table.nested(cfg.vision.tower.keys(cfg.vision), 'vision/', 'model.vision_tower.')
         for ours, theirs in {'fc1': 'linear_1', 'fc2': 'linear_2'}.items():
             module = f'model.multi_modal_projector.{theirs}'

@@ -1,4 +1,4 @@
-"""NVIDIA GPU (PTX) instructions where Triton would emit several, each beside the same operation in jax.numpy.
+"""Single NVIDIA GPU (PTX) instructions where Triton would emit several, each beside its equivalent in jax.numpy.
 
 Each function is elementwise. A word of 32 bits holds two 16-bit numbers from neighbouring outputs (lanes). Triton
 keeps two elements of a 16-bit array in one register, so one instruction may serve both (`pack=2`).
