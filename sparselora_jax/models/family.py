@@ -8,8 +8,8 @@ A family is an object that implements the protocol `Family`. Its own file regist
 
     FAMILY = register_family(MyFamily(), 'my_model_type')
 
-Its config is a frozen dataclass that contains the towers' configs. `cfg.family` returns the family, so no second table is
-needed. An unregistered family can be named as `package.module:FAMILY`.
+Its config is a frozen dataclass that contains the towers' configs. `cfg.family` returns the family, so no second table
+is needed. An unregistered family can be named as `package.module:FAMILY`.
 
 Soft words are the vectors that represent an image in the language model's embedding space. Each replaces the embedding
 of one image token.

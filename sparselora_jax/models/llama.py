@@ -82,7 +82,7 @@ class LlamaConfig:
 
     @property
     def longest(self) -> int | None:
-        """Return the maximum number of tokens: the window, up to which full attention, as here, gives the same result."""
+        """Return the maximum number of tokens: full attention, as here, equals the window only up to its length."""
         return self.window
 
     @property
@@ -347,7 +347,7 @@ def from_hf(hf: HfConfig) -> LlamaConfig:
         raise UnsupportedModelError(f"rope_type {kind!r} of {hf.model_type}: expected 'default', 'linear' or 'llama3'")
     if hf.hidden_act not in layers.ACTIVATIONS:
         raise UnsupportedModelError(f'hidden_act {hf.hidden_act!r} of {hf.model_type} is not known')
-    is_gemma = hf.model_type == 'gemma'  # transformers defines Gemma's norm offset and scale in code, not in a config field
+    is_gemma = hf.model_type == 'gemma'  # transformers sets Gemma's norm offset and scale in code
     return LlamaConfig(
         vocab=hf.vocab_size,
         width=hf.hidden_size,

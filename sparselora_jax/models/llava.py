@@ -17,7 +17,7 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 if TYPE_CHECKING:
     import transformers
 
-# Files use three layouts. The first was saved before transformers 4.52, and is still the default when saving
+# Files use three layouts. Transformers saved the first before 4.52, and saves it by default since
 # (`language_model.model.`, `vision_tower.`). The second has `model.` before everything except the head. The third has
 # `vision_model.` in the names of the vision tower, as in version 4.
 RENAMES = (

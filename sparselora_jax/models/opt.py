@@ -1,4 +1,4 @@
-"""OPT (arXiv 2205.01068): LayerNorm, learned positions, ReLU MLP; norms before or (OPT-350m) after."""
+"""OPT (arXiv 2205.01068): LayerNorm, learned positions, ReLU MLP; pre-norm, or post-norm in OPT-350m."""
 
 import sys
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 is_encoder_decoder = False
 overflows_in_float16 = ()
 
-OFFSET = 2  # the first two rows of the table of positions belong to no token that is read
+OFFSET = 2  # the first two rows of the position table are not used by any valid token
 NORM_EPS = 1e-5  # torch's default, which no field of the config changes
 
 
 @dataclass(frozen=True)
 class OptConfig:
-    """An OPT's sizes and variant.
+    """The sizes and variant of an OPT.
 
     Attributes:
       vocab: vocabulary size.
@@ -30,9 +30,9 @@ class OptConfig:
       depth: number of layers.
       heads: number of attention heads.
       mlp_width: size of a hidden state within an MLP.
-      max_positions: number of tokens of the longest text.
-      word_width: size of a word embedding; where it is not `width`, words are projected, and hidden states back; 0:
-        `width`.
+      max_positions: maximum number of tokens in a text.
+      word_width: size of a word embedding; 0: `width`. If it differs from `width`, word embeddings are projected to
+        `width`, and hidden states back to `word_width`.
       bias: linear layers have biases.
       pre_norm: a norm comes before attention and MLP; False: a norm follows each residual sum.
       final_norm: there is a norm after the blocks.
@@ -64,7 +64,7 @@ class OptConfig:
 
     @property
     def longest(self) -> int:
-        """Return how many tokens a text may have: every position needs a row of a table."""
+        """Return the maximum number of tokens in a text, since every position needs a row in the table."""
         return self.max_positions
 
     @property
@@ -88,7 +88,7 @@ def embed_tokens(w: dict, cfg: OptConfig, tokens: Int[Array, 'batch tokens']) ->
 def embed(
     w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens words'], view: layers.View
 ) -> tuple[Float[Array, 'batch tokens dim'], dict]:
-    """Return the blocks' input, positions added, and what they read, from word embeddings.
+    """Return the blocks' input, with positions added, and their `ctx`, from word embeddings.
 
     Args:
       w: params of the tower.
@@ -105,7 +105,7 @@ def embed(
 def block(
     w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: layers.KVCache | None
 ) -> tuple[Float[Array, 'batch tokens dim'], layers.KVCache | None]:
-    """Run attention and MLP. With a cache, keys and values are written at its index first.
+    """Run attention and MLP; with a cache, first write keys and values to it.
 
     Args:
       w: weights of one layer.
@@ -117,7 +117,7 @@ def block(
     Returns:
       The new `x` and the cache.
     """
-    # The same two norms stand before attention and MLP, or (OPT-350m) behind the sums.
+    # The same two norms come before attention and MLP, or (OPT-350m) after the residual sums.
     h = layers.layer_norm(w['norm1'], x, NORM_EPS) if cfg.pre_norm else x
     # [batch, heads, tokens, head_dim]
     q, k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.heads) for name in 'qkv')
@@ -125,7 +125,7 @@ def block(
         cache = layers.update_cache(cache, k, v)
         k = cache.k.astype(q.dtype)
         v = cache.v.astype(q.dtype)
-    # With a cache, k and v are those of all slots; the mask says which of them each token reads.
+    # With a cache, k and v contain all slots; the mask defines which slots each token attends to.
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask']))
     if not cfg.pre_norm:
         x = layers.layer_norm(w['norm1'], x, NORM_EPS)
@@ -136,7 +136,7 @@ def block(
 
 
 def finish(w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch tokens words']:
-    """Apply the final norm and the projection back to the words' width, where the model has them.
+    """Apply the final norm and the projection back to `word_width`, if the model has them.
 
     Args:
       w: params of the tower.
@@ -168,7 +168,7 @@ def forward(
     *,
     prefix: Bool[Array, 'batch tokens'] | None = None,
 ) -> Float[Array, 'batch tokens words']:
-    """Return what the head reads, from word embeddings.
+    """Return the input of the head, from word embeddings.
 
     Args:
       w: params of the tower, or its weights from `bind`.
@@ -179,7 +179,7 @@ def forward(
       prefix: tokens that attend to each other in both directions; None: attention is causal.
 
     Raises:
-      BatchError: more tokens than there are positions.
+      BatchError: there are more tokens than positions.
     """
     layers.check_length(x.shape[1], cfg.longest)
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
@@ -241,7 +241,7 @@ def keys(cfg: OptConfig) -> Keys:
     Args:
       cfg: the tower's config.
     """
-    # OPT names the MLP's norm of each layer like the norm behind the last one.
+    # OPT uses the same name for the MLP's norm in each layer and for the final norm.
     layer = key_table.norm('norm1', 'self_attn_layer_norm') | key_table.norm('norm2', 'final_layer_norm')
     for name in 'qkv':
         layer |= key_table.dense(f'attn/{name}', f'self_attn.{name}_proj', bias=cfg.bias)
@@ -313,11 +313,11 @@ def from_hf(hf: HfConfig) -> OptConfig:
         heads=hf.num_attention_heads,
         mlp_width=hf.ffn_dim,
         max_positions=hf.max_position_embeddings,
-        word_width=hf.word_embed_proj_dim,  # 512 in OPT-350m, whose hidden states have 1024
+        word_width=hf.word_embed_proj_dim,  # 512 in OPT-350m, whose `width` is 1024
         bias=hf.enable_bias,
         pre_norm=hf.do_layer_norm_before,
-        # OPT-350m norms after each sum and has no final norm. Files that were tuned before transformers 4.20.1 lack
-        # the norm too, and say so by the second field.
+        # OPT-350m is post-norm and has no final norm. Files fine-tuned before transformers 4.20.1 lack the norm too,
+        # and set the second field.
         final_norm=hf.do_layer_norm_before and not hf._remove_final_layer_norm,
         activation=hf.activation_function,
     )

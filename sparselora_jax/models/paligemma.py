@@ -1,4 +1,4 @@
-"""PaliGemma (arXiv 2407.07726): SigLIP -> a linear layer -> soft words of Gemma, whose prompt is read both ways."""
+"""PaliGemma (arXiv 2407.07726): SigLIP -> linear layer -> soft words of Gemma, with full attention in the prompt."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """PaliGemma's towers; its projector has the towers' widths.
+    """PaliGemma's towers; their widths give the projector's shape.
 
     Attributes:
       vision: the vision tower.
@@ -54,10 +54,10 @@ def count_image_tokens(hf: 'transformers.PretrainedConfig') -> int:
 
 
 class PaliGemmaFamily(ImageFamily):
-    """PaliGemma: a linear projector, and a prompt whose tokens read each other both ways."""
+    """PaliGemma: a linear projector, and a prompt whose tokens attend to each other in both directions."""
 
     name = 'paligemma'
-    renames = llava.RENAMES  # transformers composes both in the same way
+    renames = llava.RENAMES  # transformers uses the same module names for both
     ignored = (r'.*\.position_ids', r'.*\.rotary_emb\.inv_freq', r'model\.vision_tower\.head\..*')
     processor = ProcessorSpec(
         class_name='PaliGemmaProcessor',
@@ -80,7 +80,7 @@ class PaliGemmaFamily(ImageFamily):
         Raises:
           UnsupportedModelError: a field's value is not supported; names the field.
         """
-        # The projection's size is not read: it must be the language model's width, or the file's shapes do not fit.
+        # The config's projection size is not used. It must equal the language model's width, or the file's shapes fail.
         return PaliGemmaConfig(
             vision=towers.vision_from_hf(hf.vision_config),
             # `tie_word_embeddings` counts in the whole model's config, not in the text config.
@@ -91,7 +91,7 @@ class PaliGemmaFamily(ImageFamily):
     def soft_words(
         self, w: dict, cfg: PaliGemmaConfig, batch: dict, run: Runner = scan_blocks
     ) -> Float[Array, 'batch soft dim']:
-        """Return an image in the language model's embedding space; unlike words, soft words are not scaled.
+        """Return the soft words of an image; unlike word embeddings, they are not scaled.
 
         Args:
           w: params, or the weights from `bind`.
@@ -103,7 +103,7 @@ class PaliGemmaFamily(ImageFamily):
         return layers.dense(w['projector'], image)
 
     def prompt(self, w: dict, cfg: PaliGemmaConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:
-        """Return the language tower's input; tokens whose `token_type_ids` are 0 read each other both ways.
+        """Return the language tower's input; tokens with `token_type_ids` 0 attend to each other in both directions.
 
         Args:
           w: params, or the weights from `bind`.
@@ -112,11 +112,11 @@ class PaliGemmaFamily(ImageFamily):
           run: executes the towers' blocks.
 
         Raises:
-          BatchError: there are no `token_type_ids`; and see `prompts.embed_words_and_image`.
+          BatchError: there are no `token_type_ids`; also see `prompts.embed_words_and_image`.
         """
         if 'token_type_ids' not in batch:
             raise BatchError('no token_type_ids: pass those that the processor returns, 0 for the image and the prompt')
-        # Image, prompt and pads have type 0, the answer type 1. Pads are masked whatever their type.
+        # Image, prompt and pads have type 0, the answer has type 1. Pads are always masked.
         prompt = super().prompt(w, cfg, batch, run)
         return prompt._replace(prefix=batch['token_type_ids'] == 0)
 

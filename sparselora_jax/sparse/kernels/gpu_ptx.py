@@ -3,9 +3,9 @@
 Each function is elementwise. A word of 32 bits holds two 16-bit numbers from neighbouring outputs (lanes). Triton
 keeps two elements of a 16-bit array in one register, so one instruction may serve both (`pack=2`).
 
-Instructions: `prmt` selects four bytes from two registers by four hexadecimal digits, lowest byte first. The digit d + 8
-selects the sign of byte d, copied into all bits. `lop3` computes any bitwise function of three registers, given by its
-truth table. `fma.rn.bf16x2` does two bf16 multiply-adds at once, each rounded once. (PTX ISA manual, sections "prmt",
+Instructions: `prmt` selects four bytes from two registers by four hexadecimal digits, lowest byte first. The digit
+d + 8 selects the sign of byte d, copied into all bits. `lop3` computes any bitwise function of three registers, given by
+its truth table. `fma.rn.bf16x2` does two bf16 multiply-adds at once, each rounded once. (PTX ISA manual, sections "prmt",
 "lop3", "fma".)
 """
 
