@@ -104,7 +104,7 @@ def read_processor(
     if token_id is None or token_id == tokenizer.unk_token_id:
         raise DataError(f'{folder}: no image token: the tokenizer does not know {token}')
     if config.image_token_id not in (None, token_id):
-        raise DataError(f'{folder}: {token} is {token_id} to the tokenizer, {config.image_token_id} in config.json')
+        raise DataError(f'{folder}: {token} has id {token_id} in the tokenizer, {config.image_token_id} in config.json')
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise DataError(f'{folder}: the tokenizer has neither a pad nor an end token; see tokenizer_config.json')

@@ -199,7 +199,7 @@ class Processor:
             )
         allowed = 1 if self.spec.pads_whole_prompt else 0
         if count > allowed:
-            raise DataError(f'{token} stands for the image, which comes first by itself; leave it out of {text!r}')
+            raise DataError(f'{token} stands for the image and is added automatically; remove it from {text!r}')
         if place is ImagePlace.BEFORE_TEXT and not count:
             return token + text
         return text
@@ -285,5 +285,5 @@ def _check_on_an_image(folder: Path, processor: Processor, image_size: int) -> N
     if (height, width) != (image_size, image_size) or count != processor.image_tokens:
         raise DataError(
             f'{folder}: the processor makes {count} image tokens of {height}x{width} pixels, the model reads '
-            f'{processor.image_tokens} of {image_size}x{image_size}: its files are of different models'
+            f'{processor.image_tokens} of {image_size}x{image_size}: its files belong to different models'
         )

@@ -137,7 +137,7 @@ class Blip2Family(ImageFamily):
         # Old configs have no image token: the model put soft words before the prompt, without placeholders.
         if hf.image_token_id is None:
             raise UnsupportedModelError(
-                f'{hf.model_type} without image_token_index: say in config.json which token is an image'
+                f'{hf.model_type} without image_token_index: set it in config.json to the id of the image token'
             )
         return Blip2Config(
             vision=towers.vision_from_hf(hf.vision_config),

@@ -61,7 +61,7 @@ def embed_words_and_image(
     mask = batch['attention_mask'].astype(bool)
     images = batch['pixel_values']
     if images.shape[0] != tokens.shape[0]:
-        raise BatchError(f'{images.shape[0]} pixel_values for {tokens.shape[0]} input_ids: expected one image a row')
+        raise BatchError(f'{images.shape[0]} pixel_values for {tokens.shape[0]} input_ids: expected one image per row')
     if not isinstance(tokens, jax.core.Tracer):  # values are unknown under jit
         check_image_tokens(cfg, tokens, mask)
     is_image = tokens == cfg.image_token

@@ -415,7 +415,7 @@ def keys(cfg: T5Config) -> Keys:
 
 
 def key_prefix(model: str, head: str) -> str:
-    """Return the prefix of `keys` in a whole model: embedding and stacks stand beside the head.
+    """Return the prefix of the names from `keys` in a whole model, where embedding and stacks are beside the head.
 
     Args:
       model: the prefix of transformers' model without its head.

@@ -1,8 +1,8 @@
 """Vision transformer (arXiv 2010.11929): patches, learned positions, pre-norm blocks.
 
-EVA-CLIP's ViT-g, as in BLIP-2: class token, exact GELU, a final norm over all tokens. CLIP: a norm before the blocks, no
-bias on the patches, quick GELU. LLaVA uses the input of CLIP's last layer, so that layer and the final norm are omitted
-here. SigLIP: no class token, tanh GELU.
+EVA-CLIP's ViT-g, as in BLIP-2: class token, exact GELU, a final norm over all tokens. CLIP: a norm before the blocks,
+no bias on the patches, quick GELU. LLaVA uses the input of CLIP's last layer, so that layer and the final norm are
+omitted here. SigLIP: no class token, tanh GELU.
 """
 
 import math
@@ -102,8 +102,8 @@ def embed(
         raise BatchError(f'pixel_values are {height}x{width} pixels, the vision tower reads {expected}: resize them')
     grid = cfg.grid
     p = cfg.patch_size
-    # A convolution whose stride is its kernel size is one matmul over patches. Each patch is a row of p * p * 3 values in
-    # the order (row, column, channel), the same as in `checkpoints.layout` for the convolution's weights.
+    # A convolution whose stride is its kernel size is one matmul over patches. Each patch is a row of p * p * 3
+    # values in the order (row, column, channel), as in `checkpoints.layout` for the convolution's weights.
     pixels = images[:, :, : grid * p, : grid * p].reshape(batch, channels, grid, p, grid, p)
     patches = pixels.transpose(0, 2, 4, 3, 5, 1).reshape(batch, grid * grid, p * p * channels)
     x = layers.dense(w['patch'], patches)  # [batch, grid * grid, dim]
@@ -285,7 +285,7 @@ def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False)
     for field in ('image_size', 'patch_size'):
         if not isinstance(getattr(hf, field), int):
             raise UnsupportedModelError(
-                f'{field} {getattr(hf, field)} of {hf.model_type}: expected one integer, a square'
+                f'{field} {getattr(hf, field)} of {hf.model_type}: expected one integer (a square)'
             )
     if getattr(hf, 'num_channels', 3) != 3:
         raise UnsupportedModelError(f'num_channels {hf.num_channels} of {hf.model_type}: expected 3')
@@ -295,7 +295,7 @@ def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False)
         depth = layer if layer >= 0 else depth + 1 + layer
         if not 1 <= depth <= hf.num_hidden_layers:
             raise UnsupportedModelError(
-                f'hidden state {layer} of {hf.num_hidden_layers} vision layers: it is the output of no layer'
+                f'hidden state {layer} of {hf.num_hidden_layers} vision layers: it is not the output of a layer'
             )
     return ViTConfig(
         image_size=hf.image_size,

@@ -27,8 +27,8 @@ HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as lo
 
 # What a watching shell prints if this process is killed: GONE while it computes, APART while it still connects.
 GONE = (
-    'error: this process was ended from outside: killed, or by JAX, because another process of this run is gone (its '
-    'own log says why); the same command, started everywhere, goes on from the newest checkpoint'
+    'error: this process was killed, or JAX ended it because another process of this run is gone (the log of that '
+    'process says why); to resume from the newest checkpoint, run the same command in all processes again'
 )
 APART = (
     'error: the processes of this run did not find each other within {} seconds: were all of them started, with the '
@@ -125,7 +125,7 @@ def joint() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         line = str(error).splitlines()[0]  # the rest is a C++ stack trace
-        raise ProcessError(f'another process of this run is gone, or out of reach; its log says why ({line})') from None
+        raise ProcessError(f'another process of this run is gone or unreachable; its log says why ({line})') from None
 
 
 def first() -> bool:

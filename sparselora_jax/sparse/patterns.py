@@ -98,7 +98,7 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
     except ValueError:
         raise PatternError(f"pattern {text!r}: expected 'dense', a sparsity such as 0.7, or N:M such as 2:4") from None
     if not 0 <= sparsity < 1:
-        raise PatternError(f'pattern {text!r}: a sparsity lies in [0, 1)')
+        raise PatternError(f'pattern {text!r}: a sparsity must be in [0, 1)')
     return Pattern(sparsity=sparsity)
 
 

@@ -136,8 +136,8 @@ def undivided(shapes: dict, mesh: Mesh | AbstractMesh) -> list[str]:
             better = dict(mesh.shape) | {axis: fits, 'data': mesh.shape['data'] * devices // fits}
             lines.append(
                 f'{axis}={devices} does not divide {len(odd)} of {len(split_sizes)} kernels, e.g. the {size} of '
-                f'{path}: they lie whole on every device; {", ".join(f"{name}={n}" for name, n in better.items())} '
-                'divides all'
+                f'{path}: they are replicated on every device; '
+                f'{", ".join(f"{name}={n}" for name, n in better.items())} divides all'
             )
     return lines
 

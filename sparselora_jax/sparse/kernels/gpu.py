@@ -239,7 +239,7 @@ def _call(
 
 
 def _as_words(array: Array, lanes: int, word: DTypeLike) -> Array:
-    """View each `lanes` neighbouring outputs as one number of type `word`."""
+    """Combine each `lanes` neighbouring outputs to one number of type `word`."""
     # A bitcast to a wider type combines the numbers along the last axis.
     array = array.reshape(*array.shape[:-1], -1, lanes) if lanes > 1 else array
     return jax.lax.bitcast_convert_type(array, word)

@@ -4,9 +4,9 @@ Each function is elementwise. A word of 32 bits holds two 16-bit numbers from ne
 keeps two elements of a 16-bit array in one register, so one instruction may serve both (`pack=2`).
 
 Instructions: `prmt` selects four bytes from two registers by four hexadecimal digits, lowest byte first. The digit
-d + 8 selects the sign of byte d, copied into all bits. `lop3` computes any bitwise function of three registers, given by
-its truth table. `fma.rn.bf16x2` does two bf16 multiply-adds at once, each rounded once. (PTX ISA manual, sections "prmt",
-"lop3", "fma".)
+d + 8 selects the sign of byte d, copied into all bits. `lop3` computes any bitwise function of three registers, given
+by its truth table. `fma.rn.bf16x2` does two bf16 multiply-adds at once, each rounded once. (PTX ISA manual, sections
+"prmt", "lop3", "fma".)
 """
 
 from collections.abc import Callable
@@ -148,7 +148,7 @@ def _ptx(code: str, meaning: Callable[..., Array], *args: Array, interpret: bool
 
 
 def _signed(array):
-    """Bitcast unsigned integers to signed ones, since Triton has no unsigned integers."""
+    """Convert unsigned integers to signed ones with the same bits, since Triton has no unsigned integers."""
     if not jnp.issubdtype(array.dtype, jnp.unsignedinteger):
         return array
     return jax.lax.bitcast_convert_type(array, jnp.dtype(f'int{8 * array.dtype.itemsize}'))

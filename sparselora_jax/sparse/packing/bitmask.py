@@ -264,7 +264,7 @@ def check_packed_mask(packed: PackedMask) -> None:
     # docs/formats.md: bits after the last input are 0, so that equal masks give equal files.
     in_last_byte = packed.inputs % 8
     if in_last_byte and bool(jnp.any(packed.bits[..., -1, :] >> in_last_byte)):
-        raise PackingError(f'bits are set behind the last of {packed.inputs} inputs')
+        raise PackingError(f'bits are set after the last of {packed.inputs} inputs')
 
 
 def check_bitmask(packed: Bitmask) -> None:

@@ -366,7 +366,8 @@ def check_packed24(packed: Packed24) -> None:
             pair = (int(first[*layer, row, output]), int(second[*layer, row, output]))
             group = 2 * row + half // 4
             raise PackingError(
-                f'{in_layer(layer)}group {group} of output {output}: {pair} are not two places of four, in order'
+                f'{in_layer(layer)}group {group} of output {output}: {pair} are not two different places of four in '
+                'ascending order'
             )
 
 
