@@ -159,8 +159,8 @@ def image_facts(questions: Iterable[tuple[str, str, int]]) -> dict[int, tuple[in
     for question, answer, image_id in questions:
         words = question.strip('?').split()
         fact = facts.setdefault(image_id, [UNKNOWN, UNKNOWN])
-        # "is there a red shape?" - "no" means that the image is not red, and so does "is there no red shape?" "yes".
-        # The words of such a question do not describe the image.
+        # "is there a red shape?" - "no" means that the image is not red, and so does "is there no red shape?" -
+        # "yes". The words of such a question do not describe the image.
         is_negated = 'not' in words or 'no' in words
         is_denied = (answer == 'no') != is_negated
         true_words = [answer] if kind_of(answer) == 'yes/no' and is_denied else [*words, answer]

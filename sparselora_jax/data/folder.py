@@ -12,8 +12,8 @@
   answer  the answer that the model should give
   split   'train' or 'test'; if no line of an image has it, a hash of the image's path decides for all its lines
 
-Other fields and blank lines are ignored. Unusable lines are skipped and counted, and the summary names
-them by line number.
+Other fields and blank lines are ignored. Unusable lines are skipped and counted, and the summary names them by line
+number.
 """
 
 import hashlib

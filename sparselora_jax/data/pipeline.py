@@ -22,7 +22,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.Decompressio
 
 @runtime_checkable
 class ExampleProcessor(Protocol):
-    """The part of `processing.Processor` that this module uses, without importing that module."""
+    """The methods of `processing.Processor` used here, declared again so that its module is not imported."""
 
     def example(
         self, image: np.ndarray, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int

@@ -82,7 +82,7 @@ class LlamaConfig:
 
     @property
     def longest(self) -> int | None:
-        """Return the maximum number of tokens: full attention, as here, equals the window only up to its length."""
+        """Return the maximum number of tokens, which is the window, since this module computes full attention."""
         return self.window
 
     @property

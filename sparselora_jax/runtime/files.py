@@ -31,7 +31,7 @@ class StorageError(SparseloraError, ValueError):
 def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename the file to `path` at the end.
 
-    The write is atomic: `path` is either complete or absent. The bytes reach the disk before the rename, so even a
+    The write is atomic: `path` is either complete or unchanged. The bytes reach the disk before the rename, so even a
     power cut leaves no partial file.
 
     Args:
@@ -55,7 +55,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: it is either complete or absent.
+    """Write a text file atomically: it is either complete or unchanged.
 
     Args:
       path: the file to write.

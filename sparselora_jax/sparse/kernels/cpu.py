@@ -87,8 +87,8 @@ def copy_out_of_stack(packed: Packed24, *, layer: Int[Array, '']) -> Packed24:
     """Copy the kernel of one layer, which a scan slices from a stack, to separate arrays.
 
     XLA for CPUs would fuse the slice into its consumer, and so read the kernel weight by weight through the stack.
-    Unpacking would then take at least five times as long. XLA copies the result of a conditional. It cannot know that
-    this one always takes the same branch, because a layer's index is never negative.
+    Unpacking would then take at least five times as long. XLA copies the result of a conditional. This one
+    always takes the same branch, since a layer's index is never negative, but XLA cannot know that.
 
     Args:
       packed: the slice of a stack.
