@@ -29,7 +29,7 @@ class Blip2Config:
       vision: the vision tower.
       qformer: the Q-Former; if it has a vocabulary, it reads text, and the model is an InstructBLIP.
       language: the language model.
-      image_token: stands for one soft word; 16 is an unused special token of SmolLM2.
+      image_token: the placeholder token of one soft word; 16 is an unused special token of SmolLM2.
     """
 
     vision: VisionConfig

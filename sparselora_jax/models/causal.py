@@ -47,7 +47,7 @@ class CausalFamily(Family):
             raise UnsupportedModelError(
                 f'use_bidirectional_attention of {hf.model_type}: only causal attention is known'
             )
-        # Here the config of the whole model is what is the text config in other families.
+        # The whole config of a causal model has the form of the text config in other families.
         return CausalConfig(towers.language_from_hf(hf))
 
     def prompt(self, w: dict, cfg: CausalConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:

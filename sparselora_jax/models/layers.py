@@ -73,7 +73,7 @@ def check_length(tokens: int, longest: int | None) -> None:
 
 
 def reads_at_most(longest: int) -> str:
-    """Return the part of error messages about too long texts.
+    """Return the words in which errors state a model's length limit.
 
     Args:
       longest: maximum number of tokens.
@@ -114,7 +114,7 @@ def dense(w: dict, x: Float[Array, '*batch inputs']) -> Float[Array, '*batch out
 
     Args:
       w: `kernel`, of any kind that `linear` supports, and optionally `bias`.
-      x: the input, along its last axis.
+      x: the input; its last axis is contracted.
     """
     return linear(x, w['kernel'], w.get('bias'))
 
