@@ -184,7 +184,7 @@ def check_layout(params: PyTree, paths: Iterable[str]) -> None:
         is_stack = len(shape) == 3 and (is_in_block(path) or _looks_stacked(layer, shape, flat.get(f'{layer}/bias')))
         if len(shape) > 2 and not is_stack:
             raise RuleError(
-                f'{path} {list(shape)}: it is unknown which axes are contracted. Expected [in, out], or a stack '
+                f'{path} {list(shape)}: which axes are contracted is unknown. Expected [in, out], or a stack '
                 f'[layers, in, out]. Reshape it: [in, heads, head_dim] to [in, heads * head_dim], '
                 f'[heads, head_dim, out] to [heads * head_dim, out]'
             )
