@@ -1,9 +1,9 @@
-"""SparseLoRA in JAX: prune vision-language models and win their quality back without giving the sparsity up.
+"""SparseLoRA in JAX: prune vision-language models and restore their quality by LoRA, without losing sparsity.
 
-Three trees, kept apart: `params` (base weights), `masks` (True = kept), `lora` (low-rank factors). `bind` puts them
-together for a model to read, `merge` folds them into plain arrays with exact zeros.
+The library keeps three separate trees: `params` (base weights), `masks` (True = kept) and `lora` (low-rank factors).
+`bind` combines them into the weights that a model reads. `merge` folds them into plain arrays with exact zeros.
 
-Everything works on any nested dict of kernels. A Flax model that is not ours, pruned and won back:
+Everything works on any nested dict of kernels. This example prunes and restores an arbitrary Flax model:
 
 >>> import flax.linen as nn
 >>> import optax
@@ -16,14 +16,14 @@ Everything works on any nested dict of kernels. A Flax model that is not ours, p
 ...     return jnp.mean((model.apply({'params': params}, x) - y) ** 2)
 >>> pruned, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
 >>> lora = sl.init_lora(jax.random.key(2), params, [('.*', sl.LoraSpec(rank=4, alpha=8))])
->>> def loss(lora, frozen, batch):  # merge is differentiable, so the model needs to know nothing of it
+>>> def loss(lora, frozen, batch):  # merge is differentiable, so any model works
 ...     return error(sl.merge(frozen.params, frozen.masks, lora)), {}
 >>> tx = optax.adam(1e-2)
 >>> step, state = sl.make_step(loss, tx), sl.init_state(lora, tx)
 >>> for _ in range(300):
 ...     state, metrics = step(state, sl.Frozen(params, masks), None)
 >>> restored = sl.merge(params, masks, state.trained)
->>> sl.check_sparse(restored, masks)  # raises if a zero was filled
+>>> sl.check_sparse(restored, masks)  # raises if a pruned weight is no longer zero
 >>> bool(error(restored) < error(pruned) / 3), sl.density(masks)['total']
 (True, 0.5)
 """

@@ -1,4 +1,4 @@
-"""Data: turns records into batches. The data sets that a recipe can name are registered here."""
+"""Turns records into batches, and registers the data sets that a recipe can name."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ def find_loader(data: str) -> Loader:
       data: a registered name, a folder of images with a data.jsonl, or `package.module:Name`.
 
     Raises:
-      UnknownNameError: `package.module:Name` cannot be imported, or is no `Loader`.
+      UnknownNameError: `package.module:Name` cannot be imported, or is not a `Loader`.
 
     >>> find_loader('easy_vqa').kinds
     ('yes/no', 'shape', 'colour')
     """
-    # A folder may have a colon in its name, so what lies on disk goes before what could be imported.
+    # A folder may have a colon in its name, so an existing path takes precedence over an import.
     is_import = ':' in data and not Path(data).exists()
     if data not in DATASETS and not is_import:
         return folder.FolderLoader()

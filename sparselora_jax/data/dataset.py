@@ -1,4 +1,4 @@
-"""What a data set is to training and evaluation, and the interface through which a recipe names one.
+"""The data set types that training and evaluation use, and the loader interface that a recipe names.
 
 To add a data set, write a `Loader` and register it in `sparselora_jax/data/__init__.py`, or name it in a recipe as
 `package.module:Name`.
@@ -16,7 +16,7 @@ from sparselora_jax.runtime.registry import Registry
 class Records(Protocol):
     """Random access to records: `records[i]` is `{'image': uint8 [height, width, 3], 'question': str, 'answer': str}`.
 
-    Reading a record may raise `DataError`, for example where the pixels of an image are broken.
+    Reading a record may raise `DataError`, for example where the pixels of an image are corrupt.
     """
 
     def __len__(self) -> int:
@@ -28,25 +28,25 @@ class Records(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """The records that a model is trained on, or those that it is tested on.
+    """The training records or the test records of a data set.
 
     Attributes:
       source: the records.
       read_texts: returns (question, answer) of every record, without decoding images.
     """
 
-    source: Records | Sequence  # a list has the methods of `Records`, with wider types
+    source: Records | Sequence  # a list has the methods of `Records`, but wider types
     read_texts: Callable[[], list[tuple[str, str]]]
 
 
 class Dataset(NamedTuple):
-    """Two splits, and the kinds of their answers.
+    """A training and a test split, and the kinds of their answers.
 
     Attributes:
       train: records to prune and train with.
       test: records to evaluate with.
-      kinds: what accuracy is reported by, and what training batches are mixed by.
-      kind_of: answer -> its kind, one of `kinds`.
+      kinds: names of the answer kinds. Accuracy is reported for each kind, and training batches mix the kinds.
+      kind_of: maps an answer to its kind, one of `kinds`.
     """
 
     train: Split
@@ -57,12 +57,13 @@ class Dataset(NamedTuple):
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What a loader needs to know about a run.
+    """The facts about a run that a loader needs.
 
     Attributes:
-      data: `config.data` of the recipe: the name of the data set, or where it lies.
+      data: `config.data` of the recipe: the name or the path of the data set.
       data_dir: folder in which a loader may keep files that it prepares.
-      misfit: (question, answer) -> why the model cannot take them, '' if it can. A loader leaves such records out.
+      misfit: maps (question, answer) to the reason why the model cannot use them, or ''. A loader skips records with
+        a reason.
     """
 
     data: str
@@ -70,14 +71,14 @@ class DataRequest:
     misfit: Callable[[str, str], str] = lambda question, answer: ''
 
 
-# Checkable at run time, so that an object that a config names is refused before any work if it is none.
+# Checkable at run time: if a config names an object that is not a `Loader`, it is refused before any work starts.
 @runtime_checkable
 class Loader(Protocol):
-    """The interface of a data set: an object that loads the data set of a recipe.
+    """The interface for data sets: an object that loads the data set of a recipe.
 
     Attributes:
       kinds: the kinds of answers that training batches can be mixed by, in the order of the recipe's `restore.shares`.
-        They are known before anything is read. (): batches cannot be mixed.
+        They are known before any file is read. (): batches cannot be mixed.
     """
 
     kinds: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The transformers processor of a Hugging Face directory, read without torch, its settings checked and completed."""
+"""Reads the transformers processor of a Hugging Face directory without torch, and completes its settings."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.j
 
 
 def read_config(folder: Path) -> 'transformers.PretrainedConfig':
-    """Read config.json; no code of the directory's own is run.
+    """Read config.json, without running any code from the directory.
 
     Args:
       folder: a Hugging Face directory.
@@ -36,11 +36,11 @@ def read_config(folder: Path) -> 'transformers.PretrainedConfig':
 
 
 def find_spec(folder: Path, model_type: str) -> ProcessorSpec:
-    """Return how the processor of a kind of model works.
+    """Return the registered processor description for a `model_type`.
 
     Args:
-      folder: the directory, for the error.
-      model_type: transformers' name of the kind of model.
+      folder: the model directory, for error messages.
+      model_type: the `model_type` in config.json.
 
     Returns:
       The description that a family registered.
@@ -55,12 +55,12 @@ def find_spec(folder: Path, model_type: str) -> ProcessorSpec:
 
 
 def find_end_token(folder: Path, config: 'transformers.PretrainedConfig', spec: ProcessorSpec) -> int | None:
-    """Return the token that generation stops at, the first one if there are several; None if no file names one.
+    """Return the end token of generation (the first if there are several), or None if no file names one.
 
     Args:
       folder: the directory, which may hold a generation_config.json.
-      config: its config.json.
-      spec: says which of the two files generation follows.
+      config: the content of config.json.
+      spec: decides which of the two files is used.
     """
     end = config.text_config.eos_token_id
     file = folder / 'generation_config.json'
@@ -76,21 +76,21 @@ def read_processor(
 
     Args:
       folder: a Hugging Face directory.
-      config: its config.json.
-      spec: how the processor of this kind of model works.
+      config: the content of config.json.
+      spec: description of the processor of this model family.
 
     Returns:
       The transformers processor; its tokenizer pads on the side that the model expects.
 
     Raises:
-      DataError: a file is missing or unreadable, the tokenizer knows no image token, or config.json names another one.
+      DataError: a file is missing or unreadable, the tokenizer has no image token, or config.json names another one.
     """
     import transformers
 
     _check_files(folder, spec)
     try:
         processor = spec.find_class().from_pretrained(folder, local_files_only=True)
-        # Without `backend` transformers takes torchvision's image processor where that is installed.
+        # Without `backend`, transformers uses torchvision's image processor if torchvision is installed.
         images = transformers.AutoImageProcessor.from_pretrained(folder, backend='pil', local_files_only=True)
     except Exception as error:  # the tokenizers library raises no narrower error
         raise DataError(f'{folder}: its processor cannot be read: {error}') from error
@@ -104,24 +104,24 @@ def read_processor(
     if token_id is None or token_id == tokenizer.unk_token_id:
         raise DataError(f'{folder}: no image token: the tokenizer does not know {token}')
     if config.image_token_id not in (None, token_id):
-        raise DataError(f'{folder}: {token} is {token_id} to the tokenizer, {config.image_token_id} in config.json')
+        raise DataError(f'{folder}: {token} has id {token_id} in the tokenizer, {config.image_token_id} in config.json')
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise DataError(f'{folder}: the tokenizer has neither a pad nor an end token; see tokenizer_config.json')
-        # Any token will do, since the attention mask hides pads; LLaMA's tokenizers name none.
+        # LLaMA's tokenizers name no pad token. Any token will do, since the attention mask hides pads.
         tokenizer.pad_token = tokenizer.eos_token
     return processor
 
 
 def _check_files(folder: Path, spec: ProcessorSpec) -> None:
-    """Check that the processor's files are there: else transformers takes another tokenizer, or asks the hub."""
+    """Check that the processor's files exist; otherwise transformers uses another tokenizer, or asks the hub."""
     tokenizer_folders = [folder]
     if spec.has_instruction:
         tokenizer_folders.append(folder / 'qformer_tokenizer')
     for where in tokenizer_folders:
         if not any((where / name).is_file() for name in TOKENIZER_FILES):
             raise DataError(f'{where}: no tokenizer (none of {", ".join(TOKENIZER_FILES)}); copy the original files')
-    # Newer directories keep the settings of images inside processor_config.json.
+    # Newer directories keep the image settings inside processor_config.json.
     nested = folder / 'processor_config.json'
     is_nested = nested.is_file() and '"image_processor"' in nested.read_text()
     if not is_nested and not (folder / 'preprocessor_config.json').is_file():
@@ -131,8 +131,8 @@ def _check_files(folder: Path, spec: ProcessorSpec) -> None:
 def _set_padding_sides(
     processor: 'transformers.ProcessorMixin', config: 'transformers.PretrainedConfig', spec: ProcessorSpec
 ) -> None:
-    # An encoder and a Q-Former count positions from the left, pads included, so their pads must come last. A decoder
-    # goes on where its prompt ends, so there they must come first.
+    # An encoder and a Q-Former count positions from the left, including pads, so their pads must come last. A decoder
+    # continues where its prompt ends, so its pads must come first.
     processor.tokenizer.padding_side = 'right' if config.text_config.is_encoder_decoder else 'left'
     if spec.has_instruction:
         processor.qformer_tokenizer.padding_side = 'right'

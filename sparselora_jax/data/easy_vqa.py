@@ -1,7 +1,7 @@
 """easy-VQA (github.com/vzhou842/easy-VQA, MIT): a tensorflow-datasets builder over the files of its Python package.
 
-5,000 images of 64x64 pixels, each one shape of one colour; 38,575 questions to train on and 9,673 to test. No
-TensorFlow: the records are array_record files, read through `builder.as_data_source(split)`.
+It has 5,000 images of 64x64 pixels, each with one shape of one colour, 38,575 training and 9,673 test questions.
+TensorFlow is not needed: the records are array_record files, read through `builder.as_data_source(split)`.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from sparselora_jax.runtime import processes
 COLOURS = ('black', 'gray', 'red', 'green', 'blue', 'yellow', 'teal', 'brown')
 SHAPES = ('rectangle', 'circle', 'triangle')
 KINDS = ('yes/no', 'shape', 'colour')
-UNKNOWN = -1  # index of a colour or shape that the questions about an image do not tell
+UNKNOWN = -1  # index of a colour or shape that the questions about an image do not reveal
 
 
 class EasyVqa(tfds.core.GeneratorBasedBuilder):
-    """A tensorflow-datasets builder with one example a question, in the package's order of images."""
+    """A tensorflow-datasets builder with one example per question, in the package's order."""
 
     VERSION = tfds.core.Version('1.0.0')
 
@@ -62,21 +62,21 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | Path) -> tfds.core.DatasetBuilder:
-    """Write the records under `data_dir` unless they are there (5 seconds), and return their builder.
+    """Write the records under `data_dir` if they are missing (takes 5 seconds), and return their builder.
 
     Args:
-      data_dir: folder of prepared data sets.
+      data_dir: folder that holds prepared data sets.
     """
     builder = EasyVqa(data_dir=str(data_dir), file_format='array_record')
     tfds.disable_progress_bar()
-    # TFDS prints to stdout, which belongs to the result of a script.
+    # TFDS prints to stdout, which is reserved for the results of a script.
     with contextlib.redirect_stdout(sys.stderr):
         builder.download_and_prepare()
     return builder
 
 
 class _DecodedRecords:
-    """The builder's records, with text as `str` where TFDS has bytes."""
+    """The builder's records, with text decoded from TFDS's bytes to `str`."""
 
     def __init__(self, source: Sequence[Mapping[str, Any]]):
         self.source = source
@@ -93,25 +93,25 @@ def read_texts(builder: tfds.core.DatasetBuilder, split: str) -> list[tuple[str,
     """Return (question, answer, image_id) of every record, without decoding images.
 
     Args:
-      builder: as `prepare` returns it.
+      builder: the builder that `prepare` returns.
       split: 'train' or 'test'.
     """
     source = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
-    # All records in one call: one by one takes three times as long.
+    # Read all records in one call: reading one by one takes three times as long.
     records = source.__getitems__(range(len(source)))
     return [(record['question'].decode(), record['answer'].decode(), int(record['image_id'])) for record in records]
 
 
 def load(data_dir: str | Path) -> Dataset:
-    """Return the data set; its records are written under `data_dir` unless they are there.
+    """Return the data set, and write its records under `data_dir` if they are missing.
 
     Args:
-      data_dir: folder of prepared data sets.
+      data_dir: folder that holds prepared data sets.
     """
     builder = prepare(data_dir)
 
     def split(name: str) -> Split:
-        # Cached: a job reads the texts several times, which takes seconds each.
+        # Cached, because a job reads the texts several times, and each time takes seconds.
         texts = functools.cache(lambda: [text[:2] for text in read_texts(builder, name)])
         return Split(_DecodedRecords(builder.as_data_source(name)), texts)
 
@@ -119,15 +119,15 @@ def load(data_dir: str | Path) -> Dataset:
 
 
 class EasyVqaLoader:
-    """The `Loader` of easy-VQA. All texts are short, so `request.misfit` is not asked."""
+    """The `Loader` of easy-VQA. All texts are short, so `request.misfit` is not called."""
 
     kinds = KINDS
 
     def __call__(self, request: DataRequest) -> Dataset:
-        """Load easy-VQA; the first process prepares its files, the others wait and read them.
+        """Load easy-VQA; process 0 prepares the files, and the others wait and then read them.
 
         Args:
-          request: its `data_dir` says where the files lie.
+          request: only `data_dir`, the folder of the files, is used.
         """
         return processes.first_then_others(lambda: load(request.data_dir))
 
@@ -147,10 +147,10 @@ def kind_of(answer: str) -> str:
 
 
 def image_facts(questions: Iterable[tuple[str, str, int]]) -> dict[int, tuple[int, int]]:
-    """Return what the questions and answers tell about each image: {image_id: (colour index, shape index)}.
+    """Return the colour and shape that the questions reveal: {image_id: (colour index, shape index)}.
 
     Args:
-      questions: (question, answer, image_id), as `read_texts` returns them. What they do not tell is `UNKNOWN`.
+      questions: (question, answer, image_id), as `read_texts` returns them. Unrevealed facts are `UNKNOWN`.
 
     >>> image_facts([('what color is the circle?', 'teal', 7), ('is there not a red shape?', 'no', 8)])
     {7: (6, 1), 8: (2, -1)}
@@ -159,8 +159,8 @@ def image_facts(questions: Iterable[tuple[str, str, int]]) -> dict[int, tuple[in
     for question, answer, image_id in questions:
         words = question.strip('?').split()
         fact = facts.setdefault(image_id, [UNKNOWN, UNKNOWN])
-        # "is there a red shape?" - "no" says that the image is not red, and so does "is there no red shape?" - "yes".
-        # The words of such a question tell nothing about the image.
+        # "is there a red shape?" - "no" means that the image is not red, and so does "is there no red shape?" -
+        # "yes". The words of such a question do not describe the image.
         is_negated = 'not' in words or 'no' in words
         is_denied = (answer == 'no') != is_negated
         true_words = [answer] if kind_of(answer) == 'yes/no' and is_denied else [*words, answer]

@@ -1,4 +1,4 @@
-"""A folder of images with a `data.jsonl`: one JSON object a line, each an image, a prompt and the answer to it.
+"""A folder of images with a `data.jsonl`: one JSON object per line, with an image, a prompt and the answer.
 
     cats/1.png
     cats/2.jpg
@@ -10,9 +10,10 @@
   image   a file of any format that Pillow reads; its path is relative to the folder and stays inside it
   prompt  the question, or the beginning of a caption; the recipe puts its template (`text.prompt`) around it
   answer  the answer that the model should give
-  split   'train' or 'test'; if no line of an image has it, a hash of the image's path chooses one for all its lines
+  split   'train' or 'test'; if no line of an image has it, a hash of the image's path decides for all its lines
 
-Other fields and blank lines are ignored. A line that cannot be used is left out, counted and named by its number.
+Other fields and blank lines are ignored. Unusable lines are skipped and counted, and the summary names them by line
+number.
 """
 
 import hashlib
@@ -32,15 +33,15 @@ from sparselora_jax.runtime.errors import DataError
 FIELDS = ('image', 'prompt', 'answer')
 SPLITS = ('train', 'test')
 KINDS = ('yes/no', 'number', 'other')
-TEST_SHARE = 0.1  # of the images whose lines name no split
-TOLERANCE = 0.5  # the largest share of lines that may be left out
-SHOWN_PROBLEMS = 5  # how many of the lines that were left out a summary names
-LONGEST_QUOTE = 80  # characters of a line that a message repeats
+TEST_SHARE = 0.1  # share of test images, among images whose lines name no split
+TOLERANCE = 0.5  # largest share of lines that may be skipped
+SHOWN_PROBLEMS = 5  # number of skipped lines that a summary names
+LONGEST_QUOTE = 80  # most characters of a line that a message quotes
 
 
 @dataclass(frozen=True)
 class Record:
-    """A usable line. `image` is the path as the line has it; the texts are stripped of surrounding spaces."""
+    """A usable line. `image` is the path as written in the line; the texts have no surrounding spaces."""
 
     line: int
     image: str
@@ -51,7 +52,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line that was left out, and the reason."""
+    """A skipped line, and the reason."""
 
     line: int
     reason: str
@@ -72,7 +73,7 @@ class Source:
         """Read a record and its image.
 
         Raises:
-          DataError: the pixels of the image are broken.
+          DataError: the pixels of the image are corrupt.
         """
         record = self.records[index]
         try:
@@ -84,7 +85,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Folder:
-    """The usable and unusable lines of a folder, in their order in the file."""
+    """The usable and unusable lines of a folder, in file order."""
 
     path: Path
     records: tuple[Record, ...]
@@ -127,17 +128,17 @@ class Folder:
 
 
 def read_folder(path: str | Path, *, misfit: Callable[[str, str], str] = lambda prompt, answer: '') -> Folder:
-    """Read and check `data.jsonl`; images are only opened, their pixels are not read.
+    """Read and check `data.jsonl`; images are opened, but their pixels are not decoded.
 
     Args:
       path: the folder.
-      misfit: (prompt, answer) -> why a model cannot take them, '' if it can.
+      misfit: maps (prompt, answer) to the reason why a model cannot use them, or ''.
 
     Returns:
       The lines that can be used and those that cannot.
 
     Raises:
-      DataError: no such folder or file, no usable line, or too many that are not.
+      DataError: no such folder or file, no usable line, or too many unusable lines.
     """
     path = Path(path)
     file = path / 'data.jsonl'
@@ -146,7 +147,7 @@ def read_folder(path: str | Path, *, misfit: Callable[[str, str], str] = lambda 
         raise DataError(f'{path}: no such folder; expected a folder, package.module:Name, or one of {registered}')
     if not file.is_file():
         raise DataError(f'{path}: no data.jsonl in this folder; see sparselora_jax/data/folder.py for its format')
-    lines = file.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')  # a byte order mark, as Windows writes it
+    lines = file.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')  # drop a byte order mark
     checker = _LineChecker(path, misfit)
     usable: dict[int, dict[str, str]] = {}
     problems = []
@@ -171,20 +172,20 @@ def read_folder(path: str | Path, *, misfit: Callable[[str, str], str] = lambda 
 
 
 class _LineChecker:
-    """Checks lines one after the other, and remembers what later lines are compared with."""
+    """Checks lines one by one, and remembers earlier lines to detect duplicates."""
 
     def __init__(self, folder: Path, misfit: Callable[[str, str], str]):
         self.folder = folder
         self.misfit = misfit
-        self.first_lines: dict[tuple[str, ...], int] = {}  # image, prompt and answer -> the line that had them first
-        self.image_problems: dict[str, str] = {}  # an image has several questions, but is opened once
-        self.image_splits: dict[str, str] = {}  # image -> the split that the first line to name one gave it
+        self.first_lines: dict[tuple[str, ...], int] = {}  # (image, prompt, answer) -> first line with this content
+        self.image_problems: dict[str, str] = {}  # image -> problem or ''; each image is opened once
+        self.image_splits: dict[str, str] = {}  # image -> split, from the first line that names one
 
     def check(self, number: int, line: bytes) -> dict[str, str]:
-        """Return the fields of a line, `split` '' where it names none.
+        """Return the fields of a line; `split` is '' if the line has none.
 
         Raises:
-          DataError: the line cannot be used, and why.
+          DataError: the line cannot be used; the message says why.
         """
         fields = _parse_line(line)
         content = tuple(fields[name] for name in FIELDS)
@@ -206,16 +207,16 @@ class _LineChecker:
 
 
 def _parse_line(line: bytes) -> dict[str, str]:
-    """Return the fields of a line, `split` '' where it names none.
+    """Return the fields of a line; `split` is '' if the line has none.
 
     Raises:
-      DataError: the line is no JSON object, or a field is missing or has another type.
+      DataError: the line is not a JSON object, or a field is missing or has the wrong type.
     """
     try:
         values = json.loads(line.decode())
     except UnicodeDecodeError:
         raise DataError('not UTF-8') from None
-    except (ValueError, RecursionError) as error:  # RecursionError: ten thousand brackets in each other
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise DataError(f'not JSON ({error})') from None
     if not isinstance(values, dict):
         raise DataError('not a JSON object')
@@ -227,7 +228,7 @@ def _parse_line(line: bytes) -> dict[str, str]:
             raise DataError(f'{name} is {_quote(json.dumps(value))}, not a text')
         if not value.strip():
             raise DataError(f'{name} is empty')
-        # JSON can spell half of a surrogate pair, but no file and no tokenizer can take it.
+        # JSON can encode half of a surrogate pair, but files and tokenizers cannot represent it.
         if any('\ud800' <= character <= '\udfff' for character in value):
             raise DataError(f'{name} holds half of a surrogate pair')
     split = values.get('split')
@@ -242,9 +243,9 @@ def _parse_line(line: bytes) -> dict[str, str]:
 
 
 def _image_problem(folder: Path, name: str) -> str:
-    """Return why an image cannot be used, '' if it probably can; its pixels are not read."""
+    """Return why an image cannot be used, or ''; its pixels are not decoded."""
     try:
-        # Links are resolved too: a data set from elsewhere must not show a model files that it does not hold.
+        # Links are resolved too: an untrusted data set must not give a model access to files outside its folder.
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             return 'leads outside the folder'
         with Image.open(folder / name):
@@ -254,26 +255,26 @@ def _image_problem(folder: Path, name: str) -> str:
     except pipeline.UNREADABLE as error:
         if isinstance(error, Image.UnidentifiedImageError):
             return 'cannot be read: no image format that Pillow knows'
-        # `strerror` is an OSError's text without its number and path.
+        # `strerror` is an OSError's text, without errno and path.
         return f'cannot be read: {getattr(error, "strerror", None) or error}'
 
 
 def _quote(text: str) -> str:
-    """Return a text from the file so that it fits into a message of one line."""
+    """Shorten and escape a text from the file, so that it fits into a one-line message."""
     if not text.isprintable():
         text = repr(text)
     return text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + '...'
 
 
 def _split_by_hash(image: str) -> str:
-    """Return the split of an image by a hash of its path, so that it stays when lines are added or reordered."""
+    """Choose the split of an image by a hash of its path, so that adding or reordering lines does not change it."""
     digest = hashlib.sha256(image.encode()).digest()
     is_test = int.from_bytes(digest[:8]) < TEST_SHARE * 2**64
     return 'test' if is_test else 'train'
 
 
 def kind_of(answer: str) -> str:
-    """Return the kind of an answer, as the evaluation of VQA (arXiv 1505.00468) tells them apart.
+    """Return the kind of an answer, by the answer types of VQA (arXiv 1505.00468).
 
     Args:
       answer: any text.
@@ -287,14 +288,14 @@ def kind_of(answer: str) -> str:
 
 
 def load(path: str | Path, misfit: Callable[[str, str], str] = lambda prompt, answer: '') -> Dataset:
-    """Return the folder as a data set, and say on stderr which lines were left out.
+    """Return the folder as a data set, and print a summary of skipped lines to stderr.
 
     Args:
       path: the folder.
       misfit: see `read_folder`.
 
     Raises:
-      DataError: see `read_folder`; or one of the two splits is empty.
+      DataError: see `read_folder`; also if one of the two splits is empty.
     """
     folder = read_folder(path, misfit=misfit)
     print(folder.summary(), file=sys.stderr)
@@ -306,15 +307,15 @@ def load(path: str | Path, misfit: Callable[[str, str], str] = lambda prompt, an
 
 
 class FolderLoader:
-    """The `Loader` of folders: `request.data` is the path of one."""
+    """The `Loader` of folders: `request.data` is the path of the folder."""
 
-    # Batches cannot be mixed by kind: a folder may hold no answer of some kind, and no batch could be drawn from it.
+    # Batches are not mixed by kind: a folder may have no answers of some kind, and then no batch could be drawn.
     kinds = ()
 
     def __call__(self, request: DataRequest) -> Dataset:
-        """Load a folder, without the records that the model cannot take.
+        """Load a folder, without the records that the model cannot use.
 
         Args:
-          request: its `data` is the folder.
+          request: its `data` is the path of the folder.
         """
         return load(request.data, request.misfit)

@@ -1,6 +1,6 @@
-"""Turns records into batches: image and text processing, and a grain pipeline where a batch is a function of its step.
+"""Turns records into batches: processes images and texts, and builds a grain pipeline indexed by the step.
 
-`batches(...)[step]` is the batch of a global step: a position in the data is one integer, which a checkpoint stores.
+`batches(...)[step]` is the batch of a global step. So a checkpoint stores the position in the data as one integer.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from sparselora_jax.data.dataset import Dataset, Records, Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.runtime.errors import DataError
 
-# What Pillow raises for a file that exists but cannot be read: it has no common error of its own.
+# Errors that Pillow raises for a file that exists but cannot be read. They have no common base class.
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 
 
 @runtime_checkable
 class ExampleProcessor(Protocol):
-    """What is used here of `processing.Processor`, whose module imports transformers."""
+    """The methods of `processing.Processor` used here, declared again so that its module is not imported."""
 
     def example(
         self, image: np.ndarray, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int
@@ -30,17 +30,17 @@ class ExampleProcessor(Protocol):
         """Return the arrays of one example; see `processing.Processor.example`."""
 
     def misfit(self, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int | None) -> str:
-        """Return why the tokens do not fit, '' if they do; see `processing.Processor.misfit`."""
+        """Return why the tokens do not fit, or '' if they do; see `processing.Processor.misfit`."""
 
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, 'height width 3']:
-    """Read an image file as RGB: turned as its EXIF orientation says, on white where it is transparent.
+    """Read an image file as RGB: apply its EXIF orientation, and put transparent pixels on white.
 
     Args:
       path: a file of any format that Pillow knows.
 
     Raises:
-      DataError: the file is missing or no image.
+      DataError: the file is missing or not an image.
     """
     try:
         with Image.open(path) as image:
@@ -52,10 +52,10 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, 'height width 3']:
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, 'height width 3']:
-    # Before the conversion: that drops EXIF, and with it the orientation.
+    # Must come before the conversion, which drops EXIF and with it the orientation.
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
-        # `convert('RGB')` alone would drop alpha and show whatever colour transparent pixels happen to have.
+        # `convert('RGB')` alone would drop alpha and show the arbitrary colour stored in transparent pixels.
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return np.asarray(image.convert('RGB'))
@@ -65,8 +65,8 @@ def vqa_transform(processor: ExampleProcessor, text: TextFormat) -> Callable[[di
     """Return a function that turns a record into the arrays of one example: a model's inputs and its targets.
 
     Args:
-      processor: of the model.
-      text: how the question is written, and the room for prompt and answer.
+      processor: the model's processor.
+      text: the prompt template, and the token limits of prompt and answer.
     """
 
     def transform(record):
@@ -82,12 +82,12 @@ def vqa_transform(processor: ExampleProcessor, text: TextFormat) -> Callable[[di
 
 
 def misfit(processor: ExampleProcessor, text: TextFormat, *, answers: bool = True) -> Callable[[str, str], str]:
-    """Return a function (question, answer) -> why their tokens do not fit the format, '' if they do.
+    """Return a function that maps (question, answer) to the reason why their tokens do not fit, or ''.
 
     Args:
-      processor: of the model.
-      text: how the question is written, and the room for prompt and answer.
-      answers: whether answers must fit too. Answers that are only compared as text need no room.
+      processor: the model's processor.
+      text: the prompt template, and the token limits of prompt and answer.
+      answers: whether answers must fit too. Answers that are only compared as text need not fit.
     """
     answer_tokens = text.answer_tokens if answers else None
 
@@ -110,49 +110,49 @@ def batches(
     rows: Sequence[int] | None = None,
     augment: Callable[[dict, np.random.Generator], dict] | None = None,
 ) -> grain.MapDataset:
-    """Return an endless dataset whose item `step` is the batch of that step, stacked.
+    """Return an endless dataset whose item `step` is the stacked batch of that step.
 
     Args:
       source: the records.
-      transform: record -> the arrays of one example.
+      transform: maps a record to the arrays of one example.
       batch: number of examples in a batch.
-      seed: decides the order of records, and what `augment` draws.
-      groups: indices into `source`. Each group is shuffled, anew in each of its own epochs.
+      seed: seed of the order of records, and of the generators of `augment`.
+      groups: lists of indices into `source`. Each group is shuffled separately, and reshuffled in each of its epochs.
       shares: the weight of each group in a batch, for example (2, 1, 1) for half, a quarter, a quarter.
-      rows: rows of each batch to make; records of other rows are not read. None: all.
+      rows: indices of the batch rows to produce; records of other rows are not read. None: all rows.
       augment: applied to each example, with a generator that is a function of seed and position.
 
     Raises:
       DataError: a group is empty.
     """
-    # An empty group has nothing to shuffle and repeat, and grain does not say which one it is.
+    # grain cannot shuffle and repeat an empty group, and its error does not name the group.
     if not all(len(group) for group in groups):
         raise DataError(f'a group of the training data is empty; sizes {[len(group) for group in groups]}')
-    # Indices are shuffled and mixed, not records: nothing is read that is not drawn.
+    # Indices are shuffled and mixed, not records: only drawn records are read.
     shuffled = [
         grain.MapDataset.source(list(group)).seed(seed + number).shuffle().repeat()
         for number, group in enumerate(groups)
     ]
     mixed = grain.MapDataset.mix(shuffled, weights=shares)
     examples = mixed.map(lambda index: transform(source[index]))
-    # `random_map` makes a generator for each position from this seed, so a resumed run draws the same.
+    # `random_map` derives a generator for each position from this seed, so a resumed run draws the same numbers.
     if augment is not None:
         examples = examples.seed(seed).random_map(augment)
-    # `examples` is endless, and item i of it is a function of i: batches can be asked for in any order.
+    # `examples` is endless, and its item i depends on i only, so batches can be requested in any order.
     if rows is None or len(rows) == batch:
         return examples.batch(batch)
-    # One process of several: item i of `own_examples` is row `rows[i % len(rows)]` of the global batch of its step.
+    # One process of several: item i of `own_examples` is row `rows[i % len(rows)]` of the global batch.
     own_examples = grain.MapDataset.range(len(examples) // batch * len(rows))
     own_examples = own_examples.map(lambda i: examples[i // len(rows) * batch + rows[i % len(rows)]])
     return own_examples.batch(len(rows))
 
 
 def groups_by_kind(split: Split, dataset: Dataset) -> list[list[int]]:
-    """Return the indices of the split's records of each kind, in the order of `dataset.kinds`.
+    """Return one list of record indices for each kind, in the order of `dataset.kinds`.
 
     Args:
-      split: its texts are read, its images are not.
-      dataset: says the kinds.
+      split: the split to group; only its texts are read.
+      dataset: defines the kinds.
     """
     kinds = [dataset.kind_of(answer) for _, answer in split.read_texts()]
     return [[index for index, kind in enumerate(kinds) if kind == name] for name in dataset.kinds]

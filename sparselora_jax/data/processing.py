@@ -1,14 +1,14 @@
-"""Images and texts for a Hugging Face directory: converted by its own processor, laid out for our batches.
+"""Converts images and texts by the processor of a Hugging Face directory, and lays them out in batches.
 
-transformers' processors and their PIL image processors do the conversion, without torch. This module decides where
-tokens stand:
+transformers' processors and their PIL image processors do the conversion, without torch. This module decides the
+order of tokens:
 
   BLIP-2, InstructBLIP   [image][pads][prompt][answer]           the processor pads the text alone
   LLaVA, PaliGemma       [pads][prompt, image in it][answer]
-  with T5                [image][prompt][pads], [start][answer]  relative positions: no pads between image and prompt
+  with T5                [image][prompt][pads], [start][answer]  relative positions, so no pads between image and prompt
 
-`image` stands for `Processor.image_tokens` placeholders; `prompt_tokens` and `answer_tokens` count text alone. Which of
-the three a family follows is said by its `ProcessorSpec`.
+`image` stands for `Processor.image_tokens` placeholders; `prompt_tokens` and `answer_tokens` count text alone. The
+`ProcessorSpec` of a family selects one of the three layouts.
 """
 
 from collections.abc import Sequence
@@ -37,13 +37,13 @@ Inputs = dict[str, Int32[np.ndarray, '...'] | Float32[np.ndarray, '...'] | Bool[
 
 @dataclass(frozen=True)
 class Processor:
-    """A directory's processor.
+    """The processor of a model directory.
 
     Attributes:
-      spec: how its family lays texts and images out.
+      spec: how its model family lays out texts and images.
       hf: the transformers processor.
-      image_tokens: number of placeholders of one image.
-      end: the token that generation stops at; the answers to train on end with it.
+      image_tokens: number of placeholder tokens for one image.
+      end: the end token: generation stops at it, and training answers end with it.
       start: the decoder's first token; None unless the language model is an encoder-decoder.
     """
 
@@ -54,28 +54,29 @@ class Processor:
     start: int | None
 
     def prompt(self, images: Sequence[Picture], texts: Sequence[str]) -> Inputs:
-        """Return a batch to generate from, one image a text, padded to the longest text.
+        """Return a batch to generate from, with one image per text, padded to the longest text.
 
-        A LLaVA text holds '<image>' once, e.g. 'USER: <image> What is this? ASSISTANT:'; the others need none.
+        A LLaVA text holds '<image>' once, e.g. 'USER: <image> What is this? ASSISTANT:'; other texts need not.
         Transparent pixels become white, as in transformers.
 
         Args:
           images: pictures of any size.
-          texts: one prompt an image.
+          texts: one prompt per image.
 
         Returns:
           `pixel_values` float32 [batch, 3, height, width]; `input_ids`, `attention_mask` and, where the family has
           them, `token_type_ids`, `qformer_input_ids`, `qformer_attention_mask`: int32 [batch, tokens].
 
         Raises:
-          DataError: not one image a text, a text with a wrong number of '<image>', or an unreadable image.
+          DataError: the numbers of images and texts differ, a text has the wrong number of '<image>', or an image is
+            unreadable.
         """
         if not texts or len(images) != len(texts):
             raise DataError(f'{len(images)} images for {len(texts)} texts: one image a text is needed')
         texts = [self._with_image(text) for text in texts]
         # Image processors expect a channel axis, also of grey images.
         arrays = [image[..., None] if isinstance(image, np.ndarray) and image.ndim == 2 else image for image in images]
-        # Without a data format, an array of few rows may be taken for one of channels first. Without the conversion,
+        # Without a data format, transformers may read an array with few rows as channels-first. Without the conversion,
         # PaliGemma's settings leave grey images grey.
         settings = {'do_convert_rgb': True, 'input_data_format': 'channels_last'}
         try:
@@ -89,7 +90,7 @@ class Processor:
     def example(
         self, image: Picture, prompt: str, answer: str = '', *, prompt_tokens: int, answer_tokens: int
     ) -> Inputs:
-        """Return one example to train on, of the same shapes for every text; without an answer, one to generate from.
+        """Return one example with fixed shapes: to train on, or to generate from if the answer is ''.
 
         Args:
           image: a picture of any size.
@@ -101,17 +102,17 @@ class Processor:
         Returns:
           `pixel_values` [3, height, width];
           `input_ids`, `attention_mask`, PaliGemma's `token_type_ids` (1 on the answer), int32
-          [image_tokens + prompt_tokens + answer_tokens - 1]: the prompt, then the answer but for its last token.
-          The first image_tokens + prompt_tokens are all there is to generate from, and all that an encoder reads;
-          `decoder_input_ids` int32 [answer_tokens]: of an encoder-decoder, the answer shifted by one;
-          `targets` int32, `answer` bool [answer_tokens]: what the last `answer_tokens` positions predict, and which
-          of them count;
+          [image_tokens + prompt_tokens + answer_tokens - 1]: the prompt, then the answer without its last token.
+          Generation and an encoder use only the first image_tokens + prompt_tokens;
+          `decoder_input_ids` int32 [answer_tokens]: for an encoder-decoder, the answer shifted by one;
+          `targets` int32, `answer` bool [answer_tokens]: the tokens that the last `answer_tokens` positions predict,
+          and which of these count in the loss;
           `qformer_input_ids`, `qformer_attention_mask` int32 [prompt_tokens].
 
         Raises:
-          DataError: a prompt or an answer that does not fit, a prompt without tokens, and as `prompt` does.
+          DataError: a prompt or an answer does not fit, a prompt has no tokens, or as for `prompt`.
         """
-        # The processor pads to the longest text of a batch; of one text it pads nothing, and the pads are put here.
+        # The processor pads to the longest text of a batch. A single text gets no pads, so they are added here.
         row = {name: value[0] for name, value in self.prompt([image], [prompt]).items()}
         target = [*self._answer_tokens(prompt, answer), self.end] if answer.strip() else []
         words = len(row['input_ids']) - self.image_tokens
@@ -146,7 +147,7 @@ class Processor:
         return example
 
     def misfit(self, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int | None = None) -> str:
-        """Return why `example` would refuse these texts, '' if it would accept them; no image is needed.
+        """Return why `example` would refuse these texts, or '' if it would accept them; needs no image.
 
         Args:
           prompt: the text before the answer.
@@ -165,7 +166,7 @@ class Processor:
             text = self.spec.prompt_template.format(bos=tokenizer.bos_token, text=text)
             words = len(tokenizer(text, add_special_tokens=False)['input_ids'])
         else:
-            # An image in the text is one token here; the processor would repeat it.
+            # The image token in the text occurs once here; the processor would repeat it.
             words = len(tokenizer(text)['input_ids']) - text.count(str(self.hf.image_token))
         lengths = [('prompt', words, prompt_tokens)]
         if answer_tokens is not None:
@@ -176,7 +177,7 @@ class Processor:
         return _first_too_long(lengths)
 
     def decode(self, ids: Integer[np.ndarray, 'batch tokens'] | Sequence[Sequence[int]]) -> list[str]:
-        """Return generated tokens as texts, without special tokens and without space around them.
+        """Return generated tokens as texts, without special tokens and surrounding spaces.
 
         Args:
           ids: rows of tokens.
@@ -188,7 +189,7 @@ class Processor:
         return self.hf.qformer_tokenizer.pad_token_id if self.spec.has_instruction else None
 
     def _with_image(self, text: str) -> str:
-        """Return the text as the transformers processor expects it, the image's token in its place."""
+        """Return the text as the transformers processor expects it, with the image token in its place."""
         token = str(self.hf.image_token)
         count = text.count(token)
         place = self.spec.image_place
@@ -198,29 +199,29 @@ class Processor:
             )
         allowed = 1 if self.spec.pads_whole_prompt else 0
         if count > allowed:
-            raise DataError(f'{token} stands for the image, which comes first by itself; leave it out of {text!r}')
+            raise DataError(f'{token} stands for the image and is added automatically; remove it from {text!r}')
         if place is ImagePlace.BEFORE_TEXT and not count:
             return token + text
         return text
 
     def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
-        """Return an answer's tokens as they follow the prompt's, without the end token."""
+        """Return the tokens of an answer after this prompt, without the end token."""
         tokenizer = self.hf.tokenizer
         answer = answer.strip()
         tokens = tokenizer(answer, add_special_tokens=False)['input_ids']
-        # A decoder's answer begins a text of its own, and so does one behind a template.
+        # In an encoder-decoder, or after a template, the answer is tokenized as a separate text.
         if self.start is None and not self.spec.prompt_template:
-            # Tokenizers differ in how they treat a first space, so the answer is read behind its prompt.
+            # Tokenizers treat a leading space differently, so the answer is tokenized together with its prompt.
             space = '' if prompt[-1:].isspace() else ' '
             head = tokenizer(prompt)['input_ids']
             whole = tokenizer(prompt + space + answer)['input_ids']
-            if whole[: len(head)] == head:  # otherwise one token spans the end of the prompt and the answer's beginning
+            if whole[: len(head)] == head:  # otherwise one token spans the boundary of prompt and answer
                 tokens = whole[len(head) :]
         return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
 
 
 def _first_too_long(lengths: Sequence[tuple[str, int, int]]) -> str:
-    """Return a sentence on the first (name, tokens, limit) with more tokens than its limit, '' if there is none."""
+    """Return an error text for the first (name, tokens, limit) that exceeds its limit, or '' if none does."""
     for name, length, limit in lengths:
         if length > limit:
             return f'{name} of {length} tokens, at most {limit} fit'
@@ -232,22 +233,22 @@ def _pad_right(row: Sequence[int] | np.ndarray, length: int, fill: int) -> Integ
 
 
 def load_processor(folder: str | Path, spec: ProcessorSpec | None = None) -> Processor:
-    """Read the processor of a directory, and try it on an image.
+    """Read the processor of a directory, and test it on an image.
 
-    No code that lies in the directory is run. Settings that an old directory leaves out are taken from config.json.
-    Texts are padded on the left; those of a T5 encoder and of a Q-Former on the right.
+    No code from the directory is run. Settings that are missing in an old directory are taken from config.json. Texts
+    are padded on the left, except for a T5 encoder and a Q-Former, which pad on the right.
 
     Args:
       folder: a Hugging Face directory.
-      spec: how its processor works; None: as the family that registered the directory's `model_type` says.
+      spec: description of its processor; None: the one registered for the directory's `model_type`.
 
     Returns:
       The processor.
 
     Raises:
       UnsupportedModelError: no family registered this `model_type`.
-      DataError: a file is missing or unreadable, or the processor's output does not fit config.json: another size of
-        images, another image token, or another number of them.
+      DataError: a file is missing or unreadable, or the processor's output does not match config.json in image
+        size, image token or number of image tokens.
     """
     folder = Path(folder)
     config = directory.read_config(folder)
@@ -257,7 +258,7 @@ def load_processor(folder: str | Path, spec: ProcessorSpec | None = None) -> Pro
     end = directory.find_end_token(folder, config, spec)
     if end is None:
         end = hf.tokenizer.eos_token_id
-    # A directory may combine files of several models, whose processor then runs and does not fit.
+    # A directory may mix files of several models. Its processor then runs, but does not fit the model.
     processor = Processor(spec, hf, spec.count_image_tokens(config), end, _start_token(config.text_config))
     _check_on_an_image(folder, processor, config.vision_config.image_size)
     return processor
@@ -268,11 +269,11 @@ def _start_token(text_config: 'transformers.PretrainedConfig') -> int | None:
     if not text_config.is_encoder_decoder:
         return None
     start = getattr(text_config, 'decoder_start_token_id', None)
-    return text_config.pad_token_id if start is None else start  # T5 begins with a pad where its config is silent
+    return text_config.pad_token_id if start is None else start  # T5's default start token is the pad
 
 
 def _check_on_an_image(folder: Path, processor: Processor, image_size: int) -> None:
-    """Check on one black image that the processor's output has the shapes that the model expects."""
+    """Check on a black image that the processor's output has the shapes that the model expects."""
     token = str(processor.hf.image_token)
     text = f'{token}a' if processor.spec.pads_whole_prompt else 'a'
     try:
@@ -284,5 +285,5 @@ def _check_on_an_image(folder: Path, processor: Processor, image_size: int) -> N
     if (height, width) != (image_size, image_size) or count != processor.image_tokens:
         raise DataError(
             f'{folder}: the processor makes {count} image tokens of {height}x{width} pixels, the model reads '
-            f'{processor.image_tokens} of {image_size}x{image_size}: its files are of different models'
+            f'{processor.image_tokens} of {image_size}x{image_size}: its files belong to different models'
         )

@@ -1,7 +1,7 @@
-"""What a family says about the processor of its directories: which class it is and how it lays texts and images out.
+"""Describes the processor of a model family: its class, and how it lays out texts and images.
 
-`data/` knows no family. Each family describes its processor here, beside its other knowledge (`models/`), and registers
-the description under transformers' `model_type`.
+`data/` does not depend on any family. Each family in `models/` creates a `ProcessorSpec` and registers it under
+transformers' `model_type`.
 """
 
 import enum
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.runtime.registry import Registry
 
-if TYPE_CHECKING:  # importing transformers takes seconds; who only trains the embedded model should not wait for it
+if TYPE_CHECKING:  # importing transformers takes seconds, and the embedded model does not need it
     import transformers
 
 
 class ImagePlace(enum.Enum):
     """Where a processor puts an image's placeholder tokens.
 
-    The place decides where the pads of a batch lie, since a processor pads either the text alone or all of a prompt.
+    This also decides where the pads of a batch are: a processor pads either the text alone or the whole prompt.
     """
 
     BEFORE_PADS = '[image][pads][text]: the text is padded alone and never mentions the image'
@@ -29,25 +29,25 @@ class ImagePlace(enum.Enum):
 
 
 def _change_nothing(processor: 'transformers.ProcessorMixin', config: 'transformers.PretrainedConfig') -> None:
-    """Accept a processor as its directory describes it."""
+    """Leave the processor unchanged."""
 
 
 @dataclass(frozen=True)
 class ProcessorSpec:
-    """A family's processor.
+    """The processor of a model family.
 
     Attributes:
-      class_name: a class of transformers, such as 'LlavaProcessor', or another one as 'package.module:Name'.
-      text: how questions are written where a directory holds no text_format.json.
-      count_image_tokens: from a transformers config to the number of placeholder tokens of one image.
-      image_place: where these placeholders lie.
-      prompt_template: how the processor itself finishes a text, with `{bos}` and `{text}` in it; '' if the tokenizer
-        alone adds the special tokens. An answer behind a template begins anew, as on a line of its own.
+      class_name: name of a transformers class, such as 'LlavaProcessor', or of another class as 'package.module:Name'.
+      text: the text format for directories without text_format.json.
+      count_image_tokens: maps a transformers config to the number of placeholder tokens for one image.
+      image_place: where these placeholders are.
+      prompt_template: the template with `{bos}` and `{text}` that the processor itself applies; '' if the tokenizer
+        alone adds the special tokens. After a template, the answer is tokenized as a separate text.
       has_token_types: the processor returns `token_type_ids`, which are 0 on the prompt and 1 on the answer.
-      has_instruction: a Q-Former reads the text too, by a tokenizer of its own in `qformer_tokenizer/`.
-      reads_generation_config: generation stops at the end token of generation_config.json; False: at that of the
-        language model's own config.
-      complete: sets what old directories leave out of the processor's settings, from the transformers config.
+      has_instruction: a Q-Former reads the text too, through its own tokenizer in `qformer_tokenizer/`.
+      reads_generation_config: use the end token of generation_config.json; False: use that of the language model's
+        config.
+      complete: fills in processor settings that are missing in old directories, from the transformers config.
     """
 
     class_name: str
@@ -67,10 +67,10 @@ class ProcessorSpec:
 
     def find_class(self) -> type:
         """Return the processor's class, a subclass of `transformers.ProcessorMixin`."""
-        # Imported only now: specs exist as soon as the package is imported, and transformers takes seconds.
+        # Imported late: specs are created when the package is imported, and importing transformers takes seconds.
         module, _, name = self.class_name.rpartition(':')
         return getattr(importlib.import_module(module or 'transformers'), name)
 
 
-# By transformers' `model_type`. The kind's name is the beginning of the error for an unknown one.
+# Keys are transformers' `model_type`. The string begins the error message for an unknown key.
 PROCESSORS: Registry[ProcessorSpec] = Registry('image processing of model_type')

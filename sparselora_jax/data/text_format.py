@@ -1,4 +1,4 @@
-"""How a model's questions are written, and how many tokens they may have; saved beside an exported model."""
+"""The prompt template of a model and its token limits, saved beside an exported model."""
 
 import dataclasses
 import json
@@ -13,15 +13,15 @@ FILE = 'text_format.json'
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How a question becomes a prompt, and how many tokens prompt and answer are padded to.
+    """A prompt template, and the numbers of tokens that prompt and answer are padded to.
 
-    The prompt is padded on the left and the answer on the right, so each keeps its own slots.
+    The prompt is padded on the left and the answer on the right, so each always occupies the same positions.
 
     Attributes:
-      prompt: the template; `{}` stands for the question, other braces for themselves.
-      prompt_tokens: number of tokens for template and question; image tokens are not counted.
-      answer_tokens: number of tokens for an answer, its end token included.
-      decoding: arguments of `generate` that the model's answers are scored with.
+      prompt: the template; `{}` stands for the question, and other braces are literal.
+      prompt_tokens: number of tokens each prompt is padded to, without image tokens.
+      answer_tokens: number of tokens each answer is padded to, including its end token.
+      decoding: arguments of `generate` for evaluating this model.
     """
 
     prompt: str = 'Question: {} Short answer:'
@@ -35,7 +35,7 @@ class TextFormat:
 
     def write(self, question: str) -> str:
         """Return the prompt of a question."""
-        return self.prompt.replace('{}', question)  # not str.format: a template may hold other braces
+        return self.prompt.replace('{}', question)  # not str.format: a template may contain other braces
 
 
 def dump(text: TextFormat) -> str:
@@ -48,19 +48,19 @@ def load(folder: str | Path, default: TextFormat) -> TextFormat:
 
     Args:
       folder: the model's directory.
-      default: returned where the directory holds no such file; a family's own is `ProcessorSpec.text`.
+      default: returned if the directory has no such file; for a family, use its `ProcessorSpec.text`.
 
     Returns:
-      The text format to ask this model by.
+      The text format of this model.
 
     Raises:
-      DataError: the file is there and is no text format.
+      DataError: the file exists but is not a text format.
     """
     path = Path(folder) / FILE
     if not path.is_file():
         return default
     try:
         return TextFormat(**json.loads(path.read_text()))
-    # A wrong field is a TypeError, wrong JSON a ValueError, a prompt that is no text an AttributeError.
+    # A wrong field is a TypeError, wrong JSON a ValueError, a prompt that is not a string an AttributeError.
     except (TypeError, ValueError, AttributeError) as error:
         raise DataError(f'{path}: not a text format ({error})') from None

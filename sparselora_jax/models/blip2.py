@@ -1,6 +1,6 @@
 """BLIP-2 (arXiv 2301.12597): vision transformer -> Q-Former -> projection -> soft words of a language model.
 
-InstructBLIP (arXiv 2305.06500) is the same, but for a Q-Former that reads the instruction too.
+InstructBLIP (arXiv 2305.06500) is the same, except that its Q-Former reads the instruction too.
 """
 
 from dataclasses import dataclass, replace
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blip2Config:
-    """The towers of BLIP-2 or InstructBLIP; the projection has their widths.
+    """The towers of BLIP-2 or InstructBLIP; their widths give the projection's shape.
 
     Attributes:
       vision: the vision tower.
-      qformer: the Q-Former; it reads text if it has a vocabulary, and then the model is an InstructBLIP.
+      qformer: the Q-Former; if it has a vocabulary, it reads text, and the model is an InstructBLIP.
       language: the language model.
-      image_token: stands for one soft word; 16 is one of SmolLM2's special tokens that no text here uses.
+      image_token: the placeholder token of one soft word; 16 is an unused special token of SmolLM2.
     """
 
     vision: VisionConfig
@@ -44,21 +44,21 @@ class Blip2Config:
 
     @property
     def family(self) -> Family:
-        """Return the family that reads this config."""
-        # Both are composed alike. They differ in processor, recipe and what the Q-Former reads.
+        """Return the family of this config."""
+        # Both have the same structure. They differ in processor, recipe and the Q-Former's input.
         return INSTRUCTBLIP if self.qformer.vocab else BLIP2
 
 
 def bridge(
     w: dict, cfg: Blip2Config, image: Float[Array, 'batch patches dim'], batch: dict, run: Runner = scan_blocks
 ) -> Float[Array, 'batch queries words']:
-    """Return soft words from vision features, by the Q-Former and the projection.
+    """Convert vision features to soft words, by the Q-Former and the projection.
 
     Args:
-      w: params, or what `bind` made of them.
+      w: params, or the weights from `bind`.
       cfg: the family's config.
-      image: what the vision tower hands on.
-      batch: holds the instruction, for an InstructBLIP.
+      image: the vision tower's output.
+      batch: contains the instruction, for an InstructBLIP.
       run: executes the Q-Former's blocks.
     """
     queries = qformer.forward(w['qformer'], cfg.qformer, image, batch, run)
@@ -66,7 +66,7 @@ def bridge(
 
 
 def bridge_shapes(cfg: Blip2Config) -> dict:
-    """Return the shapes of everything but the language model.
+    """Return the shapes of everything except the language model.
 
     Args:
       cfg: the family's config.
@@ -88,11 +88,11 @@ def count_image_tokens(hf: 'transformers.PretrainedConfig') -> int:
 
 
 def complete_processor(processor: 'transformers.ProcessorMixin', hf: 'transformers.PretrainedConfig') -> None:
-    """Set what directories leave out that were saved when the model itself added the image tokens.
+    """Fill in settings that are missing in old directories, saved when the model itself added the image tokens.
 
     Args:
       processor: a transformers `Blip2Processor` or `InstructBlipProcessor`, which is changed.
-      hf: the directory's config.
+      hf: the transformers config of the directory.
     """
     # The processor writes the image tokens into the prompt, so it must know how many there are.
     if processor.num_query_tokens is None:
@@ -107,7 +107,7 @@ class Blip2Family(ImageFamily):
     ignored = (
         r'.*\.position_ids',
         r'.*\.rotary_emb\.inv_freq',
-        # Of T5's decoder: cross-attention has no relative positions, but old files hold a table for them.
+        # T5's cross-attention has no relative positions, but old files contain a table for them.
         r'language_model\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
     )
     processor = ProcessorSpec(
@@ -118,7 +118,7 @@ class Blip2Family(ImageFamily):
         reads_generation_config=False,
         complete=complete_processor,
     )
-    # Its language model generates from embeddings, and was built from `text_config`.
+    # Its language model generates from embeddings, with the defaults of `text_config`.
     reads_generation_config = False
     is_prompted_by_image = True
 
@@ -126,18 +126,18 @@ class Blip2Family(ImageFamily):
         """Convert a transformers `Blip2Config` or `InstructBlipConfig`.
 
         Args:
-          hf: transformers' config.
+          hf: the transformers config.
 
         Returns:
           Our config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
-        # Old configs have none: the model then put soft words before the prompt, without placeholders.
+        # Old configs have no image token: the model put soft words before the prompt, without placeholders.
         if hf.image_token_id is None:
             raise UnsupportedModelError(
-                f'{hf.model_type} without image_token_index: say in config.json which token is an image'
+                f'{hf.model_type} without image_token_index: set it in config.json to the id of the image token'
             )
         return Blip2Config(
             vision=towers.vision_from_hf(hf.vision_config),
@@ -149,10 +149,10 @@ class Blip2Family(ImageFamily):
     def soft_words(
         self, w: dict, cfg: Blip2Config, batch: dict, run: Runner = scan_blocks
     ) -> Float[Array, 'batch queries dim']:
-        """Return an image (and its instruction) in the language model's embedding space.
+        """Return the soft words of an image (and its instruction), in the language model's embedding space.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the towers' blocks.
@@ -169,20 +169,20 @@ class Blip2Family(ImageFamily):
         return bridge_shapes(cfg) | {'language': cfg.language.tower.shapes(cfg.language)}
 
     def keys(self, cfg: Blip2Config) -> Keys:
-        """Return our paths with transformers' names in `Blip2ForConditionalGeneration` or InstructBLIP's.
+        """Return the key table: our paths -> parameter names in transformers' BLIP-2 or InstructBLIP model.
 
         Args:
           cfg: the family's config.
         """
         table = key_table.nested(cfg.vision.tower.keys(cfg.vision), 'vision/', 'vision_model.')
-        # No prefix: the queries and the Q-Former are both members of the whole model.
+        # No prefix, since the queries and the Q-Former are both members of the whole model.
         table |= key_table.nested(qformer.keys(cfg.qformer), 'qformer/', '')
         table |= key_table.dense('projection', 'language_projection')
         return table | towers.language_keys(cfg.language, 'language_model.model.', 'language_model.')
 
 
 class InstructBlipFamily(Blip2Family):
-    """InstructBLIP: the Q-Former reads the instruction beside the image."""
+    """InstructBLIP: the Q-Former reads the instruction and the image."""
 
     name = 'instructblip'
     processor = replace(
@@ -193,7 +193,7 @@ class InstructBlipFamily(Blip2Family):
     )
 
     def vocabularies(self, cfg: Blip2Config) -> dict[str, int]:
-        """Return which arrays of a batch hold tokens, with the sizes of their vocabularies.
+        """Return the batch arrays that contain tokens, with their vocabulary sizes.
 
         Args:
           cfg: the family's config.
@@ -201,6 +201,6 @@ class InstructBlipFamily(Blip2Family):
         return super().vocabularies(cfg) | {'qformer_input_ids': cfg.qformer.vocab}
 
 
-# Two objects of one composition: a model type is looked up before any config is read.
+# Two objects with the same structure, because a family is looked up by model type before its config is read.
 BLIP2 = register_family(Blip2Family(), 'blip-2')
 INSTRUCTBLIP = register_family(InstructBlipFamily(), 'instructblip')

@@ -1,4 +1,4 @@
-"""A decoder-only language model alone: LLaMA, Mistral, Gemma, OPT."""
+"""A decoder-only language model without a vision tower: LLaMA, Mistral, Gemma, OPT."""
 
 from dataclasses import dataclass
 
@@ -13,51 +13,51 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class CausalConfig:
-    """A language model's config, where other families hold several towers' configs."""
+    """The config of a language model, the only tower of this family."""
 
     language: LanguageConfig
 
     @property
     def family(self) -> Family:
-        """Return the family that reads this config."""
+        """Return the family of this config."""
         return FAMILY
 
 
 class CausalFamily(Family):
-    """Language models that read text alone."""
+    """Language models that read text only."""
 
     name = 'causal'
-    renames = ((r'^(?=(decoder|layers|embed_tokens|norm)\.)', 'model.'),)  # files of the model without its head
+    renames = ((r'^(?=(decoder|layers|embed_tokens|norm)\.)', 'model.'),)  # names in files saved without the head
     ignored = (r'.*\.rotary_emb\.inv_freq',)
 
     def from_hf(self, hf: HfConfig) -> CausalConfig:
         """Convert a transformers config of a decoder-only language model.
 
         Args:
-          hf: such as a `LlamaConfig`.
+          hf: a transformers config, such as a `LlamaConfig`.
 
         Returns:
           Our config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
-        # Set for models that read a whole text both ways, such as those that embed texts.
+        # Set for models whose tokens attend in both directions, such as text embedding models.
         if getattr(hf, 'use_bidirectional_attention', None):
             raise UnsupportedModelError(
                 f'use_bidirectional_attention of {hf.model_type}: only causal attention is known'
             )
-        # The text config of another family is a whole model's config here.
+        # The whole config of a causal model has the form of the text config in other families.
         return CausalConfig(towers.language_from_hf(hf))
 
     def prompt(self, w: dict, cfg: CausalConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:
-        """Return the embeddings of the prompt's words.
+        """Return the embeddings of the prompt's tokens.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
-          run: not needed, since no tower runs before the language model.
+          run: unused, since no tower runs before the language model.
         """
         del run
         return embed_words(w, cfg, batch)
@@ -71,12 +71,12 @@ class CausalFamily(Family):
         return {'language': cfg.language.tower.shapes(cfg.language)}
 
     def keys(self, cfg: CausalConfig) -> Keys:
-        """Return our paths with transformers' names in `LlamaForCausalLM` and its like.
+        """Return the key table: our paths -> parameter names in transformers' `LlamaForCausalLM` and similar models.
 
         Args:
           cfg: the family's config.
         """
-        # transformers: `model.` holds the tower, and the head lies beside it.
+        # In transformers, the tower is under `model.`, and the head is beside it.
         return towers.language_keys(cfg.language, 'model.', '')
 
 

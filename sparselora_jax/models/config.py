@@ -1,20 +1,21 @@
-"""The fields that configs have in common: those of transformers, of towers and of families.
+"""The common fields of configs: of transformers, of towers and of families.
 
-Each tower and each family has a frozen dataclass of its own with more fields. The protocols here name what others read.
+Each tower and each family has its own frozen dataclass with more fields. The protocols here list the fields that other
+modules read.
 """
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-if TYPE_CHECKING:  # both build on these protocols
+if TYPE_CHECKING:  # both modules import these protocols
     from sparselora_jax.models.family import Family
     from sparselora_jax.models.towers import LanguageTower, VisionTower
 
 
 @runtime_checkable
 class HfConfig(Protocol):
-    """A config of transformers, whose fields are read by name.
+    """A transformers config, whose fields are read by name.
 
-    This stands for `transformers.PretrainedConfig`, so that importing the package does not import transformers.
+    It replaces the type `transformers.PretrainedConfig`, so that importing the package does not import transformers.
     """
 
     model_type: str
@@ -22,11 +23,11 @@ class HfConfig(Protocol):
 
 @runtime_checkable
 class LanguageConfig(Protocol):
-    """The fields that every language tower's config has; towers add their own."""
+    """The fields of every language tower's config; towers add their own."""
 
     @property
     def vocab(self) -> int:
-        """Return the number of words."""
+        """Return the vocabulary size."""
 
     @property
     def width(self) -> int:
@@ -38,20 +39,20 @@ class LanguageConfig(Protocol):
 
     @property
     def longest(self) -> int | None:
-        """Return how many tokens a text may have, pads included; None: any number."""
+        """Return the maximum number of tokens in a text, including pads; None: no maximum."""
 
     @property
     def tower(self) -> 'LanguageTower':
-        """Return the module that runs this config."""
+        """Return the module that implements the tower."""
 
 
 @runtime_checkable
 class VisionConfig(Protocol):
-    """The fields that every vision tower's config has; towers add their own."""
+    """The fields of every vision tower's config; towers add their own."""
 
     @property
     def image_size(self) -> int:
-        """Return the pixels a side of the images it reads."""
+        """Return the side of the square input images, in pixels."""
 
     @property
     def width(self) -> int:
@@ -59,17 +60,17 @@ class VisionConfig(Protocol):
 
     @property
     def output_tokens(self) -> int:
-        """Return how many hidden states it hands on for each image."""
+        """Return the number of hidden states that it outputs for each image."""
 
     @property
     def tower(self) -> 'VisionTower':
-        """Return the module that runs this config."""
+        """Return the module that implements the tower."""
 
 
-# A family's config holds its towers' configs as fields, under the names of the towers in params.
+# The fields of a family's config are its towers' configs, under the towers' names in params.
 @runtime_checkable
 class FamilyConfig(Protocol):
-    """The fields that every family's config has; families add their own."""
+    """The fields of every family's config; families add their own."""
 
     @property
     def language(self) -> LanguageConfig:
@@ -77,7 +78,7 @@ class FamilyConfig(Protocol):
 
     @property
     def family(self) -> 'Family':
-        """Return the family that reads this config."""
+        """Return the family of this config."""
 
 
 @runtime_checkable
@@ -94,4 +95,4 @@ class ImageConfig(FamilyConfig, Protocol):
 
     @property
     def image_tokens(self) -> int:
-        """Return how many soft words an image has."""
+        """Return the number of soft words of an image."""

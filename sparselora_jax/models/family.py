@@ -1,6 +1,6 @@
-"""Families: how towers are composed into one kind of model, and everything else that differs between kinds.
+"""Families of models: how towers form a model, and everything else that differs between families.
 
-A family is an object of the protocol `Family`, registered in its own file under transformers' `model_type`:
+A family is an object that implements the protocol `Family`. Its own file registers it under transformers' `model_type`:
 
     class MyFamily(ImageFamily):
         name = 'my_family'
@@ -8,8 +8,11 @@ A family is an object of the protocol `Family`, registered in its own file under
 
     FAMILY = register_family(MyFamily(), 'my_model_type')
 
-Its config is a frozen dataclass that holds the towers' configs and names its family by `cfg.family`, so a model knows
-its family without a second table. A family that is registered nowhere is named as `package.module:FAMILY`.
+Its config is a frozen dataclass that contains the towers' configs. `cfg.family` returns the family, so no second table
+is needed. An unregistered family can be named as `package.module:FAMILY`.
+
+Soft words are the vectors that represent an image in the language model's embedding space. Each replaces the embedding
+of one image token.
 """
 
 import abc
@@ -32,19 +35,19 @@ from sparselora_jax.runtime.registry import Registry
 
 @runtime_checkable
 class Family(Protocol):
-    """A kind of model: its towers, its shapes, the names in its files, its prompt.
+    """A family of models: its towers, its shapes, the names in its files, its prompt.
 
-    A subclass states what has no default here. `ImageFamily` does so for models of images and text.
+    A subclass defines what has no default here. `ImageFamily` is the base class for models of images and text.
 
     Attributes:
-      name: of its recipes in `configs/`, such as 'llava'.
-      tower_names: its towers in the order in which they run; each is a field of its config and of its params.
-      renames: (regex, replacement) pairs that turn the names of older files into today's, applied in order.
-      ignored: regexes of tensors that a file may hold and no parameter reads; the key table goes before them.
-      processor: how the processor of its directories works; None: it has none.
-      reads_generation_config: generation follows the directory's generation_config.json. False: the language model
-        generates by itself, from embeddings, as it was built from `text_config`. Then pads are not told by their id.
-      is_prompted_by_image: an image without any text is a prompt: its soft words, then the BOS token.
+      name: name in its recipes in `configs/`, such as 'llava'.
+      tower_names: its towers in execution order; each is a field of its config and of its params.
+      renames: (regex, replacement) pairs that convert the names in older files to current ones, applied in order.
+      ignored: regexes of tensors in a file that no parameter uses; the key table takes precedence.
+      processor: description of its processor; None: it has none.
+      reads_generation_config: generation uses the directory's generation_config.json. False: the language model
+        generates from embeddings, with the defaults of `text_config`. Pads are then not recognised by their id.
+      is_prompted_by_image: an image without text is a valid prompt: its soft words, then the BOS token.
     """
 
     name: str
@@ -57,26 +60,26 @@ class Family(Protocol):
 
     @abc.abstractmethod
     def from_hf(self, hf: HfConfig) -> FamilyConfig:
-        """Convert a config of transformers.
+        """Convert a transformers config.
 
         Args:
-          hf: transformers' config of a whole model.
+          hf: the transformers config of a whole model.
 
         Returns:
           The family's config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
 
     @abc.abstractmethod
     def prompt(self, w: dict, cfg: FamilyConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:
-        """Return what the language tower reads.
+        """Return the language tower's input.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
-          batch: JAX arrays, see `models.model`; `attention_mask` is among them.
+          batch: JAX arrays, including `attention_mask`; see `models.model`.
           run: executes the blocks of the towers before the language model.
 
         Raises:
@@ -93,14 +96,14 @@ class Family(Protocol):
 
     @abc.abstractmethod
     def keys(self, cfg: FamilyConfig) -> Keys:
-        """Return our paths with the names that transformers' model class gives its parameters today.
+        """Return the key table: our paths -> current parameter names of transformers' model class.
 
         Args:
           cfg: the family's config.
         """
 
     def vocabularies(self, cfg: FamilyConfig) -> dict[str, int]:
-        """Return which arrays of a batch hold tokens, with the sizes of their vocabularies.
+        """Return the batch arrays that contain tokens, with their vocabulary sizes.
 
         Args:
           cfg: the family's config.
@@ -110,7 +113,7 @@ class Family(Protocol):
     def batch_like(
         self, cfg: FamilyConfig, size: int, *, prompt_tokens: int, answer_tokens: int
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes of a training batch, as `data.processing` lays it out.
+        """Return the shapes of a training batch in the layout of `data.processing`.
 
         Args:
           cfg: the family's config.
@@ -118,7 +121,7 @@ class Family(Protocol):
           prompt_tokens: number of text tokens that each prompt is padded to.
           answer_tokens: number of tokens that each answer is padded to.
         """
-        # `input_ids` hold the image's placeholders, the prompt and, for a decoder, the answer.
+        # `input_ids` contain the image's placeholders, the prompt and, for a decoder-only model, the answer.
         tokens = prompt_tokens
         arrays = {'answer': jax.ShapeDtypeStruct((size, answer_tokens), jnp.bool_)}
         if 'vision' in self.tower_names:
@@ -128,9 +131,9 @@ class Family(Protocol):
         # All other arrays are int32 [size, length].
         lengths = {'targets': answer_tokens}
         if cfg.language.tower.is_encoder_decoder:
-            lengths['decoder_input_ids'] = answer_tokens  # the start token, and the answer but for its last token
+            lengths['decoder_input_ids'] = answer_tokens  # the start token, and the answer without its last token
         else:
-            tokens += answer_tokens - 1  # a decoder reads the answer behind the prompt, but for its last token
+            tokens += answer_tokens - 1  # the answer without its last token follows the prompt
         lengths |= dict.fromkeys(('input_ids', 'attention_mask'), tokens)
         if self.processor is not None and self.processor.has_token_types:
             lengths['token_type_ids'] = tokens
@@ -139,11 +142,11 @@ class Family(Protocol):
         return arrays | {name: jax.ShapeDtypeStruct((size, length), jnp.int32) for name, length in lengths.items()}
 
     def unread(self, hf: HfConfig, cfg: FamilyConfig) -> dict[str, int]:
-        """Return how many parameters a published file holds that nothing here reads, by what they are.
+        """Return the numbers of parameters in a published file that no code here reads, by description.
 
         Args:
-          hf: transformers' config of a whole model.
-          cfg: the family's config that was made from it.
+          hf: the transformers config of a whole model.
+          cfg: the family's config, converted from `hf`.
         """
         if 'vision' not in self.tower_names:
             return {}
@@ -151,7 +154,7 @@ class Family(Protocol):
 
 
 class ImageFamily(Family):
-    """A family of a vision tower, a bridge and a language tower; it states the bridge by `soft_words`."""
+    """A family with a vision tower, a bridge and a language tower; `soft_words` implements the bridge."""
 
     tower_names = ('vision', 'language')
 
@@ -159,20 +162,20 @@ class ImageFamily(Family):
     def soft_words(
         self, w: dict, cfg: ImageConfig, batch: dict, run: Runner = scan_blocks
     ) -> Float[Array, 'batch soft dim']:
-        """Return an image in the language model's embedding space, as many vectors as it has image tokens.
+        """Return the soft words of each image, one for each image token.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`; `pixel_values` are in the dtype of the language model.
           run: executes the towers' blocks.
         """
 
     def prompt(self, w: dict, cfg: ImageConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:
-        """Return the language tower's words, with the soft words in the places of the image tokens.
+        """Return word embeddings in which soft words replace the image tokens.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the towers' blocks.
@@ -187,11 +190,11 @@ FAMILIES: Registry[Family] = Registry('family')
 
 
 def register_family(family: Family, *model_types: str) -> Family:
-    """Make a family known, and its processor with it.
+    """Register a family and its processor.
 
     Args:
-      family: the object; one may serve several model types.
-      model_types: transformers' names of its models.
+      family: the family; it may serve several model types.
+      model_types: the `model_type` values of its models in transformers.
 
     Returns:
       The family.
@@ -199,7 +202,7 @@ def register_family(family: Family, *model_types: str) -> Family:
     Raises:
       ValueError: a model type is registered already.
     """
-    # The processor goes to a registry of its own, since `data/` stands below and knows no families.
+    # The processor has a separate registry, since `data/` is a lower layer and cannot import families.
     for model_type in model_types:
         FAMILIES.register(model_type, family)
         if family.processor is not None:
@@ -211,15 +214,15 @@ def find_family(model_type: str, name: str = '') -> Family:
     """Return the family of a model.
 
     Args:
-      model_type: transformers' name of the kind of model.
-      name: a family to use instead: a registered model type, or `package.module:FAMILY`; '' for the model's own.
+      model_type: the model's `model_type` in transformers.
+      name: another family to use: a registered model type, or `package.module:FAMILY`; '' for the model's own.
 
     Returns:
       The family.
 
     Raises:
       UnknownNameError: `name` cannot be found.
-      UnsupportedModelError: no family is registered for this model type, or `name` is no family.
+      UnsupportedModelError: no family is registered for this model type, or `name` is not a family.
     """
     if not name:
         if model_type not in FAMILIES:
@@ -229,7 +232,7 @@ def find_family(model_type: str, name: str = '') -> Family:
             )
         return FAMILIES.find(model_type)
     family = FAMILIES.find(name)
-    # An import by name may return any object; say so here, not where a method is first missed.
+    # An import by name may return any object. Raise here, not where a missing method is first used.
     if not isinstance(family, Family):
         raise UnsupportedModelError(f'{name} is a {type(family).__name__}: expected an object of the protocol Family')
     return family

@@ -1,7 +1,7 @@
-"""Key tables: how the tensors of a checkpoint are named.
+"""Key tables: the names of tensors in checkpoints.
 
-A table maps our path to the name of a torch module's parameter. `{i}` in a name is the layer; of stacked pairs of
-layers, `{even}` and `{odd}` are the first's and the second's.
+A table maps our path to the name of a torch parameter. `{i}` in a name is the layer index. For stacked pairs of layers,
+`{even}` and `{odd}` are the indices of the first and the second layer.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class Part(NamedTuple):
 
     name: str
     index: int
-    of: int  # of the EVA-CLIP's q, k and v: 3
+    of: int  # number of slices: 3 for EVA-CLIP's q, k and v
 
 
 Keys = dict[str, str | Part]
@@ -24,7 +24,7 @@ def dense(ours: str, theirs: str, *, bias: bool = True) -> Keys:
     Args:
       ours: our path of the layer.
       theirs: the torch module's name.
-      bias: the layer has one.
+      bias: whether the layer has a bias.
 
     Returns:
       A table of kernel and bias.
@@ -44,12 +44,12 @@ def norm(ours: str, theirs: str, *, bias: bool = True) -> Keys:
     Args:
       ours: our path of the norm.
       theirs: the torch module's name.
-      bias: the norm has one.
+      bias: whether the norm has a bias.
 
     Returns:
       A table of scale and bias.
     """
-    # torch calls the scale of a norm its weight.
+    # torch calls the scale of a norm `weight`.
     table: Keys = {f'{ours}/scale': f'{theirs}.weight'}
     if bias:
         table[f'{ours}/bias'] = f'{theirs}.bias'
@@ -57,12 +57,12 @@ def norm(ours: str, theirs: str, *, bias: bool = True) -> Keys:
 
 
 def nested(table: Keys, path: str, prefix: str) -> Keys:
-    """Put a table under a path of ours and a prefix of theirs.
+    """Add a prefix to our paths and to the torch names of a table.
 
     Args:
-      table: names of a part of a model.
-      path: put before our paths.
-      prefix: put before the torch names.
+      table: the table of a part of a model.
+      path: prefix of our paths.
+      prefix: prefix of the torch names.
 
     Returns:
       The table of that part within the whole model.
@@ -70,7 +70,7 @@ def nested(table: Keys, path: str, prefix: str) -> Keys:
     >>> nested({'norm/scale': 'norm.weight'}, 'language/', 'language_model.model.')
     {'language/norm/scale': 'language_model.model.norm.weight'}
     """
-    # Templates such as `{i}` in names pass through: `checkpoints.layout` fills them in.
+    # Placeholders such as `{i}` stay in the names: `checkpoints.layout` fills them in.
     moved: Keys = {}
     for ours, name in table.items():
         if isinstance(name, Part):

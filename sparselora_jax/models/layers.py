@@ -1,4 +1,4 @@
-"""The pieces every tower shares: norms, attention, rotary positions. Norms and softmax run in fp32."""
+"""The layers that all towers share: norms, attention, rotary positions. Norms and softmax run in fp32."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from sparselora_jax.sparse.linear import linear
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the slots seen so far; `index` is the slot that the next token is written to."""
+    """Keys and values of the slots filled so far; the next token is written to slot `index`."""
 
     k: Float[Array, 'batch kv_heads slots head_dim']
     v: Float[Array, 'batch kv_heads slots head_dim']
@@ -20,10 +20,10 @@ class KVCache(NamedTuple):
 
 
 class View(NamedTuple):
-    """Where the tokens of one run of blocks stand, and which slots each of them may read.
+    """The positions of the tokens of one pass, and the slots that each token may attend to.
 
-    Without a cache the slots are the tokens themselves. With one, a run may hold any tokens: the prompt, the next
-    token, or the next token of every beam, since `mask` says who reads whom.
+    Without a cache, the slots are the tokens themselves. With a cache, the tokens of a pass may be the prompt, the next
+    token, or the next token of every beam: `mask` defines which slots each one attends to.
     """
 
     positions: Int[Array, 'batch tokens']
@@ -35,35 +35,35 @@ def positions_of(valid: Bool[Array, 'batch slots']) -> Int[Array, 'batch slots']
     """Return positions that skip pads, wherever the pads are.
 
     Args:
-      valid: False: a pad.
+      valid: False marks a pad.
     """
-    # A pad takes the position before it; no token reads a pad, so any position will do. It must not be negative.
+    # A pad gets the position of the token before it. No token attends to a pad, so any non-negative position will do.
     return jnp.maximum(jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
 def causal_view(valid: Bool[Array, 'batch tokens'], prefix: Bool[Array, 'batch tokens'] | None = None) -> View:
-    """Return the view in which every token reads those before it and itself, pads left out.
+    """Return the causal view: each token attends to itself and the tokens before it, except pads.
 
     Args:
-      valid: False: a pad.
-      prefix: tokens that read each other both ways; None: there are none.
+      valid: False marks a pad.
+      prefix: tokens that attend to each other in both directions; None: there are none.
     """
     slots = jnp.arange(valid.shape[1])
     mask = (slots <= slots[:, None])[None]  # [1, tokens, slots]
     if prefix is not None:
-        # Both must be of the prefix: a token of the answer reads the prompt, and is not read by it.
+        # Both tokens must be in the prefix: the answer attends to the prompt, but the prompt does not attend to it.
         mask = mask | (prefix[:, None, :] & prefix[:, :, None])
     positions = positions_of(valid)
-    # Pads are masked where they would be read. What they read themselves does not matter: nobody reads the result.
+    # Pads are masked as keys. They need no mask as queries, since no code uses their results.
     return View(positions, positions, mask & valid[:, None, :])
 
 
 def check_length(tokens: int, longest: int | None) -> None:
-    """Check that a text is not longer than a model reads.
+    """Check that a text is not too long for a model.
 
     Args:
-      tokens: of the text, pads included.
-      longest: number of tokens that the model reads; None: any number.
+      tokens: number of tokens of the text, including pads.
+      longest: maximum number of tokens; None: no maximum.
 
     Raises:
       BatchError: there are more tokens.
@@ -73,10 +73,10 @@ def check_length(tokens: int, longest: int | None) -> None:
 
 
 def reads_at_most(longest: int) -> str:
-    """Return what errors say of a text that is too long.
+    """Return the words in which errors state a model's length limit.
 
     Args:
-      longest: number of tokens that the model reads.
+      longest: maximum number of tokens.
     """
     return f'the model reads at most {longest} (its table of positions, or window of attention)'
 
@@ -86,10 +86,10 @@ def layer_norm(w: dict, x: Float[Array, '*batch dim'], eps: float) -> Float[Arra
 
     Args:
       w: `scale` and `bias`.
-      x: normed along its last axis.
+      x: the input, normalised along its last axis.
       eps: added to the variance.
     """
-    # The default, mean(x²) - mean(x)², loses all digits where the mean is far above the deviation.
+    # The default, mean(x²) - mean(x)², loses all digits if the mean is far larger than the deviation.
     y = jax.nn.standardize(x.astype(jnp.float32), epsilon=eps, algorithm='stable')
     return (y * w['scale'].astype(jnp.float32) + w['bias'].astype(jnp.float32)).astype(x.dtype)
 
@@ -99,11 +99,11 @@ def rms_norm(w: dict, x: Float[Array, '*batch dim'], eps: float, *, offset: floa
 
     Args:
       w: `scale`.
-      x: normed along its last axis.
+      x: the input, normalised along its last axis.
       eps: added to the mean square.
       offset: added to the scale; Gemma's is 1.
     """
-    # LLaMA's code rounds before it scales, Gemma's after. In fp32 throughout, one formula serves both.
+    # LLaMA's code rounds before scaling, Gemma's after. One formula in fp32 throughout serves both.
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * (offset + w['scale'].astype(jnp.float32))).astype(x.dtype)
@@ -113,8 +113,8 @@ def dense(w: dict, x: Float[Array, '*batch inputs']) -> Float[Array, '*batch out
     """Apply a linear layer.
 
     Args:
-      w: `kernel`, of any kind that `linear` knows, and `bias` if there is one.
-      x: inputs along its last axis.
+      w: `kernel`, of any kind that `linear` supports, and optionally `bias`.
+      x: the input; its last axis is contracted.
     """
     return linear(x, w['kernel'], w.get('bias'))
 
@@ -142,27 +142,27 @@ def attend(
 
     Args:
       q: queries.
-      k: keys; each head serves heads / kv_heads of the queries.
+      k: keys; each head serves heads / kv_heads query heads.
       v: values.
-      mask: True: the query may attend to the key; None: to all.
+      mask: True where a query may attend to a key; None: everywhere.
       bias: added to the scaled products (T5's relative positions).
-      scale: of the products; 1 / sqrt(head_dim) by default.
+      scale: factor of the products; default: 1 / sqrt(head_dim).
     """
     batch, heads, queries, head_dim = q.shape
     kv_heads = k.shape[1]
-    # The queries of a group stand one below the other, as more rows of one matrix: [heads / kv_heads * queries].
-    # Plain batched matmuls over [batch, kv_heads]: with the group as an axis of its own XLA transposes what they read.
+    # The queries of a group become rows of one matrix: [heads / kv_heads * queries]. So these are plain batched matmuls
+    # over [batch, kv_heads]. With a separate axis for the group, XLA would transpose their operands.
     q = q.reshape(batch, kv_heads, -1, head_dim)
     logits = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    # Apart again for bias and mask: [batch, kv_heads, heads / kv_heads, queries, keys].
+    # Split the group again for bias and mask: [batch, kv_heads, heads / kv_heads, queries, keys].
     logits = logits.reshape(batch, kv_heads, -1, queries, k.shape[2])
     logits = logits * (head_dim**-0.5 if scale is None else scale)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32).reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
     if mask is not None:
-        # The smallest finite number, not -inf: a row of nothing but pads would become NaN.
+        # The smallest finite number, not -inf, because with -inf a row of only pads would become NaN.
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    # Softmax in fp32; only its result is rounded, for the matrix unit.
+    # Softmax runs in fp32. Only its result is rounded, for the matrix unit.
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     mixed = jnp.matmul(weights.reshape(batch, kv_heads, -1, k.shape[2]), v)
     # [batch, heads, queries, head_dim] -> [batch, queries, heads * head_dim]
@@ -175,10 +175,10 @@ def rope_table(
     """Return cosines and sines of rotary positions (RoFormer, arXiv 2104.09864, section 3.2), in fp32.
 
     Args:
-      positions: of the tokens.
-      frequencies: radians a position, one for each pair of a head's numbers.
+      positions: positions of the tokens.
+      frequencies: radians per position, one for each pair of a head's elements.
     """
-    # In fp32 whatever the weights' dtype: bf16 cannot tell positions above 256 apart.
+    # In fp32 for all weight dtypes, because bf16 cannot represent all positions above 256.
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -208,11 +208,11 @@ def empty_caches(
       layers: number of caches.
       batch: number of rows.
       kv_heads: number of heads of keys and values.
-      slots: number of tokens that a row has room for.
+      slots: maximum number of tokens in a row.
       head_dim: size of a head.
-      dtype: of keys and values.
+      dtype: dtype of keys and values.
     """
-    # Unwritten slots hold zeros, and no mask lets them be read. All layers share one array until they write.
+    # Unwritten slots are zero and always masked. All layers share one array until they write to it.
     empty = jnp.zeros((batch, kv_heads, slots, head_dim), dtype)
     return tuple(KVCache(empty, empty, jnp.zeros((), jnp.int32)) for _ in range(layers))
 
@@ -223,14 +223,14 @@ def update_cache(
     """Write new keys and values at `cache.index`, and advance it.
 
     Args:
-      cache: of one layer.
+      cache: the cache of one layer.
       k: keys of the new tokens.
       v: values of the new tokens.
 
     Returns:
-      The cache with them.
+      The updated cache.
     """
-    # The index is traced, so that all steps of decoding are one program. XLA writes in place where a loop carries it.
+    # The index is traced, so all decoding steps use one program. If a loop carries the cache, XLA writes in place.
     write = jax.lax.dynamic_update_slice_in_dim
     tokens = k.shape[2]
     return KVCache(
@@ -242,7 +242,7 @@ def update_cache(
 
 ACTIVATIONS = {  # by the names that Hugging Face's configs use
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
-    # Two names of the same approximation, by 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³))).
+    # Two names of the same approximation: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³))).
     'gelu_new': lambda x: jax.nn.gelu(x, approximate=True),
     'gelu_pytorch_tanh': lambda x: jax.nn.gelu(x, approximate=True),
     'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -252,11 +252,11 @@ ACTIVATIONS = {  # by the names that Hugging Face's configs use
 
 
 def known_activation(name: str, owner: str) -> str:
-    """Return the name of an activation, after a check that it is one of `ACTIVATIONS`.
+    """Check that an activation is one of `ACTIVATIONS`, and return its name.
 
     Args:
-      name: as a Hugging Face config has it.
-      owner: the part of a model that asks for it, for the error.
+      name: the name in a Hugging Face config.
+      owner: the part of a model that uses it, for the error message.
 
     Raises:
       UnsupportedModelError: there is no such activation.
@@ -271,12 +271,12 @@ def word_logits(w: dict, hidden: Float[Array, '*batch words'], *, tied: bool) ->
 
     Args:
       w: params of a language tower.
-      hidden: what its head reads.
+      hidden: the input of its head.
       tied: the head is the word embedding.
     """
     if not tied:
         return linear(hidden, w['head']['kernel']).astype(jnp.float32)
-    # The embedding is [vocab, dim]. Contracting its second axis saves a transposed copy of the largest matrix.
+    # The embedding is [vocab, dim]. Contracting its second axis avoids a transposed copy of the largest matrix.
     return jnp.einsum('...d,vd->...v', hidden, w['embed'].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
@@ -285,14 +285,14 @@ def scatter_images(
     soft: Float[Array, 'batch soft dim'],
     is_image: Bool[Array, 'batch tokens'],
 ) -> Float[Array, 'batch tokens dim']:
-    """Return word embeddings with an image's soft words, in order, in the places of its placeholder tokens.
+    """Return word embeddings in which an image's soft words replace its placeholder tokens, in order.
 
     Args:
       words: word embeddings.
-      soft: of one image a row.
-      is_image: True: the token is a placeholder.
+      soft: soft words of one image per row.
+      is_image: True where the token is a placeholder.
     """
-    # The n-th placeholder of a row takes the n-th soft word. Gathering, instead of scattering, keeps shapes static.
+    # The n-th placeholder of a row gets the n-th soft word. Gathering instead of scattering keeps shapes static.
     index = jnp.maximum(jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1, 0)
     placed = jnp.take_along_axis(soft.astype(words.dtype), index[..., None], axis=1)
     return jnp.where(is_image[..., None], placed, words)

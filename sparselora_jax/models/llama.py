@@ -26,7 +26,7 @@ overflows_in_float16 = ()
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """How LLaMA 3.1 stretches low rotary frequencies, in transformers' terms."""
+    """How LLaMA 3.1 stretches low rotary frequencies; the fields are those of transformers."""
 
     factor: float
     low_freq_factor: float
@@ -36,28 +36,28 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """A LLaMA's sizes and variant.
+    """The sizes and variant of a LLaMA.
 
     Attributes:
-      vocab: number of words.
+      vocab: vocabulary size.
       width: size of a hidden state.
       depth: number of layers.
-      heads: of queries.
-      kv_heads: of keys and values; each serves heads / kv_heads of the queries.
+      heads: number of query heads.
+      kv_heads: number of key/value heads; each serves heads / kv_heads query heads.
       mlp_width: size of a hidden state within an MLP.
-      rope_base: of the rotary frequencies.
-      norm_eps: of the norms.
-      max_positions: tokens of the longest text that it was trained on.
+      rope_base: base of the rotary frequencies.
+      norm_eps: epsilon of the norms.
+      max_positions: number of tokens in the longest training text.
       head_dim: size of a head; 0: width / heads.
       tied: the head is the word embedding.
       attention_bias: the attention's layers have biases.
       mlp_bias: the MLP's layers have biases.
-      activation: of the MLP's gate, a name in `layers.ACTIVATIONS`.
-      rope_linear: positions are divided by it.
-      rope_llama3: how low frequencies are stretched; None: not at all.
+      activation: activation of the MLP's gate, a name in `layers.ACTIVATIONS`.
+      rope_linear: positions are divided by this.
+      rope_llama3: how low frequencies are stretched; None: they are not.
       norm_offset: norms scale by `norm_offset + w`; Gemma's is 1.
-      embed_scale: word embeddings are multiplied by it; Gemma's is sqrt(width).
-      window: number of tokens that attention reads back, the token itself included (Mistral); None: all of them.
+      embed_scale: word embeddings are multiplied by this; Gemma's is sqrt(width).
+      window: number of last tokens that a token attends to, including itself (Mistral); None: all of them.
     """
 
     vocab: int
@@ -82,12 +82,12 @@ class LlamaConfig:
 
     @property
     def longest(self) -> int | None:
-        """Return how many tokens a text may have: attention here is full, which a window equals up to its length."""
+        """Return the maximum number of tokens, which is the window, since this module computes full attention."""
         return self.window
 
     @property
     def tower(self) -> LanguageTower:
-        """Return this module, which runs the config."""
+        """Return this module, which implements the tower."""
         return sys.modules[__name__]
 
     def __post_init__(self):
@@ -96,17 +96,17 @@ class LlamaConfig:
 
 
 def rope_frequencies(cfg: LlamaConfig) -> Float[Array, ' half']:
-    """Return the rotary frequencies, stretched as the config says.
+    """Return the rotary frequencies, stretched as configured.
 
     Args:
       cfg: the tower's config.
     """
-    # RoFormer, section 3.2.2: base ** (-2 i / head_dim) for each pair i of a head's numbers.
+    # RoFormer, section 3.2.2: base ** (-2 i / head_dim) for each pair i of a head's elements.
     frequencies = cfg.rope_base ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
     frequencies = frequencies / cfg.rope_linear
     if (stretch := cfg.rope_llama3) is None:
         return frequencies
-    # Wavelengths beyond the trained context are stretched, short ones stay, those between are interpolated.
+    # Wavelengths beyond the training context are stretched, short ones are kept, others are interpolated.
     wavelengths = 2 * math.pi / frequencies
     span = stretch.high_freq_factor - stretch.low_freq_factor
     keep = jnp.clip((stretch.original_max_positions / wavelengths - stretch.low_freq_factor) / span, 0.0, 1.0)
@@ -119,7 +119,7 @@ def embed_tokens(w: dict, cfg: LlamaConfig, tokens: Int[Array, 'batch tokens']) 
     Args:
       w: params of the tower.
       cfg: its config.
-      tokens: ids.
+      tokens: token ids.
     """
     words = w['embed'][tokens]
     # The factor is rounded to the weights' dtype before the product, as in transformers.
@@ -129,13 +129,13 @@ def embed_tokens(w: dict, cfg: LlamaConfig, tokens: Int[Array, 'batch tokens']) 
 def embed(
     w: dict, cfg: LlamaConfig, x: Float[Array, 'batch tokens dim'], view: layers.View
 ) -> tuple[Float[Array, 'batch tokens dim'], dict]:
-    """Return the blocks' input and what they read, from word embeddings.
+    """Return the blocks' input and their `ctx`, from word embeddings.
 
     Args:
       w: params of the tower.
       cfg: its config.
       x: word embeddings.
-      view: where the tokens stand, and what they may read.
+      view: positions of the tokens, and the slots that they may attend to.
     """
     del w
     # One table of rotations serves all layers.
@@ -149,30 +149,30 @@ def _norm(w: dict, cfg: LlamaConfig, x: Float[Array, '*batch dim']) -> Float[Arr
 def block(
     w: dict, cfg: LlamaConfig, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: layers.KVCache | None
 ) -> tuple[Float[Array, 'batch tokens dim'], layers.KVCache | None]:
-    """Run pre-norm attention and the gated MLP. With a cache, keys and values are written at its index first.
+    """Run pre-norm attention and the gated MLP; with a cache, first write keys and values to it.
 
     Args:
       w: weights of one layer.
       cfg: the tower's config.
       x: hidden states.
-      ctx: rotations and mask, see `embed`.
-      cache: of this layer; None: tokens read each other alone.
+      ctx: rotary table and mask, see `embed`.
+      cache: this layer's cache; None: tokens attend only to each other.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     h = _norm(w['norm1'], cfg, x)
-    # [batch, heads, tokens, head_dim]; keys and values have `kv_heads` of them.
+    # [batch, heads, tokens, head_dim]; keys and values have `kv_heads` heads.
     q = layers.split_heads(layers.dense(w['attn']['q'], h), cfg.heads)
     k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.kv_heads) for name in 'kv')
     q = layers.rotate(q, ctx['rope'])
     k = layers.rotate(k, ctx['rope'])
     if cache is not None:
-        # Keys are kept rotated: a position never changes, so no later token rotates them again.
+        # The cache stores rotated keys: positions never change, so keys are rotated only once.
         cache = layers.update_cache(cache, k, v)
         k = cache.k.astype(q.dtype)
         v = cache.v.astype(q.dtype)
-    # From here on k and v are those of all slots; the mask says which of them each token reads.
+    # From here on, k and v contain all slots; the mask defines which slots each token attends to.
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask']))
     h = _norm(w['norm2'], cfg, x)
     h = layers.ACTIVATIONS[cfg.activation](layers.dense(w['mlp']['gate'], h)) * layers.dense(w['mlp']['up'], h)
@@ -213,19 +213,19 @@ def forward(
     """Return hidden states after the final norm, from word embeddings.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
       x: word embeddings.
-      valid: False: a pad.
+      valid: False marks a pad.
       run: executes the blocks.
-      prefix: tokens that read each other both ways; None: attention is causal.
+      prefix: tokens that attend to each other in both directions; None: attention is causal.
 
     Raises:
-      BatchError: more tokens than the window of attention.
+      BatchError: there are more tokens than the attention window.
     """
     layers.check_length(x.shape[1], cfg.longest)
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
-    ctx['valid'] = valid  # no block reads it; calibration leaves pads out by it
+    ctx['valid'] = valid  # no block reads it, but calibration uses it to exclude pads
     x, _ = run('language', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)
 
@@ -236,8 +236,8 @@ def caches(cfg: LlamaConfig, batch: int, slots: int, dtype: DTypeLike) -> tuple[
     Args:
       cfg: the tower's config.
       batch: number of rows.
-      slots: number of tokens that a row has room for.
-      dtype: of keys and values.
+      slots: maximum number of tokens in a row.
+      dtype: dtype of keys and values.
     """
     return layers.empty_caches(
         cfg.depth, batch=batch, kv_heads=cfg.kv_heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
@@ -252,7 +252,7 @@ def shapes(cfg: LlamaConfig) -> dict:
     """
     depth = cfg.depth
     width = cfg.width
-    # A head's size is its own field, so attention may be wider or narrower than the hidden states.
+    # The head size is a separate field, so attention may be wider or narrower than the hidden states.
     q_width = cfg.heads * cfg.head_dim
     kv_width = cfg.kv_heads * cfg.head_dim
 
@@ -260,7 +260,7 @@ def shapes(cfg: LlamaConfig) -> dict:
         layer = {'kernel': (depth, inputs, outputs)}
         return layer | {'bias': (depth, outputs)} if bias else layer
 
-    # The embedding is [vocab, width] and no kernel: rules for kernels leave it alone.
+    # The embedding is [vocab, width] and not a kernel, so rules for kernels do not apply to it.
     tree = {
         'embed': (cfg.vocab, width),
         'blocks': {
@@ -284,7 +284,7 @@ def shapes(cfg: LlamaConfig) -> dict:
 
 
 def keys(cfg: LlamaConfig) -> Keys:
-    """Return our paths with transformers' names in `LlamaModel`.
+    """Return the key table: our paths -> parameter names in transformers' `LlamaModel`.
 
     Args:
       cfg: the tower's config.
@@ -300,7 +300,7 @@ def keys(cfg: LlamaConfig) -> Keys:
 
 
 def key_prefix(model: str, head: str) -> str:
-    """Return the prefix of `keys` in a whole model.
+    """Return the prefix of the names from `keys` in a whole model.
 
     Args:
       model: the prefix of transformers' model without its head.
@@ -311,7 +311,7 @@ def key_prefix(model: str, head: str) -> str:
 
 
 def embed_copies(own: str) -> list[str]:
-    """Return the names of copies of the word embedding: files hold none.
+    """Return no names, since files hold no copies of the word embedding.
 
     Args:
       own: the name of the word embedding.
@@ -321,7 +321,7 @@ def embed_copies(own: str) -> list[str]:
 
 
 def likely_tied(cfg: LlamaConfig) -> bool:
-    """Return whether the head of published files is the word embedding: as their config says.
+    """Return whether the head of published files is the word embedding, as their config says.
 
     Args:
       cfg: the tower's config.
@@ -333,27 +333,27 @@ def from_hf(hf: HfConfig) -> LlamaConfig:
     """Convert a transformers `LlamaConfig`, `MistralConfig` or `GemmaConfig`.
 
     Args:
-      hf: transformers' config.
+      hf: the transformers config.
 
     Returns:
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
-    rope = dict(hf.rope_parameters)  # transformers 5 gathers `rope_theta` and `rope_scaling` of older files here
+    rope = dict(hf.rope_parameters)  # transformers 5 merges `rope_theta` and `rope_scaling` of older files here
     kind = rope.get('rope_type', 'default')
     if kind not in ('default', 'linear', 'llama3'):
         raise UnsupportedModelError(f"rope_type {kind!r} of {hf.model_type}: expected 'default', 'linear' or 'llama3'")
     if hf.hidden_act not in layers.ACTIVATIONS:
         raise UnsupportedModelError(f'hidden_act {hf.hidden_act!r} of {hf.model_type} is not known')
-    is_gemma = hf.model_type == 'gemma'  # transformers writes Gemma's norms and scale in code, not in a field
+    is_gemma = hf.model_type == 'gemma'  # transformers sets Gemma's norm offset and scale in code
     return LlamaConfig(
         vocab=hf.vocab_size,
         width=hf.hidden_size,
         depth=hf.num_hidden_layers,
         heads=hf.num_attention_heads,
-        # A config without the field means that every head has keys and values of its own.
+        # Without this field, every query head has its own keys and values.
         kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
         mlp_width=hf.intermediate_size,
         rope_base=float(rope['rope_theta']),
@@ -363,7 +363,7 @@ def from_hf(hf: HfConfig) -> LlamaConfig:
         tied=hf.tie_word_embeddings,
         attention_bias=getattr(hf, 'attention_bias', False),
         mlp_bias=getattr(hf, 'mlp_bias', False),
-        # Gemma's first configs say 'gelu' and mean its tanh form: transformers' GemmaConfig has already corrected it.
+        # Gemma's first configs say 'gelu' but mean its tanh form. transformers' GemmaConfig has already corrected this.
         activation=hf.hidden_act,
         rope_linear=float(rope['factor']) if kind == 'linear' else 1.0,
         rope_llama3=_llama3_rope(rope) if kind == 'llama3' else None,

@@ -17,8 +17,9 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 if TYPE_CHECKING:
     import transformers
 
-# Three layouts: as saved before transformers 4.52 and by default since (`language_model.model.`, `vision_tower.`), with
-# `model.` before all but the head, and with `vision_model.` in the vision tower's names, as version 4 had it.
+# Files use three layouts. Transformers saved the first before 4.52, and saves it by default since
+# (`language_model.model.`, `vision_tower.`). The second has `model.` before everything except the head. The third has
+# `vision_model.` in the names of the vision tower, as in version 4.
 RENAMES = (
     (r'^language_model\.lm_head\.', 'lm_head.'),
     (r'^(model\.)?language_model\.(model\.)?', 'model.language_model.'),
@@ -34,8 +35,8 @@ class LlavaConfig:
     Attributes:
       vision: the vision tower.
       language: the language model.
-      image_token: stands for one soft word.
-      activation: between the projector's two layers.
+      image_token: the placeholder token of one soft word.
+      activation: activation between the projector's two layers.
       projector_bias: the projector's layers have biases.
     """
 
@@ -52,7 +53,7 @@ class LlavaConfig:
 
     @property
     def family(self) -> Family:
-        """Return the family that reads this config."""
+        """Return the family of this config."""
         return FAMILY
 
 
@@ -67,11 +68,11 @@ def count_image_tokens(hf: 'transformers.PretrainedConfig') -> int:
 
 
 def complete_processor(processor: 'transformers.ProcessorMixin', hf: 'transformers.PretrainedConfig') -> None:
-    """Set what directories leave out that were saved when the model itself added the image tokens.
+    """Fill in settings that are missing in old directories, saved when the model itself added the image tokens.
 
     Args:
       processor: a transformers `LlavaProcessor`, which is changed.
-      hf: the directory's config.
+      hf: the transformers config of the directory.
     """
     if processor.patch_size is None:
         processor.patch_size = hf.vision_config.patch_size
@@ -80,14 +81,14 @@ def complete_processor(processor: 'transformers.ProcessorMixin', hf: 'transforme
 
 
 class LlavaFamily(ImageFamily):
-    """LLaVA: the projector is an MLP of two layers."""
+    """LLaVA: the projector is a two-layer MLP."""
 
     name = 'llava'
     renames = RENAMES
     ignored = (
         r'.*\.position_ids',
         r'.*\.rotary_emb\.inv_freq',
-        # Only where the key table does not name them: what lies behind the layer whose output is read.
+        # The layers after the one whose output is used. Names in the key table take precedence over these.
         r'model\.vision_tower\.encoder\.layers\..*',
         r'model\.vision_tower\.(post_layernorm|head)\..*',
     )
@@ -103,13 +104,13 @@ class LlavaFamily(ImageFamily):
         """Convert a transformers `LlavaConfig`.
 
         Args:
-          hf: transformers' config.
+          hf: the transformers config.
 
         Returns:
           Our config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
         # LLaVA-1.5: layer -2, without the class token.
         layer = hf.vision_feature_layer
@@ -122,7 +123,7 @@ class LlavaFamily(ImageFamily):
             )
         return LlavaConfig(
             vision=towers.vision_from_hf(hf.vision_config, layer=layer, drop_first=strategy == 'default'),
-            # The whole model's field ties the head, not the text config's.
+            # `tie_word_embeddings` counts in the whole model's config, not in the text config.
             language=replace(towers.language_from_hf(hf.text_config), tied=hf.tie_word_embeddings),
             image_token=hf.image_token_id,
             activation=layers.known_activation(hf.projector_hidden_act, 'the projector'),
@@ -132,10 +133,10 @@ class LlavaFamily(ImageFamily):
     def soft_words(
         self, w: dict, cfg: LlavaConfig, batch: dict, run: Runner = scan_blocks
     ) -> Float[Array, 'batch soft dim']:
-        """Return an image in the language model's embedding space: the MLP of its patches.
+        """Return the soft words of an image: its patches after the MLP.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the vision tower's blocks.
@@ -162,12 +163,12 @@ class LlavaFamily(ImageFamily):
         }
 
     def keys(self, cfg: LlavaConfig) -> Keys:
-        """Return our paths with transformers' names in `LlavaForConditionalGeneration`.
+        """Return the key table: our paths -> parameter names in transformers' `LlavaForConditionalGeneration`.
 
         Args:
           cfg: the family's config.
         """
-        # The names of transformers 5; `renames` brings those of older files into this form.
+        # These are the names of transformers 5; `renames` converts those of older files.
         table = key_table.nested(cfg.vision.tower.keys(cfg.vision), 'vision/', 'model.vision_tower.')
         for ours, theirs in {'fc1': 'linear_1', 'fc2': 'linear_2'}.items():
             module = f'model.multi_modal_projector.{theirs}'

@@ -1,8 +1,8 @@
-"""A model without its weights: what all families share once an image has become soft words.
+"""A model without its weights: the forward that all families share after images have become soft words.
 
-A batch is a dict of arrays under the names of the transformers processors: `pixel_values` [batch, 3, height, width],
-`input_ids` (image placeholders included), `attention_mask` (0: a pad, wherever it lies), for InstructBLIP
-`qformer_input_ids` and `qformer_attention_mask`, for PaliGemma `token_type_ids` (0: image and prompt), for
+A batch is a dict of arrays with the names of the transformers processors: `pixel_values` [batch, 3, height, width],
+`input_ids` (including image placeholders) and `attention_mask` (0 marks a pad, at any position). InstructBLIP also
+needs `qformer_input_ids` and `qformer_attention_mask`, PaliGemma `token_type_ids` (0 marks image and prompt), and
 encoder-decoders `decoder_input_ids`.
 """
 
@@ -23,30 +23,30 @@ from sparselora_jax.sparse.rules import flatten, unflatten
 
 
 def from_hf(hf: HfConfig, family: str = '') -> FamilyConfig:
-    """Convert a config of transformers.
+    """Convert a transformers config.
 
     Args:
-      hf: transformers' config of a whole model.
-      family: a family to use instead of the model's own, see `family.find_family`.
+      hf: the transformers config of a whole model.
+      family: another family to use, see `family.find_family`; '' for the model's own.
 
     Returns:
       The family's config.
 
     Raises:
-      UnsupportedModelError: no family knows the model, or a field's value is not supported.
+      UnsupportedModelError: no family supports the model, or a field's value is not supported.
     """
     return find_family(hf.model_type, family).from_hf(hf)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What decoding needs to know of a model: its special tokens, and the defaults that its directory names.
+    """The facts about a model that decoding needs: its special tokens, and the defaults from its directory.
 
     Attributes:
       eos: tokens that end a text.
-      pad: fills texts that end early.
-      start: the first token of an encoder-decoder's answers; None: the model is no encoder-decoder.
-      bos: the prompt of an image without one; None: such a model needs a prompt.
+      pad: token that pads texts that end early.
+      start: the first token of an encoder-decoder's answers; None: the model is not an encoder-decoder.
+      bos: the prompt of an image without text; None: the model always needs a prompt.
       options: (name, value) pairs of generation_config.json, such as num_beams and max_length.
     """
 
@@ -54,49 +54,49 @@ class Generation:
     pad: int
     start: int | None = None
     bos: int | None = None
-    options: tuple[tuple[str, Any], ...] = ()  # not a dict, since a model is hashable
+    options: tuple[tuple[str, Any], ...] = ()  # not a dict, so that a model is hashable
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model without its weights: hashable, so that a jitted function may take it as a static argument.
+    """A model without its weights, hashable so that it can be a static argument of a jitted function.
 
     Attributes:
-      cfg: its family's config, e.g. `blip2.Blip2Config`; the towers' configs lie in it.
+      cfg: its family's config, e.g. `blip2.Blip2Config`, which contains the towers' configs.
       generation: see `Generation`.
       source: the Hugging Face directory it was read from; None for the embedded model.
     """
 
     cfg: FamilyConfig
     generation: Generation
-    # Not compared: a model from another directory of the same config is compiled only once.
+    # Not compared, so that models with the same config from different directories share compiled programs.
     source: str | None = field(default=None, compare=False)
 
     @property
     def family(self) -> Family:
-        """Return the family that composes its towers."""
+        """Return the model's family."""
         return self.cfg.family
 
     @property
     def language(self) -> LanguageTower:
-        """Return its language tower."""
+        """Return the model's language tower."""
         return self.cfg.language.tower
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Return whether answers are decoded apart from the prompt, from `decoder_input_ids`."""
+        """Return whether answers are decoded separately from the prompt, from `decoder_input_ids`."""
         return self.language.is_encoder_decoder
 
     def prompt(self, weights: dict, batch: dict, run: Runner = scan_blocks) -> prompts.Prompt:
-        """Return what the language tower reads.
+        """Return the language tower's input.
 
         Args:
-          weights: params, or what `bind` made of them.
-          batch: see the module's text; arrays of NumPy or JAX.
+          weights: params, or the weights from `bind`.
+          batch: see the module docstring; arrays of NumPy or JAX.
           run: executes the towers' blocks.
 
         Raises:
-          BatchError: the batch does not fit the model; where values are known (not under jit), see also
+          BatchError: the batch does not fit the model; outside jit, where values are known, see also
             `prompts.check_ids`.
         """
         prompts.check_ids(self.cfg, batch)
@@ -105,11 +105,11 @@ class Model:
         return self.family.prompt(weights, self.cfg, batch, run)
 
     def hidden(self, weights: dict, batch: dict, run: Runner = scan_blocks) -> Float[Array, 'batch tokens dim']:
-        """Return hidden states before the head: of every token, or of the decoder's tokens.
+        """Return the hidden states before the head, of every token (for an encoder-decoder, of the decoder's tokens).
 
         Args:
-          weights: params, or what `bind` made of them.
-          batch: see the module's text; arrays of NumPy or JAX.
+          weights: params, or the weights from `bind`.
+          batch: see the module docstring; arrays of NumPy or JAX.
           run: executes the towers' blocks.
 
         Raises:
@@ -123,9 +123,9 @@ class Model:
             return self.language.forward(w, cfg, prompt.x, prompt.valid, run, prefix=prompt.prefix)
         encoded = self.language.encode(w, cfg, prompt.x, prompt.valid, run)
         tokens = batch.get('decoder_input_ids')
-        if tokens is None:  # the answer's first token is predicted from the start token alone
+        if tokens is None:  # predict the answer's first token from the start token alone
             tokens = jnp.full((prompt.x.shape[0], 1), self.generation.start, jnp.int32)
-        # Training batches have no such mask: an answer's pads come last, and no earlier token reads them.
+        # Training batches have no such mask, because an answer's pads come last and no earlier token attends to them.
         valid = batch.get('decoder_attention_mask', jnp.ones_like(tokens)).astype(bool)
         return self.language.decode(w, cfg, tokens, valid, encoded, prompt.valid, run)
 
@@ -133,17 +133,17 @@ class Model:
         """Return logits of hidden states, in fp32.
 
         Args:
-          weights: params, or what `bind` made of them.
-          hidden: what `hidden` returns, or any part of it.
+          weights: params, or the weights from `bind`.
+          hidden: the result of `hidden`, or any slice of it.
         """
         return self.language.head(weights['language'], self.cfg.language, hidden)
 
     def logits(self, weights: dict, batch: dict, run: Runner = scan_blocks) -> Float[Array, 'batch tokens vocab']:
-        """Return logits of every token of `input_ids`, or of `decoder_input_ids`, in fp32.
+        """Return logits of every token of `input_ids` (or `decoder_input_ids`), in fp32.
 
         Args:
-          weights: params, or what `bind` made of them.
-          batch: see the module's text; arrays of NumPy or JAX.
+          weights: params, or the weights from `bind`.
+          batch: see the module docstring; arrays of NumPy or JAX.
           run: executes the towers' blocks.
 
         Raises:
@@ -156,17 +156,17 @@ class Model:
     ) -> Float[Array, 'batch answer vocab']:
         """Return the logits that predict `batch['targets']`.
 
-        The head is the largest matrix of many models, so it reads the last positions alone.
+        The head is the largest matrix of many models, so it is applied to the last positions only.
 
         Args:
-          weights: params, or what `bind` made of them.
-          batch: see the module's text; `targets` [batch, answer] give the number of positions.
+          weights: params, or the weights from `bind`.
+          batch: see the module docstring; `targets` [batch, answer] determine the number of positions.
           run: executes the towers' blocks.
 
         Raises:
           BatchError: see `prompt`.
         """
-        # `data.processing` puts these positions last, of a decoder's input and of an encoder-decoder's.
+        # `data.processing` puts these positions last, both for decoder-only models and for encoder-decoders.
         answer_tokens = batch['targets'].shape[1]
         return self.head(weights, self.hidden(weights, batch, run)[:, -answer_tokens:])
 
@@ -180,7 +180,7 @@ def _to_jax(batch: dict) -> dict[str, Array]:
 
 
 def abstract_model(cfg: FamilyConfig) -> Model:
-    """Return a model to trace or count by shapes alone: its special tokens are any ones.
+    """Return a model for tracing and counting by shapes, with arbitrary special tokens.
 
     Args:
       cfg: a family's config.
@@ -193,7 +193,7 @@ def abstract_params(cfg: FamilyConfig, dtype: DTypeLike = 'float32') -> dict:
 
     Args:
       cfg: a family's config.
-      dtype: of every parameter.
+      dtype: dtype of every parameter.
     """
     shapes = flatten(cfg.family.shapes(cfg))
     return unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})

@@ -1,4 +1,4 @@
-"""OPT (arXiv 2205.01068): LayerNorm, learned positions, ReLU MLP; norms before or (OPT-350m) after."""
+"""OPT (arXiv 2205.01068): LayerNorm, learned positions, ReLU MLP; pre-norm, or post-norm in OPT-350m."""
 
 import sys
 from dataclasses import dataclass
@@ -16,27 +16,27 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 is_encoder_decoder = False
 overflows_in_float16 = ()
 
-OFFSET = 2  # the first two rows of the table of positions belong to no token that is read
+OFFSET = 2  # the first two rows of the position table are not used by any valid token
 NORM_EPS = 1e-5  # torch's default, which no field of the config changes
 
 
 @dataclass(frozen=True)
 class OptConfig:
-    """An OPT's sizes and variant.
+    """The sizes and variant of an OPT.
 
     Attributes:
-      vocab: number of words.
+      vocab: vocabulary size.
       width: size of a hidden state.
       depth: number of layers.
-      heads: of attention.
+      heads: number of attention heads.
       mlp_width: size of a hidden state within an MLP.
-      max_positions: number of tokens of the longest text.
-      word_width: size of a word embedding; where it is not `width`, words are projected, and hidden states back; 0:
-        `width`.
+      max_positions: maximum number of tokens in a text.
+      word_width: size of a word embedding; 0: `width`. If it differs from `width`, word embeddings are projected to
+        `width`, and hidden states back to `word_width`.
       bias: linear layers have biases.
       pre_norm: a norm comes before attention and MLP; False: a norm follows each residual sum.
-      final_norm: there is a norm behind the blocks.
-      activation: of the MLP, a name in `layers.ACTIVATIONS`.
+      final_norm: there is a norm after the blocks.
+      activation: activation of the MLP, a name in `layers.ACTIVATIONS`.
       tied: the head is the word embedding.
     """
 
@@ -64,12 +64,12 @@ class OptConfig:
 
     @property
     def longest(self) -> int:
-        """Return how many tokens a text may have: every position needs a row of a table."""
+        """Return the maximum number of tokens in a text, since every position needs a row in the table."""
         return self.max_positions
 
     @property
     def tower(self) -> LanguageTower:
-        """Return this module, which runs the config."""
+        """Return this module, which implements the tower."""
         return sys.modules[__name__]
 
 
@@ -79,7 +79,7 @@ def embed_tokens(w: dict, cfg: OptConfig, tokens: Int[Array, 'batch tokens']) ->
     Args:
       w: params of the tower.
       cfg: its config.
-      tokens: ids.
+      tokens: token ids.
     """
     del cfg
     return w['embed'][tokens]
@@ -88,13 +88,13 @@ def embed_tokens(w: dict, cfg: OptConfig, tokens: Int[Array, 'batch tokens']) ->
 def embed(
     w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens words'], view: layers.View
 ) -> tuple[Float[Array, 'batch tokens dim'], dict]:
-    """Return the blocks' input, positions added, and what they read, from word embeddings.
+    """Return the blocks' input, with positions added, and their `ctx`, from word embeddings.
 
     Args:
       w: params of the tower.
       cfg: its config.
       x: word embeddings.
-      view: where the tokens stand, and what they may read.
+      view: positions of the tokens, and the slots that they may attend to.
     """
     if cfg.word_width != cfg.width:
         x = layers.dense(w['project_in'], x)
@@ -105,19 +105,19 @@ def embed(
 def block(
     w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: layers.KVCache | None
 ) -> tuple[Float[Array, 'batch tokens dim'], layers.KVCache | None]:
-    """Run attention and MLP. With a cache, keys and values are written at its index first.
+    """Run attention and MLP; with a cache, first write keys and values to it.
 
     Args:
       w: weights of one layer.
       cfg: the tower's config.
       x: hidden states.
       ctx: the mask, see `embed`.
-      cache: of this layer; None: tokens read each other alone.
+      cache: this layer's cache; None: tokens attend only to each other.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
-    # The same two norms stand before attention and MLP, or (OPT-350m) behind the sums.
+    # The same two norms come before attention and MLP, or (OPT-350m) after the residual sums.
     h = layers.layer_norm(w['norm1'], x, NORM_EPS) if cfg.pre_norm else x
     # [batch, heads, tokens, head_dim]
     q, k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.heads) for name in 'qkv')
@@ -125,7 +125,7 @@ def block(
         cache = layers.update_cache(cache, k, v)
         k = cache.k.astype(q.dtype)
         v = cache.v.astype(q.dtype)
-    # With a cache, k and v are those of all slots; the mask says which of them each token reads.
+    # With a cache, k and v contain all slots; the mask defines which slots each token attends to.
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask']))
     if not cfg.pre_norm:
         x = layers.layer_norm(w['norm1'], x, NORM_EPS)
@@ -136,7 +136,7 @@ def block(
 
 
 def finish(w: dict, cfg: OptConfig, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch tokens words']:
-    """Apply the final norm and the projection back to the words' width, where the model has them.
+    """Apply the final norm and the projection back to `word_width`, if the model has them.
 
     Args:
       w: params of the tower.
@@ -168,22 +168,22 @@ def forward(
     *,
     prefix: Bool[Array, 'batch tokens'] | None = None,
 ) -> Float[Array, 'batch tokens words']:
-    """Return what the head reads, from word embeddings.
+    """Return the input of the head, from word embeddings.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
       x: word embeddings.
-      valid: False: a pad.
+      valid: False marks a pad.
       run: executes the blocks.
-      prefix: tokens that read each other both ways; None: attention is causal.
+      prefix: tokens that attend to each other in both directions; None: attention is causal.
 
     Raises:
-      BatchError: more tokens than there are positions.
+      BatchError: there are more tokens than positions.
     """
     layers.check_length(x.shape[1], cfg.longest)
     x, ctx = embed(w, cfg, x, layers.causal_view(valid, prefix))
-    ctx['valid'] = valid  # no block reads it; calibration leaves pads out by it
+    ctx['valid'] = valid  # no block reads it, but calibration uses it to exclude pads
     x, _ = run('language', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)
 
@@ -194,8 +194,8 @@ def caches(cfg: OptConfig, batch: int, slots: int, dtype: DTypeLike) -> tuple[la
     Args:
       cfg: the tower's config.
       batch: number of rows.
-      slots: number of tokens that a row has room for.
-      dtype: of keys and values.
+      slots: maximum number of tokens in a row.
+      dtype: dtype of keys and values.
     """
     return layers.empty_caches(
         cfg.depth, batch=batch, kv_heads=cfg.heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
@@ -236,12 +236,12 @@ def shapes(cfg: OptConfig) -> dict:
 
 
 def keys(cfg: OptConfig) -> Keys:
-    """Return our paths with transformers' names in `OPTDecoder`.
+    """Return the key table: our paths -> parameter names in transformers' `OPTDecoder`.
 
     Args:
       cfg: the tower's config.
     """
-    # OPT names the MLP's norm of each layer like the norm behind the last one.
+    # OPT uses the same name for the MLP's norm in each layer and for the final norm.
     layer = key_table.norm('norm1', 'self_attn_layer_norm') | key_table.norm('norm2', 'final_layer_norm')
     for name in 'qkv':
         layer |= key_table.dense(f'attn/{name}', f'self_attn.{name}_proj', bias=cfg.bias)
@@ -258,7 +258,7 @@ def keys(cfg: OptConfig) -> Keys:
 
 
 def key_prefix(model: str, head: str) -> str:
-    """Return the prefix of `keys` in a whole model.
+    """Return the prefix of the names from `keys` in a whole model.
 
     Args:
       model: the prefix of transformers' model without its head.
@@ -269,7 +269,7 @@ def key_prefix(model: str, head: str) -> str:
 
 
 def embed_copies(own: str) -> list[str]:
-    """Return the names of copies of the word embedding: files hold none.
+    """Return no names, since files hold no copies of the word embedding.
 
     Args:
       own: the name of the word embedding.
@@ -279,7 +279,7 @@ def embed_copies(own: str) -> list[str]:
 
 
 def likely_tied(cfg: OptConfig) -> bool:
-    """Return whether the head of published files is the word embedding: as their config says.
+    """Return whether the head of published files is the word embedding, as their config says.
 
     Args:
       cfg: the tower's config.
@@ -291,13 +291,13 @@ def from_hf(hf: HfConfig) -> OptConfig:
     """Convert a transformers `OPTConfig`.
 
     Args:
-      hf: transformers' config.
+      hf: the transformers config.
 
     Returns:
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
     if not hf.layer_norm_elementwise_affine:
         raise UnsupportedModelError(
@@ -313,11 +313,11 @@ def from_hf(hf: HfConfig) -> OptConfig:
         heads=hf.num_attention_heads,
         mlp_width=hf.ffn_dim,
         max_positions=hf.max_position_embeddings,
-        word_width=hf.word_embed_proj_dim,  # 512 in OPT-350m, whose hidden states have 1024
+        word_width=hf.word_embed_proj_dim,  # 512 in OPT-350m, whose `width` is 1024
         bias=hf.enable_bias,
         pre_norm=hf.do_layer_norm_before,
-        # OPT-350m norms after each sum and has no final norm. Files that were tuned before transformers 4.20.1 lack
-        # the norm too, and say so by the second field.
+        # OPT-350m is post-norm and has no final norm. Files fine-tuned before transformers 4.20.1 lack the norm too,
+        # and set the second field.
         final_norm=hf.do_layer_norm_before and not hf._remove_final_layer_norm,
         activation=hf.activation_function,
     )

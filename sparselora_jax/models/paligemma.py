@@ -1,4 +1,4 @@
-"""PaliGemma (arXiv 2407.07726): SigLIP -> a linear layer -> soft words of Gemma, whose prompt is read both ways."""
+"""PaliGemma (arXiv 2407.07726): SigLIP -> linear layer -> soft words of Gemma, with full attention in the prompt."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """PaliGemma's towers; its projector has the towers' widths.
+    """PaliGemma's towers; their widths give the projector's shape.
 
     Attributes:
       vision: the vision tower.
       language: the language model.
-      image_token: stands for one soft word.
+      image_token: the placeholder token of one soft word.
     """
 
     vision: VisionConfig
@@ -40,7 +40,7 @@ class PaliGemmaConfig:
 
     @property
     def family(self) -> Family:
-        """Return the family that reads this config."""
+        """Return the family of this config."""
         return FAMILY
 
 
@@ -54,10 +54,10 @@ def count_image_tokens(hf: 'transformers.PretrainedConfig') -> int:
 
 
 class PaliGemmaFamily(ImageFamily):
-    """PaliGemma: a linear projector, and a prompt whose tokens read each other both ways."""
+    """PaliGemma: a linear projector, and a prompt whose tokens attend to each other in both directions."""
 
     name = 'paligemma'
-    renames = llava.RENAMES  # transformers composes both in the same way
+    renames = llava.RENAMES  # transformers uses the same module names for both
     ignored = (r'.*\.position_ids', r'.*\.rotary_emb\.inv_freq', r'model\.vision_tower\.head\..*')
     processor = ProcessorSpec(
         class_name='PaliGemmaProcessor',
@@ -72,18 +72,18 @@ class PaliGemmaFamily(ImageFamily):
         """Convert a transformers `PaliGemmaConfig`.
 
         Args:
-          hf: transformers' config.
+          hf: the transformers config.
 
         Returns:
           Our config.
 
         Raises:
-          UnsupportedModelError: names the field whose value is not supported.
+          UnsupportedModelError: a field's value is not supported; names the field.
         """
-        # The projection's size is not read: it must be the language model's width, or the file's shapes do not fit.
+        # The config's projection size is not used. It must equal the language model's width, or the file's shapes fail.
         return PaliGemmaConfig(
             vision=towers.vision_from_hf(hf.vision_config),
-            # The whole model's field ties the head, not the text config's.
+            # `tie_word_embeddings` counts in the whole model's config, not in the text config.
             language=replace(towers.language_from_hf(hf.text_config), tied=hf.tie_word_embeddings),
             image_token=hf.image_token_id,
         )
@@ -91,10 +91,10 @@ class PaliGemmaFamily(ImageFamily):
     def soft_words(
         self, w: dict, cfg: PaliGemmaConfig, batch: dict, run: Runner = scan_blocks
     ) -> Float[Array, 'batch soft dim']:
-        """Return an image in the language model's embedding space; unlike words, soft words are not scaled.
+        """Return the soft words of an image; unlike word embeddings, they are not scaled.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the vision tower's blocks.
@@ -103,20 +103,20 @@ class PaliGemmaFamily(ImageFamily):
         return layers.dense(w['projector'], image)
 
     def prompt(self, w: dict, cfg: PaliGemmaConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:
-        """Return the language tower's input; tokens whose `token_type_ids` are 0 read each other both ways.
+        """Return the language tower's input; tokens with `token_type_ids` 0 attend to each other in both directions.
 
         Args:
-          w: params, or what `bind` made of them.
+          w: params, or the weights from `bind`.
           cfg: the family's config.
           batch: JAX arrays, see `models.model`.
           run: executes the towers' blocks.
 
         Raises:
-          BatchError: there are no `token_type_ids`; and see `prompts.embed_words_and_image`.
+          BatchError: there are no `token_type_ids`; also see `prompts.embed_words_and_image`.
         """
         if 'token_type_ids' not in batch:
             raise BatchError('no token_type_ids: pass those that the processor returns, 0 for the image and the prompt')
-        # Image, prompt and pads have type 0, the answer type 1. Pads are masked whatever their type.
+        # Image, prompt and pads have type 0, the answer has type 1. Pads are always masked.
         prompt = super().prompt(w, cfg, batch, run)
         return prompt._replace(prefix=batch['token_type_ids'] == 0)
 
@@ -133,7 +133,7 @@ class PaliGemmaFamily(ImageFamily):
         }
 
     def keys(self, cfg: PaliGemmaConfig) -> Keys:
-        """Return our paths with transformers' names in `PaliGemmaForConditionalGeneration`.
+        """Return the key table: our paths -> parameter names in transformers' `PaliGemmaForConditionalGeneration`.
 
         Args:
           cfg: the family's config.

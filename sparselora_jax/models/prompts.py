@@ -1,4 +1,4 @@
-"""What a language tower reads: word embeddings, with the soft words of an image in the places of its image tokens."""
+"""Builds the input of a language tower: word embeddings, in which soft words replace the image tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -19,8 +19,8 @@ class Prompt(NamedTuple):
 
     Attributes:
       x: word embeddings and soft words.
-      valid: False: a pad.
-      prefix: tokens that read each other both ways (PaliGemma's prompt); None: attention is causal.
+      valid: False marks a pad.
+      prefix: tokens that attend to each other in both directions (PaliGemma's prompt); None: attention is causal.
     """
 
     x: Float[Array, 'batch tokens dim']
@@ -29,7 +29,7 @@ class Prompt(NamedTuple):
 
 
 def embed_words(w: dict, cfg: FamilyConfig, batch: Mapping[str, Array]) -> Prompt:
-    """Return a prompt of words alone.
+    """Return a prompt without an image.
 
     Args:
       w: params of a whole model.
@@ -46,27 +46,27 @@ def embed_words_and_image(
     batch: Mapping[str, Array],
     soft_words: Callable[[dict], Float[Array, 'batch soft dim']],
 ) -> Prompt:
-    """Return a prompt of words, with an image's soft words in the places of its image tokens.
+    """Return a prompt in which an image's soft words replace its image tokens.
 
     Args:
       w: params of a whole model.
       cfg: the family's config.
-      batch: `pixel_values`, `input_ids` and `attention_mask`, one image a row; see `models.model`.
-      soft_words: computes them from the batch.
+      batch: `pixel_values`, `input_ids` and `attention_mask`, with one image per row; see `models.model`.
+      soft_words: computes the soft words from the batch.
 
     Raises:
-      BatchError: not one image a row, or (where values are known: not under jit) see `check_image_tokens`.
+      BatchError: there is not one image per row; outside jit, where values are known, see also `check_image_tokens`.
     """
     tokens = batch['input_ids']
     mask = batch['attention_mask'].astype(bool)
     images = batch['pixel_values']
     if images.shape[0] != tokens.shape[0]:
-        raise BatchError(f'{images.shape[0]} pixel_values for {tokens.shape[0]} input_ids: expected one image a row')
-    if not isinstance(tokens, jax.core.Tracer):  # under jit no value is known
+        raise BatchError(f'{images.shape[0]} pixel_values for {tokens.shape[0]} input_ids: expected one image per row')
+    if not isinstance(tokens, jax.core.Tracer):  # values are unknown under jit
         check_image_tokens(cfg, tokens, mask)
     is_image = tokens == cfg.image_token
-    # A token that stands for an image may lie outside the vocabulary (PaliGemma's first configs), so it is looked up
-    # as word 0 and then replaced.
+    # The image token may be outside the vocabulary (PaliGemma's first configs). So it is looked up as token 0, and then
+    # replaced.
     words = cfg.language.tower.embed_tokens(w['language'], cfg.language, jnp.where(is_image, 0, tokens))
     # The vision tower computes in the dtype of the language model's weights.
     soft = soft_words({**batch, 'pixel_values': images.astype(words.dtype)})
@@ -74,29 +74,28 @@ def embed_words_and_image(
 
 
 def check_ids(cfg: FamilyConfig, batch: Mapping[str, Array | np.ndarray]) -> None:
-    """Check that every token lies in its vocabulary: a lookup would silently return another word's embedding.
+    """Check that every token is in its vocabulary, since a lookup would silently return another token's embedding.
 
-    The token that stands for an image is not looked up and may lie outside. Under jit no value is known, and nothing
-    is checked.
+    The image token is not looked up, so it may be outside. Under jit values are unknown, and nothing is checked.
 
     Args:
-      cfg: the family's config, which says which arrays hold tokens of which vocabulary.
+      cfg: the family's config, which gives the arrays of tokens and their vocabularies.
       batch: see `models.model`.
 
     Raises:
-      BatchError: a token outside its vocabulary, with its row.
+      BatchError: a token is outside its vocabulary; names the row.
     """
-    image_token = getattr(cfg, 'image_token', None)  # a language model alone has none
+    image_token = getattr(cfg, 'image_token', None)  # a family without images has none
     for name, vocab in cfg.family.vocabularies(cfg).items():
         ids = batch.get(name)
         if ids is None or isinstance(ids, jax.core.Tracer):
             continue
-        ids = processes.on_host(ids)  # all of them, also of an array that lies on other processes
+        ids = processes.on_host(ids)  # the whole array, even if other processes hold parts of it
         is_wrong = (ids < 0) | (ids >= vocab)
         if name == 'input_ids' and image_token is not None:
             is_wrong &= ids != image_token
         if is_wrong.any():
-            # One row is enough for the error: a wrong tokenizer makes nearly all of them wrong.
+            # One row is enough for the error, since a wrong tokenizer makes nearly all rows wrong.
             row, column = np.argwhere(is_wrong)[0]
             raise BatchError(
                 f"row {row} of {name} has {ids[row, column]}: expected 0 to {vocab - 1}, the ids of the model's "
@@ -107,7 +106,7 @@ def check_ids(cfg: FamilyConfig, batch: Mapping[str, Array | np.ndarray]) -> Non
 def check_image_tokens(
     cfg: ImageConfig, tokens: Int[Array | np.ndarray, 'batch tokens'], mask: Array | np.ndarray
 ) -> None:
-    """Check that every row has one image token for each soft word; rows of nothing but pads need none.
+    """Check that every row has one image token for each soft word, except rows of only pads.
 
     Args:
       cfg: the family's config.
@@ -115,9 +114,9 @@ def check_image_tokens(
       mask: `attention_mask`.
 
     Raises:
-      BatchError: a row with another number of image tokens.
+      BatchError: a row has another number of image tokens.
     """
-    # A row without any word stands for no example, so it needs no image.
+    # A row of only pads is not an example, so it needs no image.
     counts = (processes.on_host(tokens) == cfg.image_token).sum(axis=1)
     wrong = np.flatnonzero((counts != cfg.image_tokens) & processes.on_host(mask).any(axis=1))
     if wrong.size:

@@ -1,7 +1,7 @@
-"""Q-Former of BLIP-2 (arXiv 2301.12597): learned queries through a BERT that reads the image every other layer.
+"""Q-Former of BLIP-2 (arXiv 2301.12597): learned queries in a BERT that attends to the image in every other layer.
 
-The stacked unit is a *pair* of layers: the first attends to the image, the second does not. InstructBLIP's (arXiv
-2305.06500) reads the instruction too: queries and text attend to each other, and each has its own MLP.
+The stacked unit is a *pair* of layers: the first attends to the image, the second does not. InstructBLIP's Q-Former
+(arXiv 2305.06500) reads the instruction too: queries and text attend to each other, and each has its own MLP.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from sparselora_jax.runtime.errors import BatchError, UnsupportedModelError
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """A Q-Former's sizes.
+    """The sizes of a Q-Former.
 
     Attributes:
-      queries: number of learned queries, and so of soft words of an image.
+      queries: number of learned queries, which is also the number of soft words of an image.
       width: size of a hidden state.
-      pairs: layers / 2.
-      heads: of attention.
+      pairs: number of pairs of layers.
+      heads: number of attention heads.
       mlp_width: size of a hidden state within an MLP.
       image_width: size of the vision tower's hidden states.
-      norm_eps: of the norms.
-      activation: of the MLPs, a name in `layers.ACTIVATIONS`.
-      vocab: number of words of the instruction; 0: no text is read.
-      max_positions: number of tokens of the longest instruction.
+      norm_eps: epsilon of the norms.
+      activation: activation of the MLPs, a name in `layers.ACTIVATIONS`.
+      vocab: vocabulary size of the instruction; 0: the Q-Former reads no text.
+      max_positions: maximum number of tokens in an instruction.
     """
 
     queries: int
@@ -48,21 +48,21 @@ class QFormerConfig:
 def embed(
     w: dict, cfg: QFormerConfig, image: Float[Array, 'batch patches image_dim'], batch: dict
 ) -> tuple[Float[Array, 'batch rows dim'], dict]:
-    """Return the learned queries, one copy an image, with the instruction's words behind them if there are any.
+    """Return the learned queries for each image, followed by the instruction's embeddings if there is one.
 
     Args:
       w: params of the Q-Former.
       cfg: its config.
-      image: what the vision tower hands on.
-      batch: `qformer_input_ids` and `qformer_attention_mask`, if `cfg.vocab` says that text is read.
+      image: the vision tower's output.
+      batch: `qformer_input_ids` and `qformer_attention_mask`, if `cfg.vocab` is not 0.
 
     Returns:
-      The blocks' input, and what they read.
+      The blocks' input, and their `ctx`.
 
     Raises:
-      BatchError: no instruction, or one that is too long.
+      BatchError: the instruction is missing or too long.
     """
-    # Every image is read by the same learned queries.
+    # The same learned queries are used for every image.
     x = jnp.broadcast_to(w['queries'], (image.shape[0], *w['queries'].shape[1:]))
     ctx = {'cross': image}
     if cfg.vocab:
@@ -70,15 +70,15 @@ def embed(
         if tokens is None or tokens.shape[1] > cfg.max_positions:
             have = 'are absent' if tokens is None else f'have {tokens.shape[1]} columns'
             raise BatchError(f'qformer_input_ids {have}: the Q-Former reads an instruction of 1 to {cfg.max_positions}')
-        # Words have positions, queries have none: they are a set.
+        # Text has positions. Queries have none, since they are a set.
         x = jnp.concatenate([x, w['embed'][tokens] + w['positions'][None, : tokens.shape[1]]], axis=1)
         mask = batch.get('qformer_attention_mask')
         text = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
         queries = jnp.ones((image.shape[0], cfg.queries), bool)
         valid = jnp.concatenate([queries, text], axis=1)  # in the order of x
-        # Calibration must know which rows each kernel reads, see `runners.valid_rows`.
+        # Calibration needs the rows that each kernel reads, see `runners.valid_rows`.
         ctx |= {'mask': valid[:, None], 'valid': valid, 'query_valid': queries, 'text_valid': text}
-    # BERT norms its embeddings. The blocks run in the dtype of what the vision tower hands on.
+    # BERT normalises its embeddings. The blocks run in the dtype of the vision tower's output.
     return layers.layer_norm(w['norm'], x, cfg.norm_eps).astype(image.dtype), ctx
 
 
@@ -89,7 +89,7 @@ def _attention(
     source: Float[Array, 'batch sources source_dim'],
     mask: Bool[Array, 'batch 1 sources'] | None = None,
 ) -> Float[Array, 'batch rows dim']:
-    """Return `x` after attention to `source`, the sum and its norm."""
+    """Return `x` after attention to `source`, the residual sum and its norm."""
     q = layers.split_heads(layers.dense(w['q'], x), cfg.heads)
     k, v = (layers.split_heads(layers.dense(w[name], source), cfg.heads) for name in 'kv')
     return layers.layer_norm(w['norm'], x + layers.dense(w['o'], layers.attend(q, k, v, mask)), cfg.norm_eps)
@@ -102,7 +102,7 @@ def _mlp(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim']) -> Floa
 
 def _layer(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim'], ctx: dict) -> Float[Array, 'batch rows dim']:
     x = _attention(w['self'], cfg, x, x, ctx.get('mask'))
-    # Queries and text attend to each other, then part: queries alone see the image, and each has an MLP of its own.
+    # Queries and text attend to each other, and are then split. Only queries attend to the image, and each has its MLP.
     queries = x[:, : cfg.queries]
     text = x[:, cfg.queries :]
     if 'cross' in w:  # the first layer of a pair
@@ -110,32 +110,32 @@ def _layer(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim'], ctx: 
     queries = _mlp(w['mlp'], cfg, queries)
     if not cfg.vocab:
         return queries
-    # Nothing reads the text behind the last layer. Its MLP is run all the same, since checkpoints hold one and all
-    # layers are stacked.
+    # The text output of the last layer is unused. Its MLP still runs, since checkpoints contain it and all layers are
+    # stacked.
     return jnp.concatenate([queries, _mlp(w['text_mlp'], cfg, text)], axis=1)
 
 
 def block(
     w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim'], ctx: dict, cache: None
 ) -> tuple[Float[Array, 'batch rows dim'], None]:
-    """Run a pair: self-attention, cross-attention to the image, MLP; then self-attention, MLP. Norms follow the sums.
+    """Run a pair of post-norm layers: self-attention, cross-attention to the image, MLP; then self-attention, MLP.
 
     Args:
       w: weights of one pair.
       cfg: the Q-Former's config.
-      x: queries, and words behind them.
-      ctx: what `embed` returned.
-      cache: None, since nothing is decoded here.
+      x: queries, followed by text.
+      ctx: the `ctx` from `embed`.
+      cache: None, since this tower does not decode token by token.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     x = _layer(w['first'], cfg, x, ctx)
     return _layer(w['second'], cfg, x, ctx), cache
 
 
 def finish(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim']) -> Float[Array, 'batch queries dim']:
-    """Return the queries alone; there is no final norm, since every layer ends in its own.
+    """Return only the queries; there is no final norm, since every layer ends with a norm.
 
     Args:
       w: params of the Q-Former.
@@ -149,13 +149,13 @@ def finish(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim']) -> Fl
 def forward(
     w: dict, cfg: QFormerConfig, image: Float[Array, 'batch patches image_dim'], batch: dict, run: Runner = scan_blocks
 ) -> Float[Array, 'batch queries dim']:
-    """Return the queries' hidden states after they have read the image (and the instruction, if `cfg.vocab` says so).
+    """Return the queries' hidden states, given the image (and the instruction, if `cfg.vocab` is not 0).
 
     Args:
-      w: params of the Q-Former, or what `bind` made of them.
+      w: params of the Q-Former, or its weights from `bind`.
       cfg: its config.
-      image: what the vision tower hands on.
-      batch: holds the instruction.
+      image: the vision tower's output.
+      batch: contains the instruction.
       run: executes the pairs.
 
     Raises:
@@ -188,7 +188,7 @@ def shapes(cfg: QFormerConfig) -> dict:
             'norm': norm,
         }
 
-    # Every group ends in a norm of the sum, as in BERT.
+    # Every group ends with a norm of the residual sum, as in BERT.
     mlp = {'fc1': dense(width, cfg.mlp_width), 'fc2': dense(cfg.mlp_width, width), 'norm': norm}
     layer = {'self': attention(width), 'mlp': mlp}
     tree = {
@@ -203,9 +203,9 @@ def shapes(cfg: QFormerConfig) -> dict:
 
 
 def keys(cfg: QFormerConfig) -> Keys:
-    """Return our paths with transformers' names in BLIP-2's or InstructBLIP's model.
+    """Return the key table: our paths -> parameter names in transformers' BLIP-2 or InstructBLIP model.
 
-    The names are those of the whole model, since the queries lie outside of its Q-Former.
+    The names are those of the whole model, since the queries are outside its Q-Former module.
 
     Args:
       cfg: the Q-Former's config.
@@ -225,7 +225,7 @@ def keys(cfg: QFormerConfig) -> Keys:
 
 
 def _layer_keys(cfg: QFormerConfig) -> Keys:
-    """Return the names that both layers of a pair have."""
+    """Return the key table that both layers of a pair share."""
     # transformers calls the MLP of the queries `intermediate_query` and that of the text `intermediate`.
     table = _attention_keys('self', 'attention') | _mlp_keys('mlp', '_query')
     if cfg.vocab:
@@ -251,14 +251,14 @@ def from_hf(hf: HfConfig, queries: int) -> QFormerConfig:
     """Convert a transformers `Blip2QFormerConfig` or `InstructBlipQFormerConfig`.
 
     Args:
-      hf: transformers' config of the Q-Former.
+      hf: the transformers config of the Q-Former.
       queries: `num_query_tokens` of the whole model's config.
 
     Returns:
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
     if hf.cross_attention_frequency != 2 or hf.num_hidden_layers % 2:
         raise UnsupportedModelError(
@@ -269,7 +269,7 @@ def from_hf(hf: HfConfig, queries: int) -> QFormerConfig:
         raise UnsupportedModelError(f'use_qformer_text_input of {hf.model_type}: only retrieval models read text there')
     if getattr(hf, 'position_embedding_type', 'absolute') != 'absolute':
         raise UnsupportedModelError(f"position_embedding_type {hf.position_embedding_type!r}: expected 'absolute'")
-    # BLIP-2's config names a vocabulary as well, and its Q-Former does not use it.
+    # BLIP-2's config has a vocabulary too, but its Q-Former does not use it.
     reads_text = hf.model_type == 'instructblip_qformer'
     return QFormerConfig(
         queries=queries,

@@ -1,7 +1,7 @@
-"""Runners: how a tower's stacked blocks are executed. The seam that training, generation and pruning share.
+"""Runners: functions that execute a tower's stacked blocks, for training, generation and pruning.
 
-A tower hands its block and the stacked weights to a runner and never loops itself. So the same forward is scanned in
-training, unrolled while decoding, and run layer by layer while it is pruned.
+A tower passes its block and the stacked weights to a runner, and has no loop of its own. So the same forward is scanned
+in training, unrolled in decoding, and run layer by layer in pruning.
 """
 
 import functools
@@ -32,11 +32,11 @@ class Block(Protocol):
           w: the weights of one layer.
           x: hidden states, which the block changes.
           ctx: arrays that the block only reads: masks, position tables, an encoder's output. The leading axis of each
-            is the batch or 1, so a runner may cut a large batch into parts.
-          cache: the layer's keys and values seen so far; None: there are none.
+            is the batch or 1, so a runner may split a large batch into parts.
+          cache: the layer's cached keys and values; None: no cache.
 
         Returns:
-          Hidden states and the cache, with this run's keys and values written to it.
+          Hidden states, and the cache with the new keys and values.
         """
 
 
@@ -59,7 +59,7 @@ class Runner(Protocol):
           weights: the stacked weights of all layers, `[layers, ...]` each.
           x: hidden states before the first block.
           ctx: see `Block`; the same for all layers.
-          cache: the caches of all layers; None: there are none.
+          cache: the caches of all layers; None: no caches.
 
         Returns:
           Hidden states after the last block, and the caches.
@@ -71,14 +71,14 @@ def scan_blocks(
 ) -> tuple[Float[Array, '...'], PyTree]:
     """Trace one block and scan it over the layers.
 
-    The backward keeps the output of each `linear` and recomputes the rest: norms, attention, gates.
+    For the backward, it saves the output of each `linear` and recomputes the rest: norms, attention, gates.
 
     Args:
       tower: see `Runner`, as for the other arguments.
       block: runs one layer.
       weights: stacked weights.
       x: hidden states.
-      ctx: what blocks only read.
+      ctx: arrays that blocks only read.
       cache: stacked caches, or None.
 
     Returns:
@@ -91,14 +91,14 @@ def scan_blocks(
 def remat_blocks(
     tower: str, block: Block, weights: dict, x: Hidden, ctx: dict, cache: PyTree = None
 ) -> tuple[Float[Array, '...'], PyTree]:
-    """Scan like `scan_blocks`, but keep only each block's input for the backward: less memory, more computation.
+    """Scan like `scan_blocks`, but save only each block's input for the backward: less memory, more computation.
 
     Args:
       tower: see `Runner`, as for the other arguments.
       block: runs one layer.
       weights: stacked weights.
       x: hidden states.
-      ctx: what blocks only read.
+      ctx: arrays that blocks only read.
       cache: stacked caches, or None.
 
     Returns:
@@ -111,25 +111,25 @@ def remat_blocks(
 def _scan(
     block: Block, weights: dict, x: Hidden, ctx: dict, cache: PyTree, policy: Callable[..., bool] | None
 ) -> tuple[Float[Array, '...'], PyTree]:
-    # `prevent_cse=False`: the loop of a scan already keeps XLA from merging the recomputation with the forward.
+    # `prevent_cse=False`, because a scan already prevents XLA from merging the recomputation with the forward.
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
     def run_layer(w, index, x, ctx, cache):
         return block(_cut_out(w, index), x, ctx, cache)
 
-    # `index` tells `_cut_out` which layer it is in, in a way that XLA cannot see through.
+    # `index` gives `_cut_out` the layer index as a traced value, which XLA cannot constant-fold.
     def body(x, layer):
         w, index, layer_cache = layer
         return run_layer(w, index, x, ctx, layer_cache)
 
-    # The scan slices weights and caches along their leading axis, whatever kind of kernel they are: packed and masked
-    # ones are pytrees of stacked arrays. A cache of None has no leaves, and every layer gets None.
+    # The scan slices weights and caches along their leading axis. This works for all kinds of kernels, since packed and
+    # masked kernels are pytrees of stacked arrays. A cache of None has no leaves, so every layer gets None.
     layers = jax.tree.leaves(weights)[0].shape[0]
     return jax.lax.scan(body, x, (weights, jnp.arange(layers), cache))
 
 
 def _cut_out(w: dict, index: Int[Array, '']) -> dict:
-    """Return a block's weights; on a CPU, with packed kernels as arrays of their own."""
-    # One function for all kernels: JAX traces it once for each shape.
+    """Return a block's weights; on a CPU, copy packed kernels to separate arrays."""
+    # One function for all kernels, so that JAX traces it once per shape.
     copy_on_cpu = functools.partial(cpu.copy_out_of_stack, layer=index)
 
     def cut(leaf):
@@ -148,23 +148,23 @@ def unrolled_blocks(
     ctx: dict,
     cache: tuple | None = None,
 ) -> tuple[Float[Array, '...'], tuple]:
-    """Run blocks one after the other, each with its own weights and cache.
+    """Run blocks in a Python loop, each with its own weights and cache.
 
-    Decoding uses this runner: nothing is sliced from a stack or stacked again for every token.
+    Decoding uses this runner, because it neither slices stacks nor stacks again for every token.
 
     Args:
       tower: see `Runner`, as for the other arguments.
       block: runs one layer.
-      weights: of each layer, see `unstack`.
+      weights: the weights of each layer, see `unstack`.
       x: hidden states.
-      ctx: what blocks only read.
-      cache: of each layer, or None.
+      ctx: arrays that blocks only read.
+      cache: the cache of each layer, or None.
 
     Returns:
       Hidden states and the caches of all layers.
     """
     del tower
-    # A Python loop: the program holds every block, so it compiles longer than a scan, and runs faster a token.
+    # The program contains every block, so it compiles more slowly than a scan, but runs faster per token.
     caches = []
     for index, w in enumerate(weights):
         x, layer_cache = block(w, x, ctx, None if cache is None else cache[index])
@@ -173,7 +173,7 @@ def unrolled_blocks(
 
 
 def unstack(tree: PyTree) -> tuple[PyTree, ...]:
-    """Cut a tree that is stacked along its leading axis into one tree per layer.
+    """Split a tree of stacked arrays into one tree per layer.
 
     Args:
       tree: arrays `[layers, ...]`.
@@ -186,24 +186,24 @@ def unstack(tree: PyTree) -> tuple[PyTree, ...]:
 
 
 def valid_rows(name: str, ctx: dict) -> Bool[Array, 'batch rows'] | None:
-    """Return which rows of a kernel's input are no pads.
+    """Return which rows of a kernel's input are not pads.
 
     `ctx['valid']` describes the block's own rows. Keys and values of cross-attention read other rows (`cross_valid`).
-    In a Q-Former that reads text too, its cross-attention and `mlp` read the queries alone (`query_valid`), and its
-    `text_mlp` the text alone (`text_valid`).
+    In a Q-Former that reads text too, cross-attention and `mlp` read only the queries (`query_valid`), and `text_mlp`
+    reads only the text (`text_valid`).
 
     Args:
       name: the kernel's path within a block.
-      ctx: what the block reads, see `Block`.
+      ctx: the block's `ctx`, see `Block`.
 
     Returns:
       A mask over the rows; None: all of them count.
     """
-    # An image has no pads, so a Q-Former's context holds no `cross_valid`, and all rows count.
+    # An image has no pads, so a Q-Former's `ctx` has no `cross_valid`, and all rows count.
     if re.fullmatch(r'(.*/)?cross/[kv]/kernel', name):
         return ctx.get('cross_valid')
-    # In order: the first path that fits decides. A Q-Former without text has none of these masks, and its `mlp` reads
-    # the block's own rows.
+    # The first matching path decides. A Q-Former without text has none of these masks, and its `mlp` reads the block's
+    # own rows.
     masks_by_path = ((r'(.*/)?(cross/[qo]|mlp/.*)/kernel', 'query_valid'), (r'(.*/)?text_mlp/.*', 'text_valid'))
     for regex, mask in masks_by_path:
         if mask in ctx and re.fullmatch(regex, name):

@@ -1,7 +1,7 @@
 """T5 (arXiv 1910.10683) and T5 1.1: an encoder and a decoder; RMSNorm, relative positions as a bias, no QK scaling.
 
-`encode` and `decode` run a stack whole. `embed`, `block`, `finish` and `caches` are the decoder's, to run it token by
-token; `reading` adds the encoder's output to what its blocks read.
+`encode` and `decode` run a whole stack. `embed`, `block`, `finish` and `caches` belong to the decoder, and run it token
+by token. `reading` returns the part of its blocks' `ctx` that comes from the encoder.
 """
 
 import math
@@ -24,27 +24,27 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 is_encoder_decoder = True
 overflows_in_float16 = ('language/encoder/', 'language/decoder/')
 
-EMBED = 'shared.weight'  # the word embedding in files, which may hold copies of it, or a copy alone:
+EMBED = 'shared.weight'  # the word embedding in files; these may also contain copies of it, or only a copy:
 COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """A T5's sizes and variant.
+    """The sizes and variant of a T5.
 
     Attributes:
-      vocab: number of words.
+      vocab: vocabulary size.
       width: size of a hidden state.
-      depth: number of the decoder's layers.
-      encoder_depth: number of the encoder's layers.
-      heads: of attention.
-      head_dim: size of a head, which need not be width / heads.
+      depth: number of decoder layers.
+      encoder_depth: number of encoder layers.
+      heads: number of attention heads.
+      head_dim: size of a head, which may differ from width / heads.
       mlp_width: size of a hidden state within an MLP.
-      activation: of the MLP, a name in `layers.ACTIVATIONS`.
+      activation: activation of the MLP, a name in `layers.ACTIVATIONS`.
       gated: the MLP has a gate (T5 1.1).
-      norm_eps: of the norms.
-      buckets: of relative positions.
-      max_distance: positions as far as this or farther share a bucket.
+      norm_eps: epsilon of the norms.
+      buckets: number of buckets of relative positions.
+      max_distance: distances of this or more share a bucket.
       tied: the head is the word embedding.
       scale_head: hidden states are divided by sqrt(width) before the head.
     """
@@ -66,16 +66,16 @@ class T5Config:
 
     @property
     def longest(self) -> None:
-        """Return how many tokens a text may have: any number, since positions are relative."""
+        """Return None: a text may have any number of tokens, since positions are relative."""
 
     @property
     def tower(self) -> LanguageTower:
-        """Return this module, which runs the config."""
+        """Return this module, which implements the tower."""
         return sys.modules[__name__]
 
 
 class DecoderCache(NamedTuple):
-    """What a decoder layer has seen so far, and its keys and values of the encoder's output."""
+    """The self-attention cache of a decoder layer, and its keys and values of the encoder's output."""
 
     self: layers.KVCache
     cross_k: Float[Array, 'batch heads encoded head_dim']
@@ -85,19 +85,19 @@ class DecoderCache(NamedTuple):
 def distance_buckets(buckets: int, max_distance: int) -> Int[np.ndarray, ' distances']:
     """Return the bucket of every distance 0..max_distance: exact for the first half, logarithmic for the second.
 
-    The table is computed on the host: an accelerator's logarithm may put a distance that lies on a boundary on its
-    other side.
+    The table is computed on the host, because an accelerator's logarithm may put a boundary distance into the other
+    bucket.
 
     Args:
       buckets: number of buckets.
-      max_distance: the last distance.
+      max_distance: the largest distance.
 
     >>> distance_buckets(8, 16).tolist()
     [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7]
     """
     exact = buckets // 2
     distance = np.arange(max_distance + 1)
-    # In fp32 and in this order, as in transformers: its truncation decides which bucket a boundary belongs to.
+    # In fp32 and in this order, as in transformers, because truncation decides the bucket of a boundary distance.
     octaves = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     far = octaves / np.float32(math.log(max_distance / exact)) * np.float32(buckets - exact)
     far = np.minimum(exact + far.astype(np.int32), buckets - 1)
@@ -112,14 +112,14 @@ def relative_bias(
     max_distance: int,
     bidirectional: bool,
 ) -> Float[Array, 'batch heads tokens slots']:
-    """Return what the distance from a token to a slot adds to their product (arXiv 1910.10683, section 2.1).
+    """Return the attention bias for the distance from a token to a slot (arXiv 1910.10683, section 2.1).
 
     Args:
-      table: a learned bias for every bucket of distances and every head.
-      positions: of the tokens that read.
-      slot_positions: of the tokens that are read.
-      max_distance: slots as far as this or farther share a bucket.
-      bidirectional: half the buckets are for later slots; otherwise those are taken to be at distance 0.
+      table: a learned bias for each bucket of distances and each head.
+      positions: positions of the queries.
+      slot_positions: positions of the keys.
+      max_distance: distances of this or more share a bucket.
+      bidirectional: whether half the buckets are for later slots; if not, later slots have distance 0.
     """
     # [batch, tokens, slots]; positive: the slot comes later.
     offset = slot_positions[:, None, :] - positions[:, :, None]
@@ -129,7 +129,7 @@ def relative_bias(
     bucket = jnp.asarray(distance_buckets(buckets, max_distance))[jnp.minimum(distance, max_distance)]
     if bidirectional:  # the second half of the table is for later slots
         bucket = jnp.where(offset > 0, bucket + buckets, bucket)
-    return jnp.moveaxis(table[bucket], -1, 1)  # heads come behind the batch, as in the products
+    return jnp.moveaxis(table[bucket], -1, 1)  # heads come after the batch, as in the logits
 
 
 def embed_tokens(w: dict, cfg: T5Config, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens dim']:
@@ -138,7 +138,7 @@ def embed_tokens(w: dict, cfg: T5Config, tokens: Int[Array, 'batch tokens']) -> 
     Args:
       w: params of the tower.
       cfg: its config.
-      tokens: ids.
+      tokens: token ids.
     """
     del cfg
     return w['embed'][tokens]
@@ -169,15 +169,15 @@ def encoder_block(
       w: weights of one layer.
       cfg: the tower's config.
       x: hidden states.
-      ctx: mask and bias of relative positions.
-      cache: None, since nothing is decoded here.
+      ctx: mask, and bias of relative positions.
+      cache: None, since this tower does not decode token by token.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     h = _norm(w['norm1'], cfg, x)
     q, k, v = (_heads(w['attn'][name], cfg, h) for name in 'qkv')
-    # Scale 1: T5's initialisation takes the place of the division by sqrt(head_dim).
+    # Scale 1, because T5's initialisation replaces the division by sqrt(head_dim).
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask'], bias=ctx['bias'], scale=1.0))
     return x + _mlp(w['mlp'], cfg, _norm(w['norm2'], cfg, x)), cache
 
@@ -189,20 +189,20 @@ def encode(
     valid: Bool[Array, 'batch tokens'],
     run: Runner = scan_blocks,
 ) -> Float[Array, 'batch tokens dim']:
-    """Return the encoder's output, normed, from word embeddings.
+    """Return the encoder's output after its final norm, from word embeddings.
 
-    Pads count as positions, as they do in transformers.
+    Pads take up positions, as in transformers.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
       x: word embeddings.
-      valid: False: a pad.
+      valid: False marks a pad.
       run: executes the blocks.
     """
     w = w['encoder']
     positions = jnp.arange(x.shape[1])[None]
-    # The first layer's table serves all layers, so its bias is computed once.
+    # All layers use the first layer's table, so the bias is computed once.
     bias = relative_bias(w['relative'], positions, positions, max_distance=cfg.max_distance, bidirectional=True)
     ctx = {'mask': valid[:, None], 'bias': bias, 'valid': valid}
     x, _ = run('language/encoder', lambda w, x, ctx, c: encoder_block(w, cfg, x, ctx, c), w['blocks'], x, ctx)
@@ -212,13 +212,13 @@ def encode(
 def embed(
     w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim'], view: layers.View
 ) -> tuple[Float[Array, 'batch tokens dim'], dict]:
-    """Return the input of the decoder's blocks and what they read of each other; `reading` adds the encoder.
+    """Return the input of the decoder's blocks and their `ctx`, without the encoder's part (see `reading`).
 
     Args:
       w: params of the tower.
       cfg: its config.
       x: word embeddings.
-      view: where the tokens stand, and what they may read.
+      view: positions of the tokens, and the slots that they may attend to.
     """
     bias = relative_bias(
         w['decoder']['relative'],
@@ -233,11 +233,11 @@ def embed(
 def reading(
     encoded_valid: Bool[Array, 'batch encoded'], encoded: Float[Array, 'batch encoded dim'] | None = None
 ) -> dict:
-    """Return what the decoder's blocks read of the encoder, for their `ctx`.
+    """Return the encoder's part of the `ctx` of the decoder's blocks.
 
     Args:
-      encoded_valid: False: a pad of the encoder's.
-      encoded: the encoder's output; None: keys and values of it lie in the caches.
+      encoded_valid: False marks a pad of the encoder's input.
+      encoded: the encoder's output; None: its keys and values are in the caches.
     """
     ctx = {'cross_valid': encoded_valid}
     return ctx if encoded is None else ctx | {'cross': encoded}
@@ -246,35 +246,35 @@ def reading(
 def block(
     w: dict, cfg: T5Config, x: Float[Array, 'batch tokens dim'], ctx: dict, cache: DecoderCache | None
 ) -> tuple[Float[Array, 'batch tokens dim'], DecoderCache | None]:
-    """Run pre-norm attention, cross-attention and MLP of the decoder. With a cache, the encoder is read from it.
+    """Run pre-norm attention, cross-attention and MLP of the decoder; a cache replaces the encoder's output.
 
     Args:
       w: weights of one layer.
       cfg: the tower's config.
       x: hidden states.
       ctx: see `embed` and `reading`.
-      cache: of this layer; None: tokens read each other alone.
+      cache: this layer's cache; None: tokens attend only to each other.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
     h = _norm(w['norm1'], cfg, x)
     q, k, v = (_heads(w['attn'][name], cfg, h) for name in 'qkv')
-    # Self-attention: a token reads the tokens of the answer before it.
+    # Self-attention: a token attends to the answer up to itself.
     if cache is not None:
         seen = layers.update_cache(cache.self, k, v)
         cache = cache._replace(self=seen)
         k = seen.k.astype(q.dtype)
         v = seen.v.astype(q.dtype)
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v, ctx['mask'], bias=ctx['bias'], scale=1.0))
-    # Cross-attention: it reads the encoder's output, which is projected anew or, while decoding, lies in the cache.
+    # Cross-attention: keys and values of the encoder's output are computed here, or cached while decoding.
     q = _heads(w['cross']['q'], cfg, _norm(w['norm2'], cfg, x))
     if cache is None:
         k, v = (_heads(w['cross'][name], cfg, ctx['cross']) for name in 'kv')
     else:
         k = cache.cross_k.astype(q.dtype)
         v = cache.cross_v.astype(q.dtype)
-    # No bias: the prompt's words have no distance to those of the answer.
+    # No bias, since prompt tokens have no distance to answer tokens.
     x = x + layers.dense(w['cross']['o'], layers.attend(q, k, v, ctx['cross_valid'][:, None], scale=1.0))
     return x + _mlp(w['mlp'], cfg, _norm(w['norm3'], cfg, x)), cache
 
@@ -301,19 +301,19 @@ def decode(
 ) -> Float[Array, 'batch tokens dim']:
     """Return the decoder's hidden states after its final norm.
 
-    Pads count as positions, as they do in transformers.
+    Pads take up positions, as in transformers.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
-      tokens: ids.
-      valid: False: a pad.
+      tokens: token ids.
+      valid: False marks a pad.
       encoded: the encoder's output.
-      encoded_valid: False: a pad of the encoder's.
+      encoded_valid: False marks a pad of the encoder's input.
       run: executes the blocks.
     """
     positions = jnp.arange(tokens.shape[1])[None]
-    # The causal mask is as usual. Only the positions differ: `causal_view` would skip pads.
+    # The causal mask is as usual. Only the positions differ, because `causal_view` would skip pads.
     view = layers.causal_view(valid)._replace(positions=positions, slot_positions=positions)
     x, ctx = embed(w, cfg, embed_tokens(w, cfg, tokens).astype(encoded.dtype), view)
     ctx |= {'valid': valid} | reading(encoded_valid, encoded)
@@ -330,7 +330,7 @@ def head(w: dict, cfg: T5Config, hidden: Float[Array, '*batch dim']) -> Float[Ar
       cfg: its config.
       hidden: what `finish` returns.
     """
-    if cfg.scale_head:  # T5 1.0 shares the embedding with the head, at another scale
+    if cfg.scale_head:  # T5 1.0 shares the embedding with the head, but at another scale
         hidden = hidden * jnp.asarray(cfg.width**-0.5, hidden.dtype)
     return layers.word_logits(w, hidden, tied=cfg.tied)
 
@@ -338,19 +338,19 @@ def head(w: dict, cfg: T5Config, hidden: Float[Array, '*batch dim']) -> Float[Ar
 def caches(
     w: dict, cfg: T5Config, encoded: Float[Array, 'batch encoded dim'], slots: int, dtype: DTypeLike
 ) -> tuple[DecoderCache, ...]:
-    """Return the caches of every decoder layer: no token seen yet, the encoder's output projected once.
+    """Return the cache of every decoder layer, with no tokens yet but with the keys and values of the encoder's output.
 
     Args:
       w: params of the tower.
       cfg: its config.
       encoded: the encoder's output.
-      slots: number of tokens that a row has room for.
-      dtype: of keys and values.
+      slots: maximum number of tokens in a row.
+      dtype: dtype of keys and values.
     """
     empty = layers.empty_caches(
         cfg.depth, batch=encoded.shape[0], kv_heads=cfg.heads, slots=slots, head_dim=cfg.head_dim, dtype=dtype
     )
-    # A layer at a time, of weights that may be of any kind of kernel: a scan would stack all layers' results.
+    # One layer at a time, which works for any kind of kernel. A scan would stack the results of all layers.
     cross = unstack(w['decoder']['blocks']['cross'])
     cross_kv = ((_heads(layer[name], cfg, encoded).astype(dtype) for name in 'kv') for layer in cross)
     return tuple(DecoderCache(cache, *kv) for cache, kv in zip(empty, cross_kv, strict=True))
@@ -373,7 +373,7 @@ def shapes(cfg: T5Config) -> dict:
         blocks = {}
         for index, (group, kernels) in enumerate(groups.items()):
             blocks[group] = {name: {'kernel': (depth, *size)} for name, size in kernels.items()}
-            blocks[f'norm{index + 1}'] = {'scale': (depth, width)}  # each group follows a norm
+            blocks[f'norm{index + 1}'] = {'scale': (depth, width)}  # each group comes after a norm
         return {'blocks': blocks, 'relative': (cfg.buckets, cfg.heads), 'norm': {'scale': (width,)}}
 
     tree = {
@@ -385,17 +385,17 @@ def shapes(cfg: T5Config) -> dict:
 
 
 def keys(cfg: T5Config) -> Keys:
-    """Return our paths with transformers' names in `T5ForConditionalGeneration`.
+    """Return the key table: our paths -> parameter names in transformers' `T5ForConditionalGeneration`.
 
     Args:
       cfg: the tower's config.
     """
     table: Keys = {'embed': EMBED}
-    if not cfg.tied:  # beside the embedding, since `key_prefix` is that of the whole model
+    if not cfg.tied:  # included here, since `key_prefix` is the prefix of the whole model
         table['head/kernel'] = 'lm_head.weight'
     attention = {name: name for name in 'qkvo'}
     mlp = {'gate': 'wi_0', 'up': 'wi_1', 'down': 'wo'} if cfg.gated else {'fc1': 'wi', 'fc2': 'wo'}
-    # In order, since transformers numbers the parts of a layer.
+    # The order matters, since transformers numbers the parts of a layer.
     encoder = {'attn': ('SelfAttention', attention), 'mlp': ('DenseReluDense', mlp)}
     decoder = {
         'attn': ('SelfAttention', attention),
@@ -403,7 +403,7 @@ def keys(cfg: T5Config) -> Keys:
         'mlp': ('DenseReluDense', mlp),
     }
     for stack, parts in {'encoder': encoder, 'decoder': decoder}.items():
-        # The first layer holds the table of relative positions that all layers read.
+        # The first layer contains the table of relative positions that all layers use.
         table[f'{stack}/relative'] = f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
         table |= key_table.norm(f'{stack}/norm', f'{stack}.final_layer_norm', bias=False)
         for index, (part, (module, kernels)) in enumerate(parts.items()):
@@ -415,7 +415,7 @@ def keys(cfg: T5Config) -> Keys:
 
 
 def key_prefix(model: str, head: str) -> str:
-    """Return the prefix of `keys` in a whole model: embedding and stacks stand beside the head.
+    """Return the prefix of the names from `keys` in a whole model, where embedding and stacks are beside the head.
 
     Args:
       model: the prefix of transformers' model without its head.
@@ -426,7 +426,7 @@ def key_prefix(model: str, head: str) -> str:
 
 
 def embed_copies(own: str) -> list[str]:
-    """Return the names under which a file may hold copies of the word embedding, in torch's order.
+    """Return the names of copies of the word embedding that a file may contain, in torch's order.
 
     Args:
       own: the name of the word embedding.
@@ -438,7 +438,7 @@ def embed_copies(own: str) -> list[str]:
 def likely_tied(cfg: T5Config) -> bool:
     """Return whether the head of published files is the word embedding.
 
-    Transformers 5 says so of every T5. T5 1.1 has a head of its own, and does not scale what it reads.
+    Transformers 5 says so for every T5. But T5 1.1 has a separate head, and does not scale its input.
 
     Args:
       cfg: the tower's config.
@@ -449,24 +449,24 @@ def likely_tied(cfg: T5Config) -> bool:
 def from_hf(hf: HfConfig) -> T5Config:
     """Convert a transformers `T5Config`.
 
-    Since transformers 5 the config says of every T5 that its head is tied: a checkpoint whose `lm_head.weight` is not
-    its `shared.weight` needs `tied=False` all the same.
+    Since transformers 5 the config says for every T5 that its head is tied. A checkpoint whose `lm_head.weight` differs
+    from its `shared.weight` still needs `tied=False`.
 
     Args:
-      hf: transformers' config.
+      hf: the transformers config.
 
     Returns:
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
     if hf.dense_act_fn not in layers.ACTIVATIONS:
         raise UnsupportedModelError(f'feed_forward_proj {hf.feed_forward_proj!r} of {hf.model_type} is not known')
     return T5Config(
         vocab=hf.vocab_size,
         width=hf.d_model,
-        depth=hf.num_decoder_layers,  # transformers has already filled it in where a file names `num_layers` alone
+        depth=hf.num_decoder_layers,  # transformers fills this in if a file has only `num_layers`
         encoder_depth=hf.num_layers,
         heads=hf.num_heads,
         head_dim=hf.d_kv,

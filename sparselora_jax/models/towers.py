@@ -1,8 +1,8 @@
-"""Towers: what a vision encoder and a language model must offer, and which module runs which kind of config.
+"""Towers: the protocols of vision encoders and language models, and the registries of their modules.
 
-A tower is a module of pure functions beside a frozen config: `embed`, `block`, `finish`, and the `forward` that hands
-the stacked blocks to a runner (`models.runners`). Each module registers itself here under transformers' `model_type`,
-and each config names its module by `cfg.tower`. So nothing outside a tower's file compares kinds of towers.
+A tower is a module of pure functions with a frozen config: `embed`, `block`, `finish`, and a `forward` that passes the
+stacked blocks to a runner (`models.runners`). Each module registers itself here under transformers' `model_type`, and
+each config returns its module as `cfg.tower`. So only a tower's own file checks which kind of tower it is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ from sparselora_jax.runtime.registry import Registry
 
 @runtime_checkable
 class LanguageTower(Protocol):
-    """A language model: LLaMA, OPT, T5. A module whose functions have these names satisfies it.
+    """A language model, such as LLaMA, OPT or T5. A module with functions of these names satisfies the protocol.
 
-    Weights `w` are params of the tower, or what `bind` made of them. A decoder-only tower also has `forward`
+    Weights `w` are params of the tower, or its weights from `bind`. A decoder-only tower also has `forward`
     (`DecoderTower`), an encoder-decoder has `encode` and `decode` (`EncoderDecoderTower`).
 
     Attributes:
-      is_encoder_decoder: answers are decoded from a prompt that an encoder reads.
+      is_encoder_decoder: whether an encoder reads the prompt, and a decoder writes the answer.
       overflows_in_float16: path prefixes of stacks whose hidden states exceed float16's range.
     """
 
@@ -37,28 +37,28 @@ class LanguageTower(Protocol):
     overflows_in_float16: Sequence[str]
 
     def from_hf(self, hf: HfConfig) -> LanguageConfig:
-        """Convert a config of transformers; refuse a field whose value is not supported."""
+        """Convert a transformers config; raise an error if a field's value is not supported."""
 
     def shapes(self, cfg: LanguageConfig) -> dict:
         """Return the shape of every parameter, as a params tree of tuples."""
 
     def keys(self, cfg: LanguageConfig) -> Keys:
-        """Return our paths with transformers' names within this kind of model."""
+        """Return the key table: our paths -> transformers' names within this kind of model."""
 
     def key_prefix(self, model: str, head: str) -> str:
-        """Return the prefix of `keys` in a whole model; `model` and `head` as in `language_keys`."""
+        """Return the prefix of the names from `keys` in a whole model; for `model` and `head` see `language_keys`."""
 
     def embed_copies(self, own: str) -> list[str]:
-        """Return the names under which a file may hold copies of the word embedding, whose own name is given."""
+        """Return the names of copies of the word embedding `own` that a file may contain."""
 
     def likely_tied(self, cfg: LanguageConfig) -> bool:
-        """Return whether the head of published files is the word embedding, where only their config is known."""
+        """Return whether the head of published files is probably the word embedding, judging by their config."""
 
     def embed_tokens(self, w: dict, cfg: LanguageConfig, tokens: Int[Array, '...']) -> Float[Array, '... dim']:
         """Return word embeddings."""
 
     def embed(self, w: dict, cfg: LanguageConfig, x: Float[Array, '...'], view: layers.View) -> tuple[Array, dict]:
-        """Return the input of the blocks and what they read, from word embeddings."""
+        """Return the input of the blocks and their `ctx`, from word embeddings."""
 
     def block(
         self, w: dict, cfg: LanguageConfig, x: Float[Array, '...'], ctx: dict, cache: PyTree
@@ -66,7 +66,7 @@ class LanguageTower(Protocol):
         """Run one block (of the decoder), see `runners.Block`."""
 
     def finish(self, w: dict, cfg: LanguageConfig, x: Float[Array, '...']) -> Float[Array, '...']:
-        """Return what the head reads, from the output of the last block."""
+        """Return the input of the head, from the output of the last block."""
 
     def head(self, w: dict, cfg: LanguageConfig, hidden: Float[Array, '...']) -> Float[Array, '... vocab']:
         """Return logits in fp32."""
@@ -86,7 +86,7 @@ class DecoderTower(LanguageTower, Protocol):
         *,
         prefix: Bool[Array, 'batch tokens'] | None,
     ) -> Float[Array, 'batch tokens dim']:
-        """Run the whole tower over word embeddings; tokens of `prefix` read each other both ways."""
+        """Run the whole tower over word embeddings; tokens of `prefix` attend to each other in both directions."""
 
     def caches(self, cfg: LanguageConfig, batch: int, slots: int, dtype: DTypeLike) -> tuple:
         """Return empty key/value caches of every layer."""
@@ -94,7 +94,7 @@ class DecoderTower(LanguageTower, Protocol):
 
 @runtime_checkable
 class EncoderDecoderTower(LanguageTower, Protocol):
-    """A language model of an encoder and a decoder; `embed`, `block` and `finish` are the decoder's."""
+    """A language model with an encoder and a decoder; `embed`, `block` and `finish` belong to the decoder."""
 
     def encode(
         self, w: dict, cfg: LanguageConfig, x: Float[Array, '...'], valid: Bool[Array, '...'], run: Runner
@@ -114,28 +114,28 @@ class EncoderDecoderTower(LanguageTower, Protocol):
         """Run the decoder over tokens."""
 
     def reading(self, encoded_valid: Bool[Array, '...'], encoded: Float[Array, '...'] | None = None) -> dict:
-        """Return what the decoder's blocks read of the encoder, for their `ctx`."""
+        """Return the encoder's part of the `ctx` of the decoder's blocks."""
 
     def caches(self, w: dict, cfg: LanguageConfig, encoded: Float[Array, '...'], slots: int, dtype: DTypeLike) -> tuple:
-        """Return the caches of every decoder layer, the encoder's output projected once."""
+        """Return the cache of every decoder layer, with the keys and values of the encoder's output."""
 
 
 @runtime_checkable
 class VisionTower(Protocol):
-    """A vision encoder. A module whose functions have these names satisfies it."""
+    """A vision encoder. A module with functions of these names satisfies the protocol."""
 
     def from_hf(self, hf: HfConfig, *, layer: int | None = None, drop_first: bool = False) -> VisionConfig:
-        """Convert a config of transformers; refuse a field whose value is not supported.
+        """Convert a transformers config; raise an error if a field's value is not supported.
 
-        `layer` chooses one of torch's `hidden_states` (None: the tower's own output), and `drop_first` leaves the
-        first token out.
+        `layer` selects one of torch's `hidden_states` as output (None: the tower's own output), and `drop_first` drops
+        its first token.
         """
 
     def shapes(self, cfg: VisionConfig) -> dict:
         """Return the shape of every parameter, as a params tree of tuples."""
 
     def keys(self, cfg: VisionConfig) -> Keys:
-        """Return our paths with transformers' names within this kind of model."""
+        """Return the key table: our paths -> transformers' names within this kind of model."""
 
     def forward(
         self, w: dict, cfg: VisionConfig, images: Float[Array, 'batch 3 height width'], run: Runner
@@ -143,10 +143,10 @@ class VisionTower(Protocol):
         """Run the tower over normalised images."""
 
     def unread(self, hf: HfConfig, cfg: VisionConfig) -> dict[str, int]:
-        """Return how many parameters published files hold that this config does not read, by what they are."""
+        """Return the numbers of parameters in published files that this config does not use, by description."""
 
 
-# By transformers' `model_type`, of the text config and of the vision config.
+# Keys are the `model_type` of transformers' text config and vision config.
 LANGUAGE_TOWERS: Registry[LanguageTower] = Registry('language model')
 VISION_TOWERS: Registry[VisionTower] = Registry('vision model')
 
@@ -155,10 +155,10 @@ def language_from_hf(hf: HfConfig) -> LanguageConfig:
     """Convert the config of a language model.
 
     Args:
-      hf: transformers' config of it.
+      hf: the transformers config of it.
 
     Returns:
-      The config of the tower that runs it.
+      The config of its tower.
 
     Raises:
       UnsupportedModelError: no tower is registered for its `model_type`, or a field's value is not supported.
@@ -173,12 +173,12 @@ def vision_from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool =
     """Convert the config of a vision model.
 
     Args:
-      hf: transformers' config of it.
-      layer: which of torch's `hidden_states` is handed on; None: the tower's own output.
-      drop_first: leave the first token out of what is handed on.
+      hf: the transformers config of it.
+      layer: index of torch's `hidden_states` to output; None: the tower's own output.
+      drop_first: whether to drop the first token of the output.
 
     Returns:
-      The config of the tower that runs it.
+      The config of its tower.
 
     Raises:
       UnsupportedModelError: no tower is registered for its `model_type`, or a field's value is not supported.
@@ -190,32 +190,32 @@ def vision_from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool =
 
 
 def language_keys(cfg: LanguageConfig, model: str, head: str) -> Keys:
-    """Return the key table of a language tower, its paths under `language/`.
+    """Return the key table of a language tower, with its paths under `language/`.
 
     Args:
-      cfg: its config.
+      cfg: the tower's config.
       model: the prefix of transformers' model without its head, e.g. 'model.'.
       head: the prefix of the head's name, and of T5's embedding and stacks.
     """
     tower = cfg.tower
-    # transformers nests a tower differently: a LLaMA is the model, an OPT the model's decoder, a T5 has no such module.
+    # transformers nests towers differently: LLaMA is the model, OPT is the model's decoder, T5 has no such module.
     table = key_table.nested(tower.keys(cfg), 'language/', tower.key_prefix(model, head))
-    # A tied head is no parameter of its own. Files that hold one all the same are handled by `checkpoints.layout`.
+    # A tied head is not a separate parameter. `checkpoints.layout` handles files that contain one anyway.
     if 'head' in tower.shapes(cfg):
         table['language/head/kernel'] = f'{head}lm_head.weight'
     return table
 
 
 def check_dtypes(dtypes: Mapping[str, np.dtype]) -> None:
-    """Check that no weight is to be loaded in a dtype in which its tower overflows.
+    """Check that no weight will be loaded in a dtype in which its tower overflows.
 
     Args:
-      dtypes: the dtype of each weight, by its path in a whole model.
+      dtypes: path in the whole model -> dtype of the weight.
 
     Raises:
-      UnsupportedModelError: a stack whose hidden states exceed float16's range is to be loaded in float16.
+      UnsupportedModelError: a stack would be loaded in float16, but its hidden states exceed float16's range.
     """
-    # The paths alone tell these stacks apart: whoever reads single layers from disk knows no config.
+    # These stacks are recognised by path alone, since code that reads single layers from disk has no config.
     overflowing = tuple(
         {prefix for name in LANGUAGE_TOWERS for prefix in LANGUAGE_TOWERS.find(name).overflows_in_float16}
     )

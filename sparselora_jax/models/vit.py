@@ -1,8 +1,8 @@
 """Vision transformer (arXiv 2010.11929): patches, learned positions, pre-norm blocks.
 
-EVA-CLIP's ViT-g, as BLIP-2 has it: class token, exact GELU, a final norm over all tokens. CLIP: a norm before the
-blocks, no bias on the patches, quick GELU; LLaVA reads the input of its last layer, so that layer and the final norm
-are no part of it here. SigLIP: no class token, tanh GELU.
+EVA-CLIP's ViT-g, as in BLIP-2: class token, exact GELU, a final norm over all tokens. CLIP: a norm before the blocks,
+no bias on the patches, quick GELU. LLaVA uses the input of CLIP's last layer, so that layer and the final norm are
+omitted here. SigLIP: no class token, tanh GELU.
 """
 
 import math
@@ -23,24 +23,24 @@ from sparselora_jax.sparse.rules import flatten
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """A vision transformer's sizes and variant.
+    """The sizes and variant of a vision transformer.
 
     Attributes:
-      image_size: pixels a side.
-      patch_size: pixels a side.
+      image_size: side of an image, in pixels.
+      patch_size: side of a patch, in pixels.
       width: size of a hidden state.
-      depth: number of layers that run, which may be fewer than the checkpoint has.
-      heads: of attention.
+      depth: number of layers that run; the checkpoint may have more.
+      heads: number of attention heads.
       mlp_width: size of a hidden state within an MLP.
-      norm_eps: of the norms.
-      activation: of the MLPs, a name in `layers.ACTIVATIONS`.
-      class_token: a learned token comes before the patches.
+      norm_eps: epsilon of the norms.
+      activation: activation of the MLPs, a name in `layers.ACTIVATIONS`.
+      class_token: there is a learned token before the patches.
       patch_bias: the projection of patches has a bias.
       qkv_bias: queries, keys and values have biases.
       pre_norm: there is a norm before the blocks.
-      final_norm: there is a norm behind the blocks.
-      drop_first: the first token, CLIP's class token, is not handed on.
-      fused_qkv: checkpoints name the weights as EVA-CLIP's do, with one matrix for q, k and v; False: as CLIP's.
+      final_norm: there is a norm after the blocks.
+      drop_first: the first token, CLIP's class token, is dropped from the output.
+      fused_qkv: checkpoints use EVA-CLIP's names, with one matrix for q, k and v; False: CLIP's names.
     """
 
     image_size: int
@@ -61,7 +61,7 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
-        """Return the number of patches a side; pixels beyond the last whole patch are not read."""
+        """Return the number of patches per side; pixels beyond the last whole patch are ignored."""
         return self.image_size // self.patch_size
 
     @property
@@ -71,19 +71,19 @@ class ViTConfig:
 
     @property
     def output_tokens(self) -> int:
-        """Return the number of hidden states that are handed on."""
+        """Return the number of hidden states in the output."""
         return self.tokens - self.drop_first
 
     @property
     def tower(self) -> VisionTower:
-        """Return this module, which runs the config."""
+        """Return this module, which implements the tower."""
         return sys.modules[__name__]
 
 
 def embed(
     w: dict, cfg: ViTConfig, images: Float[Array, 'batch 3 height width']
 ) -> tuple[Float[Array, 'batch tokens dim'], dict]:
-    """Return patches as tokens with positions added, the class token first if there is one.
+    """Return patches as tokens with positions added, after the class token if there is one.
 
     Args:
       w: params of the tower.
@@ -91,7 +91,7 @@ def embed(
       images: normalised pixels.
 
     Returns:
-      The blocks' input, and what they read: nothing.
+      The blocks' input, and an empty `ctx`.
 
     Raises:
       BatchError: the images are not of the config's size.
@@ -102,13 +102,13 @@ def embed(
         raise BatchError(f'pixel_values are {height}x{width} pixels, the vision tower reads {expected}: resize them')
     grid = cfg.grid
     p = cfg.patch_size
-    # A convolution whose stride is its size is one matmul over patches, each a row of p * p * 3 pixels. Their order
-    # is (row, column, channel), as `checkpoints.layout` lays the convolution's weights out.
+    # A convolution whose stride is its kernel size is one matmul over patches. Each patch is a row of p * p * 3
+    # values in the order (row, column, channel), as in `checkpoints.layout` for the convolution's weights.
     pixels = images[:, :, : grid * p, : grid * p].reshape(batch, channels, grid, p, grid, p)
     patches = pixels.transpose(0, 2, 4, 3, 5, 1).reshape(batch, grid * grid, p * p * channels)
     x = layers.dense(w['patch'], patches)  # [batch, grid * grid, dim]
     if cfg.class_token:
-        # The class token takes position 0, so it joins before positions are added.
+        # The class token has position 0, so it is added before positions are.
         first = jnp.broadcast_to(w['cls'].astype(x.dtype), (batch, 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1)
     x = x + w['positions'].astype(x.dtype)
@@ -124,13 +124,13 @@ def block(
       w: weights of one layer.
       cfg: the tower's config.
       x: hidden states.
-      ctx: nothing: all tokens read each other.
-      cache: None, since nothing is decoded here.
+      ctx: empty, since all tokens attend to each other.
+      cache: None, since this tower does not decode token by token.
 
     Returns:
-      `x`, changed, and the cache.
+      The new `x` and the cache.
     """
-    # No mask and no cache: an image has no pads, and its tokens are all there at once.
+    # No mask and no cache, since an image has no pads and all its tokens are available at once.
     h = layers.layer_norm(w['norm1'], x, cfg.norm_eps)
     q, k, v = (layers.split_heads(layers.dense(w['attn'][name], h), cfg.heads) for name in 'qkv')
     x = x + layers.dense(w['attn']['o'], layers.attend(q, k, v))
@@ -140,14 +140,14 @@ def block(
 
 
 def finish(w: dict, cfg: ViTConfig, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch outputs dim']:
-    """Return the tokens that are handed on, after the final norm if there is one.
+    """Return the output tokens, after the final norm if there is one.
 
     Args:
       w: params of the tower.
       cfg: its config.
       x: the last block's output.
     """
-    # Dropped before the norm, which reads each token by itself: the result is the same, for less work.
+    # Dropped before the norm, which saves work. The result is the same, since the norm acts on each token separately.
     x = x[:, 1:] if cfg.drop_first else x
     return layers.layer_norm(w['norm'], x, cfg.norm_eps) if cfg.final_norm else x
 
@@ -155,10 +155,10 @@ def finish(w: dict, cfg: ViTConfig, x: Float[Array, 'batch tokens dim']) -> Floa
 def forward(
     w: dict, cfg: ViTConfig, images: Float[Array, 'batch 3 height width'], run: Runner = scan_blocks
 ) -> Float[Array, 'batch outputs dim']:
-    """Return the hidden states of the tokens that are handed on.
+    """Return the hidden states of the output tokens.
 
     Args:
-      w: params of the tower, or what `bind` made of them.
+      w: params of the tower, or its weights from `bind`.
       cfg: its config.
       images: normalised pixels.
       run: executes the blocks.
@@ -184,7 +184,7 @@ def shapes(cfg: ViTConfig) -> dict:
         layer = {'kernel': (depth, inputs, outputs)}
         return layer | {'bias': (depth, outputs)} if bias else layer
 
-    # Sizes of blocks lead with the layers, those around them do not.
+    # Only the shapes within blocks start with the layer axis.
     norm = {'scale': (width,), 'bias': (width,)}
     block_norm = {'scale': (depth, width), 'bias': (depth, width)}
     tree = {
@@ -209,18 +209,20 @@ def shapes(cfg: ViTConfig) -> dict:
 
 
 def keys(cfg: ViTConfig) -> Keys:
-    """Return our paths with transformers' names in `Blip2VisionModel`, `CLIPVisionModel` or `SiglipVisionModel`.
+    """Return the key table: our paths -> parameter names in transformers' vision model.
+
+    That is `Blip2VisionModel`, `CLIPVisionModel` or `SiglipVisionModel`.
 
     Args:
       cfg: the tower's config.
     """
     table = key_table.dense('patch', 'embeddings.patch_embedding', bias=cfg.patch_bias)
-    # EVA-CLIP's positions are a parameter, the others' an embedding, whose table is called `weight`.
+    # EVA-CLIP's positions are a parameter. The others have an embedding module, whose table is called `weight`.
     table['positions'] = 'embeddings.position_embedding' if cfg.fused_qkv else 'embeddings.position_embedding.weight'
     if cfg.class_token:
         table['cls'] = 'embeddings.class_embedding'
     if cfg.pre_norm:
-        table |= key_table.norm('pre_norm', 'pre_layrnorm')  # the name's spelling is transformers' own
+        table |= key_table.norm('pre_norm', 'pre_layrnorm')  # this spelling is the one in transformers
     if cfg.final_norm:
         table |= key_table.norm('norm', 'post_layernorm')
     layer = key_table.norm('norm1', 'layer_norm1') | key_table.norm('norm2', 'layer_norm2')
@@ -228,7 +230,7 @@ def keys(cfg: ViTConfig) -> Keys:
     layer |= key_table.dense('attn/o', 'self_attn.projection' if cfg.fused_qkv else 'self_attn.out_proj')
     for index, name in enumerate('qkv'):
         if cfg.fused_qkv:
-            # Three kernels here, each pruned and adapted by itself; in files, equal slices of one matrix.
+            # These are three kernels here, pruned and adapted separately. In files they are equal slices of one matrix.
             fused = key_table.dense(f'attn/{name}', 'self_attn.qkv', bias=cfg.qkv_bias)
             layer |= {path: key_table.Part(key, index, 3) for path, key in fused.items()}
         else:
@@ -238,19 +240,19 @@ def keys(cfg: ViTConfig) -> Keys:
 
 @dataclass(frozen=True)
 class _Variant:
-    """What sets one kind of vision transformer apart, beside its sizes."""
+    """The settings, besides sizes, that differ between kinds of vision transformers."""
 
     class_token: bool
     patch_bias: bool
     pre_norm: bool
     final_norm: bool
     fused_qkv: bool
-    has_head: bool  # files hold a pooling head, which no family reads
+    has_head: bool  # files contain a pooling head, which no family uses
 
 
-# ViT-g of EVA-CLIP, which BLIP-2 and InstructBLIP took over.
+# EVA-CLIP's ViT-g, which BLIP-2 and InstructBLIP use.
 _EVA = _Variant(class_token=True, patch_bias=True, pre_norm=False, final_norm=True, fused_qkv=True, has_head=False)
-# CLIP's own output is not normed: its final norm reads the class token alone.
+# CLIP's output has no final norm: in CLIP that norm applies only to the class token.
 _CLIP = _Variant(class_token=True, patch_bias=False, pre_norm=True, final_norm=False, fused_qkv=False, has_head=False)
 # SigLIP pools by a head instead of a class token.
 _SIGLIP = _Variant(class_token=False, patch_bias=True, pre_norm=False, final_norm=True, fused_qkv=False, has_head=True)
@@ -266,8 +268,8 @@ def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False)
     """Convert a transformers vision config of BLIP-2, InstructBLIP, CLIP or SigLIP.
 
     Args:
-      hf: transformers' config.
-      layer: which of torch's `hidden_states` is handed on (0 is the blocks' input, -1 the last block's output, without
+      hf: the transformers config.
+      layer: index of torch's `hidden_states` to output (0 is the blocks' input, -1 the last block's output, without
         the final norm); None: the tower's own output.
       drop_first: see `ViTConfig`.
 
@@ -275,7 +277,7 @@ def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False)
       Our config.
 
     Raises:
-      UnsupportedModelError: names the field whose value is not supported.
+      UnsupportedModelError: a field's value is not supported; names the field.
     """
     if hf.model_type not in _VARIANTS:
         raise UnsupportedModelError(f'vision model {hf.model_type!r}: expected one of {", ".join(_VARIANTS)}')
@@ -283,17 +285,17 @@ def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False)
     for field in ('image_size', 'patch_size'):
         if not isinstance(getattr(hf, field), int):
             raise UnsupportedModelError(
-                f'{field} {getattr(hf, field)} of {hf.model_type}: expected one integer, a square'
+                f'{field} {getattr(hf, field)} of {hf.model_type}: expected one integer (a square)'
             )
     if getattr(hf, 'num_channels', 3) != 3:
         raise UnsupportedModelError(f'num_channels {hf.num_channels} of {hf.model_type}: expected 3')
     depth = hf.num_hidden_layers
     if layer is not None:
-        # Layers behind the chosen hidden state do not run. Negative numbers count from the last of depth + 1 states.
+        # Layers after the chosen hidden state do not run. Negative indices count from the end of the depth + 1 states.
         depth = layer if layer >= 0 else depth + 1 + layer
         if not 1 <= depth <= hf.num_hidden_layers:
             raise UnsupportedModelError(
-                f'hidden state {layer} of {hf.num_hidden_layers} vision layers: it is the output of no layer'
+                f'hidden state {layer} of {hf.num_hidden_layers} vision layers: it is not the output of a layer'
             )
     return ViTConfig(
         image_size=hf.image_size,
@@ -306,22 +308,22 @@ def from_hf(hf: HfConfig, *, layer: int | None = None, drop_first: bool = False)
         activation=layers.known_activation(hf.hidden_act, hf.model_type),
         class_token=variant.class_token,
         patch_bias=variant.patch_bias,
-        qkv_bias=getattr(hf, 'qkv_bias', True),  # a field of EVA-CLIP's alone
+        qkv_bias=getattr(hf, 'qkv_bias', True),  # only EVA-CLIP has this field
         pre_norm=variant.pre_norm,
-        final_norm=variant.final_norm and layer is None,  # torch's `hidden_states` are those before the norm
+        final_norm=variant.final_norm and layer is None,  # torch's `hidden_states` are taken before the norm
         drop_first=drop_first,
         fused_qkv=variant.fused_qkv,
     )
 
 
 def unread(hf: HfConfig, cfg: ViTConfig) -> dict[str, int]:
-    """Return how many parameters a published file holds that this config does not read, by what they are.
+    """Return the numbers of parameters in a published file that this config does not use, by description.
 
     Args:
-      hf: transformers' config of the vision tower.
-      cfg: ours, made from it.
+      hf: the transformers config of the vision tower.
+      cfg: our config, converted from `hf`.
     """
-    whole = replace(from_hf(hf), final_norm=True)  # all that a file holds, but a head
+    whole = replace(from_hf(hf), final_norm=True)  # everything in a file except a head
     counts = {}
     skipped = whole.depth - cfg.depth
     if skipped:
@@ -330,7 +332,7 @@ def unread(hf: HfConfig, cfg: ViTConfig) -> dict[str, int]:
     if not cfg.final_norm:
         counts['vision/norm'] = 2 * whole.width  # scale and bias
     if _VARIANTS[hf.model_type].has_head and getattr(hf, 'vision_use_head', True):
-        # SigLIP's pooling head: attention of a learned probe, a norm, an MLP.
+        # SigLIP's pooling head has attention with a learned probe, a norm and an MLP.
         attention = 4 * whole.width * (whole.width + 1)
         mlp = whole.width * (2 * whole.mlp_width + 1) + whole.mlp_width
         probe_and_norm = 3 * whole.width

@@ -1,1 +1,1 @@
-"""What every other room needs: processes, files, progress, registries, errors."""
+"""Utilities that all other packages use: processes, files, progress, registries, errors."""

@@ -1,16 +1,16 @@
-"""Errors that a user can act on: scripts print them as one line and exit with a code that is not 0."""
+"""Errors that a user can act on: scripts print them as one line and exit with a non-zero code."""
 
 
 class SparseloraError(Exception):
-    """The base of these errors. A message says what was wrong, where, and what to do."""
+    """The base class of these errors. Each message says what is wrong, where, and what to do."""
 
 
 class UnsupportedModelError(SparseloraError, ValueError):
-    """A model, or a field of its config, that no family here knows."""
+    """A model, or a field of its config, that no model family supports."""
 
 
 class BatchError(SparseloraError, ValueError):
-    """A batch that does not fit the model it is given to."""
+    """A batch whose shapes or contents do not fit the model."""
 
 
 class DataError(SparseloraError, ValueError):

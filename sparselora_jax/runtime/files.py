@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the lock of a working directory."""
+"""Atomic file writes, and the lock of a working directory."""
 
 import errno
 import os
@@ -13,49 +13,49 @@ from safetensors import SafetensorError
 
 from sparselora_jax.runtime.errors import SparseloraError
 
-PARTIAL = '.partial'  # suffix of a file while it is written
-LOCK = 'lock'  # file in a working directory that names the process that works there
+PARTIAL = '.partial'  # suffix of a file while it is being written
+LOCK = 'lock'  # lock file in a working directory, which names the process that uses it
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
-# Locks of this process. Nothing releases them: the operating system does when the process ends, however it ends.
+# Locks that this process holds. The operating system releases them when the process ends, even after a crash.
 _LOCKS: dict[Path, FileLock] = {}
 
 
 class StorageError(SparseloraError, ValueError):
-    """A file that is missing, truncated or not what it should be."""
+    """A file that is missing, truncated or has the wrong content."""
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a file beside `path` to write to, which is renamed to `path` at the end.
+    """Yield a temporary path beside `path`, and rename the file to `path` at the end.
 
-    So `path` appears whole or not at all. The bytes reach the disk before the file gets its name: not even a power cut
-    leaves half a file.
+    The write is atomic: `path` is either complete or unchanged. The bytes reach the disk before the rename, so even a
+    power cut leaves no partial file.
 
     Args:
       path: the file to write.
 
     Raises:
-      StorageError: the disk is full. A file that was there before stays.
+      StorageError: the disk is full. An existing file at `path` is kept.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
         yield partial
         _sync(partial)
         partial.replace(path)
-        _sync(path.parent)  # a rename is in the folder, which has a cache of its own
+        _sync(path.parent)  # the rename changes the folder, which is cached separately
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        # safetensors wraps the system's errors in one of its own, without their number.
+        # safetensors wraps operating system errors in its own class, without the errno.
         if isinstance(error, SafetensorError) or getattr(error, 'errno', None) in _NO_ROOM:
-            raise StorageError(f'{path} cannot be written ({error}); make room, then start the same again') from None
+            raise StorageError(f'{path} cannot be written ({error}); make room, then run the command again') from None
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all.
+    """Write a text file atomically: it is either complete or unchanged.
 
     Args:
       path: the file to write.
@@ -69,8 +69,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)  # a folder opens no other way
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)  # a folder can only be opened read-only
     try:
         os.fsync(descriptor)
     finally:
@@ -78,21 +78,21 @@ def _sync(path: Path) -> None:
 
 
 def hold(folder: Path) -> None:
-    """Make a folder, and keep other processes out of it until this one ends.
+    """Create a folder, and lock it against other processes until this one ends.
 
-    A process may hold a folder that it holds already.
+    Calling this again for the same folder does nothing.
 
     Args:
       folder: the working directory.
 
     Raises:
-      StorageError: another process holds it; names that process.
+      StorageError: another process holds the lock; the message names that process.
     """
     path = folder.resolve() / LOCK
     if path in _LOCKS:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    # Soft locks outlive a process that was killed, so a file system without real ones gets none.
+    # Soft locks outlive a killed process. So on a file system without real locks, no lock is used.
     lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False, on_acquired=_write_holder)
     try:
         lock.acquire()
@@ -100,7 +100,7 @@ def hold(folder: Path) -> None:
         holder = path.read_text().strip()
         raise StorageError(f'{folder}: another run is in it ({holder}); use another workdir') from None
     except OSError as error:
-        # Some file systems of clusters have no locks. Other errors (no permission, no room) stay errors.
+        # Some cluster file systems have no locks. Other errors (no permission, disk full) are raised.
         if error.errno not in _NO_LOCKS:
             raise
         print(f'{folder} cannot be locked ({error}): make sure that no other run uses it', file=sys.stderr)
@@ -108,6 +108,6 @@ def hold(folder: Path) -> None:
 
 
 def _write_holder(descriptor: int) -> None:
-    """Write into the lock file who holds it."""
+    """Write the holder's process id and host name into the lock file."""
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())

@@ -1,6 +1,6 @@
-"""Several processes of one run: all compute the same, the first writes files, and decisions are agreed upon.
+"""Helpers for a run of several processes: all run the same program, process 0 writes files and decides.
 
-They share the file system of the working directory. With one process nothing here communicates.
+All processes must see the same working directory. With a single process, nothing here communicates.
 """
 
 import atexit
@@ -23,24 +23,24 @@ from sparselora_jax.runtime.errors import SparseloraError
 Result = TypeVar('Result')
 
 JOIN = 120  # seconds for all processes to connect
-HEARTBEAT = 20  # seconds without a sign of life after which a process counts as gone, and the others end
+HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as lost, and the others end
 
-# What a shell prints if this process ends otherwise than by itself: later, and while it still connects.
+# What a watching shell prints if this process is killed: GONE while it computes, APART while it still connects.
 GONE = (
-    'error: this process was ended from outside: killed, or by JAX, because another process of this run is gone (its '
-    'own log says why); the same command, started everywhere, goes on from the newest checkpoint'
+    'error: this process was killed, or JAX ended it because another process of this run is gone (the log of that '
+    'process says why); to resume from the newest checkpoint, run the same command in all processes again'
 )
 APART = (
     'error: the processes of this run did not find each other within {} seconds: were all of them started, with the '
     'same --num_processes, and is {} the address of process 0? (docs/scaling.md)'
 )
 
-# What to call when this process ends by itself, or moves on from connecting to computing.
+# Callbacks that end the watching shells: on a normal exit, or when connecting is over and computing begins.
 _WATCHES: list[Callable[[], object]] = []
 
 
 class ProcessError(SparseloraError, RuntimeError):
-    """Processes that do not find each other, or something that the first of them could not do."""
+    """A failure to connect the processes, a lost process, or an error in process 0."""
 
 
 def connect(
@@ -48,17 +48,17 @@ def connect(
 ) -> None:
     """Connect to the other processes of the run, before anything is computed.
 
-    JAX ends a process that waits for others in vain by abort(); a line then says so.
+    If the others do not connect in time, JAX ends this process by abort(). A line on stderr then explains why.
 
     Args:
-      coordinator: `host:port` of process 0. Where this and the next two are None, JAX takes them from the environment
+      coordinator: `host:port` of process 0. If this, `count` and `index` are None, JAX takes them from the environment
         (Cloud TPU, GKE, SLURM, Open MPI).
       count: number of processes.
       index: number of this process, from 0.
       timeout: seconds to wait for the others.
 
     Raises:
-      ProcessError: the environment does not tell, or flags contradict each other.
+      ProcessError: the environment does not define these values, or the flags contradict each other.
     """
     _watch(APART.format(timeout, coordinator or 'the address that JAX found'))
     try:
@@ -73,7 +73,7 @@ def connect(
     except (ValueError, RuntimeError) as error:
         raise ProcessError(
             f'the processes of this run cannot be joined ({error}); pass --coordinator=HOST:PORT --num_processes=N '
-            '--process_id=I, or start it where JAX finds them itself (docs/scaling.md)'
+            '--process_id=I, or start it where JAX detects them itself (docs/scaling.md)'
         ) from None
     finally:
         _dismiss_watches()
@@ -81,12 +81,12 @@ def connect(
 
 
 def _watch(message: str) -> None:
-    """Start a shell that prints a message if this process ends otherwise than by itself.
+    """Start a shell that prints a message if this process is killed or aborted.
 
-    JAX ends the processes that are left by abort(), with a stack trace of C++ and no way to catch it.
+    When a process is lost, JAX ends the remaining ones by abort(). That prints a C++ stack trace and cannot be caught.
     """
-    # The shell waits for a line on its standard input: if this process dies, the pipe closes without one. A session of
-    # its own keeps it from signals that are meant for this process, such as Ctrl-C.
+    # The shell waits for a line on its standard input. If this process dies, the pipe closes without a line. The
+    # shell runs in a separate session, so that signals to this process, such as Ctrl-C, do not reach it.
     shell = ['sh', '-c', 'read -r line; test "$line" = done || echo "$0" >&2', message]
     watch = subprocess.Popen(shell, stdin=subprocess.PIPE, text=True, start_new_session=True)
     _WATCHES.append(lambda: watch.communicate('done\n'))
@@ -94,38 +94,38 @@ def _watch(message: str) -> None:
 
 
 def _dismiss_watches() -> None:
-    """Tell the shells that watch this process to end without a word."""
+    """Tell the shells that watch this process to end without printing anything."""
     while _WATCHES:
         _WATCHES.pop()()
 
 
 def leave(error: Exception) -> None:
-    """End one of several processes at once, for an error that the others need not have.
+    """End this process at once, after an error that the other processes may not have.
 
-    The others find out by its missing signs of life.
+    The others notice because its heartbeats stop.
 
     Args:
-      error: what to print.
+      error: the error to print.
     """
     print(f'error: process {jax.process_index()}: {error}', file=sys.stderr, flush=True)
     _dismiss_watches()
-    os._exit(1)  # without handlers of atexit: JAX's would wait for the others
+    os._exit(1)  # skips atexit handlers: JAX's handler would wait for the others
 
 
 @contextmanager
 def joint() -> Iterator[None]:
-    """Turn JAX's error about a missing process into one that says so.
+    """Turn JAX's error about a lost process into a clear `ProcessError`.
 
     Raises:
-      ProcessError: another process is gone, or cannot be reached.
+      ProcessError: another process has ended, or cannot be reached.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        line = str(error).splitlines()[0]  # the rest are stack traces of C++
-        raise ProcessError(f'another process of this run is gone, or out of reach; its log says why ({line})') from None
+        line = str(error).splitlines()[0]  # the rest is a C++ stack trace
+        raise ProcessError(f'another process of this run is gone or unreachable; its log says why ({line})') from None
 
 
 def first() -> bool:
@@ -134,7 +134,7 @@ def first() -> bool:
 
 
 def wait(what: str) -> None:
-    """Wait until all processes are here.
+    """Wait until all processes have called this.
 
     Args:
       what: a name for this point of the program, the same in all processes.
@@ -147,10 +147,11 @@ def agreed(decide: Callable[[], Result]) -> Result:
     """Call `decide()` in process 0 and return its result in every process.
 
     Args:
-      decide: returns what JSON can hold.
+      decide: must return a value that JSON can represent.
 
     Raises:
-      SparseloraError, OSError: what it raises in process 0; in the others a ProcessError with the same message.
+      SparseloraError, OSError: raised in process 0, if `decide` raises it there.
+      ProcessError: raised in the other processes, with the same message.
     """
     if jax.process_count() == 1:
         return decide()
@@ -160,10 +161,10 @@ def agreed(decide: Callable[[], Result]) -> Result:
         try:
             value = decide()
         except (SparseloraError, OSError) as raised:
-            # Raised below: the others wait for the broadcast.
+            # It is raised only after the broadcast, which the others wait for.
             error = raised
     text = json.dumps([value, None if error is None else str(error)]).encode()
-    # A broadcast needs an array of the same shape in all processes: first the number of bytes, then the bytes.
+    # A broadcast needs the same array shape in all processes. So send the number of bytes first, then the bytes.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     sent = np.frombuffer(text.ljust(size)[:size], np.uint8)
     value, message = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
@@ -175,10 +176,10 @@ def agreed(decide: Callable[[], Result]) -> Result:
 
 
 def first_then_others(do: Callable[[], Result]) -> Result:
-    """Call `do()` in each process; the others wait until process 0, which may write files, is done.
+    """Call `do()` in process 0, which may write files, and then in all other processes.
 
     Args:
-      do: returns anything.
+      do: the function to call; it may return anything.
     """
     results = []
     agreed(lambda: results.append(do()))
@@ -186,10 +187,10 @@ def first_then_others(do: Callable[[], Result]) -> Result:
 
 
 def on_host(array: ArrayLike) -> Shaped[np.ndarray, '...']:
-    """Return all of an array; every process must call this.
+    """Return the whole array on the host; every process must call this.
 
     Args:
-      array: on this process's devices, or on those of several processes.
+      array: may be spread over the devices of several processes.
     """
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
@@ -197,7 +198,7 @@ def on_host(array: ArrayLike) -> Shaped[np.ndarray, '...']:
 
 
 def on_first(array: ArrayLike) -> Shaped[np.ndarray, '...'] | None:
-    """Return all of an array in process 0, None in the others, which must call this too.
+    """Return the whole array in process 0 and None in the others; every process must call this.
 
     Args:
       array: see `on_host`.

@@ -1,4 +1,4 @@
-"""How a long job reports: a line with rate and ETA, a JSONL log, TensorBoard scalars."""
+"""Progress reports of a long job: a line with rate and ETA, a JSONL log, TensorBoard scalars."""
 
 import json
 import resource
@@ -15,7 +15,7 @@ from sparselora_jax.runtime import processes
 class Log:
     """Scalars of one job: `<workdir>/log.jsonl`, and TensorBoard events beside it.
 
-    The log is appended to, so a resumed job continues in the same file. Of many processes only the first writes.
+    Records are appended, so a resumed job continues the same file. Only process 0 writes.
 
     Args:
       workdir: the job's working directory.
@@ -24,10 +24,10 @@ class Log:
     def __init__(self, workdir: str | Path):
         self.path = Path(workdir) / 'log.jsonl'
         if processes.first():
-            from tensorboardX import SummaryWriter  # not at the top: only a process that writes needs it
+            from tensorboardX import SummaryWriter  # imported here, since only the process that writes needs it
 
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # A run whose disk was full may have ended within a line.
+            # If the disk was full, the last run may have ended in the middle of a line.
             if self.path.exists() and not self.path.read_bytes().endswith(b'\n'):
                 with self.path.open('a') as file:
                     file.write('\n')
@@ -37,8 +37,8 @@ class Log:
         """Append one record.
 
         Args:
-          stage: the stage of the job: 'restore'.
-          step: the step of the stage.
+          stage: name of the stage of the job, such as 'restore'.
+          step: step number within the stage.
           values: scalars by name.
         """
         if not processes.first():
@@ -49,10 +49,10 @@ class Log:
             self.writer.add_scalar(f'{stage}/{name}', value, step)
 
     def curve(self, stage: str, name: str) -> list[tuple[int, float]]:
-        """Return (step, value) of a scalar, by step.
+        """Return the (step, value) pairs of a scalar, sorted by step.
 
-        A job that was killed and resumed has run some steps twice: their last value counts. Incomplete lines are left
-        out.
+        A job that was killed and resumed may have logged some steps twice; the last value is used. Incomplete lines are
+        skipped.
 
         Args:
           stage: the stage of the job.
@@ -67,20 +67,20 @@ class Log:
 def _parse_record(line: str) -> dict:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:  # a line that was not written to its end
+    except json.JSONDecodeError:  # an incomplete line
         return {}
 
 
 class Progress:
-    """Report how much of a job is done: a bar in a terminal, else a line every few seconds.
+    """Report how much of a job is done: a bar in a terminal, otherwise a line every few seconds.
 
-    Of many processes only the first reports.
+    Only process 0 reports.
 
     Args:
-      name: what is counted: 'evaluate dense'.
-      total: how many there are.
-      first: how many an earlier run has done, which this run resumes. They do not count for the rate.
-      interval: seconds between two lines.
+      name: label of the job, such as 'evaluate dense'.
+      total: number of items to do.
+      first: number of items done by the earlier run that this run resumes; the rate excludes them.
+      interval: minimum seconds between two lines.
       file: where to write; standard error by default.
     """
 
@@ -102,8 +102,8 @@ class Progress:
         """Report that `done` of the total are done.
 
         Args:
-          done: how many are done, those of an earlier run included.
-          note: what to write behind the figures.
+          done: number of items done, including those of an earlier run.
+          note: text to append to the line.
         """
         if self.bar is not None:
             self._move_bar(done, note)
@@ -113,7 +113,7 @@ class Progress:
         if not processes.first() or not (has_ended or now - self.printed >= self.interval):
             return
         self.printed = now
-        # What an earlier run has done took no time of this one.
+        # Items of an earlier run took no time in this run.
         seconds = (now - self.started) / max(done - self.first, 1)
         rate = f'{seconds:.2f} s each' if seconds >= 1 else f'{1 / max(seconds, 1e-9):.1f} a second'
         left = int(seconds * (self.total - done))
@@ -122,11 +122,11 @@ class Progress:
 
     def _move_bar(self, done: int, note: str) -> None:
         self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update(done - self.bar.n)  # draws at most ten times a second
+        self.bar.update(done - self.bar.n)  # tqdm redraws at most ten times a second
         if done >= self.total:
             self.bar.close()
 
 
 def peak_memory() -> int:
-    """Return the most memory that this process has used, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    """Return the peak memory use of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB

@@ -1,7 +1,7 @@
-"""Names of exchangeable parts: families, pruning methods, allocations, data sets, metrics, packed formats.
+"""Registries of replaceable parts: families, pruning methods, allocations, data sets, metrics, packed formats.
 
-A registry maps the names that a config may use to objects. A config may also name an object that is registered nowhere,
-as `package.module:Name`.
+A registry maps names, as a config gives them, to objects. A config may also name an unregistered object, as
+`package.module:Name`.
 """
 
 import difflib
@@ -29,19 +29,19 @@ class Registry(Generic[Part]):
     """
 
     def __init__(self, kind: str):
-        """Begin with no names.
+        """Create an empty registry.
 
         Args:
-          kind: what the objects are, for errors: 'metric'.
+          kind: what the objects are, such as 'metric'; used in error messages.
         """
         self.kind = kind
         self._parts: dict[str, Part] = {}
 
     def register(self, name: str, part: Part) -> Part:
-        """Give an object a name, and return the object.
+        """Register an object under a name, and return the object.
 
         Args:
-          name: as a config names it.
+          name: the name used in a config.
           part: the object.
 
         Raises:
@@ -56,21 +56,21 @@ class Registry(Generic[Part]):
         """Return the object with this name, or import the one that `package.module:Name` names.
 
         Args:
-          name: as a config names it.
+          name: the name used in a config.
 
         Raises:
-          UnknownNameError: no such name, with the nearest one; or an object that cannot be imported.
+          UnknownNameError: the name is not registered (the message suggests the nearest one), or the import fails.
         """
         if name in self._parts:
             return self._parts[name]
         module, colon, attribute = name.partition(':')
-        if not colon:  # a plain name, of which the nearest may be what was meant
+        if not colon:  # a plain name, which may be misspelt
             nearest = difflib.get_close_matches(name, self._parts, 1)
             hint = f' (did you mean {nearest[0]!r}?)' if nearest else ''
             raise UnknownNameError(
                 f'{self.kind} {name!r}: expected one of {", ".join(self._parts)}, or package.module:Name{hint}'
             )
-        # ValueError: importlib's, of an empty module name.
+        # importlib raises ValueError for an empty module name.
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:

@@ -1,1 +1,1 @@
-"""Kinds of weights and how they are multiplied: rules, masks, packed formats, kernels, sharding."""
+"""Kinds of weights and their matmuls: rules, masks, packed formats, kernels, sharding."""

@@ -1,4 +1,4 @@
-"""Kernels and masks of any kind as plain arrays."""
+"""Converts kernels and masks of any kind to plain arrays."""
 
 import functools
 
@@ -14,11 +14,11 @@ from sparselora_jax.sparse.rules import flatten, unflatten
 
 
 def unpack(params: dict, dtype: DTypeLike | None = None) -> dict:
-    """Return params with plain kernels in the places of packed and quantised ones.
+    """Return params in which packed and quantised kernels are plain arrays.
 
     Args:
       params: the params tree.
-      dtype: of the kernels; by default that of the kernels they were packed from (of four bits: that of their scales).
+      dtype: dtype of the plain kernels; default: the dtype before packing (for four bits, the dtype of the scales).
     """
     flat = flatten(params)
     plain = {path: dense_kernel(leaf, dtype) for path, leaf in flat.items() if is_reduced(leaf)}
@@ -27,26 +27,26 @@ def unpack(params: dict, dtype: DTypeLike | None = None) -> dict:
 
 @functools.singledispatch
 def dense_kernel(kernel: object, dtype: DTypeLike | None = None) -> Num[Array | np.ndarray, '*shape']:
-    """Return a kernel of any kind as an array; other arrays are returned as they are.
+    """Return a kernel of any kind as an array; a plain array is returned unchanged.
 
-    A kind of kernel that has a faster way than its own `unpack` registers it: `@dense_kernel.register(Kind)`.
+    A kind of kernel can register a function that is faster than its `unpack`: `@dense_kernel.register(Kind)`.
 
     Args:
       kernel: an array, or a packed or quantised kernel.
-      dtype: of the result; the kernel's own by default.
+      dtype: dtype of the result; default: the kernel's dtype.
     """
     if is_packed(kernel):
         return kernel.unpack(dtype)
     return kernel if dtype is None else kernel.astype(dtype)
 
 
-# On GPUs a kernel of its own unpacks, which formats do not know.
+# On GPUs a Pallas kernel unpacks. The format itself does not depend on it.
 @dense_kernel.register(Packed24)
 def _dense_packed24(kernel: Packed24, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
     return dense24(kernel, dtype)
 
 
-# qwix's class, which cannot have a method of ours.
+# `QArray` is qwix's class, so it cannot have our `unpack` method.
 @dense_kernel.register(qwix.QArray)
 def _dense_four_bits(kernel: qwix.QArray, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
     return dequantise(kernel).astype(dtype or kernel.dtype)
@@ -58,12 +58,12 @@ def dense_mask(
     """Return a mask as an array of booleans; None: the kernel has no mask.
 
     Args:
-      mask: a mask of any kind; None where a packed kernel brings its own.
+      mask: a mask of any kind; None: use the mask that a packed kernel stores.
       kernel: a kernel of any kind.
     """
     if isinstance(mask, PackedMask):
         return unpack_mask(mask)
-    # A mask that was given wins: it may be narrower than that of the packed kernel.
+    # A given mask takes precedence: it may keep fewer weights than the packed kernel's mask.
     if mask is None and is_packed(kernel):
         return kernel.unpack_mask()
     return mask

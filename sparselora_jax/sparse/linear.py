@@ -17,10 +17,10 @@ from sparselora_jax.sparse.weights import Adapted, Kernel, Lora, Masked, effecti
 
 @runtime_checkable
 class ObservingKernel(Protocol):
-    """A kernel that wants to see its input, as pruning's statistics do."""
+    """A kernel that observes its input, as pruning does to collect statistics."""
 
     def observe(self, x: Float[Array, '*batch inputs']) -> Any:
-        """Take note of the input, and return the kernel to multiply it by."""
+        """Observe the input, and return the kernel to multiply it by."""
         ...
 
 
@@ -31,7 +31,7 @@ def linear(
 
     Args:
       x: the input.
-      kernel: an array, a packed kernel, `Masked`, `Adapted`, one that observes its input, or a kind of one's own.
+      kernel: an array, a packed kernel, `Masked`, `Adapted`, an `ObservingKernel`, or another registered kind.
       bias: added to every row; None: no bias.
 
     Raises:
@@ -41,7 +41,7 @@ def linear(
     [[2.0, 2.0, 2.0]]
     """
     y = multiply(kernel, x)
-    # Named, so that a runner's policy can save products and recompute all else.
+    # The name lets a runner's checkpoint policy save these products and recompute everything else.
     return checkpoint_name(y if bias is None else y + bias.astype(y.dtype), 'linear')
 
 
@@ -49,8 +49,8 @@ def linear(
 def multiply(kernel: object, x: Float[Array, '*batch inputs']) -> Float[Array, '*batch outputs']:
     """Return `x @ kernel` in x's dtype.
 
-    A new kind of kernel registers a function of (kernel, x): `@multiply.register(Kind)`. A packed kernel needs none: it
-    is unpacked where it is used, in the forward and again in the backward.
+    A new kind of kernel registers a function of (kernel, x): `@multiply.register(Kind)`. A packed kernel needs no
+    function: it is unpacked where it is used, in the forward and again in the backward.
 
     Args:
       kernel: of any kind that is registered.
@@ -59,7 +59,7 @@ def multiply(kernel: object, x: Float[Array, '*batch inputs']) -> Float[Array, '
     Raises:
       TypeError: a kernel of an unknown kind.
     """
-    # Not registered: an array may be of many classes, those of tracers among them, and the others are protocols.
+    # These kinds are not registered: arrays have many classes, including tracers, and the others are protocols.
     if isinstance(kernel, jax.Array | np.ndarray):
         return x @ kernel.astype(x.dtype)
     if is_packed(kernel):
@@ -84,7 +84,7 @@ def _multiply_adapted(kernel: Adapted, x: Float[Array, '*batch inputs']) -> Floa
     has_mask = kernel.mask is not None or is_packed(kernel.kernel)
     gradient = kernel.gradient
     if gradient == 'exact' and not has_mask:
-        # Without a mask both gradients of the combined weight are the same, and this one needs a matmul less.
+        # Without a mask both gradients are the same, and 'straight_through' needs one matmul less.
         gradient = 'straight_through'
     can_split = x.ndim > 1 and x.shape[0] % kernel.parts == 0
     return _adapted_matmul(gradient, kernel.parts if can_split else 1, x, kernel.kernel, kernel.mask, kernel.lora)
@@ -98,7 +98,7 @@ def _packed_matmul(x: Float[Array, '*batch inputs'], kernel: PackedKernel) -> Fl
 def _packed_forward(
     x: Float[Array, '*batch inputs'], kernel: PackedKernel
 ) -> tuple[Float[Array, '*batch outputs'], PackedKernel]:
-    # The kernel is saved packed, not its array: the backward unpacks one layer at a time.
+    # The residual is the packed kernel, not the dense array: the backward unpacks one layer at a time.
     return _packed_matmul(x, kernel), kernel
 
 
@@ -121,7 +121,7 @@ def _adapted_matmul(
     lora: Lora,
 ) -> Float[Array, '*batch outputs']:
     """Return `x` times the kernel with its low-rank update, see `Adapted`."""
-    del parts  # of the backward
+    del parts  # only the backward uses it
     if gradient != 'plain':
         return x @ effective_weight(kernel, mask, lora, dtype=x.dtype)
     y = x @ effective_weight(kernel, mask, dtype=x.dtype)
@@ -129,7 +129,7 @@ def _adapted_matmul(
 
 
 def _adapted_forward(gradient, parts, x, kernel, mask, lora):
-    # Saves what the weight is made of: the backward rebuilds one layer's weight at a time.
+    # Saves the parts of the weight, not their sum: the backward rebuilds one layer's weight at a time.
     return _adapted_matmul(gradient, parts, x, kernel, mask, lora), (x, kernel, mask, lora)
 
 
@@ -142,8 +142,8 @@ def _adapted_backward(gradient, parts, saved, g):
     rows_x = x.reshape(-1, x.shape[-1])
     rows_g = g.reshape(-1, g.shape[-1])
     if gradient == 'exact':
-        # The gradient of the weight, under the mask, of each part of the batch: a device has one of the parts, and the
-        # parts are only added up once they are gradients of the small factors.
+        # Compute the masked weight gradient separately for each part of the batch (one part per device). The parts are
+        # summed only after they are gradients of the small factors, so little data moves between devices.
         parts_x = rows_x.reshape(parts, -1, rows_x.shape[-1])
         parts_g = rows_g.reshape(parts, -1, rows_g.shape[-1])
         dw = jnp.where(dense_mask(mask, kernel), jax.vmap(_contract_rows)(parts_x, parts_g), 0.0)
@@ -152,14 +152,15 @@ def _adapted_backward(gradient, parts, saved, g):
         da = jnp.sum(da_of_parts, 0)
         db = jnp.sum(db_of_parts, 0)
     else:
-        # Barriers, or XLA folds the small transposes into products that walk x and g by columns (16x slower on a CPU).
+        # Without the barriers, XLA folds the small transposes into products that read x and g by columns (16x slower on
+        # a CPU).
         gb, xa = jax.lax.optimization_barrier((rows_g @ b.astype(rows_g.dtype).T, rows_x @ a.astype(rows_x.dtype)))
         da = jax.lax.optimization_barrier(_contract_rows(gb, rows_x)).T
         db = _contract_rows(xa, rows_g)
         if gradient == 'plain':
             dx = dx + lora.scale * (gb @ a.astype(gb.dtype).T).reshape(dx.shape)
     grads = Lora((lora.scale * da).astype(a.dtype), (lora.scale * db).astype(b.dtype), lora.scale)
-    return dx, None, None, grads  # base and mask are never differentiated
+    return dx, None, None, grads  # no gradients for the base and the mask
 
 
 def _contract_rows(x: Float[Array, 'rows m'], y: Float[Array, 'rows n']) -> Float[Array, 'm n']:

@@ -15,29 +15,28 @@ from sparselora_jax.sparse.rules import first_match, flatten
 def keep_largest(
     scores: Float[Array, '*shape'], num_zeros: int | Integer[Array, '*groups'], *, axis: int = -1
 ) -> Bool[Array, '*shape']:
-    """Return True for all but the smallest scores along an axis; of equal scores the earlier is pruned first.
+    """Return True for all but the smallest scores along an axis; among equal scores, the earlier are pruned first.
 
-    The threshold is found bit by bit, by counting the scores below it: a compiler runs that in parallel, which it
-    cannot a sort.
+    The threshold is found bit by bit, by counting the scores below it. Compilers parallelise this well, unlike a sort.
 
     Args:
       scores: importance of each weight.
-      num_zeros: how many are pruned, one integer or one for each group. It may be traced, so that one compilation
-        serves every ratio.
-      axis: along which scores are compared.
+      num_zeros: number of pruned weights, as one integer or one for each group. It may be traced, so that one
+        compilation serves every ratio.
+      axis: the axis along which scores are compared.
     """
     bits = ordered_bits(scores)
     axis = axis % scores.ndim
     groups = tuple(size for i, size in enumerate(scores.shape) if i != axis)
-    # A group is all but the axis: its number of zeros is broadcast along that.
+    # Each index of the other axes is a group. Its number of zeros is broadcast along the axis.
     zeros = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(num_zeros, jnp.int32), groups), axis)
 
-    # In int32: a bool summed under numpy's rules would be int64 where 64 bits are enabled.
+    # Sum in int32: with 64-bit types enabled, a sum of bools would be int64.
     def count(chosen):
         return jnp.sum(chosen, axis=axis, keepdims=True, dtype=jnp.int32)
 
     def find_largest(num_bits: int, fits: Callable) -> Array:
-        """Return the largest number of so many bits that fits, for each group; all smaller ones fit too."""
+        """Return each group's largest number of `num_bits` bits that fits, where all smaller ones fit too."""
 
         def set_next_bit(i, number):
             candidate = number | (jnp.ones((), number.dtype) << (num_bits - 1 - i).astype(number.dtype))
@@ -45,7 +44,7 @@ def keep_largest(
 
         return jax.lax.fori_loop(0, num_bits, set_next_bit, jnp.zeros(zeros.shape, bits.dtype))
 
-    # The last score that is pruned. All below it are pruned, and as many of its equals as are then missing.
+    # The threshold is the largest pruned score. All lower scores are pruned, then as many equal ones as are missing.
     threshold = find_largest(bits.dtype.itemsize * 8, lambda value: count(bits < value) < zeros)
     below = bits < threshold
     equal = bits == threshold
@@ -57,35 +56,35 @@ def keep_largest(
         last = find_largest(num_bits, lambda end: count(equal & (position < end)) < missing)
         return equal & (position <= last) & (missing > 0)
 
-    # The second search is only run where there are more equals than are missing, which is rare.
+    # The second search runs only if there are more equal scores than missing zeros, which is rare.
     is_tied = jnp.any(count(equal) > missing)
     return ~(below | jax.lax.cond(is_tied, choose_earliest, lambda equal: equal, equal))
 
 
 def ordered_bits(scores: Float[Array, '*shape']) -> Shaped[Array, '*shape']:
-    """Return unsigned integers that compare as the scores do."""
+    """Return unsigned integers with the same order as the scores."""
     scores = scores.astype(jnp.float32) if scores.dtype.itemsize < 4 else scores
     scores = jnp.where(scores == 0, jnp.zeros((), scores.dtype), scores)  # -0.0 is equal to 0.0
     kind = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
     bits = jax.lax.bitcast_convert_type(scores, kind)
     sign = jnp.asarray(1 << (bits.dtype.itemsize * 8 - 1), kind)
-    # Positive floats compare as their bits do; those of negative ones compare the other way round.
+    # Positive floats have the same order as their bits; negative floats have the reverse order.
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def keep_n_of_m(
     scores: Float[Array, '*layers inputs outputs'], n: int, m: int
 ) -> Bool[Array, '*layers inputs outputs']:
-    """Return the N:M mask: in each run of `m` inputs the `n` largest scores are kept; ties prune the earlier.
+    """Return the N:M mask: keep the `n` largest scores of each `m` inputs; of equal scores, prune the earlier.
 
     Args:
       scores: importance of each weight.
-      n: how many are kept of each group.
-      m: the size of a group; divides the inputs.
+      n: number of kept weights in each group.
+      m: size of a group; must divide the number of inputs.
     """
     *layers, inputs, outputs = scores.shape
     groups = scores.reshape(*layers, inputs // m, m, outputs)
-    # The rank of an entry is the number of entries that are pruned before it: m*m comparisons beat a sort for small m.
+    # The rank of an entry is the number of entries pruned before it. For small m, m*m comparisons beat a sort.
     before = (
         (groups[..., j : j + 1, :] < groups) | ((groups[..., j : j + 1, :] == groups) & (jnp.arange(m) > j)[:, None])
         for j in range(m)
@@ -106,11 +105,11 @@ def mask_from_scores(
     Ties are broken by position.
 
     Args:
-      scores: importance of each weight, kernels `[*layers, in, out]`; comparison happens in the scores' dtype.
-      pattern: N:M groups run along `in` whatever `group` says.
+      scores: importance of each weight, `[*layers, in, out]`; they are compared in their own dtype.
+      pattern: the sparsity pattern; N:M groups run along `in`, whatever `group` is.
       group: for an unstructured pattern, `'output'` compares the inputs of one output, `'matrix'` the whole matrix.
-      num_zeros: zeros per group instead of the pattern's own: one integer or one for each group (`[*layers, outputs]`
-        or `[*layers]`), may be traced (a layer-wise ratio then compiles once). Unstructured patterns only.
+      num_zeros: zeros per group, in place of the pattern's: one integer, or one for each group (`[*layers, outputs]`
+        or `[*layers]`). It may be traced, so that layer-wise ratios compile once. Unstructured patterns only.
 
     Raises:
       PatternError: M does not divide the input axis, or `num_zeros` with an N:M pattern.
@@ -129,14 +128,14 @@ def mask_from_scores(
     if group == 'output':
         return keep_largest(scores, pattern.zeros(inputs) if num_zeros is None else num_zeros, axis=-2)
     if group == 'matrix':
-        # Position order is that of the stored kernel [in, out], row by row.
+        # Ties are broken in the order of the stored kernel [in, out], row by row.
         zeros = pattern.zeros(inputs * outputs) if num_zeros is None else num_zeros
         return keep_largest(scores.reshape(*layers, inputs * outputs), zeros).reshape(scores.shape)
     raise PatternError(f"group {group!r}: expected 'output' or 'matrix'")
 
 
 def density(masks: dict) -> dict[str, float]:
-    """Return the share of kept weights by path, and of all of them under `'total'`.
+    """Return the share of kept weights for each path, and for all paths together under `'total'`.
 
     Args:
       masks: the masks tree.
@@ -157,16 +156,16 @@ def violations(
     group: str = 'output',
     zeros: Integer[np.ndarray, '*layers'] | None = None,
 ) -> Integer[np.ndarray, '*layers']:
-    """Count the comparison groups of each layer whose number of zeros is not the promised one.
+    """Count, for each layer, the comparison groups with a wrong number of zeros.
 
     Args:
       mask: the mask of one kernel or of a stack.
-      pattern: what was promised.
+      pattern: the expected pattern.
       group: the comparison group, see `mask_from_scores`.
-      zeros: of each layer's kernel, where they are not the pattern's (see `spread`).
+      zeros: number of zeros of each layer's kernel, if it differs from the pattern's (see `spread`).
 
     Returns:
-      A number for each layer; of a single matrix an array without axes.
+      A count for each layer; for a single matrix, a scalar array.
     """
     *layers, inputs, outputs = mask.shape
     if pattern.structured:
@@ -198,13 +197,13 @@ def check_masks(
       masks: the masks tree; a path whose rule says `dense` must be absent or all True.
       rules: `(regex, pattern)` pairs, as given to `prune`.
       group: the comparison group, see `mask_from_scores`.
-      zeros: path -> zeros of each layer's kernel, as given to `prune`.
+      zeros: path -> number of zeros of each layer's kernel, as given to `prune`.
 
     Raises:
-      PatternError: names the path, the first offending layer and how many groups are wrong.
+      PatternError: a mask breaks its pattern; names the path, the first wrong layer and its number of wrong groups.
     """
     for path, mask in flatten(masks).items():
-        # Unlike in `match`, rules may be about kernels that have no mask.
+        # Unlike in `match`, rules may match kernels that have no mask.
         pattern = parse_pattern(first_match([*rules, ('.*', 'dense')], path))
         count = np.atleast_1d(violations(mask, pattern, group, (zeros or {}).get(path)))
         if count.any():
@@ -220,7 +219,7 @@ def check_sparse(params: dict, masks: dict) -> None:
       masks: the masks tree.
 
     Raises:
-      PatternError: names the path, the first offending layer and the number of weights.
+      PatternError: a pruned weight is not zero; names the path, the first wrong layer and the number of weights.
     """
     flat = flatten(params)
     for path, mask in flatten(masks).items():

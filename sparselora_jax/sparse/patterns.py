@@ -20,8 +20,8 @@ class Pattern:
 
     Attributes:
       sparsity: the share of zeros; 0 for `dense`.
-      n: how many weights of each `m` inputs are kept; 0 unless N:M.
-      m: the size of a group, which runs along the input axis; 0 unless N:M.
+      n: number of kept weights in each group of `m` inputs; 0 unless N:M.
+      m: size of a group along the input axis; 0 unless N:M.
     """
 
     sparsity: float = 0.0
@@ -40,12 +40,12 @@ class Pattern:
 
     @property
     def kind(self) -> 'Pattern':
-        """Return a pattern for which a compiled pruner can be reused.
+        """Return a representative pattern: patterns of one kind share a compiled pruner.
 
-        A program depends on N:M. Of an unstructured pattern it depends on nothing, since numbers of zeros are traced:
-        all of them are one kind.
+        A compiled program depends on N and M. It does not depend on an unstructured sparsity, since the number of zeros
+        is traced. So all unstructured patterns are of one kind.
         """
-        # Any sparsity will do: the zeros are counted from the pattern itself, not from its kind.
+        # Any sparsity will do: the number of zeros comes from the pattern itself, not from its kind.
         return self if self.structured or self.dense else Pattern(sparsity=0.5)
 
     def __str__(self) -> str:
@@ -60,13 +60,13 @@ class Pattern:
           size: number of weights of the group.
 
         Raises:
-          PatternError: N:M whose M does not divide `size`.
+          PatternError: the pattern is N:M, and M does not divide `size`.
         """
         if self.structured:
             if size % self.m:
                 raise PatternError(f'pattern {self} does not fit: {self.m} does not divide the input axis of {size}')
             return size // self.m * (self.m - self.n)  # N:M keeps n of m, so m - n are zero
-        # Through a decimal string: 0.7 * 10 is 7.000000000000001 one way and 6.99... another.
+        # Rounded first, since the product of floats may be slightly below an integer, such as 6.99... in place of 7.
         return math.floor(round(self.sparsity * size, 6))
 
 
@@ -74,7 +74,7 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
     """Parse `'2:4'`, `'4:8'`, `'0.7'`, `0.7` or `'dense'`.
 
     Args:
-      text: the pattern; a `Pattern` is returned as it is.
+      text: the pattern; a `Pattern` is returned unchanged.
 
     Raises:
       PatternError: anything else, including a sparsity outside [0, 1) and N:M with N not in 1..M-1.
@@ -92,13 +92,13 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
         if not 0 < n < m:
             raise PatternError(f'pattern {text!r}: N:M needs 0 < N < M')
         return Pattern(sparsity=1 - n / m, n=n, m=m)
-    # 'nan' parses, and fails the comparison below.
+    # 'nan' parses as a float, but fails the range check below.
     try:
         sparsity = float(text)
     except ValueError:
         raise PatternError(f"pattern {text!r}: expected 'dense', a sparsity such as 0.7, or N:M such as 2:4") from None
     if not 0 <= sparsity < 1:
-        raise PatternError(f'pattern {text!r}: a sparsity lies in [0, 1)')
+        raise PatternError(f'pattern {text!r}: a sparsity must be in [0, 1)')
     return Pattern(sparsity=sparsity)
 
 
@@ -107,7 +107,7 @@ def spread(total: int, groups: int) -> Int32[np.ndarray, '{groups}']:
 
     Args:
       total: number of zeros of the kernel.
-      groups: number of comparison groups; the first ones get one zero more where it does not come out even.
+      groups: number of comparison groups; if they do not divide `total`, the first groups get one zero more.
 
     >>> spread(7, 3).tolist()
     [3, 2, 2]

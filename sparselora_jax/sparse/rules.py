@@ -1,10 +1,10 @@
 """Paths of a params tree, and ordered (regex, value) rules over them.
 
-Everything said per weight (pattern, rank, sharding) is an ordered list of rules. A rule applies to a path that its
-regex matches in full; the first such rule wins. A kernel that no rule matches and a rule that matches nothing are
-errors, so a typo never leaves a tower dense without a word.
+Every setting per weight (pattern, rank, sharding) is an ordered list of rules. A rule applies to a path if its regex
+matches the whole path; the first such rule wins. A kernel that no rule matches is an error, and so is a rule that
+matches nothing. So a typo never silently leaves a tower dense.
 
-This module owns the syntax of paths. `language/blocks/attn/q/kernel` is the kernel `attn/q/kernel` of every block of
+Only this module parses paths. `language/blocks/attn/q/kernel` is the kernel `attn/q/kernel` of every block of
 the stack `language`. A tower may hold two stacks: T5 has `language/encoder` and `language/decoder`.
 """
 
@@ -21,34 +21,34 @@ Value = TypeVar('Value')
 
 KERNEL = 'kernel'  # the last part of the path of a matrix [in, out]
 BLOCKS = 'blocks'  # the part of a path below which arrays are stacked: [layers, ...]
-SHOWN = 5  # leaves that an error lists
+SHOWN = 5  # most leaves that an error lists
 
 # Kernels of Flax's MultiHeadDotProductAttention are [in, heads, head_dim], `out` is [heads, head_dim, out].
 _ATTENTION = ('query', 'key', 'value', 'out')
 
 
 class RuleError(SparseloraError, ValueError):
-    """A rule list that does not fit the tree it is applied to, or a tree that has no kernels."""
+    """A list of rules that does not fit its tree, or a tree without kernels."""
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
     """Return the leaves of a nested dict by path: {'language/blocks/attn/q/kernel': leaf}.
 
-    Containers that are not dicts (`Lora`, packed kernels, arrays) are leaves. Paths are sorted, whatever the order of
-    the tree. JAX sorts keys wherever it maps a tree, so a tree on a mesh has another order than the one that was read;
-    random numbers drawn for the n-th kernel must not depend on that.
+    Containers that are not dicts (`Lora`, packed kernels, arrays) are leaves. Paths are sorted, so the result does
+    not depend on the tree's order. This matters because random numbers are drawn for the n-th kernel, and JAX sorts
+    keys when it maps a tree: a tree on a mesh is ordered differently from the tree that was read.
 
     Args:
       tree: nested dicts whose keys are strings.
 
     Raises:
-      RuleError: the tree is no dict, or a key is no string.
+      RuleError: the tree is not a dict, or a key is not a string.
     """
     if not isinstance(tree, Mapping):
         raise RuleError(f'the tree is a {type(tree).__name__}: {_EXPECTED}')
     try:
         leaves = traverse_util.flatten_dict(tree)
-    except AssertionError:  # a mapping that Flax does not take for a dict, such as the State of an NNX model
+    except AssertionError:  # a mapping that Flax does not accept as a dict, such as the State of an NNX model
         kind = f'{type(tree).__name__} (of NNX? nnx.to_pure_dict(state) makes a dict)'
         raise RuleError(f'the tree is a {kind}: {_EXPECTED}') from None
     for keys in leaves:
@@ -68,7 +68,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 
 
 def is_in_block(path: str) -> bool:
-    """Return whether a path leads into a stack of blocks.
+    """Return whether a path is inside a stack of blocks.
 
     >>> is_in_block('language/blocks/attn/q/kernel'), is_in_block('language/head/kernel')
     (True, False)
@@ -77,7 +77,7 @@ def is_in_block(path: str) -> bool:
 
 
 def stack_of(path: str) -> str:
-    """Return the stack of blocks that a path leads into; a path outside of blocks is returned as it is.
+    """Return the stack of blocks that contains a path; a path outside blocks is returned unchanged.
 
     >>> stack_of('language/encoder/blocks/attn/q/kernel'), stack_of('language/head/kernel')
     ('language/encoder', 'language/head/kernel')
@@ -86,7 +86,7 @@ def stack_of(path: str) -> str:
 
 
 def name_in_block(path: str) -> str:
-    """Return the name that an array has within its block; a path outside of blocks is returned as it is.
+    """Return the name of an array within its block; a path outside blocks is returned unchanged.
 
     >>> name_in_block('language/blocks/attn/q/kernel')
     'attn/q/kernel'
@@ -95,11 +95,11 @@ def name_in_block(path: str) -> str:
 
 
 def block_path(tower: str, name: str) -> str:
-    """Return the path of the array that is called `name` within the blocks of a stack.
+    """Return the path of the array `name` within the blocks of a stack.
 
     Args:
-      tower: the stack: `language`, or `language/encoder`.
-      name: within a block: `attn/q/kernel`.
+      tower: path of the stack, such as `language` or `language/encoder`.
+      name: name within a block, such as `attn/q/kernel`.
 
     >>> block_path('language', 'attn/q/kernel')
     'language/blocks/attn/q/kernel'
@@ -108,16 +108,16 @@ def block_path(tower: str, name: str) -> str:
 
 
 def block_rule(tower: str, regex: str = '.*') -> str:
-    """Return the regex of the paths in a tower's blocks whose rest matches a regex.
+    """Return a regex that matches the paths in a tower's blocks whose name within the block matches `regex`.
 
     Args:
       tower: name of the tower. A T5 has two stacks, `language/encoder` and `language/decoder`; both match `language`.
-      regex: over the names within a block, such as `attn/[qv]/kernel`.
+      regex: regex of names within a block, such as `attn/[qv]/kernel`.
 
     >>> block_rule('language', 'attn/q/kernel|mlp/up/kernel')
     'language/(.*/)?blocks/(?:attn/q/kernel|mlp/up/kernel)'
     """
-    # Grouped: in 'prefix/a|b' the prefix would belong to the first alternative only.
+    # Grouped, because in 'prefix/a|b' the prefix would apply to the first alternative only.
     rest = regex if regex == '.*' else f'(?:{regex})'
     return f'{tower}/(.*/)?{BLOCKS}/{rest}'
 
@@ -129,7 +129,7 @@ def _split_at_blocks(path: str) -> tuple[str, str]:
 
 
 def named_kernel(path: str) -> bool:
-    """Return whether the array of this path is laid out [in, out]."""
+    """Return whether a path names a kernel, whose layout is [in, out]."""
     return path.rsplit('/', 1)[-1] == KERNEL
 
 
@@ -145,11 +145,11 @@ def kernels(params: PyTree) -> dict[str, Any]:
       params: nested dicts whose matrices are called `kernel`.
 
     Raises:
-      RuleError: the tree has no kernel at all, or a list or tuple, whose kernels would be left out. Names leaves.
+      RuleError: the tree has no kernels, or has a list or tuple, whose kernels have no path; the message names leaves.
     """
     flat = flatten(params)
     for path, leaf in flat.items():
-        # Named tuples and dataclasses are kinds of kernels; plain lists and tuples are containers of layers.
+        # Named tuples and dataclasses may be kinds of kernels; plain lists and tuples are containers of layers.
         if type(leaf) in (list, tuple):
             raise RuleError(f'{path} is a {type(leaf).__name__}, whose kernels have no path: {_EXPECTED}')
     found = {path: leaf for path, leaf in flat.items() if is_kernel(path, leaf)}
@@ -161,36 +161,37 @@ def kernels(params: PyTree) -> dict[str, Any]:
 
 
 def check_layout(params: PyTree, paths: Iterable[str]) -> None:
-    """Check that the axes of kernels that are to be pruned or adapted are known.
+    """Check that the axes of the kernels to prune or adapt are known.
 
-    A kernel is `[in, out]`; a kernel of three axes is a stack `[layers, in, out]`. But Flax's attention and its
-    DenseGeneral have kernels `[in, heads, head_dim]`, whose groups would run along the wrong axis. So a kernel of three
-    axes outside of `blocks` is refused in two cases: the bias beside it is not `[layers, out]`, or its layer is called
-    `query`, `key`, `value` or `out` and no bias shows that it is a stack. More than three axes are refused everywhere.
+    A kernel is `[in, out]`, and a kernel with three axes is a stack `[layers, in, out]`. But Flax's attention and
+    DenseGeneral have kernels `[in, heads, head_dim]`, whose groups would run along the wrong axis. So a kernel with
+    three axes outside `blocks` is refused in two cases: the bias beside it is not `[layers, out]`, or its layer is
+    called `query`, `key`, `value` or `out` and no bias shows that it is a stack. Kernels with more than three axes are
+    always refused.
 
     Args:
       params: the params tree.
-      paths: of the kernels to check.
+      paths: paths of the kernels to check.
 
     Raises:
-      RuleError: names path and shape, and asks for a reshape to [in, out].
+      RuleError: the axes are unknown; names path and shape, and asks for a reshape to [in, out].
     """
     flat = flatten(params)
     for path in paths:
         shape = tuple(flat[path].shape)
         layer = path.removesuffix(f'/{KERNEL}')
-        # Within blocks the first axis is the layer, whatever the layers are called.
+        # Within blocks the first axis is always the layer.
         is_stack = len(shape) == 3 and (is_in_block(path) or _looks_stacked(layer, shape, flat.get(f'{layer}/bias')))
         if len(shape) > 2 and not is_stack:
             raise RuleError(
-                f'{path} {list(shape)}: which axes are contracted is not known. Expected [in, out], or a stack '
+                f'{path} {list(shape)}: which axes are contracted is unknown. Expected [in, out], or a stack '
                 f'[layers, in, out]. Reshape it: [in, heads, head_dim] to [in, heads * head_dim], '
                 f'[heads, head_dim, out] to [heads * head_dim, out]'
             )
 
 
 def _looks_stacked(layer: str, shape: tuple[int, ...], bias: Any) -> bool:
-    """Return whether a kernel of three axes is [layers, in, out], as far as its bias and its layer's name tell."""
+    """Return whether a kernel with three axes is probably [layers, in, out], from its bias and its layer's name."""
     layers, inputs, outputs = shape
     if bias is not None:
         of_stack = (layers, outputs)
@@ -203,10 +204,10 @@ def _looks_stacked(layer: str, shape: tuple[int, ...], bias: Any) -> bool:
 
 
 def match(rules: Sequence[tuple[str, Value]], paths: Iterable[str]) -> dict[str, Value]:
-    """Return the value of each path: that of the first rule whose regex matches the whole path.
+    """Return the value of the first matching rule for each path.
 
     Args:
-      rules: `(regex, value)` in order. A final catch-all `'.*'` may be shadowed completely by the rules before it.
+      rules: `(regex, value)` in order. Earlier rules may fully shadow a final catch-all `'.*'`.
       paths: the paths of all kernels.
 
     Raises:
@@ -222,7 +223,7 @@ def match(rules: Sequence[tuple[str, Value]], paths: Iterable[str]) -> dict[str,
             regex = re.compile(pattern)
         except re.error as error:
             raise RuleError(f'rule {pattern!r} is not a regular expression: {error}') from None
-        # A catch-all may be left with nothing; any other rule without a path is a typo.
+        # A catch-all may be left without paths; any other rule without a path is a typo.
         if pattern != '.*' and not any(regex.fullmatch(path) for path in paths):
             raise RuleError(f'rule {pattern!r} matches none of the {len(paths)} kernels, e.g. {paths[:3]}')
     return {path: first_match(rules, path) for path in paths}

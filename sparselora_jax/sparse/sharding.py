@@ -1,4 +1,4 @@
-"""Where arrays live on many devices: a mesh of axes data, fsdp, tensor, and ordered rules path -> PartitionSpec."""
+"""Sharding of arrays: a mesh with the axes data, fsdp and tensor, and ordered rules path -> PartitionSpec."""
 
 import functools
 import math
@@ -15,15 +15,15 @@ from sparselora_jax.sparse.rules import block_path, first_match, flatten, is_in_
 from sparselora_jax.sparse.weights import Lora
 
 AXES = ('data', 'fsdp', 'tensor')
-BATCH = PartitionSpec(('data', 'fsdp'))  # of a batch's leading axis
+BATCH = PartitionSpec(('data', 'fsdp'))  # sharding of a batch's leading axis
 
-# Of rows that are decoded, and of their caches [rows, heads, slots, head_dim]. They are not split along fsdp: each
-# token would gather all weights, where it now adds up its few activations.
+# Shardings of decoded rows, and of their caches [rows, heads, slots, head_dim]. Rows are not split along fsdp: each
+# token would then gather all weights, instead of summing a few activations across devices.
 DECODED = PartitionSpec('data')
 CACHE = PartitionSpec('data', 'tensor')
 
-# Kernels are [layers, in, out], a head's [in, out]. Attention's and the MLP's first kernels split their outputs, the
-# second ones their inputs: between the two no activations need to move.
+# Kernels are [layers, in, out], and a head's kernel is [in, out]. The first kernels of attention and MLP split their
+# outputs along tensor, the second ones their inputs. So no activations move between the two.
 RULES = (
     ('.*blocks/.*/(q|k|v|gate|up|fc1)/kernel', PartitionSpec(None, 'fsdp', 'tensor')),
     ('.*blocks/.*/(o|down|fc2)/kernel', PartitionSpec(None, 'tensor', 'fsdp')),
@@ -40,13 +40,13 @@ class MeshError(SparseloraError, ValueError):
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Return the mesh of these axes.
+    """Return a mesh with these axis sizes.
 
     Args:
-      data: devices along which rows of a batch are split, each with whole weights.
-      fsdp: devices along which rows and weights are split; weights are gathered where they are used.
-      tensor: devices along which weights and products are split.
-      devices: all devices of the machine by default.
+      data: number of devices that split the rows of a batch; each has whole weights.
+      fsdp: number of devices that split rows and weights; weights are gathered where they are used.
+      tensor: number of devices that split weights and products.
+      devices: the devices to use; default: all.
 
     Raises:
       MeshError: the product of the axes is not the number of devices.
@@ -61,18 +61,18 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequenc
 
 
 def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
-    """Return the sharding of a spec, but for axes that do not divide evenly: those are replicated.
+    """Return the sharding of a spec, in which axes that do not divide evenly are replicated.
 
-    Few key/value heads are an example.
+    For example, a model may have fewer key/value heads than the tensor axis has devices.
 
     Args:
-      mesh: of `make_mesh`.
-      spec: may be shorter or longer than the shape; what is missing is replicated, what is left over is dropped.
-      shape: of the array.
+      mesh: a mesh from `make_mesh`.
+      spec: may be shorter or longer than the shape; missing axes are replicated, extra ones dropped.
+      shape: shape of the array.
     """
     axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
 
-    # An axis of an array may be split along one axis of the mesh, along several together, or not at all.
+    # An array axis may be split along one mesh axis, along several together, or not at all.
     def divides(axis: str | tuple[str, ...] | None, size: int) -> bool:
         names = (axis,) if isinstance(axis, str) else axis or ()
         return size % math.prod(mesh.shape[name] for name in names) == 0
@@ -84,12 +84,12 @@ def fitting(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ..
 def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULES) -> dict:
     """Return a NamedSharding for every array of params, masks or lora.
 
-    The factors of a `Lora` follow their kernel, bound to it or not; so do the arrays of a packed one, each as far as
-    its own axes divide.
+    The factors of a `Lora` are sharded like their kernel. So are the arrays of a packed kernel, each as far as its own
+    axes divide.
 
     Args:
       tree: arrays or their shapes.
-      mesh: of `make_mesh`.
+      mesh: a mesh from `make_mesh`.
       rules: `(regex, PartitionSpec)` in order.
 
     Raises:
@@ -113,11 +113,11 @@ def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULE
 
 
 def undivided(shapes: dict, mesh: Mesh | AbstractMesh) -> list[str]:
-    """Return a line for each axis that does not divide all kernels it should split, with the nearest mesh that does.
+    """Return a warning for each mesh axis that does not divide all its kernels, with the nearest mesh that does.
 
     Args:
-      shapes: params, by shapes.
-      mesh: of `make_mesh`.
+      shapes: the shapes of params.
+      mesh: a mesh from `make_mesh`.
     """
     lines = []
     for axis in ('fsdp', 'tensor'):
@@ -132,12 +132,12 @@ def undivided(shapes: dict, mesh: Mesh | AbstractMesh) -> list[str]:
             path, size = next(iter(odd.items()))
             divisors = (count for count in range(devices, 0, -1) if devices % count == 0)
             fits = next(count for count in divisors if not any(size % count for size in split_sizes.values()))
-            # The devices that are left over split rows instead.
+            # The remaining devices split rows instead.
             better = dict(mesh.shape) | {axis: fits, 'data': mesh.shape['data'] * devices // fits}
             lines.append(
                 f'{axis}={devices} does not divide {len(odd)} of {len(split_sizes)} kernels, e.g. the {size} of '
-                f'{path}: they lie whole on every device; {", ".join(f"{name}={n}" for name, n in better.items())} '
-                'divides all'
+                f'{path}: they are replicated on every device; '
+                f'{", ".join(f"{name}={n}" for name, n in better.items())} divides all'
             )
     return lines
 
@@ -147,18 +147,18 @@ def shard(tree: dict, mesh: Mesh, rules: ShardingRules = RULES) -> dict:
 
     Args:
       tree: arrays.
-      mesh: of `make_mesh`.
+      mesh: a mesh from `make_mesh`.
       rules: `(regex, PartitionSpec)` in order.
     """
     return jax.device_put(tree, shardings(tree, mesh, rules))
 
 
 def everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Put arrays that are not on the mesh yet onto each of its devices, whole.
+    """Replicate arrays on all devices of the mesh, unless they are on a mesh already.
 
     Args:
       tree: arrays.
-      mesh: of `make_mesh`.
+      mesh: a mesh from `make_mesh`.
     """
 
     def put(leaf):
@@ -170,13 +170,13 @@ def everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def local_rows(mesh: Mesh, batch: int) -> list[int]:
-    """Return the rows of a batch that devices of this process hold.
+    """Return the indices of the batch rows that this process's devices hold.
 
     Args:
-      mesh: of `make_mesh`.
-      batch: number of rows of the whole batch.
+      mesh: a mesh from `make_mesh`.
+      batch: number of rows of the global batch.
     """
-    # Devices along tensor hold the same rows: a set.
+    # A set, since devices along tensor hold the same rows.
     slices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch,))
     return sorted({row for (rows,) in slices.values() for row in range(batch)[rows]})
 
@@ -185,26 +185,26 @@ def shard_batch(rows: PyTree, mesh: Mesh) -> PyTree:
     """Split the leading axis of every array over data and fsdp together.
 
     Args:
-      rows: a batch; of many processes, each has its `local_rows`.
-      mesh: of `make_mesh`.
+      rows: a batch; with several processes, each passes its `local_rows`.
+      mesh: a mesh from `make_mesh`.
     """
     where = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(where, array), rows)
 
 
 def on_mesh(array: object) -> NamedSharding | None:
-    """Return where an array lies on a mesh of `make_mesh`; None: it does not.
+    """Return the sharding of an array on a mesh from `make_mesh`; None: it is not on one.
 
     Args:
-      array: anything, an array or not.
+      array: an array, or any other object.
     """
     where = getattr(array, 'sharding', None)
-    # Another mesh may come from the user's own code: nothing is known of its axes.
+    # A mesh from the user's own code may have other axes, which are unknown here.
     return where if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES else None
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
-    """Return the mesh on which the arrays of a tree lie; None: on none.
+    """Return the mesh that holds the arrays of a tree; None: they are on no mesh.
 
     Args:
       tree: arrays.
@@ -213,7 +213,7 @@ def mesh_of(tree: PyTree) -> Mesh | None:
 
 
 def mesh_of_rows(batch: PyTree) -> Mesh | None:
-    """Return the mesh over which `shard_batch` has split the rows of a batch; None: it has not.
+    """Return the mesh over which `shard_batch` split the rows of a batch; None: they are not split.
 
     Args:
       batch: arrays.
@@ -223,23 +223,23 @@ def mesh_of_rows(batch: PyTree) -> Mesh | None:
 
 
 def row_parts(mesh: Mesh | AbstractMesh | None) -> int:
-    """Return into how many parts `shard_batch` splits rows.
+    """Return the number of parts into which `shard_batch` splits rows.
 
     Args:
-      mesh: of `make_mesh`; None: one device.
+      mesh: a mesh from `make_mesh`; None: one device.
     """
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
 def on_own_rows(function: Callable[..., Any], mesh: Mesh | AbstractMesh | None) -> Callable[[Any, Any], Any]:
-    """Return `function(weights, batch)` as each device runs it alone: whole weights, its own rows of the batch.
+    """Return `function(weights, batch)` run by each device separately, on whole weights and its own rows.
 
-    What a device runs is the program of one device with as many rows, so they come out with the same bits. Along tensor
-    the compiler still divides weights and products. All results are split by rows.
+    Each device runs the same program as a single device with that many rows, so the results have the same bits. Along
+    tensor the compiler still divides weights and products. All results are split by rows.
 
     Args:
-      function: called within a program.
-      mesh: see `mesh_of_rows`; None: one device, the function as it is.
+      function: the function to wrap; it is called under jit.
+      mesh: see `mesh_of_rows`; None: one device, the function is returned unchanged.
     """
     if mesh is None:
         return function
@@ -247,7 +247,7 @@ def on_own_rows(function: Callable[..., Any], mesh: Mesh | AbstractMesh | None) 
     @functools.wraps(function)
     def run(weights, batch):
         rows = jax.tree.leaves(batch)[0].shape[0]
-        # What has no rows, such as a table of positions, is the same on every device.
+        # Arrays without rows, such as a table of positions, are replicated.
         split = jax.tree.map(lambda leaf: BATCH if leaf.shape[:1] == (rows,) else PartitionSpec(), batch)
         on_each_device = jax.shard_map(
             function,
@@ -263,24 +263,24 @@ def on_own_rows(function: Callable[..., Any], mesh: Mesh | AbstractMesh | None) 
 
 
 def gathered(tree: dict, mesh: Mesh | AbstractMesh) -> dict:
-    """Return `shardings` of weights that a program has gathered along fsdp: that axis only says where they are kept.
+    """Return the shardings of weights after a program has gathered them along fsdp, where they are stored.
 
     Args:
       tree: arrays or their shapes.
-      mesh: of `make_mesh`.
+      mesh: a mesh from `make_mesh`.
     """
-    # Along fsdp nothing is split any more; tensor still divides the products.
+    # Nothing is split along fsdp any more; tensor still divides the products.
     rules = [(regex, PartitionSpec(*(None if axis == 'fsdp' else axis for axis in spec))) for regex, spec in RULES]
     return shardings(tree, mesh, rules)
 
 
 def split_rows(tree: PyTree, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec = BATCH) -> PyTree:
-    """Split activations, in a program, so that each device has rows of its own.
+    """Split activations under jit, so that each device has its own rows.
 
     Args:
       tree: arrays whose leading axis is rows.
-      mesh: of `make_mesh`; None: one device, the tree as it is.
-      spec: how they are split.
+      mesh: a mesh from `make_mesh`; None: one device, the tree is returned unchanged.
+      spec: how the rows are split.
     """
     if mesh is None:
         return tree
@@ -290,12 +290,14 @@ def split_rows(tree: PyTree, mesh: Mesh | AbstractMesh | None, spec: PartitionSp
 def top_k(
     scores: Float[Array, 'rows candidates'], k: int, *, mesh: Mesh | None
 ) -> tuple[Float[Array, 'rows {k}'], Int[Array, 'rows {k}']]:
-    """Return `jax.lax.top_k` of decoded rows, each device of its own: the compiler would gather all on every device.
+    """Return `jax.lax.top_k` of decoded rows, where each device handles its own rows.
+
+    Without this, the compiler would gather all rows on every device.
 
     Args:
-      scores: of each candidate.
-      k: how many candidates of each row.
-      mesh: None: one device.
+      scores: the score of each candidate.
+      k: number of candidates to return for each row.
+      mesh: the mesh of the rows; None: one device.
     """
 
     def find_best(scores):
@@ -308,18 +310,18 @@ def top_k(
 
 
 def gathering(run: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
-    """Return a runner in which each block gathers its own weights, and every device has rows of its own.
+    """Return a runner in which each block gathers its own weights, and each device has its own rows.
 
-    Left to itself the compiler may split products along fsdp's inputs instead: all rows on every device, activations to
-    be added up.
+    Otherwise the compiler may split products along the inputs, over fsdp. Then every device has all rows, and
+    activations must be summed across devices.
 
     Args:
       run: a runner of blocks.
-      mesh: of `make_mesh`.
+      mesh: a mesh from `make_mesh`.
     """
 
     def run_gathering(tower, block, weights, x, ctx, cache=None):
-        # Rules are about whole paths, so the weights of the stack get theirs back to look up their shardings.
+        # Rules match whole paths, so restore the whole paths of the stack's weights to look up their shardings.
         whole_paths = unflatten({block_path(tower, name): leaf for name, leaf in flatten(weights).items()})
         stacked = flatten(gathered(whole_paths, mesh))
         of_one_block = unflatten({name_in_block(path): _without_layers(leaf) for path, leaf in stacked.items()})
@@ -340,11 +342,11 @@ def _without_layers(stacked: PyTree) -> PyTree:
 
 
 def gather_outside_blocks(weights: dict, mesh: Mesh | AbstractMesh) -> dict:
-    """Gather weights that belong to no block, in a program: embeddings, heads, final norms.
+    """Gather the weights outside blocks, under jit: embeddings, heads, final norms.
 
     Args:
       weights: params, bound or not.
-      mesh: of `make_mesh`.
+      mesh: a mesh from `make_mesh`.
     """
     flat = flatten(weights)
     outside = unflatten({path: leaf for path, leaf in flat.items() if not is_in_block(path)})

@@ -1,7 +1,7 @@
-"""What a model's kernel can be, and the trees that make it: params, masks, lora -> bind / merge.
+"""The kinds of kernels that a model reads, and `bind` and `merge`, which build them from params, masks and lora.
 
-`effective_weight` is the method's one formula, `(W + s*A*B) * M` (arXiv 2404.02424). Forward and merge both call it, so
-a merged weight equals the one trained with, bit for bit.
+`effective_weight` is the method's one formula, `(W + s*A*B) * M` (arXiv 2404.02424). Both the forward
+and the merge call it, so a merged weight equals the trained one bit for bit.
 """
 
 import functools
@@ -35,7 +35,7 @@ class LoraSpec(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lora:
-    """A low-rank update `scale * a @ b`. The scale lives here so that bind and merge cannot disagree."""
+    """A low-rank update `scale * a @ b`. The scale is stored here, so that `bind` and `merge` use the same one."""
 
     a: Any  # [*layers, in, rank]; JAX unflattens placeholders into the fields, so they carry no shape check
     b: Any  # [*layers, rank, out]
@@ -47,7 +47,7 @@ class Lora:
 class Masked:
     """A pruned kernel: reads as `where(mask, kernel, 0)`."""
 
-    kernel: Any  # [*layers, in, out], an array or in four bits
+    kernel: Any  # [*layers, in, out], an array or four-bit
     mask: Any  # bool, the same shape, or a PackedMask
 
 
@@ -57,13 +57,13 @@ class Adapted:
     """A kernel with a low-rank update, under the mask if there is one.
 
     Attributes:
-      kernel: `[*layers, in, out]`, an array or in four bits; or a packed kernel, which brings its mask.
+      kernel: `[*layers, in, out]`, an array or four-bit; or a packed kernel, which stores its own mask.
       mask: bool of the same shape, or a `PackedMask`, or None.
       lora: the low-rank update.
-      gradient: `'exact'`; or `'straight_through'`: the backward for A and B is that of a mask of all ones; or
-        `'plain'`: ordinary LoRA, `where(mask, W, 0) + s*A*B`, whose merge is dense, kept for comparison.
-      parts: into how many parts the batch is split over devices. The exact gradient of each part goes through the mask
-        and into the gradients of A and B before parts are added up, so devices send factors and no kernels.
+      gradient: `'exact'`; or `'straight_through'`: the gradients of A and B ignore the mask; or `'plain'`: ordinary
+        LoRA, `where(mask, W, 0) + s*A*B`, whose merge is dense (for comparison only).
+      parts: number of parts into which the batch is split over devices. Each part's exact gradient is masked and
+        contracted to gradients of A and B before the parts are summed. So devices exchange factors, not kernels.
     """
 
     kernel: Any
@@ -87,14 +87,14 @@ def effective_weight(
 ) -> Float[Array, '*layers inputs outputs']:
     """Return `where(mask, kernel + scale * a @ b, 0)`, the method's formula (arXiv 2404.02424).
 
-    It is summed in fp32 and cast last: a sum in bf16 loses small updates. A packed kernel has zeros of its own, which
-    LoRA does not fill.
+    It is summed in fp32 and cast last, because a sum in bf16 loses small updates. LoRA does not fill the zeros of a
+    packed kernel.
 
     Args:
-      kernel: a kernel of any kind, or a stack.
-      mask: which weights are kept; None: all, or those that a packed kernel keeps.
-      lora: the low-rank update; None: there is none.
-      dtype: of the result; the kernel's own by default.
+      kernel: a kernel of any kind, or a stack of them.
+      mask: True where a weight is kept; None: all, or those that a packed kernel keeps.
+      lora: the low-rank update; None: no update.
+      dtype: dtype of the result; default: the kernel's dtype.
 
     >>> lora = Lora(a=jnp.ones((2, 1)), b=jnp.ones((1, 2)), scale=0.5)
     >>> effective_weight(jnp.ones((2, 2)), jnp.array([[True, False], [False, True]]), lora).tolist()
@@ -102,7 +102,7 @@ def effective_weight(
     """
     dtype = dtype or kernel.dtype
     if lora is None and mask is None:
-        # Also of packed kernels: they unpack with zeros in place.
+        # This also covers packed kernels, which unpack with their zeros in place.
         return dense_kernel(kernel, dtype)
     # With LoRA a packed kernel needs its mask too: the sum must not fill its zeros.
     mask = dense_mask(mask, kernel)
@@ -123,18 +123,18 @@ def init_lora(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> dict:
-    """Return LoRA factors for the kernels that rules select: A uniform as in LoRA's reference, B zero.
+    """Return LoRA factors for the kernels that rules select: A uniform as in LoRA's reference code, B zero.
 
     Args:
       key: a PRNG key; the n-th kernel by path draws from `fold_in(key, n)`.
       params: the params tree, or its shapes.
       rules: `(regex, LoraSpec or (rank, alpha) or None)`, in order; every kernel must match.
-      dtype: of the factors.
+      dtype: dtype of the factors.
 
     Raises:
-      RuleError: a kernel that no rule matches, a rule that matches none, a tree without kernels, or a kernel whose
-        axes are not known (see `rules.check_layout`).
-      ValueError: a rank below one.
+      RuleError: no rule matches a kernel, a rule matches no kernel, the tree has no kernels, or the axes of a kernel
+        are unknown (see `rules.check_layout`).
+      ValueError: a rank is below one.
 
     >>> lora = init_lora(jax.random.key(0), {'q': {'kernel': jnp.ones((8, 4))}}, [('.*', LoraSpec(2, 4))])
     >>> lora['q']['kernel'].a.shape, lora['q']['kernel'].b.shape, lora['q']['kernel'].scale
@@ -144,7 +144,7 @@ def init_lora(
     specs = match(rules, kernels_by_path)
     check_layout(params, [path for path, spec in specs.items() if spec is not None])
     lora = {}
-    # Kernels that get no factors count too: which others are adapted does not change what a kernel draws.
+    # Kernels without factors are counted too. So a kernel draws the same numbers, whichever others are adapted.
     for index, (path, spec) in enumerate(specs.items()):
         if spec is None:
             continue
@@ -162,20 +162,20 @@ def init_lora(
 def bind(
     params: dict, masks: dict | None = None, lora: dict | None = None, *, gradient: str = 'exact', parts: int = 1
 ) -> dict[str, Any]:
-    """Return the weights a model reads: params with each masked or adapted kernel replaced by its kind.
+    """Return the weights that a model reads: params in which kernels with a mask or LoRA are `Masked` or `Adapted`.
 
-    Nothing is computed here: `linear` combines a layer's weight where it is used, so one layer's combination lives at a
-    time.
+    Nothing is computed here. `linear` combines a layer's weight where it is used, so only one layer's combined weight
+    is in memory at a time.
 
     Args:
-      params: the params tree; kernels may be packed or in four bits.
-      masks: the masks tree; None: nothing is pruned, or packed kernels bring their masks.
+      params: the params tree; kernels may be packed or four-bit.
+      masks: the masks tree; None: nothing is pruned, or packed kernels store their masks.
       lora: the lora tree; None: nothing is adapted.
       gradient: see `Adapted`.
       parts: see `Adapted`.
 
     Raises:
-      ValueError: a mask or a factor whose path or shape is not that of a kernel, or an unknown `gradient`.
+      ValueError: the path or shape of a mask or factor is not that of a kernel, or `gradient` is unknown.
     """
     if gradient not in GRADIENTS:
         raise ValueError(f'gradient {gradient!r}: expected one of {", ".join(GRADIENTS)}')
@@ -183,7 +183,7 @@ def bind(
     flat_masks = flatten(masks or {})
     flat_lora = flatten(lora or {})
     _check_fit(flat, flat_masks, flat_lora)
-    # A kernel that is both masked and adapted is one `Adapted`, which has the mask.
+    # A kernel with both a mask and LoRA becomes one `Adapted`, which holds the mask.
     for path in flat_masks.keys() - flat_lora.keys():
         flat[path] = Masked(flat[path], flat_masks[path])
     for path, factors in flat_lora.items():
@@ -196,24 +196,24 @@ def with_kernels(params: dict, replacements: dict) -> dict:
 
     Args:
       params: the params tree.
-      replacements: a tree of the leaves that replace others.
+      replacements: a tree of the new leaves.
     """
     return unflatten(flatten(params) | flatten(replacements))
 
 
 def merge(params: dict, masks: dict | None, lora: dict | None = None, *, dtype: DTypeLike | None = None) -> dict:
-    """Fold `lora` into `params` under the masks: plain arrays, exact zeros where the mask is False.
+    """Fold `lora` into `params` under the masks, as plain arrays with exact zeros where the mask is False.
 
-    Differentiable in `lora`, so it also trains a model that is not ours: `loss(apply(merge(params, masks, lora)))`.
+    It is differentiable in `lora`, so it can train any JAX model: `loss(apply(merge(params, masks, lora)))`.
 
     Args:
-      params: the params tree; kernels may be packed or in four bits.
-      masks: the masks tree; None: nothing is pruned, or packed kernels bring their masks.
+      params: the params tree; kernels may be packed or four-bit.
+      masks: the masks tree; None: nothing is pruned, or packed kernels store their masks.
       lora: the lora tree; None: nothing is adapted.
-      dtype: of the merged kernels; each kernel's own by default.
+      dtype: dtype of the merged kernels; default: each kernel's dtype.
 
     Raises:
-      ValueError: a mask or a factor whose path or shape is not that of a kernel.
+      ValueError: the path or shape of a mask or factor is not that of a kernel.
     """
     flat = flatten(params)
     flat_masks = flatten(masks or {})
@@ -224,13 +224,13 @@ def merge(params: dict, masks: dict | None, lora: dict | None = None, *, dtype: 
     return unflatten(flat)
 
 
-@functools.partial(jax.jit, static_argnames='dtype')  # kernels of one shape are one program, which towers have many of
+@functools.partial(jax.jit, static_argnames='dtype')  # one program serves all kernels of a shape
 def _merged(
     kernel: Kernel, mask: Mask | None, lora: Lora | None, dtype: DTypeLike | None
 ) -> Float[Array, '*layers inputs outputs']:
-    """Return the effective weight, a layer at a time.
+    """Return the effective weight, computed one layer at a time.
 
-    The fp32 sum of a whole stack would take several times the model's memory.
+    The fp32 sum of a whole stack would need several times the model's memory.
     """
     if kernel.ndim == 2:
         return effective_weight(kernel, mask, lora, dtype=dtype)
@@ -240,7 +240,7 @@ def _merged(
 def _check_fit(params: Mapping[str, Any], masks: Mapping[str, Any], lora: Mapping[str, Lora]) -> None:
     """Check that masks and factors have the paths and shapes of kernels."""
     for path, mask in masks.items():
-        # A mask that is broadcast over layers would not be an error of jnp.where.
+        # jnp.where would silently broadcast a mask over layers, so the shapes are checked here.
         if path not in params or params[path].shape != mask.shape:
             shape = getattr(params.get(path), 'shape', 'no such kernel')
             raise ValueError(f'{path}: mask of shape {mask.shape} for a kernel of shape {shape}')

@@ -58,7 +58,7 @@ def test_answers_end_with_what_generation_stops_at(made, tmp_path):
         (
             'llava-default',
             lambda f: edit(f / 'config.json', lambda d: d.update(image_token_index=32000)),
-            '<image> is 4 to the tokenizer, 32000 in config.json',
+            '<image> has id 4 in the tokenizer, 32000 in config.json',
         ),
         (
             'llava-default',

@@ -300,8 +300,8 @@ def test_what_a_mesh_does_not_divide_is_said_with_the_nearest_that_does():
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, 'float32'), shapes, is_leaf=lambda s: isinstance(s, tuple))
     (line,) = sharding.undivided(shapes, sharding.make_mesh(tensor=4))
     assert line == (
-        'tensor=4 does not divide 2 of 7 kernels, e.g. the 6 of language/blocks/attn/k/kernel: they lie whole on every '
-        'device; data=2, fsdp=1, tensor=2 divides all'
+        'tensor=4 does not divide 2 of 7 kernels, e.g. the 6 of language/blocks/attn/k/kernel: they are replicated on '
+        'every device; data=2, fsdp=1, tensor=2 divides all'
     )
     assert not sharding.undivided(shapes, sharding.make_mesh(data=2, fsdp=2))
 

@@ -1,4 +1,4 @@
-"""The cost of a Pallas kernel, which XLA cannot see by itself and needs to schedule it."""
+"""The cost of a Pallas kernel, which XLA needs for scheduling but cannot see by itself."""
 
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
@@ -10,11 +10,12 @@ def cost(x: Float[Array, 'rows m'], packed: Packed24) -> pl.CostEstimate:
     """Estimate the cost of a product with packed weights, transposed or not.
 
     Args:
-      x: what is multiplied.
+      x: the rows to multiply.
       packed: W, one matrix.
 
     Returns:
-      FLOPs of the dense product, since the kernels skip no zeros, and bytes if each array is read or written once.
+      The FLOPs of the dense product, since the kernels skip no zeros, and the bytes of reading or writing each array
+      once.
     """
     inputs, outputs = packed.shape
     rows = x.shape[0]

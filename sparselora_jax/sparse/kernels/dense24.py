@@ -1,8 +1,8 @@
-"""A `Packed24` as an array, lowered for the platform that a program is compiled for.
+"""Unpacks a `Packed24` to an array, by the kernel of the platform that a program is lowered for.
 
-On a mesh XLA does not know how to divide a Pallas call: it would gather the whole packed kernel on every device. So the
-call is wrapped in `custom_partitioning`, which tells XLA which part of the result each device makes of its part of the
-packed arrays.
+On a mesh, XLA cannot partition a Pallas call: it would gather the whole packed kernel on every device. So the call is
+wrapped in `custom_partitioning`. It tells XLA which part of the result each device computes from its part of the packed
+arrays.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED, Packed24, unpac
 def dense24(packed: Packed24, dtype: DTypeLike | None = None) -> Float[Array, '*layers inputs outputs']:
     """Return the kernel with its zeros, as `unpack24` does.
 
-    A matrix is unpacked by the platform's own kernel where it has one: on GPUs that reads every byte once. On a mesh
-    each device unpacks its part.
+    A matrix is unpacked by the platform's own kernel if there is one; on GPUs it reads every byte once. On a mesh each
+    device unpacks its part.
 
     Args:
       packed: one matrix, or a stack of them.
-      dtype: of the result; by default that of the values (int4: of the scales).
+      dtype: dtype of the result; default: the dtype of the values (for int4, of the scales).
     """
     # The dtype in which `unpack24` computes, before it casts.
     unpacked_dtype = jnp.dtype('float32') if packed.scale is not None else packed.values.dtype
@@ -47,11 +47,11 @@ def dense24(packed: Packed24, dtype: DTypeLike | None = None) -> Float[Array, '*
 def unpacked_in_parts(
     packed: Packed24, dtype: DTypeLike, *, platform: str, interpret: bool = False
 ) -> Float[Array, 'inputs outputs']:
-    """Return W by a platform's own kernel, of which each device of a mesh computes its part.
+    """Unpack W by a platform's own kernel, where each device of a mesh computes its part.
 
     Args:
       packed: one matrix.
-      dtype: of its values; fp32 for int4 ones.
+      dtype: dtype of its values; fp32 for int4 values.
       platform: a name of `PLATFORMS` that has an `unpack`.
       interpret: run the kernel by Pallas' interpreter.
     """
@@ -66,8 +66,8 @@ def _unpacked(packed, dtype, platform, interpret):
 def _partition(dtype, platform, interpret, mesh, arguments, result):
     """Return what one device does: (mesh, its function, sharding of the result, shardings of the arguments).
 
-    XLA proposes a sharding of the result. Axes that would cut an octet, a run with one scale or outputs that the kernel
-    reads together are dropped from it.
+    XLA proposes a sharding of the result. This drops axes that would split an octet, a run with one scale, or outputs
+    that the kernel reads together.
     """
     (packed,) = arguments
     inputs_axes, outputs_axes = [*result.sharding.spec, None, None][:2]
@@ -82,7 +82,7 @@ def _partition(dtype, platform, interpret, mesh, arguments, result):
     sharding = NamedSharding(mesh, PartitionSpec(inputs_axes, outputs_axes))
 
     def unpack(part):
-        # `inputs` is static, so it still says the whole number.
+        # `inputs` is static, so it still has the global value.
         part = dataclasses.replace(part, inputs=packed.inputs // inputs_parts)
         return PLATFORMS.find(platform).unpack(part, dtype, interpret=interpret)
 
@@ -90,17 +90,17 @@ def _partition(dtype, platform, interpret, mesh, arguments, result):
 
 
 def _devices_along(mesh, axes: str | tuple[str, ...] | None) -> int:
-    """Return into how many parts the mesh axes of one dimension cut it."""
+    """Return the number of parts into which the mesh axes split a dimension."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
 def _sharding_rule(dtype, platform, interpret, mesh, operands, results):
-    """Tell XLA's propagation (Shardy) which dimensions of the arrays are split alike.
+    """Tell XLA's sharding propagation (Shardy) which dimensions of the arrays are split in the same way.
 
-    The outputs of all arrays are. The inputs are, where the arrays' rows are whole multiples of the fewest rows: a
-    factor `i` then counts these, and a factor `f0`, `f1`, ... of each array the rows for one of them. Otherwise a split
-    would cut an octet, or a run with one scale, and the inputs of each array are a dimension of its own.
+    The outputs always are. The inputs are, if each array's number of rows is a multiple of the smallest number. Then
+    the factor `i` is that smallest number, and the factors `f0`, `f1`, ... are the multiples. Otherwise a split would
+    cut an octet or a run with one scale, so the inputs of each array get an independent dimension.
     """
     del dtype, platform, interpret, mesh
     rows = [operand.shape[0] for operand in operands]

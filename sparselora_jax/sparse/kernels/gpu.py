@@ -1,10 +1,10 @@
 """x @ W, g @ W.T and W itself of a `Packed24`, for NVIDIA GPUs from Ampere on (Pallas, Triton).
 
-A tile of packed weights is read once. Its dense form is built in registers and multiplied there: it is never in memory.
-That saves bytes (0.5625 times those of bf16), not FLOPs. With many rows FLOPs are the limit. W is then unpacked to
-memory once, and XLA's own product follows.
+A tile of packed weights is read once. Its dense form is built in registers, multiplied there, and never written to
+memory. This saves bytes (0.5625 times those of bf16), not FLOPs. With many rows, FLOPs are the limit. Then W is
+unpacked to memory once, and XLA multiplies.
 
-`gpu_kernels.py` has the bodies of the kernels, `gpu_tiles.py` the tiles that were measured to be fastest.
+`gpu_kernels.py` contains the kernel bodies, `gpu_tiles.py` the fastest measured tiles.
 """
 
 import functools
@@ -24,16 +24,16 @@ from sparselora_jax.sparse.kernels.gpu_tiles import TILES
 from sparselora_jax.sparse.kernels.reference import dense_product
 from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED, Packed24
 
-LANES = 2  # bf16 outputs that share a word of 32 bits
+LANES = 2  # bf16 outputs in a 32-bit word
 
 
 def takes(dtype: DTypeLike, packed: Packed24) -> bool:
-    """Return whether the kernels read these operands.
+    """Return whether the kernels support these operands.
 
-    They read bf16 or fp32, the same for x and the values (int4 values fit both), and an even number of outputs.
+    They support bf16 or fp32, the same for x and the values (int4 values fit both), and an even number of outputs.
 
     Args:
-      dtype: of x, or of the unpacked weights.
+      dtype: dtype of x, or of the unpacked weights.
       packed: W, or its shapes and dtypes.
     """
     same_dtype = packed.scale is not None or packed.values.dtype == dtype
@@ -41,7 +41,7 @@ def takes(dtype: DTypeLike, packed: Packed24) -> bool:
 
 
 def choose_tile(kind: str, rows: int, packed: Packed24) -> Tile | None:
-    """Return the fastest tile of a kernel, or None if the kernel is not the fastest for so many rows.
+    """Return the fastest tile of a kernel, or None if another kernel is faster for this number of rows.
 
     Args:
       kind: `few`, `forward`, `transposed` or `unpack`.
@@ -61,19 +61,19 @@ def choose_kernel(rows: int, packed: Packed24, transposed: bool) -> tuple[str, T
       transposed: the product is `g @ W.T`.
 
     Returns:
-      The kernel's kind and its tile. None in place of a tile: unpacking and a dense product are faster.
+      The kernel's kind and its tile. If the tile is None, unpacking and a dense product are faster.
     """
     kinds = ['transposed'] if transposed else ['few', 'forward']
     choices = [(kind, choose_tile(kind, rows, packed)) for kind in kinds]
     return next(((kind, tile) for kind, tile in choices if tile is not None), choices[-1])
 
 
-# Jitted, so that the body of a kernel is traced once for each shape and not once for each layer.
+# Jitted, so that the body of a kernel is traced once per shape, not once per layer.
 @functools.partial(jax.jit, static_argnames=('transposed', 'interpret'))
 def product(
     x: Float[Array, 'rows m'], packed: Packed24, *, transposed: bool, interpret: bool = False
 ) -> Float[Array, 'rows n']:
-    """Return `x @ W` or `x @ W.T`, summed in fp32, in x's dtype, by the fastest way for so many rows.
+    """Return `x @ W` or `x @ W.T`, summed in fp32, in x's dtype, by the fastest kernel for this number of rows.
 
     Args:
       x: the rows to multiply.
@@ -126,7 +126,7 @@ def matmul_few(
     """Return `x @ W`, multiplied and summed in fp32 without the tensor core, in x's dtype.
 
     Args:
-      x: few rows, since each takes registers of its own.
+      x: few rows, since each row needs its own registers.
       packed: W, one matrix.
       tile: what one program computes at a time; its rows are not used.
       interpret: run the kernel by Pallas' interpreter.
@@ -141,7 +141,7 @@ MULTIPLY = {'few': matmul_few, 'forward': matmul, 'transposed': matmul_transpose
 
 @functools.partial(jax.jit, static_argnames=('dtype', 'interpret'))
 def unpacked(packed: Packed24, dtype: DTypeLike, *, interpret: bool = False) -> Float[Array, 'inputs outputs']:
-    """Return W with its zeros, by the fastest tile.
+    """Return W with its zeros, unpacked with the fastest tile.
 
     Args:
       packed: W, one matrix.
@@ -154,7 +154,7 @@ def unpacked(packed: Packed24, dtype: DTypeLike, *, interpret: bool = False) -> 
 def unpack(
     packed: Packed24, dtype: DTypeLike, tile: Tile, *, interpret: bool = False
 ) -> Float[Array, 'inputs outputs']:
-    """Return W with its zeros, by this tile.
+    """Return W with its zeros, unpacked with this tile.
 
     Args:
       packed: W, one matrix.
@@ -177,9 +177,9 @@ def _product(
     out_width: int,
     interpret: bool,
 ) -> Array:
-    """Return a product, whose parts are added up if several programs share a sum."""
+    """Return a product, and add up its parts if several programs share a sum."""
     is_whole = tile.splits == 1
-    # Parts stay in fp32 until they are added. Only a whole sum is cast by the kernel itself.
+    # Parts stay in fp32 until they are added. The kernel itself casts the result only if it is the whole sum.
     out = jax.ShapeDtypeStruct((tile.splits, x.shape[0], out_width), x.dtype if is_whole else jnp.float32)
     parts = _call(body, name, (x,), packed, tile, grid, out, interpret)
     return parts[0] if is_whole else jnp.sum(parts, axis=0).astype(x.dtype)
@@ -195,11 +195,11 @@ def _call(
     out: jax.ShapeDtypeStruct,
     interpret: bool,
 ) -> Array:
-    """Call a kernel with packed arrays in words of 32 bits.
+    """Call a kernel with the packed arrays viewed as words of 32 bits.
 
     Args:
-      body: of `gpu_kernels`.
-      name: of the kernel in profiles.
+      body: a kernel body from `gpu_kernels`.
+      name: name of the kernel in profiles.
       xs: x or g; empty to unpack.
       packed: W.
       tile: what one program computes at a time.
@@ -211,18 +211,18 @@ def _call(
         raise ValueError(f'{tile}: int4 values have one scale for {SCALED // BYTE} octets; use a tile of fewer octets')
     octets, outputs = packed.positions.shape
     dtype = xs[0].dtype if xs else out.dtype
-    # Neighbouring outputs (lanes) whose dense numbers fill a word: two of bf16, one of fp32. Their packed values are
-    # read as one number of a type that holds as many lanes, a byte each for positions and int4.
+    # Number of neighbouring outputs (lanes) whose dense numbers fill a word: two for bf16, one for fp32. Their packed
+    # values are read as one integer of matching width; positions and int4 have one byte per lane.
     lanes = 4 // dtype.itemsize
     byte_per_lane = {1: jnp.uint8, 2: jnp.uint16}[lanes]
     values = _as_words(packed.values, lanes, jnp.uint32 if packed.scale is None else byte_per_lane)
-    # A new axis for the rows of values of one octet (4, of int4 2): a body reads them by a fixed index.
+    # A new axis for the value rows of one octet (4, or 2 for int4), so that a body reads them by a fixed index.
     arrays = [values.reshape(octets, -1, outputs // lanes), _as_words(packed.positions, lanes, byte_per_lane)]
     if packed.scale is not None:
-        # `few` works on lanes, so it reads scales in the same words. The others scale whole outputs.
+        # `few` works on lanes, so it reads scales in the same words. The other bodies scale whole outputs.
         reads_words = body is gpu_kernels.few
         arrays.append(_as_words(packed.scale.astype(dtype), lanes, jnp.uint32) if reads_words else packed.scale)
-    # Whole arrays are passed. The bodies load their tiles themselves, masked where a tile reaches behind an array.
+    # Whole arrays are passed. The bodies load their tiles themselves, and mask them beyond the end of an array.
     in_specs = [pl.BlockSpec(memory_space=pl.ANY)] * (len(xs) + len(arrays))
     sizes = Sizes(rows=xs[0].shape[0] if xs else 0, inputs=packed.inputs, outputs=outputs, octets=octets)
     return pl.pallas_call(
@@ -239,7 +239,7 @@ def _call(
 
 
 def _as_words(array: Array, lanes: int, word: DTypeLike) -> Array:
-    """Return neighbouring outputs, `lanes` of them, as one number of type `word`."""
-    # A bitcast to a wider type joins the numbers along the last axis.
+    """Combine each `lanes` neighbouring outputs to one number of type `word`."""
+    # A bitcast to a wider type combines the numbers along the last axis.
     array = array.reshape(*array.shape[:-1], -1, lanes) if lanes > 1 else array
     return jax.lax.bitcast_convert_type(array, word)

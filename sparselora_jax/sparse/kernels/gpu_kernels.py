@@ -1,7 +1,7 @@
-"""Bodies of the kernels in gpu.py: how a program reads a tile of packed weights, and what it computes with it.
+"""Bodies of the kernels in gpu.py: each program reads tiles of packed weights and computes with them.
 
-Outputs are read in words of 32 bits: one fp32 number, or two neighbouring outputs of 16 bits (see gpu_unpack.py).
-Several programs may share a sum (`Tile.splits`). Each then stores its part.
+Outputs are read in words of 32 bits: one fp32 number, or two neighbouring 16-bit outputs (see gpu_unpack.py). Several
+programs may share a sum (`Tile.splits`). Each then stores its part.
 """
 
 import functools
@@ -22,15 +22,15 @@ SPLITS_AXIS = 2  # axis of the grid along which programs share a sum
 
 
 class Tile(NamedTuple):
-    """What one program reads and computes at a time. Sizes are powers of two, outputs at least 16, octets at least 2.
+    """The sizes of what one program computes at a time: powers of two, at least 16 outputs and 2 octets.
 
     Attributes:
-      rows: of x or g; without meaning for `few` and `unpack`.
-      outputs: of W.
-      octets: runs of eight inputs, which share a byte of positions.
-      warps: threads of a program / 32.
+      rows: number of rows of x or g; unused by `few` and `unpack`.
+      outputs: number of outputs of W.
+      octets: number of octets: runs of eight inputs that share a byte of positions.
+      warps: number of warps (32 threads) of a program.
       stages: loads in flight (Triton's software pipelining).
-      splits: programs that share a sum. With few rows there are otherwise too few programs to keep memory busy.
+      splits: number of programs that share a sum. With few rows, one program per sum would not keep memory busy.
     """
 
     rows: int
@@ -51,11 +51,11 @@ class Sizes(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """A run of one axis of an array.
+    """A range along one axis of an array.
 
     Attributes:
-      slice: where the run lies.
-      fits: False for places behind the end of the axis; None: no place can be, so no mask is needed.
+      slice: the range.
+      fits: False beyond the end of the axis; None: the whole range is inside, so no mask is needed.
     """
 
     slice: pl.Slice
@@ -63,13 +63,13 @@ class _Span(NamedTuple):
 
 
 def _span(index: Int[Array, ''], size: int, end: int, runs: int | None = None) -> _Span:
-    """Return one of several runs that cover an axis.
+    """Return one of several equal ranges that cover an axis.
 
     Args:
-      index: number of the run, traced.
-      size: places in a run.
+      index: index of the range, traced.
+      size: length of a range.
       end: length of the axis.
-      runs: how many runs there are; None: as many as reach the end.
+      runs: number of ranges; None: as many as reach the end.
     """
     all_fit = end == size * (pl.cdiv(end, size) if runs is None else runs)
     fits = None if all_fit else index * size + jnp.arange(size, dtype=jnp.int32) < end
@@ -80,9 +80,9 @@ class _Steps(NamedTuple):
     """A program's share of a sum.
 
     Attributes:
-      count: steps of this program.
-      runs: steps of all programs that share the sum.
-      first: index of this program's first step among these.
+      count: number of steps of this program.
+      runs: number of steps of all programs that share the sum.
+      first: index of this program's first step among them.
     """
 
     count: int
@@ -91,13 +91,13 @@ class _Steps(NamedTuple):
 
 
 def _steps(end: int, size: int, splits: int) -> _Steps:
-    """Divide the runs of an axis, over which is summed, among the programs that share the sum."""
+    """Divide the ranges of the summed axis among the programs that share the sum."""
     count = pl.cdiv(pl.cdiv(end, size), splits)
     return _Steps(count, count * splits, pl.program_id(SPLITS_AXIS) * count)
 
 
 def _mask(first: _Span, second: _Span, shape: tuple[int, int]) -> Bool[Array, '...'] | None:
-    """Return where a matrix of this shape lies within its array; None: everywhere."""
+    """Return a mask that is True where a tile is inside its array; None: it is inside everywhere."""
     masks = [
         None if span.fits is None else jnp.expand_dims(span.fits, axis) for span, axis in ((first, 1), (second, 0))
     ]
@@ -106,19 +106,19 @@ def _mask(first: _Span, second: _Span, shape: tuple[int, int]) -> Bool[Array, '.
 
 
 def _load(ref, mask):
-    """Load with zeros where the mask is False: they add nothing to a sum."""
+    """Load with zeros where the mask is False, since zeros add nothing to a sum."""
     return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 
 
 def _lanes(dtype) -> int:
-    """Return how many numbers lie in a word."""
+    """Return the number of values in a word."""
     return 4 // dtype.itemsize
 
 
 def _read_words(packed_refs, octets: _Span, words: _Span, dtype, tile: Tile) -> tuple[list[Array], Array]:
     """Load the words of a tile's values and its positions, `[octets, words]` each.
 
-    The list has one array for each row of values in an octet: four, or two of int4.
+    The list has one array for each row of values in an octet: four, or two for int4.
     """
     values_ref, positions_ref, *_ = packed_refs
     mask = _mask(octets, words, (tile.octets, tile.outputs // _lanes(dtype)))
@@ -130,7 +130,7 @@ def _read_words(packed_refs, octets: _Span, words: _Span, dtype, tile: Tile) -> 
 def _read_tile(packed_refs, octets: _Span, words: _Span, dtype, tile: Tile, interpret) -> Callable[[], Array]:
     """Load a tile, and return a function that unpacks it to `[8 * octets, outputs]`.
 
-    int4 values become whole numbers without their scale.
+    int4 values become integers that are not scaled yet.
     """
     values, positions = _read_words(packed_refs, octets, words, dtype, tile)
     four_bits = _are_four_bits(packed_refs)
@@ -138,20 +138,20 @@ def _read_tile(packed_refs, octets: _Span, words: _Span, dtype, tile: Tile, inte
 
 
 def _are_four_bits(packed_refs) -> bool:
-    return len(packed_refs) == 3  # values, positions and, of int4 only, scales
+    return len(packed_refs) == 3  # values, positions and, for int4 only, scales
 
 
 def _in_branch(make: Callable[[], PyTree], step: Int[Array, '']) -> PyTree:
-    """Return `make()`, computed in a branch that is always taken, since no step is negative.
+    """Return `make()`, computed in a branch that is always taken (no step is negative).
 
     Without the branch, Triton does two things that cost time:
 
-    - After a join it feeds the tensor core operands of half the width, and shuffles registers, one move for each word
-      of an operand.
-    - It computes elementwise operations in the order in which the tensor core reads, once in each warp.
+    - After a join it feeds half-width operands to the tensor core, and shuffles registers, one move for each word of an
+      operand.
+    - It computes elementwise operations in the tensor core's operand layout, repeated in each warp.
 
-    Inside a branch it does neither. But it does not fetch ahead what a branch loads, so `make` must only compute, and
-    what it needs is loaded before.
+    Inside a branch it does neither. But Triton does not prefetch loads in a branch. So `make` must only compute, and
+    its inputs are loaded before.
     """
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(make))
     return jax.lax.cond(step >= 0, make, lambda: zeros)
@@ -159,7 +159,7 @@ def _in_branch(make: Callable[[], PyTree], step: Int[Array, '']) -> PyTree:
 
 def _scales(packed_refs, octet, columns: _Span) -> Array:
     """Load the scales of the 128 inputs that an octet belongs to."""
-    # Steps may lie behind the last inputs, where all values are masked: any scale does, so the last one is read.
+    # A step may be beyond the last inputs, where all values are masked. Any scale will do, so the last one is read.
     index = jnp.minimum(octet // (SCALED // BYTE), packed_refs[2].shape[0] - 1)
     return _load(packed_refs[2].at[index, columns.slice], columns.fits)
 
@@ -175,9 +175,9 @@ def forward(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
 
     Args:
       x_ref: x.
-      *refs: packed arrays (values, positions, scales of int4), then the output `[splits, rows, outputs]`.
+      *refs: packed arrays (values, positions, and scales for int4), then the output `[splits, rows, outputs]`.
       tile: what a program computes at a time.
-      sizes: of the arrays. Grid: rows, outputs, splits.
+      sizes: sizes of the arrays. Grid: rows, outputs, splits.
       interpret: replace PTX by jax.numpy.
     """
     *packed_refs, out_ref = refs
@@ -197,7 +197,7 @@ def forward(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
         part = plgpu.dot(x, _in_branch(unpack_tile, step))
         if not _are_four_bits(packed_refs):
             return total + part
-        # A tile of int4 has at most 16 octets and never lies across two scales: one for each output serves the step.
+        # A tile of int4 has at most 16 octets and never spans two scales. So one scale per output serves the step.
         return total + part * _scales(packed_refs, step * tile.octets, outputs).astype(jnp.float32)[None]
 
     zeros = jnp.zeros((tile.rows, tile.outputs), jnp.float32)
@@ -209,9 +209,9 @@ def transposed(g_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
 
     Args:
       g_ref: g.
-      *refs: packed arrays (values, positions, scales of int4), then the output `[splits, rows, inputs]`.
+      *refs: packed arrays (values, positions, and scales for int4), then the output `[splits, rows, inputs]`.
       tile: what a program computes at a time.
-      sizes: of the arrays. Grid: rows, inputs, splits.
+      sizes: sizes of the arrays. Grid: rows, inputs, splits.
       interpret: replace PTX by jax.numpy.
     """
     *packed_refs, out_ref = refs
@@ -232,8 +232,8 @@ def transposed(g_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
         weights = _in_branch(unpack_tile, step)
         parts = [g]
         if _are_four_bits(packed_refs):
-            # The sum runs over outputs, and each has a scale of its own. So the scales cannot be applied to the sum:
-            # they are applied to g. In bf16 the product would be rounded, so it is split into two numbers.
+            # The sum runs over outputs, and each output has its own scale. So scales are applied to g, not to the sum.
+            # In bf16 the product would be rounded, so it is split into two numbers.
             scale = jnp.broadcast_to(_scales(packed_refs, block * tile.octets, outputs).astype(dtype)[None], g.shape)
             scale_in_two = functools.partial(product_in_two, g, scale, interpret=interpret)
             parts = _in_branch(scale_in_two, step) if dtype == jnp.bfloat16 else [g * scale]
@@ -248,13 +248,13 @@ def transposed(g_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
 def few(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
     """Compute `x @ W` for few rows, in fp32 by plain multiply-adds.
 
-    Each thread adds up products of its own weights, so nothing of the dense form leaves its registers.
+    Each thread sums the products of its own weights, so the dense weights never leave its registers.
 
     Args:
       x_ref: x.
-      *refs: packed arrays (values, positions, scales of int4 in words), then the output `[splits, rows, outputs]`.
+      *refs: packed arrays (values, positions, and scales for int4 as words), then the output `[splits, rows, outputs]`.
       tile: what a program computes at a time, for all rows.
-      sizes: of the arrays. Grid: 1, outputs, splits.
+      sizes: sizes of the arrays. Grid: 1, outputs, splits.
       interpret: replace PTX by jax.numpy.
     """
     *packed_refs, out_ref = refs
@@ -266,8 +266,8 @@ def few(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
     four_bits = _are_four_bits(packed_refs)
 
     def load_row(row: int, inputs: Array) -> list[Array]:
-        """Load inputs 0, 1, ... and 7 of each octet from one row of x, `[octets, 1]` each."""
-        # Octets behind the last are masked, and so are the inputs that the last octet lacks.
+        """Load inputs 0 to 7 of each octet from one row of x, as arrays `[octets, 1]`."""
+        # Octets beyond the last are masked, and so are the missing inputs of the last octet.
         all_fit = sizes.inputs == steps.runs * tile.octets * BYTE
         places = []
         for place in range(BYTE):
@@ -280,7 +280,7 @@ def few(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
         octets = _span(step, tile.octets, sizes.octets, steps.runs)
         values, positions = _read_words(packed_refs, octets, words, dtype, tile)
         places = placed(values, positions, dtype, four_bits=four_bits, interpret=interpret)
-        weights = [numbers(place, dtype) for place in places]  # of each input of an octet, of each lane
+        weights = [numbers(place, dtype) for place in places]  # weights[input of the octet][lane]
         inputs = (step * tile.octets + jnp.arange(tile.octets, dtype=jnp.int32)) * BYTE
         scales = numbers(_scales(packed_refs, step * tile.octets, words), dtype) if four_bits else None
         new_totals = []
@@ -292,7 +292,7 @@ def few(x_ref, *refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
             new_totals.append([total + part for total, part in zip(totals_of_lanes, sums, strict=True)])
         return new_totals
 
-    # A total for each row of x and each lane, of each octet of the tile: octets are added up only once, at the end.
+    # One total for each row of x, each lane and each octet of the tile. Octets are summed only once, at the end.
     zeros = jnp.zeros((tile.octets, tile.outputs // lanes), jnp.float32)
     totals = jax.lax.fori_loop(0, steps.count, add_step, [[zeros] * lanes] * sizes.rows)
     for row, totals_of_lanes in enumerate(totals):
@@ -305,9 +305,9 @@ def unpack(*refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
     """Write W with its zeros.
 
     Args:
-      *refs: packed arrays (values, positions, scales of int4), then the output `[inputs, outputs]`.
+      *refs: packed arrays (values, positions, and scales for int4), then the output `[inputs, outputs]`.
       tile: what a program unpacks.
-      sizes: of the arrays. Grid: inputs, outputs.
+      sizes: sizes of the arrays. Grid: inputs, outputs.
       interpret: replace PTX by jax.numpy.
     """
     *packed_refs, out_ref = refs
@@ -319,7 +319,7 @@ def unpack(*refs, tile: Tile, sizes: Sizes, interpret: bool) -> None:
     inputs = _span(block, BYTE * tile.octets, sizes.inputs)
     words = _span(column, tile.outputs // lanes, sizes.outputs // lanes)
     outputs = _span(column, tile.outputs, sizes.outputs)
-    # No branch here: nothing of this tile goes to the tensor core.
+    # No branch is needed here, since this tile does not go to the tensor core.
     weights = _read_tile(packed_refs, octets, words, dtype, tile, interpret)()
     if _are_four_bits(packed_refs):
         scale = _scales(packed_refs, block * tile.octets, outputs).astype(jnp.float32)

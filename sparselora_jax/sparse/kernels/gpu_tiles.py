@@ -1,8 +1,9 @@
-"""Fastest tiles of the kernels in gpu.py, measured on an NVIDIA H200; `python benchmarks/tune.py` measures them again.
+"""Fastest tiles of the kernels in gpu.py, measured on an NVIDIA H200; to remeasure, run `python benchmarks/tune.py`.
 
 `TILES[kernel, weights]` lists `(max_rows, tile)`. The first entry whose `max_rows` is not exceeded is used. A tile is
 (rows, outputs, octets, warps, stages, splits). With more rows than in the last entry, another kernel is faster, or
-unpacking to memory and a dense product. Notes compare the time with the dense product's and with the next best way.
+unpacking to memory and a dense product. The comments give the time relative to the dense product, and that of the next
+best method.
 """
 
 TILES = {

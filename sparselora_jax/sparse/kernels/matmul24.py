@@ -1,4 +1,4 @@
-"""x @ W of a `Packed24`: one function, lowered for the platform that a program is compiled for."""
+"""x @ W for a `Packed24`: one function that dispatches to the platform that a program is lowered for."""
 
 import functools
 import logging
@@ -16,8 +16,8 @@ def matmul24(x: Float[Array, '*batch inputs'], kernel: Packed24) -> Float[Array,
 
     It is differentiable in x. The backward saves the packed kernel, never the dense one.
 
-    A platform of `PLATFORMS` multiplies by its own kernels, if they take these shapes and dtypes. On all others the
-    kernel is unpacked where it is used.
+    A platform in `PLATFORMS` uses its own kernels, if they support these shapes and dtypes. Otherwise the kernel is
+    unpacked where it is used.
 
     Args:
       x: the rows to multiply.
@@ -40,21 +40,21 @@ def _forward(x, kernel):
 
 
 def _backward(kernel, g):
-    return _dispatch(True, g, kernel), None  # the base is never differentiated
+    return _dispatch(True, g, kernel), None  # no gradient for the base
 
 
 _matmul24.defvjp(_forward, _backward)
 
 
 def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
-    """Return `x @ W` or `x @ W.T`, by what the platform has that the program is lowered for."""
+    """Return `x @ W` or `x @ W.T`, by the function of the platform that the program is lowered for."""
     matrix = x.reshape(-1, x.shape[-1])
     products = {'default': reference}
     for name in PLATFORMS:
         platform = PLATFORMS.find(name)
         if platform.takes(matrix.dtype, kernel):
             products[name] = platform.product
-    # A program may be lowered for another platform than this one, which only lowering knows. So all stay branches.
+    # A program may be lowered for another platform, which is only known at lowering. So all platforms stay branches.
     this_platform = _platform()
     if this_platform not in products:
         _warn_unpacked(this_platform, matrix, kernel)
@@ -64,9 +64,9 @@ def _dispatch(transposed: bool, x: Array, kernel: Packed24) -> Array:
 
 
 def _platform() -> str:
-    """Return the platform that this process computes on, by the names that lowering uses.
+    """Return the platform of this process, by its name in lowering.
 
-    `jax.default_backend()` calls both makes of GPUs `gpu`. Lowering calls them `cuda` and `rocm`.
+    `jax.default_backend()` calls NVIDIA and AMD GPUs `gpu`. Lowering calls them `cuda` and `rocm`.
     """
     backend = jax.default_backend()
     if backend == 'gpu':
@@ -75,12 +75,12 @@ def _platform() -> str:
 
 
 def _warn_unpacked(platform: str, x: Array, kernel: Packed24) -> None:
-    """Warn once that no kernel takes these operands."""
+    """Warn once that no kernel supports these operands."""
     values = 'int4' if kernel.scale is not None else kernel.values.dtype
     operands = f'x {x.dtype} and values {values} {list(kernel.shape)}'
     _warn(f'matmul24: no kernel on {platform} for {operands}: weights are unpacked where they are used')
 
 
-@functools.cache  # once for each line: tracing comes here for every layer
+@functools.cache  # once per message, since every layer is traced
 def _warn(line: str) -> None:
     logging.getLogger(__name__).warning(line)

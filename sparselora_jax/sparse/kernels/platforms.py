@@ -1,4 +1,4 @@
-"""Platforms that have functions of their own for a `Packed24`. To add one, write its file and register it here."""
+"""Platforms with their own functions for a `Packed24`. To add one, write its file and register it here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from sparselora_jax.sparse.packing.packed24 import Packed24
 
 @dataclass(frozen=True)
 class Platform:
-    """Multiplies with a `Packed24` on one platform, and may unpack it.
+    """The functions that multiply with a `Packed24` on one platform, and may unpack it.
 
     Attributes:
-      takes: `takes(dtype, packed)` is whether the other functions read these: the dtype of x (or of the unpacked
-        weights), and a packed kernel, of which only shapes and dtypes are looked at.
-      product: `product(x, packed, transposed=...)` is `x @ W` or `x @ W.T` for a matrix x, summed in fp32, in x's
-        dtype.
-      unpack: `unpack(packed, dtype, interpret=...)` is W with its zeros, one matrix, values (or fp32 for int4) not
-        cast. `interpret` runs a Pallas kernel on any machine. None: `unpack24` as XLA compiles it is fast enough.
+      takes: `takes(dtype, packed)` returns whether the other functions support these operands: the dtype of x (or of
+        the unpacked weights), and a packed kernel, of which only shapes and dtypes are used.
+      product: `product(x, packed, transposed=...)` returns `x @ W` or `x @ W.T` for a matrix x, summed in fp32, in
+        x's dtype.
+      unpack: `unpack(packed, dtype, interpret=...)` returns W, one matrix, with its zeros, in the dtype of its values
+        (fp32 for int4). `interpret` runs a Pallas kernel on any machine. None: XLA's `unpack24` is fast enough.
       unpack_outputs: number of neighbouring outputs that `unpack` reads together. A mesh must not divide them.
     """
 
@@ -31,7 +31,7 @@ class Platform:
     unpack_outputs: int = 1
 
 
-# By the names that `jax.lax.platform_dependent` gives to platforms.
+# Keys are the platform names of `jax.lax.platform_dependent`.
 PLATFORMS: Registry[Platform] = Registry('platform')
 PLATFORMS.register('cpu', Platform(cpu.takes, cpu.product))
 PLATFORMS.register('cuda', Platform(gpu.takes, gpu.product, gpu.unpacked, gpu.LANES))

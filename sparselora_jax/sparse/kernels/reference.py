@@ -1,4 +1,4 @@
-"""The product on any platform: the weights are unpacked where they are used."""
+"""The product on any platform, by unpacking the weights where they are used."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,7 +20,7 @@ def reference(x: Float[Array, 'rows m'], kernel: Packed24, *, transposed: bool) 
 def dense_product(
     x: Float[Array, 'rows m'], weights: Float[Array, 'inputs outputs'], *, transposed: bool
 ) -> Float[Array, 'rows n']:
-    """Return what `reference` does, for weights that are unpacked already.
+    """Return the same as `reference`, for weights that are already unpacked.
 
     Args:
       x: the rows to multiply.

@@ -1,15 +1,15 @@
 """x @ W and g @ W.T of a `Packed24`, for TPUs (Pallas, Mosaic). Weights are unpacked in registers by `tpu_unpack.py`.
 
-int4 values arrive as 24 + value, pruned weights as 24. So a product has 24 times the sum of its inputs too much:
+int4 values are unpacked as 24 + value, and pruned weights as 24. So a product is too large by 24 times the sum of its
+inputs. This is corrected in three ways:
 
-- `x @ W`: that sum is computed beside the kernel and subtracted.
-- `g @ W.T` of few rows: the kernel also multiplies g with a few inputs whose weights are all pruned, in the same way as
-  with the others, and subtracts the result. Pruned weights then give exactly zero. It takes the matrix unit as long as
-  128 inputs.
-- `g @ W.T` of more rows: 24 is subtracted from the unpacked weights instead.
+- `x @ W`: the sum is computed outside the kernel and subtracted.
+- `g @ W.T` with few rows: the kernel also multiplies g by a few extra inputs whose weights are all pruned, and
+  subtracts the result. Pruned weights then give exactly zero. This costs the matrix unit as much as 128 inputs.
+- `g @ W.T` with more rows: 24 is subtracted from the unpacked weights instead.
 
-Scales, one for 128 inputs of an output, are applied in fp32: for `x @ W` to the sums of 128 inputs, for `g @ W.T` to g.
-The product of g and a scale is then split into two bf16 numbers, without rounding.
+Each scale covers 128 inputs of an output, and is applied in fp32. For `x @ W` it multiplies the sums of 128 inputs, for
+`g @ W.T` it multiplies g. The product of g and a scale is then split exactly into two bf16 numbers.
 """
 
 import functools
@@ -28,21 +28,21 @@ from sparselora_jax.sparse.kernels.tpu_unpack import BIAS, CHUNK, dense, in_orde
 from sparselora_jax.sparse.packing.packed24 import SCALED, Packed24
 
 STRIPS = (256, 128)  # outputs unpacked at a time: the width of the matrix unit, or half of it
-WORK = 2**21  # weights that a step of the grid should have, since each step costs about 200 cycles of its own
+WORK = 2**21  # target number of weights per grid step, since each step has an overhead of about 200 cycles
 WIDEST = 12288  # most outputs that a step of the transposed product sums over
 ROWS = 256  # most rows of a tile
-FEW = 16  # up to these rows, the transposed product subtracts the 24 of int4 values from the result
-PRUNED = 8  # inputs with pruned weights only that g is multiplied with for that: the sublanes of a register
-LARGEST = 2**22  # most numbers of x in a tile
+FEW = 16  # up to this many rows, the transposed product subtracts the 24 of int4 values from the result
+PRUNED = 8  # extra pruned inputs that g is multiplied by for that: the sublanes of a register
+LARGEST = 2**22  # most elements of x in a tile
 
 
 class Tile(NamedTuple):
-    """What one step of the grid reads.
+    """The sizes of what one grid step reads.
 
     Attributes:
-      rows: of x or g, a multiple of 8.
-      inputs: of W, a multiple of 256.
-      outputs: of W, a multiple of 128.
+      rows: number of rows of x or g, a multiple of 8.
+      inputs: number of inputs of W, a multiple of 256.
+      outputs: number of outputs of W, a multiple of 128.
     """
 
     rows: int
@@ -51,17 +51,17 @@ class Tile(NamedTuple):
 
 
 def takes(dtype: DTypeLike, packed: Packed24) -> bool:
-    """Return whether the kernels read these operands: x in bf16, values in bf16 or int4, and whole registers of them.
+    """Return whether the kernels support these operands: x in bf16, values in bf16 or int4, in whole registers.
 
     Args:
-      dtype: of x.
+      dtype: dtype of x.
       packed: W, or its shapes and dtypes.
     """
     is_bf16 = dtype == jnp.bfloat16 and (packed.scale is not None or packed.values.dtype == jnp.bfloat16)
     return is_bf16 and packed.inputs % CHUNK == 0 and packed.shape[-1] % STRIPS[-1] == 0
 
 
-# Jitted, so that the body of a kernel is traced once for each shape and not once for each layer.
+# Jitted, so that the body of a kernel is traced once per shape, not once per layer.
 @functools.partial(jax.jit, static_argnames='transposed')
 def product(x: Float[Array, 'rows m'], packed: Packed24, *, transposed: bool) -> Float[Array, 'rows n']:
     """Return `x @ W` or `x @ W.T`, summed in fp32, in x's dtype.
@@ -72,8 +72,8 @@ def product(x: Float[Array, 'rows m'], packed: Packed24, *, transposed: bool) ->
       transposed: multiply with W.T.
     """
     rows = x.shape[0]
-    # The kernels unpack all weights again for each 256 rows. For more rows it is faster to unpack them once, write them
-    # to memory, and leave the product to XLA. (Limits by benchmarks/kernels.py: of v6e, for int4 of all TPUs.)
+    # The kernels unpack all weights again for each 256 rows. With more rows it is faster to unpack them to memory once,
+    # and let XLA multiply. (Limits from benchmarks/kernels.py: for v6e, and for int4 on all TPUs.)
     if rows > (2 * ROWS if packed.scale is None else ROWS):
         return reference(x, packed, transposed=transposed)
     multiply = matmul_transposed if transposed else matmul
@@ -81,7 +81,7 @@ def product(x: Float[Array, 'rows m'], packed: Packed24, *, transposed: bool) ->
 
 
 def choose_tile(rows: int, packed: Packed24, transposed: bool) -> Tile:
-    """Return what a step reads: all inputs of some outputs; transposed, some inputs of a divisor of the outputs.
+    """Return what a step reads: all inputs of some outputs, or for `g @ W.T` some inputs and a divisor of the outputs.
 
     Args:
       rows: number of rows of x or g.
@@ -91,7 +91,7 @@ def choose_tile(rows: int, packed: Packed24, transposed: bool) -> Tile:
     inputs, outputs = packed.shape
     strip = _strip_width(outputs)
     if transposed:
-        # More inputs in a step share the product with pruned weights.
+        # With more inputs in a step, they share the one product with pruned weights.
         shares_pruned = packed.scale is not None and rows <= FEW
         strips = outputs // strip
         counts = range(1, min(strips, WIDEST // strip) + 1)
@@ -109,13 +109,13 @@ def _strip_width(outputs: int) -> int:
 
 
 def _strips(outputs: int) -> list[pl.Slice]:
-    """Divide the outputs of a tile into strips that are unpacked at a time."""
+    """Divide the outputs of a tile into strips, which are unpacked one at a time."""
     width = _strip_width(outputs)
     return [pl.ds(start, width) for start in range(0, outputs, width)]
 
 
 def _forward_kernel(x_ref, values_ref, positions_ref, *refs):
-    """Compute a tile of `x @ W`; of int4, `refs` begins with 24 times the sums of x, and the scales."""
+    """Compute a tile of `x @ W`; for int4, `refs` begins with 24 times the sums of x, and the scales."""
     *int4_refs, out_ref = refs
     width = SCALED if int4_refs else CHUNK  # inputs that are multiplied at once
     for strip in _strips(out_ref.shape[1]):
@@ -123,7 +123,7 @@ def _forward_kernel(x_ref, values_ref, positions_ref, *refs):
         if int4_refs:
             sums_ref, scale_ref = int4_refs
             scale = scale_ref[:, strip].astype(jnp.float32)
-            # What all the 24 add to the result is known before: it is subtracted first, in fp32.
+            # The total contribution of the 24s is known in advance, so it is subtracted first, in fp32.
             total -= jnp.dot(sums_ref[...], scale, precision='highest', preferred_element_type=jnp.float32)
         for chunk in range(x_ref.shape[1] // CHUNK):
             for block, weights in enumerate(dense(values_ref, positions_ref, chunk, strip), chunk * CHUNK // width):
@@ -139,10 +139,10 @@ def _times_transposed(g: Array, weights: Array) -> Array:
 
 
 def _transposed_kernel(g_ref, values_ref, positions_ref, *refs):
-    """Add a step to a tile of `g @ W.T`; `refs`: the scales of int4, the output, and scratch for the sum."""
+    """Add a step to a tile of `g @ W.T`; `refs`: scales (int4 only), the output, and scratch for the sum."""
     *scale_refs, out_ref, total_ref = refs
     rows, inputs = out_ref.shape
-    width = SCALED if scale_refs else CHUNK  # inputs that share a g: scales differ from one 128 inputs to the next
+    width = SCALED if scale_refs else CHUNK  # inputs that share a scaled g: scales change every 128 inputs
     blocks = inputs // width
     subtracts_from_result = bool(scale_refs) and rows <= FEW
     totals = [jnp.zeros((rows, width), jnp.float32)] * blocks
@@ -153,7 +153,7 @@ def _transposed_kernel(g_ref, values_ref, positions_ref, *refs):
             scales = [scale_refs[0][0, block : block + 1, strip].astype(jnp.float32) for block in range(blocks)]
             gs = [_split_in_two(g.astype(jnp.float32) * scale) for g, scale in zip(gs, scales, strict=True)]
         if subtracts_from_result:
-            # One product for all blocks, since each costs the matrix unit as much as 128 inputs.
+            # One product for all blocks, since a separate product would cost as much as 128 inputs each.
             parts = _times_transposed(jnp.concatenate(gs), jnp.full((PRUNED, strip.size), BIAS, gs[0].dtype))
             pruned_totals = [
                 total + _add_two(part) for total, part in zip(pruned_totals, jnp.split(parts, blocks), strict=True)
@@ -168,7 +168,7 @@ def _transposed_kernel(g_ref, values_ref, positions_ref, *refs):
     total = jnp.concatenate(totals, axis=1)
     step = pl.program_id(2)
 
-    # The last axis of the grid sums over outputs: the scratch keeps the sum from step to step, in fp32.
+    # The last axis of the grid sums over outputs. The scratch keeps the sum between steps, in fp32.
     @pl.when(step == 0)
     def _():
         total_ref[...] = total
@@ -183,18 +183,18 @@ def _transposed_kernel(g_ref, values_ref, positions_ref, *refs):
 
 
 def _split_in_two(x: Array) -> Array:
-    """Split products of two bf16 numbers into two bf16 numbers each, whose sum they are exactly.
+    """Split each product of two bf16 numbers into two bf16 numbers with exactly the same sum.
 
     Returns:
-      `[2 * rows, outputs]`: the upper bits of all rows, then the rest of all rows.
+      `[2 * rows, outputs]`: the upper bits of all rows, then the remaining bits of all rows.
     """
-    # A product of two bf16 has 16 significant bits. Cutting off the lower half of fp32 leaves 8, and the rest has 8.
+    # A product of two bf16 has 16 significant bits. Dropping the lower half of fp32 leaves 8, and the remainder has 8.
     upper = pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.concatenate([upper, x - upper]).astype(jnp.bfloat16)
 
 
 def _add_two(parts: Array) -> Array:
-    """Add up the products of what `_split_in_two` has split."""
+    """Add up the products of the two parts from `_split_in_two`."""
     upper, lower = jnp.split(parts, 2)
     return upper + lower
 
@@ -207,7 +207,7 @@ def matmul(
     Args:
       x: the rows to multiply.
       packed: W, one matrix.
-      tile: what a step reads; it has all inputs.
+      tile: what a step reads, which includes all inputs.
       interpret: run the kernel by Pallas' interpreter.
     """
     rows = x.shape[0]
@@ -255,13 +255,13 @@ def matmul_transposed(
     specs = [
         pl.BlockSpec((tile.rows, tile.outputs), lambda i, j, k: (i, k)),
         *(
-            # Values and positions have fewer rows than W has inputs: each its own share of the tile's.
+            # Values and positions have fewer rows than W has inputs, so each block has proportionally fewer rows.
             pl.BlockSpec((array.shape[0] * tile.inputs // inputs, tile.outputs), lambda i, j, k: (j, k))
             for array in arrays[1:]
         ),
     ]
     if packed.scale is not None:
-        # A tile may have fewer scales than a block's 8 sublanes, so an axis of their own counts the tiles.
+        # A tile may have fewer scales than a block's 8 sublanes, so the tiles get a separate axis.
         arrays.append(packed.scale.reshape(-1, tile.inputs // SCALED, outputs))
         specs.append(pl.BlockSpec((1, tile.inputs // SCALED, tile.outputs), lambda i, j, k: (j, 0, k)))
     out = pl.pallas_call(
@@ -272,7 +272,7 @@ def matmul_transposed(
         out_specs=pl.BlockSpec((tile.rows, tile.inputs), lambda i, j, k: (i, j)),
         out_shape=jax.ShapeDtypeStruct((g.shape[0], inputs), g.dtype),
         scratch_shapes=[pltpu.VMEM((tile.rows, tile.inputs), jnp.float32)],
-        compiler_params=_compiler_params('parallel', 'parallel', 'arbitrary'),  # the sum's steps must be in turn
+        compiler_params=_compiler_params('parallel', 'parallel', 'arbitrary'),  # the steps of a sum must run in order
         interpret=interpret,
         cost_estimate=cost(g, packed),
     )(*arrays)[:rows]
@@ -280,15 +280,15 @@ def matmul_transposed(
 
 
 def _pad_rows(x: Array, tile_rows: int) -> Array:
-    """Add rows of zeros up to the end of the last tile."""
+    """Pad with rows of zeros to the end of the last tile."""
     return jnp.pad(x, ((0, -x.shape[0] % tile_rows), (0, 0)))
 
 
 def _compiler_params(*semantics: str) -> pltpu.CompilerParams:
-    """Return Mosaic's parameters.
+    """Return Mosaic's compiler parameters.
 
     Args:
-      *semantics: of each axis of the grid: 'parallel' axes may be divided among cores.
+      *semantics: semantics of each grid axis; 'parallel' axes may be divided among cores.
     """
     # Two buffers of the largest tile of x take 16 MiB alone, so the compiler is allowed 64 MiB.
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=2**26)

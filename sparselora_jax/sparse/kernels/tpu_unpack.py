@@ -1,18 +1,18 @@
 """Unpacks weights in the registers of a TPU, 256 inputs at a time, for the kernels in tpu.py.
 
-The two values of a group of four inputs lie in one word (bf16) or one byte (int4), the first in the low half, the
-second in the high half. They are unpacked there. Of each four inputs, 0 and 3 go to one word or byte, 1 and 2 to
-another:
+The two values of a group of four inputs share one word (bf16) or one byte (int4): the first in the low half, the second
+in the high half. Unpacking writes inputs 0 and 3 of the group to one word or byte, and inputs 1 and 2 to another:
 
-- The first value is never at 3, and the second never at 0. So in the word for 0 and 3 each has a half of its own: the
-  packed word, masked.
-- In the word for 1 and 2, both values can be in both halves. A value one place from home keeps its half. A value two
-  places from home changes to the other half.
+- The first value is never at 3, and the second never at 0. So in the word for 0 and 3 each value has its own half: this
+  word is the packed word, masked.
+- In the word for 1 and 2, each value may be in either half. Home is place 0 for the first value and 3 for the second. A
+  value one place from home keeps its half. A value two places from home moves to the other half.
 
-The result is dense, so the matrix unit does as much as for dense weights. The rows of the result are not in the order
-of the inputs. `ordered` puts the inputs of x into that order, outside the kernel, and `in_order` puts results back.
+The result is dense, so the matrix unit does the same work as for dense weights. The rows of the result are not in input
+order. `ordered` puts the inputs of x into the same order, outside the kernel, and `in_order` restores it in results.
 
-int4 values become 24 + value, because bf16 holds their four bits as they are in 16 to 31.
+int4 values become 24 + value, because in bf16 numbers from 16 to 31 four fraction bits count ones, so the value's four
+bits can be copied.
 """
 
 import jax
@@ -23,14 +23,14 @@ from jaxtyping import Array, Float, UInt32
 
 from sparselora_jax.sparse.packing.packed24 import BYTE, SCALED
 
-CHUNK = 2 * SCALED  # inputs whose positions fill a register: 32 bytes, as 8 sublanes of words
+CHUNK = 2 * SCALED  # inputs whose positions fill a register: 32 bytes, which are 8 sublanes of words
 BIAS = 24  # added to int4 values
 
 Halves = tuple[list[Array], list[Array]]  # words with inputs 0 and 3 of each four, and words with inputs 1 and 2
 
 
 def _sublane(shape: tuple[int, ...]) -> UInt32[Array, 'sublanes outputs']:
-    """Return the number of each element's sublane (row of a register)."""
+    """Return the sublane index (row of a register) of each element."""
     return jax.lax.broadcasted_iota(jnp.uint32, shape, 0)
 
 
@@ -43,14 +43,14 @@ def _halves_of_bf16(values: UInt32[Array, '32 outputs'], codes: UInt32[Array, '8
     """Unpack 128 inputs to words, in arrays of `[8, outputs]`.
 
     Args:
-      values: a word has the two values of a group.
-      codes: a word has the codes of eight groups (see `dense`). Its four rows come twice.
+      values: words with the two values of a group.
+      codes: words with the codes of eight groups (see `dense`). The four rows appear twice.
     """
     sublane = _sublane(codes.shape)
-    # Sublanes 0 to 3 take the codes of groups 0 to 3 of each eight, sublanes 4 to 7 those of groups 4 to 7.
+    # Of each eight groups, sublanes 0 to 3 use the codes of groups 0 to 3, sublanes 4 to 7 those of groups 4 to 7.
     codes = codes >> (sublane >> 2) * 16
-    # The codes of first values stay in the low half of the word, the codes of second values go to the high half: each
-    # to the half where its value lies.
+    # The codes of first values stay in the low half of the word, those of second values move to the high half. So each
+    # code is in the half of its value.
     codes = codes & 0x3333 | (codes & 0xCCCC) << 14
     halves: Halves = ([], [])
     for row in range(4):
@@ -58,7 +58,7 @@ def _halves_of_bf16(values: UInt32[Array, '32 outputs'], codes: UInt32[Array, '8
         code = _pick(codes, (sublane & 4) + row) >> (sublane & 3) * 4
         bit0 = code & 0x00010001
         bit1 = code & 0x00020002
-        # The differences set all bits of a half whose code has the bit.
+        # The differences are masks: all bits of a half are set if its code has the bit.
         one_from_home = word & ((bit0 << 16) - bit0)
         two_from_home = word & ((bit1 << 15) - (bit1 >> 1))
         halves[0].append(word ^ one_from_home ^ two_from_home)
@@ -70,13 +70,13 @@ def _halves_of_int4(word: UInt32[Array, '8 outputs'], codes: UInt32[Array, '8 ou
     """Unpack 128 inputs to words of 24 + value in bf16, in arrays of `[8, outputs]`.
 
     Args:
-      word: the values of four groups, a byte each.
+      word: the values of four groups, one byte each.
       codes: the codes of the same four groups in the low half of a word (see `dense`).
     """
     # Spread the four codes of 4 bits over four bytes.
     codes = (codes | codes << 8) & 0x00FF00FF
     codes = (codes | codes << 4) & 0x0F0F0F0F
-    # The codes of first values stay in the low half of a byte, those of second values go to the high half.
+    # The codes of first values stay in the low half of a byte, those of second values move to the high half.
     codes = codes | codes << 2
     bit0 = codes & 0x11111111
     bit1 = codes & 0x22222222
@@ -90,12 +90,12 @@ def _halves_of_int4(word: UInt32[Array, '8 outputs'], codes: UInt32[Array, '8 ou
 
 
 def _biased(word: UInt32[Array, '8 outputs'], low_bit: int) -> UInt32[Array, '8 outputs']:
-    """Return four bits of each half of a word, a signed number, as 24 + number in bf16.
+    """Convert a signed four-bit number in each half of a word to 24 + number in bf16.
 
     In bf16 numbers from 16 to 31, bits 3 to 6 count ones.
     """
     bits = word << 3 if low_bit == 0 else word >> low_bit - 3
-    # 0x4180 is 16. To flip the sign's bit (0x0040) adds 8 to a signed number of four bits.
+    # 0x4180 is 16. Flipping the sign bit (0x0040) adds 8 to a signed four-bit number.
     return bits & 0x00780078 ^ 0x41C041C0
 
 
@@ -105,22 +105,23 @@ def dense(values_ref, positions_ref, chunk: int, strip: pl.Slice) -> list[Array]
     Args:
       values_ref: values in VMEM.
       positions_ref: positions in VMEM.
-      chunk: which 256 inputs.
-      strip: which outputs.
+      chunk: index of the 256 inputs.
+      strip: the outputs to unpack.
 
     Returns:
-      One array `[256, outputs]`; of int4 two arrays `[128, outputs]`, one for each scale, 24 too large.
+      One array `[256, outputs]`; for int4, two arrays `[128, outputs]`, one for each scale, whose weights are 24 too
+      large.
     """
     octets = CHUNK // BYTE
     positions = pltpu.bitcast(positions_ref[pl.ds(octets * chunk, octets), strip], jnp.uint32)
-    # A group's code: two bits with the place of the first value, two with 3 - place of the second. So 0 is a value at
-    # home, and 1 and 2 say how far from home it is.
+    # A group's code has two bits with the place of the first value, and two with 3 - place of the second. Each is the
+    # distance from home: 0, 1 or 2.
     codes = positions ^ jnp.uint32(0xCCCCCCCC)
     sublane = _sublane(codes.shape)
     rows = values_ref.shape[0] // positions_ref.shape[0] * octets
     values = jnp.split(pltpu.bitcast(values_ref[pl.ds(rows * chunk, rows), strip], jnp.uint32), 2)
     if values_ref.dtype == jnp.uint8:
-        # A word of values has four groups, a word of codes eight: two sublanes share it.
+        # A word of values has four groups, a word of codes has eight, so two sublanes share a word of codes.
         codes_of_blocks = [_pick(codes, (sublane >> 1) + 4 * block) >> (sublane & 1) * 16 & 0xFFFF for block in (0, 1)]
         halves = [_halves_of_int4(words, code) for words, code in zip(values, codes_of_blocks, strict=True)]
         return [pltpu.bitcast(jnp.concatenate([*first, *second]), jnp.bfloat16) for first, second in halves]
@@ -129,10 +130,10 @@ def dense(values_ref, positions_ref, chunk: int, strip: pl.Slice) -> list[Array]
 
 
 def ordered(x: Float[Array, 'rows inputs'], four_bits: bool) -> Float[Array, 'rows inputs']:
-    """Put inputs into the order of the rows that `dense` makes. It differs within each 128 inputs.
+    """Put inputs into the order of the rows from `dense`, which differs within each 128 inputs.
 
     Args:
-      x: inputs in their own order.
+      x: inputs in their original order.
       four_bits: the order of int4 weights.
     """
     rows = x.shape[0]
@@ -147,7 +148,7 @@ def ordered(x: Float[Array, 'rows inputs'], four_bits: bool) -> Float[Array, 'ro
 
 
 def in_order(x: Float[Array, 'rows inputs'], four_bits: bool) -> Float[Array, 'rows inputs']:
-    """Put inputs back into their own order: the inverse of `ordered`.
+    """Put inputs back into their original order: the inverse of `ordered`.
 
     Args:
       x: inputs in the order of `dense`.

@@ -1,4 +1,4 @@
-"""Kernels in fewer bytes: sparse ones without their zeros (docs/formats.md), or dense ones in four bits."""
+"""Compact kernel formats: sparse kernels without their zeros (docs/formats.md), or dense kernels in four bits."""
 
 from sparselora_jax.sparse.packing.bitmask import (
     Bitmask,
@@ -31,7 +31,7 @@ from sparselora_jax.sparse.packing.pack import (
 from sparselora_jax.sparse.packing.packed24 import Packed24, Packed24Format, pack24
 from sparselora_jax.sparse.packing.quantised import FOUR_BITS, FourBitFormat
 
-# Every format, the most specific first: `format_for` takes the first that can hold a pattern.
+# All formats, the most specific first: `format_for` returns the first one that accepts a pattern.
 FORMATS.register('packed24', Packed24Format())
 FORMATS.register('packed24_int4', Packed24Format(four_bits=True))
 FORMATS.register('bitmask', BitmaskFormat())

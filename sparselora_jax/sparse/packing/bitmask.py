@@ -1,4 +1,4 @@
-"""Any mask in one bit an element, alone or with the weights that it keeps."""
+"""Stores any mask in one bit per element, alone or with the kept weights."""
 
 import dataclasses
 import math
@@ -16,19 +16,19 @@ from sparselora_jax.sparse.packing.format import PackedKernel, PackingError, Sha
 from sparselora_jax.sparse.packing.stacks import kernel_shape, over_layers
 from sparselora_jax.sparse.patterns import Pattern
 
-WORD = 32  # bits that are counted at once, by `population_count`
-RUNS = 2  # of words: the fewest that XLA compiles to a loop
+WORD = 32  # bits that one `population_count` counts
+RUNS = 2  # number of runs of words: the smallest that XLA compiles to a loop
 BIT = np.left_shift(np.uint32(1), np.arange(WORD, dtype=np.uint32))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedMask(Stored):
-    """A mask `[*layers, inputs, outputs]` in bits.
+    """A mask `[*layers, inputs, outputs]` stored as bits.
 
     Attributes:
       bits: `uint8 [*layers, ceil(inputs / 8), outputs]`; bit j of a byte is input 8 * row + j.
-      inputs: of the mask; bits behind the last are 0.
+      inputs: number of inputs of the mask; bits after the last input are 0.
     """
 
     stored_as: ClassVar[str] = 'packed_mask'
@@ -53,7 +53,7 @@ class PackedMask(Stored):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], inputs: int) -> 'PackedMask':
-        """Return the mask that has these arrays, checked by `check_packed_mask`."""
+        """Build a mask from these arrays, and check it by `check_packed_mask`."""
         packed = cls(arrays['bits'], inputs)
         check_packed_mask(packed)
         return packed
@@ -62,10 +62,10 @@ class PackedMask(Stored):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bitmask(PackedKernel):
-    """A kernel `[*layers, inputs, outputs]` as its mask and the weights that it keeps.
+    """A kernel `[*layers, inputs, outputs]` stored as its mask and its kept weights.
 
     Attributes:
-      values: `[*layers, kept]`, in the order of the kernel's rows; layers that keep fewer are filled up with zeros.
+      values: `[*layers, kept]`, in the order of the kernel's rows; layers that keep fewer are padded with zeros.
       mask: a `PackedMask`.
     """
 
@@ -110,15 +110,15 @@ class Bitmask(PackedKernel):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], inputs: int) -> 'Bitmask':
-        """Return the kernel that has these arrays, checked by `check_bitmask`."""
+        """Build a kernel from these arrays, and check it by `check_bitmask`."""
         packed = cls(arrays['values'], PackedMask(arrays['bits'], inputs))
         check_bitmask(packed)
         return packed
 
     @staticmethod
     def stack(layers: Sequence['Bitmask']) -> 'Bitmask':
-        """Return one stacked kernel from single layers, on the host; those that keep fewer weights get zeros."""
-        # Layers were packed one by one, each with as many values as it keeps.
+        """Stack the kernels of single layers on the host; layers with fewer kept weights are padded with zeros."""
+        # Layers were packed one by one, so they differ in the number of values.
         longest = max(layer.values.size for layer in layers)
         padded = [
             dataclasses.replace(layer, values=np.pad(layer.values, (0, longest - layer.values.size)))
@@ -146,15 +146,15 @@ class BitmaskFormat:
         return pack_bitmask(kernel, mask)
 
     def pack_shapes(self, kernel: ShapeLike, density: float) -> Bitmask:
-        """Return the packed kernel by shapes: each layer keeps this share of its weights."""
+        """Return the shapes of the packed kernel, if each layer keeps this share of its weights."""
         *layers, inputs, outputs = kernel.shape
-        # A layer that keeps a fraction more than another decides for all: rounded up.
+        # Rounded up, because the layer that keeps the most decides the size for all layers.
         num_kept = math.ceil(density * inputs * outputs)
         return Bitmask(jax.ShapeDtypeStruct((*layers, num_kept), kernel.dtype), mask_shapes(kernel))
 
 
 def mask_shapes(kernel: ShapeLike) -> PackedMask:
-    """Return a `PackedMask` of shapes.
+    """Return the shapes of a `PackedMask`.
 
     Args:
       kernel: the kernel or its shape.
@@ -164,7 +164,7 @@ def mask_shapes(kernel: ShapeLike) -> PackedMask:
 
 
 def pack_mask(mask: Bool[Array, '*layers inputs outputs']) -> PackedMask:
-    """Return a mask in one bit an element.
+    """Return a mask in one bit per element.
 
     Args:
       mask: True where a weight is kept.
@@ -192,14 +192,14 @@ def pack_bitmask(
 
     Args:
       kernel: the kernel or a stack of them.
-      mask: which weights are kept; None: those that are not zero.
+      mask: True where a weight is kept; None: keep all non-zero weights.
     """
     mask = kernel != 0 if mask is None else mask
     *layers, inputs, outputs = kernel.shape
-    # On the host: how many values there are depends on the mask.
+    # On the host, since the number of values depends on the mask.
     kernels = np.asarray(kernel).reshape(-1, inputs * outputs)
     masks = np.asarray(mask).reshape(-1, inputs * outputs)
-    # An array is rectangular, so all layers have as many values as the one that keeps the most.
+    # The array is rectangular, so all layers have as many values as the layer that keeps the most.
     values = np.zeros((len(kernels), int(masks.sum(axis=1).max())), kernels.dtype)
     for row, layer_kernel, layer_mask in zip(values, kernels, masks, strict=True):
         row[: layer_mask.sum()] = layer_kernel[layer_mask]
@@ -217,30 +217,30 @@ def unpack_bitmask(packed: Bitmask) -> Shaped[Array, '*layers inputs outputs']:
 
 def _unpack_matrix(packed: Bitmask) -> Shaped[Array, 'inputs outputs']:
     mask = unpack_mask(packed.mask)
-    if not packed.values.size:  # a gather needs something to take from
+    if not packed.values.size:  # a gather cannot read from an empty array
         return jnp.zeros(mask.shape, packed.dtype)
-    # Words run along the kernel's rows, as the values do: not down the inputs, as the bytes of the mask do.
+    # Words run along the kernel's rows, like the values. The bytes of the mask run down the inputs instead.
     bits = jnp.pad(mask.reshape(-1), (0, -mask.size % (RUNS * WORD))).reshape(RUNS, -1, WORD)
     words = jnp.sum(jnp.where(bits, BIT, jnp.uint32(0)), axis=2, dtype=jnp.uint32)
-    # A loop, or XLA for CPUs would count within the gather of the values, bit by bit, in three times the time.
+    # A loop, because otherwise XLA for CPUs counts bit by bit inside the gather, which takes three times as long.
     _, places = jax.lax.scan(_places, jnp.zeros((), jnp.int32), words)
-    # Where no weight is kept the place means nothing and may lie behind the end: clipped here, masked below.
+    # For pruned weights the place is meaningless and may be past the end, so it is clipped here and masked below.
     values = packed.values.at[places.reshape(-1)[: mask.size].reshape(mask.shape)].get(mode='clip')
     return jnp.where(mask, values, jnp.zeros((), values.dtype))
 
 
 def _places(start: Int[Array, ''], words: UInt32[Array, 'words']) -> tuple[Int[Array, ''], Int[Array, 'words 32']]:
-    """Return how many weights are kept up to the end of these words, and before each of their bits.
+    """Return the number of kept weights up to the end of these words, and before each of their bits.
 
-    A weight stands in `values` behind as many others as are kept before it: those of all words before, and those of
-    lower bits of its own word. The first are summed over words; over weights a sum would take twice as long as all the
-    rest.
+    The index of a weight in `values` is the number of kept weights before it. These are in earlier words, or in lower
+    bits of the same word. Earlier words are counted by a sum over words: a sum over weights would take twice as long as
+    everything else.
 
     Args:
-      start: how many are kept before the first of these words.
+      start: number of kept weights before the first of these words.
       words: bits of the mask.
     """
-    # population_count returns the dtype of its argument; int32, since these are indices of the gather.
+    # population_count returns the dtype of its argument. The gather needs int32 indices.
     counts = jax.lax.population_count(words).astype(jnp.int32)
     until = start + jnp.cumsum(counts, dtype=jnp.int32)
     lower = jax.lax.population_count(words[:, None] & (BIT - 1)).astype(jnp.int32)
@@ -248,23 +248,23 @@ def _places(start: Int[Array, ''], words: UInt32[Array, 'words']) -> tuple[Int[A
 
 
 def check_packed_mask(packed: PackedMask) -> None:
-    """Check a mask that was read from a file.
+    """Check a packed mask that was read from a file.
 
     Args:
       packed: the mask or a stack of them.
 
     Raises:
-      PackingError: shapes that do not belong together, or bits behind the end.
+      PackingError: the shapes do not match, or bits are set after the last input.
     """
     rows = packed.bits.shape[-2]
     if packed.bits.dtype != jnp.uint8 or rows != -(-packed.inputs // 8):
         raise PackingError(
             f'bits are {packed.bits.dtype} {packed.bits.shape}, expected uint8 for {packed.inputs} inputs'
         )
-    # docs/formats.md: bits behind the end are 0, so that files of equal masks are equal.
+    # docs/formats.md: bits after the last input are 0, so that equal masks give equal files.
     in_last_byte = packed.inputs % 8
     if in_last_byte and bool(jnp.any(packed.bits[..., -1, :] >> in_last_byte)):
-        raise PackingError(f'bits are set behind the last of {packed.inputs} inputs')
+        raise PackingError(f'bits are set after the last of {packed.inputs} inputs')
 
 
 def check_bitmask(packed: Bitmask) -> None:
@@ -274,7 +274,7 @@ def check_bitmask(packed: Bitmask) -> None:
       packed: the kernel or a stack of them.
 
     Raises:
-      PackingError: see `check_packed_mask`; or another number of values than of bits that are set.
+      PackingError: see `check_packed_mask`; also if the numbers of values and of set bits differ.
     """
     check_packed_mask(packed.mask)
     layers = packed.shape[:-2]

@@ -1,8 +1,8 @@
-"""What a packed format is: the protocols of formats and of packed kernels, and the registry of formats.
+"""The protocols of packed formats and packed kernels, and the registry of formats.
 
-A new format is a module of its own and a line in `packing/__init__.py`, which registers it. The format says which
-patterns it takes, packs a kernel, and gives the packed kernel by shapes. The packed kernel says how it becomes an
-array, a mask and the arrays of a file. In `sparse/dense.py` and `sparse/linear.py` it can register faster ways.
+To add a format, write a module and register it by a line in `packing/__init__.py`. The format defines which patterns it
+accepts, packs a kernel, and returns the shapes of a packed kernel. The packed kernel converts itself to an array, a
+mask, and the arrays of a file. It can register faster functions in `sparse/dense.py` and `sparse/linear.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,21 +21,21 @@ ShapeLike = jax.ShapeDtypeStruct | Array
 
 
 class PackingError(SparseloraError, ValueError):
-    """A kernel that a format cannot hold, or packed arrays that contradict their format."""
+    """A kernel that a format cannot store, or packed arrays that contradict their format."""
 
 
 @runtime_checkable
 class Stored(Protocol):
-    """A leaf that is several arrays, which a file holds by name (docs/formats.md).
+    """A leaf of a tree that a file stores as several named arrays (docs/formats.md).
 
     Attributes:
-      stored_as: the name that the header of a file gives to this kind of leaf.
-      required_arrays: names of the arrays that are always there.
-      optional_arrays: names of arrays that may be there.
-      inputs: number of inputs of the kernel or mask; the arrays may hold a few more, which fill their last row.
+      stored_as: name of this kind of leaf in the header of a file.
+      required_arrays: names of the arrays that are always present.
+      optional_arrays: names of the arrays that may be present.
+      inputs: number of inputs of the kernel or mask; the last row of the arrays may be padded beyond it.
     """
 
-    # `load_safetensors` finds the class by `stored_as`; `optional_arrays` are read where they are there.
+    # `load_safetensors` finds the class by `stored_as`; `optional_arrays` are read if they are present.
     stored_as: ClassVar[str]
     required_arrays: ClassVar[tuple[str, ...]]
     optional_arrays: ClassVar[tuple[str, ...]] = ()
@@ -47,17 +47,17 @@ class Stored(Protocol):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], inputs: int) -> 'Stored':
-        """Return the leaf that has these arrays, which were read from a file, and check it.
+        """Build a leaf from these arrays of a file, and check it.
 
         Raises:
-          PackingError: arrays that contradict each other.
+          PackingError: the arrays contradict each other.
         """
         ...
 
 
 @runtime_checkable
 class PackedKernel(Stored, Protocol):
-    """A kernel `[*layers, inputs, outputs]` without its zeros, which brings its own mask.
+    """A kernel `[*layers, inputs, outputs]` without its zeros, which stores its own mask.
 
     It is a registered dataclass of arrays, each with the leading axes of the kernel, so `jax.lax.scan` slices it. A
     class that inherits from this protocol need not define `nbytes` and `stack`.
@@ -81,7 +81,7 @@ class PackedKernel(Stored, Protocol):
     @property
     def nbytes(self) -> int:
         """Return the number of bytes of all arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))  # of arrays, on a device or not; not of shapes
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))  # works for host and device arrays, not for shapes
 
     def unpack(self, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
         """Return the kernel as an array, with its zeros."""
@@ -103,29 +103,29 @@ class PackedFormat(Protocol):
 
     Attributes:
       kernel_type: the class of its packed kernels.
-      brings_mask: whether its kernels are `PackedKernel`s, which store their masks. Else masks stay beside them.
-      levels: the levels to which it rounds values, one of `four_bits.LEVELS`; None: it is lossless.
+      brings_mask: whether its kernels are `PackedKernel`s, which store their masks; otherwise masks stay separate.
+      levels: the levels to which it rounds values, a key of `four_bits.LEVELS`; None: it is lossless.
     """
 
-    # Each is said of the format, not asked of its kernels: recipes and estimates are made before any is packed.
+    # These are attributes of the format, not of its kernels: recipes and estimates need them before packing.
     kernel_type: type
     brings_mask: bool
     levels: str | None
 
     def takes(self, pattern: Pattern) -> bool:
-        """Return whether it can hold every mask of this pattern."""
+        """Return whether the format can store every mask of this pattern."""
         ...
 
     def pack(self, kernel: Shaped[Array, '*layers inputs outputs'], mask: Bool[Array, '*layers inputs outputs']) -> Any:
         """Return the packed kernel.
 
         Raises:
-          PackingError: a mask that it cannot hold; names layer and first group.
+          PackingError: the format cannot store the mask; names the layer and the first wrong group.
         """
         ...
 
     def pack_shapes(self, kernel: ShapeLike, density: float) -> Any:
-        """Return the packed kernel by shapes, without packing: to count memory and to compile programs.
+        """Return the shapes of the packed kernel, to count memory and to compile programs.
 
         Args:
           kernel: the kernel or its shape.
@@ -136,23 +136,23 @@ class PackedFormat(Protocol):
 
 @runtime_checkable
 class RoundingFormat(PackedFormat, Protocol):
-    """A format that rounds: GPTQ asks it for the grid, on which it then chooses better values than the nearest."""
+    """A format that rounds: GPTQ uses its grid, and picks better grid values than the nearest ones."""
 
     def inputs_per_scale(self, inputs: int) -> int:
         """Return how many inputs of an output share a scale.
 
         Args:
-          inputs: of the kernel.
+          inputs: number of inputs of the kernel.
         """
         ...
 
 
-# The order counts: `format_for` takes the first that fits.
+# The order matters: `format_for` returns the first format that fits.
 FORMATS: Registry[PackedFormat] = Registry('format')
 
 
 def find_format(name: str) -> PackedFormat:
-    """Return the format with this name, or that `package.module:Name` names.
+    """Return the format with this name, or import it from `package.module:Name`.
 
     Args:
       name: one of `FORMATS`, or `package.module:Name`.
@@ -162,19 +162,19 @@ def find_format(name: str) -> PackedFormat:
     """
     try:
         return FORMATS.find(name)
-    except UnknownNameError as error:  # callers catch one kind of error for a format and for what it cannot hold
+    except UnknownNameError as error:  # callers catch one error type for all packing problems
         raise PackingError(str(error)) from None
 
 
 def format_for(pattern: Pattern, *, four_bits: bool = False) -> str:
-    """Return the name of the first registered format that takes a pattern and whose kernels bring their masks.
+    """Return the name of the first registered format that accepts a pattern and stores masks in its kernels.
 
     Args:
-      pattern: of the masks.
-      four_bits: prefer a format that rounds values to four bits; where none takes the pattern, a lossless one.
+      pattern: the pattern of the masks.
+      four_bits: prefer a format that rounds values to four bits; if none accepts the pattern, use a lossless one.
 
     Raises:
-      PackingError: no format takes the pattern.
+      PackingError: no format accepts the pattern.
 
     >>> from sparselora_jax.sparse.packing import format_for
     >>> from sparselora_jax.sparse.patterns import parse_pattern
@@ -183,7 +183,7 @@ def format_for(pattern: Pattern, *, four_bits: bool = False) -> str:
     """
     formats = {name: FORMATS.find(name) for name in FORMATS}
     fitting = [name for name, form in formats.items() if form.brings_mask and form.takes(pattern)]
-    # Rounding is lossy, so it is only chosen when asked for.
+    # Rounding is lossy, so it is only chosen on request.
     rounding = [name for name in fitting if formats[name].levels is not None]
     lossless = [name for name in fitting if formats[name].levels is None]
     preferred = [*rounding, *lossless] if four_bits else lossless
@@ -198,5 +198,5 @@ def rounding_formats() -> list[str]:
 
 
 def is_packed(kernel: object) -> bool:
-    """Return whether a kernel is stored packed, and so brings its own mask."""
+    """Return whether a kernel is packed, and so stores its own mask."""
     return isinstance(kernel, PackedKernel)

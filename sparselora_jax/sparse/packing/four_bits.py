@@ -1,4 +1,4 @@
-"""Weights in four bits: one of sixteen levels, times the bf16 scale that a run of inputs shares."""
+"""Rounds weights to four bits: one of sixteen levels, times a bf16 scale shared by a run of inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,19 @@ LEVELS = {
         *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
 }
-# Scales are tried by which the largest magnitude is this much times the largest level. Above 1 it is cut off, and the
-# others are rounded more finely.
+# Tried ratios of the largest magnitude to the largest level. A ratio above 1 clips the largest values, and rounds the
+# others more finely.
 CUT_OFF = np.arange(15, 25) / 16
 
 
 def shares(kind: str) -> np.ndarray:
-    """Return the scales that are tried, as shares of the largest magnitude.
+    """Return the scales to try, as shares of the largest magnitude.
 
-    By some the largest magnitude becomes one of the levels, so the scale of values that lie on a grid already is found
-    again; by others it is cut off. Negative scales are tried too: neither kind's levels are symmetric.
+    Some scales map the largest magnitude to one of the levels, so values that are on a grid already get their scale
+    back. Other scales clip it. Negative scales are tried too, because the levels of both kinds are asymmetric.
 
     Args:
-      kind: of levels, `int4` or `nf4`.
+      kind: kind of levels, `int4` or `nf4`.
     """
     magnitudes = np.abs(LEVELS[kind])
     positive = 1 / np.unique(np.concatenate([magnitudes[magnitudes > 0], magnitudes.max() * CUT_OFF]))
@@ -34,11 +34,11 @@ def shares(kind: str) -> np.ndarray:
 
 
 def best_scale(values: Float[Array, '*blocks rows outputs'], kind: str) -> Float[Array, '*blocks outputs']:
-    """Return the bf16 scale by which the rows of an output are rounded with the least squared error.
+    """Return the bf16 scale of each output that rounds its rows with the least squared error.
 
     Args:
       values: rows that share a scale.
-      kind: of levels, `int4` or `nf4`.
+      kind: kind of levels, `int4` or `nf4`.
     """
     largest = jnp.max(jnp.abs(values), axis=-2)
 
@@ -46,7 +46,7 @@ def best_scale(values: Float[Array, '*blocks rows outputs'], kind: str) -> Float
         scale = (largest * share).astype(jnp.bfloat16)
         return scale, jnp.sum(jnp.square(values - rounded(values, scale, kind)), axis=-2)
 
-    # One scale after the other: all at once would take as many times the memory of the kernel.
+    # Try one scale after the other. All at once would need the kernel's memory once per scale.
     scales, errors = jax.lax.map(try_scale, shares(kind).astype(values.dtype))
     return jnp.take_along_axis(scales, jnp.argmin(errors, axis=0)[None], axis=0)[0]
 
@@ -54,22 +54,22 @@ def best_scale(values: Float[Array, '*blocks rows outputs'], kind: str) -> Float
 def nearest(
     values: Float[Array, '*blocks rows outputs'], scale: Float[Array, '*blocks outputs'], kind: str
 ) -> Int[Array, '*blocks rows outputs']:
-    """Return the number of the level, of sixteen from below, that is nearest to each value over its scale.
+    """Return the index (0 to 15, ascending) of the level nearest to each value divided by its scale.
 
     Args:
       values: rows that share a scale.
-      scale: of each output.
-      kind: of levels, `int4` or `nf4`.
+      scale: the scale of each output.
+      kind: kind of levels, `int4` or `nf4`.
 
     >>> nearest(jnp.array([[7.4], [-0.6], [9.0]]), jnp.array([1.0]), 'int4').tolist()
     [[15], [7], [15]]
     """
-    # A scale of 0 belongs to values that are all 0.
+    # A scale is 0 if all its values are 0.
     units = values / jnp.where(scale == 0, 1, scale).astype(values.dtype)[..., None, :]
     levels = np.array(LEVELS[kind])
     if kind == 'int4':
         return (jnp.clip(jnp.round(units), -8, 7) + 8).astype(jnp.int32)
-    # A value above so many of the middles between levels has that level; a search would be slower for sixteen.
+    # The index is the number of midpoints between levels below the value. For sixteen levels a search would be slower.
     middles = ((levels[1:] + levels[:-1]) / 2).astype(units.dtype)
     return sum((units > middle).astype(jnp.int32) for middle in middles)
 
@@ -77,12 +77,12 @@ def nearest(
 def rounded(
     values: Float[Array, '*blocks rows outputs'], scale: Float[Array, '*blocks outputs'], kind: str
 ) -> Float[Array, '*blocks rows outputs']:
-    """Return every value at its nearest level, times its scale.
+    """Return every value rounded to its nearest level times its scale.
 
     Args:
       values: rows that share a scale.
-      scale: of each output.
-      kind: of levels, `int4` or `nf4`.
+      scale: the scale of each output.
+      kind: kind of levels, `int4` or `nf4`.
     """
     levels = jnp.asarray(LEVELS[kind], values.dtype)[nearest(values, scale, kind)]
     return levels * scale.astype(values.dtype)[..., None, :]

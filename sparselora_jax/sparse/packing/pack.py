@@ -1,4 +1,4 @@
-"""Store the kernels of a tree in fewer bytes: sparse ones without their zeros (docs/formats.md), or in four bits."""
+"""Stores the kernels of a tree in fewer bytes: packed without their zeros (docs/formats.md), or in four bits."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,19 +15,19 @@ Formats = str | Sequence[tuple[str, str]]  # the name of one format, or ordered 
 
 
 def pack(params: dict, masks: dict, formats: Formats = 'packed24') -> dict:
-    """Pack every kernel that has a mask; the packed kernels bring their masks.
+    """Pack every kernel that has a mask; the packed kernels store their masks.
 
     Args:
       params: the params tree, plain arrays.
       masks: the masks tree.
-      formats: one of `FORMATS`, or ordered rules `(regex, format)`. `packed24` holds two of each four inputs, without
-        loss; `packed24_int4` rounds its values to four bits; `bitmask` holds any mask, without loss. A format of one's
-        own is named `package.module:Name`.
+      formats: one of `FORMATS`, or ordered rules `(regex, format)`. `packed24` stores two of each four inputs, without
+        loss; `packed24_int4` rounds its values to four bits; `bitmask` stores any mask, without loss. A custom format
+        is named as `package.module:Name`.
 
     Raises:
-      PackingError: a mask that its format cannot hold (names path, layer and first group), an unknown format, or one
-        whose kernels do not bring their masks.
-      RuleError: rules that do not fit the masks.
+      PackingError: a format cannot store a mask (names path, layer and first group), is unknown, or does not store
+        masks in its kernels.
+      RuleError: the rules do not fit the masks.
 
     >>> from sparselora_jax.sparse.dense import unpack
     >>> kernel = jnp.array([[1.0], [0.0], [2.0], [0.0]])
@@ -35,7 +35,7 @@ def pack(params: dict, masks: dict, formats: Formats = 'packed24') -> dict:
     >>> packed['q']['kernel'].shape, unpack(packed)['q']['kernel'].tolist() == kernel.tolist()
     ((4, 1), True)
     """
-    # Without its mask a kernel of this tree would be read as if all its weights were kept.
+    # A kernel without its mask would be used as if all its weights were kept.
     packed, masks_beside = reduce_kernels(params, masks, formats)
     if masks_beside is not None:
         path = next(iter(flatten(masks_beside)))
@@ -44,7 +44,7 @@ def pack(params: dict, masks: dict, formats: Formats = 'packed24') -> dict:
 
 
 def pack_masks(masks: dict) -> dict:
-    """Return masks in one bit an element, which `bind` and `merge` take as they take others.
+    """Return masks in one bit per element; `bind` and `merge` accept them like other masks.
 
     Args:
       masks: the masks tree.
@@ -53,18 +53,18 @@ def pack_masks(masks: dict) -> dict:
 
 
 def reduce_kernels(params: dict, masks: dict, formats: Formats) -> tuple[dict, dict | None]:
-    """Store the kernels that have a mask in fewer bytes: packed, or in four bits beside a mask of one bit a weight.
+    """Store masked kernels in fewer bytes: packed, or in four bits with a separate mask of one bit per weight.
 
     Args:
       params: the params tree, plain arrays.
-      masks: of the kernels to store in fewer bytes.
+      masks: the masks tree; its paths select the kernels.
       formats: one of `FORMATS`, or ordered rules `(regex, format)`, see `pack`; also `int4` and `nf4`.
 
     Returns:
-      (params, masks). The masks are those of kernels that do not bring their own; None: there are none.
+      (params, masks). The masks are those of kernels that do not store their own; None: all kernels store theirs.
 
     Raises:
-      PackingError: a mask that its format cannot hold, or an unknown format; names the path.
+      PackingError: a format cannot store a mask, or is unknown; names the path.
     """
     flat = flatten(params)
     flat_masks = flatten(masks)
@@ -73,26 +73,26 @@ def reduce_kernels(params: dict, masks: dict, formats: Formats) -> tuple[dict, d
         mask = flat_masks[path]
         if getattr(flat.get(path), 'shape', None) != mask.shape:
             raise PackingError(f'{path}: has a mask {mask.shape}, but no kernel of that shape')
-        # Formats do not know paths.
+        # Formats do not know paths, so the path is added to their errors here.
         try:
             flat[path] = form.pack(flat[path], mask)
         except PackingError as error:
             raise PackingError(f'{path}: {error}') from None
         if not form.brings_mask:
-            masks_beside[path] = pack_mask(mask)  # a bit a weight, where a bool takes a byte
+            masks_beside[path] = pack_mask(mask)  # one bit per weight instead of one byte
     return unflatten(flat), unflatten(masks_beside) if masks_beside else None
 
 
 def reduce_shapes(params: dict, densities: Mapping[str, float], formats: Formats) -> tuple[dict, dict]:
-    """Return what `reduce_kernels` would return, by shapes: to count memory and to compile programs with.
+    """Return the shapes of what `reduce_kernels` returns, to count memory and to compile programs.
 
     Args:
-      params: the params tree, by shapes.
-      densities: of the kernels that have a mask, by path.
+      params: the shapes of the params tree.
+      densities: path -> density, for the kernels that have a mask.
       formats: see `reduce_kernels`.
 
     Returns:
-      (params, masks), by shapes.
+      The shapes of (params, masks).
     """
     flat = flatten(params)
     masks_beside = {}
@@ -105,22 +105,22 @@ def reduce_shapes(params: dict, densities: Mapping[str, float], formats: Formats
 
 
 def _formats_by_path(formats: Formats, paths: Mapping[str, Any]) -> dict[str, PackedFormat]:
-    # `match` refuses rules that fit no kernel, so that none is left dense by a typo.
+    # `match` refuses rules that match no kernel, so a typo leaves no kernel dense.
     rule_list = [('.*', formats)] if isinstance(formats, str) else formats
     return {path: find_format(name) for path, name in match(rule_list, paths).items()}
 
 
 def stack(layers: Sequence[Any]) -> Any:
-    """Return kernels or masks of single layers as one of a stack; on the host.
+    """Stack the kernels or masks of single layers, on the host.
 
     Args:
       layers: arrays, or packed kernels or masks, of one kind and shape.
     """
     if is_packed(layers[0]):
-        return type(layers[0]).stack(layers)  # layers may need to be filled up to one length
+        return type(layers[0]).stack(layers)  # layers may need padding to the same length
     return jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
 
 
 def is_reduced(kernel: object) -> bool:
-    """Return whether a kernel is stored packed or in four bits, and so is no array that could be used as it is."""
+    """Return whether a kernel is packed or four-bit, and so is not a plain array."""
     return is_packed(kernel) or isinstance(kernel, qwix.QArray)

@@ -1,7 +1,7 @@
-"""2:4 kernels without their zeros: two values of each four inputs, and their positions, in half a byte.
+"""Packs 2:4 kernels: two values of each group of four inputs, and half a byte for their positions.
 
-Rows keep the order of the kernel's (docs/formats.md), so a run of inputs is a run of rows in every array: it can be cut
-out, or laid on another device, without unpacking.
+Rows keep the kernel's order (docs/formats.md), so a run of inputs is a run of rows in every array. It can be sliced, or
+put on another device, without unpacking.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from sparselora_jax.sparse.patterns import Pattern
 
 BYTE = 8  # inputs that share a byte of positions: two groups of four
 SCALED = 128  # inputs that share an int4 scale
-HALVES = np.arange(2, dtype=np.int32)[:, None]  # of a byte
-PLACES = np.arange(4, dtype=np.int32)[:, None]  # in a group
+HALVES = np.arange(2, dtype=np.int32)[:, None]  # the low and the high half of a byte
+PLACES = np.arange(4, dtype=np.int32)[:, None]  # places in a group
 
 
 @jax.tree_util.register_dataclass
@@ -31,12 +31,12 @@ class Packed24(PackedKernel):
     """A kernel `[*layers, inputs, outputs]` with at most two non-zeros in each four inputs of an output.
 
     Attributes:
-      values: `[*layers, 2 * groups, outputs]`: the first and the second of each group of four inputs; as int4,
-        `uint8 [*layers, groups, outputs]`: the first in the low half of a byte, the second in the high one.
-      positions: `uint8 [*layers, groups / 2, outputs]`: bits 0-1 and 2-3 say where the first and the second value of
-        an even group stand, bits 4-7 the same of the odd group behind it. The first stands before the second.
-      scale: of int4 values, bf16 `[*layers, ceil(inputs / 128), outputs]`; None: values are not scaled.
-      inputs: of the kernel; groups of zeros fill the last byte.
+      values: `[*layers, 2 * groups, outputs]`: the first and the second value of each group of four inputs. For int4,
+        `uint8 [*layers, groups, outputs]`: the first value in the low half of a byte, the second in the high half.
+      positions: `uint8 [*layers, groups / 2, outputs]`: bits 0-1 and 2-3 are the places of the first and the second
+        value of an even group, bits 4-7 those of the next odd group. The first place is always below the second.
+      scale: scales of int4 values, bf16 `[*layers, ceil(inputs / 128), outputs]`; None: values are not scaled.
+      inputs: number of inputs of the kernel; groups of zeros fill the last byte.
     """
 
     stored_as: ClassVar[str] = 'packed24'
@@ -60,7 +60,7 @@ class Packed24(PackedKernel):
 
     @property
     def dtype(self) -> Any:
-        """Return the dtype of the kernel when it is unpacked; of int4 values that of their scale."""
+        """Return the dtype of the unpacked kernel; for int4 values, the dtype of their scale."""
         return self.values.dtype if self.scale is None else self.scale.dtype
 
     def unpack(self, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
@@ -78,7 +78,7 @@ class Packed24(PackedKernel):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], inputs: int) -> 'Packed24':
-        """Return the kernel that has these arrays, checked by `check_packed24`."""
+        """Build a kernel from these arrays, and check it by `check_packed24`."""
         packed = cls(arrays['values'], arrays['positions'], arrays.get('scale'), inputs)
         check_packed24(packed)
         return packed
@@ -108,34 +108,34 @@ class Packed24Format:
     def pack(
         self, kernel: Shaped[Array, '*layers inputs outputs'], mask: Bool[Array, '*layers inputs outputs']
     ) -> Packed24:
-        """Pack a kernel by `pack24`, and round its values where the format says so."""
+        """Pack a kernel by `pack24`, and round its values if the format is four-bit."""
         packed = pack24(kernel, mask)
         return quantise24(packed) if self.four_bits else packed
 
     def pack_shapes(self, kernel: ShapeLike, density: float = 0.5) -> Packed24:
-        """Return the packed kernel by shapes, see `shapes24`."""
-        del density  # half of the weights, whatever the mask
+        """Return the shapes of the packed kernel, see `shapes24`."""
+        del density  # always stores half of the weights
         return shapes24(kernel, four_bits=self.four_bits)
 
     def inputs_per_scale(self, inputs: int) -> int:
-        """Return how many inputs share a scale; the last of them are filled up."""
+        """Return how many inputs share a scale; the last run may be shorter."""
         del inputs
         return SCALED
 
 
 def shapes24(kernel: ShapeLike, *, four_bits: bool = False) -> Packed24:
-    """Return a `Packed24` of shapes.
+    """Return the shapes of a `Packed24`.
 
     Args:
       kernel: the kernel or its shape.
-      four_bits: of int4 values.
+      four_bits: the values are int4.
 
     >>> packed = shapes24(jax.ShapeDtypeStruct((2, 16, 3), jnp.bfloat16))
     >>> packed.values.shape, packed.positions.shape
     ((2, 8, 3), (2, 2, 3))
     """
     *layers, inputs, outputs = kernel.shape
-    rows = -(-inputs // BYTE)  # of bytes; each stands for four values
+    rows = -(-inputs // BYTE)  # rows of bytes; each byte holds the places of four values
     positions = jax.ShapeDtypeStruct((*layers, rows, outputs), jnp.uint8)
     if not four_bits:
         values = jax.ShapeDtypeStruct((*layers, 4 * rows, outputs), kernel.dtype)
@@ -150,14 +150,14 @@ def pack24(
 ) -> Packed24:
     """Return the kernel's values where the mask is True, and their positions, without loss.
 
-    A group that keeps fewer than two weights is filled up with zeros.
+    A group that keeps fewer than two weights is padded with zeros.
 
     Args:
       kernel: the kernel or a stack of them.
-      mask: which weights are kept; None: those that are not zero.
+      mask: True where a weight is kept; None: keep all non-zero weights.
 
     Raises:
-      PackingError: a group of four keeps more than two weights: names layer, group and output.
+      PackingError: a group of four keeps more than two weights; names layer, group and output.
 
     >>> kernel = jnp.array([[0.0], [3.0], [0.0], [5.0]])
     >>> packed = pack24(kernel)
@@ -177,10 +177,10 @@ def check24(mask: Bool[Array, '*layers inputs outputs']) -> None:
       mask: the mask of a kernel or of a stack.
 
     Raises:
-      PackingError: names the first group that keeps more.
+      PackingError: a group keeps more than two weights; names the first one.
     """
     counts = over_layers(_count_kept, mask.ndim)(mask)
-    # On the host, so a kernel is packed outside of programs. The place is looked up only when there is an error.
+    # This reads the result on the host, so kernels cannot be packed under jit. The place is only needed for an error.
     if bool(jnp.any(counts > 2)):
         *layer, group, output = (int(i) for i in jnp.argwhere(counts > 2, size=1)[0])
         raise PackingError(
@@ -191,7 +191,7 @@ def check24(mask: Bool[Array, '*layers inputs outputs']) -> None:
 
 def _count_kept(mask: Bool[Array, 'inputs outputs']) -> Int[Array, 'groups outputs']:
     """Count the weights that each group of four inputs keeps."""
-    # Inputs need not be a multiple of four: what is missing is pruned.
+    # The number of inputs need not be a multiple of four: missing inputs count as pruned.
     mask = jnp.pad(mask, ((0, -mask.shape[0] % 4), (0, 0)))
     return jnp.sum(mask.reshape(-1, 4, mask.shape[1]), axis=1, dtype=jnp.int32)
 
@@ -206,21 +206,21 @@ def _pack_matrix(
     first = jnp.argmax(mask, axis=1)
     last = 3 - jnp.argmax(mask[:, ::-1], axis=1)
     count = jnp.sum(mask, axis=1, dtype=jnp.int32)
-    # A group that keeps one weight, or none, also holds a zero beside it. Only a weight at 3 has no place behind it.
+    # A group with fewer than two kept weights also stores a zero, at the next place, or at 2 before a weight at 3.
     first = jnp.where(count == 0, 0, jnp.where((count == 1) & (first == 3), 2, first))
     # [groups, 2, outputs]
     places = jnp.stack([first, jnp.where(count == 2, last, first + 1)], axis=1)
     values = jnp.take_along_axis(kernel, places, axis=1).reshape(-1, outputs)
-    # Half a byte a group; the even group of a byte lies in its low half.
+    # Half a byte per group; the even group is in the low half of a byte.
     codes = (places[:, 0] | places[:, 1] << 2).astype(jnp.uint8)
     return values, codes[0::2] | codes[1::2] << 4
 
 
 def split_codes(positions: UInt8[Array, 'bytes outputs']) -> Int[Array, 'groups outputs']:
-    """Return half a byte for each group: where its first value stands (bits 0-1), and its second (bits 2-3).
+    """Return half a byte per group: the place of its first value (bits 0-1) and of its second (bits 2-3).
 
     Args:
-      positions: of one matrix.
+      positions: positions of one matrix.
 
     >>> split_codes(jnp.uint8([[0b01001101]])).tolist() == [[0b1101], [0b0100]]
     True
@@ -230,19 +230,19 @@ def split_codes(positions: UInt8[Array, 'bytes outputs']) -> Int[Array, 'groups 
 
 
 def _split_values(packed: Packed24) -> Num[Array, 'groups 2 outputs']:
-    """Return the two values of each group of a matrix: int4 ones as integers, not scaled; bf16 ones as `as_bits`."""
+    """Return the two values of each group: int4 values as unscaled integers, bf16 values as bits (`as_bits`)."""
     if packed.scale is None:
         return as_bits(packed.values).reshape(-1, 2, packed.values.shape[-1])
     return nibble(packed.values.astype(jnp.int32)[:, None], HALVES)
 
 
 def as_bits(values: Num[Array, '*shape']) -> Num[Array, '*shape']:
-    """Return bf16 values as the integers that their bits are, others as they are.
+    """Return bf16 values reinterpreted as integers, and other values unchanged.
 
-    XLA for CPUs widens bf16 to fp32 to cut it up, or to select.
+    This avoids a conversion: XLA for CPUs widens bf16 to fp32 to slice it or to select from it.
 
     Args:
-      values: of any dtype.
+      values: values of any dtype.
 
     >>> as_bits(jnp.bfloat16([1.0])).tolist() == [0x3F80]
     True
@@ -255,12 +255,12 @@ def nibble(word: Int[Array, '*shape'], high: bool | np.ndarray) -> Int[Array, '.
 
     Args:
       word: bytes.
-      high: the high four bits, or the low ones.
+      high: True: the high four bits; False: the low ones.
 
     >>> int(nibble(jnp.int32(0xF3), True)), int(nibble(jnp.int32(0xF3), False))
     (-1, 3)
     """
-    return (word << 28 - 4 * high) >> 28  # the shift to the right copies the sign
+    return (word << 28 - 4 * high) >> 28  # the right shift extends the sign
 
 
 def unpack24(packed: Packed24, dtype: DTypeLike | None = None) -> Num[Array, '*layers inputs outputs']:
@@ -268,13 +268,13 @@ def unpack24(packed: Packed24, dtype: DTypeLike | None = None) -> Num[Array, '*l
 
     Args:
       packed: the kernel or a stack of them.
-      dtype: of the result; that of its values (or scales) by default.
+      dtype: dtype of the result; default: the dtype of the values (or scales).
     """
     return over_layers(_unpack_matrix, packed.ndim)(packed).astype(dtype or packed.dtype)
 
 
 def _unpack_matrix(packed: Packed24) -> Num[Array, 'inputs outputs']:
-    # Elementwise over [groups, 4, outputs]: rows that are stacked instead would take XLA twice as long on a CPU.
+    # Elementwise over [groups, 4, outputs]: stacking rows instead would take twice as long on a CPU.
     values = _split_values(packed)
     codes = split_codes(packed.positions)[:, None]
     second = jnp.where(codes >> 2 == PLACES, values[:, 1:], jnp.zeros((), values.dtype))
@@ -287,20 +287,20 @@ def _unpack_matrix(packed: Packed24) -> Num[Array, 'inputs outputs']:
 def scaled(
     matrix: Integer[Array, 'inputs outputs'], scale: Float[Array, 'blocks outputs']
 ) -> Float[Array, 'inputs outputs']:
-    """Return integers times the scale of their 128 inputs, in fp32.
+    """Multiply integers by the scale of their 128 inputs, in fp32.
 
     Args:
       matrix: int4 values as integers.
-      scale: of each 128 inputs.
+      scale: one scale for each 128 inputs.
     """
     wide = jnp.repeat(scale.astype(jnp.float32), SCALED, axis=0)[: matrix.shape[0]]
     return matrix.astype(jnp.float32) * wide
 
 
 def mask24(packed: Packed24) -> Bool[Array, '*layers inputs outputs']:
-    """Return where the kernel's two values of each group stand.
+    """Return a mask that is True at the two stored values of each group.
 
-    It is the mask that the kernel was packed with, if that kept two weights of each group.
+    It equals the mask that the kernel was packed with, if that kept exactly two weights of each group.
 
     Args:
       packed: the kernel or a stack of them.
@@ -314,13 +314,13 @@ def _mask_matrix(positions: UInt8[Array, 'bytes outputs']) -> Bool[Array, 'input
 
 
 def quantise24(packed: Packed24) -> Packed24:
-    """Round values to int4 with a bf16 scale for 128 inputs of each output, with the least squared error.
+    """Round values to int4 by the bf16 scales with the least squared error, one for 128 inputs of an output.
 
-    A scale is tried that makes the largest magnitude -8, which int4 has on one side only. Smaller scales are tried too:
-    they cut off the largest values and round the others more finely.
+    One tried scale maps the largest magnitude to -8, since int4 has no +8. Smaller scales are tried too: they clip the
+    largest values and round the others more finely.
 
     Args:
-      packed: the kernel or a stack of them; int4 values stay as they are.
+      packed: the kernel or a stack of them; int4 values are returned unchanged.
     """
     if packed.scale is not None:
         return packed
@@ -336,7 +336,7 @@ def _quantise_matrix(
     wide = jnp.pad(values.astype(jnp.float32), ((0, -rows % rows_per_scale), (0, 0)))
     wide = wide.reshape(-1, rows_per_scale, outputs)
     scale = best_scale(wide, 'int4')
-    # Levels are numbered from 0, which is -8: two's complement in four bits is that number less 8.
+    # `nearest` numbers levels from 0, which is -8. So subtract 8, and keep four bits of two's complement.
     codes = (nearest(wide, scale, 'int4') - 8).reshape(-1, outputs)[:rows] & 15
     return (codes[0::2] | codes[1::2] << 4).astype(jnp.uint8), scale
 
@@ -348,8 +348,8 @@ def check_packed24(packed: Packed24) -> None:
       packed: the kernel or a stack of them.
 
     Raises:
-      PackingError: shapes or dtypes that do not belong together, or positions that are not two different places in
-        order: names the first.
+      PackingError: the shapes or dtypes do not match, or positions are not two different places in ascending order;
+        names the first error.
     """
     *layers, rows, outputs = packed.positions.shape
     value_rows = 4 * rows if packed.scale is None else 2 * rows
@@ -366,12 +366,13 @@ def check_packed24(packed: Packed24) -> None:
             pair = (int(first[*layer, row, output]), int(second[*layer, row, output]))
             group = 2 * row + half // 4
             raise PackingError(
-                f'{in_layer(layer)}group {group} of output {output}: {pair} are not two places of four, in order'
+                f'{in_layer(layer)}group {group} of output {output}: {pair} are not two different places of four in '
+                'ascending order'
             )
 
 
 def _check_array(name: str, array: Array, shape: tuple[int, ...], dtype: DTypeLike | None) -> None:
-    """Check shape and dtype of one array; dtype None: any."""
+    """Check shape and dtype of one array; a dtype of None accepts any."""
     if array.shape != shape or (dtype is not None and array.dtype != dtype):
         expected = array.dtype if dtype is None else jnp.dtype(dtype)
         raise PackingError(f'{name} is {array.dtype} {array.shape}, expected {expected} {shape}')

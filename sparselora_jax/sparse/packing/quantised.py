@@ -1,4 +1,4 @@
-"""Dense kernels in four bits (qwix's `QArray`), for masks that no packed format saves more with."""
+"""Dense kernels in four bits (qwix's `QArray`), for masks that no packed format stores in less."""
 
 import functools
 import math
@@ -19,9 +19,9 @@ FOUR_BITS = {'int4': jnp.int4, 'nf4': 'nf4'}  # kinds of levels, and qwix's type
 
 @dataclass(frozen=True)
 class FourBitFormat:
-    """The format of dense kernels in four bits, zeros in place: 4 1/8 bits a weight, for any mask.
+    """The format of dense kernels in four bits, including zeros: 4 1/8 bits per weight, for any mask.
 
-    Its kernels do not bring their masks. Packed masks beside them take one bit a weight.
+    Its kernels do not store their masks. Separate packed masks take one bit per weight.
 
     Attributes:
       levels: `int4` or `nf4`, see `quantise`.
@@ -42,8 +42,8 @@ class FourBitFormat:
         return quantise(jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), self.levels)
 
     def pack_shapes(self, kernel: ShapeLike, density: float) -> qwix.QArray:
-        """Return the rounded kernel by shapes."""
-        del density  # zeros take as much as others
+        """Return the shapes of the rounded kernel."""
+        del density  # zeros take as much space as other weights
         return jax.eval_shape(functools.partial(quantise, kind=self.levels), kernel)
 
     def inputs_per_scale(self, inputs: int) -> int:
@@ -55,7 +55,7 @@ def tile(inputs: int) -> int:
     """Return how many inputs share a scale: 128, or the largest power of two below it that divides the inputs.
 
     Args:
-      inputs: of the kernel.
+      inputs: number of inputs of the kernel.
     """
     return math.gcd(inputs, 128)
 
@@ -63,8 +63,8 @@ def tile(inputs: int) -> int:
 def quantise(kernel: Float[Array, '*layers inputs outputs'], kind: str) -> qwix.QArray:
     """Round a kernel to four bits, with a bf16 scale for 128 inputs of each output.
 
-    Of the scales that are tried the one with the least squared error is taken. Values that lie on a grid already, as
-    `sl.GPTQ` leaves them, are held as they are.
+    The tried scale with the least squared error is used. Values that are on a grid already, such as those of `sl.GPTQ`,
+    are stored exactly.
 
     Args:
       kernel: the kernel or a stack of them.
@@ -76,7 +76,7 @@ def quantise(kernel: Float[Array, '*layers inputs outputs'], kind: str) -> qwix.
     """
     if kernel.ndim == 2:
         return _quantise_matrix(kernel, kind)
-    # A layer at a time: NF4 compares each weight with 16 levels.
+    # One layer at a time, to save memory: NF4 compares each weight with 16 levels.
     return jax.lax.map(lambda layer: _quantise_matrix(layer, kind), kernel)
 
 
@@ -85,7 +85,7 @@ def _quantise_matrix(kernel: Float[Array, 'inputs outputs'], kind: str) -> qwix.
     blocks = kernel.astype(jnp.float32).reshape(-1, tile(kernel.shape[0]), kernel.shape[1])
     scale = best_scale(blocks, kind)
     codes = nearest(blocks, scale, kind).reshape(kernel.shape)
-    # As qwix stores them: int4 as signed numbers, of NF4 the number of the level.
+    # In qwix's representation: int4 as signed numbers, NF4 as the index of the level.
     codes = (codes - 8).astype(jnp.int4) if kind == 'int4' else codes.astype(jnp.uint4)
     return qwix.QArray(codes, scale, None, FOUR_BITS[kind])
 

@@ -1,4 +1,4 @@
-"""Helpers that all formats share: kernels may be stacked, `[*layers, inputs, outputs]`."""
+"""Helpers for stacked kernels, `[*layers, inputs, outputs]`, which all formats share."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,34 +9,34 @@ import jax
 
 @functools.cache
 def over_layers(function: Callable, ndim: int) -> Callable:
-    """Return a function of one matrix, jitted, for stacks of them.
+    """Return a jitted version of a function of one matrix that works on stacks.
 
-    It is cached, so that each function is traced once for each shape.
+    The result is cached, so that each function is traced once per shape.
 
     Args:
       function: takes and returns matrices, or packed ones.
       ndim: the number of axes of the stack.
     """
-    # One vmap for each leading axis: formats are written for one matrix.
+    # Formats are written for one matrix, so apply one vmap for each leading axis.
     for _ in range(ndim - 2):
         function = jax.vmap(function)
     return jax.jit(function)
 
 
 def kernel_shape(rows: Any, inputs: int) -> tuple[int, ...]:
-    """Return the shape of a kernel, from an array `[*layers, rows, outputs]` that belongs to it.
+    """Return the shape of a kernel, given one of its packed arrays, `[*layers, rows, outputs]`.
 
     Args:
-      rows: anything with that array's shape.
-      inputs: of the kernel.
+      rows: an object with that array's shape.
+      inputs: number of inputs of the kernel.
     """
-    # The rows of a packed array are not inputs: several inputs share one, and the last row may be filled up.
+    # Several inputs share a row of a packed array, and the last row may be padded. So `inputs` is given.
     *layers, _, outputs = rows.shape
     return (*layers, inputs, outputs)
 
 
 def in_layer(layer: Sequence[int]) -> str:
-    """Return the begin of an error: the layer of a stack, nothing for a matrix.
+    """Return the start of an error message: the layer of a stack, or nothing for a matrix.
 
     Args:
       layer: the index into the leading axes.

@@ -1,4 +1,4 @@
-"""Packed kernels and masks as named arrays, and back: the content of a file of them (docs/formats.md)."""
+"""Converts packed kernels and masks to the named arrays of a file, and back (docs/formats.md)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,21 +10,21 @@ from sparselora_jax.sparse.packing.format import FORMATS, PackingError, Stored
 
 
 def stored_types() -> dict[str, type]:
-    """Return the classes of leaves that files hold as several arrays, by the name that a header gives to them."""
-    # Looked up at each call: a format may be registered at any time. Kernels of formats without masks (qwix's class)
-    # are stored in no file of ours.
+    """Return the classes of leaves that files store as several arrays, by their name in a header."""
+    # Looked up at each call, since a format may be registered at any time. Formats whose kernels do not store masks
+    # (qwix's class) are never written to our files.
     kernel_types = [FORMATS.find(name).kernel_type for name in FORMATS if FORMATS.find(name).brings_mask]
     return {kind.stored_as: kind for kind in (*kernel_types, PackedMask)}
 
 
 def array_names() -> set[str]:
-    """Return the names that the arrays of any such leaf may have."""
+    """Return all names that the arrays of such leaves may have."""
     types = stored_types().values()
     return {name for kind in types for name in (*kind.required_arrays, *kind.optional_arrays)}
 
 
 def header_of(leaf: Stored) -> dict[str, str | int]:
-    """Return what a header says about a leaf beside its arrays.
+    """Return the header entry of a leaf, which a file stores beside its arrays.
 
     Args:
       leaf: a packed kernel or mask.
@@ -33,17 +33,17 @@ def header_of(leaf: Stored) -> dict[str, str | int]:
 
 
 def from_file(path: str, header: Any, arrays: Mapping[str, Array]) -> Stored:
-    """Return the leaf that a header describes, checked.
+    """Build the leaf that a header describes, and check it.
 
     Args:
-      path: of the leaf, for errors.
-      header: what the file says about it, see `header_of`; from a file, so it may be anything.
+      path: path of the leaf, for error messages.
+      header: its entry in the header, see `header_of`; it comes from a file, so it may be anything.
       arrays: its arrays by name.
 
     Raises:
-      PackingError: an unknown format, arrays that are missing, or what contradicts the format; names the path.
+      PackingError: the format is unknown, arrays are missing, or they contradict the format; names the path.
     """
-    # A file may be damaged or somebody else's: any of these may be missing or of another type.
+    # A file may be damaged or foreign, so any of these may be missing or of another type.
     try:
         kind = stored_types()[header['format']]
         inputs = int(header['inputs'])

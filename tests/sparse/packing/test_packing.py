@@ -211,7 +211,7 @@ def test_bitmasks_that_contradict_themselves_are_refused():
     wrong = {
         'the masks keep': replace(packed, values=packed.values[:-1]),
         'expected uint8 for 21 inputs': replace(packed, mask=replace(packed.mask, bits=packed.mask.bits[:-1])),
-        'set behind the last': replace(packed, mask=replace(packed.mask, bits=packed.mask.bits.at[2, 0].set(255))),
+        'set after the last': replace(packed, mask=replace(packed.mask, bits=packed.mask.bits.at[2, 0].set(255))),
     }
     for message, damaged in wrong.items():
         with pytest.raises(sl.PackingError, match=message):
