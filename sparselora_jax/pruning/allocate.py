@@ -120,8 +120,8 @@ def check_left(zeros: Zeros, sizes: dict[str, int]) -> None:
 def allocate(scores: Mapping[str, np.ndarray], sizes: dict[str, int], budget: int, *, highest: float) -> Zeros:
     """Distribute kept weights over the layers by their scores, and return the zeros of each layer's kernel.
 
-    All kernels of one layer of a tower form a group and share one sparsity. A group of `size` weights keeps `min(size,
-    (1 - highest) * size + c * score)`. The constant c is the same for all groups. It is chosen so that the model has
+    All kernels of one layer of a tower form a group with one sparsity. It keeps `min(size, (1 - highest) * size + c *
+    score)` of its `size` weights. The constant c is the same for all groups. It is chosen so that the model has
     `budget` zeros, and computed in float64. The method of largest remainders turns the results into integers.
 
     Args:

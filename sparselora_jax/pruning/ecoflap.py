@@ -368,7 +368,7 @@ class EcoflapZeroth(_ByImportance):
     """Share kept weights out by zeroth-order scores.
 
     Attributes:
-      noise: eps: scale of the perturbation, in the unit of the weights.
+      noise: scale of the perturbation (eps), in the unit of the weights.
     """
 
     noise: float = 1e-3
