@@ -242,7 +242,7 @@ def round_zeros(wanted: Mapping[str, np.ndarray], budget: int, most: Zeros) -> Z
     while (missing := budget - int(zeros.sum())) > 0:
         below_cap = np.flatnonzero(zeros < caps)
         if not below_cap.size:
-            raise PatternError(f'{budget} zeros are to be shared out, and no more than {zeros.sum()} may be')
+            raise PatternError(f'{budget} zeros are to be allocated, and at most {zeros.sum()} may be')
         # A stable sort of the negated remainders: of equal remainders the earlier comes first.
         chosen = below_cap[np.argsort(-(real - zeros)[below_cap], kind='stable')[:missing]]
         zeros[chosen] += 1

@@ -187,8 +187,8 @@ class OWL(Allocation):
             ratio = zeros.max() / sizes[path]
             if not self.spread < ratio < 1 - self.spread:
                 raise PatternError(
-                    f'{path}: sparsity {ratio:.3f} with spread {self.spread}: OWL moves ratios by as much, and they '
-                    'must stay between 0 and 1; ask for a smaller spread'
+                    f'{path}: sparsity {ratio:.3f} with spread {self.spread}: OWL may shift it by the spread, and it '
+                    'must stay between 0 and 1; use a smaller spread'
                 )
 
     def __call__(self, inputs: AllocationInputs) -> Zeros:
