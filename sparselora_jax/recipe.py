@@ -759,7 +759,9 @@ def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
         if isinstance(our_value, dict) and isinstance(their_value, dict):
             differences += _differences(our_value, their_value, f'{prefix}{name}.')
         elif our_value != their_value:
-            differences.append(f'{prefix}{name} is {_shorten(our_value)} here and {_shorten(their_value)} there')
+            differences.append(
+                f'{prefix}{name} is {_shorten(our_value)} here and {_shorten(their_value)} in the workdir'
+            )
     return differences
 
 

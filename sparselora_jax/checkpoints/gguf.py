@@ -27,7 +27,7 @@ _KERNELS = {
     'mlp/down': 'ffn_down',
 }
 _NORMS = {'norm1': 'attn_norm', 'norm2': 'ffn_norm'}
-_CONTROL = 3  # the type of a token that is no text, LLAMA_TOKEN_TYPE_CONTROL
+_CONTROL = 3  # the type of a token that is not text, LLAMA_TOKEN_TYPE_CONTROL
 
 # Takes a key of the header and a default, and returns the key's value.
 Header = Callable[..., Any]
@@ -136,7 +136,7 @@ def load_llama(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> tuple[lla
 
     Args:
       path: the file.
-      dtype: of the params.
+      dtype: dtype of the params.
 
     Returns:
       The model's config and its params tree; kernels are `[layers, in, out]`.

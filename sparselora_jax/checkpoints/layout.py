@@ -311,7 +311,7 @@ def _squeeze(shape: Iterable[int]) -> list[int]:
 
 
 def _fits(entry: Entry, place: Place) -> bool:
-    """Return whether a tensor has the shape that its place asks for."""
+    """Return whether a tensor has the shape of its place."""
     # A scalar has no rows to split, and a fused tensor has as many rows for each slice.
     if not entry.shape or entry.shape[0] % place.of:
         return False
@@ -326,7 +326,7 @@ def _fits(entry: Entry, place: Place) -> bool:
 
 
 def _split(entry: Entry, place: Place) -> Iterator[Piece]:
-    """Yield the pieces of a tensor, or of a slice of a fused one: whole if it is small, else runs of rows."""
+    """Yield the pieces of a tensor, or of a slice of a fused one: one piece if it is small, otherwise runs of rows."""
     rows = entry.shape[0] // place.of
     shape = place.layer_shape
     row_axis = len(shape) - 1 if rules.named_kernel(place.path) else 0  # the axis of ours that holds the tensor's rows

@@ -141,7 +141,7 @@ def read_config(folder: Path, family: str = '') -> Any:
       family: see `load_model`.
 
     Raises:
-      StorageError: config.json is no model config.
+      StorageError: config.json is not a model config.
       UnsupportedModelError: the kind of model is not supported, or its weights are quantised.
     """
     from huggingface_hub.errors import StrictDataclassError

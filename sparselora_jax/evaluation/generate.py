@@ -65,7 +65,7 @@ def generate(
       model: the model.
       weights: its params, or the result of `bind`. On a mesh the batch is split along data, where that divides it.
       batch: see `models.model`. Without `input_ids` the prompt is the image and the BOS token. The
-        `decoder_input_ids` of an encoder-decoder are the beginning of what it generates.
+        `decoder_input_ids` of an encoder-decoder are the first tokens of the output.
       num_beams: number of beams; 1 is greedy search.
       max_length: maximum number of tokens, including the prompt's (or those of `decoder_input_ids`).
       max_new_tokens: maximum number of tokens after the prompt; overrides `max_length`.

@@ -1,4 +1,4 @@
-"""Greedy and beam search as transformers 5.23's `generate` does them: what is kept after each step, and when to stop.
+"""Greedy and beam search as transformers 5.23's `generate` does them: which beams to keep, and when to stop.
 
 Nothing here knows a model: `start` and `step` see logits only. The tokens of every beam stay in the cache slots where
 they were written. The table `ancestry` says which slots belong to which beam, and a model's caches are read through it.

@@ -1,4 +1,4 @@
-"""The stages that write the restored model for other programs, and check what they wrote."""
+"""The stages that write the restored model for other programs, and check the written files."""
 
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
         )
         _, written = load_packed(folder, model)
         if not jax.tree.all(jax.tree.map(jnp.array_equal, written, packed)):
-            raise StorageError(f'{folder}: what was read back is not what was written; export it again')
+            raise StorageError(f'{folder}: the files differ from what was to be written; export it again')
         # Errors are measured on the files that were read back, because others will load those.
         packed_kernels = flatten(written)
         kernels = flatten(merged)

@@ -74,7 +74,7 @@ def check_fit(config: ConfigDict, shapes: dict) -> None:
 
 
 class Job:
-    """A recipe, its workdir, and what is expensive to load.
+    """A recipe, its workdir, and everything that is expensive to load.
 
     Most loaded objects stay in memory. Three sets of weights are large, so their lifetime is explicit:
 

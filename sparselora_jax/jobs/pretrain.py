@@ -111,7 +111,7 @@ def answers_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Co
       batch: see `Model.answer_logits`; with `targets` and `answer`, True at the tokens of the answer.
       cfg: config of the model.
     """
-    # LoRA is no part of the params; `bind` combines them where the model reads a weight.
+    # LoRA factors are not part of the params; `bind` combines both where the model reads a weight.
     params = frozen | {name: tree for name, tree in trained.items() if name != 'lora'}
     logits = Model(cfg, embedded.GENERATION).answer_logits(bind(params, lora=trained.get('lora')), batch)
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])

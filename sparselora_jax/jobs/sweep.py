@@ -114,7 +114,7 @@ def runs(config: ConfigDict) -> list[Run]:
 
 @contextlib.contextmanager
 def _naming(point: Point) -> Iterator[None]:
-    """Prefix error messages with the name of a point."""
+    """Add the name of a point to the messages of errors."""
     try:
         yield
     except SparseloraError as error:

@@ -147,7 +147,7 @@ def _key(stage: str, config: ConfigDict) -> str:
 
 
 def _link(file_names: tuple[str, ...], source: Path, target: Path) -> None:
-    """Hard-link files into another folder, or copy them if the disk does not support hard links."""
+    """Link files into another folder, or copy them if the disk does not support hard links."""
     target.mkdir(parents=True, exist_ok=True)
     for name in file_names:
         if (source / name).exists() and not (target / name).exists():

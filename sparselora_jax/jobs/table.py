@@ -120,7 +120,7 @@ def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]
     Args:
       result: result of each stage.
       model: see `Row`.
-      title: of the metric.
+      title: title of the metric.
     """
     if model == FLOOR_TITLE:
         return _scores(result[names.FLOOR], title)
@@ -175,7 +175,7 @@ def has_interval(name: str) -> bool:
     """Return whether a column has an interval, because it is measured on the model and not counted, timed or given.
 
     Args:
-      name: of the column.
+      name: name of the column.
     """
     return not name.startswith(WITHOUT_INTERVAL)
 

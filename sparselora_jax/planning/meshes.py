@@ -101,7 +101,7 @@ def sent(trees: memory.Recipe) -> float:
     Hidden states are summed along tensor, twice per block and pass.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     if trees.mesh is None:
         return 0.0

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from sparselora_jax.models.model import abstract_model
 from sparselora_jax.sparse import rules
 
-# An array, or the shape that stands for it.
+# An array, or a shape in its place.
 Shape = jax.ShapeDtypeStruct | Array
 
 

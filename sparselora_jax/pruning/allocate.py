@@ -94,8 +94,8 @@ def bounds(sizes: dict[str, int], shapes: dict[str, tuple[int, ...]], budget: in
         weights = sum(sizes[path] * int(np.prod(shape)) for path, shape in shapes.items())
         share = f'{budget} of {weights} weights ({budget / weights:.4f})'
         raise PatternError(
-            f'{share} are to be pruned, and a highest sparsity of {highest} allows {total(most)}: '
-            'raise it, or ask for a lower sparsity'
+            f'{share} are to be pruned, but a highest sparsity of {highest} allows {total(most)}: '
+            'raise it, or use a lower sparsity'
         )
     return most
 
@@ -113,7 +113,7 @@ def check_left(zeros: Zeros, sizes: dict[str, int]) -> None:
     for path, of_layers in zeros.items():
         empty = np.flatnonzero(np.atleast_1d(of_layers) >= sizes[path])
         if empty.size:
-            expected = 'bound the sparsity of a layer, or ask for a lower one'
+            expected = 'limit the sparsity of a layer, or use a lower sparsity'
             raise PatternError(f'{path}, layer {empty[0]}: all {sizes[path]} weights would be pruned; {expected}')
 
 

@@ -143,7 +143,7 @@ def _swap(
       weights: dense weights.
       initial: the initial method's mask.
       moments: see `Moments`.
-      pattern: of the initial mask; N:M swaps within groups.
+      pattern: pattern of the initial mask; with N:M, swaps stay within a group.
       options: the method's own options.
     """
     mean = moments.first
@@ -195,7 +195,7 @@ def _swap(
         pruned, can_prune = in_group(error, mask, grown) if pattern.structured else candidate(to_prune, side, taken)
         after = error - share[row, grown] + share[row, pruned]
         swaps = active & can_grow & can_prune & (jnp.abs(after) < jnp.abs(error))
-        # Outputs that do not swap write back what they have.
+        # Outputs that do not swap write back their old values.
         mask = mask.at[row, grown].set(mask[row, grown] | swaps)
         mask = mask.at[row, pruned].set(mask[row, pruned] & ~swaps)
         taken = taken.at[side, row].add(1)

@@ -189,7 +189,7 @@ def perturbed_blocks(
                 wide = stack[index, row].astype(score_dtype(stack))
                 return (wide + scale.astype(wide.dtype) * noise(key, row, wide)).astype(stack.dtype)
 
-            # A few rows at a time, so that the noise of a whole kernel is never held.
+            # A few rows at a time, so that memory never holds the noise of a whole kernel.
             return jax.lax.map(perturb_row, jnp.arange(stack.shape[1], dtype=jnp.int32), batch_size=ROWS)
 
         def run_block(w, x, ctx, cache):
@@ -331,7 +331,7 @@ class _ByImportance(Allocation):
 
         Args:
           inputs: see `Allocation`.
-          batches: of training samples.
+          batches: batches of training samples.
         """
         raise NotImplementedError
 
@@ -358,7 +358,7 @@ class EcoflapFirst(_ByImportance):
 
         Args:
           inputs: see `Allocation`.
-          batches: of training samples.
+          batches: batches of training samples.
         """
         return first_order_scores(inputs.loss, inputs.params, batches, tuple(inputs.uniform))
 
@@ -383,7 +383,7 @@ class EcoflapZeroth(_ByImportance):
 
         Args:
           inputs: see `Allocation`.
-          batches: of training samples.
+          batches: batches of training samples.
         """
         kernels = sum(zeros.size for zeros in inputs.uniform.values())
         return zeroth_order_scores(

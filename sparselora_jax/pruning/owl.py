@@ -93,7 +93,7 @@ def outlier_shares(
             counts = _outliers([w[name] for name in names], [stats[name][0] for name in names], threshold)
             size = sum(w[name].size for name in names)
             shares.setdefault(tower, []).append(int(np.asarray(counts).sum(dtype=np.int64)) / size)
-            # Weights go on unchanged: shares are those of the dense model.
+            # Weights stay unchanged: shares are those of the dense model.
             return w
 
         return visit
@@ -143,7 +143,7 @@ def owl_zeros(
         if odd.size:
             ratio = of_layers[odd[0]] / sizes[path]
             raise PatternError(
-                f"{path}, layer {odd[0]}: OWL's sparsity would be {ratio:.3f}; ask for a smaller spread than {spread}"
+                f"{path}, layer {odd[0]}: OWL's sparsity would be {ratio:.3f}; use a smaller spread than {spread}"
             )
     # Ratios lie in [0, 1] by now, so the only bound is the kernel itself.
     most = {path: np.full(zeros.shape, sizes[path]) for path, zeros in uniform.items()}

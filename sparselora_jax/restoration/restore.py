@@ -119,7 +119,7 @@ def paper_optimizer(
     Returns:
       An optax optimizer.
     """
-    # optax asks for at least one step of decay after the warm-up.
+    # optax requires at least one step of decay after the warm-up.
     warmup_steps = min(warmup, max(steps - 1, 0))
     schedule = optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, steps, end)
     adamw = optax.adamw(schedule, weight_decay=weight_decay)
@@ -198,7 +198,7 @@ def _teacher_weights(frozen: Frozen) -> dict:
     reduced = [path for path, leaf in flatten(frozen.params).items() if is_reduced(leaf)]
     if reduced:
         raise ValueError(
-            f'{reduced[0]} is packed or quantised, so the params are no dense teacher: '
+            f'{reduced[0]} is packed or quantised, so the params cannot be a dense teacher: '
             "give Frozen.teacher, or batch['teacher'], or kd=0"
         )
     return frozen.params

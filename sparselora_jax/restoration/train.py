@@ -60,7 +60,7 @@ def init_state(trained: PyTree, tx: optax.GradientTransformation) -> State:
     """Return the state before the first step.
 
     The state holds a copy of `trained`. A step donates its state, which deletes the buffers: without the copy it would
-    delete those of the caller. The copy doubles the memory of a large tree for as long as the caller keeps its own.
+    delete the caller's buffers. The copy doubles the memory of a large tree for as long as the caller keeps its own.
 
     Args:
       trained: the tree to train; it may be used again after the steps.
