@@ -29,8 +29,9 @@ Forward = Callable[[dict, Any], Any]
 ValidRows = Callable[[str, Any], Array | None]
 StatisticOf = Callable[[str], Statistic | None]
 
-# Squares of activations below 1e-19 are not normal float32 numbers. If all statistics of a kernel are below TINY, they
-# are collected again from activations times SCALE. SCALE is a power of two, so the products are exact.
+# Squares of activations below 1e-19 are not normal float32 numbers. If a statistic of a kernel is below TINY for all
+# inputs, all its statistics are collected again from activations times SCALE. SCALE is a power of two, so the products
+# are exact.
 TINY = 2.0**-64
 SCALE = 2.0**64
 # A kernel is scaled only if none of its statistics is above SAFE: the scaled squares are up to 2**128 times as large
@@ -251,10 +252,10 @@ def make_observer(
 
     Kernels that read the same array (q, k and v) share one accumulator and one result.
 
-    Squares of very small activations underflow in float32. If all statistics of a kernel and layer are below 2**-64,
-    they are computed again from activations times 2**64. The masks and updates of a method depend only on ratios of
-    statistics, so they are the same as with exact statistics. Other kernels are never scaled. A warning names each
-    kernel whose inputs are zero on every token.
+    Squares of very small activations underflow in float32. If a statistic of a kernel and layer is below 2**-64 for all
+    inputs, its statistics are computed again from activations times 2**64. The masks and updates of a method depend
+    only on ratios of statistics, so they are the same as with exact statistics. Other kernels are never scaled. A
+    warning names each kernel whose inputs are zero on every token.
 
     Args:
       forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.

@@ -138,7 +138,7 @@ def owl_zeros(
     mean = sum(sizes[path] * moved[stack_of(path)].sum() for path in uniform) / weights
     wanted = {path: zeros - sizes[path] * (moved[stack_of(path)] - mean) for path, zeros in uniform.items()}
     for path, of_layers in wanted.items():
-        # A large spread can push a ratio out of [0, 1]; clipping it would break the sum.
+        # A large spread can push a sparsity out of [0, 1]; clipping it would change the sum.
         odd = np.flatnonzero((of_layers < 0) | (of_layers > sizes[path]))
         if odd.size:
             ratio = of_layers[odd[0]] / sizes[path]
