@@ -1,4 +1,4 @@
-"""Turns a config into arguments of the library; the configs themselves lie in `configs/`."""
+"""Turn a config into arguments of the library; the configs themselves are in `configs/`."""
 
 import dataclasses
 import json
@@ -36,17 +36,17 @@ from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern
 from sparselora_jax.sparse.rules import block_rule, kernels, name_in_block
 from sparselora_jax.sparse.weights import GRADIENTS, LoraSpec
 
-# How restoration holds pruned kernels, `restore.base`: as dense arrays; in the first packed format that takes a tower's
-# pattern, rounded to four bits or not; or all of them in one format, for any pattern.
+# Values of `restore.base`, the format of pruned kernels in restoration: dense arrays; the first packed format that
+# supports a tower's pattern, with or without rounding to four bits; or one named format for all towers.
 DENSE = 'dense'
 BY_PATTERN = {'packed': False, 'packed_int4': True}  # whether values are rounded to four bits
 BASES = (DENSE, *BY_PATTERN, *(name for name in FORMATS if not FORMATS.find(name).brings_mask))
 TEACHERS = ('model', 'top_k')
 DTYPES = ('float32', 'bfloat16', 'float16')
-CONFIG_FILE = 'config.json'  # in a workdir: the config that its run began with
-# Fields that change no result beyond rounding. A run may be resumed with other values.
+CONFIG_FILE = 'config.json'  # in a workdir: the config with which its run started
+# Fields that change results only by rounding. A run may be resumed with other values.
 NO_RESULT = ('mesh', 'profile')
-# Fields of `config.evaluate` that are no arguments of `generate`.
+# Fields of `config.evaluate` that are not arguments of `generate`.
 NO_DECODING = ('questions', 'batch', 'metric')
 
 
@@ -56,12 +56,12 @@ class ConfigError(SparseloraError, ValueError):
 
 @dataclass(frozen=True)
 class LegalValues:
-    """The values that one field may have, whatever the other fields and the model are.
+    """The legal values of one field, regardless of other fields and of the model.
 
     Attributes:
       field: dotted name, for example `restore.steps`.
       expected: the legal values, for the error message.
-      is_legal: returns whether a value is one of them.
+      is_legal: function that returns whether a value is legal.
     """
 
     field: str
@@ -70,17 +70,17 @@ class LegalValues:
 
 
 def one_of(field: str, values: Collection[str]) -> LegalValues:
-    """Return the rule that a field has one of a few values.
+    """Return the rule that a field must have one of the given values.
 
     Args:
       field: dotted name.
-      values: the legal ones.
+      values: the legal values.
     """
     return LegalValues(field, f'one of {", ".join(values)}', lambda value: value in values)
 
 
 def at_least_one(field: str) -> LegalValues:
-    """Return the rule that a field is a number of 1 or more.
+    """Return the rule that a field must be 1 or more.
 
     Args:
       field: dotted name.
@@ -97,9 +97,9 @@ LEGAL_VALUES = (
     one_of('restore.trained', TRAINED),
     one_of('restore.teacher', TEACHERS),
     one_of('restore.on_bad_step', guard.POLICIES),
-    # 0 turns the check off. A limit of 1 or less would call ordinary steps spikes.
+    # 0 turns the check off. With a limit of 1 or less, ordinary steps would count as spikes.
     LegalValues('restore.spike', 'more than 1 (times the usual loss), or 0', lambda value: value == 0 or value > 1),
-    # An infinite threshold would leave every output alone, so that DSnoT did nothing.
+    # With an infinite threshold DSnoT would change no output.
     LegalValues('prune.threshold', '0 or more, per token', lambda value: 0 <= value < math.inf),
     # Sizes and counts.
     at_least_one('prune.chunk'),
@@ -127,11 +127,11 @@ def check_values(config: ConfigDict) -> None:
       config: a recipe.
 
     Raises:
-      ConfigError, PatternError: an illegal value: the field, its value and what is expected.
+      ConfigError, PatternError: a value is illegal; the message names the field, its value and what is expected.
     """
-    # Towers go first: what follows looks fields up by the names of towers.
+    # Towers are checked first: the later checks look up fields by the names of towers.
     _check_towers(config)
-    # Called for their errors; their results are made again where they are used.
+    # Called only for their errors; their results are computed again where they are used.
     prune_methods(config)
     prune_rules(config)
     _check_allocation(config)
@@ -144,7 +144,7 @@ def check_values(config: ConfigDict) -> None:
     _check_trained_weights(config)
     _check_text(config)
     _check_shares(config)
-    metric(config)  # for its error too
+    metric(config)  # also only for its error
     if config.stream and config.model == 'embedded':
         raise ConfigError('stream True: the embedded model is not read from disk; name a directory, :model=DIRECTORY')
     restore = config.restore
@@ -153,7 +153,7 @@ def check_values(config: ConfigDict) -> None:
 
 
 def _check_base(base: str) -> None:
-    """Check that `restore.base` is one of `BASES`, or a format of somebody else's, as `package.module:Name`."""
+    """Check that `restore.base` is one of `BASES`, or an external format given as `package.module:Name`."""
     if base in BASES:
         return
     try:
@@ -175,11 +175,11 @@ def _value(config: ConfigDict, field: str) -> Any:
 def _check_towers(config: ConfigDict) -> None:
     """Check that all fields that have a value per tower name the same towers."""
     for by_tower in (config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
-        # A tower that one field forgets would be a KeyError much later.
+        # A tower that is missing from one field would raise a KeyError much later.
         not_in_both = set(by_tower) ^ set(towers(config))
         if not_in_both:
             raise ConfigError(
-                f'tower {min(not_in_both)!r}: named in one of prune.pattern, prune.group, lora.*, not in all'
+                f'tower {min(not_in_both)!r}: named in some of prune.pattern, prune.group, lora.*, but not in all'
             )
 
 
@@ -191,14 +191,14 @@ def _check_lora(config: ConfigDict) -> None:
             raise ConfigError(f'lora.rank.{tower} {rank}: expected 0 (leave it alone) or more')
         targets = config.lora.targets[tower]
         try:
-            # Grouped as `lora_rules` has it: '(?i)q' compiles alone, but not inside a group.
+            # Compiled inside a group, as in `lora_rules`: '(?i)q' compiles alone, but not inside a group.
             re.compile(f'(?:{targets})')
         except re.error as error:
             raise ConfigError(f'lora.targets.{tower} {targets!r}: expected a regular expression ({error})') from None
 
 
 def _check_trained_weights(config: ConfigDict) -> None:
-    """Check that nothing asks for LoRA where the pruned kernels themselves are trained."""
+    """Check that no field requires LoRA if the pruned kernels themselves are trained."""
     restore = config.restore
     if restore.trained != 'weights':
         return
@@ -207,48 +207,48 @@ def _check_trained_weights(config: ConfigDict) -> None:
     if restore.base != 'dense':
         raise ConfigError(f"restore.base {restore.base!r} is frozen under LoRA; set restore.trained to 'lora'")
     if restore.control:
-        raise ConfigError("restore.control: a LoRA budget on the dense model; set restore.trained to 'lora'")
+        raise ConfigError("restore.control trains LoRA on the dense model; set restore.trained to 'lora'")
 
 
 def _check_text(config: ConfigDict) -> None:
-    """Check the prompt's template, and that generation can be as long as the answers."""
+    """Check the prompt's template, and that generated answers can be as long as the longest answer."""
     try:
         text_format(config)
     except DataError as error:
         # The message begins with the field: "prompt 'Question:': expected {} once".
         raise ConfigError(f'text.{error}') from None
-    # The last token of an answer is the end of text, which need not be generated to be right.
+    # The last token of an answer is the end of text, which a right answer need not contain.
     longest_answer = config.text.answer_tokens - 1
     if config.evaluate.max_new_tokens < longest_answer:
         raise ConfigError(
             f'evaluate.max_new_tokens {config.evaluate.max_new_tokens}: answers of up to {longest_answer} tokens '
-            '(text.answer_tokens and the end) could not be right'
+            '(text.answer_tokens without the end) would be cut off'
         )
 
 
 def _check_shares(config: ConfigDict) -> None:
-    """Check that there is a share for each kind of answer of the data set."""
+    """Check that `restore.shares` has a share for each kind of answer in the data set."""
     shares = config.restore.shares
-    # The loader is looked up in any case: a data set that does not exist is an error without shares too.
+    # The loader is always looked up, so that an unknown data set is an error even without shares.
     kinds = data_loader(config).kinds
     if not shares:
         return
     if not kinds:
         raise ConfigError(
-            f'restore.shares {shares}: expected none, (): which kinds of answers {config.data!r} has is not known'
+            f'restore.shares {shares}: expected (), because the kinds of answers of {config.data!r} are not known'
         )
     if len(shares) != len(kinds) or min(shares) < 0 or sum(shares) == 0:
         raise ConfigError(f'restore.shares {shares}: expected a share of each kind: {", ".join(kinds)}')
 
 
 def data_loader(config: ConfigDict) -> Loader:
-    """Return what loads the data set that a recipe names.
+    """Return the loader of the data set that a recipe names.
 
     Args:
       config: a recipe.
 
     Raises:
-      ConfigError: `data` is `package.module:Name`, and there is no such loader.
+      ConfigError: `data` is `package.module:Name`, and that loader does not exist.
     """
     try:
         return find_loader(config.data)
@@ -263,14 +263,14 @@ def metric(config: ConfigDict) -> Metric:
       config: a recipe.
 
     Raises:
-      ConfigError: `evaluate.metric` is no metric's name.
+      ConfigError: `evaluate.metric` is not the name of a metric.
     """
     name = config.evaluate.metric
     try:
         chosen = METRICS.find(name)
     except UnknownNameError as error:
         raise ConfigError(f'evaluate.metric: {error}') from None
-    # A class has the attributes of its objects, but calling it creates an object instead of a score.
+    # A class has the attributes of its instances, but calling it returns an instance instead of a score.
     if isinstance(chosen, type) or not isinstance(chosen, Metric):
         raise ConfigError(f'evaluate.metric: metric {name!r}: expected an object with a `title` that can be called')
     return chosen
@@ -283,7 +283,7 @@ def check_batches(config: ConfigDict) -> None:
       config: a recipe.
 
     Raises:
-      ConfigError: the field, what does not divide it, and the nearest mesh of as many devices that divides all.
+      ConfigError: it does not; the message names the field, and the nearest mesh with as many devices that divides all.
     """
     mesh = config.mesh
     rows = mesh.data * mesh.fsdp  # both axes split a batch
@@ -291,13 +291,13 @@ def check_batches(config: ConfigDict) -> None:
         'restore.batch / restore.accumulate': config.restore.batch // config.restore.accumulate,
         'prune.samples': config.prune.samples,
     }
-    # Some allocations compute the loss of batches of their own.
+    # Some allocations compute the loss on their own batches.
     if allocation_of(config).uses_score_batches:
         counts['prune.score_batch'] = config.prune.score_batch
     for field, count in counts.items():
         if count % rows == 0:
             continue
-        # As many devices, but fewer of them along the axes that split batches.
+        # The same number of devices, but fewer along the axes that split batches.
         best_rows = math.gcd(rows, *counts.values())
         fsdp = math.gcd(mesh.fsdp, best_rows)
         better = f'data={best_rows // fsdp}, fsdp={fsdp}, tensor={mesh.tensor * rows // best_rows}'
@@ -308,12 +308,12 @@ def check_batches(config: ConfigDict) -> None:
 
 
 def _options(kind: type, config: ConfigDict, group: str = 'output') -> dict[str, Any]:
-    """Return the options of a pruning method or an allocation that the config says, by the names of its fields.
+    """Return the options that the config gives for a pruning method or an allocation, by field name.
 
     Args:
       kind: a dataclass, see `pruning.Method` and `pruning.Allocation`.
       config: the recipe.
-      group: the comparison group that the config asks for.
+      group: the comparison group from the config.
     """
     options = {}
     for field in dataclasses.fields(kind):
@@ -334,11 +334,11 @@ def _named_class(names: Registry[type], field: str, name: str) -> type:
 
     Args:
       names: registered classes.
-      field: for errors: `prune.method`.
+      field: name of the field, such as `prune.method`, for errors.
       name: a registered name, or `package.module:Name`.
 
     Raises:
-      ConfigError: there is none, or it is no dataclass.
+      ConfigError: the name is unknown, or the object is not a dataclass.
     """
     try:
         kind = names.find(name)
@@ -351,16 +351,16 @@ def _named_class(names: Registry[type], field: str, name: str) -> type:
 
 
 def _from_config(kind: type, config: ConfigDict, field: str, group: str = 'output') -> Any:
-    """Return a method or an allocation with the options that the config says.
+    """Build a method or an allocation with the options from the config.
 
     Args:
-      kind: its class.
+      kind: class of the method or the allocation.
       config: the recipe.
       field: the field of the config that names it, for errors.
       group: see `_options`.
 
     Raises:
-      ConfigError: an option that has neither a field in `config.prune` nor a default.
+      ConfigError: an option has neither a field in `config.prune` nor a default.
     """
     options = _options(kind, config, group)
     for option in dataclasses.fields(kind):
@@ -380,7 +380,7 @@ def allocation_of(config: ConfigDict) -> pruning.Allocation:
       config: the recipe.
 
     Raises:
-      ConfigError: an unknown allocation, or an option that cannot work.
+      ConfigError: the allocation is unknown, or an option is invalid.
     """
     name = config.prune.allocation
     kind = _named_class(pruning.ALLOCATIONS, 'prune.allocation', name)
@@ -397,8 +397,8 @@ def _check_allocation(config: ConfigDict) -> None:
     """Check the allocation and its options against the other fields.
 
     Raises:
-      ConfigError: an unknown allocation, an option that cannot work, or one that cannot run from disk.
-      PatternError: an N:M pattern, which leaves nothing to allocate.
+      ConfigError: the allocation is unknown, an option is invalid, or the allocation cannot run from disk.
+      PatternError: a pattern is N:M, which leaves nothing to allocate.
     """
     allocation = allocation_of(config)
     name = config.prune.allocation
@@ -429,15 +429,15 @@ def towers(config: ConfigDict) -> tuple[str, ...]:
 
 
 def prune_methods(config: ConfigDict) -> list[tuple[str, pruning.Method]]:
-    """Return (regex, method) of each tower's blocks, by the name in `config.prune` and the tower's comparison group.
+    """Return (regex, method) for each tower's blocks: the method of `config.prune` with the tower's comparison group.
 
-    The options of a method are filled in by the names of its fields, see `pruning.Method`.
+    The options of a method come from config fields with the same names, see `pruning.Method`.
 
     Args:
       config: the recipe.
 
     Raises:
-      ConfigError: an unknown method, initial method or group, or an option without a value.
+      ConfigError: a method, an initial method or a group is unknown, or an option has no value.
     """
     prune = config.prune
     initial = _named_class(pruning.METHODS, 'prune.initial', prune.initial)
@@ -451,10 +451,11 @@ def prune_methods(config: ConfigDict) -> list[tuple[str, pruning.Method]]:
             expected = ' or '.join(map(repr, groups))
             raise ConfigError(f'prune.group.{tower} {prune.group[tower]!r}: expected {expected}')
     methods = []
-    # The rules have one more: the last is for kernels outside of blocks.
+    # There is one more rule than towers: the last is for kernels outside the blocks.
     for tower, (regex, pattern) in zip(towers(config), prune_rules(config), strict=False):
         method = _method(kind, config, prune.group[tower])
-        # A method without the option `group` has one group only; the job checks counts in the config's.
+        # A method without the option `group` has a fixed group, which must match the config: the job checks counts by
+        # it.
         has_group = (method.group == 'output') == (prune.group[tower] == 'output')
         if not (pattern.structured or pattern.dense or has_group):
             raise ConfigError(
@@ -466,12 +467,12 @@ def prune_methods(config: ConfigDict) -> list[tuple[str, pruning.Method]]:
 
 
 def _starts_from_another(kind: type) -> bool:
-    """Return whether a method changes the mask of an initial one."""
+    """Return whether a method changes the mask of an initial method."""
     return any(field.name == 'initial' for field in dataclasses.fields(kind))
 
 
 def _method(kind: type, config: ConfigDict, group: str) -> pruning.Method:
-    """Return a method for a comparison group, and check that it says all that a method must say."""
+    """Build a method for a comparison group, and check that it has all members of `Method`."""
     method = _from_config(kind, config, 'prune.method', group)
     try:
         check_method(method)
@@ -481,13 +482,13 @@ def _method(kind: type, config: ConfigDict, group: str) -> pruning.Method:
 
 
 def prune_rules(config: ConfigDict) -> list[tuple[str, Pattern]]:
-    """Return (regex, pattern) of each tower's blocks; everything else stays dense.
+    """Return (regex, pattern) for each tower's blocks; everything else stays dense.
 
     Args:
       config: a recipe.
 
     Raises:
-      PatternError: a pattern that does not parse.
+      PatternError: a pattern does not parse.
     """
     patterns = []
     for tower in towers(config):
@@ -500,13 +501,13 @@ def prune_rules(config: ConfigDict) -> list[tuple[str, Pattern]]:
 
 
 def rounded_rules(config: ConfigDict) -> list[tuple[str, Pattern]]:
-    """Return (regex, pattern) of the kernels that `restore.base` rounds, everything else dense.
+    """Return (regex, pattern) for the kernels that `restore.base` rounds; everything else is dense.
 
     Args:
       config: the recipe.
 
     Returns:
-      Ordered rules; empty where nothing is rounded.
+      Ordered rules; empty if nothing is rounded.
     """
     rounded = [
         (regex, pattern if form is not None and find_format(form).levels is not None else Pattern())
@@ -516,21 +517,21 @@ def rounded_rules(config: ConfigDict) -> list[tuple[str, Pattern]]:
 
 
 def rounded_format(config: ConfigDict) -> str:
-    """Return the name of the format whose levels the kernels of `rounded_rules` are rounded to.
+    """Return the name of the format to whose values the kernels of `rounded_rules` are rounded.
 
     Args:
-      config: the recipe; `restore.base` rounds some of its kernels.
+      config: a recipe whose `restore.base` rounds some kernels.
     """
     names = (form for _, _, form in _base_rules(config) if form is not None)
     return next(name for name in names if find_format(name).levels is not None)
 
 
 def pack_formats(config: ConfigDict, *, four_bits: bool) -> list[tuple[str, str]]:
-    """Return (regex, format of `packing.pack`) of each pruned tower: the first format that takes its pattern.
+    """Return (regex, format of `packing.pack`) for each pruned tower: the first format that supports its pattern.
 
     Args:
       config: the recipe.
-      four_bits: round values to four bits where a format for the pattern does.
+      four_bits: use formats that round values to four bits, if there is one for the pattern.
     """
     patterns = {tower: parse_pattern(config.prune.pattern[tower]) for tower in towers(config)}
     return [
@@ -541,7 +542,7 @@ def pack_formats(config: ConfigDict, *, four_bits: bool) -> list[tuple[str, str]
 
 
 def base_formats(config: ConfigDict) -> str | list[tuple[str, str]] | None:
-    """Return the formats in which restoration holds pruned kernels, see `packing.reduce_kernels`.
+    """Return the formats of pruned kernels in restoration, see `packing.reduce_kernels`.
 
     Args:
       config: the recipe.
@@ -556,7 +557,7 @@ def base_formats(config: ConfigDict) -> str | list[tuple[str, str]] | None:
 
 
 def _base_rules(config: ConfigDict) -> list[tuple[str, Pattern, str | None]]:
-    """Return (regex, pattern, the format of `restore.base` for this pattern or None: a dense array)."""
+    """Return (regex, pattern, format) for each tower, by `restore.base`; format None is a dense array."""
     base = config.restore.base
     rules = []
     for regex, pattern in prune_rules(config):
@@ -579,7 +580,7 @@ def runs_teacher(config: ConfigDict) -> bool:
 
 
 def reads_teacher(config: ConfigDict) -> bool:
-    """Return whether restoration reads logits of the dense model that an earlier stage wrote.
+    """Return whether restoration reads the dense model's logits from files of an earlier stage.
 
     Args:
       config: a recipe.
@@ -598,7 +599,7 @@ def split_alternatives(regex: str) -> list[str]:
     """
     alternatives = ['']
     depth = 0  # of open groups
-    # An escaped character, a set of characters (in which a first `]` stands for itself), or any other character.
+    # Tokens: an escaped character, a set of characters (in which a first `]` is literal), or any other character.
     for token in re.findall(r'\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.', regex, re.DOTALL):
         if token == '(':
             depth += 1
@@ -612,7 +613,7 @@ def split_alternatives(regex: str) -> list[str]:
 
 
 def lora_rules(config: ConfigDict) -> list[tuple[str, LoraSpec | None]]:
-    """Return (regex, LoraSpec) of each tower's blocks; everything else is left alone.
+    """Return (regex, LoraSpec) for each tower's blocks; everything else gets no LoRA.
 
     Args:
       config: a recipe.
@@ -621,28 +622,28 @@ def lora_rules(config: ConfigDict) -> list[tuple[str, LoraSpec | None]]:
     specs = []
     for tower in towers(config):
         rank = lora.rank[tower]
-        # Rank 0 leaves a tower alone. It keeps its rule, so that the rule of no other tower can match its kernels.
+        # Rank 0 means no LoRA in a tower. The tower keeps its rule, so that no other tower's rule matches its kernels.
         spec = LoraSpec(rank, lora.alpha[tower]) if rank else None
         specs.append((block_rule(tower, lora.targets[tower]), spec))
     return [*specs, ('.*', None)]
 
 
 def check_targets(config: ConfigDict, params: dict) -> None:
-    """Check that every alternative of `lora.targets` matches a kernel: a misspelt one would be left out silently.
+    """Check that every alternative of `lora.targets` matches a kernel; a misspelt one would be ignored silently.
 
     Args:
       config: a recipe.
       params: params, or anything with their shapes.
 
     Raises:
-      ConfigError: an alternative that matches no kernel, and the kernels that there are.
+      ConfigError: an alternative matches no kernel; the message lists the existing kernels.
     """
     paths = kernels(params)
     for tower in towers(config):
         for alternative in split_alternatives(config.lora.targets[tower]):
             if any(re.fullmatch(block_rule(tower, alternative), path) for path in paths):
                 continue
-            # Named without the tower and the blocks, as the user writes them in the field.
+            # Listed without the tower and the blocks, as users write them in the field.
             in_blocks = (path for path in paths if re.fullmatch(block_rule(tower), path))
             rests = sorted({name_in_block(path) for path in in_blocks})
             raise ConfigError(
@@ -651,14 +652,15 @@ def check_targets(config: ConfigDict, params: dict) -> None:
 
 
 def check_allocation(config: ConfigDict, params: PyTree) -> None:
-    """Check that an allocation is possible whatever the scores.
+    """Check that the allocation is possible, whatever the scores.
 
     Args:
       config: the recipe.
       params: anything with the shapes of a params tree.
 
     Raises:
-      PatternError: no zeros to allocate, more than `prune.highest` allows, or ratios of OWL that may leave (0, 1).
+      PatternError: there are no zeros to allocate, or more than `prune.highest` allows; or OWL's sparsities may leave
+        (0, 1).
     """
     allocation = allocation_of(config)
     if not allocation.moves_zeros:
@@ -671,7 +673,7 @@ def check_allocation(config: ConfigDict, params: PyTree) -> None:
 
 
 def field_names(config: ConfigDict, prefix: str = '') -> list[str]:
-    """Return the dotted names of all fields, parts included: `restore`, `restore.steps`, ...
+    """Return the dotted names of all fields, including their parents: `restore`, `restore.steps`, ...
 
     Args:
       config: a recipe, or a part of one.
@@ -691,13 +693,13 @@ def override(config: ConfigDict, fields: dict[str, Any], *, owner: str = 'config
     Args:
       config: changed in place.
       fields: dotted name -> new value.
-      owner: whose fields they are, for the error.
+      owner: name of the config, for the error.
 
     Raises:
-      ConfigError: a field that does not exist, with the nearest one, or a value of another type.
+      ConfigError: a field does not exist (the message suggests the nearest one), or a value has another type.
     """
     for name, value in fields.items():
-        # ml_collections adds a field that does not exist, even to a locked config.
+        # Without this check ml_collections would add an unknown field, even to a locked config.
         _check_field_exists(config, name, owner)
         try:
             config.update_from_flattened_dict({name: value})
@@ -720,7 +722,7 @@ def _check_field_exists(config: ConfigDict, name: str, owner: str) -> None:
             if suggestion:
                 hint = suggestion[0].lower() + suggestion[1:]
             else:
-                # No name is near enough, so all are listed.
+                # No similar name, so all names are listed.
                 hint = f'{".".join(parents) or "it"} has {", ".join(sorted(part))}'
             raise ConfigError(f'{owner} has no field {name!r}; {hint}') from None
         parents.append(key)
@@ -733,7 +735,7 @@ def text_format(config: ConfigDict) -> TextFormat:
       config: a recipe.
 
     Raises:
-      DataError: the prompt's template has not exactly one place for the question.
+      DataError: the prompt's template does not have exactly one place for the question.
     """
     return TextFormat(**config.text.to_dict(), decoding=decoding(config))
 
@@ -748,58 +750,60 @@ def decoding(config: ConfigDict) -> dict[str, Any]:
 
 
 def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
-    """Return a phrase for each field that differs between two configs, but for fields that change no result."""
+    """Return a phrase for each field that differs between two configs, except fields that do not change results."""
     differences = []
     for name in sorted((ours.keys() | theirs.keys()) - set(NO_RESULT)):
-        # A field that one side lacks counts as None: configs of an older version have fewer.
+        # A missing field counts as None: configs of older versions have fewer fields.
         our_value = ours.get(name)
         their_value = theirs.get(name)
         if isinstance(our_value, dict) and isinstance(their_value, dict):
             differences += _differences(our_value, their_value, f'{prefix}{name}.')
         elif our_value != their_value:
-            differences.append(f'{prefix}{name} is {_shorten(our_value)} here and {_shorten(their_value)} there')
+            differences.append(
+                f'{prefix}{name} is {_shorten(our_value)} here and {_shorten(their_value)} in the workdir'
+            )
     return differences
 
 
 def _shorten(value: Any) -> str:
-    # Points of a sweep, for example, are lists of hundreds of words.
+    # Some values are long: the points of a sweep are lists of hundreds of words.
     return textwrap.shorten(repr(value), 60, placeholder=' ...')
 
 
 def refuse_other(workdir: Path, config: ConfigDict) -> None:
     """Check that a workdir holds the run of this config, or no run yet.
 
-    The mesh may be another: what was saved on one is read on any.
+    The mesh may differ: results that were saved on one mesh can be read on any other.
 
     Args:
       workdir: the folder of a run.
-      config: the config of the run that is about to begin or to be resumed.
+      config: config of the run that is about to start or resume.
 
     Raises:
-      ConfigError: the workdir holds the run of another config; names the fields that differ.
+      ConfigError: the workdir holds the run of another config; the message names the fields that differ.
     """
     file = workdir / CONFIG_FILE
     if not file.exists():
         return
-    # Through JSON and back, so that tuples compare as the lists that they become in the file.
+    # Convert through JSON, so that tuples compare equal to the lists in the file.
     differences = _differences(json.loads(config.to_json()), json.loads(file.read_text()))
     if differences:
         raise ConfigError(f'{workdir} holds the run of another config ({"; ".join(differences)}); use another workdir')
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Write the config into the workdir, and keep other processes out of it until this one ends.
+    """Write the config into the workdir, and lock the workdir until this process ends.
 
     Args:
       workdir: the folder of a run.
-      config: its config.
+      config: config of the run.
 
     Raises:
       StorageError: another run uses the workdir.
       ConfigError: see `refuse_other`; the files in the workdir stay as they are.
     """
     hold(workdir)
-    # Checked again: another run may have come and gone since the first check, which was without the lock.
+    # Checked again with the lock held: another run may have started and ended since the first check.
     refuse_other(workdir, config)
     write_text(workdir / CONFIG_FILE, json.dumps(json.loads(config.to_json()), indent=1))
 
@@ -807,7 +811,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 def restore_program(
     model: Model, config: ConfigDict, mesh: Mesh | AbstractMesh | None
 ) -> tuple[Callable[[State, Frozen, dict], tuple[State, dict[str, Array]]], optax.GradientTransformation]:
-    """Return the jitted step of restoration and its optimizer, as a recipe asks for them.
+    """Return the jitted step of restoration and its optimizer for a recipe.
 
     Args:
       model: the model that is restored.
@@ -824,7 +828,7 @@ def restore_program(
         weight_decay=restore.weight_decay,
         clip=restore.clip,
     )
-    # A spike can only be recognised by the wrapper, whether it is then skipped or ends the run.
+    # Only the wrapper can recognise a spike, whether the step is then skipped or the run ends.
     if restore.on_bad_step == 'skip' or restore.spike:
         tx = guard.skip_bad_steps(tx, spike=restore.spike or None)
     runner = remat_blocks if restore.remat else scan_blocks
@@ -833,7 +837,7 @@ def restore_program(
 
     def forward(weights, batch):
         if mesh is not None:
-            # The weights of the blocks are gathered by the runner, a layer at a time.
+            # The runner gathers the weights of the blocks, a layer at a time.
             weights = sharding.gather_outside_blocks(weights, mesh)
         return model.answer_logits(weights, batch, runner)
 

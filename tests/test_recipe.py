@@ -103,7 +103,7 @@ def test_an_override_that_cannot_be_is_named_in_one_line(name, value, said):
         ({'evaluate.metric': 'json:nothing'}, "evaluate.metric: metric 'json:nothing' cannot be imported"),
         ({'evaluate.metric': 'json:dumps'}, "evaluate.metric: metric 'json:dumps': expected an object with a `title`"),
         ({'restore.shares': (1, 2)}, r'restore.shares \(1, 2\): expected a share of each kind: yes/no, shape, colour'),
-        ({'data': 'some/folder'}, r"restore.shares \(2, 1, 1\): expected none, \(\): .* 'some/folder'"),
+        ({'data': 'some/folder'}, r"restore.shares \(2, 1, 1\): expected \(\), because .* 'some/folder'"),
         ({'restore.spike': 0.5}, r'restore.spike 0.5: expected more than 1 \(times the usual loss\), or 0'),
         ({'prune.threshold': float('nan')}, 'prune.threshold nan: expected 0 or more, per token'),
         ({'lora.rank.vision': -1}, r'lora.rank.vision -1: expected 0 \(leave it alone\) or more'),

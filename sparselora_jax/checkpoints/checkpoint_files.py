@@ -1,6 +1,6 @@
-"""Find the tensors of a Hugging Face directory: which files hold them, and where each of them lies.
+"""Find the tensors of a Hugging Face directory: which files hold them, and at which bytes.
 
-What hides in a directory is named or refused, never guessed at: pickles, adapters, damaged files, and an index that
+Problems in a directory are reported as errors, never worked around: pickles, adapters, damaged files, and an index that
 does not fit its shards.
 """
 
@@ -17,9 +17,9 @@ CONFIG = 'config.json'
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 ADAPTER = 'adapter_config.json'  # of PEFT
-# Suffixes of formats whose reading runs code.
+# Suffixes of formats that run code when they are read.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
-# Copies of the word embeddings. `save_pretrained` may leave one out of the shards that its index lists.
+# Copies of the word embeddings. `save_pretrained` may list one in the index without storing it in the shards.
 _TIED = ('lm_head.weight', 'embed_tokens.weight')
 
 
@@ -31,7 +31,7 @@ class Checkpoint:
       folder: the directory.
       files: the files that hold the tensors.
       entries: where each tensor lies, by its name.
-      ignored: names of files that hold or name weights too, and are not read.
+      ignored: names of files that also hold or list weights, but are not read.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Checkpoint:
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Find the tensors of `model.safetensors`, or else of the shards of its index. No tensor is read.
 
-    Where a directory has both, the single file counts, as in transformers (`_get_resolved_checkpoint_files`).
+    If a directory has both, the single file is used, as in transformers (`_get_resolved_checkpoint_files`).
 
     Args:
       folder: a directory as `save_pretrained` writes it.
@@ -55,7 +55,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise StorageError(f'{folder}: no such directory')
-    # Before the config is looked for: a directory of an adapter alone has none, and deserves its own error.
+    # Checked before the config: a directory with only an adapter has no config, but needs its own error.
     refuse_adapter(folder)
     if not (folder / CONFIG).is_file():
         raise StorageError(f'{folder}: no {CONFIG}; expected a model directory, as save_pretrained writes it')
@@ -75,8 +75,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 def refuse_adapter(folder: Path) -> None:
     """Raise `StorageError` if a directory holds an adapter of PEFT.
 
-    transformers adds such an adapter to the model's weights when it loads them. Without it we would prune another
-    model than the user's, and an export would hold half of it.
+    transformers adds such an adapter to the model's weights when it loads them. If we ignored the adapter, we would
+    prune a different model, and an export would lack part of it.
 
     Args:
       folder: a directory.
@@ -99,7 +99,7 @@ def pickled(source: str | Path, problem: str, target: str) -> StorageError:
       problem: what is wrong with it.
       target: the directory to convert it to.
     """
-    # Written for whoever may run it: it needs torch, and unpickles where the user has decided to trust the file.
+    # The command needs torch. It unpickles the file, so running it is the user's decision.
     convert = (
         'python -c "import sys, transformers as t; s, d = sys.argv[1:]; '
         'a = t.AutoConfig.from_pretrained(s).architectures[0]; '
@@ -140,7 +140,7 @@ def _read_entries(files: Iterable[Path]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in files:
         for entry in read_header(file):
-            # Which of the two counts would depend on the order of the shards.
+            # Otherwise the order of the shards would decide which of the two is used.
             if entry.name in entries:
                 raise StorageError(f'{file}: {entry.name} also lies in {entries[entry.name].file.name}; expected once')
             entries[entry.name] = entry
@@ -148,18 +148,18 @@ def _read_entries(files: Iterable[Path]) -> dict[str, Entry]:
 
 
 def _check_index(folder: Path, index: dict[str, str], entries: dict[str, Entry]) -> None:
-    """Raise `StorageError` if a tensor does not lie in the file that the index says."""
+    """Raise `StorageError` if a tensor does not lie in the file that the index names."""
     for name, file in index.items():
         if name not in entries and name.endswith(_TIED):
-            continue  # a model that needs it after all finds it missing when its tensors are placed
+            continue  # if the model needs it, the error comes when its tensors are placed
         if name not in entries or entries[name].file != folder / file:
             raise StorageError(f'{folder / INDEX}: {name} should lie in {file}, which has no such tensor')
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Return the file of each tensor by the tensor's name, as the index of a directory has them.
+    """Return {name of tensor: name of file} from the index of a directory.
 
-    Names alone are checked, not where links lead: the hub's own cache is a directory of links to files elsewhere.
+    Only names are checked, not the targets of links: the hub's own cache is a directory of links to other files.
 
     Raises:
       StorageError: the index does not parse, or names a file that is missing, outside the directory, or not
@@ -168,13 +168,14 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(), object_pairs_hook=unique_names)['weight_map']
-        names = set(index.values())  # a value that cannot be hashed raises TypeError: no index either
+        names = set(index.values())  # a value that cannot be hashed raises TypeError: not a valid index
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f'{path}: not an index of safetensors ({error}); download it again') from None
-    for name in sorted(names, key=str):  # by their text: a damaged index may name numbers
+    for name in sorted(names, key=str):  # sorted as text, since a damaged index may contain numbers
         if not isinstance(name, str) or not name.endswith('.safetensors'):
             raise StorageError(f'{path}: it names {name!r}; expected the name of a .safetensors file')
-        # Checked as text, on every system: an index may come from anywhere, and an export writes to these names too.
+        # Checked as text, on every system: an index may come from an untrusted source, and an export writes to these
+        # names.
         parts = PurePosixPath(name)
         if parts.is_absolute() or '..' in parts.parts or '\\' in name or ':' in name:
             raise StorageError(f'{path}: it names {name!r}, outside the directory; do not use this checkpoint')

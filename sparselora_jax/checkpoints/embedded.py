@@ -43,12 +43,12 @@ def load_processor(cfg: blip2.Blip2Config) -> Any:
     """Return the processor of this model, as BLIP-2's: images scaled to -1..1, image placeholders before the text.
 
     Args:
-      cfg: of the embedded model.
+      cfg: config of the embedded model.
     """
     from transformers import Blip2Processor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    # Imported here, since it imports transformers: seconds that most callers of this module need not wait.
+    # Imported here because it imports transformers, which takes seconds that most callers need not wait.
     from sparselora_jax.data.processing import Processor
 
     tokenizer = gguf.load_tokenizer(language_model_file(), cfg.image_token)
@@ -60,19 +60,19 @@ def load_processor(cfg: blip2.Blip2Config) -> Any:
 
 
 def to_json(cfg: blip2.Blip2Config) -> str:
-    """Return the config as text, which is kept in the header of the bridge's file.
+    """Return the config as JSON, which the header of the bridge's file holds.
 
     Args:
-      cfg: of the embedded model.
+      cfg: config of the embedded model.
     """
     return json.dumps(dataclasses.asdict(cfg))
 
 
 def _from_header(path: str | Path, metadata: dict[str, str]) -> blip2.Blip2Config:
-    """Return the config that a header holds.
+    """Return the config from a file's header.
 
     Raises:
-      StorageError: it holds none.
+      StorageError: the header holds no config.
     """
     try:
         parts = json.loads(metadata['config'])
@@ -99,7 +99,7 @@ def load(bridge: str | Path = BRIDGE, *, dtype: DTypeLike = jnp.float32) -> tupl
 
     Args:
       bridge: the file of vision encoder, Q-Former, projection and factors.
-      dtype: of the params.
+      dtype: dtype of the params.
 
     Returns:
       (model, params).
@@ -109,9 +109,9 @@ def load(bridge: str | Path = BRIDGE, *, dtype: DTypeLike = jnp.float32) -> tupl
     """
     tree, metadata = load_safetensors(bridge)
     cfg = _from_header(bridge, metadata)
-    lora = tree.pop('lora', None)  # summed in fp32 when it is merged, whatever the dtype
+    lora = tree.pop('lora', None)  # merged in fp32, whatever the dtype
     tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-    # Before the language model is read, which takes most of the time.
+    # Checked before the language model is read, which takes most of the time.
     check_shapes(bridge, tree, blip2.bridge_shapes(cfg))
     _, language = gguf.load_llama(language_model_file(), dtype=dtype)
     params = tree | {'language': language}

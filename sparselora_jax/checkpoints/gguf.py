@@ -27,14 +27,14 @@ _KERNELS = {
     'mlp/down': 'ffn_down',
 }
 _NORMS = {'norm1': 'attn_norm', 'norm2': 'ffn_norm'}
-_CONTROL = 3  # the type of a token that is no text, LLAMA_TOKEN_TYPE_CONTROL
+_CONTROL = 3  # the type of a token that is not text, LLAMA_TOKEN_TYPE_CONTROL
 
-# Returns the value of a key of the header, or the second argument if the header lacks the key.
+# Takes a key of the header and a default, and returns the key's value.
 Header = Callable[..., Any]
 
 
 class AssetError(SparseloraError, ValueError):
-    """A file that is missing, truncated or not what it should be."""
+    """A file that is missing, truncated or of another kind than expected."""
 
 
 def _unpermute(kernel: Shaped[np.ndarray, 'out in'], heads: int) -> Shaped[np.ndarray, 'out in']:
@@ -48,18 +48,18 @@ def _open(path: str | Path) -> tuple[Any, Header]:
     """Open a GGUF file.
 
     Returns:
-      (gguf's reader, a function from a key of the header, and a default, to the value).
+      (gguf's reader, a function that returns the value of a key of the header, or a default).
 
     Raises:
       AssetError: the file is missing, truncated or not GGUF.
     """
-    # Imported here: a researcher who only imports the functions needs no reader.
+    # Imported here, so that importing this module does not require the package gguf.
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
-        """Read the header without a memory map for each word: a fifth of the seconds that a vocabulary takes."""
+        """Read the header without a memory map for each word, which reads a vocabulary in a fifth of the time."""
 
-        # Signature and result are those of gguf's own method, which this one replaces.
+        # Overrides a method of gguf with the same signature and result.
         def _get(self, offset, dtype, count=1, override_order=None):
             dtype = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
             return np.frombuffer(self.data, dtype, int(count), int(offset))
@@ -89,10 +89,10 @@ def load_tokenizer(path: str | Path, image_token: int | None = None) -> Any:
 
     Args:
       path: the file.
-      image_token: which of its special tokens is called '<image>' here, as BLIP-2's processor has it; None: none.
+      image_token: id of the special token that is renamed '<image>', as BLIP-2's processor expects; None: none.
 
     Raises:
-      AssetError: the file is missing, truncated, or its tokenizer is of another kind.
+      AssetError: the file is missing or truncated, or its tokenizer is of another kind.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -102,11 +102,11 @@ def load_tokenizer(path: str | Path, image_token: int | None = None) -> Any:
     if kind != 'gpt2':
         raise AssetError(f'{path}: tokenizer {kind!r}, expected byte-level BPE (gpt2)')
     tokens = list(value_of('tokenizer.ggml.tokens'))
-    if image_token is not None:  # a reserved token that no text has
+    if image_token is not None:  # a reserved token that occurs in no text
         tokens[image_token] = '<image>'
     merges = [tuple(merge.split(' ')) for merge in value_of('tokenizer.ggml.merges')]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    # SmolLM's tokenizer splits numbers into digits before bytes are merged; GGUF names that by the model alone.
+    # SmolLM's tokenizer splits numbers into digits before it merges bytes; GGUF only gives the name of the model.
     digits = [pre_tokenizers.Digits(individual_digits=True)] if value_of('tokenizer.ggml.pre') == 'smollm' else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,7 +120,7 @@ def load_tokenizer(path: str | Path, image_token: int | None = None) -> Any:
 
 
 def _check_positions(path: str | Path, cfg: llama.LlamaConfig, value_of: Header) -> None:
-    """Raise `AssetError` unless every element of a head is rotated, by plain rotary positions."""
+    """Raise `AssetError` unless plain rotary positions rotate every element of a head."""
     for key, plain in {'rope.scaling.type': 'none', 'rope.scale_linear': 1.0}.items():
         value = value_of(f'llama.{key}', plain)
         if value != plain:
@@ -136,14 +136,14 @@ def load_llama(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> tuple[lla
 
     Args:
       path: the file.
-      dtype: of the params.
+      dtype: dtype of the params.
 
     Returns:
       The model's config and its params tree; kernels are `[layers, in, out]`.
 
     Raises:
-      AssetError: the file is missing, truncated, not GGUF, not of the LLaMA architecture, lacks a tensor, or holds
-        tensors or rotary positions that a LLaMA here has no place for.
+      AssetError: the file is missing, truncated, not GGUF, or not of the LLaMA architecture; it lacks a tensor; or it
+        has tensors or rotary positions that our LLaMA does not support.
     """
     from gguf import dequantize
 
@@ -156,7 +156,7 @@ def load_llama(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> tuple[lla
     def read(name: str) -> Shaped[np.ndarray, '...']:
         if name not in tensors:
             raise AssetError(f'{path}: tensor {name!r} is missing')
-        # A copy: what is stored in fp32 is a view of the file, and would keep all of it mapped.
+        # Copied, since an fp32 tensor is a view of the file and would keep the whole file mapped.
         return np.array(dequantize(tensors[name].data, tensors[name].tensor_type))
 
     width = value_of('llama.embedding_length')
@@ -174,7 +174,7 @@ def load_llama(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> tuple[lla
         head_dim=value_of('llama.attention.key_length', width // heads),
         tied='output.weight' not in tensors,
     )
-    # What the header or the tensors say beyond a plain LLaMA would be lost without a word.
+    # Without these checks, anything beyond a plain LLaMA would be ignored silently.
     _check_positions(path, cfg, value_of)
     _check_names(path, cfg, tensors)
 
@@ -184,7 +184,7 @@ def load_llama(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> tuple[lla
             array = _unpermute(array, cfg.heads if name == 'attn_q' else cfg.kv_heads)
         return array.T  # GGUF has [out, in], as torch has
 
-    # Stacked on the host: one layer's arrays and their stack live at a time, and the device gets whole stacks.
+    # Stack on the host, where one layer's arrays and their stack exist at a time; the device gets whole stacks.
     flat = {'embed': read('token_embd.weight'), 'norm/scale': read('output_norm.weight')}
     for ours, theirs in _KERNELS.items():
         kernels = [read_kernel(layer, theirs) for layer in range(cfg.depth)]
@@ -198,7 +198,7 @@ def load_llama(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> tuple[lla
 
 
 def _check_names(path: str | Path, cfg: llama.LlamaConfig, tensors: dict[str, Any]) -> None:
-    """Raise `AssetError` if a file holds tensors that a LLaMA here has no place for: biases, or scales of positions."""
+    """Raise `AssetError` if a file holds tensors that our LLaMA does not support: biases, or scales of positions."""
     parts = [*_KERNELS.values(), *_NORMS.values()]
     in_blocks = {f'blk.{layer}.{part}.weight' for layer in range(cfg.depth) for part in parts}
     unknown = sorted(tensors.keys() - in_blocks - {'token_embd.weight', 'output_norm.weight', 'output.weight'})

@@ -1,4 +1,4 @@
-"""Turn our configs into transformers' own, for models that were read from no directory of its kind (`write_new`)."""
+"""Convert our configs to transformers' configs, for models that were not read from a directory (`write_new`)."""
 
 from typing import Any
 
@@ -8,18 +8,19 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 
 
 def llama_config(cfg: llama.LlamaConfig, generation: Generation) -> Any:
-    """Return transformers' `LlamaConfig` of a LLaMA.
+    """Return transformers' `LlamaConfig` for a LLaMA.
 
     Args:
       cfg: our config.
       generation: the special tokens.
 
     Raises:
-      UnsupportedModelError: names the field that only a Gemma or a Mistral has, or two stretches of rotary positions.
+      UnsupportedModelError: a field has a value that only a Gemma or a Mistral has, or rotary positions are scaled in
+        two ways; the message names the field.
     """
     from transformers import LlamaConfig
 
-    # What a LLaMA has in the fields that Gemma and Mistral added to our config.
+    # A LLaMA's values of the fields that our config only has for Gemma and Mistral.
     for name, plain in {'norm_offset': 0.0, 'embed_scale': 1.0, 'window': None}.items():
         value = getattr(cfg, name)
         if value != plain:
@@ -34,7 +35,7 @@ def llama_config(cfg: llama.LlamaConfig, generation: Generation) -> Any:
         num_hidden_layers=cfg.depth,
         num_attention_heads=cfg.heads,
         num_key_value_heads=cfg.kv_heads,
-        head_dim=cfg.head_dim,  # need not be the width divided by the number of heads
+        head_dim=cfg.head_dim,  # may differ from the width divided by the number of heads
         intermediate_size=cfg.mlp_width,
         hidden_act=cfg.activation,
         attention_bias=cfg.attention_bias,
@@ -53,7 +54,7 @@ def _rope_parameters(cfg: llama.LlamaConfig) -> dict[str, Any]:
     """Return transformers' description of the rotary positions.
 
     Raises:
-      UnsupportedModelError: positions that are stretched in two ways at once.
+      UnsupportedModelError: the positions are scaled in two ways at once.
     """
     # transformers reads one `rope_type`; each type has its own fields.
     parameters: dict[str, Any] = {'rope_theta': cfg.rope_base}
@@ -76,7 +77,7 @@ def _rope_parameters(cfg: llama.LlamaConfig) -> dict[str, Any]:
 
 
 def blip2_config(cfg: blip2.Blip2Config, generation: Generation) -> Any:
-    """Return transformers' `Blip2Config` of a model whose language tower is a LLaMA.
+    """Return transformers' `Blip2Config` for a model whose language tower is a LLaMA.
 
     Args:
       cfg: our config.
@@ -87,7 +88,7 @@ def blip2_config(cfg: blip2.Blip2Config, generation: Generation) -> Any:
     """
     from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 
-    # Fields that are left out have transformers' defaults, which are what our towers compute.
+    # Omitted fields have transformers' defaults, which match what our towers compute.
     vision = Blip2VisionConfig(
         hidden_size=cfg.vision.width,
         intermediate_size=cfg.vision.mlp_width,
@@ -101,7 +102,7 @@ def blip2_config(cfg: blip2.Blip2Config, generation: Generation) -> Any:
     )
     qformer = Blip2QFormerConfig(
         hidden_size=cfg.qformer.width,
-        num_hidden_layers=2 * cfg.qformer.pairs,  # ours are stacked in pairs: every second layer reads the image
+        num_hidden_layers=2 * cfg.qformer.pairs,  # our layers are stacked in pairs: every second layer reads the image
         num_attention_heads=cfg.qformer.heads,
         intermediate_size=cfg.qformer.mlp_width,
         encoder_hidden_size=cfg.qformer.image_width,
@@ -110,7 +111,7 @@ def blip2_config(cfg: blip2.Blip2Config, generation: Generation) -> Any:
     )
     return Blip2Config(
         architectures=['Blip2ForConditionalGeneration'],
-        # As dicts: transformers reads the kind of each part from its `model_type`.
+        # Passed as dicts, since transformers reads the kind of each part from its `model_type`.
         vision_config=vision.to_dict(),
         qformer_config=qformer.to_dict(),
         text_config=llama_config(cfg.language, generation).to_dict(),

@@ -1,7 +1,7 @@
 """List where each piece of a checkpoint belongs in our arrays. Loading, exporting and checking walk the same list.
 
-How a tensor is laid out follows from our path alone. A `kernel` is transposed; a convolution [D, C, p, p] first becomes
-[p * p * C, D]. Everything else keeps its order. Axes of size 1 may come and go.
+Our path alone determines how a tensor is laid out. A `kernel` is transposed; a convolution [D, C, p, p] first becomes
+[p * p * C, D]. Every other tensor keeps its order. Axes of size 1 may be added or removed.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ PIECE = 32 * 2**20  # bytes; larger tensors are read and written in runs of rows
 HEAD = 'language/head/kernel'
 EMBED = 'language/embed'
 
-# NumPy's on the host and JAX's on a device, and traced under jit, are laid out by the same code.
+# The same code converts NumPy arrays on the host and JAX arrays, also under jit.
 AnyArray = TypeVar('AnyArray', np.ndarray, jax.Array)
 
 
@@ -36,9 +36,9 @@ class Place(NamedTuple):
     Attributes:
       path: the path of our array.
       shape: the shape of the whole array.
-      layer: the layer of a stack; None: the array is no stack.
-      index: which slice of a fused tensor fills the place, along its first axis.
-      of: the number of slices; 1: the tensor is not fused.
+      layer: the layer of a stack; None: the array is not stacked.
+      index: index of the slice of a fused tensor, along its first axis.
+      of: number of slices; 1: the tensor is not fused.
     """
 
     path: str
@@ -49,19 +49,19 @@ class Place(NamedTuple):
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        """Return the shape without the axis of layers."""
+        """Return the shape without the layers axis."""
         return self.shape if self.layer is None else self.shape[1:]
 
 
 class Piece(NamedTuple):
-    """Some rows of a tensor, and the block of our array that holds them.
+    """Some rows of a checkpoint's tensor, and the block of our array that holds them.
 
     Attributes:
       path: the path of our array.
       entry: the tensor.
       rows: first row, and the row after the last.
-      starts: where the block starts in our array, one index an axis.
-      sizes: the sizes of the block.
+      starts: start of the block in our array, one index per axis.
+      sizes: size of the block along each axis.
     """
 
     path: str
@@ -82,33 +82,33 @@ class Piece(NamedTuple):
 
 
 def is_patches(path: str) -> bool:
-    """Return whether checkpoints hold a kernel as a convolution over patches."""
+    """Return whether checkpoints store this kernel as a convolution over patches."""
     return path.endswith('patch/kernel')
 
 
 def to_params(array: AnyArray, shape: tuple[int, ...], *, kernel: bool) -> AnyArray:
-    """Turn a tensor from a checkpoint's layout into ours.
+    """Convert a tensor from a checkpoint's layout to ours.
 
     Args:
-      array: [out, in], or the kernel of a convolution [out, channels, height, width], or anything that is no kernel.
-      shape: ours; axes of size 1 may differ.
+      array: [out, in], or the kernel of a convolution [out, channels, height, width], or an array that is not a kernel.
+      shape: shape in our layout; axes of size 1 may differ.
       kernel: whether the array is a kernel.
 
     >>> to_params(np.array([[1, 2, 3], [4, 5, 6]]), (1, 3, 2), kernel=True).tolist()
     [[[1, 4], [2, 5], [3, 6]]]
     """
     if kernel:
-        # [out, channels, height, width] -> [height, width, channels, out]: pixels of a patch lie as images have them.
+        # [out, channels, height, width] -> [height, width, channels, out]: pixels of a patch in the order of an image.
         array = array.transpose(*range(2, array.ndim), 1, 0)
     return array.reshape(shape)
 
 
 def to_checkpoint(array: AnyArray, shape: tuple[int, ...], *, kernel: bool) -> AnyArray:
-    """Turn an array from our layout into a checkpoint's: the inverse of `to_params`.
+    """Convert an array from our layout to a checkpoint's: the inverse of `to_params`.
 
     Args:
-      array: in our layout.
-      shape: the checkpoint's.
+      array: array in our layout.
+      shape: shape in the checkpoint.
       kernel: whether the array is a kernel.
     """
     if kernel:
@@ -131,7 +131,7 @@ def places(family: Family, cfg: Any) -> dict[str, list[Place]]:
     shapes = rules.flatten(family.shapes(cfg))
     places_of: dict[str, list[Place]] = {}
     for path, key in family.keys(cfg).items():
-        # A tensor that is not fused is the one slice of itself.
+        # A tensor that is not fused counts as one slice of itself.
         part = key if isinstance(key, Part) else Part(key, 0, 1)
         if '{' not in part.name:
             place = Place(path, shapes[path], None, part.index, part.of)
@@ -146,10 +146,10 @@ def places(family: Family, cfg: Any) -> dict[str, list[Place]]:
 
 
 def modules(family: Family, checkpoint: Checkpoint) -> dict[str, Entry]:
-    """Return a checkpoint's tensors under the module names of today's transformers.
+    """Return a checkpoint's tensors under the module names of current transformers.
 
     Args:
-      family: whose `renames` lead from older names to today's.
+      family: family whose `renames` map older names to current ones.
       checkpoint: the tensors.
 
     Raises:
@@ -158,7 +158,7 @@ def modules(family: Family, checkpoint: Checkpoint) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for entry in checkpoint.entries.values():
         name = entry.name
-        # In order: a later pattern sees what an earlier one made of the name.
+        # In order: a later pattern applies to the result of the earlier ones.
         for pattern, replacement in family.renames:
             name = re.sub(pattern, replacement, name)
         if name in entries:
@@ -184,9 +184,9 @@ def embed_names(family: Family, cfg: Any) -> list[str]:
 
 
 def follow_head(family: Family, cfg: Any, checkpoint: Checkpoint) -> Any:
-    """Return the config with its head untied where the file's own head differs from the word embeddings.
+    """Return the config with an untied head if the head in the file differs from the word embeddings.
 
-    T5 1.1 is saved so: its config ties the head, and its files hold another one.
+    T5 1.1 needs this: its config ties the head, but its files hold a different one.
 
     Args:
       family: the family of the model.
@@ -203,7 +203,7 @@ def follow_head(family: Family, cfg: Any, checkpoint: Checkpoint) -> Any:
     for name in present[1:]:
         if _is_equal(entries[present[0]], entries[name]):
             continue
-        # Only a head may differ: then it is untied. A stack of T5 with other embeddings has no place in our model.
+        # Only a head may differ, and is then untied. Our model has no place for a T5 stack with its own embeddings.
         if name != head_name:
             where = f'{entries[name].file}: {name} is not equal to {present[0]}'
             raise StorageError(f'{where}; stacks with word embeddings of their own are not known')
@@ -212,7 +212,7 @@ def follow_head(family: Family, cfg: Any, checkpoint: Checkpoint) -> Any:
 
 
 def untied(cfg: Any) -> Any:
-    """Return the config of a model with a head of its own.
+    """Return the config with an untied head.
 
     Args:
       cfg: a family's config.
@@ -233,8 +233,8 @@ def _is_equal(first: Entry, second: Entry) -> bool:
 def _split_rows(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
     """Split rows into runs of at most `PIECE` bytes.
 
-    All runs but the last have one size, since each new size is compiled anew. That size is the number of rows divided
-    evenly, so the last run is not much smaller.
+    All runs but the last have the same size, since every new size needs a compilation. Rows are divided evenly, so the
+    last run is not much smaller.
     """
     largest = max(1, PIECE // max(row_size, 1))  # rows; a row larger than a piece is read alone
     runs = math.ceil(rows / largest)
@@ -244,7 +244,7 @@ def _split_rows(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
 
 
 def pieces(family: Family, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
-    """List every piece of a checkpoint that a model is made of, in the order of the files' bytes.
+    """List every piece of a checkpoint that a model reads, in the order of the files' bytes.
 
     Args:
       family: the family of the model.
@@ -252,14 +252,14 @@ def pieces(family: Family, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
       checkpoint: the tensors.
 
     Raises:
-      StorageError: tensors that are missing, that the model lacks, or whose shape is not what its config asks for.
+      StorageError: a tensor is missing, unknown to the model, or not of the shape that the config asks for.
     """
     wanted = places(family, cfg)
     entries = modules(family, checkpoint)
     embeddings = embed_names(family, cfg)
     present = [name for name in embeddings if name in entries]
     if present:
-        # Every copy is a piece of the one array, so that an export changes them all.
+        # Every copy is a piece of the same array, so that an export changes all copies.
         places_of_embedding = wanted.pop(embeddings[0])
         wanted |= dict.fromkeys(present, places_of_embedding)
     entries = {
@@ -270,14 +270,14 @@ def pieces(family: Family, cfg: Any, checkpoint: Checkpoint) -> list[Piece]:
     }
     _check_entries(checkpoint, wanted, entries)
     unsorted = [piece for name, entry in entries.items() for place in wanted[name] for piece in _split(entry, place)]
-    # An export copies what lies between pieces, and files are read fastest from start to end.
+    # An export copies the bytes between pieces, and reading files from start to end is fastest.
     order = {file: index for index, file in enumerate(checkpoint.files)}
     return sorted(unsorted, key=lambda piece: (order[piece.entry.file], piece.entry.start, piece.rows))
 
 
 def _check_entries(checkpoint: Checkpoint, wanted: dict[str, list[Place]], entries: dict[str, Entry]) -> None:
-    """Raise `StorageError` unless the tensors are those that the model wants, and of the right shapes."""
-    # A single file can be named; a missing tensor of shards could be in any.
+    """Raise `StorageError` unless the tensors are those that the model needs, with the right shapes."""
+    # The error names a single file; with shards, a missing tensor could belong to any of them.
     where = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.folder
     missing = [f'{name} {_describe(wanted[name])}' for name in wanted.keys() - entries.keys()]
     _refuse(where, 'are missing', missing)
@@ -311,7 +311,7 @@ def _squeeze(shape: Iterable[int]) -> list[int]:
 
 
 def _fits(entry: Entry, place: Place) -> bool:
-    """Return whether a tensor has the shape that its place asks for."""
+    """Return whether a tensor has the shape of its place."""
     # A scalar has no rows to split, and a fused tensor has as many rows for each slice.
     if not entry.shape or entry.shape[0] % place.of:
         return False
@@ -320,17 +320,17 @@ def _fits(entry: Entry, place: Place) -> bool:
     if rules.named_kernel(place.path):
         if len(shape) < 2:
             return False
-        # [out, channels, height, width] holds as many numbers as our [height * width * channels, out].
+        # [out, channels, height, width] has as many elements as our [height * width * channels, out].
         shape = [math.prod(shape[1:]), shape[0]]
     return _squeeze(shape) == _squeeze(place.layer_shape)
 
 
 def _split(entry: Entry, place: Place) -> Iterator[Piece]:
-    """Yield the pieces of a tensor, or of a slice of a fused one: whole if it is small, else runs of rows."""
+    """Yield the pieces of a tensor, or of a slice of a fused one: one piece if it is small, otherwise runs of rows."""
     rows = entry.shape[0] // place.of
     shape = place.layer_shape
     row_axis = len(shape) - 1 if rules.named_kernel(place.path) else 0  # the axis of ours that holds the tensor's rows
-    # The first axis of either may be an extra one of size 1, as of a class token [1, 1, D]. Such a tensor is not split.
+    # Either shape may have an extra first axis of size 1, as a class token [1, 1, D] has. Such a tensor is not split.
     is_whole = shape[row_axis] != rows
     layer_start = () if place.layer is None else (place.layer,)
     layer_size = () if place.layer is None else (1,)

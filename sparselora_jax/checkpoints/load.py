@@ -17,9 +17,9 @@ from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
 
-# Of a hub's repository: what models, tokenizers and processors are made of; no pickles (*.bin).
+# Files of a hub repository to download: models, tokenizers and processors, but no pickles (*.bin).
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
-# Folders hold other formats of the same weights, and `consolidated*` is the weights once more, in one file.
+# Subfolders hold the same weights in other formats, and `consolidated*` is a copy of the weights in one file.
 _NOT_DOWNLOADED = ['*/*', 'consolidated*']
 
 
@@ -32,8 +32,8 @@ def load_model(
       dir_or_hub_id: a directory as `save_pretrained` writes it, or the id of a repository such as
         `Salesforce/blip2-opt-2.7b`, which is downloaded (or found in the cache). The kernels of a packed export
         (`checkpoints.packed`) stay packed.
-      dtype: of the params; each tensor's own by default. A T5 overflows in float16, so choose float32 or bfloat16 if
-        its files are in float16.
+      dtype: dtype of the params; each tensor's own by default. A T5 overflows in float16, so choose float32 or bfloat16
+        if its files are in float16.
       mesh: see `sharding.make_mesh`; the params are split over it by `sharding.RULES`.
       family: a family to read it by, as `package.module:FAMILY`; '' for the one registered for its `model_type`.
 
@@ -42,7 +42,7 @@ def load_model(
 
     Raises:
       StorageError, PackingError: files are missing, damaged, pickled, or do not fit their config.
-      UnsupportedModelError: a kind of model, or a field of its config, that is not known here; a T5 in float16.
+      UnsupportedModelError: the kind of model, or a field of its config, is not supported; or a T5 is in float16.
     """
     folder = find_directory(dir_or_hub_id)
     if (folder / packed.FILE).is_file():
@@ -58,7 +58,7 @@ def load_model(
 
 
 def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list[layout.Piece]]:
-    """Find a model and where each of its weights lies; check everything, and read no weight but a doubtful head.
+    """Find and check a model and the location of each weight; no weight is read, except a head that may be untied.
 
     Args:
       dir_or_hub_id: see `load_model`.
@@ -72,7 +72,7 @@ def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list
     """
     folder = find_directory(dir_or_hub_id)
     checkpoint = checkpoint_files.open_checkpoint(folder)
-    _tell_ignored(checkpoint)  # here, and not where it is opened: an export opens its source again
+    _tell_ignored(checkpoint)  # not where the checkpoint is opened, since an export opens its source again
     hf = read_config(folder, family)
     known_family = find_family(hf.model_type, family)
     cfg = layout.follow_head(known_family, known_family.from_hf(hf), checkpoint)
@@ -81,7 +81,7 @@ def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list
 
 
 def _tell_ignored(checkpoint: Checkpoint) -> None:
-    """Print a line if other weights lie beside those that are read."""
+    """Print a line if the directory has weights that are not read."""
     if checkpoint.ignored and processes.first():
         names = ', '.join(checkpoint.ignored[:3])
         more = f' and {len(checkpoint.ignored) - 3} more' if len(checkpoint.ignored) > 3 else ''
@@ -94,15 +94,15 @@ def _tell_ignored(checkpoint: Checkpoint) -> None:
 
 
 def find_directory(dir_or_hub_id: str | Path) -> Path:
-    """Return the directory itself, or that of a hub repository's files in the local cache; download them if need be.
+    """Return the directory, or the cache directory of a hub repository's files, downloading them if needed.
 
     Args:
       dir_or_hub_id: see `load_model`.
 
     Raises:
-      StorageError: it is neither, or the files are not here and cannot be downloaded, or hold no safetensors.
+      StorageError: it is neither; the files are not cached and cannot be downloaded; or there are no safetensors.
     """
-    # Imported here, as transformers below: who reads a local directory, or none, does not wait for it.
+    # Imported here, like transformers below, so that only callers who need the package wait for the import.
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
@@ -111,7 +111,7 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
         return Path(name)
     try:
         huggingface_hub.utils.validate_repo_id(name)
-        # The hub takes ids without an owner too, but a single word is likelier a directory that was mistyped.
+        # The hub also has ids without an owner, but a single word is more likely a mistyped directory.
         is_hub_id = name.count('/') == 1 and isinstance(dir_or_hub_id, str)
     except HFValidationError:
         is_hub_id = False
@@ -119,14 +119,14 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
         raise StorageError(f'{name}: no such directory, nor the id of a hub repository (owner/name)')
     try:
         download = huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED)
-    except Exception as error:  # HTTP and connection errors, wrong ids, no such entry in the cache: of many classes
+    except Exception as error:  # the hub raises many classes: HTTP and connection errors, wrong ids, no cache entry
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise StorageError(
             f'{name}: no such directory, and the hub did not give it ({reason[0]}). Where there is a connection, run: '
             f'hf download {name}   then pass its directory; to an offline machine, copy that directory first'
         ) from None
     folder = Path(download)
-    # Nothing but configs came, since pickles are left out of the download. Say so, and how to convert them.
+    # Only configs were downloaded, since pickles are excluded. The error says how to convert them.
     if not any(folder.glob('*.safetensors')):
         problem = 'the repository has no safetensors, and its other weights, if any, are pickled'
         raise checkpoint_files.pickled(name, problem, f'{name.split("/")[1]}-safetensors')
@@ -134,15 +134,15 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
 
 
 def read_config(folder: Path, family: str = '') -> Any:
-    """Return the transformers config of a directory; no code of the directory's own is run.
+    """Return the transformers config of a directory, without running code from the directory.
 
     Args:
       folder: the directory.
       family: see `load_model`.
 
     Raises:
-      StorageError: config.json is no model config.
-      UnsupportedModelError: its kind is not known here, or its weights are quantised.
+      StorageError: config.json is not a model config.
+      UnsupportedModelError: the kind of model is not supported, or its weights are quantised.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -157,13 +157,13 @@ def read_config(folder: Path, family: str = '') -> Any:
         find_family(kind, family)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f'{path}: {error}') from None
-    # Their tensors are in a quantiser's own format, with scales beside them.
+    # Such tensors are in the quantiser's own format, with separate scales.
     if raw.get('quantization_config'):
         raise UnsupportedModelError(
             f'{path}: quantised weights (quantization_config) cannot be pruned; use the original ones'
         )
     try:
-        # Without trust, so that an `auto_map` in the file runs nothing.
+        # Remote code is not trusted, so an `auto_map` in the file runs nothing.
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise StorageError(f'{path}: transformers does not read it ({error})') from None
@@ -172,16 +172,17 @@ def read_config(folder: Path, family: str = '') -> Any:
 def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
     """Return the special tokens and the defaults of decoding.
 
-    Where the language model generates by itself (`Family.reads_generation_config` is False), it was built from
-    `text_config`. So its defaults hold, and the directory's generation_config.json is not read.
+    If `Family.reads_generation_config` is False, transformers' `generate` runs on the language model alone, which is
+    built from `text_config`. Then the defaults of that config apply, and the directory's generation_config.json is not
+    read.
 
     Args:
       folder: the directory.
-      hf: its transformers config.
+      hf: transformers config of the directory.
       family: the family of the model.
 
     Raises:
-      StorageError: generation_config.json holds no defaults of decoding.
+      StorageError: generation_config.json is not a valid generation config.
     """
     from transformers import GenerationConfig
 
@@ -192,7 +193,7 @@ def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise StorageError(f'{path}: not defaults of decoding ({error}); download it again') from None
     else:
-        # transformers builds the defaults of a model without the file from its config in this way.
+        # Without the file, transformers builds the defaults from the model's config in the same way.
         defaults = GenerationConfig.from_model_config(hf if own else hf.text_config)
     eos = _token_ids(defaults.eos_token_id)
     pad = defaults.pad_token_id
@@ -208,24 +209,24 @@ def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
 
 
 def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
-    """Return token ids as a tuple; a config may name none, one or several."""
+    """Return token ids as a tuple; a config may have none, one or several."""
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def _options(changed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a generation config says that is no default, no token, and not about what is returned."""
+    """Yield the options of a generation config that are not defaults, tokens, or options about the output."""
     for name, value in changed.items():
         is_token = name.endswith('_token_id')
         is_about_outputs = name.startswith(('_', 'output_', 'return_'))
         is_about_files = name in ('transformers_version', 'use_cache')
-        # What is left may change what is generated; decoding refuses what it does not know.
+        # The remaining options may change the generated tokens; decoding refuses those it does not support.
         if is_token or is_about_outputs or is_about_files or value is None or isinstance(value, dict):
             continue
         yield name, _hashable(value)
 
 
 def _hashable(value: Any) -> Any:
-    """Return a value with tuples in the places of lists: a `Model` is a static argument of jitted functions."""
+    """Replace lists by tuples, since a `Model` is a static argument of jitted functions and must be hashable."""
     return tuple(map(_hashable, value)) if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""Read weights a layer at a time from where they lie on disk.
+"""Read weights from disk, one layer at a time.
 
-A model larger than memory is pruned so, and becomes the smaller base that it is restored on. An export reads the same
-kernels in the precision of their files.
+A model larger than memory is pruned this way, and then reduced to the smaller base that restoration uses. An export
+reads the same kernels in the precision of their files.
 """
 
 from collections import defaultdict
@@ -28,47 +28,47 @@ HostArray = Shaped[np.ndarray, '...']
 
 
 class OnDisk:
-    """A stacked array of a checkpoint: `array[layer]` reads that layer. It has a shape, as arrays have; no values."""
+    """A stacked array of a checkpoint: `array[layer]` reads that layer; the object itself has a shape but no values."""
 
     def __init__(self, path: str, shape: tuple[int, ...], dtype: DTypeLike, pieces: Sequence[Piece]):
-        """Note where the layers lie.
+        """Store the location of each layer.
 
         Args:
-          path: of the array.
-          shape: of the stack.
-          dtype: of `array[layer]`.
+          path: path of the array.
+          shape: shape of the stack.
+          dtype: dtype of `array[layer]`.
           pieces: every piece of this array, see `layout.pieces`.
         """
         self.path = path
         self.shape = shape
         self.dtype = jnp.dtype(dtype)
         self.ndim = len(shape)
-        # By layer, each piece's block counted within its layer.
+        # The pieces of each layer, with block indices relative to that layer.
         self._layers: defaultdict[int, list[Piece]] = defaultdict(list)
         for piece in pieces:
             in_layer = piece._replace(starts=piece.starts[1:], sizes=piece.sizes[1:])
             self._layers[piece.starts[0]].append(in_layer)
 
     def __getitem__(self, layer: int) -> jax.Array:
-        # As whole models are read: converted on the device, so a layer equals that of the loaded stack bit for bit.
+        # Convert on the device, as `load_model` does, so that a layer equals that of the loaded stack bit for bit.
         shapes = rules.unflatten({self.path: self.shape[1:]})
         return rules.flatten(streaming.read_params(shapes, self._layers[layer], self.dtype))[self.path]
 
     def in_file_dtype(self, layer: int) -> HostArray:
-        """Read one layer on the host, bit for bit as its file has it."""
+        """Read one layer on the host, bit for bit as in its file."""
         return streaming.read_host_array(self.shape[1:], self._layers[layer])
 
 
 class Pruned:
-    """A stacked kernel with its zeros, from a file of masks and, where kept weights changed, one of kernels."""
+    """A stacked pruned kernel, read from a file of masks and, if kept weights changed, from a file of kernels."""
 
     def __init__(self, dense: OnDisk | jax.Array, mask: Entry, kernel: Entry | None):
-        """Note where the layers lie.
+        """Store the location of each layer.
 
         Args:
           dense: the kernel before it was pruned.
-          mask: where the stacked mask lies.
-          kernel: where the stacked kernel lies whose kept weights changed; None: they did not.
+          mask: location of the stacked mask.
+          kernel: location of the stacked kernel with changed kept weights; None: they did not change.
         """
         self.dense = dense
         self.mask = mask
@@ -86,22 +86,22 @@ class Pruned:
         return jnp.asarray(_read_layer(self.mask, layer))
 
     def in_file_dtype(self, layer: int) -> HostArray:
-        """Read one layer on the host: kept weights bit for bit as their file has them, the others zero."""
+        """Read one layer on the host: kept weights bit for bit as in their file, the others zero."""
         if self.kernel is not None:
             kernel = _read_layer(self.kernel, layer)
         elif isinstance(self.dense, OnDisk):
             kernel = self.dense.in_file_dtype(layer)
         else:
             kernel = np.asarray(self.dense[layer])
-        # NumPy's, on the host: a device would cast fp64, and may flush the smallest numbers to zero.
+        # Use NumPy on the host: a device would cast fp64, and may flush the smallest numbers to zero.
         return np.where(_read_layer(self.mask, layer), kernel, np.zeros((), kernel.dtype))
 
 
 class Merged:
-    """A stacked kernel that LoRA adapted, from where the kernel lies: merged a layer at a time, in float32."""
+    """A stacked kernel on disk with LoRA factors, merged in float32 one layer at a time."""
 
     def __init__(self, kernel: OnDisk | Pruned, lora: Lora):
-        """Note what to merge.
+        """Store the kernel and the factors.
 
         Args:
           kernel: the kernel without its factors.
@@ -114,13 +114,13 @@ class Merged:
         self.ndim = kernel.ndim
 
     def __getitem__(self, layer: int) -> jax.Array:
-        # The scale is no array: a tree map over the factors would not reach it.
+        # Indexed by hand, since the scale is not an array and must stay as it is.
         factors = Lora(self.lora.a[layer], self.lora.b[layer], self.lora.scale)
         mask = self.kernel.mask_of(layer) if isinstance(self.kernel, Pruned) else None
         return _merge_float32(self.kernel.in_file_dtype(layer), mask, factors)
 
     def in_file_dtype(self, layer: int) -> HostArray:
-        """Merge one layer; the writer of a file casts it."""
+        """Merge one layer in float32; the code that writes a file casts it."""
         return np.asarray(self[layer])
 
 
@@ -128,12 +128,13 @@ Stack = OnDisk | Pruned | Merged
 
 
 def pruned_on_disk(params: dict, masks: Path, *kernels: Path) -> dict:
-    """Return the params of `params_on_disk` with the pruned kernels in the places of the dense ones.
+    """Replace the dense kernels of `params_on_disk` by the pruned ones.
 
     Args:
-      params: of `params_on_disk`.
-      masks: a file of `trees.layer_writer`.
-      kernels: files of `trees.layer_writer`. They need not exist. Of two that hold the same kernel, the last counts.
+      params: result of `params_on_disk`.
+      masks: a file written by `trees.layer_writer`.
+      kernels: files written by `trees.layer_writer`, which need not exist. If two hold the same kernel, the last one is
+        used.
     """
     flat = rules.flatten(params)
     edited = _read_headers(filter(Path.exists, kernels))
@@ -143,16 +144,16 @@ def pruned_on_disk(params: dict, masks: Path, *kernels: Path) -> dict:
 
 
 def params_on_disk(model: Model, pieces: Sequence[Piece], dtype: DTypeLike) -> dict:
-    """Return a params tree whose blocks are `OnDisk`; the few arrays outside of blocks are read.
+    """Return a params tree whose blocks are `OnDisk`; the few arrays outside the blocks are read.
 
     Args:
-      model: whose params they are.
-      pieces: of the whole model, as `load.open_model` finds them.
-      dtype: of what is read.
+      model: the model.
+      pieces: all pieces of the model, from `load.open_model`.
+      dtype: dtype of the arrays.
     """
     shapes = rules.flatten(model.shapes())
     pieces_of = _group_by_path(pieces)
-    # Embeddings, norms and projections are read by every pass, so they stay in memory.
+    # Every pass reads embeddings, norms and projections, so they stay in memory.
     outside = {path: shape for path, shape in shapes.items() if not rules.is_in_block(path)}
     outside_pieces = [piece for path in outside for piece in pieces_of[path]]
     loaded = rules.flatten(streaming.read_params(rules.unflatten(outside), outside_pieces, dtype))
@@ -164,25 +165,26 @@ def params_on_disk(model: Model, pieces: Sequence[Piece], dtype: DTypeLike) -> d
 
 
 def merge_from_source(model: Model, merged: dict, lora: dict, masks: Path, *kernels: Path) -> dict:
-    """Return merged params whose changed kernels are to be merged again, from the precision of the source's files.
+    """Return merged params whose changed kernels will be merged again, in the precision of the source's files.
 
-    A model may be pruned and restored in another dtype than its files have, such as bfloat16 for files in float32. An
-    export of `merged` would round every changed kernel to that dtype. Here a changed kernel is
-    `where(mask, W + scale * a @ b, 0)`, with W as the source's file (or the file of edited kernels) holds it, summed in
-    float32 and cast to the file's dtype. It differs from the trained weight by the rounding of the dtype of training.
+    A model may be pruned and restored in another dtype than that of its files, such as bfloat16 for files in float32.
+    An export of `merged` would round every changed kernel to that dtype. This function takes W from the source's file
+    (or from the file of edited kernels) instead. A changed kernel is `where(mask, W + scale * a @ b, 0)`, summed in
+    float32 and cast to the file's dtype. It differs from the trained weight by the rounding of the training dtype.
 
-    Where the file has the dtype of `merged`, the array itself stays: it equals the trained weight bit for bit.
+    If the file has the dtype of `merged`, the array of `merged` is used, which equals the trained weight bit for bit.
 
     Args:
       model: read from a directory.
       merged: plain arrays.
-      lora: the factors that were trained; empty: none were.
-      masks: a file of `trees.layer_writer`.
-      kernels: files of kernels whose kept weights changed. They need not exist. Of two that hold the same kernel, the
-        last counts.
+      lora: the trained factors; empty if there are none.
+      masks: a file written by `trees.layer_writer`.
+      kernels: files of kernels whose kept weights changed; they need not exist. If two hold the same kernel, the last
+        one is used.
 
     Returns:
-      A tree of the same shapes, for `export.export_model`: some kernels are `Stack`s, which are read when written.
+      A tree of the same shapes, for `export.export_model`. Some kernels are `Stack`s, which are read only when they are
+      written.
 
     Raises:
       StorageError: the source's files are missing or damaged.
@@ -195,10 +197,10 @@ def merge_from_source(model: Model, merged: dict, lora: dict, masks: Path, *kern
     edited = _read_headers(filter(Path.exists, kernels))
     for path in mask_entries.keys() | factors.keys():
         pieces = pieces_of[path]
-        # `merged` equals the trained weights bit for bit; a merge of one layer at a time need not round alike.
+        # Use `merged`, which equals the trained weights bit for bit; a merge one layer at a time may round differently.
         if all(piece.entry.dtype == flat[path].dtype for piece in pieces):
             continue
-        if flat[path].ndim == 2:  # a kernel outside of blocks: pruning masks stacks alone
+        if flat[path].ndim == 2:  # a kernel outside the blocks: pruning masks only stacks
             kernel = streaming.read_host_array(flat[path].shape, pieces)
             flat[path] = np.asarray(_merge_float32(kernel, None, factors[path]))
             continue
@@ -225,7 +227,7 @@ def _group_by_path(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
 
 
 def _read_headers(files: Iterable[Path]) -> dict[str, Entry]:
-    """Return the tensors of several files by name; of two with one name the last counts."""
+    """Return the tensors of several files by name; if two have the same name, the last one is used."""
     return {entry.name: entry for file in files for entry in safetensors_format.read_header(file)}
 
 
@@ -234,17 +236,17 @@ def _read_layer(entry: Entry, layer: int) -> HostArray:
 
 
 def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> tuple[dict, dict | None]:
-    """Store pruned kernels in fewer bytes a layer at a time, in host memory: a device holds one pruned layer at most.
+    """Reduce pruned kernels to fewer bytes in host memory, one layer at a time; a device holds at most one layer.
 
     Args:
-      params: of `pruned_on_disk`.
+      params: result of `pruned_on_disk`.
       base: see `packing.reduce_kernels`.
 
     Returns:
-      (params, masks); masks None: packed kernels carry their own.
+      (params, masks); masks is None if packed kernels contain their own.
 
     Raises:
-      PackingError: see `packing.pack`; names path and layer.
+      PackingError: see `packing.pack`; the message names path and layer.
     """
     flat = rules.flatten(params)
     masks: dict[str, packing.PackedMask] = {}
@@ -254,20 +256,20 @@ def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> tuple
     done = 0
     for path, leaf in flat.items():
         if path in pruned:
-            # All layers of one kernel are on the host at a time, each already in fewer bytes.
+            # The host holds all layers of one kernel at a time, each already reduced.
             layers = [_reduce_layer(path, leaf, layer, formats[path]) for layer in range(leaf.shape[0])]
             done += 1
             progress(done, path)
             flat[path] = packing.stack([kernel for kernel, _ in layers])
-            if layers[0][1] is not None:  # packed kernels carry their masks
+            if layers[0][1] is not None:  # packed kernels contain their masks
                 masks[path] = packing.stack([mask for _, mask in layers])
-        elif isinstance(leaf, OnDisk):  # a dense block's array, read whole: restoration needs it in memory
+        elif isinstance(leaf, OnDisk):  # an array that stays dense, read whole: restoration needs it in memory
             flat[path] = np.stack([leaf[layer] for layer in range(leaf.shape[0])])
     return rules.unflatten(flat), rules.unflatten(masks) if masks else None
 
 
 def _reduce_layer(path: str, leaf: Pruned, layer: int, base: str) -> tuple[Any, packing.PackedMask | None]:
-    """Return (kernel, mask) of one layer in fewer bytes, on the host, so that nothing of it stays on the device."""
+    """Reduce one layer, and return (kernel, mask) on the host, so that nothing stays on the device."""
     kernels = rules.unflatten({path: leaf[layer]})
     masks = rules.unflatten({path: leaf.mask_of(layer)})
     try:

@@ -1,6 +1,6 @@
-"""Write and read a Hugging Face directory whose weights are packed: one file, `packed.safetensors`.
+"""Write and read a Hugging Face directory whose weights are packed into one file, `packed.safetensors`.
 
-Config, tokenizer and processor are the model's. docs/formats.md says what the file holds. torch does not read it.
+Config, tokenizer and processor are those of the model. docs/formats.md describes the file. torch cannot read it.
 """
 
 from collections.abc import Mapping
@@ -36,9 +36,9 @@ def export_packed(
     Args:
       folder: the directory to write.
       model: the model.
-      params: as `sl.pack` makes them; or bound, packed kernels with their factors beside them (see `keep_factors`).
-      hf_config: of a model that was read from no directory; see `write_new`.
-      processor: of a model that was read from no directory; see `write_new`.
+      params: the result of `sl.pack`, or of `keep_factors`, which binds packed kernels to their factors.
+      hf_config: only for a model that was not read from a directory; see `write_new`.
+      processor: only for a model that was not read from a directory; see `write_new`.
       texts: more files to write, by name.
 
     Raises:
@@ -48,7 +48,7 @@ def export_packed(
     folder = Path(folder)
     check_shapes(folder, params, model.shapes())
     if model.source is not None:
-        refuse_adapter(Path(model.source))  # which may have come after the model was loaded
+        refuse_adapter(Path(model.source))  # an adapter may have been added after the model was loaded
     claim(folder, FILE)
     save_safetensors(folder / FILE, params)
     if model.source is None:
@@ -57,21 +57,21 @@ def export_packed(
     source = Path(model.source)
     texts = texts or {}
     write_texts(folder, texts)
-    # The index names shards that this directory does not have.
+    # The index is not copied, since it names shards that this directory does not have.
     others = [name for name in files_beside(source) if str(name) not in {*texts, INDEX}]
     copy_beside(folder, source, others)
 
 
 def keep_factors(params: dict, lora: dict) -> dict:
-    """Bind packed kernels to their factors, under their masks, so that nothing rounds them again; merge the others.
+    """Bind packed kernels to their factors, under their masks, so that they are not rounded again; merge the others.
 
     Args:
-      params: as `sl.pack` makes them.
-      lora: the factors that were trained.
+      params: the result of `sl.pack`.
+      lora: the trained factors.
     """
     flat = rules.flatten(params)
     factors = rules.flatten(lora)
-    # A packed kernel that is merged would have to be unpacked, and packed and rounded once more.
+    # To merge a packed kernel, it would have to be unpacked, packed and rounded again.
     bound = {path: Adapted(flat[path], None, own) for path, own in factors.items() if packing.is_packed(flat[path])}
     to_merge = rules.unflatten({path: own for path, own in factors.items() if path not in bound})
     merged = merge(params, None, to_merge)
@@ -82,9 +82,9 @@ def load_packed(folder: Path, model: Model, *, dtype: DTypeLike | None = None) -
     """Read the packed file of a directory.
 
     Args:
-      folder: of `export_packed`.
-      model: as its config.json says; a head of its own is found in the file.
-      dtype: of what is not packed; each array's own by default. Packed values keep theirs.
+      folder: directory that `export_packed` wrote.
+      model: the model of config.json; an untied head is recognised from the file.
+      dtype: dtype of arrays that are not packed; each array's own by default. Packed values keep theirs.
 
     Returns:
       (model, params).
@@ -94,7 +94,7 @@ def load_packed(folder: Path, model: Model, *, dtype: DTypeLike | None = None) -
     """
     tree, _ = load_safetensors(folder / FILE)
     flat = rules.flatten(tree)
-    # A tied config beside a head of its own: the model was read from such files; see `layout.follow_head`.
+    # The config may say tied although the file has its own head, as for T5 1.1; see `layout.follow_head`.
     if HEAD in flat:
         model = replace(model, cfg=untied(model.cfg))
     check_shapes(folder / FILE, tree, model.shapes())

@@ -1,4 +1,4 @@
-"""Write LoRA factors alone as a PEFT adapter (https://huggingface.co/docs/peft), to load onto torch's model."""
+"""Write LoRA factors as a PEFT adapter (https://huggingface.co/docs/peft), to load onto the torch model."""
 
 import json
 from collections import Counter
@@ -48,28 +48,28 @@ class Factors(NamedTuple):
 
 
 def save_peft(folder: str | Path, model: Model, lora: dict, *, base: str | None = None) -> None:
-    """Write `adapter_config.json`, `adapter_model.safetensors` and a README.md that says how to merge.
+    """Write `adapter_config.json`, `adapter_model.safetensors` and a README.md that explains how to merge.
 
     Args:
       folder: the directory to write.
       model: the model whose kernels were adapted.
-      lora: factors of kernels; one may be of a slice of a fused weight.
-      base: name or directory of the pruned model that the adapter is for; by default none is named.
+      lora: factors of kernels; a kernel may be a slice of a fused weight.
+      base: name or directory of the pruned model that the adapter is for; by default the adapter names none.
 
     Raises:
-      StorageError: factors of something that PEFT's linear layers cannot adapt, or of no kernel of the model.
+      StorageError: PEFT's linear layers cannot adapt one of the weights, or factors belong to no kernel of the model.
     """
     folder = Path(folder)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, tuple[int, float]] = {}  # (rank, alpha) by module
     for module, factors in modules(model, lora):
         for letter, factor in (('A', factors.a), ('B', factors.b)):
-            # Contiguous, because safetensors writes memory as it lies and knows no strides.
+            # Made contiguous, because safetensors writes raw memory and ignores strides.
             tensors[f'base_model.model.{module}.lora_{letter}.weight'] = np.ascontiguousarray(factor)
         # PEFT's scale is alpha / r.
         rank = factors.a.shape[0]
         ranks[module] = (rank, rank * factors.scale)
-    # Nothing is made before all factors were found to fit.
+    # Nothing is written before all factors have been checked.
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / 'adapter_model.safetensors') as partial:
         save_file(tensors, partial, metadata={'format': 'pt'})
@@ -89,7 +89,7 @@ def modules(model: Model, lora: dict) -> Iterator[tuple[str, Factors]]:
     """
     flat = rules.flatten(lora)
     places = layout.places(model.family, model.cfg)
-    # Checked before anything is yielded, so that no half of an adapter is written.
+    # Checked before anything is yielded, so that no partial adapter is written.
     known = {place.path for places_of_tensor in places.values() for place in places_of_tensor}
     unknown = sorted(flat.keys() - known)
     if unknown:
@@ -98,7 +98,7 @@ def modules(model: Model, lora: dict) -> Iterator[tuple[str, Factors]]:
         adapted = [(place, flat[place.path]) for place in places_of_tensor if place.path in flat]
         if not adapted:
             continue
-        # PEFT adapts a convolution by two convolutions; ours is a matrix over flattened patches.
+        # PEFT adapts a convolution with two convolutions; our factors belong to a matrix over flattened patches.
         path = adapted[0][0].path
         if layout.is_patches(path):
             raise StorageError(f'{path}: a convolution; leave it out of the LoRA rules to write an adapter')
@@ -106,7 +106,7 @@ def modules(model: Model, lora: dict) -> Iterator[tuple[str, Factors]]:
 
 
 def _fuse(adapted: list[tuple[Place, Lora]]) -> Factors:
-    """Return one update of a whole tensor, from those of its slices; slices without one stay as they are."""
+    """Combine the updates of the slices of a tensor into one update; slices without factors stay unchanged."""
     first = adapted[0][1]
     outputs = first.b.shape[-1]
     rows = []
@@ -114,9 +114,9 @@ def _fuse(adapted: list[tuple[Place, Lora]]) -> Factors:
     for place, factors in adapted:
         a = factors.a if place.layer is None else factors.a[place.layer]
         b = factors.b if place.layer is None else factors.b[place.layer]
-        # B is zero but for the outputs of the slice, so that each slice reads its own rows of A.
+        # B is zero except for the outputs of the slice, so that each slice uses its own rows of A.
         block = np.zeros((place.of * outputs, b.shape[0]), np.float32)
-        # One scale serves all slices, so the ratio of a slice's own scale to it goes into B.
+        # There is one scale for all slices, so B absorbs the ratio of a slice's own scale to it.
         ratio = np.float32(factors.scale / first.scale)
         block[place.index * outputs : (place.index + 1) * outputs] = np.asarray(b, np.float32).T * ratio
         rows.append(np.asarray(a, np.float32).T)
@@ -125,7 +125,7 @@ def _fuse(adapted: list[tuple[Place, Lora]]) -> Factors:
 
 
 def _config(model: Model, ranks: dict[str, tuple[int, float]], base: str | None) -> dict[str, Any]:
-    """Return PEFT's config: rank and alpha of most modules, and patterns for the others.
+    """Return PEFT's config: the most common rank and alpha, and patterns for the other modules.
 
     Args:
       model: the model whose kernels were adapted.
@@ -138,7 +138,7 @@ def _config(model: Model, ranks: dict[str, tuple[int, float]], base: str | None)
     return {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM' if set(model.shapes()) == {'language'} else None,
-        # PEFT would load a base of this name itself; one that was not pruned would be the wrong one.
+        # PEFT loads the base with this name by itself, so it must be the pruned model.
         'base_model_name_or_path': base,
         'r': rank,
         'lora_alpha': alpha,

@@ -1,8 +1,8 @@
 """Read and write files in the safetensors format: headers, and the bytes of single tensors.
 
-Tensors are read one at a time, or some rows of one, into plain host memory. Headers are parsed here and bytes are read
-at their place, not mapped: mapped pages would count as memory of the process for as long as the kernel likes, and a
-damaged file would end the process with a bus error.
+A tensor, or some of its rows, is read into plain host memory. Headers are parsed here, and bytes are read rather than
+memory-mapped. Mapped pages may count as memory of the process for a long time, and a damaged file would end the process
+with a bus error.
 
 Format: https://huggingface.co/docs/safetensors, "Format": 8 bytes (little-endian) give the length of the header, the
 header follows in JSON, then the bytes of the tensors without gaps.
@@ -32,13 +32,13 @@ DTYPES = {
     'U8': np.dtype(np.uint8),
     'BOOL': np.dtype(np.bool_),
 }
-_LENGTH_BYTES = 8  # of the number that a file begins with
+_LENGTH_BYTES = 8  # size of the number at the start of a file
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: bytes `start` to `start + size` of a file."""
+    """Location of a tensor: bytes `start` to `start + size` of a file."""
 
     name: str
     file: Path
@@ -66,7 +66,7 @@ def read(entry: Entry, rows: tuple[int, int] | None = None) -> Shaped[np.ndarray
       rows: first row and the row after the last, on the first axis; None: the whole tensor.
 
     Raises:
-      StorageError: the file has become shorter since its header was read.
+      StorageError: the file has been shortened since its header was read.
     """
     start = entry.start
     shape = entry.shape
@@ -74,8 +74,8 @@ def read(entry: Entry, rows: tuple[int, int] | None = None) -> Shaped[np.ndarray
         start += rows[0] * entry.row_size
         shape = (rows[1] - rows[0], *entry.shape[1:])
     count = math.prod(shape) * entry.dtype.itemsize
-    # Read as bytes: np.fromfile does not know bfloat16. Of a file that has become shorter it returns fewer bytes, and
-    # raises nothing.
+    # Read as bytes, since np.fromfile does not know bfloat16. If the file is too short, it returns fewer bytes without
+    # an error.
     data = np.fromfile(entry.file, np.uint8, count, offset=start)
     if data.size != count:
         raise StorageError(f'{entry.file}: {entry.name} ends early ({data.size} of {count} bytes); download it again')
@@ -85,7 +85,7 @@ def read(entry: Entry, rows: tuple[int, int] | None = None) -> Shaped[np.ndarray
 def make_header(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """Return the bytes that a file of these tensors begins with, and where each tensor starts.
+    """Return the header bytes of a file with these tensors, and the offset of each tensor.
 
     Args:
       tensors: name -> (dtype, shape), in the order of the file.
@@ -95,7 +95,7 @@ def make_header(
       (header, {name: byte of the file at which the tensor starts}).
 
     Raises:
-      StorageError: a dtype that the format does not know.
+      StorageError: the format does not support a dtype.
     """
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {'__metadata__': metadata} if metadata else {}
@@ -110,7 +110,7 @@ def make_header(
         header[name] = {'dtype': dtype_names[dtype], 'shape': shape, 'data_offsets': [end, end + size]}
         end += size
     text = json.dumps(header).encode()
-    # Spaces after the JSON, so that the tensors begin at a multiple of 8 bytes.
+    # Pad the JSON with spaces, so that the tensors begin at a multiple of 8 bytes.
     text += b' ' * (-len(text) % 8)
     first = _LENGTH_BYTES + len(text)
     starts = {name: first + offset for name, offset in offsets.items()}
@@ -126,7 +126,8 @@ def read_header(file: Path) -> list[Entry]:
     file_size = file.stat().st_size
     with file.open('rb') as stream:
         length = int.from_bytes(stream.read(_LENGTH_BYTES), 'little')
-        # Any file can be read as a length. One beyond the limit would have us allocate gigabytes for a text file.
+        # The first bytes of any file can be read as a length. Without the limit, a text file could make us allocate
+        # gigabytes.
         if file_size < _LENGTH_BYTES or length > _LONGEST_HEADER:
             problem = f'not a safetensors file ({file_size} bytes; its header would be {length} bytes)'
             raise StorageError(f'{file}: {problem}')
@@ -136,7 +137,7 @@ def read_header(file: Path) -> list[Entry]:
         text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=unique_names)
-        header.pop('__metadata__', None)  # strings of whoever wrote the file; no tensor
+        header.pop('__metadata__', None)  # free-form strings, not a tensor
         entries = [_parse_entry(file, name, item, first) for name, item in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f'{file}: not a safetensors file: its header does not parse ({error})') from None
@@ -145,7 +146,7 @@ def read_header(file: Path) -> list[Entry]:
     end = _check_no_gaps(file, entries, first)
     if end > file_size:
         raise _truncated(file, f'its header promises {end}', file_size)
-    # Bytes that no tensor claims: the header is of another file, or was altered.
+    # Some bytes belong to no tensor, so the header is from another file or was altered.
     if end < file_size:
         raise StorageError(f'{file}: {file_size} bytes, but its header promises {end}; download it again')
     return entries
@@ -170,16 +171,16 @@ def _truncated(file: Path, promise: str, file_size: int) -> StorageError:
 
 
 def _parse_entry(file: Path, name: str, item: dict, first: int) -> Entry:
-    """Return one tensor of a header.
+    """Parse the entry of one tensor in a header.
 
     Args:
       file: the file of the header.
       name: the tensor's name.
-      item: what the header says of the tensor.
+      item: the tensor's value in the header.
       first: byte of the file at which the tensors begin; offsets count from there.
 
     Raises:
-      ValueError: an unknown dtype, or sizes that contradict each other.
+      ValueError: the dtype is unknown, or sizes contradict each other.
     """
     if item['dtype'] not in DTYPES:
         raise ValueError(f'{name} has dtype {item["dtype"]}; known are {", ".join(DTYPES)}')
@@ -189,17 +190,17 @@ def _parse_entry(file: Path, name: str, item: dict, first: int) -> Entry:
     if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)):
         raise ValueError(f'{name} has shape {shape} at {begin}:{end}')
     entry = Entry(name, file, DTYPES[item['dtype']], shape, first + begin)
-    # Size and place are said twice in a header; a reader that trusts one of them reads another tensor's bytes.
+    # A header gives the size twice, by shape and by offsets. If they disagree, other tensors' bytes could be read.
     if entry.size != end - begin:
         raise ValueError(f'{name} of shape {shape} takes {entry.size} bytes, not {end - begin}')
     return entry
 
 
 def _check_no_gaps(file: Path, entries: Iterable[Entry], first: int) -> int:
-    """Return where the last tensor ends.
+    """Check that tensors follow each other without gaps, and return where the last one ends.
 
     Raises:
-      StorageError: two tensors overlap, or there is a gap. An export would write over a tensor then.
+      StorageError: two tensors overlap, or there is a gap; an export could then overwrite a tensor.
     """
     end = first
     for entry in entries:

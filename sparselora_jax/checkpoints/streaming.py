@@ -1,7 +1,7 @@
-"""Move pieces of a checkpoint into our (sharded) device arrays and back, a few pieces on the host at a time.
+"""Copy pieces of a checkpoint to our (sharded) device arrays and back, with only a few pieces on the host at a time.
 
 A piece has at most `layout.PIECE` bytes, whatever the model's size. While the device transposes, casts and places one
-piece, the next one is read.
+piece, the host reads the next one.
 """
 
 import functools
@@ -29,16 +29,16 @@ def read_params(
     Args:
       shapes: a tree of tuples.
       pieces: every piece of these arrays.
-      dtype: of the arrays; None: the widest dtype that an array's tensors have in the files.
+      dtype: dtype of the arrays; None: for each array, the widest dtype of its tensors in the files.
       mesh: the mesh to split them over by `sharding.RULES`; None: one device.
 
     Raises:
-      UnsupportedModelError: a T5 in float16; nothing has been read then.
+      UnsupportedModelError: a T5 would be in float16; this is checked before anything is read.
     """
     flat_shapes = rules.flatten(shapes)
     dtypes = _file_dtypes(pieces) if dtype is None else dict.fromkeys(flat_shapes, jnp.dtype(dtype))
     towers.check_dtypes(dtypes)
-    # Arrays are made before anything is read, so a model that does not fit fails at once.
+    # Allocate all arrays before reading, so that a model that does not fit fails at once.
     structs = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in flat_shapes.items()}
     targets: dict[str, NamedSharding] = {}
     if mesh is not None:
@@ -48,10 +48,10 @@ def read_params(
         path = piece.path
         target = targets.get(path)
         block = jax.device_put(host_array, None if target is None else _source_sharding(target, piece))
-        del host_array  # or two pieces would be on the host while the next is read
+        del host_array  # otherwise the host would hold two pieces while it reads the next
         block = _convert(block, piece.sizes, flat[path].dtype, rules.named_kernel(path))
         flat[path] = _placer(target)(flat[path], block, np.asarray(piece.starts, np.int32))
-        flat[path].block_until_ready()  # or the host would hold every piece that the device has yet to take
+        flat[path].block_until_ready()  # otherwise the host would hold all pieces that the device has not taken yet
     return rules.unflatten(flat)
 
 
@@ -59,10 +59,10 @@ def read_host_array(shape: tuple[int, ...], pieces: Sequence[Piece]) -> Shaped[n
     """Read one array into host memory, in its file's dtype and bit for bit.
 
     Args:
-      shape: of the array.
-      pieces: every piece of the array, of tensors of one dtype.
+      shape: shape of the array.
+      pieces: every piece of the array; all their tensors have the same dtype.
     """
-    array = np.empty(shape, pieces[0].entry.dtype)  # pieces cover all of it
+    array = np.empty(shape, pieces[0].entry.dtype)  # the pieces cover all of it
     for piece in pieces:
         data = safetensors_format.read(piece.entry, piece.rows)
         array[piece.block] = layout.to_params(data, piece.sizes, kernel=rules.named_kernel(piece.path))
@@ -70,28 +70,28 @@ def read_host_array(shape: tuple[int, ...], pieces: Sequence[Piece]) -> Shaped[n
 
 
 def read_block(array: jax.Array | np.ndarray, piece: Piece, dtype: np.dtype | None = None) -> Shaped[np.ndarray, '...']:
-    """Return what a checkpoint should hold of one of our arrays: the block of a piece, in the checkpoint's layout.
+    """Return the block of one of our arrays that a piece covers, in the checkpoint's layout.
 
     Args:
-      array: ours.
-      piece: which block.
-      dtype: to cast it to; that of the file by default.
+      array: array in our layout.
+      piece: the piece.
+      dtype: dtype of the result; that of the file by default.
     """
     kernel = rules.named_kernel(piece.path)
     if isinstance(array, np.ndarray):
         block = layout.to_checkpoint(array[piece.block], piece.file_shape, kernel=kernel)
     else:
-        # Cut and transposed on the device, so the host holds one piece of a sharded array, not the array.
+        # Sliced and transposed on the device, so the host holds only one piece of a sharded array.
         block = _take(array, np.asarray(piece.starts, np.int32), piece.sizes, piece.file_shape, kernel)
-    # Cast on the host, since devices have no fp64. Numbers may overflow; the caller looks at that.
+    # Cast on the host, since devices have no fp64. Numbers may overflow; the caller checks that.
     with np.errstate(over='ignore'):
         return np.asarray(block).astype(piece.entry.dtype if dtype is None else dtype, copy=False)
 
 
 def _file_dtypes(pieces: Iterable[Piece]) -> dict[str, np.dtype]:
-    """Return the widest dtype of the tensors that each array is made of, by the array's path."""
+    """Return the widest dtype of each array's tensors, by the array's path."""
     dtypes: dict[str, np.dtype] = {}
-    # A set first: a model has thousands of pieces, and promotion takes longer than hashing.
+    # Remove duplicates first: a model has thousands of pieces, and promotion takes longer than hashing.
     for path, file_dtype in {(piece.path, piece.entry.dtype) for piece in pieces}:
         dtype = jax.dtypes.canonicalize_dtype(file_dtype)  # devices hold no fp64
         with jax.numpy_dtype_promotion('standard'):
@@ -100,7 +100,7 @@ def _file_dtypes(pieces: Iterable[Piece]) -> dict[str, np.dtype]:
 
 
 def _read_ahead(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Yield pieces and their tensors' rows; the next piece is read while the one before is used."""
+    """Yield pieces and their tensors' rows; the next piece is read while the current one is used."""
     # One thread, so one piece ahead: the host holds two pieces at most.
     with ThreadPoolExecutor(1) as pool:
         waiting = None
@@ -114,17 +114,17 @@ def _read_ahead(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
 
 
 def _source_sharding(target: NamedSharding, piece: Piece) -> NamedSharding:
-    """Return how to split a piece, still in the checkpoint's layout, so that each device is sent its own share."""
+    """Return the sharding of a piece in the checkpoint's layout with which each device receives only its own share."""
     missing = len(piece.sizes) - len(target.spec)
     spec = [*target.spec, *[None] * missing][-2:]  # the layer's two axes
     if len(piece.file_shape) != 2:
-        spec = []  # vectors and convolutions are small: every device is sent all of them
+        spec = []  # vectors and convolutions are small, so they are replicated
     if rules.named_kernel(piece.path):
         spec = spec[::-1]  # checkpoints hold [out, in]
     return sharding.fitting(target.mesh, PartitionSpec(*spec), piece.file_shape)
 
 
-# Sizes are static, places are not: all layers of a stack share one program.
+# Sizes are static but offsets are traced, so all layers of a stack share one program.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _convert(block: jax.Array, sizes: tuple[int, ...], dtype: np.dtype, kernel: bool) -> jax.Array:
     return layout.to_params(block, sizes, kernel=kernel).astype(dtype)
@@ -132,17 +132,17 @@ def _convert(block: jax.Array, sizes: tuple[int, ...], dtype: np.dtype, kernel: 
 
 @functools.cache
 def _placer(target: NamedSharding | None) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
-    """Return a function that puts a block in its place; it compiles once per shape, since the place is traced.
+    """Return a function that writes a block into an array; it compiles once per shape, since the offset is traced.
 
-    It is kept apart from `_convert` and works on bits. On CPUs a half-precision update walks the whole array, and bits
-    are slower to transpose than floats.
+    It works on bits and is separate from `_convert`. On CPUs a half-precision update would walk the whole array, and
+    transposing bits is slower than transposing floats.
     """
 
     def place(array: jax.Array, block: jax.Array, starts: jax.Array) -> jax.Array:
         bits = jax.lax.dynamic_update_slice(_bits(array), _bits(block), list(starts))
         return jax.lax.bitcast_convert_type(bits, array.dtype)
 
-    # The array is donated, so the update happens in place and the model is held once.
+    # The array is donated, so the update is in place and memory holds the model once.
     return jax.jit(place, donate_argnums=0, out_shardings=target)
 
 

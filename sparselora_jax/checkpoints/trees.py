@@ -1,4 +1,4 @@
-"""Write any of the three trees to one safetensors file, and read it back: no pickle, names are paths."""
+"""Write params, masks or lora to one safetensors file, and read it back; the names of tensors are paths."""
 
 import json
 import math
@@ -23,7 +23,7 @@ WriteLayer = Callable[[str, int, Any], None]
 
 
 def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] | None = None) -> None:
-    """Write params (packed or not), masks or lora; the file appears whole or not at all.
+    """Write params (packed or not), masks or lora; the file appears either complete or not at all.
 
     Every process of a run must call this. The first process writes, and all have the file afterwards.
 
@@ -33,11 +33,11 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
       metadata: strings kept in the header, e.g. the config that made the tree.
 
     Raises:
-      StorageError: a leaf that is none of these.
+      StorageError: a leaf has an unsupported type.
     """
     path = Path(path)
     arrays: dict[str, Any] = {}
-    # What the header says of leaves that are several arrays, by the leaf's path.
+    # Metadata in the header for leaves that consist of several arrays, by the leaf's path.
     scales: dict[str, float] = {}
     packed: dict[str, Any] = {}
     for name, leaf in _leaves(tree):
@@ -63,13 +63,13 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
             save_file(arrays, partial, metadata=header)
-    processes.wait(path.name)  # or another process would look for a file that is not yet there
+    processes.wait(path.name)  # otherwise another process could look for the file too early
 
 
 def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
-    """Yield (path, leaf); a packed kernel and the factors beside it one after the other, under one path."""
+    """Yield (path, leaf); a packed kernel and its factors are yielded one after the other, with the same path."""
     for name, leaf in rules.flatten(tree).items():
-        # Under another gradient the factors would mean other weights, and the file has no word for it.
+        # With another gradient the factors would mean other weights, and the file cannot store that.
         if isinstance(leaf, Adapted) and is_packed(leaf.kernel) and leaf.gradient == 'exact':
             yield name, leaf.kernel
             yield name, leaf.lora
@@ -79,7 +79,7 @@ def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def layer_writer(path: str | Path, like: Mapping[str, Any]) -> Iterator[WriteLayer]:
-    """Write a file of stacked arrays a layer at a time, in any order; it appears whole or not at all.
+    """Write a file of stacked arrays a layer at a time, in any order; it appears complete or not at all.
 
     Every process of a run must write every layer. The first process writes the file.
 
@@ -95,13 +95,13 @@ def layer_writer(path: str | Path, like: Mapping[str, Any]) -> Iterator[WriteLay
     header, starts = make_header(tensors)
     file_size = len(header) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
     if not processes.first():
-        # Bringing an array to the host is a collective, so the others take part and drop what they get.
+        # Copying an array to the host is a collective, so the other processes take part and drop the result.
         yield lambda name, layer, array: processes.on_host(array)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial, partial.open('wb') as file:
             file.write(header)
-            # The file has its whole length at once, so layers may come in any order, and a full disk shows early.
+            # The file gets its full length at once, so layers may come in any order, and a full disk is noticed early.
             file.truncate(file_size)
 
             def write(name: str, layer: int, array: Any) -> None:
@@ -156,15 +156,15 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
 
     Raises:
       StorageError: the file is missing, truncated or not safetensors.
-      PackingError: packed arrays that contradict their format; names the path.
+      PackingError: packed arrays contradict their format; the message names the path.
     """
     with _open_safetensors(path) as file:
-        # `safe_open` has `keys` but is no mapping: it cannot be iterated.
+        # `safe_open` has `keys` but is not a mapping: it cannot be iterated.
         flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
     for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
         flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
-    # After the factors: a packed kernel and its factors lie under one path.
+    # After the factors, because a packed kernel and its factors have the same path.
     for name, said in json.loads(metadata.pop('packed', '{}')).items():
         parts = [part for part in sorted(stored.array_names()) if f'{name}/{part}' in flat]
         arrays = {part: flat.pop(f'{name}/{part}') for part in parts}
@@ -175,10 +175,10 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
 
 
 def _adapt_packed(name: str, kernel: Any, factors: Lora) -> Adapted:
-    """Return a packed kernel with the factors that lie beside it in the file.
+    """Return a packed kernel bound to its factors from the file.
 
     Raises:
-      StorageError: shapes that contradict each other.
+      StorageError: shapes contradict each other.
     """
     *layers, inputs, rank = factors.a.shape
     b = factors.b.shape
@@ -198,7 +198,7 @@ def check_shapes(path: str | Path, tree: dict, shapes: dict) -> None:
     """
     have = {name: tuple(leaf.shape) for name, leaf in rules.flatten(tree).items()}
     want = rules.flatten(shapes)
-    # In one order for what is missing and what is too much, so the first problem by path is named.
+    # Missing and surplus arrays in one sorted order, so that the error names the first problem by path.
     for name in sorted(have.keys() | want.keys()):
         if name not in have:
             raise StorageError(f'{path}: {name} is missing, its config asks for shape {want[name]}')

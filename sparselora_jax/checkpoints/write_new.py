@@ -1,4 +1,4 @@
-"""Write the Hugging Face directory of a model that was read from none."""
+"""Write a Hugging Face directory for a model that was not read from one."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def write_new(
     processor: Pretrained | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the directory of a model that was read from none: one file, each tensor in its array's dtype.
+    """Write the directory of a model that was not read from one: one file, each tensor in its array's dtype.
 
     Args:
       folder: the directory to write.
@@ -53,7 +53,7 @@ def write_new(
     check_shapes(folder, params, model.shapes())  # before anything is removed from the folder
     claim(folder, SINGLE)
     header, entries = _new_header(folder / SINGLE, model, params)
-    # The directory as it will be, so that the pieces are listed by the code that lists those of any directory.
+    # Describe the finished directory, so that `layout.pieces` can list its pieces as for any directory.
     checkpoint = Checkpoint(folder, (folder / SINGLE,), entries)
     with placed(folder / SINGLE) as new:
         new.write(header)
@@ -62,11 +62,11 @@ def write_new(
 
 
 def claim(folder: Path, own: str) -> None:
-    """Make a folder in which one file is to hold the weights.
+    """Create a folder in which one file will hold the weights.
 
     Args:
       folder: the directory.
-      own: name of the file.
+      own: name of that file.
 
     Raises:
       StorageError: the folder holds other weights.
@@ -75,7 +75,7 @@ def claim(folder: Path, own: str) -> None:
     if foreign:
         raise StorageError(f'{folder}: holds other weights ({", ".join(foreign[:3])}); choose an empty directory')
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)  # written last: until then the directory is not whole
+    (folder / CONFIG).unlink(missing_ok=True)  # written last: until then the directory is incomplete
 
 
 def write_beside(
@@ -87,7 +87,7 @@ def write_beside(
     processor: Pretrained | None,
     texts: Mapping[str, str] | None,
 ) -> None:
-    """Write what lies beside the weights, the config last.
+    """Write the files beside the weights, the config last.
 
     Args:
       folder: the directory.
@@ -97,10 +97,10 @@ def write_beside(
       processor: see `write_new`.
       texts: see `write_new`.
     """
-    hf_config = copy.deepcopy(hf_config)  # the caller's stays as it is
+    hf_config = copy.deepcopy(hf_config)  # the caller's config stays unchanged
     hf_config.dtype = jnp.dtype(rules.flatten(params)[layout.EMBED].dtype).name
     write_texts(folder, texts or {})
-    # transformers would write into the files as they are; from a directory apart each is moved to its place whole.
+    # transformers would write into existing files; from a temporary directory each file is moved when complete.
     with tempfile.TemporaryDirectory() as apart:
         for part in (_generation_config(model.generation), processor, hf_config):
             if part is not None:
@@ -123,13 +123,13 @@ def _generation_config(generation: Generation) -> Pretrained:
 
 
 def _new_header(file: Path, model: Model, params: dict) -> tuple[bytes, dict[str, Entry]]:
-    """Return the header of a file of all of a model's tensors, and where each of them will lie."""
+    """Return the header of a file with all tensors of a model, and the location of each tensor."""
     flat = rules.flatten(params)
-    # Slices of a fused tensor have one dtype and shape, so the first place of a tensor stands for all.
+    # Slices of a fused tensor have the same dtype and shape, so the first place represents all.
     tensors = {}
     for name, (place, *_) in layout.places(model.family, model.cfg).items():
         tensors[name] = (jnp.dtype(flat[place.path].dtype), _new_shape(place))
-    header, starts = make_header(tensors, {'format': 'pt'})  # transformers refuses files without a format
+    header, starts = make_header(tensors, {'format': 'pt'})  # transformers rejects files without a format
     entries = {name: Entry(name, file, dtype, shape, starts[name]) for name, (dtype, shape) in tensors.items()}
     return header, entries
 
@@ -143,4 +143,4 @@ def _new_shape(place: layout.Place) -> tuple[int, ...]:
         side = math.isqrt(pixels // 3)
         return (*outputs, 3, side, side)
     rows, *rest = shape[::-1] if rules.named_kernel(place.path) else shape
-    return (place.of * rows, *rest)  # slices lie one after the other along the first axis
+    return (place.of * rows, *rest)  # slices follow each other along the first axis

@@ -1,1 +1,1 @@
-"""Generates answers and scores them: decoding, metrics, densities and perplexity."""
+"""Generate answers and score them: decoding, metrics, densities and perplexity."""

@@ -1,4 +1,4 @@
-"""Confidence intervals of the difference between two models, by a paired bootstrap over questions."""
+"""Compute confidence intervals of the difference between two models, by a paired bootstrap over questions."""
 
 import numpy as np
 from jaxtyping import Float
@@ -30,7 +30,7 @@ def paired_interval(
     # One sample of differences, not two samples of scores: this is what keeps the pairs together.
     differences = first - second
     if len(differences) == 1:
-        # Every resample of one question is that question. scipy refuses samples of fewer than two.
+        # With one question every resample is the same, and scipy rejects samples of fewer than two.
         return float(differences[0]), float(differences[0])
     interval = stats.bootstrap(
         (differences,),

@@ -1,8 +1,8 @@
-"""Decoding with a key/value cache that is written in place.
+"""Decode with a key/value cache that is written in place.
 
 A batch item has one row of the cache, whatever the number of beams. Its prompt is read once and cached once. Each step
 appends the next tokens of all its beams. A mask built from the beams' ancestry says which slots a beam reads. So no
-cache is ever gathered or copied: only the small tables of `search` are. The weights are cut into layers once per call.
+cache is gathered or copied, only the small tables of `search`. The weights are split into layers once per call.
 """
 
 import functools
@@ -36,18 +36,18 @@ def decode(
       model: the model.
       weights: its params, or the result of `bind`.
       batch: complete arrays of `models.model`, masks included (see `generate`).
-      settings: how to search; its arrays fix the number of new tokens.
+      settings: settings of the search; the size of its arrays is the maximum number of new tokens.
       beams: number of beams; 1 is greedy search.
-      mesh: where the weights lie; None: on one device.
+      mesh: mesh of the weights; None: one device.
 
     Returns:
-      New tokens, filled up with pads, and the number of columns that the longest continuation fills. Both lie whole on
-      every device.
+      New tokens, padded, and the number of columns that the longest continuation fills. Both are replicated on all
+      devices.
     """
     batch = sharding.split_rows(batch, mesh, sharding.DECODED)
     language = model.language
     cfg = model.cfg.language
-    # What lies outside the blocks is folded here. Each layer of the blocks is folded by itself, below.
+    # Fold the weights outside the blocks here. The layers of the blocks are folded one by one below.
     flat = flatten(weights['language'])
     folded = {path: leaf if is_in_block(path) else _fold(leaf) for path, leaf in flat.items()}
     weights = weights | {'language': unflatten(folded)}
@@ -74,14 +74,15 @@ def decode(
         # The prompt reads the unpacked blocks too. From the stack, every bitmask would be unpacked a second time.
         x, caches = run(unrolled_blocks, blocks, start.x, start.view, start.caches)
     else:
-        # The prompt is read by one traced block that is scanned. All blocks unrolled would compile twice as long.
+        # Scan one traced block over the prompt. Unrolling all blocks would double the compilation time.
         stacked = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *start.caches)
         x, caches = run(scan_blocks, start.blocks, start.x, start.view, stacked)
         caches = unstack(caches)
-    # Only the last token of the prompt predicts a new one. The head is the largest matrix, so the others skip it.
+    # Only the last token of the prompt predicts a new one. The head is the largest matrix, so apply it to that token
+    # only.
     first_logits = logits(x[:, -1:])
     rows, _, vocab = first_logits.shape
-    first_logits = jnp.broadcast_to(first_logits, (rows, beams, vocab))  # all beams begin with the same prompt
+    first_logits = jnp.broadcast_to(first_logits, (rows, beams, vocab))  # all beams start from the same prompt
     state = search.step(
         settings, search.start(settings, rows, beams), jnp.zeros((), jnp.int32), first_logits, mesh=mesh
     )
@@ -107,15 +108,15 @@ def decode(
 
 
 class _Start(NamedTuple):
-    """What generation starts from.
+    """The inputs and the caches with which generation starts.
 
     Attributes:
       x: embeddings of the prompt (of an encoder-decoder: of the decoder's prompt).
       valid: False where the prompt has a pad.
-      view: positions of the prompt's tokens, and who reads whom.
+      view: positions of the prompt's tokens, and the mask of which token reads which.
       blocks: stacked weights of the blocks that generate.
       caches: empty key/value caches, one per layer.
-      ctx: what every token also reads: the encoder's output.
+      ctx: further input of every token: the encoder's output.
     """
 
     x: Float[Array, 'batch prompt dim']
@@ -157,17 +158,17 @@ def _beam_view(
     ancestry: Int[Array, 'batch beams new'],
     index: Int[Array, ''],
 ) -> layers.View:
-    """Return what the beams' newest tokens read: the prompt, and the slots that their ancestors wrote.
+    """Return the view of the beams' newest tokens: they read the prompt and the slots that their ancestors wrote.
 
     Args:
-      positions: of the prompt's tokens.
+      positions: positions of the prompt's tokens.
       valid: False where the prompt has a pad.
       ancestry: see `search.Search`.
-      index: how many tokens were generated.
+      index: number of tokens generated so far.
     """
     rows, beams, new = ancestry.shape
-    # Slots behind the prompt are ordered by token, then by beam. Slot (n, b) is read by the beams whose n-th token beam
-    # b wrote. Slots not written yet have ancestry -1, which is no beam.
+    # Slots after the prompt are ordered by token, then by beam. A beam reads slot (n, b) if beam b wrote its n-th
+    # token. Slots not written yet have ancestry -1, which matches no beam.
     generated_mask = (ancestry[..., None] == jnp.arange(beams)).reshape(rows, beams, new * beams)
     prompt_mask = jnp.broadcast_to(valid[:, None], (rows, beams, valid.shape[1]))
     token_positions = jnp.broadcast_to(positions[:, -1:] + index, (positions.shape[0], beams))
@@ -200,8 +201,9 @@ def _is_no_array(kernel: PyTree) -> bool:
 def _fold(leaf: PyTree) -> PyTree:
     """Return a kernel in the form that is cheapest to read for every token.
 
-    A bound kernel becomes a plain array, since it would be combined again for every token. So does a bitmask, which is
-    slow to unpack. Packed and quantised kernels stay: unpacking them each time is the price of fewer bytes.
+    A bound kernel becomes a plain array; otherwise it would be combined again for every token. A bitmask becomes one
+    too, because it is slow to unpack. Other packed and quantised kernels stay: they are unpacked for every token to
+    save memory.
     """
     is_bound = isinstance(leaf, Masked | Adapted)
     kernel = leaf.kernel if is_bound else leaf
@@ -213,17 +215,17 @@ def _fold(leaf: PyTree) -> PyTree:
 
 
 def _all_unpacked(stacked: dict, blocks: tuple[dict, ...]) -> bool:
-    """Return whether there were bitmasks, and all kernels are plain arrays now."""
+    """Return whether there were bitmasks, and all kernels are now plain arrays."""
     before = jax.tree.leaves(stacked, is_leaf=_is_no_array)
     after = jax.tree.leaves(blocks, is_leaf=_is_no_array)
     return any(isinstance(leaf, Bitmask) for leaf in before) and not any(_is_no_array(leaf) for leaf in after)
 
 
 def _unpack_late(w: dict, x: Array, mesh: Mesh | None) -> dict:
-    """Return a block's weights, where packed kernels seem to depend on the block's input `x`.
+    """Return a block's weights with an artificial dependency of packed kernels on the block's input `x`.
 
-    Otherwise XLA moves the unpacking out of the loop over tokens, because nothing in it changes. The loop would then
-    hold the dense kernels, or every bit of a position as a byte.
+    Otherwise XLA would move the unpacking out of the loop over tokens, because it is loop-invariant. Memory would then
+    hold the dense kernels, or each bit of a position as a byte.
     """
 
     def tie_to_input(leaf):
@@ -236,6 +238,6 @@ def _unpack_late(w: dict, x: Array, mesh: Mesh | None) -> dict:
 
     w = jax.tree.map(tie_to_input, w, is_leaf=_is_no_array)
     if mesh is not None:
-        # On a mesh `x` is spread over devices. A dependency on its values would make them communicate.
+        # On a mesh `x` is sharded, and a dependency on its values would require communication.
         return w
     return jax.tree.map(unpack_after_input, w, is_leaf=lambda leaf: isinstance(leaf, Packed24))

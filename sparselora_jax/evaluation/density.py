@@ -1,4 +1,4 @@
-"""Density, pattern and violations of a finished model, counted from its kernels alone, never from stored masks."""
+"""Measure density, pattern and violations of a finished model from its kernels alone, never from stored masks."""
 
 from collections.abc import Mapping
 
@@ -24,7 +24,7 @@ def block_count(params: dict) -> int:
     """Return the number of blocks of all towers together.
 
     Args:
-      params: whole params.
+      params: the whole params tree.
     """
     # All kernels of one stack of blocks have the same leading axis, the layers.
     layers_of_stack = {
@@ -43,14 +43,14 @@ def tower_sparsity(
     group: str = 'output',
     zeros: Mapping[str, np.ndarray] | None = None,
 ) -> dict:
-    """Count the density of a tower's block kernels, and the comparison groups without the promised number of zeros.
+    """Measure the density of a tower's block kernels, and count the comparison groups with a wrong number of zeros.
 
-    A kept weight that happens to be zero would count as a violation too. Trained weights have none.
+    A kept weight that happens to be zero would also count as a violation; trained weights have no such zeros.
 
     Args:
       params: plain kernels, with zeros in place.
-      tower: its name.
-      pattern: what the tower was pruned to.
+      tower: name of the tower.
+      pattern: pattern to which the tower was pruned.
       group: comparison group of an unstructured pattern (see `sparse.masks`).
       zeros: number of zeros of each layer's kernel, by path, where they differ from the pattern's (see
         `pruning.allocate`).
@@ -76,7 +76,7 @@ def layer_density(params: dict, tower: str) -> dict[str, list[float]]:
 
     Args:
       params: plain kernels, with zeros in place.
-      tower: its name.
+      tower: name of the tower.
     """
     densities = {}
     for path, kernel in _block_kernels(params, tower).items():
@@ -88,11 +88,11 @@ def layer_density(params: dict, tower: str) -> dict[str, list[float]]:
 def plain_lora_density(params: dict, masks: dict, lora: dict) -> float:
     """Return the density of the pruned kernels if `lora` were merged without the mask, `W * M + s*A*B`.
 
-    That is what plain LoRA does: the product fills the zeros.
+    Plain LoRA merges this way, and the product fills the zeros.
 
     Args:
       params: base weights; kernels may be packed or quantised.
-      masks: which weights are kept.
+      masks: the pruning masks.
       lora: factors, of some or all pruned kernels.
 
     Returns:
@@ -103,7 +103,7 @@ def plain_lora_density(params: dict, masks: dict, lora: dict) -> float:
     nonzero = 0
     size = 0
     for path, mask in rules.flatten(masks).items():
-        # In fp32, where a small product of the factors is not rounded away beside a weight.
+        # In fp32, so that a small product of the factors is not lost when it is added to a weight.
         kernel = jnp.where(mask, dense_kernel(kernels[path], jnp.float32), 0.0)
         if path in factors:  # the other pruned kernels keep the density of their masks
             kernel = kernel + factors[path].scale * jnp.matmul(factors[path].a, factors[path].b)

@@ -65,18 +65,18 @@ def generate(
       model: the model.
       weights: its params, or the result of `bind`. On a mesh the batch is split along data, where that divides it.
       batch: see `models.model`. Without `input_ids` the prompt is the image and the BOS token. The
-        `decoder_input_ids` of an encoder-decoder are the beginning of what it generates.
+        `decoder_input_ids` of an encoder-decoder are the first tokens of the output.
       num_beams: number of beams; 1 is greedy search.
-      max_length: the most tokens, including the prompt's (or those of `decoder_input_ids`).
-      max_new_tokens: the most tokens without the prompt; overrides `max_length`.
-      min_length: the fewest tokens, including the prompt's.
+      max_length: maximum number of tokens, including the prompt's (or those of `decoder_input_ids`).
+      max_new_tokens: maximum number of tokens after the prompt; overrides `max_length`.
+      min_length: minimum number of tokens, including the prompt's.
       length_penalty: a beam's score is its summed log-probabilities / length ** length_penalty.
       early_stopping: True: stop when there are `num_beams` finished beams. False: stop when the best running beam
-        scores less than they do, at its present length. 'never': the same, at its best possible length.
+        scores less than all of them at its current length. 'never': the same, but at its best possible length.
 
     Returns:
       Token ids `[batch, tokens]`, as wide as the longest row: prompt and continuation (of an encoder-decoder: start
-      token and continuation). Rows that end early are filled up with pads.
+      token and continuation). Rows that end early are padded.
 
     Raises:
       GenerationError: a value is out of range; a prompt is as long as `max_length`, or too long for the model's table
@@ -102,7 +102,7 @@ def generate(
     prompt = np.asarray(batch['decoder_input_ids' if model.is_encoder_decoder else 'input_ids'])
     beams, settings = _settings(model, arguments, prompt.shape[1])
     tokens, length = decode.decode(model, weights, batch, settings, beams=beams, mesh=sharding.mesh_of(weights))
-    # `decode` returns room for the most tokens. transformers returns as many columns as the longest row fills.
+    # `decode` returns the maximum number of columns. transformers returns only as many as the longest row fills.
     return np.concatenate([prompt, np.asarray(tokens)[:, : int(length)]], axis=1)
 
 
@@ -110,9 +110,9 @@ def _settings(model: Model, arguments: dict, prompt_length: int) -> tuple[int, s
     """Return the number of beams and how to search.
 
     Args:
-      model: its own options override transformers' defaults.
-      arguments: of `generate`; override both.
-      prompt_length: in tokens.
+      model: the model, whose own options override transformers' defaults.
+      arguments: arguments of `generate`, which override both.
+      prompt_length: number of tokens of the prompt.
     """
     own_options = {name: value for name, value in model.generation.options if value is not None}
     for name in own_options.keys() & UNSUPPORTED.keys():
@@ -147,7 +147,7 @@ def _settings(model: Model, arguments: dict, prompt_length: int) -> tuple[int, s
     if options['num_beams'] > 1:
         # transformers' beam search writes `pad_token_id or eos_token_id[0]`, so a pad of 0 counts as none.
         pad = (pad or eos[0]) if eos else -1
-    # min_length counts the prompt, min_new_tokens does not and goes first.
+    # min_length counts the prompt; min_new_tokens does not, and takes precedence.
     min_new = max(options.get('min_new_tokens', options['min_length'] - prompt_length), 0)
     return options['num_beams'], search.make_settings(
         new,
@@ -172,7 +172,7 @@ def _add_prompt(model: Model, batch: dict) -> dict:
     tokens = np.asarray(batch['input_ids'])
     if batch.get('attention_mask') is None:
         # transformers' language models recognise pads by their id, unless that id also ends a sequence. A language
-        # model that generates from embeddings (BLIP-2) sees no ids and takes all tokens for words.
+        # model that generates from embeddings (BLIP-2) sees no ids and treats all tokens as words.
         finds_pads = model.family.reads_generation_config and generation.pad not in generation.eos
         batch['attention_mask'] = (tokens != generation.pad) if finds_pads else np.ones_like(tokens)
     if model.is_encoder_decoder:
@@ -181,7 +181,7 @@ def _add_prompt(model: Model, batch: dict) -> dict:
 
 
 def _decoder_prompt(start: int | None, rows: int, batch: dict) -> dict:
-    """Return what a decoder begins with: its start token, then the tokens that the batch gives, if any.
+    """Return the first tokens of a decoder: its start token, then the decoder tokens of the batch, if any.
 
     As in transformers, the start token is added only if no row begins with it.
 

@@ -33,7 +33,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """Score 1 if the whole answers are equal, upper and lower case being the same.
+    """Score 1 if the whole answers are equal, ignoring case.
 
     >>> ExactMatch()('Yes', 'yes'), ExactMatch()('circles', 'circle')
     (1.0, 0.0)

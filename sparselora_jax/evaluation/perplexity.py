@@ -1,4 +1,4 @@
-"""Perplexity of a language tower on a text: what pruning and restoring do to plain language."""
+"""Measure the perplexity of a language tower on a text, to see how pruning and restoring affect plain language."""
 
 import functools
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 @functools.partial(jax.jit, static_argnames='cfg')
 def _losses(w: dict, cfg: Any, tokens: Int[Array, 'windows tokens']) -> Float[Array, 'windows predicted']:
-    """Return the cross-entropy of each token of a window but the first, in nats."""
+    """Return the cross-entropy, in nats, of each token of a window except the first."""
     language = cfg.tower
     # Windows have no pads: every token is valid.
     hidden = language.forward(w, cfg, language.embed_tokens(w, cfg, tokens), jnp.ones(tokens.shape, bool))

@@ -1,4 +1,4 @@
-"""Greedy and beam search as transformers 5.23's `generate` does them: what is kept after each step, and when to stop.
+"""Greedy and beam search as transformers 5.23's `generate` does them: which beams to keep, and when to stop.
 
 Nothing here knows a model: `start` and `step` see logits only. The tokens of every beam stay in the cache slots where
 they were written. The table `ancestry` says which slots belong to which beam, and a model's caches are read through it.
@@ -16,20 +16,21 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sparselora_jax.sparse import sharding
 
-WORST = -1e9  # transformers' score for a beam that must not be chosen
+WORST = -1e9  # the score that transformers gives to a beam that must not be chosen
 
 
 class Settings(NamedTuple):
-    """How to search. All fields are arrays, so one compilation serves all penalties and ways to stop.
+    """Settings of the search; all fields are arrays, so one compilation serves all penalties and ways to stop.
 
     Attributes:
-      finished_divisors: divisor of a finished beam's summed log-probabilities, by its length (the first: of length 1).
+      finished_divisors: divisor of a finished beam's summed log-probabilities, by its length (the first is for length
+        1).
       running_divisors: divisor of a running beam's summed log-probabilities, by its length, when testing whether it can
         still beat a finished beam.
       stops_early: stop as soon as there are as many finished beams as running ones.
-      min_new: no sequence may end before it has this many new tokens.
+      min_new: minimum number of new tokens before a sequence may end.
       eos: tokens that finish a sequence.
-      pad: token that fills the output behind the end of a sequence.
+      pad: token that fills the output after the end of a sequence.
     """
 
     finished_divisors: Float[Array | np.ndarray, ' new']
@@ -70,12 +71,12 @@ def make_settings(
     """Build the settings for at most `new` tokens from `generate`'s arguments.
 
     Args:
-      new: the most tokens to generate.
+      new: maximum number of tokens to generate.
       length_penalty: exponent of the length that a beam's score is divided by.
       early_stopping: True, False or 'never', as in `generate`.
-      min_new: the fewest tokens to generate.
+      min_new: minimum number of tokens to generate.
       eos: tokens that finish a sequence.
-      pad: token behind the end.
+      pad: token after the end.
 
     >>> settings = make_settings(3, length_penalty=-1.0, early_stopping=False, min_new=0, eos=(2,), pad=1)
     >>> settings.finished_divisors.round(2).tolist()
@@ -91,7 +92,7 @@ def make_settings(
         running_divisors=running_divisors,
         stops_early=np.asarray(np.bool_(early_stopping is True)),
         min_new=np.asarray(np.int32(min_new)),
-        eos=np.asarray(eos, np.int32).reshape(-1),  # no ends at all are an empty vector
+        eos=np.asarray(eos, np.int32).reshape(-1),  # without end tokens, an empty vector
         pad=np.asarray(np.int32(pad)),
     )
 
@@ -102,7 +103,7 @@ def start(settings: Settings, batch: int, beams: int) -> Search:
     All beams are the same prompt, so only the first may be continued: the others start with the worst score.
 
     Args:
-      settings: how to search.
+      settings: settings of the search.
       batch: number of prompts.
       beams: number of beams.
     """
@@ -131,10 +132,10 @@ def step(
     """Choose the next token of every beam; with one beam, greedily.
 
     Args:
-      settings: how to search.
+      settings: settings of the search.
       state: the state before this token.
       index: number of the token, from 0.
-      logits: of the token, in fp32.
+      logits: logits of the token, in fp32.
       mesh: the mesh of `decode`.
     """
     is_greedy = logits.shape[1] == 1
@@ -157,7 +158,7 @@ def _greedy_step(
     """Take the most likely token of each row; rows that have ended get pads."""
     is_last = index == settings.finished_divisors.shape[0] - 1
     has_ended = state.lengths > 0
-    # No log-probabilities are needed: the largest logit has the largest one.
+    # No log-probabilities are needed: the largest logit also has the largest log-probability.
     token = jnp.where(has_ended, settings.pad, jnp.argmax(scores, axis=-1).astype(jnp.int32))
     tokens = _write(state.tokens, token, index)
     lengths = jnp.where(~has_ended & (is_end[token] | is_last), index + 1, state.lengths)
@@ -182,8 +183,8 @@ def _beam_step(
     batch, beams, vocab = scores.shape
     is_last = index == settings.finished_divisors.shape[0] - 1
 
-    # A beam has as many candidates that end as there are end tokens. Even if all of those are among the best, `beams`
-    # others remain that go on.
+    # A beam has as many ending candidates as there are end tokens. Even if all of them are among the best, `beams`
+    # candidates that continue remain.
     candidates = max(2, 1 + settings.eos.shape[0]) * beams
     # All beams of a batch item compete: [batch, beams, vocab] -> [batch, beams * vocab].
     scores, best = top_k((scores + state.scores[..., None]).reshape(batch, -1), candidates)
@@ -197,8 +198,8 @@ def _beam_step(
     running, ancestry = _pick((tokens, ancestry), chosen)
     ancestry = _write(ancestry, jnp.broadcast_to(jnp.arange(beams), (batch, beams)), index)
 
-    # The finished beams: a candidate that ends joins them if it is one of the first `beams`, and if its batch item is
-    # still open. All that may not join get the worst score.
+    # The finished beams: an ending candidate joins them if it is among the first `beams` and its batch item is still
+    # open. All others get the worst score.
     finishes = ends & (jnp.arange(candidates) < beams)
     is_closed = ~state.can_improve | (settings.stops_early & jnp.all(state.lengths > 0, axis=1, keepdims=True))
     scores = scores / settings.finished_divisors[index] + jnp.where(is_closed, WORST, 0.0)
@@ -208,7 +209,7 @@ def _beam_step(
     lengths = jnp.concatenate([state.lengths, jnp.where(finishes, index + 1, 0)], axis=1)
     finished, lengths = _pick((finished, lengths), chosen)
 
-    # Go on while the best running beam may still beat the worst finished one.
+    # Continue while the best running beam may still beat the worst finished one.
     worst_finished = jnp.where(lengths > 0, jnp.min(scores, axis=1, keepdims=True), WORST)
     best_possible = running_scores[:, :1] / settings.running_divisors[index]
     can_improve = state.can_improve & jnp.any(best_possible > worst_finished, axis=1, keepdims=True)

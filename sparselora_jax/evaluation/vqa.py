@@ -1,4 +1,4 @@
-"""Scores on visual questions: answers are generated in batches, then compared with the reference answers as text."""
+"""Score answers to visual questions: generate them in batches, then compare them as text with the true answers."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class Answers(NamedTuple):
         """Return the metric's score of each answer.
 
         Args:
-          metric: what compares an answer with the true one.
+          metric: metric that compares an answer with the true one.
         """
         pairs = zip(self.predicted, self.true, strict=True)
         return np.array([metric(predicted, true) for predicted, true in pairs], np.float64)
@@ -38,7 +38,7 @@ class Answers(NamedTuple):
 
         Args:
           kind_of: returns the kind of a true answer, e.g. 'yes/no'.
-          metric: what compares an answer with the true one.
+          metric: metric that compares an answer with the true one.
 
         Returns:
           Means by name: 'overall', then the kinds in the order in which they first appear.
@@ -65,7 +65,7 @@ def generate_answers(
       model: the model.
       weights: its params, or the result of `bind`.
       processor: turns an image and a prompt into arrays, and tokens into text (see `data.processing`).
-      text: how a question is written. Prompts are padded to `text.prompt_tokens`, so that one shape is compiled.
+      text: format of a question. Prompts are padded to `text.prompt_tokens`, so that one shape is compiled.
       images: one per question.
       questions: one per image.
       **decoding: arguments of `generate`: num_beams, max_new_tokens, ...
@@ -107,19 +107,19 @@ def evaluate(
       model: the model.
       weights: its params, or the result of `bind`.
       processor: see `generate_answers`.
-      text: how a question is written.
+      text: format of a question.
       split: holds the questions, images and true answers.
       indices: which questions, in order.
       batch: number of questions that are answered at once.
-      shuffle_images: give each question the image of the question half the list further on. The score is then what
+      shuffle_images: pair each question with the image of the question half a list further on. The score is then what
         the model reaches without seeing the image.
-      answers_file: where each answer is appended as a line of JSON. If the file exists, the evaluation goes on after
-        the answers in it.
+      answers_file: file to which each answer is appended as a line of JSON. If it exists, the evaluation continues
+        after the answers in it.
       progress: called with the number of answered questions after each batch.
       **decoding: arguments of `generate`.
     """
     source = split.source
-    # All processes must go on from the same batch, so they take what the first one reads.
+    # All processes must continue from the same batch, so they use what the first process reads.
     predicted = processes.agreed(lambda: _read_answers(answers_file, batch))
     true = [source[index]['answer'] for index in indices[: len(predicted)]]
     for first in range(len(predicted), len(indices), batch):
@@ -131,7 +131,7 @@ def evaluate(
             records = [
                 record | {'image': source[other]['image']} for record, other in zip(records, others, strict=True)
             ]
-        # The last batch is filled up with its last question, so that one shape is compiled.
+        # The last batch is padded with its last question, so that one shape is compiled.
         padded = records + records[-1:] * (batch - len(records))
         answers = generate_answers(
             model,
@@ -154,8 +154,8 @@ def evaluate(
 def _read_answers(answers_file: Path | None, batch: int) -> list[str]:
     """Read the whole batches of answers in a file, and remove the rest from the file.
 
-    A process that was killed may leave half a batch or half a line. Going on from a whole batch gives the same batches,
-    and so the same answers, as a run that was never interrupted.
+    A killed process may leave half a batch or half a line. Continuing from a whole batch gives the same batches, and so
+    the same answers, as an uninterrupted run.
     """
     if answers_file is None or not answers_file.exists():
         return []
@@ -168,8 +168,8 @@ def _read_answers(answers_file: Path | None, batch: int) -> list[str]:
 def blind_floor(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Answers:
     """Answer each question with its most frequent training answer, which needs no image.
 
-    The score is the best that a model reaches that never sees an image. A question that training never asks gets the
-    most frequent answer of all.
+    This is the best score that a model without the image can reach. A question that does not occur in training gets the
+    most frequent answer overall.
 
     Args:
       train: pairs of question and answer.
@@ -181,7 +181,7 @@ def blind_floor(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]
         counts_of_question = counts.setdefault(question, {})
         counts_of_question[answer] = counts_of_question.get(answer, 0) + 1
         overall[answer] = overall.get(answer, 0) + 1
-    # Sorted, so that a tie is broken by the alphabet and not by the order of the training records.
+    # Sorted, so that ties are broken alphabetically and not by the order of the training records.
     fallback = max(sorted(overall), key=overall.get)
     guesses = {question: max(sorted(answers), key=answers.get) for question, answers in counts.items()}
     return Answers([guesses.get(question, fallback) for question, _ in test], [answer for _, answer in test])
@@ -191,9 +191,9 @@ def sample(count: int, total: int, *, seed: int) -> list[int]:
     """Return the indices of `count` of `total` questions, the same ones for every model.
 
     Args:
-      count: how many; all if `total` is not larger.
+      count: number of questions to choose; all if `total` is not larger.
       total: number of questions to choose from.
-      seed: another seed gives other questions.
+      seed: seed of the choice.
     """
     if count >= total:
         return list(range(total))

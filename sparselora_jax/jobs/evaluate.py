@@ -1,4 +1,4 @@
-"""The stages that score: answers of a model, and those of a baseline that never sees an image."""
+"""The stages that score the answers of a model, and of a baseline that never sees an image."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime.progress import Progress
 
-# Plain text, of which a decoder-only language tower gets its perplexity.
+# Plain text on which the perplexity of a decoder-only language tower is measured.
 HELD_OUT_TEXT = Path(__file__).parents[2] / 'assets' / 'heldout.txt'
 
 
@@ -21,8 +21,8 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
 
     Args:
       job: the run.
-      name: the model, one of `names.ALL_MODELS`.
-      load_weights: returns its weights; called only if the stage is not done.
+      name: name of the model, one of `names.ALL_MODELS`.
+      load_weights: function that returns its weights; called only if the stage is not done.
 
     Returns:
       `accuracy` (mean of `evaluate.metric`, overall and by kind), `indices` of the questions, the predicted and true
@@ -33,7 +33,7 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
     def compute():
         model = job.model
         weights = load_weights()
-        # The same seed for every model: answers are compared question by question.
+        # The same seed for every model, because answers are compared question by question.
         indices = vqa.sample(job.config.evaluate.questions, len(job.dataset.test.source), seed=job.config.seed)
         answers = vqa.evaluate(
             model,
@@ -43,14 +43,14 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
             job.dataset.test,
             indices,
             batch=job.config.evaluate.batch,
-            # Answers are written as they come, so that an evaluation that was stopped goes on after the last.
+            # Answers are written at once, so that an interrupted evaluation continues after the last one.
             answers_file=job.workdir / f'answers_{name}.jsonl',
             progress=Progress(f'evaluate {name}', len(indices)),
             **job.text.decoding,
         )
         accuracy = answers.accuracy(job.dataset.kind_of, recipe.metric(job.config))
         scores = {}
-        # An encoder-decoder gives no probabilities to plain text.
+        # An encoder-decoder does not assign probabilities to plain text.
         if not model.is_encoder_decoder:
             tokens = np.asarray(job.processor.hf.tokenizer(HELD_OUT_TEXT.read_text())['input_ids'])
             scores['perplexity'] = perplexity(weights['language'], model.cfg.language, tokens)
@@ -61,14 +61,14 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
 
 
 def floor(job: Job) -> dict:
-    """Score what a model that never sees an image can reach on the same questions.
+    """Score the same questions for a model that never sees an image.
 
     Args:
       job: the run.
     """
 
     def compute():
-        # Texts alone are read: no image is needed, and reading images takes minutes.
+        # Only texts are read: no image is needed, and reading images takes minutes.
         train = job.dataset.train.read_texts()
         test = job.dataset.test.read_texts()
         indices = vqa.sample(job.config.evaluate.questions, len(test), seed=job.config.seed)

@@ -1,4 +1,4 @@
-"""The stages that write the restored model for other programs, and check what they wrote."""
+"""The stages that write the restored model for other programs, and check the written files."""
 
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from sparselora_jax.sparse.packing import Bitmask, Packed24
 from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import Adapted, merge
 
-PACKED = ('packed', 'packed_int4', 'packed_lora')  # what `export_packed` can write
+PACKED = ('packed', 'packed_int4', 'packed_lora')  # the kinds of `export_packed`
 
 
 def export(job: Job) -> dict:
-    """Write `exported/`, a Hugging Face directory of the merged model, and `adapter/`, LoRA alone; check the former.
+    """Write and check `exported/`, a Hugging Face directory of the merged model, and write `adapter/`, LoRA alone.
 
     Args:
       job: the run.
@@ -39,13 +39,13 @@ def export(job: Job) -> dict:
 
     def compute():
         merged = job.merged()
-        # Counted where every process has its part of the arrays, before they are gathered in the first.
+        # Counted before the arrays are gathered in the first process, while every process has its part of them.
         zeros = count_zeros(job, merged, job.trained(names.TRAINING['restored']))
         source = job.model.source
-        # The embedded model lies in no Hugging Face directory, so the bytes of its arrays are counted instead.
+        # The embedded model has no Hugging Face directory, so the bytes of its arrays are counted instead.
         dense = _weight_bytes(source) if source else sum(leaf.nbytes for leaf in jax.tree.leaves(job.params))
         if jax.process_count() > 1:
-            # One process writes, so the arrays, of which each process has a part, are gathered there.
+            # Only the first process writes, so it gathers the arrays, of which each process has a part.
             merged = jax.tree.map(processes.on_first, merged)
         exported = processes.agreed(lambda: _write_export(job, merged))
         return zeros | {'bytes': {'dense': dense, 'exported': exported}}
@@ -56,7 +56,7 @@ def export(job: Job) -> dict:
 def _write_export(job: Job, merged: dict) -> int:
     """Write and check the directories of `export`, and return the bytes of the exported weights."""
     folder = job.workdir / names.EXPORTED_MODEL
-    changed = None  # the embedded model is written anew
+    changed = None  # the embedded model is written as a new directory
     texts = {text_format.FILE: text_format.dump(job.text)}
     if job.model.source is None:
         embedded.save(folder, job.model, merged, texts=texts)
@@ -64,9 +64,9 @@ def _write_export(job: Job, merged: dict) -> int:
         merged, changed = _merge_from_source(job, merged)
         export_model(folder, job.model, merged, changed=changed, texts=texts)
     restore = job.config.restore
-    # An adapter is of use only with the weights that it was trained on: those must not have been rounded.
+    # An adapter is only useful with the weights it was trained on, so the base must not have been rounded.
     if restore.trained == 'lora' and restore.base in ('dense', 'packed'):
-        # A pruned model that fits into no memory was written when it was pruned; otherwise there is no such directory.
+        # A model pruned from disk was written to its own directory then; otherwise this directory does not exist.
         base = str(job.workdir / names.PRUNED_MODEL) if job.config.stream else None
         save_peft(job.workdir / names.ADAPTER, job.model, job.trained(names.TRAINING['restored']), base=base)
     # Reads the directory back and compares it with what is in memory, bit for bit.
@@ -85,7 +85,7 @@ def _merge_from_source(job: Job, merged: dict) -> tuple[dict, set[str]]:
         return on_disk.merge_from_source(job.model, merged, {}, masks, kernels), changed
     if restore.base in ('dense', 'packed'):
         return on_disk.merge_from_source(job.model, merged, trained, masks, job.workdir / names.KERNELS), changed
-    # LoRA was trained on weights in four bits, which the source does not hold.
+    # LoRA was trained on four-bit weights, which the source does not contain.
     return merged, changed
 
 
@@ -94,16 +94,16 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
 
     Args:
       job: the run.
-      kind: `packed`: merged, 2:4 towers as `packed24`, others as `bitmask`; `packed_int4`: merged in high precision,
-        then the values of 2:4 kernels rounded to four bits again; `packed_lora`: pruned kernels as restoration stored
-        them (`restore.base`), with LoRA beside them, under their masks.
+      kind: `packed`: the merged model, with 2:4 towers as `packed24` and others as `bitmask`. `packed_int4`: the model
+        merged in high precision, then the values of 2:4 kernels rounded to four bits again. `packed_lora`: pruned
+        kernels in the format of restoration (`restore.base`), with separate LoRA factors under their masks.
 
     Returns:
-      `bytes` of the weights, `bytes_of_dense_kernels`: the packed kernels' share of the dense ones' bytes, and
+      `bytes` of the weights; `bytes_of_dense_kernels`, the bytes of packed kernels relative to those of dense ones; and
       `largest_relative_error` of a kernel.
 
     Raises:
-      ConfigError: `packed_lora` of a base that is not packed.
+      ConfigError: the kind is `packed_lora` and the base is not packed.
       StorageError: the files do not hold what was written.
     """
     base = job.config.restore.base
@@ -121,7 +121,7 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
             packed = keep_factors(job.base.params, job.trained(names.TRAINING['restored']))
         else:
             packed = packing.pack(merged, job.masks, pack_formats(job.config, four_bits=kind == 'packed_int4'))
-        # The embedded model has no directory whose config and processor could be copied.
+        # The embedded model has no directory from which to copy the config and the processor.
         is_embedded = model.source is None
         write_packed(
             folder,
@@ -133,8 +133,8 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
         )
         _, written = load_packed(folder, model)
         if not jax.tree.all(jax.tree.map(jnp.array_equal, written, packed)):
-            raise StorageError(f'{folder}: what was read back is not what was written; export it again')
-        # Errors are of what was read back, not of what is in memory: that is what others will load.
+            raise StorageError(f'{folder}: the files differ from what was to be written; export it again')
+        # Errors are measured on the files that were read back, because others will load those.
         packed_kernels = flatten(written)
         kernels = flatten(merged)
         errors = {path: _relative_error(packed_kernels[path], kernels[path]) for path in flatten(job.masks)}
@@ -150,8 +150,8 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
 
 
 def _relative_error(packed: Packed24 | Bitmask | Adapted | Array, kernel: Array) -> float:
-    """Return how far a packed kernel is from the kernel that it stands for, in the Frobenius norm."""
-    # Factors beside a packed kernel are merged first: the kernel to compare with is the restored one.
+    """Return the relative error of a packed kernel, in the Frobenius norm."""
+    # Factors of a packed kernel are merged first, because it is compared with the restored kernel.
     if isinstance(packed, Adapted):
         packed = merge({'kernel': packed.kernel}, None, {'kernel': packed.lora}, dtype=kernel.dtype)['kernel']
     error = jnp.linalg.norm(dense_kernel(packed, jnp.float32) - kernel.astype(jnp.float32))
@@ -169,15 +169,15 @@ def count_zeros(job: Job, params: dict, trained: dict | None) -> dict:
     Args:
       job: the run.
       params: the model as plain arrays.
-      trained: what restoring it has trained; None: nothing.
+      trained: the tree that restoration trained; None: nothing was trained.
 
     Returns:
       `sparsity` of each tower, `layer_density` of each kernel by tower and, if LoRA was trained,
-      `lora_merged_density`: the density of the pruned kernels, had LoRA been merged outside the masks as usual.
+      `lora_merged_density`: the density that the pruned kernels would have if LoRA were merged without the masks.
     """
     patterns = job.config.prune.pattern
     groups = job.config.prune.group
-    # Where an allocation moved zeros between layers, a layer's pattern promises nothing; its allocated zeros do.
+    # If an allocation moved zeros between layers, check against its number of zeros instead of the pattern.
     zeros = job.allocated_zeros()
     counts = {
         'sparsity': {

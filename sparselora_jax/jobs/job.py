@@ -1,4 +1,4 @@
-"""One run of a recipe in a workdir: what its stages read, loaded when first needed, and where they leave results."""
+"""One run of a recipe in a workdir: loads what the stages read on first use, and stores their results."""
 
 import functools
 import hashlib
@@ -48,7 +48,7 @@ from sparselora_jax.sparse.masks import check_sparse
 from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import init_lora, merge, with_kernels
 
-EMBEDDED = 'embedded'  # the value of `config.model` that means the model that comes with the package
+EMBEDDED = 'embedded'  # the value of `config.model` for the model that comes with the package
 
 
 def check_fit(config: ConfigDict, shapes: dict) -> None:
@@ -56,7 +56,7 @@ def check_fit(config: ConfigDict, shapes: dict) -> None:
 
     Args:
       config: a recipe.
-      shapes: params tree with a shape in the place of each array.
+      shapes: params tree with a shape in place of each array.
 
     Raises:
       PatternError, RuleError: see `prune_tree` and `init_lora`.
@@ -69,18 +69,18 @@ def check_fit(config: ConfigDict, shapes: dict) -> None:
     targets.pattern_zeros(flatten(params), patterns, targets.methods_of(params, prune_methods(config)))
     check_allocation(config, params)
     check_targets(config, params)
-    # Nothing is computed: the factors are made of shapes, so that errors come before any weight is read.
+    # Nothing is computed: the factors are built from shapes, so that errors come before any weight is read.
     jax.eval_shape(lambda key: init_lora(key, params, lora_rules(config)), jax.random.key(0))
 
 
 class Job:
-    """A recipe, its workdir, and what is expensive to load.
+    """A recipe, its workdir, and everything that is expensive to load.
 
-    Most of what is loaded stays in memory. Three sets of weights are large, so when they are in memory is explicit:
+    Most loaded objects stay in memory. Three sets of weights are large, so their lifetime is explicit:
 
       params  the dense weights, from their first use until `release_dense`
-      frozen  the same weights with the kernels that pruning changed, masks and teacher; until `release_dense` too
-      base    what LoRA is trained on. It is `frozen`, unless the recipe stores pruned kernels in fewer bytes.
+      frozen  the same weights with the kernels that pruning changed, masks and teacher; also until `release_dense`
+      base    the weights that LoRA is trained on: `frozen`, unless the recipe stores pruned kernels in fewer bytes
 
     Attributes:
       config: the recipe, as a file of `configs/` returns it.
@@ -95,7 +95,8 @@ class Job:
           workdir: a folder, which need not exist.
 
         Raises:
-          ConfigError: the workdir holds the run of another config (names the fields), or a field has an illegal value.
+          ConfigError: the workdir holds the run of another config (the message names the fields), or a value is
+            illegal.
         """
         self.config = config
         self.workdir = Path(workdir)
@@ -109,16 +110,16 @@ class Job:
     # Stages.
 
     def stage(self, name: str, compute: Callable[[], dict]) -> dict:
-        """Return the result of a stage: read from its file, or computed and written there with its time and memory.
+        """Return the result of a stage: read it from its file, or compute and write it, with its time and memory.
 
         Args:
-          name: of the stage; the file is `<name>.json`.
-          compute: does the work, and returns what JSON can hold.
+          name: name of the stage; the file is `<name>.json`.
+          compute: function that does the work and returns a result that JSON can hold.
         """
         file = self.workdir / names.result_file(name)
-        # The first process looks and writes for all: the others may not see its disk.
+        # The first process reads and writes for all processes: the others may not see its disk.
         if not processes.agreed(file.exists):
-            # Every process checks, since each loads the model; the first alone writes.
+            # Every process checks, since each loads the model; only the first writes.
             self.check()
             processes.agreed(lambda: self._begin(name))
             started = time.monotonic()
@@ -127,18 +128,18 @@ class Job:
         return processes.agreed(lambda: self.read_result(name))
 
     def read_result(self, stage: str) -> dict | None:
-        """Read the result of a stage from the disk of this process, None if the stage is not done.
+        """Read the result of a stage from the disk of this process, or return None if the stage is not done.
 
         Processes do not communicate here, so the first may call this alone, as it does for the report.
 
         Args:
-          stage: its name.
+          stage: name of the stage.
         """
         file = self.workdir / names.result_file(stage)
         return json.loads(file.read_text()) if file.exists() else None
 
     def _begin(self, stage: str) -> None:
-        """Claim the workdir for this config and these questions, and say which stage begins."""
+        """Claim the workdir for this config and these questions, and print which stage begins."""
         claim(self.workdir, self.config)
         files.write_text(self.workdir / names.QUESTIONS, self.questions)
         print(f'-- {stage}', flush=True)
@@ -148,7 +149,7 @@ class Job:
 
         Raises:
           PatternError, RuleError: see `prune_tree` and `init_lora`.
-          MeshError, DataError: devices that cannot form the mesh; data that cannot be read.
+          MeshError, DataError: the devices cannot form the mesh; the data cannot be read.
           ConfigError: `restore.top_k` is not below the vocabulary; or the workdir was evaluated on other questions, and
             answers are compared one by one.
         """
@@ -159,8 +160,8 @@ class Job:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
         _ = self.mesh  # raises if the devices cannot form it
         check_batches(self.config)
-        # The data are read here for the first time: after all that is quicker to check, and even if there is nothing to
-        # compare with, so that data that cannot be read leave no workdir behind.
+        # The data are read here for the first time, after the quicker checks. They are read even if there are no
+        # earlier questions to compare with, so that unreadable data leave no workdir behind.
         questions = self.questions
         file = self.workdir / names.QUESTIONS
         if file.exists() and file.read_text() != questions:
@@ -172,7 +173,7 @@ class Job:
     @functools.cached_property
     def questions(self) -> str:
         """Return a digest of the test questions as JSON, the content of `questions.json`."""
-        # Texts alone: reading all images would take minutes.
+        # Only texts, since reading all images would take minutes.
         texts = self.dataset.test.read_texts()
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         return json.dumps({'count': len(texts), 'sha256': digest})
@@ -186,7 +187,7 @@ class Job:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh | None:
-        """Return the mesh that the recipe asks for, None for one device; print which kernels it does not split."""
+        """Return the mesh of the recipe, or None for one device; print which kernels it does not split."""
         axes = self.config.mesh.to_dict()
         # Several processes need a mesh even with one device each.
         if set(axes.values()) == {1} and jax.process_count() == 1:
@@ -215,7 +216,7 @@ class Job:
 
     @functools.cached_property
     def _opened(self) -> tuple[Model, dict | list[Piece]]:
-        """Return the model, and its params if it is the embedded one, otherwise where its weights lie on disk."""
+        """Return the model, with its params if it is the embedded one, otherwise with where its weights are on disk."""
         if self.config.model == EMBEDDED:
             return embedded.load(dtype=self.dtype)
         return open_model(self.config.model, self.config.family)
@@ -233,41 +234,41 @@ class Job:
 
     @functools.cached_property
     def processor(self) -> processing.Processor:
-        """Return what turns images and text into the inputs of the model, and tokens into text."""
+        """Return the processor, which turns images and text into model inputs, and tokens into text."""
         if self.config.model == EMBEDDED:
             return embedded.load_processor(self.model.cfg)
         return processing.load_processor(self.model.source, self.model.family.processor)
 
     @functools.cached_property
     def text(self) -> TextFormat:
-        """Return how questions become tokens."""
+        """Return the format that turns questions into tokens."""
         return text_format(self.config)
 
     # The data.
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        """Return the data that the model is pruned, trained and evaluated with."""
-        # `_misfit` is a method of this job, so the loader needs to know nothing of models.
+        """Return the data for pruning, training and evaluation."""
+        # `_misfit` is a method of this job, so that loaders do not depend on models.
         request = DataRequest(self.config.data, Path(self.config.data_dir), self._misfit)
         return data_loader(self.config)(request)
 
     def _misfit(self, question: str, answer: str) -> str:
         """Return why the model cannot take a record, '' if it can."""
-        # Only a loader that asks causes the processor to be read: reading it takes seconds.
+        # The processor is only read if a loader calls this, since reading it takes seconds.
         return pipeline.misfit(self.processor, self.text)(question, answer)
 
     def batches(self, batch: int, seed: int, *, with_teacher: bool = False) -> grain.MapDataset:
-        """Return training batches by step. Each of many processes reads only the rows of its own devices.
+        """Return training batches by step; each process reads only the rows of its own devices.
 
         Args:
-          batch: number of rows, of all processes together.
-          seed: decides the order of records.
+          batch: number of rows over all processes.
+          seed: seed of the order of records.
           with_teacher: add the logits of the teacher that the stage `teacher` wrote.
         """
         train = self.dataset.train
         shares = self.config.restore.shares
-        # Without shares all records are one group, and kinds come as often as they are in the data.
+        # Without shares all records form one group, and kinds of answers are as frequent as in the data.
         groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
         rows = None if self.mesh is None else sharding.local_rows(self.mesh, batch)
         batches = pipeline.batches(
@@ -279,7 +280,7 @@ class Job:
             shares=shares or (1,),
             rows=rows,
         )
-        # By step, as the teacher's files are: batch and logits belong together at whatever step a run is resumed.
+        # Indexed by step, like the teacher's files, so that batch and logits match at whatever step a run is resumed.
         if with_teacher:
             folder = self.workdir / names.TEACHER
             batches = batches.map_with_index(
@@ -334,7 +335,7 @@ class Job:
     def base(self) -> Frozen:
         """Return params, masks and teacher as LoRA is trained on them: `frozen`, or its kernels in fewer bytes.
 
-        The latter are made a layer at a time from the files, after the dense weights were released.
+        Reduced kernels are built from the files a layer at a time, after the dense weights are released.
         """
         formats = base_formats(self.config)
         if formats is None:
@@ -342,7 +343,7 @@ class Job:
         if self._reduced_base is None:
             self.release_dense()
             params, masks = on_disk.reduce_on_disk(self.pruned_on_disk(), formats)
-            # Read last, and only for the teacher: the base is made without the dense weights in memory.
+            # Read last, and only for the teacher, so that the base is built without the dense weights in memory.
             dense = self.params if runs_teacher(self.config) else None
             self._reduced_base = Frozen(self.shard(params), None if masks is None else self.shard(masks), dense)
         return self._reduced_base
@@ -353,21 +354,21 @@ class Job:
         return self._params is not None or self._frozen is not None
 
     def release_dense(self) -> None:
-        """Release the dense weights, unless the teacher runs on them; they are read again when they are needed."""
+        """Release the dense weights, unless the teacher runs on them; they are read again on the next use."""
         # The masks of `frozen` go too; they are read again from the workdir.
         self._frozen = None
         if not runs_teacher(self.config):
             self._params = None
 
     def params_on_disk(self) -> dict:
-        """Return the dense weights, whose blocks are read when they are used (the embedded model's are in memory)."""
+        """Return the dense weights, whose blocks are read on use (those of the embedded model are in memory)."""
         model, weights = self._opened
         if self.config.model == EMBEDDED:
             return weights
         return on_disk.params_on_disk(model, weights, self.dtype)
 
     def pruned_on_disk(self) -> dict:
-        """Return the pruned model, whose kernels are read a layer at a time; with rounded values if there are any."""
+        """Return the pruned model, whose kernels are read a layer at a time, with rounded values if they exist."""
         return on_disk.pruned_on_disk(
             self.params_on_disk(),
             self.workdir / names.MASKS,
@@ -380,7 +381,7 @@ class Job:
         return merge(self.frozen.params, self.frozen.masks)
 
     def trained(self, stage: str) -> dict:
-        """Return what a stage has trained: LoRA factors, or kernels.
+        """Return the tree that a stage has trained: LoRA factors, or kernels.
 
         Args:
           stage: `restore` or `control`.
@@ -393,16 +394,16 @@ class Job:
         Raises:
           PatternError: a weight is not zero where the mask is False.
         """
-        # The base goes first: in a workdir where nothing was done yet, the masks are what is missing.
+        # Load the base first: in an empty workdir the error should be about missing masks.
         base = self.base
         trained = self.trained(names.TRAINING['restored'])
         params = merge_trained(base, trained, self.config.restore.trained, dtype=self.dtype)
-        # The contract of a merge, checked on the arrays that are evaluated and exported.
+        # Check the contract of a merge on the arrays that are evaluated and exported.
         check_sparse(params, self.masks)
         return params
 
     def allocated_zeros(self) -> dict[str, np.ndarray] | None:
-        """Return the zeros of each layer's kernels that the stage `zeros` wrote; None: the recipe allocates none."""
+        """Return the zeros of each layer's kernels from the stage `zeros`, or None if the recipe has no such stage."""
         result = processes.agreed(lambda: self.read_result(names.ZEROS))
         if result is None:
             return None

@@ -1,11 +1,11 @@
-"""Names of a run's parts: the models that it evaluates, its stages, and the files that they write into the workdir."""
+"""Names of the models that a run evaluates, of its stages, and of the files that these write into the workdir."""
 
 # Models that every report compares, in the order of its tables.
 MODELS = ('dense', 'pruned', 'restored')
-# The dense model after the same training, which tells what training alone does; evaluated only if a recipe asks for it.
+# The dense model after the same training, to show the effect of training alone; evaluated only if a recipe asks for it.
 CONTROL = 'control'
 ALL_MODELS = (*MODELS, CONTROL)
-# What reports call the two baselines.
+# Titles of the two baselines in reports.
 FLOOR_TITLE = 'image-blind floor'
 CONTROL_TITLE = 'dense, same LoRA budget'
 
@@ -51,7 +51,7 @@ def evaluation_stage(model: str) -> str:
 
 
 def trained_file(stage: str) -> str:
-    """Return the name of the file with what a stage has trained.
+    """Return the name of the file with the tree that a stage has trained.
 
     Args:
       stage: one of `TRAINING`'s values.

@@ -1,4 +1,4 @@
-"""A run's report as one self-contained HTML page, from the template `templates/report.html.jinja`."""
+"""Render a run's report as one self-contained HTML page, from the template `templates/report.html.jinja`."""
 
 import base64
 import io
@@ -22,8 +22,8 @@ LARGEST_PICTURE = (160, 160)  # pixels
 BASELINES = {'image_blind': names.FLOOR_TITLE, 'dense_control': names.CONTROL_TITLE}  # key in the report -> title
 LOSSES = ('loss', 'ce', 'kl')
 
-# Autoescape: a variable is text, whatever it holds, unless the template says `safe`. Questions, answers and paths come
-# from users.
+# Autoescape, because questions, answers and paths come from users: a variable is always text, unless the template says
+# `safe`.
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader('sparselora_jax.jobs'), autoescape=True, undefined=jinja2.StrictUndefined
 )
@@ -31,7 +31,7 @@ _TEMPLATES = jinja2.Environment(
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page: the names of its columns, and its rows."""
+    """A table of the page: its column names and its rows."""
 
     head: list[str]
     rows: list[list]
@@ -69,7 +69,7 @@ def render(job: Job, report: dict) -> str:
         for name in names.MODELS
     ]
     won_back = report['won_back']
-    # From the report, which holds the config as JSON: the page shows what the run was made with.
+    # From the report, which stores the config of the run as JSON.
     beams = report['config']['evaluate']['num_beams']
     metric = report['metric']
     return _TEMPLATES.get_template('report.html.jinja').render(
@@ -92,7 +92,7 @@ def render(job: Job, report: dict) -> str:
 
 
 def _scores_by_kind(report: dict) -> Table:
-    # Baselines are rows like models, but the recipe decides which there are.
+    # Baselines are rows like models, but the recipe decides which of them exist.
     by_model = {name: report['scores_by_kind'][name] for name in names.MODELS}
     by_baseline = {name: report['baselines'][key] for key, name in BASELINES.items() if key in report['baselines']}
     kinds = list(by_model['dense'])
@@ -134,18 +134,18 @@ def _costs(report: dict) -> Table:
 def _svg(figure: Figure) -> str:
     """Return a figure as an SVG element."""
     file = io.StringIO()
-    # A fixed salt of its element ids, and no date: the same run writes the same page.
+    # A fixed salt for the element ids and no date, so that the same run writes the same page.
     with matplotlib.rc_context({'svg.hashsalt': 'sparselora'}):
         figure.savefig(file, format='svg', bbox_inches='tight', metadata={'Date': None})
     text = file.getvalue()
-    # Without the XML declaration and doctype, which have no place inside a page. The template marks the result as safe:
-    # matplotlib escapes the text that it draws.
+    # Remove the XML declaration and the doctype, which are not allowed inside a page. The template may mark the result
+    # as safe, because matplotlib escapes the text that it draws.
     return text[text.index('<svg') :]
 
 
 def _curves(job: Job) -> str:
     """Plot the losses of restoration."""
-    # `Figure` itself, not pyplot: no state that outlives the figure, and no display is needed.
+    # `Figure` instead of pyplot: it needs no display and leaves no global state.
     figure = Figure(figsize=(6, 2.6))
     axes = figure.subplots()
     for name in LOSSES:
@@ -159,7 +159,7 @@ def _curves(job: Job) -> str:
 
 
 def _densities(job: Job) -> list[str]:
-    """Plot the density of each kernel and layer, a figure for each stack of blocks."""
+    """Plot the density of each kernel and layer, with one figure for each stack of blocks."""
     layer_density = job.read_result(names.EXPORT)['layer_density']
     stacks: dict[str, dict[str, list[float]]] = {}  # a tower may hold two, an encoder and a decoder
     for kernels in layer_density.values():
@@ -170,10 +170,10 @@ def _densities(job: Job) -> list[str]:
     for stack, kernels in stacks.items():
         figure = Figure(figsize=(6, 0.6 + 0.2 * len(kernels)))
         axes = figure.subplots()
-        # 0 to 1 in every figure, so that colours can be compared between towers.
+        # The range is 0 to 1 in every figure, so that colours can be compared between towers.
         image = axes.imshow(np.array(list(kernels.values())), vmin=0, vmax=1, aspect='auto', cmap='viridis')
         axes.set_yticks(range(len(kernels)), list(kernels))
-        # There is no layer 2.5.
+        # Layers are integers, so no tick at 2.5.
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel='layer', title=f'{stack}: share of weights kept')
         figure.colorbar(image)
@@ -182,7 +182,7 @@ def _densities(job: Job) -> list[str]:
 
 
 def _examples(job: Job) -> list[Example]:
-    """Return questions spread evenly over those that were asked, with the answers of all models."""
+    """Return a few questions, spread evenly over all of them, with the answers of all models."""
     results = {name: job.read_result(names.evaluation_stage(name)) for name in names.MODELS}
     metric = recipe.metric(job.config)
     indices = results['dense']['indices']
@@ -193,7 +193,7 @@ def _examples(job: Job) -> list[Example]:
         answers = []
         for name in names.MODELS:
             text = results[name]['predicted'][position]
-            # A metric may give half a point; only the full score is shown as right.
+            # A metric may give partial scores; only the full score is shown as right.
             answers.append(Answer(name, text, is_right=metric(text, true) >= 1))
         examples.append(Example(_png(record['image']), record['question'], true, answers))
     return examples
@@ -202,7 +202,7 @@ def _examples(job: Job) -> list[Example]:
 def _png(pixels: UInt8[np.ndarray, 'height width 3']) -> str:
     """Return a small picture as a data URL."""
     picture = Image.fromarray(pixels)
-    # Small: the page holds its pictures itself, and a camera's would make it many megabytes.
+    # Pictures are embedded in the page, and full-size photos would make it many megabytes large.
     picture.thumbnail(LARGEST_PICTURE)
     file = io.BytesIO()
     picture.save(file, format='png')

@@ -1,4 +1,4 @@
-"""A sweep's table as one figure in the form of the paper's (arXiv 2404.02424): scores, and perplexity beside them."""
+"""Plot a sweep's table as one figure like those of the paper (arXiv 2404.02424): scores, and perplexity beside them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ PERPLEXITY = 'perplexity'
 
 
 class Style(NamedTuple):
-    """How a model is drawn that other models are compared with: as a line across."""
+    """Style of the horizontal line of a model that other models are compared with."""
 
     colour: str
     line: str
@@ -31,7 +31,7 @@ REFERENCES = {
     CONTROL: Style('tab:red', '-.', CONTROL_TITLE),
 }
 
-# (series, model) -> its rows: what has one colour and one entry in the legend.
+# (series, model) -> its rows; each group has one colour and one entry in the legend.
 Groups = dict[tuple[str, str], list[Row]]
 Label = str | int | float
 
@@ -39,8 +39,8 @@ Label = str | int | float
 def figure(config: ConfigDict, table: list[Row]) -> Figure:
     """Return the figure that `config.plot` asks for.
 
-    Pruned models are drawn pale (bars) or dashed (lines); the dense model, the floor and the dense control as lines
-    across.
+    Pruned models are pale (bars) or dashed (lines). The dense model, the floor and the dense control are horizontal
+    lines.
 
     Args:
       config: a sweep. `config.plot` holds `kind` (bars | lines), `x` and `series` (labels; `series` may be empty), and
@@ -52,10 +52,10 @@ def figure(config: ConfigDict, table: list[Row]) -> Figure:
     quantities = [score]
     if any(PERPLEXITY in row.values for row in drawn):
         quantities.append(PERPLEXITY)
-    # Positions of all rows, also of those that failed: every point has its place.
+    # Positions of all rows, including failed ones, so that every point has its place.
     positions = list(dict.fromkeys(_label(row, config.plot.x) for row in table if row.model not in REFERENCES))
     is_bars = config.plot.kind == 'bars'
-    # Bars become thin in a figure that does not grow with their number.
+    # The figure grows with the number of bars, which would otherwise become too thin.
     width = max(5.0, 2.0 + 0.16 * len(drawn)) if is_bars else 5.0
     plot = Figure(figsize=(width * len(quantities), 4.2), layout='constrained')
     # `subplots` returns no array for a single quantity.
@@ -68,21 +68,21 @@ def figure(config: ConfigDict, table: list[Row]) -> Figure:
         axes.set_xlabel(config.plot.x)
         if quantity == PERPLEXITY:
             axes.set_ylabel(PERPLEXITY)
-            axes.set_yscale('log')  # a broken model's is a thousand times that of a good one
+            axes.set_yscale('log')  # a broken model's value may be a thousand times that of a good one
         else:
             axes.set_ylabel(f'{quantity}, %')
             axes.set_ylim(0, 105)  # room for a marker at 100 %
         axes.grid(axis='y', alpha=0.3)
-        axes.set_axisbelow(True)  # the grid, or it would cross the bars
+        axes.set_axisbelow(True)  # draws the grid behind the bars
     handles, titles = plot.axes[0].get_legend_handles_labels()
-    unique = dict(zip(titles, handles, strict=True))  # a reference that several points have is one entry
+    unique = dict(zip(titles, handles, strict=True))  # a reference shared by several points is one entry
     plot.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=4, fontsize='small')
     plot.suptitle(config.plot.title)
     return plot
 
 
 def _references(axes: Axes, table: list[Row], quantity: str) -> None:
-    """Draw the models that the others are compared with as lines across."""
+    """Draw the models that the others are compared with as horizontal lines."""
     for row in table:
         if row.model in REFERENCES and quantity in row.values:
             style = REFERENCES[row.model]
@@ -91,12 +91,12 @@ def _references(axes: Axes, table: list[Row], quantity: str) -> None:
 
 
 def _label(row: Row, name: str) -> Label:
-    """Return what a row is in a column that the plot has on its x axis."""
+    """Return the row's label in the column that the plot uses as its x axis."""
     return row.steps if name == 'steps' else row.labels[name]
 
 
 def _height(row: Row, quantity: str) -> tuple[float, float]:
-    """Return the mean and the half width of its interval, 0 if there is none; scores in percent."""
+    """Return the mean and the half width of its interval (0 if there is none), with scores in percent."""
     mean, half = mean_interval(row.values[quantity])
     scale = 1 if quantity == PERPLEXITY else 100
     return scale * mean, scale * (half or 0.0)
@@ -116,7 +116,7 @@ def _is_pale(series: str, model: str, groups: Groups) -> bool:
 
 
 def _title(series: str, model: str, groups: Groups) -> str:
-    """Return the entry of a group in the legend; the model is named only if its series has several."""
+    """Return the entry of a group in the legend, which names the model only if the series has several models."""
     is_alone = sum(other == series for other, _ in groups) == 1
     if is_alone and series:
         return series
@@ -126,26 +126,26 @@ def _title(series: str, model: str, groups: Groups) -> str:
 def _colours(groups: Groups) -> dict[str, tuple[float, float, float]]:
     """Return a colour for each series."""
     colours = matplotlib.colormaps['tab10'].colors
-    # By series alone: the pruned and the restored model of a series have the same colour.
+    # Only the series decides, so the pruned and the restored model of a series have the same colour.
     series = dict.fromkeys(series for series, _ in groups)
     return {name: colours[index % len(colours)] for index, name in enumerate(series)}
 
 
 def _heights(rows: list[Row], quantity: str) -> tuple[list[float], list[float] | None]:
-    """Return the means, and the half widths of their intervals, None if no row has one."""
+    """Return the means and the half widths of their intervals, or None for the latter if no row has one."""
     pairs = [_height(row, quantity) for row in rows]
     halves = [half for _, half in pairs]
     return [mean for mean, _ in pairs], halves if any(halves) else None
 
 
 def _bars(axes: Axes, plot: ConfigDict, drawn: list[Row], positions: list[Label], quantity: str) -> None:
-    """Draw a bar for each row, those of one position side by side."""
+    """Draw a bar for each row; bars of the same position are side by side."""
     groups = _groups(plot, drawn)
     colours = _colours(groups)
-    width = 0.8 / max(len(groups), 1)  # of a place of 1, so that a gap of 0.2 separates places
+    width = 0.8 / max(len(groups), 1)  # positions are 1 apart, so this leaves a gap of 0.2 between them
     for index, ((series, model), rows) in enumerate(groups.items()):
         rows = [row for row in rows if quantity in row.values]
-        # The groups of a place are centred on it.
+        # The bars of a position are centred on it.
         offset = width * (index - (len(groups) - 1) / 2)
         heights, halves = _heights(rows, quantity)
         axes.bar(
@@ -161,10 +161,10 @@ def _bars(axes: Axes, plot: ConfigDict, drawn: list[Row], positions: list[Label]
 
 
 def _places(positions: list[Label]) -> list[float]:
-    """Return where labels lie on the x axis: numbers at their values, other labels side by side."""
+    """Return the positions of labels on the x axis: numbers at their values, other labels evenly spaced."""
     if not all(isinstance(position, int | float) for position in positions):
         return [float(index) for index in range(len(positions))]
-    # Numbers that span much, such as ranks of 1 to 64, would lie on each other: they are drawn on a log scale.
+    # Numbers with a wide range, such as ranks from 1 to 64, would overlap, so they get a log scale.
     if min(positions) > 0 and max(positions) >= 16 * min(positions):
         return [float(np.log2(position)) for position in positions]
     return [float(position) for position in positions]
@@ -177,7 +177,7 @@ def _lines(axes: Axes, plot: ConfigDict, drawn: list[Row], positions: list[Label
     place = dict(zip(positions, _places(positions), strict=True))
     for (series, model), rows in groups.items():
         rows = [row for row in rows if quantity in row.values]
-        # By place, not by the order of points: a line that goes back and forth cannot be read.
+        # Sorted by position, so that the line does not go back and forth.
         rows.sort(key=lambda row: place[_label(row, plot.x)])
         heights, halves = _heights(rows, quantity)
         axes.errorbar(
@@ -200,7 +200,7 @@ def write(config: ConfigDict, table: list[Row], workdir: str | Path) -> None:
       table: see `table.rows`.
       workdir: folder of the sweep.
     """
-    # Without dates, versions and random ids: the same table makes the same files.
+    # Without dates, versions and random ids, so that the same table gives the same files.
     metadata = {'png': {'Software': None}, 'svg': {'Date': None}}
     with matplotlib.rc_context({'svg.hashsalt': 'sparselora'}):
         for kind in metadata:

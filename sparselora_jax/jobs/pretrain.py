@@ -1,9 +1,9 @@
-"""Losses of the stages that made the embedded small VLM: BLIP-2's recipe in small (arXiv 2301.12597).
+"""Losses of the training stages of the embedded small VLM: a small version of BLIP-2's recipe (arXiv 2301.12597).
 
-A bridge into a frozen language model that is trained end to end learns only the most frequent answers, and ignores the
-image. So the image is made readable first, in stages: `facts` (the vision encoder names colour and shape), `words`
-(each projected query is the embedding of one word of a caption), and then `answers` (through the language model, which
-may train by LoRA too).
+If the bridge to a frozen language model is trained end to end, it learns only the most frequent answers and ignores the
+image. So training has stages. In `facts` the vision encoder learns to name colour and shape. In `words` each projected
+query learns the embedding of one word of a caption. In `answers` the loss goes through the language model, which may
+also train LoRA.
 """
 
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def facts_shapes(cfg: blip2.Blip2Config) -> dict:
     """Return the shapes of two linear heads on the class token, which only the first stage uses.
 
     Args:
-      cfg: of the model.
+      cfg: config of the model.
     """
     outputs = {'colour': len(easy_vqa.COLOURS), 'shape': len(easy_vqa.SHAPES)}
     return {name: {'kernel': (cfg.vision.width, outputs[name]), 'bias': (outputs[name],)} for name in HEADS}
@@ -37,9 +37,9 @@ def facts_loss(trained: dict, frozen: None, batch: dict, *, cfg: blip2.Blip2Conf
 
     Args:
       trained: `vision` and `facts`, the heads.
-      frozen: nothing.
-      batch: `pixel_values`, and `facts` [batch, 2], -1 where the questions do not tell.
-      cfg: of the model.
+      frozen: not used.
+      batch: `pixel_values`, and `facts` [batch, 2], which is -1 where the questions do not reveal it.
+      cfg: config of the model.
     """
     del frozen
     hidden = vit.forward(trained['vision'], cfg.vision, batch['pixel_values'])[:, 0]
@@ -48,7 +48,7 @@ def facts_loss(trained: dict, frozen: None, batch: dict, *, cfg: blip2.Blip2Conf
         target = batch['facts'][:, index]
         logits = layers.dense(trained['facts'][name], hidden)
         is_known = target >= 0
-        # -1 is no index: an unknown target is replaced by 0, and its loss left out of the mean.
+        # -1 is not a valid index: an unknown target is replaced by 0, and its loss is left out of the mean.
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(target, 0))
         count = jnp.maximum(jnp.sum(is_known), 1).astype(jnp.float32)
         metrics[name] = jnp.sum(jnp.where(is_known, ce, 0.0)) / count
@@ -61,10 +61,10 @@ def facts_loss(trained: dict, frozen: None, batch: dict, *, cfg: blip2.Blip2Conf
 def caption_words(
     tokenizer: PreTrainedTokenizerBase, facts: tuple[int, int], queries: int
 ) -> Int[np.ndarray, ' queries']:
-    """Return the tokens that the queries should read as: a caption, filled up with line ends.
+    """Return the target tokens of the queries: a caption, padded with line ends.
 
     Args:
-      tokenizer: of the language model.
+      tokenizer: tokenizer of the language model.
       facts: indices of the colour and the shape, both known.
       queries: number of tokens.
     """
@@ -76,18 +76,18 @@ def caption_words(
 
 
 def words_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Config) -> tuple[Array, dict]:
-    """Return the loss of projected query k being the embedding of caption word k, and metrics.
+    """Return the loss between projected query k and the embedding of caption word k, and metrics.
 
     Args:
       trained: the bridge.
       frozen: `vision` and `language`.
       batch: `pixel_values`, and `words` [batch, queries].
-      cfg: of the model.
+      cfg: config of the model.
     """
     image = vit.forward(frozen['vision'], cfg.vision, batch['pixel_values'])
     soft = blip2.bridge(trained, cfg, image, batch)
     table = frozen['language']['embed']
-    # |s - t|^2 = |s|^2 - 2 s.t + |t|^2, so that no array of [batch, queries, vocab, width] is made.
+    # |s - t|^2 = |s|^2 - 2 s.t + |t|^2 avoids an array of shape [batch, queries, vocab, width].
     squared = (
         jnp.sum(soft**2, axis=-1, keepdims=True)
         - 2 * jnp.einsum('bqd,vd->bqv', soft, table)
@@ -109,15 +109,15 @@ def answers_loss(trained: dict, frozen: dict, batch: dict, *, cfg: blip2.Blip2Co
       trained: the bridge; with `lora`, factors of the language model.
       frozen: the other params.
       batch: see `Model.answer_logits`; with `targets` and `answer`, True at the tokens of the answer.
-      cfg: of the model.
+      cfg: config of the model.
     """
-    # LoRA is no part of the params; `bind` combines them where the model reads a weight.
+    # LoRA factors are not part of the params; `bind` combines both where the model reads a weight.
     params = frozen | {name: tree for name, tree in trained.items() if name != 'lora'}
     logits = Model(cfg, embedded.GENERATION).answer_logits(bind(params, lora=trained.get('lora')), batch)
     ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
     answer = batch['answer']
     loss = jnp.sum(jnp.where(answer, ce, 0.0)) / jnp.maximum(jnp.sum(answer), 1).astype(jnp.float32)
-    # Right is an answer whose every token is; positions outside the answer count as right.
+    # An answer is right if all its tokens are; positions outside the answer count as right.
     is_right = jnp.all((jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch['targets']) | ~answer, axis=-1)
     return loss, {'loss': loss, 'accuracy': jnp.mean(is_right.astype(jnp.float32))}
 
@@ -126,7 +126,7 @@ def init(key: Array, cfg: blip2.Blip2Config) -> dict:
     """Return the bridge and the heads of the first stage, untrained.
 
     Args:
-      key: of the random numbers.
-      cfg: of the model.
+      key: key of the random numbers.
+      cfg: config of the model.
     """
     return init_params(key, blip2.bridge_shapes(cfg) | {'facts': facts_shapes(cfg)})

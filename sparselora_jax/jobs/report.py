@@ -1,4 +1,4 @@
-"""The report of a run: `report.json` for machines, `report.html` (one self-contained file) for people."""
+"""Write the report of a run: `report.json` for machines, `report.html` (one self-contained file) for people."""
 
 import importlib.metadata
 import json
@@ -10,7 +10,7 @@ from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.page import render
 from sparselora_jax.runtime.files import write_text
 
-PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # whose versions are reported
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # packages whose versions are reported
 
 
 def build(job: Job) -> dict:
@@ -19,7 +19,7 @@ def build(job: Job) -> dict:
     Args:
       job: the run.
     """
-    # Read from the files, not from the stages: a report can be written again without loading a model.
+    # Results come from the files, so that a report can be written again without loading a model.
     results = {path.stem: json.loads(path.read_text()) for path in job.workdir.glob('*.json')}
     evaluations = {name: results[names.evaluation_stage(name)] for name in names.MODELS}
     scores = {name: evaluation['accuracy']['overall'] for name, evaluation in evaluations.items()}
@@ -47,8 +47,8 @@ def build(job: Job) -> dict:
 
 
 def _won_back(scores: dict[str, float]) -> float | None:
-    """Return the share of what pruning lost that restoration won back; None: pruning lost nothing."""
-    # Of the scores over all questions; by kind, some kinds lose nothing.
+    """Return the share of pruning's loss of score that restoration won back, or None if pruning lost nothing."""
+    # Only of the score over all questions, since some kinds of questions lose nothing.
     lost = scores['dense'] - scores['pruned']
     won = scores['restored'] - scores['pruned']
     return won / lost if lost > 0 else None
@@ -66,7 +66,7 @@ def _intervals(job: Job, evaluations: dict[str, dict]) -> dict[str, tuple[float,
 
 
 def _baselines(results: dict[str, dict]) -> dict:
-    """Return what the models are compared with."""
+    """Return the baselines that the models are compared with."""
     baselines = {'image_blind': results[names.FLOOR]['accuracy']}
     exported = results[names.EXPORT]
     if 'lora_merged_density' in exported:  # only if LoRA was trained
@@ -84,7 +84,7 @@ def _times(results: dict[str, dict]) -> dict[str, float]:
     stages = (names.ZEROS, names.PRUNE, names.ROUND, names.TEACHER, names.EXPORT)  # some recipes have fewer
     times = {stage: results[stage]['seconds'] for stage in stages if stage in results}
     times['evaluate'] = sum(results[names.evaluation_stage(name)]['seconds'] for name in names.MODELS)
-    # The steps of all processes of an interrupted run; `seconds` are those of the last process.
+    # `steps_s` covers all processes of an interrupted run; `seconds` covers only the last process.
     times['restore'] = results[names.TRAINING['restored']]['steps_s']
     return times
 
@@ -99,7 +99,7 @@ def summary(report: dict) -> str:
     lines = []
     for name in names.MODELS:
         line = f'{name:9} {title} {report["scores"][name]:7.1%}'
-        if name in report['perplexity']:  # only of a decoder-only language tower
+        if name in report['perplexity']:  # only a decoder-only language tower has one
             line += f'   perplexity {report["perplexity"][name]:8.1f}'
         lines.append(line)
     for tower, counts in report['sparsity'].items():
@@ -117,7 +117,7 @@ def write(job: Job) -> dict:
       job: a finished run.
     """
     report = build(job)
-    # The page goes first: where `report.json` exists, the report is whole.
+    # The page is written first, so if `report.json` exists, the report is complete.
     write_text(job.workdir / 'report.html', render(job, report))
     write_text(job.workdir / 'report.json', json.dumps(report, indent=1))
     return report

@@ -20,7 +20,7 @@ from sparselora_jax.sparse.weights import init_lora
 
 
 def keep_teacher(job: Job) -> dict:
-    """Write the dense model's likeliest tokens on every batch of restoration into `teacher/`.
+    """Write the dense model's most likely tokens for every batch of restoration into `teacher/`.
 
     Args:
       job: the run.
@@ -51,14 +51,14 @@ def restore(job: Job, name: str, load_frozen: Callable[[], Frozen]) -> dict:
 
     Args:
       job: the run.
-      name: the stage, one of the values of `names.TRAINING`.
-      load_frozen: returns what is not trained; called only if the stage is not done.
+      name: name of the stage, one of the values of `names.TRAINING`.
+      load_frozen: function that returns the trees that are not trained; called only if the stage is not done.
 
     Returns:
-      `step_s`, the median seconds of a step, and `steps_s`, the seconds of all steps, those of an interrupted run
-      included.
+      `step_s`, the median seconds of a step, and `steps_s`, the seconds of all steps, including those before an
+      interruption.
     """
-    # A stage of its own, before the model is trained: the dense model need not be in memory later.
+    # A separate stage before training, so that training does not need the dense model in memory.
     is_taught = reads_teacher(job.config)
     if is_taught:
         keep_teacher(job)
@@ -67,19 +67,19 @@ def restore(job: Job, name: str, load_frozen: Callable[[], Frozen]) -> dict:
         options = job.config.restore
         frozen = load_frozen()
         if options.trained == 'weights':
-            # Copies, since the state is donated to each step, and `frozen` must stay.
+            # Copies, since the state is donated to each step but `frozen` must stay intact.
             first = pruned_kernels(frozen.params, frozen.masks)
         else:
             first = init_lora(jax.random.key(job.config.seed), frozen.params, lora_rules(job.config))
         step, tx = restore_program(job.model, job.config, job.mesh)
         checkpoints = Checkpoints(job.workdir / names.CHECKPOINTS / name)
-        # A resumed run begins to count at its newest checkpoint, or the rate and the ETA would be wrong.
+        # A resumed run counts from its newest checkpoint; otherwise the rate and the ETA would be wrong.
         saved_steps = checkpoints.steps() or [0]
         progress = Progress(name, options.steps, first=saved_steps[-1])
         state = init_state(job.shard(first), tx)
-        del first  # the state has a copy; trained kernels would lie in memory twice
+        del first  # the state has a copy, so trained kernels would be in memory twice
         if job.mesh is not None:
-            # Its counters too, or a checkpoint would bring them back to one device.
+            # Replicate the counters too; otherwise a checkpoint would restore them on one device.
             state = sharding.everywhere(state, job.mesh)
         batches = job.batches(options.batch, job.config.seed, with_teacher=is_taught)
         # A step's time is the time between two logs, so it includes reading the next batch and saving checkpoints.
@@ -101,13 +101,13 @@ def restore(job: Job, name: str, load_frozen: Callable[[], Frozen]) -> dict:
             steps=options.steps,
             checkpoints=checkpoints,
             every=options.checkpoint_every,
-            # Only an optimizer that skips bad steps can wait for better ones.
+            # Only an optimizer that skips bad steps can tolerate several of them.
             patience=guard.PATIENCE if options.on_bad_step == 'skip' else 1,
             log=log_step,
             profile=job.workdir if job.config.profile else None,
         )
         trees.save_safetensors(job.workdir / names.trained_file(name), state.trained)
-        # From the log, not from this process: an interrupted run has steps of earlier processes too.
+        # From the log, because an interrupted run also has steps of earlier processes.
         seconds = [value for _, value in job.log.curve(name, 'seconds')]
         return {'step_s': float(np.median(seconds)), 'steps_s': float(np.sum(seconds))}
 

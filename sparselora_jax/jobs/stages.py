@@ -1,6 +1,6 @@
-"""The stages of a run in their order, and the stages that prune; the others have files of their own.
+"""The order of all stages of a run, and the stages that prune; the other stages have their own files.
 
-A stage whose result lies in the workdir is skipped; evaluation goes on after its last answer, restoration after its
+A stage whose result is in the workdir is skipped. Evaluation resumes after its last answer, restoration after its
 newest checkpoint.
 """
 
@@ -37,13 +37,13 @@ def run(job: Job) -> None:
     evaluate_models(job, MODELS)
     export(job)
     floor(job)
-    # The control goes last: the other stages do not need it, and it costs as much as restoration.
+    # The control comes last: no other stage needs it, and it costs as much as restoration.
     if job.config.restore.control:
         evaluate_models(job, (CONTROL,))
 
 
 def evaluate_models(job: Job, models: Sequence[str]) -> None:
-    """Run the stages that lead to the evaluations of some models, and no others.
+    """Run only the stages that are needed to evaluate some models.
 
     Args:
       job: the run.
@@ -52,10 +52,10 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
     unknown = set(models) - set(ALL_MODELS)
     if unknown:
         raise ValueError(f'models {sorted(unknown)}: expected some of {", ".join(ALL_MODELS)}')
-    # Weights are given as functions: a stage that is done already loads none.
+    # Weights are passed as functions, so that a stage that is already done loads none.
     if 'dense' in models:
         evaluate(job, 'dense', lambda: job.params)
-    # Pruning is needed by two models, so it is no part of either.
+    # Two models need pruning, so it is not part of either evaluation.
     if 'pruned' in models or 'restored' in models:
         prune(job)
     if 'pruned' in models:
@@ -71,7 +71,7 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
 
 
 def _calibration(job: Job) -> list[dict]:
-    """Return the training samples that pruning is calibrated on, as one batch; none where none are asked for."""
+    """Return the training samples that pruning is calibrated on, as one batch; empty if the recipe asks for none."""
     samples = job.config.prune.samples
     if samples <= 0:
         return []
@@ -79,18 +79,18 @@ def _calibration(job: Job) -> list[dict]:
 
 
 def _score_batches(job: Job, samples: int, batch: int) -> list[dict]:
-    """Return the training samples that an allocation scores layers with."""
+    """Return the training batches on which an allocation scores layers."""
     drawn = job.batches(batch, job.config.seed + 1)
     return [drawn[index] for index in range(samples // batch)]
 
 
 def allocate(job: Job) -> dict[str, np.ndarray] | None:
-    """Return the zeros of each layer's kernel, stored in `zeros.json`; None: each layer has what its pattern says.
+    """Compute the zeros of each layer's kernel into `zeros.json`, or return None if patterns alone decide them.
 
-    An allocation may use the cross-entropy on answers of training batches, and the samples that pruning uses.
+    An allocation may use the cross-entropy of answers in training batches, and the calibration samples of pruning.
 
     Args:
-      job: whose recipe names the allocation.
+      job: the run, whose recipe names the allocation.
     """
     allocation = allocation_of(job.config)
     if not allocation.moves_zeros:
@@ -125,11 +125,11 @@ def allocate(job: Job) -> dict[str, np.ndarray] | None:
 def prune(job: Job) -> dict:
     """Calibrate and prune; write `masks.safetensors`, and `kernels.safetensors` if the method edits kept weights.
 
-    With `config.stream`, blocks are read from disk when their turn comes, and each pruned layer is written at once. The
-    pruned model then lies in `pruned/`, a Hugging Face directory.
+    With `config.stream`, each block is read from disk just before it is pruned, and each pruned layer is written at
+    once. The pruned model is then in `pruned/`, a Hugging Face directory.
 
     Args:
-      job: whose recipe names the method.
+      job: the run, whose recipe names the method.
     """
     zeros = allocate(job)
 
@@ -144,7 +144,7 @@ def prune(job: Job) -> dict:
         method_rules = prune_methods(config)
         methods = pruning.methods_of(params, method_rules)
         mask_shapes = {path: jax.ShapeDtypeStruct(flat[path].shape, bool) for path in patterns}
-        # Kept weights that are as they came are read again from the dense model.
+        # Unchanged kept weights are not stored, since they can be read from the dense model.
         edited = {path: flat[path] for path in patterns if methods[path].edits_kept_weights}
         with ExitStack() as files:
             write_mask = files.enter_context(trees.layer_writer(job.workdir / MASKS, mask_shapes))
@@ -179,8 +179,8 @@ def prune(job: Job) -> dict:
 
 
 def _by_layer(name: str, params: dict) -> Callable[[str, int, int], None]:
-    """Return a function that shows the progress of a walk over all blocks: called with tower, layer and layers."""
-    # Layers are counted here: a walk says which layer of which tower is done, not how many in all.
+    """Return a function of (tower, layer, layers) that shows the progress of a walk over all blocks."""
+    # Count layers here: a walk reports the layer within its tower, not the total.
     progress = Progress(name, block_count(params), interval=5)
     done = 0
 
@@ -193,10 +193,10 @@ def _by_layer(name: str, params: dict) -> Callable[[str, int, int], None]:
 
 
 def round_base(job: Job) -> None:
-    """Choose what a base in four bits stores: GPTQ, on the samples of pruning; write `rounded.safetensors`.
+    """Round a four-bit base by GPTQ on the calibration samples of pruning; write `rounded.safetensors`.
 
     Args:
-      job: whose recipe says what pruned kernels are stored as; nothing happens unless it is in four bits.
+      job: the run; nothing happens unless its recipe stores pruned kernels in four bits.
     """
     config = job.config
     rules = rounded_rules(config)

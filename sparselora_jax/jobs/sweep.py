@@ -1,7 +1,7 @@
-"""Grids of main jobs: each point with its own workdir, resumable; what points have in common is computed once.
+"""Run grids of main jobs: each point has its own workdir and can be resumed; shared stages are computed once.
 
-A sweep's config (`configs/sweeps/*.py`) holds `name`, `base` (a recipe), `points`, `budget` (which of `budgets`: its
-fields are set in the recipe, and `seeds` is how often each point runs) and `plot`. Fields of a point win over those of
+A sweep's config (`configs/sweeps/*.py`) holds `name`, `base` (a recipe), `points`, `budget` (a key of `budgets`: its
+fields override the recipe, and `seeds` is the number of runs per point) and `plot`. Fields of a point override those of
 the budget.
 """
 
@@ -35,27 +35,28 @@ class Point(NamedTuple):
     """One point of a grid.
 
     Attributes:
-      name: beginning of the names of its folders, one for each seed.
-      labels: column of the table -> what this point is in it.
+      name: prefix of the names of its folders, one for each seed.
+      labels: column of the table -> the label of this point.
       fields: dotted name -> value of the recipe's fields that differ from the base recipe.
-      models: which models it evaluates, some of `names.ALL_MODELS`.
-      share: share of the budget's restoration steps that this point takes.
+      models: the models that it evaluates, some of `names.ALL_MODELS`.
+      share: share of the budget's restoration steps that this point uses.
     """
 
     name: str
     labels: dict[str, Any]
-    # A plain dict: config.json holds the points, and JSON knows no read-only mapping. Nothing changes it in place.
+    # A plain dict, because config.json holds the points, and JSON has no read-only mapping. Nothing modifies it in
+    # place.
     fields: dict[str, Any] = {}  # noqa: RUF012
     models: tuple[str, ...] = ('pruned', 'restored')
     share: float = 1.0
 
 
 class Run(NamedTuple):
-    """A point with one seed: a main job.
+    """A main job: one point with one seed.
 
     Attributes:
       point: the point.
-      seed: of the recipe.
+      seed: seed of the recipe.
       config: the recipe.
     """
 
@@ -65,30 +66,30 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the name of its folder."""
+        """Return the name of the run's folder."""
         return f'{self.point.name}-seed{self.seed}'
 
     @property
     def shared_stages(self) -> tuple[str, ...]:
-        """Return the stages that it may share with other runs."""
+        """Return the stages that this run may share with other runs."""
         return tuple(stage for stage, models in SHARED_BY.items() if models & set(self.point.models))
 
 
 def runs(config: ConfigDict) -> list[Run]:
-    """Return the jobs of a sweep, in order, values checked; the dense model comes first.
+    """Return the jobs of a sweep in order, with checked values; the dense model comes first.
 
     Args:
       config: a sweep.
 
     Raises:
-      ConfigError, PatternError: an illegal budget, field or value; names the point.
+      ConfigError, PatternError: a budget, field or value is illegal; the message names the point.
     """
     if config.budget not in config.budgets:
         raise ConfigError(f'budget {config.budget!r}: expected one of {", ".join(config.budgets)}')
     budget = config.budgets[config.budget].to_dict()
     seeds = budget.pop('seeds')
     planned = []
-    # The dense model is a point of every sweep: everything is compared with it, and it is evaluated once.
+    # Every sweep has the dense model as a point, because all models are compared with it; it is evaluated once.
     for point in (Point('dense', {}, models=('dense',)), *config.points):
         if not point.models or set(point.models) - set(names.ALL_MODELS):
             expected = ', '.join(names.ALL_MODELS)
@@ -97,7 +98,7 @@ def runs(config: ConfigDict) -> list[Run]:
             # A copy for each run: the base recipe and the other runs must not see the overrides.
             recipe = ConfigDict(config.base.to_dict())
             override(recipe, _dotted(budget), owner=f'budget {config.budget}')
-            # Before the point's own fields, which win over its share.
+            # Set before the point's own fields, which override its share.
             recipe.restore.steps = max(1, round(point.share * recipe.restore.steps))
             override(recipe, {**point.fields, 'seed': seed}, owner=f'point {point.name}')
             with _naming(point):
@@ -113,11 +114,11 @@ def runs(config: ConfigDict) -> list[Run]:
 
 @contextlib.contextmanager
 def _naming(point: Point) -> Iterator[None]:
-    """Put the name of a point before the message of an error."""
+    """Add the name of a point to the messages of errors."""
     try:
         yield
     except SparseloraError as error:
-        # The same type: callers and tests tell a pattern from a config by it.
+        # The same type, because callers and tests distinguish pattern errors from config errors.
         raise type(error)(f'point {point.name}: {error}') from None
 
 
@@ -151,9 +152,10 @@ def check(planned: list[Run]) -> None:
       planned: the runs of the sweep.
 
     Raises:
-      PatternError, RuleError, and what opening a model raises; names the point.
+      PatternError, RuleError: a point does not fit its model. Also errors of opening a model. The message names the
+      point.
     """
-    shapes: dict[str, dict] = {}  # of each model, which is opened once
+    shapes: dict[str, dict] = {}  # by model, so that each model is opened once
     for run in planned:
         model = run.config.model
         if model not in shapes:
@@ -164,18 +166,18 @@ def check(planned: list[Run]) -> None:
 
 
 def refuse_other_sweep(workdir: Path, config: ConfigDict) -> None:
-    """Check that a workdir holds this sweep, or nothing yet.
+    """Check that a workdir holds this sweep, or is still empty.
 
     Args:
       workdir: the folder of a sweep.
-      config: the sweep that is about to begin or to be resumed.
+      config: the sweep that is about to start or resume.
 
     Raises:
-      ConfigError: it holds another sweep, or a run that is no sweep.
+      ConfigError: the workdir holds another sweep, or a run that is not a sweep.
     """
     file = workdir / CONFIG_FILE
     if file.exists():
-        # The name goes first: a list of all fields that differ would say less.
+        # Compare the name first, since it says more than a list of all fields that differ.
         name = json.loads(file.read_text()).get('name', 'no sweep')
         if name != config.name:
             raise ConfigError(f'{workdir} holds another run ({name!r}, not {config.name!r}); use another workdir')
@@ -189,18 +191,18 @@ def run(
     *,
     after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run what is not finished yet, one run after the other.
+    """Run all unfinished runs, one after the other.
 
     Args:
       config: a sweep.
       workdir: its folder.
-      run_one: does the work of one run in its folder: in this process (`sweep_runs.run_here`) or in one of its own
+      run_one: function that does one run in its folder, in this process (`sweep_runs.run_here`) or in a separate one
         (`sweep_runs.run_apart`).
       after: called after each run.
 
     Raises:
-      ConfigError, PatternError, RuleError: an illegal point; before anything runs.
-      SweepError: runs failed; the others are finished, and a second call tries only those that failed.
+      ConfigError, PatternError, RuleError: a point is illegal; raised before anything runs.
+      SweepError: some runs failed; the others are finished, and a second call runs only the failed ones.
       Interrupted: a run was stopped, and has saved its state.
     """
     workdir = Path(workdir)
@@ -208,7 +210,7 @@ def run(
     refuse_other_sweep(workdir, config)
     planned = runs(config)
     unfinished = [run for run in planned if not sweep_runs.is_finished(workdir / run.name)]
-    # All points are checked before the first runs; a sweep that is done only writes its table again.
+    # All points are checked before the first run. A finished sweep only writes its table again.
     if unfinished:
         check(planned)
     claim(workdir, config)
@@ -220,7 +222,7 @@ def run(
         if error:
             failed.append(current.name)
         if not failed:
-            # As long as no run has failed: one that has will need the shared results again.
+            # Only if no run has failed, because a failed run will need the shared results again.
             later = unfinished[index + 1 :]
             sweep_runs.remove_unneeded([(run.shared_stages, run.config) for run in later], shared)
         after()
@@ -233,7 +235,7 @@ def run(
 
 
 def _run_one(run: Run, folder: Path, shared: Path, run_one: Callable[[Run, Path], None]) -> str:
-    """Do one run, and return why it failed, '' if it did not."""
+    """Do one run, and return why it failed, or '' if it succeeded."""
     folder.mkdir(exist_ok=True)
     failed_file = folder / names.FAILED
     failed_file.unlink(missing_ok=True)
@@ -241,13 +243,13 @@ def _run_one(run: Run, folder: Path, shared: Path, run_one: Callable[[Run, Path]
     try:
         run_one(run, folder)
     except Interrupted:
-        raise  # no failure: the whole sweep stops
+        raise  # not a failure: the whole sweep stops
     except (SparseloraError, OSError) as error:
         write_text(failed_file, f'{error}\n')
         return str(error) or type(error).__name__
     finally:
-        # Also of a run that failed or was stopped: what it has done is done.
+        # Also for a run that failed or was stopped, because its finished stages are valid.
         sweep_runs.give_shared(run.shared_stages, run.config, folder, shared)
-    # Those of a run that failed stay, so that it can be resumed.
+    # The weights of a failed run stay, so that it can be resumed.
     sweep_runs.remove_weights(folder)
     return ''

@@ -1,4 +1,4 @@
-"""One run of a sweep: a main job in a folder of its own, and the stages that it shares with other runs."""
+"""Do one run of a sweep: a main job in its own folder, with stages that it shares with other runs."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import whole
 
-# Stages that runs may share, and the files of each. The stage's own result comes last: it is linked last, so where it
-# exists the other files exist too.
+# Stages that runs may share, and the files of each. The stage's own result is last and is linked last, so if it exists,
+# the other files exist too.
 SHARED_FILES = {
     names.PRUNE: (
         names.MASKS,
@@ -30,18 +30,18 @@ SHARED_FILES = {
     ),
     names.evaluation_stage('pruned'): (names.result_file(names.evaluation_stage('pruned')),),
 }
-STOPPED = 130  # exit code of a process that was stopped by a signal and saved its state, as cli.py ends it
+STOPPED = 130  # exit code of cli.py for a process that saved its state after a signal
 
 
 class PointError(SparseloraError, RuntimeError):
-    """One run failed; the message is the last line that it printed."""
+    """A run failed; the message is the last line that it printed."""
 
 
 def is_finished(folder: Path) -> bool:
     """Return whether the last stage of a run is done.
 
     Args:
-      folder: of the run.
+      folder: folder of the run.
     """
     return (folder / names.result_file(names.MEASURE)).exists()
 
@@ -51,11 +51,11 @@ def run_here(config: ConfigDict, folder: Path, models: tuple[str, ...]) -> None:
 
     Args:
       config: a recipe.
-      folder: of the run.
-      models: which models it evaluates, some of `names.ALL_MODELS`.
+      folder: folder of the run.
+      models: the models to evaluate, some of `names.ALL_MODELS`.
     """
     job = Job(config, folder)
-    # No export and no report: a sweep compares scores and costs alone.
+    # No export and no report, since a sweep compares only scores and costs.
     stages.evaluate_models(job, models)
     if 'dense' in models:
         stages.floor(job)
@@ -63,13 +63,13 @@ def run_here(config: ConfigDict, folder: Path, models: tuple[str, ...]) -> None:
 
 
 def run_apart(command: Sequence[str], folder: Path) -> None:
-    """Do the work of one run in a process of its own, which prints into `output.txt`.
+    """Do the work of one run in a separate process, which prints into `output.txt`.
 
-    So its peak memory is its own, and its end does not end the sweep.
+    So the peak memory is that of this run alone, and a crash does not end the sweep.
 
     Args:
-      command: does the work.
-      folder: of the run. Programs that the process compiles are stored beside it, for the other runs.
+      command: command that does the run.
+      folder: folder of the run. Programs that the process compiles are stored beside it, for the other runs.
 
     Raises:
       PointError: the process failed.
@@ -86,7 +86,7 @@ def run_apart(command: Sequence[str], folder: Path) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            # Ctrl-C in a terminal reaches the process too; a signal to this process alone does not.
+            # Ctrl-C in a terminal also reaches the child process, but a signal sent to this process does not.
             process.terminate()
             process.wait()
             code = STOPPED
@@ -95,7 +95,7 @@ def run_apart(command: Sequence[str], folder: Path) -> None:
     if code < 0:
         raise PointError(f'killed by signal {-code}')
     if code > 0:
-        # launch/cli.py ends with one line that says what was wrong; of a traceback the last line says most.
+        # launch/cli.py ends with one line about the error; the last line of a traceback is the most informative.
         lines = output.read_text(errors='replace').strip().splitlines()
         raise PointError(lines[-1].removeprefix('error: ') if lines else f'ended with code {code} and no output')
 
@@ -110,7 +110,7 @@ def measure(job: Job, models: tuple[str, ...]) -> dict:
 
     def compute():
         cfg = job.model.cfg
-        # From shapes alone: counting FLOPs needs no weights.
+        # Counting FLOPs needs shapes only, no weights.
         estimate = memory.recipe(cfg, job.config)
         counts = {}
         densities = {}
@@ -133,9 +133,9 @@ def measure(job: Job, models: tuple[str, ...]) -> dict:
 
 
 def _key(stage: str, config: ConfigDict) -> str:
-    """Return a name for a shared stage and the fields that its result depends on."""
+    """Return a key of a shared stage: its name, and the fields that its result depends on."""
     fields = json.loads(config.to_json())
-    # Neither LoRA nor restoration changes what pruning does, but for the shares, which decide the order of the data.
+    # LoRA and restoration do not affect pruning, except for the shares, which decide the order of the data.
     relevant = {
         name: value for name, value in fields.items() if name not in ('lora', 'restore', 'evaluate', *NO_RESULT)
     }
@@ -147,7 +147,7 @@ def _key(stage: str, config: ConfigDict) -> str:
 
 
 def _link(file_names: tuple[str, ...], source: Path, target: Path) -> None:
-    """Give files a second name in another folder, or copy them where the disk has no hard links."""
+    """Link files into another folder, or copy them if the disk does not support hard links."""
     target.mkdir(parents=True, exist_ok=True)
     for name in file_names:
         if (source / name).exists() and not (target / name).exists():
@@ -159,28 +159,28 @@ def _link(file_names: tuple[str, ...], source: Path, target: Path) -> None:
 
 
 def take_shared(shared_stages: Sequence[str], config: ConfigDict, folder: Path, shared: Path) -> None:
-    """Link the results of stages that an earlier run has done into the folder of this run.
+    """Link the shared results of earlier runs into the folder of this run.
 
     Args:
       shared_stages: stages that this run may share, keys of `SHARED_FILES`.
       config: the recipe of this run.
-      folder: of this run.
+      folder: folder of this run.
       shared: folder of all shared results.
     """
     for stage in shared_stages:
         source = shared / _key(stage, config)
-        # The last file is linked last: where it exists, the stage is whole.
+        # The last file is linked last, so if it exists, the stage is complete.
         if (source / SHARED_FILES[stage][-1]).exists():
             _link(SHARED_FILES[stage], source, folder)
 
 
 def give_shared(shared_stages: Sequence[str], config: ConfigDict, folder: Path, shared: Path) -> None:
-    """Link the results of stages that this run has done into the folder of shared results.
+    """Link the results of this run's stages into the folder of shared results.
 
     Args:
       shared_stages: stages that this run may share, keys of `SHARED_FILES`.
       config: the recipe of this run.
-      folder: of this run.
+      folder: folder of this run.
       shared: folder of all shared results.
     """
     for stage in shared_stages:
@@ -196,17 +196,17 @@ def remove_unneeded(later_runs: Sequence[tuple[Sequence[str], ConfigDict]], shar
       shared: folder of all shared results.
     """
     needed = {_key(stage, config) for shared_stages, config in later_runs for stage in shared_stages}
-    # Results are hard links: the runs that have used them keep theirs.
+    # Results are hard links, so runs that have used them keep their own.
     for folder in shared.glob('*'):
         if folder.name not in needed:
             shutil.rmtree(folder)
 
 
 def remove_weights(folder: Path) -> None:
-    """Remove masks, factors and checkpoints of a finished run; its results are in its json files.
+    """Remove masks, factors and checkpoints of a finished run, whose results are in JSON files.
 
     Args:
-      folder: of the run.
+      folder: folder of the run.
     """
     for file in folder.glob('*.safetensors'):
         file.unlink()

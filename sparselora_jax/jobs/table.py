@@ -1,4 +1,4 @@
-"""The results of a sweep as one table: a row for each point and model, means over seeds with 95 % intervals."""
+"""Write a sweep's results as one table: a row for each point and model, means over seeds with 95 % intervals."""
 
 import csv
 import importlib.metadata
@@ -20,7 +20,7 @@ from sparselora_jax.runtime.files import write_text
 
 GIB = 2**30
 LEVEL = 0.95  # confidence level of the intervals
-# How the names of columns begin that hold what is counted, timed or given, not measured on the model.
+# Prefixes of the names of columns that are counted, timed or given, rather than measured on the model.
 WITHOUT_INTERVAL = ('density', 'prune ', 'restore ', 'step ', 'trained ', 'GFLOP')
 
 
@@ -28,11 +28,11 @@ class Row(NamedTuple):
     """One model of one point.
 
     Attributes:
-      labels: of the point: column -> what the point is in it.
+      labels: column -> label of the point.
       model: one of `names.ALL_MODELS`, or the floor.
-      steps: restoration steps of the point, also where this model was not restored.
-      values: column -> a number for each finished seed.
-      failed: which runs are missing, and why; '' if none is.
+      steps: restoration steps of the point, even if this model was not restored.
+      values: column -> one number for each finished seed.
+      failed: the missing runs and the reasons; '' if none is missing.
     """
 
     labels: dict[str, Any]
@@ -48,10 +48,10 @@ class Row(NamedTuple):
 
 
 def mean_interval(values: list[float]) -> tuple[float, float | None]:
-    """Return the mean and the half width of its 95 % interval by Student's t; None: one value says nothing of spread.
+    """Return the mean and the half width of its 95 % interval by Student's t, which is None for a single value.
 
     Args:
-      values: one for each seed.
+      values: one value for each seed.
 
     >>> mean_interval([1.0, 2.0, 3.0])[0], round(mean_interval([1.0, 2.0, 3.0])[1], 3), mean_interval([2.0])
     (2.0, 2.484, (2.0, None))
@@ -61,27 +61,27 @@ def mean_interval(values: list[float]) -> tuple[float, float | None]:
         return mean, None
     deviation = np.std(values, ddof=1)  # of a sample, not of the population
     if deviation == 0:
-        # Of a distribution without width scipy returns NaN.
+        # scipy returns NaN for a distribution without spread.
         return mean, 0.0
-    # Around 0, since only the half width is asked for: no digits are lost in a difference from the mean.
+    # The interval is around 0, because only the half width is needed: subtracting the mean would lose digits.
     _, half = stats.t.interval(LEVEL, df=len(values) - 1, loc=0.0, scale=deviation / len(values) ** 0.5)
     return mean, float(half)
 
 
 def rows(config: ConfigDict, workdir: str | Path) -> list[Row]:
-    """Return the rows of a sweep, finished or not, in the order of its points; the dense model and the floor first.
+    """Return the rows of a sweep, finished or not, in the order of its points; the dense model and the floor are first.
 
     Args:
       config: a sweep.
       workdir: its folder.
     """
-    # Planned again from the config: a run that was not started yet has its row too.
+    # Runs are planned again from the config, so that runs that have not started have rows too.
     runs_by_point: dict[str, list[sweep.Run]] = {}
     for run in sweep.runs(config):
         runs_by_point.setdefault(run.point.name, []).append(run)
     table = []
     for runs in runs_by_point.values():
-        # The recipes of a point differ by the seed alone.
+        # The recipes of a point differ only in the seed.
         point = runs[0].point
         point_recipe = runs[0].config
         title = recipe.metric(point_recipe).title
@@ -99,12 +99,12 @@ def rows(config: ConfigDict, workdir: str | Path) -> list[Row]:
 
 
 def _read(folder: Path) -> dict[str, dict]:
-    """Return the results of all stages of a run, by stage."""
+    """Return the results of all stages of a run, by name of stage."""
     return {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json')}
 
 
 def _missing(folders: list[Path]) -> str:
-    """Return which runs are not finished, and why as far as that is known."""
+    """Return the unfinished runs, with the reasons if they are known."""
     reasons = []
     for folder in folders:
         if not sweep_runs.is_finished(folder):
@@ -120,11 +120,11 @@ def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]
     Args:
       result: result of each stage.
       model: see `Row`.
-      title: of the metric.
+      title: title of the metric.
     """
     if model == FLOOR_TITLE:
         return _scores(result[names.FLOOR], title)
-    # Columns are added in the order in which the table shows them.
+    # Columns are added in the order of the table.
     evaluation = result[names.evaluation_stage(model)]
     measured = result[names.MEASURE]
     values = _scores(evaluation, title)
@@ -134,12 +134,12 @@ def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]
     if is_pruned:
         for tower, counts in measured['sparsity'].items():
             values[f'density {tower}'] = counts['density']
-        # An allocation is found before pruning, and is part of its cost.
+        # The allocation is part of the cost of pruning.
         pruning_stages = [result[stage] for stage in (names.ZEROS, names.PRUNE) if stage in result]
         values['prune s'] = sum(stage['seconds'] for stage in pruning_stages)
         values['prune GiB'] = max(stage['peak_memory_bytes'] for stage in pruning_stages) / GIB
     if model in names.TRAINING:
-        # Seconds of all steps, not of the stage: a run that was stopped has had earlier processes.
+        # Seconds of all steps rather than of the stage, because an interrupted run has had earlier processes.
         trained = result[names.TRAINING[model]]
         values['restore s'] = trained['steps_s']
         values['step s'] = trained['step_s']
@@ -148,7 +148,7 @@ def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]
         values['GFLOP a step'] = measured['step_flops'] / 1e9
     if model == 'restored' and 'lora_merged_density' in measured:
         values['density if LoRA is merged'] = measured['lora_merged_density']
-    # Nominal: what a kernel would save that skips every zero.
+    # Nominal: the FLOPs of kernels that skip every zero.
     values['GFLOP an answer'] = measured['answer_flops_sparse' if is_pruned else 'answer_flops'] / 1e9
     return values
 
@@ -165,23 +165,23 @@ def columns(table: list[Row]) -> tuple[list[str], list[str]]:
       table: see `rows`.
     """
     labels = dict.fromkeys(name for row in table for name in row.labels)
-    # The row with the most values decides their order.
+    # The row with the most values decides the order of columns.
     fullest_first = sorted(table, key=lambda row: -len(row.values))
     values = dict.fromkeys(name for row in fullest_first for name in row.values)
     return list(labels), list(values)
 
 
 def has_interval(name: str) -> bool:
-    """Return whether a column has an interval: whether it is measured on the model, not counted, timed or given.
+    """Return whether a column has an interval, because it is measured on the model and not counted, timed or given.
 
     Args:
-      name: of the column.
+      name: name of the column.
     """
     return not name.startswith(WITHOUT_INTERVAL)
 
 
 def to_csv(table: list[Row]) -> str:
-    """Return the table for machines: shares as numbers of 0 to 1, an interval's half width behind each mean.
+    """Return the table for machines: shares as numbers from 0 to 1, and after each mean the half width of its interval.
 
     Args:
       table: see `rows`.
@@ -215,14 +215,14 @@ def _number(value: float | None) -> str:
 
 
 def to_markdown(config: ConfigDict, table: list[Row]) -> str:
-    """Return the table for people, under a line on how it was made.
+    """Return the table for people, below a line on how its figures were measured.
 
     Args:
       config: a sweep.
       table: see `rows`.
     """
     labels, values = columns(table)
-    # The column of failures is only there if there are any: most tables are wide enough.
+    # The column of failures is added only if needed, since most tables are already wide.
     has_failed = any(row.failed for row in table)
     head = [*labels, 'model', 'steps', *values]
     if has_failed:
@@ -246,12 +246,12 @@ def to_markdown(config: ConfigDict, table: list[Row]) -> str:
 
 
 def _conditions(config: ConfigDict) -> str:
-    """Return how a sweep's figures were made: budget, recipe, machine, versions."""
+    """Return how a sweep's figures were measured: budget, recipe, machine, versions."""
     run_recipe = sweep.runs(config)[0].config
     seeds = config.budgets[config.budget].seeds
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in PACKAGES)
     interval = f'means of {seeds} seeds with 95 % intervals (t)' if seeds > 1 else 'one seed'
-    # Those that this process may use, which in a container are fewer than the machine has.
+    # The cores that this process may use; in a container these are fewer than the machine has.
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB
     return (

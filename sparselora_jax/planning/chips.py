@@ -1,8 +1,8 @@
-"""Accelerators by what their makers publish: used to estimate a program's time where there is no chip.
+"""Published figures of accelerators, used to estimate a program's time on a chip that is not here.
 
-Rates are dense bf16, per chip. Links are what one chip can send to its neighbours over all its links together. Prices
-are list prices of Google Cloud on demand (us-central and us-east, early 2026); set your own. There is no price for
-GPUs, which differ by several times from one cloud to another.
+Rates are per chip, for dense bf16. The rate of the links is what one chip can send to its neighbours over all its links
+together. Prices are on-demand list prices of Google Cloud (us-central and us-east, early 2026); set your own. GPUs have
+no price here: their prices differ by several times between clouds.
 """
 
 from typing import NamedTuple
@@ -17,12 +17,12 @@ class Chip(NamedTuple):
     """One accelerator.
 
     Attributes:
-      name: of the product.
-      memory: bytes.
-      bytes_s: bytes a second from memory.
-      flops_s: FLOPs a second, dense bf16.
-      links_s: bytes a second to its neighbours.
-      dollars_hour: price of an hour; None: not known.
+      name: name of the product.
+      memory: bytes of memory.
+      bytes_s: memory bandwidth in bytes per second.
+      flops_s: FLOPs per second, dense bf16.
+      links_s: bytes per second to its neighbours.
+      dollars_hour: price per hour in dollars; None: not known.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Architecture(NamedTuple):
     Attributes:
       capability: the first number of the compute capability.
       cores: number of multiprocessors.
-      hertz: their clock.
-      lanes: fp32 units of each.
-      shared: bytes of shared memory of each.
-      cache: bytes of the last level of cache.
+      hertz: clock rate of the multiprocessors.
+      lanes: number of fp32 units of each multiprocessor.
+      shared: bytes of shared memory of each multiprocessor.
+      cache: bytes of the last-level cache.
     """
 
     capability: int
@@ -76,7 +76,7 @@ AMPERE = Architecture(8, cores=108, hertz=1.41e9, lanes=64, shared=164 * KIB, ca
 HOPPER = Architecture(9, cores=132, hertz=1.83e9, lanes=128, shared=228 * KIB, cache=50 * MIB)
 BLACKWELL = Architecture(10, cores=148, hertz=1.85e9, lanes=128, shared=228 * KIB, cache=126 * MIB)
 
-# Memory is what the driver leaves to programs; links are NVLink's.
+# Memory is what the driver leaves to programs; the links are NVLink.
 GPUS = {
     'a100': Gpu(Chip('NVIDIA A100 80 GB', 85_100_068_864, 2.04e12, 312e12, 300e9, None), AMPERE),
     'h100': Gpu(Chip('NVIDIA H100 SXM', 84_942_979_072, 3.35e12, 989e12, 450e9, None), HOPPER),

@@ -1,7 +1,7 @@
-"""Reads from a compiled program's text what it sends between devices: kinds, bytes, and how often, loops counted.
+"""Read from a compiled program's text what it sends between devices: kinds, bytes and counts, loops included.
 
-XLA gives no such count. Its cost analysis counts the body of a loop once, and the objects of the compiled program can
-only be had as text, `compiled.as_text()` (HLO). That text is a list of computations:
+XLA offers no such count: its cost analysis counts the body of a loop once. The operations of a compiled program are
+only available as text, `compiled.as_text()` (HLO). That text is a list of computations:
 
     %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
       %r = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%sum
@@ -13,8 +13,8 @@ only be had as text, `compiled.as_text()` (HLO). That text is a list of computat
     }
 
 A computation begins with its head and ends with a brace. A line holds one operation: its name, the shape of its result,
-the operation, its operands, and attributes, which name the computations that it calls. The program is walked from its
-ENTRY; what a loop calls counts as often as the loop runs.
+the operation, its operands, and attributes, which name the computations that it calls. The walk starts at ENTRY; each
+computation that a loop calls counts as often as the loop runs.
 """
 
 import math
@@ -36,7 +36,7 @@ _CALLED = re.compile(r'(?:to_apply|calls|body|called_computations|branch_computa
 
 
 class Collective(NamedTuple):
-    """One operation of a program that sends.
+    """One operation of a program that sends data between devices.
 
     Attributes:
       kind: one of `KINDS`.
@@ -52,13 +52,13 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Return the bytes that a device sends in all its runs, by the ring algorithms that send least."""
+        """Return the bytes that a device sends in all runs of the operation, by the ring algorithms that send least."""
         others = self.group - 1
         each = {
             'all-gather': self.size * others / self.group,
             # A reduce-scatter, then an all-gather.
             'all-reduce': 2 * self.size * others / self.group,
-            # Its result is one part; a device sends the parts of all others.
+            # The result is one part; a device sends the parts of all other devices.
             'reduce-scatter': self.size * others,
             'all-to-all': self.size * others / self.group,
         }
@@ -70,10 +70,10 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
     Args:
       text: `compiled.as_text()`.
-      devices: number of devices that run the program; a collective that names no groups is among all of them.
+      devices: number of devices that run the program; a collective without groups involves all of them.
 
     Raises:
-      ValueError: a collective in a loop of which the compiler does not know how often it runs.
+      ValueError: a collective is in a loop whose number of rounds the compiler does not know.
     """
     heads = list(_HEAD.finditer(text))
     ends = [head.start() for head in heads[1:]] + [len(text)]
@@ -86,15 +86,15 @@ def _walk(computations: Mapping[str, str], name: str, times: int, devices: int, 
     """Yield the collectives of a computation and of those that it calls.
 
     Args:
-      computations: their text, by name.
-      name: of the computation.
-      times: how often it runs.
+      computations: text of each computation, by name.
+      name: name of the computation.
+      times: how often the computation runs.
       devices: see `collectives`.
-      seen: channels met in this round of the innermost loop. A TPU's compiler writes the same collective down in each
-        of the fusions that start it, compute beside it and end it; they have the same channel.
+      seen: channels already counted in this round of the innermost loop. The TPU compiler repeats a collective in each
+        of the fusions that start it, overlap it with computation and end it; all have the same channel.
     """
     for result, operation, rest in _OPERATION.findall(computations[name]):
-        # Asynchronous: started and done by two operations, of which the first counts.
+        # An asynchronous collective has two operations, start and done; the first is counted.
         kind = operation.removesuffix('-start')
         if kind in KINDS:
             channel = re.search(r'channel_id=(\d+)', rest)
@@ -103,7 +103,7 @@ def _walk(computations: Mapping[str, str], name: str, times: int, devices: int, 
             if channel:
                 seen.add(channel[1])
             yield Collective(kind, _size(result, started=operation != kind), _group(rest, devices), times)
-            # What it calls is its sum or maximum, which sends nothing.
+            # It calls only its reduction (sum or maximum), which sends nothing.
             continue
         for called in _called(rest):
             if operation != 'while':
@@ -124,13 +124,13 @@ def _called(rest: str) -> Iterator[str]:
 
 
 def _rounds(computations: Mapping[str, str], rest: str) -> int | None:
-    """Return how often a loop runs; None where that is not known.
+    """Return how often a loop runs, or None if that is not known.
 
-    A compiler writes the number down where it knows it. Elsewhere (TPUs) it is read from the loop itself: its counter
-    starts at 0, `condition` compares it with a constant, and `body` adds a constant.
+    Some compilers write the number into the text. For others (TPUs) it is read from the loop itself: its counter starts
+    at 0, `condition` compares it with a constant, and `body` adds a constant.
 
     Args:
-      computations: their text, by name.
+      computations: text of each computation, by name.
       rest: operands and attributes of the loop.
     """
     known = re.search(r'"known_trip_count":{"n":"(\d+)"}', rest)
@@ -142,9 +142,9 @@ def _rounds(computations: Mapping[str, str], rest: str) -> int | None:
     if not compared:
         return None
     limit = _constant(condition, compared[2])
-    # %i = s32[] get-tuple-element(%p), index=0: the counter's place among what the loop carries
+    # %i = s32[] get-tuple-element(%p), index=0: the index of the counter in the loop's carry
     place = re.search(rf'%?{re.escape(compared[1])} = [^\n]*get-tuple-element\([^\n]*index=(\d+)', condition)
-    # ROOT %t = (s32[], ...) tuple(%next, /*index=1*/%z): what the body carries on, the counter in the same place
+    # ROOT %t = (s32[], ...) tuple(%next, /*index=1*/%z): the new carry, with the counter at the same index
     carried = re.search(r'ROOT [^\n]* tuple\(([^\n)]*)\)', body)
     if limit is None or not place or not carried:
         return None
@@ -157,7 +157,7 @@ def _rounds(computations: Mapping[str, str], rest: str) -> int | None:
 
 
 def _constant(computation: str, name: str) -> int | None:
-    """Return the value of an integer constant; None where the name is no such constant."""
+    """Return the value of an integer constant, or None if the name is not such a constant."""
     constant = re.search(rf'%?{re.escape(name)} = [su]32\[\]\S* constant\((\d+)\)', computation)
     return int(constant[1]) if constant else None
 
@@ -167,7 +167,7 @@ def _size(result: str, *, started: bool) -> int:
 
     Args:
       result: its shape, e.g. `(f32[8]{0}, f32[2]{0})`.
-      started: the operation starts an asynchronous collective, whose result has its operands before it.
+      started: whether the operation starts an asynchronous collective; its shape then lists the operands first.
     """
     sizes = []
     for bits, shape in _ARRAY.findall(result):
@@ -177,13 +177,13 @@ def _size(result: str, *, started: bool) -> int:
         # ((operands), (results), ...)
         sizes = sizes[len(sizes) // 2 :]
     elif started and result.startswith('('):
-        # (operand, result, ...); what comes behind is a word or two.
+        # (operand, result, ...); the rest is only a few bytes.
         sizes = sizes[1:2]
     return sum(sizes)
 
 
 def _group(rest: str, devices: int) -> int:
-    """Return how many devices take part in a collective together; its attributes write that in one of four ways."""
+    """Return how many devices take part in a collective together, which HLO writes in one of four ways."""
     # replica_groups=[2,4]<=[8]: two groups of four
     if groups := re.search(r'replica_groups=\[(\d+),(\d+)\]', rest):
         return int(groups[2])
@@ -201,10 +201,10 @@ def _group(rest: str, devices: int) -> int:
 
 
 def by_kind(program: Sequence[Collective]) -> dict[str, tuple[int, float]]:
-    """Return, for each kind, how many operations run in one run of a program and the bytes that a device sends.
+    """Return, for each kind, how many collectives one run of a program executes and the bytes that a device sends.
 
     Args:
-      program: its collectives.
+      program: collectives of the program.
     """
     totals = {}
     for kind in KINDS:

@@ -1,6 +1,6 @@
-"""Counts the FLOPs of a program's matmuls in its trace: exact for any model and step, and nothing is computed.
+"""Count the FLOPs of a program's matmuls from its trace: exact for any model and step, without computing anything.
 
-XLA's own `cost_analysis()` counts the body of a loop once; here a scan counts as often as it runs.
+XLA's own `cost_analysis()` counts the body of a loop once; here the body of a scan counts once per iteration.
 """
 
 import math
@@ -23,14 +23,15 @@ from sparselora_jax.sparse import rules
 def matmul_flops(function: Callable, *args: Any) -> int:
     """Count the FLOPs of all matmuls in `function(*args)`: a product `[m, k] @ [k, n]` has 2mkn.
 
-    Norms, softmax and the like are left out. So are products that no result depends on, which every compiler removes.
+    Norms, softmax and similar operations are not counted. Nor are products that no result depends on, which every
+    compiler removes.
 
     Args:
       function: can be traced by JAX.
-      args: arrays or their shapes.
+      args: arguments of the function, arrays or their shapes.
 
     Raises:
-      ValueError: a matmul in a loop whose number of rounds the trace does not know.
+      ValueError: a matmul is in a loop whose number of iterations the trace does not know.
 
     >>> x, w = jnp.ones((2, 3)), jnp.ones((5, 3, 3))
     >>> matmul_flops(lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], x, w)
@@ -60,10 +61,10 @@ def _of_equation(equation: JaxprEqn) -> int:
     if name == 'while' and any(inside):
         raise ValueError('a matmul in a while loop: the trace does not know how often it runs')
     if name == 'cond':
-        # One of the branches runs: at most the longest.
+        # Only one branch runs: count the most expensive one.
         return max(inside, default=0)
     if name == 'shard_map':
-        # Its program is what one device does; each device along the axes that it maps over does as much.
+        # The inner program is that of one device; every device along the mapped axes does the same work.
         devices = math.prod(params['mesh'].shape[axis] for axis in params['newly_manual_axes'])
         return devices * sum(inside)
     rounds = params.get('length', 1) if name == 'scan' else 1
@@ -81,10 +82,10 @@ def _inside(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
 
 
 def train_step(trees: Recipe) -> int:
-    """Count the FLOPs of one restoration step, with the teacher and with what is computed twice.
+    """Count the FLOPs of one restoration step, including the teacher and everything that is recomputed.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     step, arguments = restore_step(trees)
     return matmul_flops(step, *arguments)
@@ -93,16 +94,16 @@ def train_step(trees: Recipe) -> int:
 def answer(
     cfg: ModelConfig, text: TextFormat | ConfigDict, params: dict, density: Mapping[str, Sequence[float]]
 ) -> tuple[int, int]:
-    """Count the FLOPs of one forward over a question and its answer: dense, and sparse.
+    """Count the dense and the sparse FLOPs of one forward over a question and its answer.
 
-    Sparse is nominal: each pruned kernel counts at its density, as on a device that skips every zero. Whether a device
-    does so is another question.
+    The sparse figure is nominal: each pruned kernel counts at its density, as if the device skipped every zero. Real
+    devices may not do so.
 
     Args:
       cfg: our config of the model.
       text: has `prompt_tokens` and `answer_tokens`.
-      params: by shapes.
-      density: share of weights kept in each layer of a kernel, by path; kernels that are not named are dense.
+      params: shapes of the params.
+      density: share of weights kept in each layer of a kernel, by path; kernels not listed are dense.
 
     Returns:
       (dense, sparse).

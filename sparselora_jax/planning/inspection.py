@@ -1,4 +1,4 @@
-"""Describes a model and what a recipe does to it, from shapes alone; `launch/inspect.py` prints it."""
+"""Describe a model and what a recipe does to it, from shapes alone; `launch/inspect.py` prints it."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ class Tower(NamedTuple):
     """One row of a model's towers.
 
     Attributes:
-      name: of a tower, of a stack of blocks in it, or of a part between towers.
+      name: name of a tower, of a stack of blocks in it, or of a part between towers.
       blocks: number of blocks; 0 for a part without blocks.
-      width: of the hidden states.
+      width: width of the hidden states.
       parameters: number of parameters.
-      share: of the whole model's parameters.
+      share: share of the whole model's parameters.
     """
 
     name: str
@@ -30,13 +30,13 @@ class Tower(NamedTuple):
 
 
 class Match(NamedTuple):
-    """What one rule of a list decides.
+    """The kernels that one rule of a list applies to.
 
     Attributes:
-      regex: of the rule.
-      value: of the rule.
-      paths: of the kernels that it is the first rule to match.
-      matrices: number of these kernels, each layer counted.
+      regex: regex of the rule.
+      value: value of the rule.
+      paths: paths of the kernels for which this is the first rule that matches.
+      matrices: number of these kernels, counting each layer.
       parameters: number of their parameters.
     """
 
@@ -48,16 +48,16 @@ class Match(NamedTuple):
 
 
 def count(tree: PyTree) -> int:
-    """Return how many numbers a tree of arrays, or of their shapes, holds."""
+    """Return the number of elements in a tree of arrays or of their shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def towers(cfg: ModelConfig, params: dict) -> list[Tower]:
-    """Return the parts of a model in order; of an encoder-decoder its two stacks, and beside them what they share.
+    """Return the parts of a model in order; an encoder-decoder has two stacks and a part that they share.
 
     Args:
       cfg: our config of the model.
-      params: arrays or their shapes.
+      params: params, arrays or their shapes.
     """
     flat = rules.flatten(params)
     total = count(params)
@@ -65,12 +65,12 @@ def towers(cfg: ModelConfig, params: dict) -> list[Tower]:
     depths = {rules.stack_of(path): leaf.shape[0] for path, leaf in flat.items() if rules.is_in_block(path)}
     sizes: dict[str, int] = {}
     for path, leaf in flat.items():
-        # What a stack has outside of its blocks (a final norm) counts to it, all else to its tower.
+        # Arrays of a stack outside its blocks (a final norm) belong to the stack, all others to the tower.
         stack = next((name for name in depths if path.startswith(f'{name}/')), path.split('/')[0])
         sizes[stack] = sizes.get(stack, 0) + count(leaf)
 
     def width(name: str) -> int:
-        # A projection is as wide as the language tower that it projects to.
+        # A projection has the width of the language tower that it projects to.
         tower = getattr(cfg, name.split('/')[0], cfg.language)
         return tower.width
 
@@ -78,17 +78,17 @@ def towers(cfg: ModelConfig, params: dict) -> list[Tower]:
 
 
 def matches(params: dict, rule_list: Sequence[tuple[str, Any]]) -> list[Match]:
-    """Return what each rule decides, in order.
+    """Return the kernels that each rule applies to, in the order of the rules.
 
     Args:
-      params: arrays or their shapes.
+      params: params, arrays or their shapes.
       rule_list: see `sparse.rules`.
 
     Raises:
-      RuleError: a kernel that no rule matches, or a rule that matches none.
+      RuleError: no rule matches a kernel, or a rule matches no kernel.
     """
     kernels = rules.kernels(params)
-    # Refuses what does not fit; below, values are not enough, since two rules may have the same one.
+    # Called for its errors. Its values do not identify the rules, since two rules may have the same value.
     rules.match(rule_list, kernels)
     numbered = [(regex, index) for index, (regex, _) in enumerate(rule_list)]
     first_rule = {path: rules.first_match(numbered, path) for path in kernels}
@@ -107,14 +107,14 @@ def matches(params: dict, rule_list: Sequence[tuple[str, Any]]) -> list[Match]:
 
 
 def dense_groups(params: dict, pruned: Iterable[str]) -> dict[str, int]:
-    """Return the number of parameters that stay dense: of kernels by stack or layer, and of all else together.
+    """Count the parameters that stay dense: kernels by stack or layer, and all other arrays together.
 
     Args:
-      params: arrays or their shapes.
+      params: params, arrays or their shapes.
       pruned: paths of the kernels that are pruned.
     """
     kernels = rules.kernels(params)
-    # The kernels of a stack are one group, a kernel outside of blocks (head, projection) is one of its own.
+    # The kernels of a stack are one group; a kernel outside the blocks (head, projection) is a group of its own.
     groups: dict[str, int] = {}
     for path in kernels.keys() - set(pruned):
         in_block = rules.is_in_block(path)

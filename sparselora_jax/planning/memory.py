@@ -1,7 +1,8 @@
-"""Estimates the memory that each stage of a recipe takes on one device: from shapes alone, every term by its name.
+"""Estimate the memory that each stage of a recipe takes on one device, from shapes alone, as a sum of named terms.
 
-The shapes of hidden states, and of what each linear reads, come from tracing the model's own forward on a batch of
-shapes. What XLA adds (scratch of fusions, layouts, collectives) is not counted: `restore` says how far it is off.
+The shapes of hidden states and of each linear's input come from tracing the model's own forward on a batch of shapes.
+Temporary memory that XLA adds (for fusions, layouts and collectives) is not counted; `restore` says how large the error
+is.
 """
 
 import math
@@ -26,15 +27,16 @@ from sparselora_jax.sparse.packing import reduce_shapes
 from sparselora_jax.sparse.weights import init_lora
 
 FLOAT = 4  # bytes of float32
-DISTILLED = 3  # arrays of logits in the loss: the student's, the teacher's, the gradient
+DISTILLED = 3  # arrays of logits in the loss: the student's, the teacher's and the gradient
 
 
 class Stage(NamedTuple):
     """Bytes that a stage takes on one device.
 
     Attributes:
-      held: what is in memory all along, by its terms.
-      moments: what is in memory at some moment, by its terms. Moments follow each other: only the largest counts.
+      held: bytes that are in memory throughout the stage, by term.
+      moments: for each phase of the stage, the additional bytes by term. Phases follow each other, so only the largest
+        counts.
     """
 
     held: dict[str, int]
@@ -42,7 +44,7 @@ class Stage(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Return the bytes at the highest moment."""
+        """Return the peak in bytes."""
         return _sum(self.held) + max((_sum(terms) for terms in self.moments.values()), default=0)
 
 
@@ -54,8 +56,8 @@ def on_device(tree: PyTree, mesh: AbstractMesh | None) -> int:
     """Return the bytes of params, masks or LoRA on one device of a mesh.
 
     Args:
-      tree: arrays or their shapes, split as `sharding.RULES` say.
-      mesh: None: one device.
+      tree: arrays or their shapes, sharded by `sharding.RULES`.
+      mesh: mesh of the devices; None: one device.
     """
     if mesh is None:
         return nbytes(tree)
@@ -67,7 +69,7 @@ def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
 
     Args:
       tree: arrays or their shapes.
-      shardings: of each leaf.
+      shardings: sharding of each leaf.
     """
 
     def shard(leaf: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -77,16 +79,16 @@ def shard_bytes(tree: PyTree, shardings: PyTree) -> int:
 
 
 class Recipe(NamedTuple):
-    """The trees of a recipe, by shapes, and where they lie.
+    """The trees of a recipe, as shapes, and their mesh.
 
     Attributes:
       cfg: our config of the model.
       config: the recipe.
-      params: of the dense model.
-      masks: of the kernels that are pruned.
+      params: params of the dense model.
+      masks: masks of the pruned kernels.
       densities: share of weights that each pruned kernel keeps, by path.
-      lora: factors of the kernels that are adapted.
-      mesh: None: one device.
+      lora: factors of the adapted kernels.
+      mesh: mesh of the devices; None: one device.
     """
 
     cfg: ModelConfig
@@ -129,10 +131,10 @@ def recipe(cfg: ModelConfig, config: ConfigDict) -> Recipe:
 
 
 def base(trees: Recipe) -> tuple[dict, dict]:
-    """Return (params, masks), by shapes, as restoration holds them.
+    """Return the shapes of (params, masks) as restoration holds them.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     formats = base_formats(trees.config)
     if formats is None or not trees.masks:
@@ -141,7 +143,7 @@ def base(trees: Recipe) -> tuple[dict, dict]:
 
 
 def holds_teacher(trees: Recipe) -> bool:
-    """Return whether restoration holds dense params that are not those of the student."""
+    """Return whether restoration holds dense params for the teacher besides those of the student."""
     methods = prune_methods(trees.config)
     edits = any(rules.first_match(methods, path).edits_kept_weights for path in trees.densities)
     is_changed = edits or base_formats(trees.config) is not None
@@ -149,7 +151,7 @@ def holds_teacher(trees: Recipe) -> bool:
 
 
 def _samples_on_device(trees: Recipe, count: int) -> int:
-    """Return how many of a batch's samples lie on one device: batches are split over data and fsdp."""
+    """Return how many samples of a batch are on one device; batches are split along data and fsdp."""
     parts = trees.config.mesh.data * trees.config.mesh.fsdp
     return math.ceil(count / parts)
 
@@ -159,7 +161,7 @@ def _traced(trees: Recipe, samples: int) -> list[Stack]:
 
 
 def _params_where(trees: Recipe, keep: Callable[[str], bool]) -> int:
-    """Return the bytes on one device of the params whose path is to be kept."""
+    """Return the bytes on one device of the params whose paths `keep` accepts."""
     flat = rules.flatten(trees.params)
     return on_device(rules.unflatten({path: leaf for path, leaf in flat.items() if keep(path)}), trees.mesh)
 
@@ -168,7 +170,7 @@ def load(trees: Recipe) -> Stage:
     """Estimate reading the model.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     # A tensor is read in pieces, so that no second copy of a large one is needed.
     piece = min(PIECE, max(nbytes(leaf) for leaf in jax.tree.leaves(trees.params)))
@@ -182,7 +184,7 @@ def prune(trees: Recipe) -> Stage:
     The job writes each pruned layer to disk at once, so pruned kernels are not held.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     rule_list = prune_methods(trees.config)
     methods = {path: rules.first_match(rule_list, path) for path in trees.densities}
@@ -190,12 +192,12 @@ def prune(trees: Recipe) -> Stage:
 
 
 def round_base(trees: Recipe) -> Stage:
-    """Estimate choosing the values of a base in four bits; a stage without terms where there is no such base.
+    """Estimate rounding the base to four bits; without such a base the stage has no terms.
 
-    It goes block by block as pruning does, over blocks that are read from disk.
+    Like pruning it goes block by block, and it reads the blocks from disk.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     rule_list = rounded_rules(trees.config)
     if not rule_list:
@@ -208,23 +210,23 @@ def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
     """Estimate a walk over all blocks that changes kernels.
 
     Args:
-      trees: of the recipe.
-      methods: the method of every kernel that is changed, by path.
-      from_disk: blocks are read one at a time; only what is outside of blocks is held.
+      trees: trees of the recipe.
+      methods: method of every kernel that is changed, by path.
+      from_disk: whether blocks are read one at a time, so that only arrays outside the blocks are held.
     """
     config = trees.config
     samples = _samples_on_device(trees, config.prune.samples)
-    # All samples pass one block before any reaches the next, so the hidden states of all are held between blocks.
+    # All samples pass through one block before any reaches the next, so the hidden states of all samples are held.
     held = {
         'params': _params_where(trees, lambda path: not (from_disk and rules.is_in_block(path))),
         'calibration batch': nbytes(batch_of(trees.cfg, config.text, samples)),
-        # Of x: what came in, what the last block put out, what this block puts out. Of what blocks only read: the whole
-        # and its chunks.
+        # Three copies of x: the input of the stack, the outputs of the last block, and those of this block. Two of what
+        # blocks only read: the whole and its chunks.
         'hidden states of the calibration set': max(
             3 * stack.hidden + 2 * nbytes(stack.ctx) for stack in _traced(trees, samples)
         ),
     }
-    # Within a block they pass chunk by chunk: its inner arrays have the size of one chunk.
+    # A block processes one chunk at a time, so its inner arrays have the size of one chunk.
     chunks = _traced(trees, min(config.prune.chunk, samples))
     observing = [_observing(trees, stack, methods) for stack in chunks]
     cutting = [_cutting(trees, stack, methods) for stack in chunks]
@@ -233,7 +235,7 @@ def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
 
 
 def _is_in(stack: Stack, path: str) -> bool:
-    """Return whether a path leads into the blocks of a stack."""
+    """Return whether a path lies in the blocks of a stack."""
     return rules.is_in_block(path) and rules.stack_of(path) == stack.tower
 
 
@@ -243,12 +245,12 @@ def _block(trees: Recipe, stack: Stack) -> int:
 
 
 def _statistics(stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
-    """Return the bytes of one block's statistics, by the first kernel that reads the array."""
+    """Return the bytes of one block's statistics, by kernel; kernels that read the same array count once."""
     sizes = {}
     for name, array in stack.inputs.items():
         path = rules.block_path(stack.tower, name)
         if path in methods:
-            # The pruner gathers squares for a method without a statistic too: to count tokens, and to find NaN.
+            # The pruner collects squares even for a method without a statistic, to count tokens and to find NaN.
             statistic = methods[path].statistic or calibrate.squares
             rows = jax.ShapeDtypeStruct((1, array.shape[-1]), jnp.float32)
             sizes[stack.leaders[name]] = nbytes(jax.eval_shape(statistic, rows))
@@ -256,10 +258,10 @@ def _statistics(stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
 
 
 def _observing(trees: Recipe, stack: Stack, methods: dict[str, Any]) -> dict[str, int]:
-    """Return the terms of gathering a block's statistics."""
+    """Return the memory terms of collecting a block's statistics."""
     terms = {
         'one block': _block(trees, stack),
-        # A sum so far, a chunk's, and both added.
+        # The sum so far, the chunk's sum, and their total.
         'its statistics, thrice': 3 * _sum(_statistics(stack, methods)),
         'one chunk in it': _working(stack),
     }
@@ -269,14 +271,14 @@ def _observing(trees: Recipe, stack: Stack, methods: dict[str, Any]) -> dict[str
 
 
 def _gathered(trees: Recipe, stack: Stack) -> int:
-    """Return the bytes of one block's params on a device that runs it: whole along fsdp."""
+    """Return the bytes of one block's params on a device that runs it, gathered along fsdp."""
     flat = rules.flatten(trees.params)
     blocks = rules.unflatten({path: leaf for path, leaf in flat.items() if _is_in(stack, path)})
     return shard_bytes(blocks, sharding.gathered(blocks, trees.mesh)) // stack.depth
 
 
 def _cutting(trees: Recipe, stack: Stack, methods: dict[str, pruning.Method]) -> dict[str, int]:
-    """Return the terms of memory while the kernels of one block are pruned."""
+    """Return the memory terms of pruning the kernels of one block."""
     statistics = _statistics(stack, methods)
     kernels = rules.kernels(trees.params)
     patterns = pruning.patterns_of(trees.params, prune_rules(trees.config))
@@ -301,12 +303,12 @@ def _cutting(trees: Recipe, stack: Stack, methods: dict[str, pruning.Method]) ->
 
 
 def _working(stack: Stack) -> int:
-    """Return what a block needs: its linears' outputs, and its largest array (attention's weights) before and after."""
+    """Return the bytes a block needs: outputs of its linears, and its largest array (attention's weights) twice."""
     return stack.outputs + 2 * stack.widest
 
 
 def _held_base(trees: Recipe) -> dict[str, int]:
-    """Return the terms of the base that restoration reads: params, masks, and the teacher's own kernels."""
+    """Return the memory terms of the base in restoration: params, masks, and the teacher's own kernels."""
     params, masks = base(trees)
     kind = trees.config.restore.base
     held = {'params': on_device(params, trees.mesh)}
@@ -314,7 +316,7 @@ def _held_base(trees: Recipe) -> dict[str, int]:
         held[f'masks ({"1 byte" if kind == "dense" else "1 bit"} a weight)'] = on_device(masks, trees.mesh)
     if holds_teacher(trees):
         why = 'SparseGPT changes kept weights' if kind == 'dense' else f'the base is {kind}'
-        # What has no mask is shared with the student.
+        # Arrays without a mask are shared with the student.
         held[f'kernels of the dense teacher ({why})'] = _params_where(trees, trees.densities.__contains__)
     return held
 
@@ -322,11 +324,12 @@ def _held_base(trees: Recipe) -> dict[str, int]:
 def restore(trees: Recipe) -> Stage:
     """Estimate a train step.
 
-    XLA's own count of temporary memory (all but params, masks, teacher, LoRA and Adam), in float32 on a CPU, is 0.85 to
-    1.2 times this (tests/planning/test_memory.py). A CPU computes bfloat16 in float32 and takes twice as much of it.
+    In float32 on a CPU, XLA's own count of temporary memory (all but params, masks, teacher, LoRA and Adam) is 0.85 to
+    1.2 times this estimate (tests/planning/test_memory.py). A CPU computes bfloat16 in float32, which takes twice as
+    much temporary memory.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     config = trees.config.restore
     if config.trained == 'lora':
@@ -336,24 +339,24 @@ def restore(trees: Recipe) -> Stage:
     else:
         kind = 'trained kernels'
         adapted = rules.flatten(trees.masks)
-        # Masks have a byte a weight, trained kernels are float32.
+        # A mask has one byte per weight; a trained kernel is float32.
         trained = FLOAT * on_device(trees.masks, trees.mesh)
     micro_batch = math.ceil(_samples_on_device(trees, config.batch) / config.accumulate)
     traced = _traced(trees, micro_batch)
-    # The backward stops at the first tower that is trained; what comes before it keeps nothing.
+    # The backward ends at the first trained tower; towers before it store no activations.
     is_trained = [any(_is_in(stack, path) for path in adapted) for stack in traced]
     in_backward = traced[is_trained.index(True) :] if any(is_trained) else []
     held = _held_base(trees)
     held[f'{kind} (float32)'] = trained
     held[f'Adam (2 of {kind})'] = 2 * trained
-    # With micro-batches: the sum so far and the part that is added.
+    # With micro-batches, both the sum so far and the part that is added.
     held[f'gradients (of {kind})'] = trained * (2 if config.accumulate > 1 else 1)
     held['block inputs'] = sum(stack.depth * stack.hidden for stack in in_backward)
     if not config.remat:
         held["linears' outputs"] = sum(stack.depth * stack.outputs for stack in in_backward)
-    # Of the linears' outputs in a block: their gradients, and with remat themselves, which were not kept.
+    # Copies of the outputs of a block's linears: their gradients and, with remat, the recomputed outputs.
     copies = 2 if config.remat else 1
-    # Arrays of three axes are the stacked kernels of blocks; a layer of each is combined at a time.
+    # Arrays of three axes are the stacked kernels of blocks; one layer of each is combined at a time.
     kernels = [leaf for leaf in rules.kernels(trees.params).values() if leaf.ndim > 2]
     largest_kernel = max((math.prod(leaf.shape[-2:]) * FLOAT for leaf in kernels), default=0)
     backward = {
@@ -362,19 +365,19 @@ def restore(trees: Recipe) -> Stage:
         ),
         'the largest combined kernel and its gradient, float32': 3 * largest_kernel,
     }
-    # Logits are computed at the positions of the answer alone.
+    # Logits are computed only at the positions of the answer.
     logits = DISTILLED * micro_batch * trees.config.text.answer_tokens * trees.cfg.language.vocab * FLOAT
     return Stage(held, {'backward through a block': backward, 'loss': {'logits (float32)': logits}})
 
 
 def merge(trees: Recipe) -> Stage:
-    """Estimate folding LoRA into the kernels, a layer at a time, and writing them.
+    """Estimate merging LoRA into the kernels, a layer at a time, and writing them.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     lora = rules.flatten(trees.lora)
-    # A kernel is merged where it is pruned or adapted; all others are written as they are.
+    # Pruned or adapted kernels are merged; all others are written unchanged.
     changed = rules.flatten(trees.masks).keys() | lora.keys()
     held = _held_base(trees)
     held['LoRA (float32)'] = on_device(trees.lora, trees.mesh)

@@ -1,4 +1,4 @@
-"""Finds the meshes of a number of chips that a recipe can run on, those first that send and read least by shapes."""
+"""Find the meshes that a recipe can run on with a given number of chips, the fastest by shapes first."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from sparselora_jax.planning.tracing import ModelConfig, batch_of, stacks
 from sparselora_jax.recipe import ConfigError, check_batches, runs_teacher
 from sparselora_jax.sparse import rules, sharding
 
-OF_TENSOR = 2  # sums of hidden states that tensor needs in a block and pass: after attention, after the MLP
-RING = 2  # times that an all-reduce around a ring sends each byte: to add up, and to hand out the sum
+OF_TENSOR = 2  # sums of hidden states that the tensor axis needs per block and pass: after attention, after the MLP
+RING = 2  # times that a ring all-reduce sends each byte: to compute the sum, and to distribute it
 
 
 class Candidate(NamedTuple):
@@ -22,9 +22,9 @@ class Candidate(NamedTuple):
 
     Attributes:
       axes: number of devices along data, fsdp and tensor.
-      total: bytes on a chip, by shapes.
-      seconds: time that a restoration step takes to send and to read weights, one after the other. Matmuls take the
-        same time on all meshes, so this is enough to compare meshes by.
+      total: bytes on a chip, estimated from shapes.
+      seconds: time that a restoration step takes to send data plus the time to read weights. Matmuls take the same time
+        on all meshes, so this is enough to compare meshes.
     """
 
     axes: dict[str, int]
@@ -39,15 +39,15 @@ def candidates(
     chips: int,
     stage: Callable[[memory.Recipe], memory.Stage],
 ) -> list[Candidate]:
-    """Return the meshes of all chips that a stage of a recipe fits on by shapes, the fastest first.
+    """Return the meshes of all chips on which a stage of a recipe fits by shapes, the fastest first.
 
-    Meshes that split a batch, a block's kernel or a tower's heads unevenly are left out.
+    Meshes that would split a batch, a block's kernel or a tower's heads unevenly are left out.
 
     Args:
       cfg: our config of the model.
-      config: the recipe; its own mesh is not looked at.
+      config: the recipe; its own mesh is ignored.
       chip: the kind of chip.
-      chips: their number.
+      chips: number of chips.
       stage: one of `memory.STAGES`.
     """
     # The trees are the same on every mesh, so they are traced once.
@@ -64,7 +64,7 @@ def candidates(
         trees = one_device._replace(config=config, mesh=mesh)
         if mesh is not None and _is_uneven(trees):
             continue
-        # Most meshes that do not fit are told by their params alone, before anything is traced.
+        # Most meshes that do not fit are found by their params alone, before anything is traced.
         if memory.load(trees).held['params'] > chip.memory:
             continue
         total = stage(trees).total
@@ -76,7 +76,7 @@ def candidates(
 
 
 def _factors(chips: int) -> Iterator[dict[str, int]]:
-    """Yield the axes of every mesh of this many chips."""
+    """Yield the axes of every mesh with this number of chips."""
     for tensor in range(1, chips + 1):
         for fsdp in range(1, chips // tensor + 1):
             if chips % (tensor * fsdp) == 0:
@@ -88,27 +88,27 @@ def _is_uneven(trees: memory.Recipe) -> bool:
     towers = (getattr(trees.cfg, name, None) for name in ('vision', 'qformer', 'language'))
     if any(tower.heads % trees.mesh.shape['tensor'] for tower in towers if tower is not None):
         return True
-    # Kernels outside of blocks may lie whole on every chip: a head is one kernel beside hundreds.
+    # Kernels outside the blocks may be replicated: a head is only one kernel among hundreds.
     flat = rules.flatten(trees.params)
     blocks = rules.unflatten({path: leaf for path, leaf in flat.items() if rules.is_in_block(path)})
     return bool(sharding.undivided(blocks, trees.mesh))
 
 
 def sent(trees: memory.Recipe) -> float:
-    """Return the bytes that a chip sends in a restoration step, by shapes.
+    """Estimate from shapes the bytes that a chip sends in a restoration step.
 
-    Along fsdp weights are gathered, once a pass and micro-batch. Along data and fsdp LoRA's gradients are added up.
-    Along tensor hidden states are added up, twice a block and pass.
+    Weights are gathered along fsdp, once per pass and micro-batch. LoRA's gradients are summed along data and fsdp.
+    Hidden states are summed along tensor, twice per block and pass.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     if trees.mesh is None:
         return 0.0
     config = trees.config.restore
     rows = trees.mesh.shape['data'] * trees.mesh.shape['fsdp']
     tensor = trees.mesh.shape['tensor']
-    # The same mesh with its fsdp axis turned into data: what a device holds there is what it gathers here.
+    # The same mesh with its fsdp axis turned into data: what a device holds there is what it gathers on the real mesh.
     gathered_mesh = AbstractMesh((rows, 1, tensor), sharding.AXES)
 
     def gathered(tree: PyTree) -> int:
@@ -120,12 +120,12 @@ def sent(trees: memory.Recipe) -> float:
     weights = plan.PASSES * student + has_teacher * gathered(trees.params)
     # A chip does not send its own share.
     factors = RING * memory.on_device(trees.lora, gathered_mesh) * (rows - 1) / rows
-    # Tracing takes a second; without a tensor axis no hidden states are sent.
+    # Tracing takes a second, so it is skipped without a tensor axis, where no hidden states are sent.
     hidden = 0
     if tensor > 1:
         batch = batch_of(trees.cfg, trees.config.text, config.batch // config.accumulate // rows)
         hidden = sum(stack.depth * stack.hidden for stack in stacks(trees.cfg, trees.params, batch))
-    # The teacher's forward is one pass more, and so is a forward that remat repeats.
+    # The teacher's forward is one more pass, and so is the forward that remat repeats.
     passes = plan.PASSES + has_teacher + config.remat
     sums = OF_TENSOR * passes * RING * hidden * (tensor - 1) / tensor
     return config.accumulate * (weights + sums) + factors

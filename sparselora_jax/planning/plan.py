@@ -1,4 +1,4 @@
-"""What a recipe's programs ask of chips, by their compilation: bytes, FLOPs, bytes sent, time and money."""
+"""Estimate what a recipe's compiled programs need on chips: memory, FLOPs, bytes sent, time and money."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ from sparselora_jax.planning.tracing import Stack, batch_of, stacks
 from sparselora_jax.recipe import runs_teacher
 
 PASSES = 2  # over the student's weights: forward, and backward (which reads them again)
-SAMPLES = 25_000  # of the paper's run, whose price is given
+SAMPLES = 25_000  # number of samples of the paper's run, for which a price is computed
 
 
 class Roofline(NamedTuple):
-    """Seconds that a step takes at least, by each thing that may bound it.
+    """Lower bounds on the seconds of a step, one for each resource.
 
     Attributes:
-      matmuls: FLOPs over the chip's rate.
-      memory: bytes read and written over the memory's rate.
-      links: bytes sent over the links' rate.
+      matmuls: FLOPs divided by the chip's rate.
+      memory: bytes read and written, divided by the memory's rate.
+      links: bytes sent, divided by the links' rate.
     """
 
     matmuls: float
@@ -33,17 +33,17 @@ class Roofline(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Return the largest: the three overlap at best."""
+        """Return the largest bound, since at best all three overlap."""
         return max(self)
 
     @property
     def bound(self) -> str:
-        """Return the name of the largest."""
+        """Return the name of the largest bound."""
         return self._fields[self.index(self.seconds)]
 
 
 def bytes_on_chip(tree: PyTree) -> int:
-    """Return the bytes that lie on one chip of a tree of shapes with shardings, as `programs.placed` makes them."""
+    """Return the bytes on one chip of a tree of shapes with shardings, see `programs.placed`."""
     return memory.shard_bytes(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
 
 
@@ -66,10 +66,10 @@ def held(arguments: tuple) -> dict[str, int]:
 
 
 def held_by_shapes(trees: memory.Recipe) -> dict[str, int]:
-    """Return the same as `held`, but for the batch, before there are arguments.
+    """Return the result of `held`, without the batch, from shapes alone.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     params, masks = memory.base(trees)
     trained = memory.on_device(trees.lora, trees.mesh)
@@ -83,23 +83,23 @@ def held_by_shapes(trees: memory.Recipe) -> dict[str, int]:
 
 
 def restore(trees: memory.Recipe, arguments: tuple, compiled: jax.stages.Compiled, chip: Chip) -> dict[str, Any]:
-    """Return what one restoration step asks of each chip.
+    """Estimate what one restoration step needs on each chip.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
       arguments: (state, frozen, batch), shapes with shardings.
-      compiled: the step, compiled for them.
-      chip: what it is compiled for.
+      compiled: the step, compiled for these arguments.
+      chip: the chip it is compiled for.
 
     Returns:
-      JSON. `chips`; `bytes` by what they are, their `total`, and whether it `fits`; `flops`; `collectives` by kind (how
-      many, bytes sent); `roofline` in seconds, by term; `compiler_s`, the compiler's own estimate, which counts each
-      loop once, or None.
+      JSON. `chips`; `bytes` by kind, their `total`, and whether that `fits`; `flops`; `collectives` by kind (number,
+      bytes sent); `roofline` in seconds, by resource; `compiler_s`, the compiler's own estimate, which counts each loop
+      once, or None.
     """
     chips = _chips(trees)
     parts = held(arguments)
     usage = _usage(compiled)
-    # What is temporary is written and read once, at least.
+    # Temporary arrays are written once and read once, at least.
     read = weights_read(trees, parts) + 2 * usage.temporary
     parts['outputs'] = usage.outputs
     parts['temporary'] = usage.temporary
@@ -116,18 +116,18 @@ def restore(trees: memory.Recipe, arguments: tuple, compiled: jax.stages.Compile
 
 
 def calibrate(trees: memory.Recipe, passes: Sequence[tuple[Pass, jax.stages.Compiled]], chip: Chip) -> dict[str, Any]:
-    """Return what calibrating the whole model asks of each chip: each program counts as often as it runs.
+    """Estimate what calibrating the whole model needs on each chip; each program counts as often as it runs.
 
-    Pruning itself, between the programs, is not counted.
+    Pruning itself, which happens between the programs, is not counted.
 
     Args:
-      trees: of the recipe.
-      passes: those of `programs.calibration`, each with its compilation.
-      chip: what they are compiled for.
+      trees: trees of the recipe.
+      passes: the passes of `programs.calibration`, each with its compiled program.
+      chip: the chip they are compiled for.
 
     Returns:
-      See `restore`. `bytes` are those that the pruner holds all along, by shapes, and those that the largest program
-      asks for beside them.
+      See `restore`. `bytes` are those that the pruner holds throughout, estimated from shapes, and the additional bytes
+      of the largest program.
     """
     chips = _chips(trees)
     read = 0
@@ -136,16 +136,16 @@ def calibrate(trees: memory.Recipe, passes: Sequence[tuple[Pass, jax.stages.Comp
     sent: dict[str, tuple[int, float]] = {}
     for one, compiled in passes:
         analysis = compiled.memory_analysis()
-        # What is temporary is written and read once, at least.
+        # Temporary arrays are written once and read once, at least.
         once = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + 2 * analysis.temp_size_in_bytes
         read += one.runs * once
         flops_on_chip += one.runs * flops.matmul_flops(one.program, *one.arguments) / chips
         for kind, (count, size) in by_kind(collectives(compiled.as_text(), chips)).items():
             count_before, size_before = sent.get(kind, (0, 0.0))
             sent[kind] = (count_before + one.runs * count, size_before + one.runs * size)
-        # One program without an estimate leaves none for all: NaN stays NaN.
+        # If one program has no estimate, the sum has none: NaN stays NaN.
         estimated += one.runs * (_estimated_seconds(compiled) or math.nan)
-    # The programs run one after the other, so the largest alone counts.
+    # The programs run one after the other, so only the largest counts.
     largest = max(_usage(compiled).total for _, compiled in passes)
     parts = memory.prune(trees).held | {'a block and a chunk in it': largest}
     figures = _figures(
@@ -165,12 +165,12 @@ def _chips(trees: memory.Recipe) -> int:
 
 
 class _Usage(NamedTuple):
-    """Bytes of a program on one chip.
+    """Memory of a program on one chip, in bytes.
 
     Attributes:
-      outputs: of outputs that do not take the place of a donated argument.
-      temporary: of what is neither argument nor output.
-      total: of both, and of the arguments.
+      outputs: bytes of outputs that do not reuse a donated argument.
+      temporary: bytes of arrays that are neither argument nor output.
+      total: bytes of both, and of the arguments.
     """
 
     outputs: int
@@ -186,9 +186,9 @@ def _usage(compiled: jax.stages.Compiled) -> _Usage:
 
 
 def _estimated_seconds(compiled: jax.stages.Compiled) -> float | None:
-    """Return the compiler's own estimate; None where it makes none."""
+    """Return the compiler's own estimate, or None if it has none."""
     analysis = compiled.cost_analysis() or {}
-    # XLA reports negative seconds where it does not know the cost of a collective.
+    # XLA reports negative seconds if it does not know the cost of a collective.
     seconds = analysis.get('optimal_seconds', 0.0)
     return seconds if seconds > 0 else None
 
@@ -208,11 +208,11 @@ def _figures(
     Args:
       chip: the kind of chip.
       chips: number of chips.
-      parts: bytes on a chip, by what they are.
-      total: bytes on a chip.
+      parts: bytes on a chip, by kind.
+      total: all bytes on a chip.
       flops_on_chip: FLOPs of one chip.
-      read: bytes that a chip reads or writes.
-      sent: for each kind of collective, how many run and the bytes that a chip sends.
+      read: bytes that a chip reads from or writes to memory.
+      sent: for each kind of collective, their number and the bytes that a chip sends.
     """
     # Bounds, not estimates: each resource at its published peak, all of them at the same time.
     roofline = Roofline(
@@ -232,18 +232,18 @@ def _figures(
 
 
 def weights_read(trees: memory.Recipe, parts: Mapping[str, int]) -> int:
-    """Return the bytes of weights that one chip reads in a step: gathered along fsdp, once a pass and micro-batch.
+    """Return the bytes of weights that one chip reads in a step: gathered along fsdp, once per pass and micro-batch.
 
     Args:
-      trees: of the recipe.
-      parts: what a chip holds; see `held`.
+      trees: trees of the recipe.
+      parts: bytes that a chip holds; see `held`.
     """
     gathered = trees.config.mesh.fsdp
     student = PASSES * (parts['params'] + parts['masks'])
-    # A teacher without kernels of its own is the student's dense params, read once more.
+    # A teacher without its own kernels reads the student's dense params once more.
     shared = parts['params'] if runs_teacher(trees.config) else 0
     teacher = parts['teacher'] or shared
-    # Counted thrice: read by the passes, then read and written by the update.
+    # Counted three times: read by the passes, then read and written by the update.
     updated = 3 * (parts['trained'] + parts['optimizer'])
     return trees.config.restore.accumulate * gathered * (student + teacher) + updated
 
@@ -251,18 +251,18 @@ def weights_read(trees: memory.Recipe, parts: Mapping[str, int]) -> int:
 def throughput(
     trees: memory.Recipe, samples: int, seconds: float, chips: int, dollars_hour: float | None
 ) -> dict[str, float | None]:
-    """Return the rates and the price of programs that take a time for a number of samples.
+    """Return the throughput and the price of processing a number of samples in a given time.
 
     Args:
-      trees: of the recipe.
-      samples: their number.
-      seconds: that they take.
+      trees: trees of the recipe.
+      samples: number of samples.
+      seconds: time that they take.
       chips: number of chips.
-      dollars_hour: price of one chip and hour; None: not known.
+      dollars_hour: price of one chip per hour; None: not known.
 
     Returns:
-      JSON. `samples_s`, samples a second; `tokens_s`, tokens a second that the language tower reads, image tokens
-      included; `dollars_25k`, dollars for 25,000 samples, or None without a price.
+      JSON. `samples_s`, samples per second; `tokens_s`, tokens per second in the language tower, including image
+      tokens; `dollars_25k`, dollars for 25,000 samples, or None without a price.
     """
     rate = samples / seconds
     tokens = sum(stack.x.shape[1] for stack in _language_stacks(trees))

@@ -1,4 +1,4 @@
-"""The programs of a recipe and the shapes of their arguments: to count, trace or compile them without any weights."""
+"""Build a recipe's programs and the shapes of their arguments, to count, trace or compile them without weights."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,13 +24,13 @@ def restore_step(trees: memory.Recipe) -> tuple[Callable, tuple[State, Frozen, d
     """Return the jitted step of restoration and the shapes of its arguments.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
 
     Returns:
       (step, (state, frozen, batch)).
     """
     config = trees.config
-    # The step that a job runs, so that what is counted is what is run.
+    # The same step that a job runs, so that the figures are those of the real program.
     step, tx = restore_program(abstract_model(trees.cfg), config, trees.mesh)
     if config.restore.trained == 'weights':
         trained = jax.eval_shape(pruned_kernels, trees.params, trees.masks)
@@ -39,13 +39,13 @@ def restore_step(trees: memory.Recipe) -> tuple[Callable, tuple[State, Frozen, d
     state = jax.eval_shape(lambda tree: init_state(tree, tx), trained)
     params, masks = memory.base(trees)
     teacher = trees.params if memory.holds_teacher(trees) else None
-    # A step takes no masks as None: packed kernels bring their own.
+    # A step takes None if there are no masks: packed kernels contain their own.
     frozen = Frozen(params, masks or None, teacher)
     batch = batch_of(trees.cfg, config.text, config.restore.batch)
     if reads_teacher(config):
         targets = batch['targets'].shape
         top_k = config.restore.top_k
-        # One more than the tokens: all other tokens together.
+        # One more entry than tokens: the last one is for all other tokens together.
         batch['teacher'] = TopK(
             tokens=jax.ShapeDtypeStruct((*targets, top_k), jnp.int32),
             log_probs=jax.ShapeDtypeStruct((*targets, top_k + 1), jnp.float32),
@@ -58,7 +58,7 @@ def placed(arguments: tuple[State, Frozen, dict], mesh: Mesh) -> tuple[State, Fr
 
     Args:
       arguments: (state, frozen, batch).
-      mesh: of the devices that the step is compiled for.
+      mesh: mesh of the devices that the step is compiled for.
     """
     state, frozen, batch = arguments
     structure = jax.tree.structure(state.trained)
@@ -69,7 +69,7 @@ def placed(arguments: tuple[State, Frozen, dict], mesh: Mesh) -> tuple[State, Fr
     def everywhere(tree: PyTree, spec: PartitionSpec) -> PyTree:
         return jax.tree.map(lambda leaf: _at(leaf, NamedSharding(mesh, spec)), tree)
 
-    # The optimizer's moments are trees like the one that is trained and lie where it does; its counters lie everywhere.
+    # The optimizer's moments have the structure and the shardings of the trained tree; its counters are replicated.
     def is_moment(tree: PyTree) -> bool:
         return jax.tree.structure(tree) == structure
 
@@ -84,7 +84,7 @@ def placed(arguments: tuple[State, Frozen, dict], mesh: Mesh) -> tuple[State, Fr
 
 
 def _at(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    """Return the shape of an array that lies there."""
+    """Return the shape of an array with this sharding."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
@@ -92,12 +92,12 @@ class Pass(NamedTuple):
     """One program of a calibration pass: a chunk of samples in one block of a stack.
 
     Attributes:
-      tower: path of the stack.
-      runs: how often it runs, over all layers and chunks.
-      program: `(sums, weights, pruned, x, ctx) -> (sums, x)`, jitted. Statistics of what the kernels that are to be
-        pruned read are added to `sums`; then the chunk goes through the block with its pruned weights. In a tower that
-        stays dense, sums are empty and the chunk only goes through.
-      arguments: their shapes.
+      tower: path of the stack of blocks.
+      runs: how often the program runs, over all layers and chunks.
+      program: `(sums, weights, pruned, x, ctx) -> (sums, x)`, jitted. It adds the statistics of the inputs of the
+        kernels to prune to `sums`, then runs the block with its pruned weights on the chunk. In a tower that stays
+        dense, sums are empty and only the block is run.
+      arguments: shapes of the program's arguments.
     """
 
     tower: str
@@ -107,13 +107,13 @@ class Pass(NamedTuple):
 
 
 def calibration(trees: memory.Recipe) -> list[Pass]:
-    """Return the programs with which the pruner calibrates a recipe's model, one for each stack of blocks.
+    """Return the programs that calibrate a recipe's model, one for each stack of blocks.
 
-    Each device has `prune.chunk` samples at a time. Kernels are pruned between these programs, and images and words are
-    embedded before them: neither is counted.
+    Each device processes `prune.chunk` samples at a time. Two things are not counted: pruning the kernels, which
+    happens between these programs, and embedding images and words, which happens before them.
 
     Args:
-      trees: of the recipe.
+      trees: trees of the recipe.
     """
     config = trees.config
     parts = config.mesh.data * config.mesh.fsdp
@@ -125,14 +125,14 @@ def calibration(trees: memory.Recipe) -> list[Pass]:
 
 
 def _pass(trees: memory.Recipe, stack: Stack, runs: int) -> Pass:
-    """Return the program of one stack, built of the very parts that the pruner runs."""
+    """Return the program of one stack, built from the same functions that the pruner runs."""
     step = block_step(stack.block, trees.mesh)
     methods = prune_methods(trees.config)
     statistics = {}
     for name in stack.inputs:
         path = rules.block_path(stack.tower, name)
         if path in trees.densities:
-            # The pruner gathers squares for a method without a statistic too.
+            # The pruner collects squares even for a method without a statistic.
             statistics[name] = rules.first_match(methods, path).statistic or calibrate.squares
     sums = block_sums(stack.block, statistics.get, trees.mesh)
 
@@ -140,9 +140,9 @@ def _pass(trees: memory.Recipe, stack: Stack, runs: int) -> Pass:
         after = sums.add(before, weights, (x, ctx)) if statistics else before
         return after, step(pruned, (x, ctx))
 
-    # In a tower that stays dense nothing is watched, so there are no sums to begin with.
+    # In a tower that stays dense no kernel is observed, so there are no sums.
     zeros = jax.eval_shape(sums.zeros, stack.weights, (stack.x, stack.ctx)) if statistics else {}
-    program = jax.jit(observe_and_go_on, donate_argnums=0)  # sums are added to in place
+    program = jax.jit(observe_and_go_on, donate_argnums=0)  # sums are updated in place
     return Pass(stack.tower, runs, program, (zeros, stack.weights, stack.weights, stack.x, stack.ctx))
 
 
@@ -150,9 +150,9 @@ def placed_pass(trees: memory.Recipe, one: Pass, mesh: Mesh) -> tuple:
     """Return the shapes of a pass's arguments with their shardings: weights by `sharding.RULES`, samples by row.
 
     Args:
-      trees: of the recipe.
-      one: of `calibration`.
-      mesh: of the devices that the program is compiled for.
+      trees: trees of the recipe.
+      one: a pass from `calibration`.
+      mesh: mesh of the devices that the program is compiled for.
     """
     stacked = rules.flatten(sharding.shardings(trees.params, mesh))
     sums, weights, pruned, x, ctx = one.arguments
@@ -160,7 +160,7 @@ def placed_pass(trees: memory.Recipe, one: Pass, mesh: Mesh) -> tuple:
     def of_layer(tree: dict) -> dict:
         flat = {}
         for name, leaf in rules.flatten(tree).items():
-            # The first axis of a stacked array, its layers, is not split; a layer has the axes behind it.
+            # The first axis of a stacked array, the layers, is not split; a layer has the remaining axes.
             axes = stacked[rules.block_path(one.tower, name)].spec[1:]
             flat[name] = _at(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
         return rules.unflatten(flat)
@@ -168,6 +168,6 @@ def placed_pass(trees: memory.Recipe, one: Pass, mesh: Mesh) -> tuple:
     def by_row(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _at(leaf, sharding.fitting(mesh, sharding.BATCH, leaf.shape)), tree)
 
-    # Of a Hessian each device holds some columns, of squares all.
+    # Each device holds some columns of a Hessian, but all of the squares.
     sums = jax.tree.map(lambda leaf: _at(leaf, calibrate.place_of_sum(leaf.shape, mesh)), sums)
     return sums, of_layer(weights), of_layer(pruned), by_row(x), by_row(ctx)

@@ -1,21 +1,21 @@
-"""Configs of published checkpoints, so that recipes can be checked against real shapes without a network.
+"""Configs of published checkpoints, to check recipes against real shapes without a network.
 
 Fields at the default of transformers' config classes (BLIP-2's vision tower and Q-Former) are left out. The sizes of
 ViT-g, the Q-Formers, OPT, FlanT5, Vicuna, CLIP and Gemma are the papers'.
 
-Revisions of a checkpoint may differ from what stands here:
+Revisions of a checkpoint may differ from this table:
 
 - Vocabulary. BLIP-2 OPT: 50272 as first published, 50304 (here) since the image token 50265 got a row of its own.
   InstructBLIP Vicuna: 32000 of LLaMA, 32001 (here) with a pad token. LLaVA-1.5: 32000, or 32064 (here) with image and
   pad tokens, padded. PaliGemma: 257152 in transformers' defaults, 257216 (here) with the image token's row, padded.
-- Heads. Transformers 5 says of every T5 that its head is tied to the word embedding; FlanT5's files hold a head of its
-  own. The field for that in a T5's file decides in transformers 5 whether the head is scaled; `model_config` reads it
-  so.
+- Heads. Transformers 5 reports the head of every T5 as tied to the word embedding, but FlanT5's files hold a separate
+  head. In transformers 5 the field for this in a T5's file decides whether the head is scaled; `model_config` reads it
+  the same way.
 - LLaVA's files also hold CLIP's last layer and final norm, which nothing reads.
 
-From memory, not checked against the hub: image tokens, epsilons and lengths of positions, none of which changes a
-shape; the padded vocabularies of OPT and LLaVA, which do. Transformers' conversion scripts give the Q-Former's 30523,
-Vicuna's 32001, PaliGemma's sizes, and the exact GELU of BLIP-2's FlanT5.
+Two groups of values were not checked against the hub. Image tokens, epsilons and lengths of positions do not change a
+shape. The padded vocabularies of OPT and LLaVA do. Transformers' conversion scripts give the Q-Former's 30523, Vicuna's
+32001, PaliGemma's sizes, and the exact GELU of BLIP-2's FlanT5.
 """
 
 import copy
@@ -68,7 +68,7 @@ _LLAMA_13B = {
     'num_hidden_layers': 40,
     'num_attention_heads': 40,
 }
-# What checkpoints made of LLaMA change in it.
+# Fields that checkpoints derived from LLaMA change.
 _VICUNA = {'vocab_size': 32001, 'rms_norm_eps': 1e-6, 'max_position_embeddings': 2048}
 _LLAVA_TEXT = {'vocab_size': 32064, 'rms_norm_eps': 1e-5, 'max_position_embeddings': 4096}
 _LLAMA_2 = {'vocab_size': 32000, 'max_position_embeddings': 4096}
@@ -164,12 +164,12 @@ def config_of(hub_id: str) -> transformers.PretrainedConfig:
       hub_id: a key of `CONFIGS`.
 
     Raises:
-      UnsupportedModelError: the table has no such id.
+      UnsupportedModelError: the table does not have this id.
     """
     if hub_id not in CONFIGS:
         raise UnsupportedModelError(f'{hub_id!r} is none of the published checkpoints: {", ".join(CONFIGS)}')
     kind, fields = CONFIGS[hub_id]
-    # Copies: config classes keep the dicts that they are given, and add to them.
+    # Copied, since config classes keep the dicts that they are given and modify them.
     return getattr(transformers, kind)(**copy.deepcopy(fields))
 
 
@@ -178,12 +178,12 @@ def find_config(name: str, *, others: Sequence[str] = (), family: str = '') -> t
 
     Args:
       name: the directory, or `owner/name`.
-      others: names that the caller would have known too, for the error's guess at what was meant.
+      others: further names that the caller accepts, for the "did you mean" hint of the error.
       family: a family to read it by, as `package.module:FAMILY`; '' for the one registered for its `model_type`.
 
     Raises:
       StorageError: there is no such directory and the hub does not give it, or its config.json is not one.
-      UnsupportedModelError: no family knows its kind.
+      UnsupportedModelError: no family supports its `model_type`.
     """
     if Path(name).is_dir():
         if not (Path(name) / 'config.json').is_file():
@@ -203,7 +203,7 @@ def find_config(name: str, *, others: Sequence[str] = (), family: str = '') -> t
 
 
 def _from_hub(name: str) -> Path | None:
-    """Return the config.json of a hub id, downloaded or from the cache; None where it cannot be had."""
+    """Return the config.json of a hub id, downloaded or from the cache, or None if neither works."""
     import huggingface_hub as hub
 
     if name.count('/') != 1:
@@ -212,7 +212,7 @@ def _from_hub(name: str) -> Path | None:
         try:
             return Path(hub.hf_hub_download(name, 'config.json', local_files_only=True))
         except hub.errors.LocalEntryNotFoundError:
-            # Asked for first: without a network this gives up at once, where a download tries again and again.
+            # Request the metadata first: without a network this fails at once, while a download retries many times.
             hub.get_hf_file_metadata(hub.hf_hub_url(name, 'config.json'))
             return Path(hub.hf_hub_download(name, 'config.json'))
     except Exception:
@@ -221,14 +221,14 @@ def _from_hub(name: str) -> Path | None:
 
 
 def model_config(hf: transformers.PretrainedConfig, family: str = '') -> FamilyConfig:
-    """Return our config of a transformers config, without weights: the head of a T5 1.1 is taken to be its own.
+    """Convert a transformers config to ours, without weights; the head of a T5 1.1 is assumed to be separate.
 
     Args:
       hf: the transformers config.
       family: see `find_config`.
 
     Raises:
-      UnsupportedModelError: no family knows the model, or a field's value.
+      UnsupportedModelError: no family supports the model, or a field's value.
     """
     cfg = from_hf(hf, family)
     tied = cfg.language.tower.likely_tied(cfg.language)

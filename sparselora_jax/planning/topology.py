@@ -1,4 +1,4 @@
-"""Devices that are not here, as JAX's compilers take them: slices of TPUs, and GPUs of one machine."""
+"""Describe absent devices to JAX's compilers: slices of TPUs, and GPUs of one machine."""
 
 import re
 from typing import Any
@@ -10,13 +10,13 @@ from sparselora_jax.recipe import ConfigError
 
 
 def find(topology: str) -> tuple[Chip, list[Any]]:
-    """Return the chip of a topology and its devices, which programs can be compiled for.
+    """Return the chip of a topology and its devices, for which programs can be compiled.
 
     Args:
       topology: e.g. `v5e:4x4` or `h100:8`.
 
     Raises:
-      ConfigError: no such chip or slice, or its compiler is not installed.
+      ConfigError: the chip or slice does not exist, or its compiler is not installed.
     """
     kind, _, shape = topology.partition(':')
     if kind in GPUS:
@@ -28,14 +28,15 @@ def find(topology: str) -> tuple[Chip, list[Any]]:
 
 
 def compiler_options(chip: Chip, effort: float) -> dict[str, bool | float]:
-    """Return the options with which a program is compiled for a chip that is not here.
+    """Return the compiler options for compiling a program for an absent chip.
 
     Args:
-      chip: of `find`.
-      effort: of a TPU's compiler, from -1 to 1; see `launch/compile.py`.
+      chip: a chip from `find`.
+      effort: effort of the TPU compiler, from -1 to 1; see `launch/compile.py`.
     """
     if chip in (gpu.chip for gpu in GPUS.values()):
-        # XLA times its own Triton products on the GPU. Without one it may choose tiles that do not fit, and fail.
+        # XLA tunes its Triton matmuls by timing them on the GPU. Without a GPU it may choose tiles that do not fit, and
+        # fail.
         return {'xla_gpu_enable_triton_gemm': False}
     # 0 is the default; only other values are passed on.
     return {'exec_time_optimization_effort': effort} if effort else {}
@@ -53,10 +54,10 @@ def _devices(asked: str, platform: str, requirements: str, /, **what: str) -> li
     """Return the devices of a platform.
 
     Args:
-      asked: as the user gave it, for the error.
-      platform: of JAX.
-      requirements: the file that installs its compiler.
-      what: arguments of JAX's `get_topology_desc`, which differ by platform.
+      asked: the topology as the user gave it, for the error.
+      platform: name of JAX's platform.
+      requirements: the requirements file that installs its compiler.
+      what: arguments of JAX's `get_topology_desc`, which depend on the platform.
 
     Raises:
       ConfigError: the platform's own error.
@@ -64,17 +65,17 @@ def _devices(asked: str, platform: str, requirements: str, /, **what: str) -> li
     try:
         return topologies.get_topology_desc(platform=platform, **what).devices
     except (RuntimeError, ValueError) as error:
-        # A wrong shape, or a plugin of JAX that is not installed: both come as these.
+        # A wrong shape and a missing JAX plugin both raise these errors.
         raise ConfigError(f'--topology={asked}: {error}; is {requirements} installed?') from None
 
 
 def description(gpu: Gpu) -> str:
-    """Return a GPU in XLA's words: a `stream_executor.GpuTargetConfigProto` as text.
+    """Return XLA's description of a GPU: a `stream_executor.GpuTargetConfigProto` as text.
 
-    Limits that all GPUs of these generations share are constants.
+    Limits that are the same for all GPUs of these generations are constants.
 
     Args:
-      gpu: of `chips.GPUS`.
+      gpu: an entry of `chips.GPUS`.
     """
     own = gpu.architecture
     return f"""

@@ -1,4 +1,4 @@
-"""A model's forward traced on shapes: what runs through each stack of blocks. Nothing is computed or allocated."""
+"""Trace a model's forward on shapes, to see what runs through each stack of blocks; nothing is computed."""
 
 import math
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from jaxtyping import Array, PyTree
 from sparselora_jax.models.model import abstract_model
 from sparselora_jax.sparse import rules
 
-# An array, or the shape that stands for it.
+# An array, or a shape in its place.
 Shape = jax.ShapeDtypeStruct | Array
 
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """Config of a model of any family; `vision` and `qformer` are there where the model has such towers."""
+    """Config of a model of any family; it also has `vision` and `qformer` if the model has such towers."""
 
     language: Any
 
@@ -26,8 +26,8 @@ def nbytes(tree: PyTree) -> int:
     """Return the bytes of a tree of arrays or of their shapes.
 
     Args:
-      tree: leaves have a shape and a dtype. Two numbers of four bits share a byte, as on a device; an array of an odd
-        number of them is rounded down.
+      tree: leaves have a shape and a dtype. Two four-bit numbers share a byte, as on a device; an odd number of them is
+        rounded down.
 
     >>> nbytes({'a': jax.ShapeDtypeStruct((2, 3), jnp.float32), 'b': jax.ShapeDtypeStruct((4,), jnp.int4)})
     26
@@ -43,16 +43,16 @@ def nbytes(tree: PyTree) -> int:
 
 
 class Stack(NamedTuple):
-    """A stack of blocks as one batch runs through it, by shapes.
+    """Shapes of one batch in a stack of blocks.
 
     Attributes:
       tower: path of the stack: `vision`, `language`, `language/encoder`.
       block: see `models.runners`.
       depth: number of blocks.
-      weights: of one block, by shapes.
-      x: hidden states between two blocks, by shape.
-      ctx: what a block only reads, by shapes.
-      inputs: what each kernel of a block is multiplied with, by its name in the block.
+      weights: shapes of one block's weights.
+      x: shape of the hidden states between two blocks.
+      ctx: shapes of what a block only reads.
+      inputs: input of each kernel of a block, by the kernel's name in the block.
       leaders: for each kernel of a block, the first kernel that reads the same array (q for k and v).
       outputs: bytes of the outputs of all linears of one block.
       widest: bytes of the largest array within a block.
@@ -76,7 +76,7 @@ class Stack(NamedTuple):
 
 
 class _Watched:
-    """A kernel that notes its input: `sparse.linear` calls `observe` of a kernel that has it."""
+    """A kernel that records its input: `sparse.linear` calls the `observe` of any kernel that has one."""
 
     def __init__(self, kernel: Shape, note: Callable[[Array], Any]):
         self.kernel = kernel
@@ -93,23 +93,23 @@ def batch_of(cfg: Any, text: Any, size: int) -> dict:
     Args:
       cfg: our config of the model.
       size: number of rows.
-      text: has `prompt_tokens` and `answer_tokens`; as the processors lay them out, the prompt and then the answer.
+      text: has `prompt_tokens` and `answer_tokens`; the answer follows the prompt, as in the processors.
     """
     return cfg.family.batch_like(cfg, size, prompt_tokens=text.prompt_tokens, answer_tokens=text.answer_tokens)
 
 
 def stacks(cfg: ModelConfig, params: dict, batch: dict) -> list[Stack]:
-    """Return the model's stacks of blocks in the order that a batch runs through them; nothing is computed.
+    """Trace a batch through the model, and return the stacks of blocks in the order in which it passes them.
 
     Args:
       cfg: our config of the model.
-      params: by shapes.
-      batch: by shapes; see `batch_of`.
+      params: shapes of the params.
+      batch: shapes of a batch; see `batch_of`.
     """
     traced: list[Stack] = []
 
-    # A runner (`models.runners`) that looks at one block of each stack, and passes hidden states on as they came: every
-    # block leaves their shape as it is.
+    # A runner (`models.runners`) that traces one block of each stack and returns the hidden states unchanged, since no
+    # block changes their shape.
     def run(tower, block, weights, x, ctx, cache=None):
         traced.append(_trace_stack(tower, block, weights, x, ctx))
         return x, cache
@@ -138,13 +138,14 @@ def _trace_stack(tower: str, block: Callable, stacked: dict, x: Array, ctx: dict
     def watched(weights, x, ctx):
         flat = rules.flatten(weights)
         for name in kernels:
-            # A kernel that is read twice (a tied one) counts with its first input.
+            # If a kernel is used twice (a tied one), its first input counts.
             flat[name] = _Watched(flat[name], lambda x, name=name: read.setdefault(name, x))
         return block(rules.unflatten(flat), x, ctx, None)[0]
 
     jaxpr = jax.make_jaxpr(watched)(weights, x_shape, ctx_shapes)
     sizes = [nbytes(output.aval) for equation in jaxpr.eqns for output in equation.outvars]
-    # Kernels that read the very same array share a statistic: tell by the tracer's identity, which `read` keeps alive.
+    # Kernels that read the same array share a statistic. They are recognised by the identity of the tracer, which
+    # `read` keeps alive.
     first: dict[int, str] = {}
     leaders = {name: first.setdefault(id(array), name) for name, array in read.items()}
     inputs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in read.items()}

@@ -1,7 +1,8 @@
-"""One file a method: a small dataclass of its options that maps (kernel, statistic, pattern) to (kernel, mask).
+"""Pruning methods and allocations, one file each, and the functions that apply them to a model.
 
-`Method` and `Allocation` say what a method and an allocation are. `METHODS` and `ALLOCATIONS`, filled at the end of
-this file, have the names that a recipe may ask for.
+A method is a small dataclass of its options that maps (kernel, statistic, pattern) to (kernel, mask). `Method` and
+`Allocation` are the interfaces. `METHODS` and `ALLOCATIONS`, filled at the end of this file, hold the names that a
+recipe may use.
 """
 
 from sparselora_jax.pruning.allocate import allocate, check_bound, kernel_sizes, uniform_zeros
@@ -60,7 +61,7 @@ __all__ = [
     'zeroth_order_scores',
 ]
 
-# GPTQ is no name here: it rounds kernels that are pruned, and chooses no mask.
+# GPTQ is not registered: it rounds kernels that are already pruned, and chooses no mask.
 METHODS.register('random', Random)
 METHODS.register('magnitude', Magnitude)
 METHODS.register('wanda', Wanda)

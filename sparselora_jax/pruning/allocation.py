@@ -1,8 +1,8 @@
-"""What an allocation is, and the names of the allocations that a recipe may ask for.
+"""The interface of an allocation, and the registry of the allocations that a recipe may name.
 
-An allocation shares the zeros that unstructured patterns ask for out over the layers of all towers. To add one, write a
-frozen dataclass that implements `Allocation` in a file of its own, and register it in `pruning/__init__.py`. A recipe
-may also name a class that is registered nowhere, as `config.prune.allocation = 'package.module:Name'`.
+An allocation distributes the zeros of unstructured patterns over the layers of all towers. To add one, write a frozen
+dataclass that implements `Allocation` in a file of its own, and register it in `pruning/__init__.py`. A recipe may also
+name a class that is not registered, with `config.prune.allocation = 'package.module:Name'`.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,17 @@ class AllocationError(SparseloraError, ValueError):
 
 @dataclass(frozen=True)
 class AllocationInputs:
-    """What an allocation may use. Batches are functions, so that none is read that no allocation asks for.
+    """Everything that an allocation may use; batches are functions, so unused batches are never read.
 
     Attributes:
       params: the dense weights; on disk unless the allocation needs the model in memory.
-      uniform: what uniform pruning would make: its kernels are pruned, its sum is the budget.
-      sizes: weights of one layer's kernel, by path.
+      uniform: zeros under uniform pruning, by path. Only these kernels are pruned, and the sum is the budget.
+      sizes: number of weights of one layer's kernel, by path.
       forward: `forward(weights, batch, run)`, as `pruning.prune` takes it.
       loss: `loss(weights, batch, run)` -> a scalar: the mean over the batch.
       calibration: `calibration()` -> the batches that pruning is calibrated on.
       score_batches: `score_batches(samples, batch)` -> `samples` training samples in batches of `batch`.
-      key: of random numbers.
+      key: key of the random numbers.
       progress: `progress(name, total)` -> `report(done, note)`.
     """
 
@@ -58,9 +58,9 @@ class Allocation(Protocol):
     have keeps its default. Options are checked in `__post_init__`, which raises `AllocationError`.
 
     Attributes:
-      moves_zeros: whether layers get other numbers of zeros than their pattern says. N:M patterns leave nothing to
-        move.
-      needs_model_in_memory: whether it runs the whole model, so that it cannot prune from disk.
+      moves_zeros: whether the number of zeros of a layer may differ from what its pattern says. N:M patterns do not
+        allow that.
+      needs_model_in_memory: whether the allocation runs the whole model, so that the job cannot prune from disk.
       uses_score_batches: whether it calls `score_batches`, so that the mesh must divide `prune.score_batch`.
     """
 
@@ -69,14 +69,14 @@ class Allocation(Protocol):
     uses_score_batches: ClassVar[bool] = False
 
     def check(self, uniform: Zeros, sizes: dict[str, int]) -> None:
-        """Check before any work that zeros can be shared out, whatever the scores; the default accepts all.
+        """Check, before any work, that the zeros can be allocated whatever the scores; the default accepts all.
 
         Args:
           uniform: see `AllocationInputs`.
           sizes: see `AllocationInputs`.
 
         Raises:
-          PatternError: they cannot; names the option.
+          PatternError: they cannot; the message names the option.
         """
 
     def __call__(self, inputs: AllocationInputs) -> Zeros:
@@ -86,19 +86,19 @@ class Allocation(Protocol):
           inputs: what it may use.
 
         Raises:
-          PatternError: a kernel would keep no weight, or the like.
+          PatternError: the zeros cannot be allocated, for example because a kernel would keep no weight.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """Leave each layer what its pattern says; N:M patterns too."""
+    """Give each layer the zeros of its pattern; works with N:M patterns too."""
 
     moves_zeros: ClassVar[bool] = False
 
     def __call__(self, inputs: AllocationInputs) -> Zeros:
-        """Return what uniform pruning makes.
+        """Return the zeros of uniform pruning.
 
         Args:
           inputs: see `AllocationInputs`.

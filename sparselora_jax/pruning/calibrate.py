@@ -1,8 +1,8 @@
-"""Statistics of the inputs of each linear, summed up over calibration batches; a model needs no hook.
+"""Sum statistics of every linear's input over calibration batches, without hooks in the model.
 
 Every kernel is replaced by a `Calibrating` one. When `linear` multiplies with it, its `observe` adds the statistic of
-the input to an accumulator and hands the plain kernel on. The accumulator is a `jax.new_ref`: a `+=` that is correct
-under jit and scan.
+the input to an accumulator and returns the plain kernel. The accumulator is a `jax.new_ref`, which `+=` updates
+correctly under jit and scan.
 """
 
 import functools
@@ -21,7 +21,7 @@ from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse import rules, sharding
 
-# `[tokens, inputs]` -> arrays, a sum over tokens. The statistics of two batches are added up.
+# `[tokens, inputs]` -> arrays that are sums over tokens. The statistics of two batches are added.
 Statistic = Callable[[Array], Any]
 
 # What a forward is called with, and the rows of a kernel's input that count: see `make_observer`.
@@ -29,12 +29,13 @@ Forward = Callable[[dict, Any], Any]
 ValidRows = Callable[[str, Any], Array | None]
 StatisticOf = Callable[[str], Statistic | None]
 
-# Squares of activations below 1e-19 are no normal float32. Where all statistics of a kernel are below TINY, they are
-# gathered again, of activations times SCALE. A power of two: the products are exact.
+# Squares of activations below 1e-19 are not normal float32 numbers. If a statistic of a kernel is below TINY for all
+# inputs, all its statistics are collected again from activations times SCALE. SCALE is a power of two, so the products
+# are exact.
 TINY = 2.0**-64
 SCALE = 2.0**64
-# No statistic of a kernel may be above this before it is gathered again: the scaled squares, at most 2**128 times as
-# large, must fit into float32. This matters for `Mean` of first and second moments, of which one may be 0 by chance.
+# A kernel is scaled only if none of its statistics is above SAFE: the scaled squares are up to 2**128 times as large
+# and must fit into float32. This matters for `Mean` of first and second moments, one of which may be 0 by chance.
 SAFE = 2.0**-16
 
 DEAD = 'all {inputs} inputs are zero on every calibration token; nothing says which of its weights matter'
@@ -45,7 +46,7 @@ UNREPEATABLE = (
 
 
 class CalibrationError(SparseloraError, ValueError):
-    """A calibration set that says nothing, activations that are not finite, or a statistic that does not fit."""
+    """An empty calibration set, values that are not finite, or a statistic that is missing or of the wrong kind."""
 
 
 def squares(x: Float[Array, 'tokens inputs']) -> Float[Array, ' inputs']:
@@ -61,12 +62,12 @@ def hessian(x: Float[Array, 'tokens inputs']) -> Float[Array, 'inputs inputs']:
 
 @dataclass(frozen=True)
 class Mean:
-    """A statistic whose mean over all tokens is handed on instead of its sum; equal where `stat` is."""
+    """A statistic that is averaged over all tokens instead of summed; equal to a `Mean` with an equal `stat`."""
 
     stat: Statistic
 
     def __call__(self, x: Float[Array, 'tokens inputs']) -> PyTree:
-        """Return the sum over the tokens of one call, as any statistic does; `_finish` divides it."""
+        """Return the sum over the tokens of one call; `_finish` divides it by their number."""
         return self.stat(x)
 
 
@@ -81,7 +82,7 @@ class _Scaled:
 
 
 def statistic_shapes(stat: Statistic, inputs: int) -> PyTree:
-    """Return the shapes and dtypes of a statistic of so many inputs, as `jax.ShapeDtypeStruct`s.
+    """Return the shapes and dtypes of a statistic, as `jax.ShapeDtypeStruct`s.
 
     Args:
       stat: the statistic.
@@ -91,7 +92,7 @@ def statistic_shapes(stat: Statistic, inputs: int) -> PyTree:
 
 
 def name_of(stat: Statistic) -> str:
-    """Return how a statistic is called in messages: a function by its name."""
+    """Return the name of a statistic for messages; a function's is its own name."""
     return getattr(stat, '__name__', repr(stat))
 
 
@@ -99,13 +100,13 @@ class Recorder:
     """Accumulators of one kernel (all its layers) while a forward is traced; compared by identity."""
 
     def __init__(self, stat: Statistic, layers: int, inputs: int, valid: Bool[Array, ' tokens'] | None):
-        """Begin with accumulators of zeros.
+        """Create accumulators of zeros.
 
         Args:
           stat: the statistic to accumulate.
-          layers: layers of the stack that the kernel belongs to.
+          layers: number of layers of the stack that the kernel belongs to.
           inputs: length of its input axis.
-          valid: True for the rows of x, flattened, that are no padding; None: all count.
+          valid: True for the rows of the flattened input that are not padding; None: all rows count.
         """
         self.stat = stat
         self.valid = valid
@@ -116,8 +117,8 @@ class Recorder:
         self.tokens = jax.new_ref(jnp.zeros(layers, jnp.int32))
 
     def add(self, layer: Array, x: Float[Array, '*batch inputs']) -> None:
-        """Add the statistic of one call's input, padding left out."""
-        # Kept to see which kernels read the very same array (`_leaders`).
+        """Add the statistic of one call's input, without padding."""
+        # Stored so that `_leaders` can tell which kernels read the same array.
         self.inputs.append(x)
         rows = x.reshape(-1, x.shape[-1])
         count = jnp.asarray(rows.shape[0], jnp.int32)
@@ -147,12 +148,12 @@ class Calibrating:
 
 
 class Sums(NamedTuple):
-    """Statistics of a forward as they are summed up over batches; one entry for kernels that read the same array.
+    """Programs that sum the statistics of a forward over batches; kernels that read the same array share a sum.
 
     Attributes:
-      zeros: `zeros(params, batch)`: what sums begin with.
-      add: `add(sums, params, batch)`, jitted; the sums are donated.
-      leaders: {path: the path that its sum goes by}, known once `zeros` or `add` is traced.
+      zeros: `zeros(params, batch)` returns the initial sums.
+      add: `add(sums, params, batch)` adds a batch to the sums; it is jitted, and the sums are donated.
+      leaders: {path: path under which its sum is stored}, filled when `zeros` or `add` is traced.
     """
 
     zeros: Callable[[dict, Any], dict]
@@ -167,7 +168,7 @@ class Sums(NamedTuple):
         """
         sums = None
         for batch in batches:
-            # Shapes of sums follow from tracing, which needs a batch.
+            # The shapes of the sums come from tracing, which needs a batch.
             sums = self.zeros(params, batch) if sums is None else sums
             sums = self.add(sums, params, batch)
         if sums is None:
@@ -192,7 +193,7 @@ def make_sums(
       forward: see `make_observer`.
       stats: see `make_observer`.
       valid: see `make_observer`.
-      mesh: see `make_observer`; an abstract one serves to trace.
+      mesh: see `make_observer`; an abstract mesh is enough for tracing.
     """
     leaders: dict[str, str] = {}
 
@@ -203,7 +204,7 @@ def make_sums(
             stat = stats(path)
             if stat is None:
                 continue
-            # A stack of kernels [layers, in, out] is one kernel of each layer, sliced by the forward's scan.
+            # A stack [layers, in, out] holds one kernel per layer; the forward's scan slices it.
             stacked = leaf.ndim == 3
             layers = leaf.shape[0] if stacked else 1
             mask = valid(path, batch)
@@ -212,12 +213,12 @@ def make_sums(
             # Scan slices the index beside the kernel, so that `observe` knows its layer.
             index = jnp.arange(layers) if stacked else jnp.zeros((), jnp.int32)
             flat[path] = Calibrating(leaf, index, recorders[path])
-        # Its result is not used, so the compiler drops what no statistic depends on.
+        # The result is not used, so the compiler removes everything that no statistic depends on.
         forward(rules.unflatten(flat), batch)
         # A side effect of tracing: which kernels share an input is known only now.
         leaders.update(_leaders(recorders))
         own = {path: (r.total, r.tokens) for path, r in recorders.items() if leaders[path] == path}
-        # A leading axis: one entry for each device that runs this on its own rows.
+        # Add a leading axis: one entry for each device, which runs this on its own rows.
         return jax.tree.map(lambda ref: ref[...][None], own)
 
     observe = jax.jit(sharding.on_own_rows(observe, mesh))
@@ -235,7 +236,7 @@ def make_sums(
 
 
 def _place_in_params(path: str, layer: int | None) -> str:
-    """Return how a kernel is named in warnings."""
+    """Return the name of a kernel in warnings."""
     return path if layer is None else f'{path}, layer {layer}'
 
 
@@ -249,26 +250,26 @@ def make_observer(
 ) -> Callable[..., dict[str, tuple[PyTree, Array]]]:
     """Return `(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
 
-    Kernels that read the very same array (q, k and v) have one accumulator, and the very same result.
+    Kernels that read the same array (q, k and v) share one accumulator and one result.
 
-    Squares of very small activations are no float32 numbers. Where all statistics of a kernel and layer are below
-    2**-64, its statistics are gathered again, of activations times 2**64. Masks and updates of a method depend on
-    ratios of statistics only, so they are what exact statistics give. Ordinary kernels are never scaled. A kernel whose
-    inputs are zero on every token is named in a warning.
+    Squares of very small activations underflow in float32. If a statistic of a kernel and layer is below 2**-64 for all
+    inputs, its statistics are computed again from activations times 2**64. The masks and updates of a method depend
+    only on ratios of statistics, so they are the same as with exact statistics. Other kernels are never scaled. A
+    warning names each kernel whose inputs are zero on every token.
 
     Args:
       forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.
-      stats: the statistic of a kernel's path, or None: it is not watched.
+      stats: path -> the statistic of that kernel, or None for a kernel that is not observed.
       valid: (path, batch) -> True for the rows of that kernel's input that count, or None (all do).
-      mesh: over which the rows of all batches are split (`sharding.mesh_of_rows`). Each device runs `forward` on its
-        own rows with whole weights. Their sums are added up in the order of the devices, so the result is, bit for bit,
-        that of one device that is given their rows as batches, one after the other.
-      one_scale: scale all kernels of a call or none, because their statistics are compared with each other.
+      mesh: mesh over which the rows of all batches are split (`sharding.mesh_of_rows`). Each device runs `forward` on
+        its own rows with whole weights. The sums are added in the order of the devices. So the result equals, bit for
+        bit, that of one device that reads the same rows as consecutive batches.
+      one_scale: scale either all kernels or none, for callers that compare the statistics of different kernels.
 
     Returns:
-      A function of params, batches (a sequence, so that it can be read twice) and optionally `place(path, layer)`, the
-      name of a kernel in warnings. It raises `CalibrationError`: no batch, a kernel that the forward never used, or
-      activations that are not finite.
+      A function of params, batches and optionally `place(path, layer)`, which names a kernel in warnings. The batches
+      are a sequence, so that they can be read twice. The function raises `CalibrationError` if there is no batch, if
+      the forward never used a kernel, or if activations are not finite.
     """
     programs = make_sums(forward, stats=stats, valid=valid, mesh=mesh)
 
@@ -276,7 +277,7 @@ def make_observer(
         stat = stats(path)
         return None if stat is None else _Scaled(stat)
 
-    # A second set of programs, so that those of ordinary models are what they would be without it.
+    # A second set of programs, so that scaling does not change the programs of ordinary models.
     @functools.cache  # compiled for the first kernel that needs it, and for none in ordinary models
     def scaled_programs():
         return make_sums(forward, stats=scaled_stats, valid=valid, mesh=mesh)
@@ -286,7 +287,7 @@ def make_observer(
         kernels = rules.kernels(params)
         stacked = {path: kernels[path].ndim == 3 for path in sums}
         tiny = {path: _check_sums(path, stacked[path], *value) for path, value in sums.items()}
-        # Beside ordinary statistics those of tiny activations are 0 in effect, as they are here.
+        # Next to ordinary statistics, those of tiny activations are effectively 0, so nothing is scaled.
         if one_scale and not all(layers.all() for layers in tiny.values()):
             tiny = {path: np.zeros_like(layers) for path, layers in tiny.items()}
         if any(layers.any() for layers in tiny.values()):
@@ -306,7 +307,7 @@ def make_observer(
 
 
 def place_of_sum(shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None) -> NamedSharding | None:
-    """Return where a sum, `[layers, ...]`, lies: vectors on every device, of a Hessian some columns on each."""
+    """Return the sharding of a sum `[layers, ...]`: vectors are replicated, a Hessian is split by columns."""
     if mesh is None:
         return None
     # [layers, inputs, inputs] is a Hessian: the one statistic too large for every device to hold.
@@ -317,8 +318,8 @@ def place_of_sum(shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None) -> Na
 def _add_in_order(total: Array, parts: Array, mesh: Mesh | AbstractMesh | None) -> Array:
     """Return `total + parts[0] + parts[1] + ...`, in this order; each device has one of the parts.
 
-    Of Hessians each device is sent its columns of all parts. That is as many bytes as a reduction sends, but the order
-    of a reduction is not known.
+    Each device receives its columns of all parts of a Hessian. A reduction would send as many bytes, but add them in an
+    unknown order.
     """
     if mesh is None:
         return total + parts[0]
@@ -333,7 +334,7 @@ def _leaders(recorders: dict[str, Recorder]) -> dict[str, str]:
     first: dict[Any, str] = {}
     leaders = {}
     for path, recorder in recorders.items():
-        # A kernel that was read more than once has a sum that no other kernel has.
+        # A kernel that is used more than once has a sum of its own.
         reads_once = len(recorder.inputs) == 1
         source = (id(recorder.inputs[0]), recorder.stat) if reads_once else path
         leaders[path] = first.setdefault(source, path)
@@ -357,11 +358,11 @@ def collect(
       batches: what `forward` takes, of one shape.
       stat: `squares` or `hessian`, or any sum over tokens `[tokens, in] -> arrays`; `Mean` of one gives the mean.
       valid: batch -> True for the tokens that count, or None (all do); every linear must see these tokens.
-      select: which kernel paths to watch; a Hessian of each may not fit.
+      select: path -> whether to observe that kernel; Hessians of all kernels may not fit into memory.
 
     Returns:
-      {path: (sum, tokens)}, arrays with a leading layers axis where the kernel has one. For activations so small that
-      their squares are no float32 numbers, the statistic is that of 2**64 times the activations (`make_observer`).
+      {path: (sum, tokens)}; the arrays have a leading layers axis if the kernel has one. If the squares of activations
+      underflow in float32, the statistic is that of the activations times 2**64 (`make_observer`).
 
     Raises:
       CalibrationError: no batch, a kernel that the forward never used, or non-finite activations.
@@ -388,7 +389,7 @@ def _check_sums(path: str, stacked: bool, total: PyTree, tokens: Int[Array, ' la
     """
     if not processes.on_host(tokens).all():
         raise CalibrationError(f'{path}: no token reached it during calibration')
-    # One number of each leaf and layer comes to the host: NaN and infinity survive a maximum.
+    # Only one number per leaf and layer is copied to the host: a maximum keeps NaN and infinity.
     largest = _largest_on_host(total)
     bad = ~np.isfinite(largest).all(axis=0)
     if bad.any():
@@ -433,7 +434,7 @@ def _warn_about(
     messages: dict[str, str],
 ) -> None:
     """Log one line for each kernel and layer that is marked, with the kernels that read the same input."""
-    # All processes hold the same statistics: one of them speaks.
+    # All processes hold the same statistics, so only one of them logs.
     if not processes.first():
         return
     for path, layers in layers_of.items():

@@ -1,20 +1,20 @@
-"""DSnoT (arXiv 2310.08915): swap weights of a finished mask so that what an output is expected to miss shrinks.
+"""DSnoT (arXiv 2310.08915): swap weights of a finished mask to reduce the expected error of each output.
 
-Of output o, `error_o = sum of W_io E[x_i] over the pruned i` is the expected difference between dense and pruned (its
-reconstruction error). A cycle regrows the pruned weight whose share of the error has the error's sign and is largest
-against its input's variance, `argmax |W_io E[x_i]| / Var[x_i]^power`, and prunes, of the kept weights whose share has
-the other sign (N:M: of the same group), the one with the smallest Wanda score `|W_io| ||x_i||`. No weight is regrown or
-pruned twice.
+The reconstruction error of output o, `error_o = sum of W_io E[x_i] over the pruned i`, is the expected difference
+between its dense and its pruned value. Each cycle makes one swap. It regrows a pruned weight: among those whose share
+`W_io E[x_i]` has the sign of the error, the one with the largest `|W_io E[x_i]| / Var[x_i]^power`. It prunes a kept
+weight: among those whose share has the other sign (N:M: in the same group), the one with the smallest Wanda score
+`|W_io| ||x_i||`. No weight is regrown or pruned twice.
 
 Differences from the public code (zyxxmu/DSnoT):
 - It makes 50 swaps whether or not they help, as long as the error is above the threshold (N:M: until its sign changes).
-  Here an output is done when its next swap would not bring its error nearer to zero: the error never rises.
-- When it has run out of candidates it goes on with weights that are already kept, and loses count of the zeros. Here an
-  output is then done.
+  Here an output is done when its next swap would not bring its error nearer to zero, so the error never rises.
+- When it runs out of candidates it continues with weights that are already kept, so the number of zeros changes. Here
+  the output is then done.
 - With N:M it prunes the weight of the group with the smallest score of the *initial* method, whatever its sign. Here
-  signs and scores are as for unstructured patterns, and a group that has no such weight is passed over.
-- Its variance is the mean of the samples' own; here it is that of all tokens.
-- It leaves LLaMA's MLPs as the initial method pruned them, unless told otherwise; rules of methods do that here.
+  the same signs and scores apply as for unstructured patterns, and a group without such a weight is skipped.
+- Its variance is the mean of each sample's variance; here it is the variance over all tokens.
+- By default it leaves LLaMA's MLPs as the initial method pruned them; here rules of methods can do that.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class SumsOfMoments:
-    """The statistic whose means are `Moments`; `initial` is that of the initial method, or None."""
+    """The statistic whose means are `Moments`; `initial` is the statistic of the initial method, or None."""
 
     initial: calibrate.Statistic | None
 
@@ -53,17 +53,17 @@ class SumsOfMoments:
 
 @dataclass(frozen=True)
 class DSnoT(Method):
-    """Swap weights of another method's mask; kept weights stay as they came, whatever that method makes of them.
+    """Swap weights of another method's mask; kept weights keep their dense values, even if that method edits them.
 
-    The statistic is `Moments`. With `SparseGPT` only the mask is taken over, as in the public code. That mask is
-    SparseGPT's own, chosen while kept weights are updated, where the public code scores all weights at once.
+    The statistic is `Moments`. With `SparseGPT` only the mask is used, as in the public code. SparseGPT chooses that
+    mask while it updates kept weights; the public code scores all weights at once.
 
     Attributes:
       initial: the method whose mask is changed. Zeros per output, or per N:M group, stay as it set them.
-      cycles: the most swaps of an output (N:M: and groups passed over).
+      cycles: maximum number of swaps of an output (for N:M, skipped groups count too).
       threshold: an output whose |error| is at most this is done, in units of the output per token. The public code's
         0.1 is per sample of 2048 tokens.
-      power: of the variance; 0 regrows by expected share alone.
+      power: exponent of the variance; 0 regrows by the expected share alone.
     """
 
     initial: Method = field(default_factory=Wanda)
@@ -85,12 +85,12 @@ class DSnoT(Method):
 
     @property
     def outputs_are_independent(self) -> bool:
-        """Return what holds for the initial mask: swaps look at one output at a time."""
+        """Return the initial method's value; swaps themselves look at one output at a time."""
         return self.initial.outputs_are_independent
 
     @property
     def statistic_copies(self) -> int:
-        """Return what the initial method needs."""
+        """Return the initial method's value."""
         return self.initial.statistic_copies
 
     def check(self, pattern: Pattern, inputs: int) -> None:
@@ -118,14 +118,14 @@ class DSnoT(Method):
           kernel: dense weights.
           statistic: means over all calibration tokens.
           pattern: see `Method`.
-          num_zeros: of the initial method.
+          num_zeros: see `Method`; passed to the initial method.
 
         Raises:
           PatternError: see the initial method.
         """
         pruned, mask = self.initial(kernel, statistic.initial, pattern, num_zeros)
         mask = _swap(kernel.T, mask.T, statistic, pattern, self).T
-        # Where the initial method failed (a singular Hessian), its mask means nothing: the weights must say so.
+        # If the initial method failed (a singular Hessian), its mask is meaningless. NaN weights report that.
         sparse = jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))
         return jnp.where(jnp.isfinite(pruned).all(), sparse, jnp.full((), jnp.nan, kernel.dtype)), mask
 
@@ -143,12 +143,12 @@ def _swap(
       weights: dense weights.
       initial: the initial method's mask.
       moments: see `Moments`.
-      pattern: of the initial mask; N:M swaps within groups.
+      pattern: pattern of the initial mask; with N:M, swaps stay within a group.
       options: the method's own options.
     """
     mean = moments.first
     second = moments.second
-    # What is left of the variance of an input that is all but constant is rounding: there it counts as that small.
+    # The computed variance of a nearly constant input is only rounding error, so it is raised to at least that size.
     variance = jnp.maximum(second - mean**2, jnp.finfo(second.dtype).eps * second)
     variance = jnp.where(variance > 0, variance, 1.0)  # dead inputs; their share is zero, so they are never regrown
     # Shares and scores are compared in the statistic's dtype, float32.
@@ -159,12 +159,12 @@ def _swap(
     row = jnp.arange(outputs)
 
     def best(allowed, priority):
-        """Return inputs in the order in which they are taken, equal ones by position, and how many may be taken."""
+        """Return candidate inputs, the best first and ties by position, and how many of them are allowed."""
         # At most `cycles` candidates are ever taken, so no full sort is needed; top_k breaks ties by position.
         _, order = jax.lax.top_k(jnp.where(allowed, priority, -jnp.inf), min(options.cycles, inputs))
         return order, jnp.sum(allowed, axis=1, dtype=jnp.int32)
 
-    # Candidates for errors above zero, and for errors below; one after the other, since each needs a sort's memory.
+    # Candidates for positive errors, then for negative ones: one after the other, since each sort needs memory.
     signs = jnp.array([1, -1], mean.dtype)
     to_grow = jax.lax.map(
         lambda sign: best(~initial & (sign * share > 0), sign * share / variance**options.power), signs
@@ -178,7 +178,7 @@ def _swap(
         return order[side, row, taken[side, row]], taken[side, row] < count[side, row]
 
     def in_group(error, mask, grown):
-        """Return what to prune of the grown weight's N:M group, and whether there is any."""
+        """Return the weight to prune in the N:M group of the grown weight, and whether there is one."""
         group = (grown // pattern.m * pattern.m)[:, None] + jnp.arange(pattern.m, dtype=grown.dtype)
         has_other_sign = jnp.sign(error)[:, None] * jnp.take_along_axis(share, group, axis=1) < 0
         # `initial & mask`: a weight that was regrown is not pruned again.
@@ -195,15 +195,15 @@ def _swap(
         pruned, can_prune = in_group(error, mask, grown) if pattern.structured else candidate(to_prune, side, taken)
         after = error - share[row, grown] + share[row, pruned]
         swaps = active & can_grow & can_prune & (jnp.abs(after) < jnp.abs(error))
-        # Outputs that do not swap write back what they have.
+        # Outputs that do not swap write back their old values.
         mask = mask.at[row, grown].set(mask[row, grown] | swaps)
         mask = mask.at[row, pruned].set(mask[row, pruned] & ~swaps)
         taken = taken.at[side, row].add(1)
-        # An output goes on after a swap while its error is large, and past an N:M group that has nothing to prune.
+        # An output continues after a swap while its error is large, and after an N:M group with nothing to prune.
         active = (swaps & (jnp.abs(after) > options.threshold)) | (active & can_grow & ~can_prune)
         return cycles + 1, active, jnp.where(swaps, after, error), taken, mask
 
-    # What each output misses on the average token under the initial mask.
+    # The expected error of each output under the initial mask.
     error = jnp.sum(jnp.where(initial, 0.0, share), axis=1)
     state = (jnp.int32(0), jnp.abs(error) > options.threshold, error, jnp.zeros((2, outputs), jnp.int32), initial)
     return jax.lax.while_loop(lambda state: (state[0] < options.cycles) & state[1].any(), cycle, state)[-1]

@@ -1,14 +1,14 @@
-"""ECoFLaP (arXiv 2310.02998): how much each layer matters to the loss of the whole model, by gradients or without.
+"""ECoFLaP (arXiv 2310.02998): score how much each layer matters to the model's loss, with or without gradients.
 
-Scores of each layer's kernel, for `allocate`, as the public code's scripts for BLIP-2 have them:
+`allocate` takes the scores of each layer's kernel. They are those of the public code's scripts for BLIP-2:
 
 - first order, `GradMagAbs_sum`: the sum over a kernel of `|W| * mean over batches of |dL/dW|`;
 - zeroth order, `MEZO-GradOnly_sum`: the mean over batches of `|L(W + eps z) - L(W - eps z)| / (2 eps)`, where z is
-  standard normal noise on that one kernel of that one layer, and forwards are all that is needed.
+  standard normal noise on one kernel of one layer. It needs forwards only.
 
-Scores of a block's kernels are added up, and blocks of all towers compete for one budget (`allocate`). Both need the
-model in memory (the zeroth order runs it twice for each kernel, layer and batch) and work through a runner: any forward
-that hands its blocks to `run` will do.
+`allocate` sums the scores of a block's kernels, and blocks of all towers compete for one budget. Both orders need the
+whole model in memory. The zeroth order runs it twice for each kernel, layer and batch. Both work with any forward that
+passes its blocks to a runner, `run`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ from sparselora_jax.pruning.targets import in_blocks
 from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import RuleError, flatten, is_in_block, unflatten
 
-ROWS = 32  # inputs of a kernel whose noise is drawn at once
+ROWS = 32  # number of a kernel's inputs whose noise is drawn at once
 
 Loss = Callable[..., Float[Array, '']]  # loss(weights, batch, run)
 # A runner of a stack of blocks, see `models.runners`.
@@ -40,7 +40,8 @@ Runner = Callable[..., Any]
 def _scored(kernel: Array, tap: Array) -> Array:
     """Return the kernel.
 
-    The gradient of `tap` is the kernel's score: the kernel's own gradient is reduced where it arises, and never kept.
+    The gradient with respect to `tap` is the kernel's score. So the backward reduces the kernel's gradient at once and
+    never stores it.
     """
     del tap
     return kernel
@@ -65,12 +66,12 @@ def score_dtype(kernel: Array | np.ndarray | jax.ShapeDtypeStruct) -> DTypeLike:
 
 
 def tapped_blocks(taps: dict[str, Float[Array, ' layers']]) -> Runner:
-    """Return a runner through which the gradient of each tap is the score of its kernel and layer.
+    """Return a runner in which the gradient with respect to each tap is the score of its kernel and layer.
 
-    The backward has the gradients of one block's kernels at a time, and keeps a block's input and its scores.
+    The backward holds the gradients of one block's kernels at a time. Only each block's input and scores are stored.
 
     Args:
-      taps: zeros, by path.
+      taps: arrays of zeros, by path.
     """
 
     def run(tower, block, weights, x, ctx, cache=None):
@@ -100,21 +101,21 @@ def make_first_order(loss: Loss) -> Callable[[dict, Any, dict[str, Array]], dict
 def first_order_scores(loss: Loss, params: dict, batches: Iterable[Any], paths: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the sum over each layer's kernel of `|W| * mean over batches of |dL/dW|`.
 
-    A kernel's gradient is reduced to its score inside the backward of its block, so memory holds one block's gradients,
-    and what `remat_blocks` keeps.
+    A kernel's gradient is reduced to its score inside the backward of its block, so memory holds the gradients of one
+    block, and what `remat_blocks` stores.
 
     Args:
       loss: `loss(weights, batch, run)` -> a scalar: the mean over the batch.
       params: the dense weights.
-      batches: of one shape.
-      paths: of stacked kernels inside the blocks.
+      batches: batches of one shape.
+      paths: paths of stacked kernels inside the blocks.
 
     Returns:
       {path: score of each layer}, float64 on the host.
 
     Raises:
       CalibrationError: no batch.
-      RuleError: a kernel outside of all blocks.
+      RuleError: a kernel lies outside all blocks.
     """
     step = make_first_order(loss)
     flat = flatten(params)
@@ -137,7 +138,7 @@ def _mean(scores: Sequence[PyTree]) -> PyTree:
 
 
 def _check_paths(flat: Mapping[str, Any], paths: Sequence[str]) -> None:
-    """Check that kernels lie inside of blocks.
+    """Check that all kernels lie inside blocks.
 
     Raises:
       RuleError: one does not.
@@ -148,11 +149,11 @@ def _check_paths(flat: Mapping[str, Any], paths: Sequence[str]) -> None:
 
 
 def noise(key: Array, row: Int[Array, ''], row_like: Float[Array, ' outputs']) -> Float[Array, ' outputs']:
-    """Return z of one input's weights: standard normal, in the dtype in which it is added.
+    """Return the noise z for the weights of one input: standard normal, in the dtype of the addition.
 
     Args:
-      key: of the kernel and layer.
-      row: the input.
+      key: key of the kernel and layer.
+      row: index of the input.
       row_like: that input's weights.
     """
     return jax.random.normal(jax.random.fold_in(key, row), row_like.shape, score_dtype(row_like))
@@ -163,21 +164,22 @@ def perturbed_blocks(
 ) -> Runner:
     """Return a runner that adds `scale * z` to one layer of the kernel `paths[kernel]`, inside that block.
 
-    `kernel` and `layer` may be traced: one program serves all of them. Memory is that of `scan_blocks` and the noise of
-    `ROWS` inputs.
+    `kernel` and `layer` may be traced, so one program serves all of them. It needs the memory of `scan_blocks`, and
+    that of the noise of `ROWS` inputs.
 
     Args:
-      paths: of stacked kernels inside the blocks.
+      paths: paths of stacked kernels inside the blocks.
       kernel: index into `paths`.
-      layer: of that kernel.
-      key: of the noise.
-      scale: of the noise.
+      layer: index of the layer.
+      key: key of the noise.
+      scale: factor of the noise.
     """
 
     def run(tower, block, weights, x, ctx, cache=None):
         indices = {name: paths.index(path) for name, path in in_blocks(paths, tower).items()}
 
-        # Both branches of the `cond` slice the stack themselves: handed a layer's kernels, each would be copied.
+        # Both branches of the `cond` slice the stack themselves. If they took a layer's kernels instead, each kernel
+        # would be copied.
         def plain(stack, index):
             return stack[index]
 
@@ -187,7 +189,7 @@ def perturbed_blocks(
                 wide = stack[index, row].astype(score_dtype(stack))
                 return (wide + scale.astype(wide.dtype) * noise(key, row, wide)).astype(stack.dtype)
 
-            # A few rows at a time, so that the noise of a whole kernel is never held.
+            # A few rows at a time, so that memory never holds the noise of a whole kernel.
             return jax.lax.map(perturb_row, jnp.arange(stack.shape[1], dtype=jnp.int32), batch_size=ROWS)
 
         def run_block(w, x, ctx, cache):
@@ -214,7 +216,7 @@ def make_zeroth_order(loss: Loss, paths: Sequence[str], *, eps: float) -> Callab
     Args:
       loss: see `first_order_scores`.
       paths: see `first_order_scores`.
-      eps: how far weights are moved.
+      eps: scale of the perturbation.
     """
 
     @jax.jit
@@ -222,7 +224,7 @@ def make_zeroth_order(loss: Loss, paths: Sequence[str], *, eps: float) -> Callab
         def one_side(sign):
             return loss(params, batch, perturbed_blocks(paths, kernel, layer, key, sign * eps))
 
-        # One after the other: side by side both would hold their activations.
+        # One after the other: run together, both would hold their activations.
         plus, minus = jax.lax.map(one_side, jnp.array([1.0, -1.0]))
         return jnp.abs(plus - minus) / (2 * eps)
 
@@ -241,16 +243,17 @@ def zeroth_order_scores(
 ) -> dict[str, np.ndarray]:
     """Return the mean over batches of `|L(W + eps z) - L(W - eps z)| / (2 eps)`, z on one layer of a kernel.
 
-    Noise is drawn anew from its key on both sides and never kept, so memory is that of the forward and one kernel's
+    Both sides draw the same noise from its key and never store it, so memory is that of the forward and one kernel's
     noise. It costs two forwards for each kernel, layer and batch.
 
     Args:
       loss: see `first_order_scores`.
       params: the dense weights.
-      batches: of one shape.
-      paths: of stacked kernels inside the blocks.
-      key: of the noise; that of kernel k, layer l, batch b, input i is `key` with k, l, b, i folded in, in that order.
-      eps: how far weights are moved, in their own unit.
+      batches: batches of one shape.
+      paths: paths of stacked kernels inside the blocks.
+      key: key of the noise. Kernel k, layer l, batch b and input i use `key` with k, l, b and i folded in, in that
+        order.
+      eps: scale of the perturbation, in the unit of the weights.
       progress: called with the number of kernels and layers done, and the path of the last.
 
     Returns:
@@ -258,7 +261,7 @@ def zeroth_order_scores(
 
     Raises:
       CalibrationError: no batch.
-      RuleError: a kernel outside of all blocks.
+      RuleError: a kernel lies outside all blocks.
     """
     paths = tuple(paths)
     batches = list(batches)
@@ -286,12 +289,12 @@ def zeroth_order_scores(
 
 @dataclass(frozen=True)
 class _ByImportance(Allocation):
-    """Share kept weights out by scores of importance to the loss: what both orders have in common.
+    """Distribute kept weights by their importance to the loss; base class of both orders.
 
     Attributes:
       highest: sparsity that no layer's kernel exceeds.
-      score_samples: training samples that the scores are taken from.
-      score_batch: samples in a batch.
+      score_samples: number of training samples that the scores are computed from.
+      score_batch: number of samples in a batch.
     """
 
     highest: float = 0.8
@@ -328,7 +331,7 @@ class _ByImportance(Allocation):
 
         Args:
           inputs: see `Allocation`.
-          batches: of training samples.
+          batches: batches of training samples.
         """
         raise NotImplementedError
 
@@ -355,7 +358,7 @@ class EcoflapFirst(_ByImportance):
 
         Args:
           inputs: see `Allocation`.
-          batches: of training samples.
+          batches: batches of training samples.
         """
         return first_order_scores(inputs.loss, inputs.params, batches, tuple(inputs.uniform))
 
@@ -365,7 +368,7 @@ class EcoflapZeroth(_ByImportance):
     """Share kept weights out by zeroth-order scores.
 
     Attributes:
-      noise: eps: how far weights are moved, in their own unit.
+      noise: scale of the perturbation (eps), in the unit of the weights.
     """
 
     noise: float = 1e-3
@@ -380,7 +383,7 @@ class EcoflapZeroth(_ByImportance):
 
         Args:
           inputs: see `Allocation`.
-          batches: of training samples.
+          batches: batches of training samples.
         """
         kernels = sum(zeros.size for zeros in inputs.uniform.values())
         return zeroth_order_scores(

@@ -1,7 +1,7 @@
-"""Global magnitude pruning (e.g. arXiv 1506.02626): one threshold on |W| for all kernels of a model together.
+"""Global magnitude pruning (e.g. arXiv 1506.02626): one threshold on |W| for all kernels of a model.
 
-It is an allocation. With `Magnitude(group='matrix')` its zeros are exactly the smallest weights of the whole model;
-with another method only the ratios of the layers are those of global magnitude.
+It is an allocation. With `Magnitude(group='matrix')` it prunes exactly the smallest weights of the whole model. With
+another method only the sparsity of each layer is that of global magnitude pruning.
 """
 
 import functools
@@ -20,43 +20,44 @@ from sparselora_jax.sparse.masks import ordered_bits
 from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import flatten
 
-DIGIT = 16  # bits of a weight that one pass over the model settles
+DIGIT = 16  # bits of the threshold that one pass over the model determines
 
 
 @functools.partial(jax.jit, static_argnames=('digit', 'dtype'))
 def _histogram(
     kernel: Float[Array, 'inputs outputs'], settled: Shaped[Array, ''], *, digit: int, dtype: str
 ) -> Int[Array, ' values']:
-    """Count the weights with each value of a digit of |W|'s bits.
+    """Count the weights of a kernel by the value of one digit, `DIGIT` bits, of |W|.
 
     Args:
-      kernel: of one layer.
-      settled: the digits before it; weights that begin otherwise are not counted.
-      digit: which one, from the most significant on.
-      dtype: in which weights are compared.
+      kernel: kernel of one layer.
+      settled: the threshold's digits before this one; weights with other leading digits are not counted.
+      digit: index of the digit; 0 is the most significant.
+      dtype: dtype in which weights are compared.
     """
     bits = ordered_bits(jnp.abs(kernel.astype(dtype)))
-    # Bits that compare as the weights do: the most significant digit comes first.
+    # Position of the digit's lowest bit. The bits, as integers, are in the same order as the weights.
     last = bits.dtype.itemsize * 8 - DIGIT * (digit + 1)
     values = (bits >> last) & (2**DIGIT - 1)
     if digit:
-        # A value behind the last: the scatter below drops it.
+        # An index out of range, which the scatter below drops.
         values = jnp.where(bits >> (last + DIGIT) == settled, values, 2**DIGIT)
     counts = jnp.zeros(2**DIGIT, jnp.int32)
     return counts.at[values.astype(jnp.int32).reshape(-1)].add(1, mode='drop')
 
 
 def global_magnitude_zeros(params: dict, uniform: Zeros, *, highest: float = 1.0) -> Zeros:
-    """Return zeros of each layer's kernel: its weights among the smallest |W| of all kernels together.
+    """Return how many weights of each layer's kernel are among the smallest |W| of the whole model.
 
-    The threshold is found 16 bits at a time, from counts: weights are read a layer of a kernel at a time, twice (four
-    times in fp64), and never sorted or put together. So leaves may be weights on disk (`checkpoints.on_disk`).
+    The threshold is found 16 bits at a time by counting. Each pass reads one layer of one kernel at a time, and there
+    are two passes (four in fp64). Weights are never sorted or concatenated, so leaves may be weights on disk
+    (`checkpoints.on_disk`).
 
     Args:
       params: the dense weights.
-      uniform: what uniform pruning would make (see `uniform_zeros`): its kernels are compared, its sum is the budget.
-      highest: sparsity that no layer's kernel exceeds; towers of small weights would be pruned away whole. What is over
-        it goes to the smallest weights of the other layers.
+      uniform: zeros under uniform pruning (see `uniform_zeros`). Its kernels are compared, and its sum is the budget.
+      highest: sparsity that no layer's kernel exceeds. Without this limit, a tower of small weights would be pruned
+        entirely. Zeros above the limit go to the smallest weights of the other layers.
 
     Returns:
       {path: zeros}. Of equal weights those of the earlier path (by name), layer and position are pruned first.
@@ -71,12 +72,12 @@ def global_magnitude_zeros(params: dict, uniform: Zeros, *, highest: float = 1.0
     word = np.dtype(dtype.replace('float', 'uint')).type
     most_by_path = bounds(sizes, {path: np.shape(of_layers) for path, of_layers in uniform.items()}, budget, highest)
     most = np.concatenate([np.atleast_1d(of_layers) for of_layers in most_by_path.values()])
-    # The threshold's digits as they are found, and the weights of each layer that are under them.
+    # The digits of the threshold found so far, and the number of each layer's weights below it.
     threshold = word(0)
     below = np.zeros(len(most), np.int64)
     for digit in range(np.dtype(dtype).itemsize * 8 // DIGIT):
         counts = [np.asarray(_histogram(w, threshold, digit=digit, dtype=dtype)) for w in _layers(flat, uniform)]
-        # How many weights of the model are pruned if the digit has this value, for each value.
+        # For each value of the digit: how many weights of the model are pruned if the threshold has it.
         pruned = sum(
             np.minimum(under + np.cumsum(of_layer, dtype=np.int64), bound)
             for under, of_layer, bound in zip(below, counts, most, strict=True)
@@ -86,7 +87,7 @@ def global_magnitude_zeros(params: dict, uniform: Zeros, *, highest: float = 1.0
         threshold = word((int(threshold) << DIGIT) | value)
         equal = np.array([of_layer[value] for of_layer in counts])
     smaller = np.minimum(below, most)
-    # Weights equal to the threshold fill up what is missing, the earlier layers first.
+    # The zeros still missing are weights equal to the threshold, those of earlier layers first.
     room = np.minimum(below + equal, most) - smaller
     flat_zeros = smaller + np.clip(budget - smaller.sum() - (np.cumsum(room) - room), 0, room)
     ends = np.cumsum([np.size(of_layers) for of_layers in uniform.values()])[:-1]
@@ -139,7 +140,7 @@ class GlobalMagnitude(Allocation):
             raise PatternError(f'highest: {error}') from None
 
     def __call__(self, inputs: AllocationInputs) -> Zeros:
-        """Return the zeros of one threshold for all kernels.
+        """Return the zeros of each layer's kernel under one threshold for all.
 
         Args:
           inputs: see `Allocation`.

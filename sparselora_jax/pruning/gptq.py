@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323) under a mask: values of four bits, rounded input by input, and the rest makes up for it."""
+"""GPTQ (arXiv 2210.17323) under a mask: round input after input to four bits, and compensate in later inputs."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,17 +18,17 @@ from sparselora_jax.sparse.patterns import Pattern
 
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """Choose values that four bits hold for what a pruned kernel computes, not for its weights.
+    """Round a pruned kernel to four-bit values that preserve its outputs rather than its weights.
 
-    A rounded weight's error is passed on to the inputs behind it, as SparseGPT does with what it prunes (its section on
-    joint quantisation): pruned weights are rounded to zero, so the mask stays. The scale of a slab of inputs is chosen
-    when its turn comes, for its weights as updated by then. The statistic is the Hessian `X^T X` over all calibration
+    Later inputs compensate the error of a rounded weight, as in SparseGPT for pruned weights (see its section on joint
+    quantisation). Pruned weights are rounded to zero, so the mask stays. The scale of a slab of inputs is chosen just
+    before the slab is rounded, from its updated weights. The statistic is the Hessian `X^T X` over all calibration
     tokens.
 
     It rounds a kernel that is pruned already and chooses no mask, so recipes name it in `restore.base` only.
 
     Attributes:
-      damp: added to the Hessian's diagonal, as a share of its mean.
+      damp: value added to the Hessian's diagonal, relative to the diagonal's mean.
       format: the format that stores the values, one of those that round: `packed24_int4`, `int4` or `nf4`, as
         `packing.reduce_kernels` makes them.
     """
@@ -48,12 +48,12 @@ class GPTQ(Method):
         pattern: Pattern,
         num_zeros: ArrayLike | None = None,
     ) -> tuple[Float[Array, 'inputs outputs'], Bool[Array, 'inputs outputs']]:
-        """Return the pruned kernel with its values rounded, and the mask that it came with: where it is not zero.
+        """Return the pruned kernel with rounded values, and its mask: True where the kernel is not zero.
 
         Args:
           kernel: pruned weights, zeros in place.
           statistic: the Hessian.
-          pattern: ignored: the zeros are there.
+          pattern: ignored, since the kernel already has its zeros.
           num_zeros: ignored.
 
         Raises:
@@ -74,7 +74,7 @@ class GPTQ(Method):
 
         def round_slab(index, state):
             start = index * size
-            # What the inputs before the slab did to it, all at once: the rows of `errors` from here on are still zero.
+            # Apply the errors of all earlier inputs at once: the rows of `errors` from here on are still zero.
             rows = read(lower, start, size)
             is_kept = read(weights, start, size) != 0
             part = read(weights, start, size) - jnp.matmul(rows, state[1], precision='highest')
@@ -83,7 +83,7 @@ class GPTQ(Method):
 
         state = (jnp.zeros_like(weights), jnp.zeros_like(weights))
         values, _ = jax.lax.fori_loop(0, len(weights) // size, round_slab, state)
-        # As in SparseGPT: without a factor zeros would look like weights.
+        # As in SparseGPT: if the factorisation failed, return NaN, since zeros would look like valid weights.
         values = jnp.where(jnp.isfinite(lower).all(), values, jnp.nan)
         return values[:inputs].astype(kernel.dtype), kernel != 0
 
@@ -99,7 +99,7 @@ def _round_slab(
     Args:
       part: weights of the slab, updated by the slabs before it.
       is_kept: False where the kernel was pruned.
-      lower: the factor's part of the slab.
+      lower: the factor's rows and columns of the slab.
       kind: `int4` or `nf4`.
     """
     scale = best_scale(jnp.where(is_kept, part, 0.0), kind)

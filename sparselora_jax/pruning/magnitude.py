@@ -51,7 +51,7 @@ class Random(Method):
     """A uniform random score. The same `seed` and kernel give the same mask; another layer has another mask.
 
     Attributes:
-      seed: of the random numbers.
+      seed: seed of the random numbers.
       group: comparison group of unstructured patterns, `'output'` or `'matrix'`.
     """
 
@@ -76,7 +76,7 @@ class Random(Method):
           pattern: see `Method`.
           num_zeros: see `mask_from_scores`.
         """
-        # A method knows no layer's index. The sum of the weights' bits tells layers apart.
+        # A method does not know the index of its layer, so the sum of the weights' bits tells layers apart.
         bits = jnp.sum(jax.lax.bitcast_convert_type(kernel.astype(jnp.float32), jnp.uint32), dtype=jnp.uint32)
         scores = jax.random.uniform(jax.random.fold_in(jax.random.key(self.seed), bits), kernel.shape)
         mask = mask_from_scores(scores, pattern, group=self.group, num_zeros=num_zeros)

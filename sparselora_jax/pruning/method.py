@@ -1,8 +1,8 @@
-"""What a pruning method says of itself, and the names of the methods that a recipe may ask for.
+"""The interface of a pruning method, and the registry of the methods that a recipe may name.
 
 To add a method, write a frozen dataclass that implements `Method` in a file of its own, and register it in
-`pruning/__init__.py`. A recipe may also name a class that is registered nowhere, as
-`config.prune.method = 'package.module:Name'`.
+`pruning/__init__.py`. A recipe may also name a class that is not registered, with `config.prune.method =
+'package.module:Name'`.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from sparselora_jax.sparse.patterns import Pattern
 
 
 class MethodError(SparseloraError, TypeError):
-    """An object that is no pruning method, or that leaves out something every method says of itself."""
+    """An object that is not a pruning method, or that lacks a member of `Method`."""
 
 
 @runtime_checkable
@@ -34,16 +34,16 @@ class Method(Protocol):
     `config.prune.<field>`. A field that the config does not have keeps its default.
 
     Attributes:
-      statistic: sum over calibration tokens that the method needs of each kernel's input, such as
-        `calibrate.squares`, or `calibrate.Mean` of one; None: the method needs no data.
+      statistic: what to sum over the calibration tokens of each kernel's input, such as `calibrate.squares`, or
+        `calibrate.Mean` of such a sum; None: the method needs no data.
       group: comparison group of unstructured patterns. `'output'`: the inputs of one output are compared; the number
         of zeros is then given for each output. Anything else: the number of zeros is given for the whole kernel.
       edits_kept_weights: whether kept weights differ from the dense ones. If so the job stores the pruned kernels;
-        if not, it stores the masks alone. A method that says False and edits all the same is an error.
-      outputs_are_independent: whether the result for one output depends on that output's weights and the statistic
-        alone, where outputs do not compete for zeros. Kernels that read the same input (q, k, v) are then pruned as
-        one, side by side. Scores that are normalised over outputs, or random numbers drawn for the whole kernel, are
-        not independent.
+        if not, it stores the masks alone. It is an error if a method says False but edits them.
+      outputs_are_independent: whether the result for one output depends only on that output's weights and the
+        statistic, given its number of zeros. If so, kernels that read the same input (q, k, v) are concatenated and
+        pruned together. Scores that are normalised over outputs are not independent; nor are random numbers drawn for
+        the whole kernel.
       groups: the method's own `group` for each value that `config.prune.group` may have.
       kernel_copies: float32 arrays of a kernel's size that exist at once while it is pruned (weights, scores, ranks);
         for estimates of memory.
@@ -51,25 +51,25 @@ class Method(Protocol):
         Hessian; for estimates of memory.
     """
 
-    # What a class must say; data members of a Protocol may be fields, ClassVars or properties.
+    # Required members; data members of a Protocol may be fields, ClassVars or properties.
     statistic: Statistic | None
     group: str
     edits_kept_weights: ClassVar[bool]
     outputs_are_independent: bool
-    # Defaults of those that subclass `Method`.
+    # Defaults, which subclasses of `Method` inherit.
     groups: ClassVar[Mapping[str, str]] = MappingProxyType({'output': 'output', 'matrix': 'matrix'})
     kernel_copies: ClassVar[int] = 4
     statistic_copies: int = 0
 
     def check(self, pattern: Pattern, inputs: int) -> None:
-        """Check before any work that the method can make a pattern; the default takes every pattern.
+        """Check, before any work, that the method supports a pattern; the default supports all.
 
         Args:
           pattern: unstructured or N:M, never dense.
           inputs: length of the kernel's input axis.
 
         Raises:
-          PatternError: it cannot.
+          PatternError: it does not.
         """
 
     def __call__(
@@ -83,10 +83,10 @@ class Method(Protocol):
 
         Args:
           kernel: dense weights.
-          statistic: what `statistic` gathered; None for a method without one.
-          pattern: only its kind counts for unstructured pruning, where `num_zeros` says how many zeros.
-          num_zeros: zeros of each output, `[outputs]`, or of the whole kernel (see `group`); traced, so that a new
-            sparsity does not recompile. None: N:M, or the pattern's own sparsity.
+          statistic: the collected statistic; None for a method without one.
+          pattern: for unstructured pruning only its kind matters, since `num_zeros` gives the number of zeros.
+          num_zeros: number of zeros of each output, `[outputs]`, or of the whole kernel (see `group`). It is traced, so
+            a new sparsity does not recompile. None: the pattern is N:M, or its own sparsity applies.
 
         Returns:
           (kernel with exact zeros where the mask is False, mask: True = kept).
@@ -97,7 +97,7 @@ class Method(Protocol):
 # Names of `Method` classes for `config.prune.method` and `config.prune.initial`.
 METHODS: Registry[type] = Registry('prune.method')
 
-# isinstance(method, Method) says no more than False; these names make the error.
+# isinstance(method, Method) does not say which member is missing; these names do.
 _MEMBERS = (
     'statistic',
     'group',
@@ -119,7 +119,7 @@ def check_method(method: object) -> None:
     Raises:
       MethodError: names what is wrong and what to write instead.
     """
-    # The likeliest slips: the name, or the class without brackets.
+    # The most likely mistakes: a name, or a class instead of an instance.
     if isinstance(method, str | type) or not callable(method):
         name = method if isinstance(method, str) else getattr(method, '__name__', type(method).__name__)
         raise MethodError(f'pruning method {name}: expected an instance such as sl.Wanda(), not {method!r}')
@@ -138,13 +138,13 @@ def check_method(method: object) -> None:
 
 
 def prunes_jointly(method: Method, pattern: Pattern) -> bool:
-    """Return whether kernels that read the same input may be pruned as one, with the result of each alone.
+    """Return whether kernels that read the same input can be pruned together without changing the result.
 
     Args:
-      method: the method of all of them.
-      pattern: the pattern of all of them.
+      method: the method of all these kernels.
+      pattern: the pattern of all these kernels.
     """
-    # Where the group is the whole matrix, outputs compete for zeros: joined, those of all kernels would.
+    # If the group is the whole matrix, outputs compete for zeros, so joined kernels would compete with each other.
     outputs_compete = not pattern.structured and method.group != 'output'
     # Without a statistic nothing is shared, so nothing is saved.
     return method.statistic is not None and method.outputs_are_independent and not outputs_compete

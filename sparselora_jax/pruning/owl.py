@@ -1,10 +1,10 @@
 """OWL (arXiv 2310.05175): a block with more outliers among its Wanda scores keeps more weights.
 
-A block's outlier share D is the share of its scores `|W_ij| * ||x_i||_2` above M times their mean (the paper's
-layerwise outlier distribution). The ratios are those of the public code: shares are stretched to a range of 2 lambda,
-and shifted so that the mean ratio stays: `kept = (1 - s) + d - mean d`, `d = 2 lambda (D - min D) / (max D - min D)`.
-The source's model has blocks of one size and one sparsity s; here the mean weighs a block by its weights, and s is the
-kernel's own.
+The outlier share D of a block is the share of its scores `|W_ij| * ||x_i||_2` that exceed M times their mean (the
+paper's layerwise outlier distribution). The density of a block follows the public code. Shares are scaled to a range of
+2 lambda, and shifted so that the mean density stays: `kept = (1 - s) + d - mean d` with `d = 2 lambda (D - min D) /
+(max D - min D)`. In the public code all blocks have the same size and sparsity s. Here the mean weights each block by
+its number of weights, and s is the sparsity of each kernel.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,7 +29,7 @@ from sparselora_jax.sparse.rules import RuleError, block_path, stack_of, unflatt
 
 @jax.jit
 def _outliers(kernels: list[Array], squares: list[Array], threshold: ArrayLike) -> Int[Array, ' kernels']:
-    """Count the scores of each kernel above `threshold` times the mean of all of them."""
+    """Count the scores of each kernel above `threshold` times the mean score of all kernels."""
     # Wanda's scores, in float32 whatever the weights' dtype.
     scores = [
         jnp.abs(w.astype(jnp.float32)) * jnp.sqrt(sums)[:, None] for w, sums in zip(kernels, squares, strict=True)
@@ -51,15 +51,15 @@ def outlier_shares(
 ) -> dict[str, np.ndarray]:
     """Return the share of outliers in each block of the dense model.
 
-    Memory holds the samples' hidden states and one block with its statistics, as in `prune`: leaves may be weights on
-    disk.
+    As in `prune`, memory holds the hidden states of the samples, and one block with its statistics. So leaves may be
+    weights on disk.
 
     Args:
       forward: see `prune`.
       params: see `prune`.
       batches: see `prune`.
-      paths: of the kernels to be pruned; they alone are looked at.
-      threshold: the paper's M: how many times the block's mean an outlier exceeds.
+      paths: paths of the kernels to prune; other kernels are ignored.
+      threshold: the paper's M; an outlier exceeds M times the mean score of its block.
       chunk: see `prune`.
       progress: see `prune`.
 
@@ -68,7 +68,7 @@ def outlier_shares(
 
     Raises:
       CalibrationError: no batch, or non-finite activations.
-      RuleError: a kernel outside of all blocks.
+      RuleError: a kernel lies outside all blocks.
     """
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
@@ -93,7 +93,7 @@ def outlier_shares(
             counts = _outliers([w[name] for name in names], [stats[name][0] for name in names], threshold)
             size = sum(w[name].size for name in names)
             shares.setdefault(tower, []).append(int(np.asarray(counts).sum(dtype=np.int64)) / size)
-            # Weights go on unchanged: shares are those of the dense model.
+            # Weights stay unchanged: shares are those of the dense model.
             return w
 
         return visit
@@ -112,16 +112,16 @@ def owl_zeros(
     *,
     spread: float = 0.08,
 ) -> Zeros:
-    """Return zeros of each layer's kernel: the ratios of uniform pruning, moved by each block's outlier share.
+    """Return the zeros of each layer's kernel: uniform sparsity, shifted by each block's outlier share.
 
     Args:
       shares: see `outlier_shares`.
-      uniform: what uniform pruning would make (see `uniform_zeros`); its sum is kept.
-      sizes: weights of one layer's kernel.
-      spread: the paper's lambda: ratios differ by 2 lambda at most where the patterns agree.
+      uniform: zeros under uniform pruning (see `uniform_zeros`); the result has the same sum.
+      sizes: number of weights of one layer's kernel, by path.
+      spread: the paper's lambda; sparsities differ by at most 2 lambda between kernels of the same pattern.
 
     Raises:
-      PatternError: a ratio outside [0, 1], or a layer's kernel left without a weight.
+      PatternError: a sparsity lies outside [0, 1], or a layer's kernel would keep no weight.
 
     >>> uniform = {'language/blocks/q/kernel': np.array([50, 50])}
     >>> shares = {'language': np.array([0.01, 0.03])}
@@ -131,19 +131,19 @@ def owl_zeros(
     every = np.concatenate(list(shares.values()))
     lowest = every.min()
     width = every.max() - lowest
-    # The paper's d: by how much the kept share of each block moves; not at all where all blocks are alike.
+    # The paper's d, the shift of each block's density; 0 if all blocks have the same share.
     moved = {tower: 2 * spread * (share - lowest) / width if width else 0 * share for tower, share in shares.items()}
-    # Blocks differ in size, so the mean that must stay weighs each by its weights.
+    # Blocks differ in size, so the mean is weighted by their numbers of weights.
     weights = sum(sizes[path] * zeros.size for path, zeros in uniform.items())
     mean = sum(sizes[path] * moved[stack_of(path)].sum() for path in uniform) / weights
     wanted = {path: zeros - sizes[path] * (moved[stack_of(path)] - mean) for path, zeros in uniform.items()}
     for path, of_layers in wanted.items():
-        # A large spread can push a ratio out of [0, 1]; clipping it would break the sum.
+        # A large spread can push a sparsity out of [0, 1]; clipping it would change the sum.
         odd = np.flatnonzero((of_layers < 0) | (of_layers > sizes[path]))
         if odd.size:
             ratio = of_layers[odd[0]] / sizes[path]
             raise PatternError(
-                f"{path}, layer {odd[0]}: OWL's sparsity would be {ratio:.3f}; ask for a smaller spread than {spread}"
+                f"{path}, layer {odd[0]}: OWL's sparsity would be {ratio:.3f}; use a smaller spread than {spread}"
             )
     # Ratios lie in [0, 1] by now, so the only bound is the kernel itself.
     most = {path: np.full(zeros.shape, sizes[path]) for path, zeros in uniform.items()}
@@ -154,12 +154,12 @@ def owl_zeros(
 
 @dataclass(frozen=True)
 class OWL(Allocation):
-    """Move the ratios of uniform pruning by each block's share of outliers.
+    """Shift the sparsity of uniform pruning by each block's share of outliers.
 
     Attributes:
-      outlier: the paper's M: how many times the block's mean score an outlier exceeds.
-      spread: the paper's lambda: ratios differ by 2 lambda at most where the patterns agree.
-      chunk: samples at a time, on each device.
+      outlier: the paper's M; an outlier exceeds M times the mean score of its block.
+      spread: the paper's lambda; sparsities differ by at most 2 lambda between kernels of the same pattern.
+      chunk: number of samples processed at a time on each device.
     """
 
     outlier: float = 5.0
@@ -173,26 +173,26 @@ class OWL(Allocation):
                 raise AllocationError(f'{option} {getattr(self, option)}: expected more than 0')
 
     def check(self, uniform: Zeros, sizes: dict[str, int]) -> None:
-        """Check that no ratio can leave (0, 1), whatever the outliers.
+        """Check that every sparsity stays in (0, 1), whatever the outliers.
 
         Args:
           uniform: see `AllocationInputs`.
           sizes: see `AllocationInputs`.
 
         Raises:
-          PatternError: one can.
+          PatternError: a sparsity may leave (0, 1).
         """
         for path, zeros in uniform.items():
-            # An early check, by one lambda: `owl_zeros` checks the ratios that come out.
+            # An early check with one lambda; `owl_zeros` checks the resulting ratios.
             ratio = zeros.max() / sizes[path]
             if not self.spread < ratio < 1 - self.spread:
                 raise PatternError(
-                    f'{path}: sparsity {ratio:.3f} with spread {self.spread}: OWL moves ratios by as much, and they '
-                    'must stay between 0 and 1; ask for a smaller spread'
+                    f'{path}: sparsity {ratio:.3f} with spread {self.spread}: OWL may shift it by the spread, and it '
+                    'must stay between 0 and 1; use a smaller spread'
                 )
 
     def __call__(self, inputs: AllocationInputs) -> Zeros:
-        """Return zeros by the outliers of the dense model on the calibration batches.
+        """Return the zeros that follow from the dense model's outliers on the calibration batches.
 
         Args:
           inputs: see `Allocation`.

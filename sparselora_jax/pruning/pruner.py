@@ -1,4 +1,4 @@
-"""Prune every kernel of a model with a method: the method knows one kernel, the functions here know the layers."""
+"""Prune every kernel of a model: a method prunes one kernel, the functions here apply it to all layers."""
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -38,7 +38,7 @@ class PruneResult(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What is checked of pruned weights, as arrays: looked at on the host.
+    """Results of the checks on pruned weights, as device arrays that the host reads.
 
     Attributes:
       is_finite: all weights are finite.
@@ -52,7 +52,7 @@ class Verdict(NamedTuple):
 def _judge(kernel: Array, pruned: Array, mask: Array) -> Verdict:
     """Return whether pruned weights are finite, and whether kept ones were edited."""
     is_finite = jnp.isfinite(pruned)
-    # -0.0 equals 0.0, so a method may also multiply by its mask. NaN is the other check's.
+    # -0.0 equals 0.0, so a method may also multiply by its mask. The other check handles NaN.
     untouched = jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))
     return Verdict(is_finite.all(), jnp.any(is_finite & (pruned != untouched)))
 
@@ -61,8 +61,8 @@ def _check(path: str, method: Method, verdict: Verdict) -> None:
     """Check one kernel's verdict.
 
     Raises:
-      CalibrationError: weights that are not finite.
-      MethodError: a method that edits kept weights and says it does not: its edits would be lost.
+      CalibrationError: pruned weights are not finite.
+      MethodError: a method edits kept weights but says it does not; its edits would be lost.
     """
     if not verdict.is_finite:
         raise CalibrationError(
@@ -83,7 +83,7 @@ def _prune_kernel(
     if kernel.ndim == 2:
         pruned, mask = method(kernel, statistic, pattern, zeros)
     else:
-        # Layer after layer: all at once would take the memory of all layers' scores.
+        # One layer at a time: all at once would need memory for the scores of all layers.
         pruned, mask = jax.lax.map(
             lambda layer: method(layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros)
         )
@@ -100,16 +100,16 @@ def _prune_joined(
     pattern: Pattern,
     places: tuple[NamedSharding, ...] | None,
 ) -> tuple[list[Array], list[Array], Verdict]:
-    """Prune kernels with one statistic, side by side, and return (pruned kernels, masks, verdict).
+    """Prune kernels that share a statistic as one wide kernel, and return (pruned kernels, masks, verdict).
 
     Args:
       kernels: `[inputs, outputs]` each.
-      statistic: of the input that they share.
-      zeros: of each comparison group, of all kernels in order.
-      method: of all kernels.
-      pattern: of all kernels.
-      places: where each kernel lies on a mesh. A method walks along inputs, so each device prunes some outputs, with
-        all their inputs: no group is cut.
+      statistic: statistic of the input that they share.
+      zeros: number of zeros of each comparison group, for all kernels in order.
+      method: method of all kernels.
+      pattern: pattern of all kernels.
+      places: sharding of each kernel on a mesh. A method walks along inputs, so each device prunes some outputs with
+        all their inputs, and no comparison group is split.
     """
     # [inputs, outputs of all kernels]: a method sees one wide kernel.
     kernel = jnp.concatenate(kernels, axis=-1)
@@ -123,11 +123,11 @@ def _prune_joined(
     pruned, mask = method(kernel, statistic, pattern, zeros)
     if places is not None:
         pruned, mask = constrain((pruned, mask), outputs)
-    # Cut back into the kernels as they came.
+    # Split into the original kernels.
     ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1].tolist()
     results = (jnp.split(pruned, ends, axis=-1), jnp.split(mask, ends, axis=-1))
     if places is not None:
-        # Back to where the kernels lie, so that the next block finds them there.
+        # Back to the kernels' own shardings, where the next block expects them.
         results = constrain(results, (list(places), list(places)))
     return *results, _judge(kernel, pruned, mask)
 
@@ -146,19 +146,19 @@ def prune_tree(
       params: kernels `[inputs, outputs]` or stacks of them, `[layers, inputs, outputs]`.
       stats: what `collect` returned; None for a method without a statistic.
       rules: `(regex, pattern)` in order; every kernel must match.
-      method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, `DSnoT()`, or rules `(regex, method)`, where towers
-        differ.
-      zeros: path -> zeros of each layer's kernel (of the kernel, where it is no stack), instead of what the pattern
-        says (see `pruning.allocate`).
+      method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, `DSnoT()`, or rules `(regex, method)` if towers use
+        different methods.
+      zeros: path -> number of zeros of each layer's kernel (a scalar if the kernel is not stacked). It replaces the
+        number that the pattern implies (see `pruning.allocate`).
 
     Returns:
       (params with zeros in place, masks).
 
     Raises:
-      PatternError: a pattern that does not fit its kernel.
+      PatternError: a pattern does not fit its kernel.
       RuleError: see `rules.match`.
-      CalibrationError: a kernel without the statistic that its method needs, or with another one.
-      MethodError: an object that is no pruning method.
+      CalibrationError: a kernel lacks the statistic that its method needs, or has another one.
+      MethodError: an object is not a pruning method.
 
     >>> from sparselora_jax.pruning import Magnitude
     >>> params = {'q': {'kernel': jnp.array([[1.0], [-2.0]])}}
@@ -170,7 +170,7 @@ def prune_tree(
     methods = methods_of(params, method)
     patterns = patterns_of(params, rules)
     totals = pattern_zeros(flat, patterns, methods, zeros)
-    # All are looked at before the first kernel is pruned.
+    # Check all statistics before the first kernel is pruned.
     statistics = {path: _statistic_for(path, methods[path], flat[path].shape, stats or {}) for path in patterns}
     masks = {}
     for path, pattern in patterns.items():
@@ -178,10 +178,10 @@ def prune_tree(
         outputs = flat[path].shape[-1]
         counts = None
         if not pattern.structured:
-            # [layers, groups], or [groups] for a kernel that is no stack.
+            # [layers, groups], or [groups] for a kernel that is not stacked.
             layers = [per_group(of_kernel, pattern, outputs, int(total)) for total in totals[path].reshape(-1)]
             counts = np.stack(layers) if totals[path].ndim else layers[0]
-        # `pattern.kind` forgets the sparsity: the counts say it, and one program serves every ratio.
+        # `pattern.kind` drops the sparsity, which is in the counts, so one program serves every sparsity.
         flat[path], masks[path], verdict = _prune_kernel(
             flat[path], statistics[path], counts, method=of_kernel, pattern=pattern.kind
         )
@@ -195,9 +195,9 @@ def _statistic_for(
     """Return the statistic of a kernel that its method needs; None: it needs none.
 
     Args:
-      path: of the kernel.
-      method: of the kernel.
-      shape: of the kernel, `[*layers, inputs, outputs]`.
+      path: path of the kernel.
+      method: method of the kernel.
+      shape: shape of the kernel, `[*layers, inputs, outputs]`.
       stats: what `collect` returned.
 
     Raises:
@@ -210,9 +210,9 @@ def _statistic_for(
     statistic = stats[path][0]
     *layers, inputs, _outputs = shape
     expected = _shapes(calibrate.statistic_shapes(method.statistic, inputs), layers)
-    # A Hessian would broadcast against Wanda's scores, so shapes are compared and not left to fail.
+    # A Hessian would silently broadcast against Wanda's scores, so shapes are compared here.
     if _shapes(statistic) != expected:
-        # Other statistics of this kernel, to call the one that was given by its name.
+        # Find the name of the statistic that was given, for the message.
         known = [other for other in (calibrate.squares, calibrate.hessian) if other is not method.statistic]
         names = [
             calibrate.name_of(other)
@@ -250,32 +250,33 @@ def prune(
     keep: Callable[[str, int, Array, Array], None] | None = None,
     progress: Callable[[str, int, int], None] = lambda tower, layer, layers: None,
 ) -> PruneResult:
-    """Prune a model block by block: a block's statistics come from the outputs of the blocks already pruned.
+    """Prune a model block by block; each block is calibrated on the outputs of the pruned blocks before it.
 
-    `forward` runs once over the whole calibration set. Its stacks of blocks are run here, `chunk` samples at a time, so
-    memory holds the samples' hidden states and one block's statistics. A block is compiled once for all its layers
-    (twice where `chunk` does not divide the samples).
+    `forward` runs once over the whole calibration set. This function runs its stacks of blocks, `chunk` samples at a
+    time. So memory holds the hidden states of all samples and the statistics of one block. A block is compiled once for
+    all its layers, or twice if `chunk` does not divide the number of samples.
 
     Args:
-      forward: `forward(weights, batch, run)` that hands its blocks to `run` (see `models.runners`).
-      params: a tree whose stacked blocks lie under `<tower>/blocks`, with the tower's name as `forward` gives it. A
-        block's leaves may be anything with a shape that gives a layer's array when it is indexed: weights on disk.
+      forward: `forward(weights, batch, run)`, which passes its blocks to `run` (see `models.runners`).
+      params: a tree whose stacked blocks are at `<tower>/blocks`, where `<tower>` is the name that `forward` passes to
+        `run`. The leaves of blocks may be weights on disk: any object with a shape whose `leaf[layer]` is a layer's
+        array.
       batches: dicts of arrays of one shape, samples first.
       rules: `(regex, pattern)`; only kernels inside blocks can be pruned.
       method: see `prune_tree`.
       zeros: see `prune_tree`.
-      chunk: samples at a time, on each device that has samples of its own (docs/scaling.md says what is then the same
-        as on one device).
-      keep: `keep(path, layer, kernel, mask)` is handed every pruned layer at once, and the result holds `params` as
-        they came and no masks: for a model that memory does not hold, or holds once. A layer is read once, before
-        it is kept, so `keep` may write over a numpy array.
+      chunk: number of samples processed at a time on each device that has its own samples (docs/scaling.md says what is
+        then the same as on one device).
+      keep: `keep(path, layer, kernel, mask)` is called with each layer as soon as it is pruned. The result then holds
+        the unchanged `params` and no masks. It is for a model that does not fit into memory, or fits only once. A layer
+        is read only once, before this call, so `keep` may overwrite a numpy array.
       progress: called before each block with (tower, layer, layers).
 
     Returns:
-      The pruned params and masks, unless `keep` takes them, and the tokens of each pruned kernel.
+      The pruned params and masks, unless `keep` takes them, and the number of tokens of each pruned kernel.
 
     Raises:
-      CalibrationError: no batch, or non-finite activations.
+      CalibrationError: there is no batch, or activations are not finite.
       PatternError: see `prune_tree`.
       RuleError: see `prune_tree`; or a kernel that the forward does not run in a block.
       MethodError: see `prune_tree`; or a method that edits kept weights and says it does not.
@@ -300,7 +301,7 @@ def prune(
         paths = in_blocks(patterns, tower)
         block_patterns = {name: patterns[path] for name, path in paths.items()}
         block_methods = {name: methods[path] for name, path in paths.items()}
-        # Squares where a method needs no data: tokens are counted with them, and bad activations found.
+        # A method without a statistic gets squares, to count tokens and to find activations that are not finite.
         stats_of = {name: method.statistic or calibrate.squares for name, method in block_methods.items()}
         observe = block_observer(block, stats_of.get, mesh)
 
@@ -312,20 +313,20 @@ def prune(
             def place(name, _layer):
                 return f'{block_path(tower, name)}, layer {layer}'
 
-            # Inputs of this block, as the blocks pruned before it make them.
+            # The inputs of this block come from the pruned blocks before it.
             stats = observe(unflatten(w), chunks, place)
             counts = {name: int(totals[path][layer]) for name, path in paths.items()}
             pruned, masks = _prune_block(w, stats, block_patterns, block_methods, counts)
             for name, path in paths.items():
                 take(path, layer, pruned[name], masks[name])
                 tokens[path] = int(stats[name][1])
-            # The walk takes the samples through the pruned block, to the next one.
+            # The walk then runs the samples through the pruned block.
             return w | pruned
 
         return visit
 
     walk(forward, params, samples, enter, chunk=chunk)
-    # Kernels outside of blocks were never visited; left dense without a word they would break the pattern.
+    # Kernels outside the blocks were never visited. To leave them dense without an error would break the pattern.
     missed = sorted(patterns.keys() - tokens.keys())
     if missed:
         raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
@@ -340,12 +341,12 @@ def prune(
 def kernels_pruned_as_one(
     patterns: Mapping[str, Pattern], methods: Mapping[str, Method], inputs: Mapping[str, Hashable]
 ) -> list[list[str]]:
-    """Return the names of a block's kernels, those together that are pruned as one.
+    """Group the names of a block's kernels: each group is pruned together.
 
     Args:
-      patterns: of the kernels to prune, by name.
-      methods: of the same kernels.
-      inputs: equal for kernels that may be joined: they read the same input.
+      patterns: pattern of each kernel to prune, by name.
+      methods: method of each of these kernels, by name.
+      inputs: identity of each kernel's input; kernels may be joined if these values are equal.
     """
     groups: dict[Hashable, list[str]] = {}
     for name, pattern in patterns.items():
@@ -366,15 +367,15 @@ def _prune_block(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Prune the kernels of one block, and return (pruned kernels, masks).
 
-    Kernels that share their statistic (q, k and v) are pruned as one where that changes nothing: one Hessian is
-    inverted for them, and one loop runs over their inputs.
+    Kernels that share their statistic (q, k and v) are pruned together if that does not change the result. Then one
+    Hessian is inverted for them, and one loop runs over their inputs.
 
     Args:
       w: the block's weights, by name.
-      stats: of the kernels to prune.
-      patterns: of the kernels to prune.
-      methods: of the kernels to prune.
-      zeros: of each of these kernels.
+      stats: statistic of each kernel to prune, by name.
+      patterns: pattern of each kernel to prune, by name.
+      methods: method of each kernel to prune, by name.
+      zeros: number of zeros of each of these kernels.
     """
     # `calibrate` gives kernels that read the same array the very same statistic.
     inputs = {name: (id(stats[name][0]), w[name].dtype) for name in patterns}
@@ -385,7 +386,7 @@ def _prune_block(
         pattern = patterns[names[0]]
         statistic = stats[names[0]][0] if method.statistic else None
         counts = [per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
-        # N:M has no counts: each of them is None.
+        # N:M has no counts: each entry is None.
         if len(names) == 1 or pattern.structured:
             counts = counts[0]
         else:

@@ -1,4 +1,4 @@
-"""RIA, relative importance and activation: a weight counts by its share of its input's and of its output's weights.
+"""RIA, relative importance and activation: score a weight relative to the weights of its input and of its output.
 
 Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.
 """
@@ -21,7 +21,8 @@ class RIA(Method):
     """Score `(|W_ij| / sum of |W| of output j + |W_ij| / sum of |W| of input i) * ||x_i||_2 ** 0.5`.
 
     Magnitude and Wanda can prune all weights of an input or of an output; relative importance keeps the largest of
-    each. 0.5 is the exponent that the paper uses throughout. Its permutation of inputs for N:M is not part of this.
+    each. 0.5 is the exponent that the paper uses throughout. The paper's permutation of inputs for N:M is not
+    implemented.
 
     The statistic is the sum of squares of each input over all calibration tokens, `[inputs]`, in fp32.
 
@@ -32,7 +33,7 @@ class RIA(Method):
     group: str = 'output'
     statistic: ClassVar[calibrate.Statistic] = staticmethod(calibrate.squares)
     edits_kept_weights: ClassVar[bool] = False
-    # An input's weights are summed over the outputs of this kernel: q, k and v must not be one kernel.
+    # An input's weights are summed over the outputs of this kernel: joining q, k and v would change the sums.
     outputs_are_independent: ClassVar[bool] = False
 
     def __call__(

@@ -1,4 +1,4 @@
-"""SparseGPT (arXiv 2301.00774): prune input after input, and let the inputs behind it make up for the error."""
+"""SparseGPT (arXiv 2301.00774): prune input after input, and compensate the error in later inputs."""
 
 import math
 from collections.abc import Mapping
@@ -17,19 +17,19 @@ from sparselora_jax.pruning.method import Method
 from sparselora_jax.sparse.masks import keep_largest, keep_n_of_m
 from sparselora_jax.sparse.patterns import Pattern, PatternError
 
-UNROLLED = 16  # inputs that unstructured pruning treats one after the other before their errors are passed on at once
+UNROLLED = 16  # inputs that unstructured pruning handles one by one before it applies their errors together
 
 
 def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float, slab: int = 1) -> Float[Array, 'padded padded']:
-    """Return the lower Cholesky factor of the damped Hessian's inverse; NaN if even so it is not positive definite.
+    """Return the lower Cholesky factor of the damped Hessian's inverse; NaN if that is not positive definite.
 
-    With H = R R^T and R upper triangular (a Cholesky factor of H, axes reversed), H^-1 = (R^-1)^T R^-1: only a triangle
-    is inverted, and no inverse is factored again.
+    With H = R R^T and R upper triangular (the Cholesky factor of H with both axes reversed), H^-1 = (R^-1)^T R^-1. So
+    only a triangular matrix is inverted, and no inverse has to be factored.
 
     Args:
       hessian: `x^T x` over all calibration tokens.
-      damp: added to the diagonal, as a share of its mean.
-      slab: the factor is padded to a multiple of it, by inputs that do not exist and touch no other.
+      damp: value added to the diagonal, relative to the diagonal's mean.
+      slab: the factor is padded to a multiple of this size, with extra inputs that affect no other input.
     """
     inputs = hessian.shape[0]
     dtype = hessian.dtype
@@ -47,15 +47,15 @@ def inverse_factor(hessian: Float[Array, 'inputs inputs'], damp: float, slab: in
 
 @dataclass(frozen=True)
 class SparseGPT(Method):
-    """Prune input after input; each pruned weight's error is compensated by the weights of the inputs behind it.
+    """Prune input after input; the weights of later inputs compensate the error of each pruned weight.
 
     Algorithm 1 of the paper. The statistic is the Hessian `X^T X` over all calibration tokens, `[inputs, inputs]`, in
     fp32.
 
     Attributes:
-      damp: added to the Hessian's diagonal, as a share of its mean.
-      block: inputs whose mask is chosen at once (unstructured) and whose updates are applied lazily. Where it does not
-        divide `inputs`, the last block is smaller.
+      damp: value added to the Hessian's diagonal, relative to the diagonal's mean.
+      block: number of inputs whose mask is chosen at once (unstructured) and whose updates are applied lazily. If it
+        does not divide `inputs`, the last block is smaller.
       group: unstructured only. `'output'` compares a block's inputs within one output; `'block'` compares the whole
         `[block, outputs]` slab, as the source does. The zeros of a slab are its share of one total, so the kernel's
         count is exact.
@@ -67,7 +67,7 @@ class SparseGPT(Method):
     statistic: ClassVar[calibrate.Statistic] = staticmethod(calibrate.hessian)
     edits_kept_weights: ClassVar[bool] = True
     outputs_are_independent: ClassVar[bool] = True
-    # It goes slab by slab, so the nearest it comes to comparing a whole matrix is a whole slab.
+    # Pruning goes slab by slab, so a whole slab is the nearest it has to a whole matrix.
     groups: ClassVar[Mapping[str, str]] = MappingProxyType({'output': 'output', 'matrix': 'block'})
     statistic_copies: ClassVar[int] = 3  # the damped Hessian, its factor, the factor's inverse
 
@@ -79,7 +79,7 @@ class SparseGPT(Method):
           inputs: length of the kernel's input axis.
 
         Raises:
-          PatternError: M divides neither `block` nor the inputs, or an unknown group.
+          PatternError: M does not divide both `block` and the inputs, or the group is unknown.
         """
         size = min(self.block, inputs)
         if pattern.structured and (inputs % pattern.m or size % pattern.m):
@@ -100,7 +100,7 @@ class SparseGPT(Method):
           kernel: dense weights.
           statistic: the Hessian.
           pattern: see `Method`.
-          num_zeros: instead of the pattern's own: of the whole kernel (group `'block'`) or of each output.
+          num_zeros: number of zeros of the whole kernel (group `'block'`) or of each output; None: from the pattern.
 
         Raises:
           PatternError: see `check`.
@@ -109,14 +109,14 @@ class SparseGPT(Method):
         inputs, outputs = kernel.shape
         size = min(self.block, inputs)
         dtype = statistic.dtype
-        # Weights of inputs that are always zero do nothing: as zeros they are the first to be pruned.
+        # Weights of inputs that are always zero have no effect. Set to zero, they are pruned first.
         weights = jnp.where((jnp.diagonal(statistic) == 0)[:, None], 0.0, kernel.astype(dtype))
         lower = inverse_factor(statistic, self.damp, size)
         compared = outputs if self.group == 'block' else 1
         ends = np.array([min(end, inputs) for end in range(0, inputs + size, size)], np.int32)
         total = pattern.zeros(inputs * compared) if num_zeros is None else num_zeros
         zeros = _slab_zeros(jnp.asarray(total, jnp.int32), ends)
-        # The last slab is padded with inputs that do not exist: they are pruned first, beside its own zeros.
+        # The last slab is padded. The padding is pruned first, in addition to the slab's own zeros.
         padding = -inputs % size
         zeros = zeros.at[-1].add(jnp.asarray(padding * compared, jnp.int32))
         weights = jnp.pad(weights, ((0, padding), (0, 0)))
@@ -124,7 +124,7 @@ class SparseGPT(Method):
         def prune_slab(index, state):
             weights, _mask, errors = state
             start = index * size
-            # What the inputs before the slab did to it, all at once: the rows of `errors` from here on are still zero.
+            # Apply the errors of all earlier inputs at once: the rows of `errors` from here on are still zero.
             rows = jax.lax.dynamic_slice_in_dim(lower, start, size)
             w = jax.lax.dynamic_slice_in_dim(weights, start, size) - jnp.matmul(rows, errors, precision='highest')
             diagonal = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
@@ -135,15 +135,16 @@ class SparseGPT(Method):
 
         state = (weights, jnp.ones(weights.shape, bool), jnp.zeros_like(weights))
         weights, mask, _ = jax.lax.fori_loop(0, len(ends) - 1, prune_slab, state)
-        # Without a factor all scores are NaN and all weights pruned. NaN weights say so; zeros would look like weights.
+        # If the factorisation failed, all scores are NaN and all weights pruned. NaN reports that; zeros would look
+        # valid.
         weights = jnp.where(jnp.isfinite(lower).all(), weights, jnp.nan)
         return weights[:inputs].astype(kernel.dtype), mask[:inputs]
 
 
 def _slab_zeros(total: Int[Array, '*groups'], ends: np.ndarray) -> Int[Array, 'slabs *groups']:
-    """Return the shares of `total` for slabs of inputs that end at `ends`.
+    """Split `total` into the zeros of each slab of inputs, where slabs end at `ends`.
 
-    All slabs up to one together have floor(total * their share of the inputs), so nothing is lost to rounding.
+    The first n slabs together have floor(total * their share of the inputs) zeros, so nothing is lost to rounding.
     """
     inputs = int(ends[-1])
     ends = jnp.asarray(ends, jnp.int32).reshape(-1, *(1 for _ in total.shape))
@@ -153,7 +154,7 @@ def _slab_zeros(total: Int[Array, '*groups'], ends: np.ndarray) -> Int[Array, 's
 
 
 def _saliency(w: Float[Array, 'rows outputs'], diagonal: Float[Array, ' rows']) -> Float[Array, 'rows outputs']:
-    """Return the error that pruning each weight would cause, once the others have made up for it (equation 3)."""
+    """Return the error that pruning each weight would cause, once the other weights compensate for it (equation 3)."""
     return (w / diagonal[:, None]) ** 2
 
 
@@ -167,15 +168,15 @@ def _prune_slab(
 ) -> tuple[Float[Array, 'size outputs'], Bool[Array, 'size outputs'], Float[Array, 'size outputs']]:
     """Prune one slab of inputs, and return (pruned weights, mask, errors to pass on).
 
-    A slab goes a few inputs at a time, as the kernel goes slab by slab: pruning one input touches only those few, and
-    what the inputs before them did is one product.
+    A slab is processed a few inputs at a time, as the kernel is processed slab by slab. Pruning one input updates only
+    those few. One matrix product applies the errors of all inputs before them.
 
     Args:
       w: weights of the slab, updated by the slabs before it.
-      lower: the factor's part of the slab.
+      lower: the factor's rows and columns of the slab.
       pattern: see `Method`.
       group: see `SparseGPT`.
-      zeros: of the slab, in each comparison group.
+      zeros: number of zeros of the slab in each comparison group.
       is_real: False for padded inputs.
     """
     size = w.shape[0]

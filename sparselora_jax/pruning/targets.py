@@ -1,4 +1,4 @@
-"""What each kernel of a model is to become, from ordered rules: its pattern, its method, its number of zeros."""
+"""Find the pattern, the method and the number of zeros of each kernel, from ordered rules."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,14 +17,14 @@ PatternRules = Sequence[tuple[str, Pattern | str | float]]
 
 
 def patterns_of(params: PyTree, rules: PatternRules) -> dict[str, Pattern]:
-    """Return the pattern of every kernel that is not dense, by path; check before any work that it fits.
+    """Return the pattern of every kernel that is not dense, by path, and check that it fits the kernel.
 
     Args:
       params: anything with the shapes of a params tree.
       rules: `(regex, pattern)` in order; every kernel must match.
 
     Raises:
-      PatternError: a pattern that does not parse or does not fit its kernel.
+      PatternError: a pattern does not parse, or does not fit its kernel.
       RuleError: see `rules.match` and `rules.check_layout`.
     """
     all_kernels = kernels(params)
@@ -43,7 +43,7 @@ def in_blocks(paths: Iterable[str], tower: str) -> dict[str, str]:
     """Return {name within a block: path} of a tower's kernels.
 
     Args:
-      paths: of any kernels.
+      paths: paths of any kernels.
       tower: a stack of blocks: `vision`, or `language/encoder`.
 
     >>> in_blocks(['vision/blocks/mlp/fc1/kernel', 'language/head/kernel'], 'vision')
@@ -60,7 +60,7 @@ def methods_of(params: PyTree, method: Methods) -> dict[str, Method]:
       method: one for all kernels, or rules `(regex, method)`.
 
     Raises:
-      MethodError: an object that is no method.
+      MethodError: an object is not a method.
       RuleError: see `rules.match`.
     """
     # A string is a sequence too; `check_method` says what is wrong with it.
@@ -77,16 +77,17 @@ def pattern_zeros(
     methods: Mapping[str, Method],
     given: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the zeros of every layer's kernel, counted here on the host.
+    """Return the number of zeros of every layer's kernel, computed on the host.
 
     Args:
       flat: anything with the shapes of the params, by path.
-      patterns: of the kernels to prune, by path.
-      methods: of the same kernels.
-      given: zeros of each layer's kernel where they are not the pattern's (see `allocate`).
+      patterns: pattern of each kernel to prune, by path.
+      methods: method of each of these kernels, by path.
+      given: number of zeros of each layer's kernel, by path, where it replaces the pattern's (see `allocate`).
 
     Raises:
-      PatternError: numbers that cannot be, a sparsity so low that it is none, or a pattern that the method cannot make.
+      PatternError: a number of zeros is impossible, a sparsity prunes no weight, or a method does not support its
+        pattern.
     """
     given = given or {}
     for path in given:
@@ -96,12 +97,12 @@ def pattern_zeros(
     zeros = {}
     for path, pattern in patterns.items():
         *layers, inputs, outputs = flat[path].shape
-        # Here, where shapes are known and nothing is computed yet, so that a misfit costs no time.
+        # Checked here, where shapes are known and nothing is computed yet, so that an error comes early.
         try:
             methods[path].check(pattern, inputs)
         except PatternError as error:
             raise PatternError(f'{path}: {error}') from None
-        # Ratios of an allocation differ from layer to layer, those of a pattern do not.
+        # An allocation gives each layer its own number of zeros; a pattern gives all layers the same.
         if path in given:
             zeros[path] = np.asarray(given[path])
             most = inputs * outputs
@@ -114,10 +115,10 @@ def pattern_zeros(
 
 
 def _zeros_of_kernel(path: str, pattern: Pattern, method: Method, inputs: int, outputs: int) -> int:
-    """Return the zeros of one layer's kernel: its pattern's in each comparison group.
+    """Return the zeros of one layer's kernel: the sum of the pattern's zeros over all comparison groups.
 
     Raises:
-      PatternError: a sparsity so low that no weight is pruned.
+      PatternError: the sparsity is so low that no weight is pruned.
     """
     # Groups lie along the inputs of one output, or are the whole matrix.
     compares_inputs = pattern.structured or method.group == 'output'
@@ -130,13 +131,13 @@ def _zeros_of_kernel(path: str, pattern: Pattern, method: Method, inputs: int, o
 
 
 def per_group(method: Method, pattern: Pattern, outputs: int, total: int) -> np.ndarray | None:
-    """Return the zeros of each comparison group of a kernel; None: N:M says it.
+    """Return the zeros of each comparison group of a kernel, or None for N:M, which fixes them.
 
     Args:
-      method: of the kernel; its group decides.
-      pattern: of the kernel.
-      outputs: of the kernel.
-      total: zeros of the whole kernel.
+      method: method of the kernel, which names the comparison group.
+      pattern: pattern of the kernel.
+      outputs: number of outputs of the kernel.
+      total: number of zeros of the whole kernel.
     """
     if pattern.structured:
         return None

@@ -1,4 +1,4 @@
-"""Run a model's blocks layer by layer over the calibration samples, so that each can be looked at or changed."""
+"""Run a model's blocks layer by layer over the calibration samples, so that each layer can be observed or changed."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -23,14 +23,14 @@ Visit = Callable[[int, int, dict, list[Chunk]], dict]
 
 
 def joined(batches: Iterable[dict], chunk: int) -> dict:
-    """Return one batch of all samples.
+    """Concatenate the batches into one batch of all samples.
 
-    Of samples that are split over devices, the first `chunk` go to the first device, the next to the second, and so on.
-    The first chunks of all devices are then the first ones of a single device, in the same order.
+    If samples are split over devices, the first `chunk` samples go to the first device, the next to the second, and so
+    on. The first chunks of all devices are then, in order, the first chunks of a single device.
 
     Args:
       batches: dicts of arrays, samples first.
-      chunk: samples at a time on each device.
+      chunk: number of samples processed at a time on each device.
 
     Raises:
       CalibrationError: no batch.
@@ -46,7 +46,7 @@ def joined(batches: Iterable[dict], chunk: int) -> dict:
     parts = sharding.row_parts(mesh)
 
     def deal(leaf):
-        # Where the last chunk of a device is smaller, no order is that of one device.
+        # If the last chunk of a device is smaller, no order equals that of a single device.
         if leaf.shape[0] % (parts * chunk):
             return leaf
         return leaf.reshape(-1, parts, chunk, *leaf.shape[1:]).swapaxes(0, 1).reshape(leaf.shape)
@@ -58,12 +58,12 @@ def joined(batches: Iterable[dict], chunk: int) -> dict:
 def block_observer(
     block: Block, stats: calibrate.StatisticOf, mesh: Mesh | None, *, one_scale: bool = False
 ) -> Callable[..., Any]:
-    """Return `(w, chunks) -> {name: (sum, tokens)}`: statistics of what the kernels of a layer read.
+    """Return `(w, chunks) -> {name: (sum, tokens)}`: statistics of the inputs of a layer's kernels.
 
     Args:
-      block: of the tower.
-      stats: the statistic of a kernel, by its name within the block, or None: it is not watched.
-      mesh: over which samples are split; see `sharding.mesh_of_rows`.
+      block: block function of the tower.
+      stats: name within the block -> the statistic of that kernel, or None for a kernel that is not observed.
+      mesh: mesh over which samples are split; see `sharding.mesh_of_rows`.
       one_scale: see `calibrate.make_observer`.
     """
     return calibrate.make_observer(
@@ -77,7 +77,7 @@ def block_sums(block: Block, stats: calibrate.StatisticOf, mesh: Mesh | Abstract
     Args:
       block: see `block_observer`.
       stats: see `block_observer`.
-      mesh: see `block_observer`; an abstract one serves to trace.
+      mesh: see `block_observer`; an abstract mesh is enough for tracing.
     """
     return calibrate.make_sums(_forward_of(block), stats=stats, valid=_valid_rows_of_chunk, mesh=mesh)
 
@@ -88,16 +88,16 @@ def _forward_of(block: Block) -> calibrate.Forward:
 
 
 def _valid_rows_of_chunk(name: str, inputs: Chunk) -> Array | None:
-    """Return True for the rows of a kernel's input that are no padding."""
+    """Return True for the rows of a kernel's input that are not padding."""
     return valid_rows(name, inputs[1])
 
 
 def block_step(block: Block, mesh: Mesh | AbstractMesh | None) -> Callable[..., Any]:
-    """Return `(w, (x, ctx)) -> x`: the program that takes a chunk through a layer.
+    """Return `(w, (x, ctx)) -> x`: the program that runs a chunk through a layer.
 
     Args:
-      block: of the tower.
-      mesh: over which samples are split.
+      block: block function of the tower.
+      mesh: mesh over which samples are split.
     """
 
     def run_block(w, inputs):
@@ -116,18 +116,19 @@ def walk(
 ) -> None:
     """Run `forward` over all samples, block by block, `chunk` samples at a time; see `prune`.
 
-    Of samples that are split over devices (`joined`), each device runs blocks on chunks of its own.
+    If samples are split over devices (`joined`), each device runs the blocks on its own chunks.
 
     Args:
       forward: `forward(weights, batch, run)`.
       params: weights; those of blocks may lie on disk.
-      samples: one batch of all.
-      enter: `enter(tower, block)`, called at each stack of blocks, returns `visit(layer, layers, w, chunks)`. That is
-        given a layer's weights by path and its inputs, `[(x, ctx), ...]`, and returns the weights to go on with.
-      chunk: samples at a time, on each device.
+      samples: one batch of all samples.
+      enter: `enter(tower, block)` is called at each stack of blocks and returns `visit(layer, layers, w, chunks)`.
+        `visit` takes a layer's weights by path and its inputs, `[(x, ctx), ...]`. It returns the weights that the layer
+        then runs with.
+      chunk: number of samples processed at a time on each device.
 
     Raises:
-      CalibrationError: one of `visit`, which names a kernel within its block: with tower and layer.
+      CalibrationError: raised by `visit`; its message gets the tower and the layer added.
     """
     mesh = sharding.mesh_of_rows(samples)
 
@@ -138,14 +139,14 @@ def walk(
         chunks = in_chunks(x, ctx, chunk, mesh)
         layers = jax.tree.leaves(weights)[0].shape[0]
         for layer in range(layers):
-            # Read here if they lie on disk.
+            # Weights on disk are read here.
             w = jax.tree.map(lambda leaf, layer=layer: jnp.asarray(leaf[layer]), weights)
             w = flatten(w if mesh is None else sharding.everywhere(w, mesh))
             try:
                 w = visit(layer, layers, w, chunks)
             except calibrate.CalibrationError as error:
                 raise calibrate.CalibrationError(f'{block_path(tower, str(error))} (layer {layer})') from None
-            for i, (x, ctx) in enumerate(chunks):  # one by one: two sets of hidden states are never held
+            for i, (x, ctx) in enumerate(chunks):  # one by one: memory never holds two sets of hidden states
                 chunks[i] = (step(unflatten(w), (x, ctx)), ctx)
         return _whole([x for x, _ in chunks], mesh=mesh), cache
 
@@ -153,13 +154,13 @@ def walk(
 
 
 def in_chunks(x: Array, ctx: dict, chunk: int, mesh: Mesh | None = None) -> list[Chunk]:
-    """Return chunks of samples.
+    """Split samples into chunks.
 
     Args:
       x: hidden states, samples first.
       ctx: arrays that have the batch, or 1, as their leading axis.
-      chunk: samples in a chunk; the last one may have fewer.
-      mesh: over which samples are split; a chunk then has `chunk` of each device's.
+      chunk: number of samples in a chunk; the last one may have fewer.
+      mesh: mesh over which samples are split; a chunk then has `chunk` samples of each device.
     """
     batch = x.shape[0] // sharding.row_parts(mesh)
     return [_part((x, ctx), first, size=min(chunk, batch - first), mesh=mesh) for first in range(0, batch, chunk)]
@@ -167,7 +168,7 @@ def in_chunks(x: Array, ctx: dict, chunk: int, mesh: Mesh | None = None) -> list
 
 @functools.partial(jax.jit, static_argnames=('size', 'mesh'))
 def _part(arrays: Chunk, first: jax.typing.ArrayLike, *, size: int, mesh: Mesh | None) -> Chunk:
-    """Return `size` samples of each device from its `first` on."""
+    """Return `size` samples of each device, from index `first` on."""
     batch = arrays[0].shape[0]
 
     def part(leaf):
@@ -180,7 +181,7 @@ def _part(arrays: Chunk, first: jax.typing.ArrayLike, *, size: int, mesh: Mesh |
 
 @functools.partial(jax.jit, static_argnames='mesh')
 def _whole(chunks: list[Array], *, mesh: Mesh | None) -> Array:
-    """Return the samples of all chunks, in the order in which they were divided."""
+    """Concatenate the samples of all chunks in their original order."""
     return _by_row(jnp.concatenate([_by_device(x, mesh) for x in chunks], axis=1), mesh)
 
 

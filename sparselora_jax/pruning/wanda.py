@@ -50,6 +50,6 @@ class Wanda(Method):
         """
         # Scores are compared in the statistic's dtype, float32, whatever that of the weights.
         scores = jnp.abs(kernel.astype(statistic.dtype)) * jnp.sqrt(statistic)[:, None]
-        # Ties, as of dead inputs, are broken by position.
+        # Ties, such as those of dead inputs, are broken by position.
         mask = mask_from_scores(scores, pattern, group=self.group, num_zeros=num_zeros)
         return jnp.where(mask, kernel, jnp.zeros((), kernel.dtype)), mask

@@ -1,8 +1,9 @@
-"""Checkpoints of one training run: written while training goes on, and checked before they are read.
+"""Write checkpoints of one training run while training continues, and verify them before they are read.
 
 Orbax's `CheckpointManager` copies a state to the host, writes it in a thread and deletes the oldest checkpoint. This
 module adds what it lacks. Each checkpoint has a manifest, the SHA-256 of every file of its arrays, so a truncated file
-or a flipped bit is found and the checkpoint before it is used. A disk that is too full is named before the first byte.
+or a flipped bit is detected and the previous checkpoint is used. A full disk is reported before the first byte is
+written.
 """
 
 import hashlib
@@ -25,9 +26,9 @@ from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import write_text
 
-MANIFEST = 'manifest.json'  # beside the arrays: {file: SHA-256}; a folder without it is no checkpoint
+MANIFEST = 'manifest.json'  # beside the arrays: {file: SHA-256}; a folder without it is not a checkpoint
 STATE = 'state'  # folder of the arrays inside a checkpoint
-SPARE_ROOM = 1.1  # free bytes that a checkpoint asks for, in units of the bytes of its arrays
+SPARE_ROOM = 1.1  # free bytes that a checkpoint requires, relative to the bytes of its arrays
 
 
 class CheckpointError(SparseloraError, RuntimeError):
@@ -35,7 +36,7 @@ class CheckpointError(SparseloraError, RuntimeError):
 
 
 class _StepsWithManifest(ocp.path.step.NameFormat):
-    """Tells Orbax which folders are checkpoints: those with a manifest, named by step."""
+    """Naming scheme that tells Orbax which folders are checkpoints: those with a manifest, named by step."""
 
     def build_name(self, step: int) -> str:
         """Return the name of the folder of `step`."""
@@ -44,8 +45,8 @@ class _StepsWithManifest(ocp.path.step.NameFormat):
     def find_all(self, base_path: ocp.path.step.epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
         """Yield the checkpoints in a folder.
 
-        Orbax deletes in the first process only, so no other one looks: on a shared file system it may see the folder
-        as it was some seconds ago.
+        Orbax deletes only in the first process, so the others do not look: on a shared file system they may see the
+        folder as it was some seconds ago.
         """
         if processes.first():
             for step in _complete_steps(Path(base_path)):
@@ -62,8 +63,8 @@ class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         """Return False.
 
-        Orbax asks JAX from a thread, for a step that is over. JAX would take it for the step that this process is at,
-        and the processes would not agree on a step at which all of them stop.
+        Orbax would ask JAX from a thread about a past step. JAX would take it for the current step of this process, and
+        the processes would not agree on a step at which to stop.
         """
         del step
         return False
@@ -102,7 +103,7 @@ def _named(target: Path) -> Iterator[None]:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return False for a traceback that one of Orbax's threads logs: `_named` raises the same error as one line."""
+    """Return False for a traceback from one of Orbax's threads, since `_named` raises the same error as one line."""
     return not (record.exc_info and 'orbax' in record.pathname)
 
 
@@ -124,18 +125,18 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 
 
 class Checkpoints:
-    """The newest states of one run in a folder, a folder each, named by step.
+    """The newest states of one run, each in a subfolder named by its step.
 
-    As a context (`with checkpoints: ...`) it waits for its writer on every way out. Outside of one call `finish` before
-    the process ends, or the state that was saved last is lost.
+    As a context manager (`with checkpoints: ...`) it waits for its writer on every exit. Otherwise call `finish` before
+    the process ends, or the last saved state is lost.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2, warn: Callable[[str], None] | None = None):
-        """Name the folder; nothing is read or written yet.
+        """Set the folder; nothing is read or written yet.
 
         Args:
-          folder: where the checkpoints lie; made when the first one is saved.
-          keep: number of checkpoints that stay; with one, nothing stands behind it if it is damaged.
+          folder: folder of the checkpoints; created when the first one is saved.
+          keep: number of checkpoints to keep; with one, there is no fallback if it is damaged.
           warn: called with one line about a damaged checkpoint; prints to stderr by default.
         """
         self.folder = Path(folder).absolute()
@@ -150,11 +151,11 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the writer; an error that is under way stays the error."""
+        """Wait for the writer, without replacing an error that is already raised."""
         if error is None:
             self.finish()
         elif self._writing is not None:
-            # The other processes may be anywhere, so this one waits for its own writer and asks nobody.
+            # The other processes may be anywhere, so this one waits only for its own writer.
             try:
                 self._writing.wait()
             except CheckpointError as second:
@@ -171,33 +172,33 @@ class Checkpoints:
         return processes.agreed(lambda: _complete_steps(self.folder))
 
     def save(self, step: int, tree: PyTree) -> None:
-        """Copy a state and begin to write it; when it is complete, those older than the newest `keep` are deleted.
+        """Copy a state and start to write it; once it is complete, all but the newest `keep` are deleted.
 
         With many processes each writes its own parts of the arrays, and the first writes the manifest.
 
         Args:
-          step: number of steps that the state has behind it; a checkpoint of the same step is replaced.
+          step: number of steps done; a checkpoint of the same step is replaced.
           tree: the state, a tree of arrays. It may be donated as soon as this returns.
 
         Raises:
-          CheckpointError: the disk is too full, or the state before could not be written. Those before it stay.
+          CheckpointError: the disk is too full, or the previous state could not be written. Older ones stay.
         """
         self.finish()
         target = self.folder / str(step)
         processes.agreed(lambda: self._make_room(target, tree))
-        # A manager of its own for each state reads the folder anew: a damaged checkpoint no longer counts.
+        # A new manager for each state reads the folder again, so that damaged checkpoints no longer count.
         manager = self._manager(lambda: self._write_manifest(step))
         arguments = ocp.args.Composite(**{STATE: ocp.args.StandardSave(tree)})
         with _named(target):
-            # Without `force` Orbax would skip a step that is not above those it knows.
+            # Without `force` Orbax would skip a step that is not above the existing ones.
             manager.save(step, args=arguments, force=True)
         self._writing = _Writing(manager, target)
 
     def finish(self) -> None:
-        """Wait until the state that was saved last lies on the disk.
+        """Wait until the last saved state is on the disk.
 
         Raises:
-          CheckpointError: it could not be written. Those before it stay.
+          CheckpointError: it could not be written. Older ones stay.
         """
         if self._writing is None:
             return
@@ -208,13 +209,13 @@ class Checkpoints:
             writing.wait()
 
     def restore(self, like: PyTree) -> PyTree | None:
-        """Read the newest state whose hashes hold.
+        """Read the newest state whose hashes match.
 
         Args:
           like: a tree of arrays whose shapes, dtypes and shardings the result has.
 
         Returns:
-          The state, or None if there is no checkpoint that holds.
+          The state, or None if there is no valid checkpoint.
 
         Raises:
           CheckpointError: see `finish`.
@@ -228,36 +229,36 @@ class Checkpoints:
         return None
 
     def _manager(self, before_rename: Callable[[], None] | None = None) -> ocp.CheckpointManager:
-        """Return Orbax's manager of the folder as it is now; `before_rename` is called when all files are written."""
+        """Return a new Orbax manager of the folder; it calls `before_rename` when all files are written."""
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.LatestN(self.keep),
             step_name_format=_StepsWithManifest(),
             async_options=ocp.AsyncOptions(post_finalization_callback=before_rename),
-            create=False,  # `_make_room` does, so that a folder is made by saving and not by looking
-            lightweight_initialize=True,  # reads no times of checkpoints: none are used
+            create=False,  # `_make_room` creates it, so that saving creates a folder but reading does not
+            lightweight_initialize=True,  # does not read times of checkpoints, which are not used
             save_root_metadata=False,
         )
         return _Manager(self.folder, options=options)
 
     def _write_manifest(self, step: int) -> None:
         """Write the hashes into the folder that Orbax is about to rename; called in the first process only."""
-        # All processes have written by now. What Orbax still changes are notes beside the arrays, which are not hashed
-        # and never read.
+        # All processes have written by now. Orbax may still change its metadata beside the arrays, which is neither
+        # hashed nor read.
         partial = ocp.path.step.find_step_path(self.folder, _StepsWithManifest(), step=step, include_uncommitted=True)
         write_text(Path(partial) / MANIFEST, json.dumps(_hashes(Path(partial))))
 
     def _make_room(self, target: Path, tree: PyTree) -> None:
-        """Make the folder and check that a state fits; delete what is left of a damaged checkpoint of this step."""
+        """Create the folder and check that a state fits; delete the remains of a damaged checkpoint of this step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self.folder).free
         if free < SPARE_ROOM * need:
             raise CheckpointError(f'{target}: {-(-need // 2**20)} MiB to write, {free // 2**20} MiB free on this disk')
-        if target.exists():  # without a manifest, or of a step that is run again
+        if target.exists():  # it has no manifest, or the step is run again
             shutil.rmtree(target)
 
     def _holds(self, step: int) -> bool:
-        """Return whether the hashes hold; if not, delete the manifest, so that it displaces no good checkpoint."""
+        """Return whether the hashes match; if not, delete the manifest, so that it displaces no good checkpoint."""
         checkpoint = self.folder / str(step)
         if (checkpoint / MANIFEST).read_text() == json.dumps(_hashes(checkpoint)):
             return True

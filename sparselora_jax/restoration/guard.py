@@ -1,4 +1,4 @@
-"""Guard an optimizer against bad steps: leave them out, or let the run stop.
+"""Guard an optimizer against bad steps: skip them, or let the run stop.
 
 A step is bad if its loss or its gradient is not finite, or if its loss spikes.
 """
@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 POLICIES = ('stop', 'skip')
-PATIENCE = 10  # bad steps in a row that are left out; after more of them the cause is not a passing one
+PATIENCE = 10  # maximum number of consecutive bad steps to skip; with more, the cause is not temporary
 _SETTLED = 10  # good steps before a loss can count as a spike: the first losses fall fast
 _MEMORY = 50  # good steps over which the mean loss is taken
 
@@ -22,7 +22,7 @@ class GuardState(NamedTuple):
 
     Attributes:
       inner: state of the guarded optimizer after the good steps only.
-      typical: running mean of the loss of good steps.
+      typical: running mean of the losses of good steps.
       good: number of good steps.
       skipped: number of bad steps since the last good one.
     """
@@ -52,10 +52,10 @@ def skip_bad_steps(
 
 
 def _init_of(inner: optax.GradientTransformation) -> Callable[[PyTree], GuardState]:
-    """Return the function that makes the state before the first step."""
+    """Return the function that creates the state before the first step."""
 
     def init(params):
-        # Each counter is an array of its own: a step donates the state, and no buffer can be donated twice.
+        # Each counter is a separate array: a step donates the state, and no buffer can be donated twice.
         return GuardState(
             inner=inner.init(params),
             typical=jnp.zeros((), jnp.float32),
@@ -67,15 +67,15 @@ def _init_of(inner: optax.GradientTransformation) -> Callable[[PyTree], GuardSta
 
 
 def _update_of(inner: optax.GradientTransformation, spike: float | None) -> Callable[..., tuple[PyTree, GuardState]]:
-    """Return the function that makes an update, or zeros at a bad step."""
+    """Return the function that computes an update, or zeros at a bad step."""
 
     def update(updates, state, params=None, *, value, **extra):
         del extra
         is_good = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(updates))
         if spike is not None:
             is_good &= (state.good < _SETTLED) | (value <= spike * state.typical)
-        # `where` rather than `lax.cond`: both sides are computed, so the step stays one fused program, and a good
-        # step has the bits that it would have without a guard.
+        # `where` rather than `lax.cond`: both sides are computed, so the step stays one fused program. So a good step
+        # is bit-identical to one without a guard.
         stepped, after = inner.update(updates, state.inner, params)
         good = jnp.where(is_good, state.good + 1, state.good)
         # The first losses weigh 1, 1/2, 1/3, ...: the plain mean, until the memory is full.

@@ -53,10 +53,10 @@ def token_weights(answer: Bool[Array, 'batch tokens'], *, kl_reduction: str = 't
 
 
 class TopK(NamedTuple):
-    """The likeliest tokens of a teacher at each position, and all other tokens as one outcome.
+    """The most likely tokens of a teacher at each position, and all other tokens as one outcome.
 
     Attributes:
-      tokens: ids of the k likeliest tokens, the likeliest first.
+      tokens: ids of the k most likely tokens, in descending order of probability.
       log_probs: their log-probabilities at the temperature; the last entry is that of all other tokens together.
     """
 
@@ -65,7 +65,7 @@ class TopK(NamedTuple):
 
 
 def top_k(logits: Float[Array, 'batch tokens vocab'], k: int, *, temperature: float = KD_TEMPERATURE) -> TopK:
-    """Return the `k` likeliest tokens of each position.
+    """Return the `k` most likely tokens of each position.
 
     Args:
       logits: the teacher's logits.
@@ -95,8 +95,8 @@ def _outcome_log_probs(
     logits = logits.astype(jnp.float32) / temperature
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     of_tokens = jnp.take_along_axis(logits, tokens, axis=-1)
-    # The sum over the others is taken over them alone: 1 - sum(p) would lose all digits where the tokens have
-    # nearly all probability.
+    # Sum over the other tokens directly: 1 - sum(p) would lose all digits if the chosen tokens have nearly all
+    # probability.
     others = jnp.put_along_axis(logits, tokens, -jnp.inf, axis=-1, inplace=False)
     return jnp.concatenate([of_tokens, jax.nn.logsumexp(others, axis=-1, keepdims=True)], axis=-1) - total
 
@@ -104,7 +104,7 @@ def _outcome_log_probs(
 def top_k_kl(
     student: Float[Array, 'batch tokens vocab'], teacher: TopK, *, temperature: float = KD_TEMPERATURE
 ) -> Float[Array, 'batch tokens']:
-    """Return KL(teacher || student) over k + 1 outcomes: each of the teacher's k likeliest tokens, and any other token.
+    """Return KL(teacher || student) over k + 1 outcomes: the teacher's k likeliest tokens, and all others together.
 
     It is at most the KL over the vocabulary, because outcomes are merged. It grows with k and equals that KL at
     k = vocab - 1.

@@ -29,7 +29,7 @@ class Frozen(NamedTuple):
     """Trees that a step only reads.
 
     Attributes:
-      params: base weights; kernels may be packed, which then hold their masks, or quantised.
+      params: base weights. Kernels may be packed, with their masks, or quantised.
       masks: masks of the kernels that are not packed; None if there are none.
       teacher: params of the teacher. None: the unmasked `params`, which takes no memory of its own.
     """
@@ -57,10 +57,10 @@ def pruned_kernels(params: dict, masks: dict, *, dtype: jax.typing.DTypeLike = j
 
 
 def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen:
-    """Return the same trees in fewer bytes: masked kernels are packed, or held in four bits beside a one-bit mask.
+    """Return the same trees in fewer bytes: masked kernels are packed, or stored in four bits with a one-bit mask.
 
     Args:
-      frozen: params and masks as pruning leaves them.
+      frozen: params and masks after pruning.
       base: one format, or a list of (regex, format), see `packing.reduce_kernels`.
 
     Returns:
@@ -89,7 +89,7 @@ def merge_trained(frozen: Frozen, trained: dict, kind: str, *, dtype: jax.typing
     """
     if kind == 'lora':
         return unpack(merge(frozen.params, frozen.masks, trained, dtype=dtype), dtype)
-    # Trained kernels are float32 whatever the model is: back to the model's dtype before they take their places.
+    # Trained kernels are always float32: cast them to the model's dtype.
     flat = flatten(frozen.params)
     kernels = {path: kernel.astype(flat[path].dtype) for path, kernel in flatten(trained).items()}
     return merge(with_kernels(frozen.params, unflatten(kernels)), frozen.masks)
@@ -108,7 +108,7 @@ def paper_optimizer(
     """Return AdamW with linear warm-up and cosine decay; the defaults are those of arXiv 2404.02424.
 
     Args:
-      steps: number of steps of the whole run; the learning rate reaches `end` at the last.
+      steps: number of steps of the whole run; the learning rate reaches `end` at the last step.
       peak: learning rate after the warm-up.
       warmup: steps of the warm-up; cut to `steps - 1` where the run is shorter.
       start: learning rate of the first step.
@@ -119,7 +119,7 @@ def paper_optimizer(
     Returns:
       An optax optimizer.
     """
-    # optax asks for at least one step of decay after the warm-up.
+    # optax requires at least one step of decay after the warm-up.
     warmup_steps = min(warmup, max(steps - 1, 0))
     schedule = optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, steps, end)
     adamw = optax.adamw(schedule, weight_decay=weight_decay)
@@ -153,7 +153,7 @@ def make_train_step(
 
     Returns:
       The step; `state` is donated. `frozen` is a `Frozen`. `batch` holds `targets` and `answer` of shape `[batch,
-      tokens]`, and whatever `forward` reads. A batch with `teacher`, a `losses.TopK`, needs no teacher to run. Metrics
+      tokens]`, and whatever `forward` reads. If a batch contains `teacher`, a `losses.TopK`, no teacher is run. Metrics
       are `loss`, `ce`, `grad_norm`, and `kl` where there is a teacher.
 
     Raises:
@@ -177,10 +177,10 @@ def make_train_step(
         return forward(_teacher_weights(frozen), inputs) if likeliest is None else likeliest
 
     def loss(tree, frozen, batch):
-        # The teacher's tokens and the weights of the loss are no inputs of the model.
+        # The teacher's tokens and the weights of the loss are not inputs of the model.
         inputs = {name: array for name, array in batch.items() if name not in ('teacher', 'weights')}
         student = forward(student_weights(tree, frozen), inputs)
-        # The teacher has no gradient: `frozen` is not differentiated, so its activations are not kept either.
+        # `frozen` is not differentiated, so the teacher has no gradient and its activations are not stored.
         teacher = teacher_logits(frozen, batch, inputs)
         return distillation_loss(student, teacher, batch['targets'], batch['weights'], kd=kd, temperature=temperature)
 
@@ -198,7 +198,7 @@ def _teacher_weights(frozen: Frozen) -> dict:
     reduced = [path for path, leaf in flatten(frozen.params).items() if is_reduced(leaf)]
     if reduced:
         raise ValueError(
-            f'{reduced[0]} is packed or quantised, so the params are no dense teacher: '
+            f'{reduced[0]} is packed or quantised, so the params cannot be a dense teacher: '
             "give Frozen.teacher, or batch['teacher'], or kd=0"
         )
     return frozen.params

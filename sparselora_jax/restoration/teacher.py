@@ -1,4 +1,4 @@
-"""Keep a teacher's likeliest tokens on disk, batch by batch; the dense model need not run beside the student then."""
+"""Store a teacher's most likely tokens on disk, so that the dense model need not run beside the student."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,16 +27,16 @@ def keep(
 ) -> int:
     """Write `top_k` of the logits of each batch, one file a step.
 
-    Files that exist already are kept, so an interrupted run goes on where it was.
+    Existing files are kept, so an interrupted run continues where it stopped.
 
     Args:
-      folder: where the files go.
+      folder: folder of the files.
       logits: `logits(weights, batch)`, the forward that `make_train_step` takes.
       weights: the dense model.
       batches: `batches[i]` is the batch of step i.
       steps: number of batches.
-      k: tokens that are kept of each position, see `losses.top_k`.
-      temperature: divides the logits; must be that of the restoration.
+      k: number of tokens to store per position, see `losses.top_k`.
+      temperature: divides the logits; must equal the temperature of restoration.
       progress: called with the number of steps done, after each new file.
 
     Returns:
@@ -55,15 +55,15 @@ def keep(
 
 
 def read(folder: str | Path, step: int, rows: Sequence[int] | None = None) -> TopK:
-    """Read the teacher's likeliest tokens for the batch of one step.
+    """Read the teacher's most likely tokens for the batch of one step.
 
     Args:
-      folder: where `keep` has written.
+      folder: folder that `keep` has written.
       step: index of the batch.
       rows: rows of the batch; None: all of them.
 
     Returns:
-      Arrays of numpy.
+      NumPy arrays.
 
     Raises:
       StorageError: the file is missing or damaged.

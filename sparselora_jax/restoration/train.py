@@ -21,11 +21,11 @@ from sparselora_jax.runtime.errors import SparseloraError
 
 
 class BadStepError(SparseloraError, RuntimeError):
-    """A loss or a gradient that is not finite, or a loss that spikes; the last good checkpoint stays."""
+    """A loss or a gradient is not finite, or the loss spikes; the last good checkpoint stays."""
 
 
 class Interrupted(SparseloraError):  # noqa: N818  a stop that was asked for, not an error
-    """SIGTERM or Ctrl-C: the state is saved, and the same command goes on from there."""
+    """SIGTERM or Ctrl-C: the state is saved, and the same command continues from there."""
 
 
 class State(NamedTuple):
@@ -60,7 +60,7 @@ def init_state(trained: PyTree, tx: optax.GradientTransformation) -> State:
     """Return the state before the first step.
 
     The state holds a copy of `trained`. A step donates its state, which deletes the buffers: without the copy it would
-    delete those of the caller. The copy doubles the memory of a large tree for as long as the caller keeps its own.
+    delete the caller's buffers. The copy doubles the memory of a large tree for as long as the caller keeps its own.
 
     Args:
       trained: the tree to train; it may be used again after the steps.
@@ -71,9 +71,9 @@ def init_state(trained: PyTree, tx: optax.GradientTransformation) -> State:
     """
     placement = None
     if jax.process_count() > 1:
-        # An array with parts in other processes can only be copied to where it is.
+        # An array with shards in other processes can only be copied with its own sharding.
         placement = jax.tree.map(lambda leaf: leaf.sharding, trained)
-    # Not `jnp.copy`, which compiles a program for each shape.
+    # Not `jnp.copy`, which would compile a program for each shape.
     copied = jax.device_put(trained, placement, may_alias=False)
     return State(copied, tx.init(copied), jnp.zeros((), jnp.int32))
 
@@ -92,8 +92,8 @@ def make_step(
       tx: the optimizer. Under `guard.skip_bad_steps` the metrics have the number of bad steps in a row as `skipped`.
       accumulate: micro-batches of a step; must divide the batch. Their losses, metrics and gradients are *added*, so
         the loss of a part must be its share of the loss of the whole batch.
-      prepare: applied to the whole batch before it is split. It can add what makes such a loss possible, e.g. the
-        weight of each token, which depends on how many tokens there are.
+      prepare: applied to the whole batch before it is split. It can add values that such a loss needs, e.g. the weight
+        of each token, which depends on the number of tokens.
 
     Returns:
       The step. `state` is donated: its buffers are gone after the call. `frozen` is an argument rather than a constant
@@ -107,7 +107,8 @@ def make_step(
     def accumulated(trained, frozen, batch):
         if accumulate == 1:
             return gradients(trained, frozen, batch)
-        # A part is every n-th row. If the batch is split over devices, a part has rows of each device, and none move.
+        # A part is every n-th row. If the batch is split over devices, a part has rows of every device, so no rows
+        # move.
         parts = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), batch)
         first = jax.tree.map(lambda leaf: leaf[0], parts)
         # Shapes of losses and gradients are traced, not computed: the scan can begin with zeros and compiles one body.
@@ -137,10 +138,10 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     """Yield a function of the step that tells whether the run should stop, because of SIGTERM or Ctrl-C.
 
     A second Ctrl-C ends the process at once. With many processes any of them may receive the signal (SIGTERM only);
-    JAX then finds a step at which all of them stop.
+    JAX then finds a step at which all of them can stop.
     """
     if jax.process_count() > 1:
-        # A step is a collective: if one process stopped alone, the others would wait for it for ever.
+        # A step contains collectives: if one process stopped alone, the others would wait for it forever.
         yield multihost_utils.reached_preemption_sync_point
         return
     arrived: list[int] = []
@@ -151,7 +152,7 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
             raise KeyboardInterrupt
         arrived.append(number)
 
-    # A handler only notes the signal; the loop looks at it between steps, when the state is whole.
+    # A handler only records the signal; the loop checks it between steps, when the state is complete.
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda step: bool(arrived)
@@ -175,16 +176,18 @@ def fit(
 ) -> State:
     """Run `step` up to global step `steps`, from the newest checkpoint if there is one.
 
-    A run that was stopped and goes on ends with the bits of a run that was not, on the same machine.
+    On the same machine, a resumed run ends bit-identical to a run that was never stopped.
 
     Args:
       step: result of `make_step` or `make_train_step`.
       state: the state to begin with if there is no checkpoint; it is donated.
-      frozen: what the step only reads.
+      frozen: trees that the step only reads.
       batches: `batches[i]` is the batch of global step i, whatever ran before.
       steps: number of steps of the whole run.
-      checkpoints: where states are saved. On every way out this function waits until the last one is complete.
-      every: steps between checkpoints. A killed process loses at most these, and those made while one is written.
+      checkpoints: where states are saved. Before it returns or raises, this function waits until the last one is
+        complete.
+      every: steps between checkpoints. A killed process loses at most these steps, and the steps done while a
+        checkpoint is written.
       patience: number of bad steps in a row at which to stop; above 1 with an optimizer under `guard.skip_bad_steps`.
       log: called after each step with the number of steps done and the metrics.
       profile: folder for a trace of a few steps, see `profiling.steps`; None: no trace.
@@ -193,7 +196,7 @@ def fit(
       The state after the last step.
 
     Raises:
-      BadStepError: names the step, and the last good state.
+      BadStepError: a step was bad; the message names the step and the last good state.
       Interrupted: SIGTERM or Ctrl-C; the state was saved first.
       CheckpointError: a state could not be written, see `Checkpoints.finish`.
     """
@@ -232,14 +235,14 @@ def fit(
 
 
 def _last_good(checkpoints: Checkpoints) -> str:
-    """Return the words for the state that a run goes on from."""
+    """Return a phrase for the state from which a run resumes."""
     saved = checkpoints.steps()
     return f'that of step {saved[-1]}' if saved else 'the start'
 
 
 def _why_bad(values: dict[str, float], patience: int) -> str | None:
-    """Return what is wrong with a step after which training must not go on, or None."""
-    # The loss is named first: the other metrics are often not finite because it is not.
+    """Return why training must stop after a step, or None."""
+    # The loss is named first, because a bad loss is often the cause of other metrics that are not finite.
     not_finite = [name for name in sorted(values, key='loss'.__ne__) if not math.isfinite(values[name])]
     in_a_row = values.get('skipped', patience if not_finite else 0)
     if in_a_row < patience:

@@ -393,7 +393,7 @@ def test_training_kernels_needs_pruned_ones_and_has_no_lora_control(tmp_path, fi
 def test_the_workdir_of_another_config_is_refused_and_the_field_named(wanda):
     before = (wanda / 'config.json').read_bytes()
     Job(tiny_config(**{'mesh.data': 4}), wanda)  # more devices go on with what fewer began
-    with pytest.raises(ConfigError, match=r'restore\.steps is 4 here and 3 there'):
+    with pytest.raises(ConfigError, match=r'restore\.steps is 4 here and 3 in the workdir'):
         Job(tiny_config(**{'restore.steps': 4}), wanda)
     assert (wanda / 'config.json').read_bytes() == before
 

@@ -84,6 +84,6 @@ def test_the_script_makes_a_bridge_that_loads_and_resumes(
     assert 'facts 2/2' not in err  # every stage is taken from its checkpoint
     code, _out, err = script('pretrain.py', *flags, '--config.seed=1')
     assert code == 1
-    assert 'seed is 1 here and 42 there' in err
+    assert 'seed is 1 here and 42 in the workdir' in err
     again, _ = sl.load_safetensors(file)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, written, again))

@@ -207,7 +207,7 @@ def test_the_workdir_of_another_sweep_is_refused(tmp_path):
         sweep.run(sweep_config(*POINTS, name='other'), tmp_path, never)
     changed = sweep_config(*POINTS)
     changed.budgets.tiny.restore.steps = 5
-    with pytest.raises(ConfigError, match=r'budgets\.tiny\.restore\.steps is 5 here and 4 there'):
+    with pytest.raises(ConfigError, match=r'budgets\.tiny\.restore\.steps is 5 here and 4 in the workdir'):
         sweep.run(changed, tmp_path, never)
 
 

@@ -162,5 +162,5 @@ def test_what_cannot_be_allocated_is_named():
         of([0.0, 1.0], budget=50)
     with pytest.raises(PatternError, match='fc/kernel, layer 0: all 100 weights would be pruned'):
         of([0.0, 1.0], highest=1.0)
-    with pytest.raises(PatternError, match='9 zeros are to be shared out, and no more than 6 may be'):
+    with pytest.raises(PatternError, match='9 zeros are to be allocated, and at most 6 may be'):
         round_zeros({path: np.array([4.5, 4.5])}, 9, {path: np.array([3, 3])})

@@ -216,7 +216,7 @@ def test_a_packed_base_is_no_dense_teacher():
     params, masks, lora, batch = setup()
     packed, tx = restore.reduce_base(restore.Frozen(params, masks), 'packed24'), optax.sgd(1e-1)
     with pytest.raises(
-        ValueError, match=r'blocks/.*/kernel is packed or quantised, so the params are no dense teacher'
+        ValueError, match=r'blocks/.*/kernel is packed or quantised, so the params cannot be a dense teacher'
     ):
         restore.make_train_step(forward, tx)(sl.init_state(lora, tx), packed, batch)
     restore.make_train_step(forward, tx, kd=0.0)(sl.init_state(lora, tx), packed, batch)
