@@ -37,7 +37,7 @@ def base_config() -> ConfigDict:
 
     # Pruning.
     config.prune = ConfigDict()
-    # The method: random | magnitude | wanda | sparsegpt | dsnot.
+    # The method: random | magnitude | wanda | ria | sparsegpt | dsnot, or one of your own as package.module:Name.
     config.prune.method = 'wanda'
     # The pattern of each tower's blocks: dense | a sparsity in (0, 1) such as 0.5 | N:M such as 2:4 or 4:8.
     config.prune.pattern = ConfigDict({'vision': 'dense', 'qformer': 'dense', 'language': '2:4'})
@@ -71,7 +71,7 @@ def base_config() -> ConfigDict:
     # SparseGPT: number of inputs (columns of the paper's matrix) that are pruned together. It must be a multiple of M
     # for N:M.
     config.prune.block = 64
-    # DSnoT: the method whose mask it starts from: random | magnitude | wanda | sparsegpt.
+    # DSnoT: the method whose mask it starts from: random | magnitude | wanda | ria | sparsegpt.
     config.prune.initial = 'wanda'
     # DSnoT: maximum number of swaps for each output.
     config.prune.cycles = 50

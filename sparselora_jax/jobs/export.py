@@ -15,7 +15,7 @@ from sparselora_jax.data import text_format
 from sparselora_jax.evaluation.density import layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
-from sparselora_jax.recipe import ConfigError, pack_formats
+from sparselora_jax.recipe import ConfigError, pack_formats, rounded_rules
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import packing
@@ -65,7 +65,7 @@ def _write_export(job: Job, merged: dict) -> int:
         export_model(folder, job.model, merged, changed=changed, texts=texts)
     restore = job.config.restore
     # An adapter is only useful with the weights it was trained on, so the base must not have been rounded.
-    if restore.trained == 'lora' and restore.base in ('dense', 'packed'):
+    if restore.trained == 'lora' and not rounded_rules(job.config):
         # A model pruned from disk was written to its own directory then; otherwise this directory does not exist.
         base = str(job.workdir / names.PRUNED_MODEL) if job.config.stream else None
         save_peft(job.workdir / names.ADAPTER, job.model, job.trained(names.TRAINING['restored']), base=base)
@@ -83,7 +83,7 @@ def _merge_from_source(job: Job, merged: dict) -> tuple[dict, set[str]]:
     if restore.trained == 'weights':
         kernels = job.workdir / f'{names.TRAINING["restored"]}.safetensors'
         return on_disk.merge_from_source(job.model, merged, {}, masks, kernels), changed
-    if restore.base in ('dense', 'packed'):
+    if not rounded_rules(job.config):
         return on_disk.merge_from_source(job.model, merged, trained, masks, job.workdir / names.KERNELS), changed
     # LoRA was trained on four-bit weights, which the source does not contain.
     return merged, changed

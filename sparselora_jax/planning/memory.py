@@ -315,7 +315,7 @@ def _held_base(trees: Recipe) -> dict[str, int]:
     if masks:
         held[f'masks ({"1 byte" if kind == "dense" else "1 bit"} a weight)'] = on_device(masks, trees.mesh)
     if holds_teacher(trees):
-        why = 'SparseGPT changes kept weights' if kind == 'dense' else f'the base is {kind}'
+        why = f'{trees.config.prune.method} edits kept weights' if kind == 'dense' else f'the base is {kind}'
         # Arrays without a mask are shared with the student.
         held[f'kernels of the dense teacher ({why})'] = _params_where(trees, trees.densities.__contains__)
     return held

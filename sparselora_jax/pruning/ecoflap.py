@@ -243,8 +243,8 @@ def zeroth_order_scores(
 ) -> dict[str, np.ndarray]:
     """Return the mean over batches of `|L(W + eps z) - L(W - eps z)| / (2 eps)`, z on one layer of a kernel.
 
-    Both sides draw the same noise from its key and never store it, so memory is that of the forward and one kernel's
-    noise. It costs two forwards for each kernel, layer and batch.
+    Both sides draw the same noise from its key and never store it, so memory is that of the forward, one
+    perturbed kernel and the noise of `ROWS` inputs. It costs two forwards for each kernel, layer and batch.
 
     Args:
       loss: see `first_order_scores`.

@@ -25,7 +25,8 @@ class GPTQ(Method):
     before the slab is rounded, from its updated weights. The statistic is the Hessian `X^T X` over all calibration
     tokens.
 
-    It rounds a kernel that is pruned already and chooses no mask, so recipes name it in `restore.base` only.
+    It rounds a kernel that is pruned already and chooses no mask, so no recipe names it: the job uses it where
+    `restore.base` is a format that rounds.
 
     Attributes:
       damp: value added to the Hessian's diagonal, relative to the diagonal's mean.
