@@ -20,8 +20,9 @@ from sparselora_jax.sparse.patterns import Pattern
 class RIA(Method):
     """Score `(|W_ij| / sum of |W| of output j + |W_ij| / sum of |W| of input i) * ||x_i||_2 ** 0.5`.
 
-    Magnitude and Wanda can prune all weights of an input or of an output; relative importance keeps the largest of
-    each. 0.5 is the exponent that the paper uses throughout. The paper's permutation of inputs for N:M is not
+    Magnitude and Wanda can prune all weights of an input or of an output. Relative importance makes that less likely:
+    the largest weights of an input score high even if the input's weights are small. 0.5 is the exponent that the paper
+    uses throughout. The paper's permutation of inputs for N:M is not
     implemented.
 
     The statistic is the sum of squares of each input over all calibration tokens, `[inputs]`, in fp32.
