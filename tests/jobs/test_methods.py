@@ -86,6 +86,7 @@ def test_edits_are_kept_from_disk(pruned):
     check_doubled(sl.load_model(job.workdir / 'pruned')[1], dense, masks_of(job))
 
 
+@pytest.mark.slow
 def test_edits_are_kept_on_a_mesh(pruned):
     job, dense = pruned(**{'mesh.data': 2, 'mesh.tensor': 2})
     check_doubled(job.pruned(), dense, masks_of(job))
