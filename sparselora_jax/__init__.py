@@ -6,6 +6,8 @@ The library keeps three separate trees: `params` (base weights), `masks` (True =
 Everything works on any nested dict of kernels. This example prunes and restores an arbitrary Flax model:
 
 >>> import flax.linen as nn
+>>> import jax
+>>> import jax.numpy as jnp
 >>> import optax
 >>> import sparselora_jax as sl
 >>> model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(4)])

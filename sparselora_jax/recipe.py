@@ -139,7 +139,7 @@ def check_values(config: ConfigDict) -> None:
         value = _value(config, legal.field)
         if not legal.is_legal(value):
             raise ConfigError(f'{legal.field} {value!r}: expected {legal.expected}')
-    _check_base(config.restore.base)
+    _check_base(config)
     _check_lora(config)
     _check_trained_weights(config)
     _check_text(config)
@@ -152,17 +152,21 @@ def check_values(config: ConfigDict) -> None:
         raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
 
 
-def _check_base(base: str) -> None:
-    """Check that `restore.base` is one of `BASES`, or an external format given as `package.module:Name`."""
+def _check_base(config: ConfigDict) -> None:
+    """Check that `restore.base` is one of `BASES`, or an external format that takes every tower's pattern."""
+    base = config.restore.base
     if base in BASES:
         return
+    if ':' not in base:
+        raise ConfigError(f'restore.base {base!r}: expected one of {", ".join(BASES)}, or package.module:Name')
     try:
-        if ':' in base:
-            find_format(base)
-            return
+        form = find_format(base)
     except PackingError as error:
         raise ConfigError(f'restore.base: {error}') from None
-    raise ConfigError(f'restore.base {base!r}: expected one of {", ".join(BASES)}, or package.module:Name')
+    for tower, text in config.prune.pattern.items():
+        pattern = parse_pattern(text)
+        if not pattern.dense and not form.takes(pattern):
+            raise ConfigError(f'restore.base {base!r} cannot hold prune.pattern.{tower} {text!r}')
 
 
 def _value(config: ConfigDict, field: str) -> Any:
@@ -317,13 +321,15 @@ def _options(kind: type, config: ConfigDict, group: str = 'output') -> dict[str,
     """
     options = {}
     for field in dataclasses.fields(kind):
+        if not field.init:
+            continue
         if field.name == 'group':
-            options['group'] = kind.groups[group]
+            options['group'] = getattr(kind, 'groups', pruning.Method.groups)[group]
         elif field.name == 'seed':
             options['seed'] = config.seed
         elif field.name == 'initial':
-            initial = pruning.METHODS.find(config.prune.initial)
-            options['initial'] = initial(**_options(initial, config, group))
+            initial = _named_class(pruning.METHODS, 'prune.initial', config.prune.initial)
+            options['initial'] = _method(initial, config, group, 'prune.initial')
         elif field.name in config.prune:
             options[field.name] = config.prune[field.name]
     return options
@@ -471,13 +477,13 @@ def _starts_from_another(kind: type) -> bool:
     return any(field.name == 'initial' for field in dataclasses.fields(kind))
 
 
-def _method(kind: type, config: ConfigDict, group: str) -> pruning.Method:
+def _method(kind: type, config: ConfigDict, group: str, field: str = 'prune.method') -> pruning.Method:
     """Build a method for a comparison group, and check that it has all members of `Method`."""
-    method = _from_config(kind, config, 'prune.method', group)
+    method = _from_config(kind, config, field, group)
     try:
         check_method(method)
     except pruning.MethodError as error:
-        raise ConfigError(f'prune.method {config.prune.method!r}: {error}') from None
+        raise ConfigError(f'{field} {_value(config, field)!r}: {error}') from None
     return method
 
 

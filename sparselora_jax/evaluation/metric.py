@@ -6,7 +6,12 @@ A metric scores one answer. `vqa.Answers` averages the scores over all questions
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.registry import Registry
+
+
+class MetricError(SparseloraError, ValueError):
+    """A metric that fails, or whose score is not a number from 0 to 1."""
 
 
 @runtime_checkable
@@ -49,3 +54,26 @@ class ExactMatch:
 # A config names a metric by its name here, or as `package.module:Name`.
 METRICS: Registry[Metric] = Registry('metric')
 EXACT_MATCH = METRICS.register('exact_match', ExactMatch())
+
+
+def score(metric: Metric, predicted: str, reference: str) -> float:
+    """Score one answer, and check the score.
+
+    Args:
+      metric: the metric.
+      predicted: the generated answer.
+      reference: the correct answer.
+
+    Raises:
+      MetricError: the metric raises, or returns anything but a number from 0 to 1.
+    """
+    try:
+        value = metric(predicted, reference)
+        is_score = 0 <= value <= 1  # False for NaN
+    except Exception as error:  # a metric may be anybody's code
+        raise MetricError(f'metric {metric.title!r} fails on {predicted!r}, {reference!r}: {error!r}') from error
+    if not is_score:
+        raise MetricError(
+            f'metric {metric.title!r} returns {value!r} for {predicted!r}, {reference!r}: expected a number from 0 to 1'
+        )
+    return float(value)

@@ -12,7 +12,7 @@ from sparselora_jax.data.dataset import Split
 from sparselora_jax.data.processing import Processor
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.generate import generate
-from sparselora_jax.evaluation.metric import EXACT_MATCH, Metric
+from sparselora_jax.evaluation.metric import EXACT_MATCH, Metric, score
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import write_text
@@ -31,7 +31,7 @@ class Answers(NamedTuple):
           metric: metric that compares an answer with the true one.
         """
         pairs = zip(self.predicted, self.true, strict=True)
-        return np.array([metric(predicted, true) for predicted, true in pairs], np.float64)
+        return np.array([score(metric, predicted, true) for predicted, true in pairs], np.float64)
 
     def accuracy(self, kind_of: Callable[[str], str], metric: Metric = EXACT_MATCH) -> dict[str, float]:
         """Return the mean score: overall, and for each kind of true answer.

@@ -42,6 +42,7 @@ from sparselora_jax.recipe import (
 from sparselora_jax.restoration import teacher
 from sparselora_jax.restoration.restore import Frozen, merge_trained
 from sparselora_jax.runtime import files, processes
+from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.progress import Log, peak_memory
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import check_sparse
@@ -175,6 +176,8 @@ class Job:
         """Return a digest of the test questions as JSON, the content of `questions.json`."""
         # Only texts, since reading all images would take minutes.
         texts = self.dataset.test.read_texts()
+        if not texts:
+            raise DataError(f'{self.config.data}: there is no test question, so nothing can be evaluated')
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         return json.dumps({'count': len(texts), 'sha256': digest})
 

@@ -155,9 +155,9 @@ def check(planned: list[Run]) -> None:
       PatternError, RuleError: a point does not fit its model. Also errors of opening a model. The message names the
       point.
     """
-    shapes: dict[str, dict] = {}  # by model, so that each model is opened once
+    shapes: dict[tuple[str, str], dict] = {}  # by model, so that each model is opened once
     for run in planned:
-        model = run.config.model
+        model = (run.config.model, run.config.family)
         if model not in shapes:
             cfg = family_config(run.config)
             shapes[model] = cfg.family.shapes(cfg)

@@ -203,12 +203,12 @@ def remove_unneeded(later_runs: Sequence[tuple[Sequence[str], ConfigDict]], shar
 
 
 def remove_weights(folder: Path) -> None:
-    """Remove masks, factors and checkpoints of a finished run, whose results are in JSON files.
+    """Remove masks, factors, checkpoints and the pruned model of a finished run, whose results are in JSON files.
 
     Args:
       folder: folder of the run.
     """
     for file in folder.glob('*.safetensors'):
         file.unlink()
-    for name in (names.CHECKPOINTS, names.TEACHER):
+    for name in (names.CHECKPOINTS, names.TEACHER, names.PRUNED_MODEL):
         shutil.rmtree(folder / name, ignore_errors=True)

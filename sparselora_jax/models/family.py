@@ -233,6 +233,6 @@ def find_family(model_type: str, name: str = '') -> Family:
         return FAMILIES.find(model_type)
     family = FAMILIES.find(name)
     # An import by name may return any object. Raise here, not where a missing method is first used.
-    if not isinstance(family, Family):
+    if isinstance(family, type) or not isinstance(family, Family):
         raise UnsupportedModelError(f'{name} is a {type(family).__name__}: expected an object of the protocol Family')
     return family

@@ -100,6 +100,33 @@ def bounds(sizes: dict[str, int], shapes: dict[str, tuple[int, ...]], budget: in
     return most
 
 
+def check_zeros(zeros: Zeros, uniform: Zeros) -> None:
+    """Check what an allocation returned: the same kernels and layers, whole numbers, and the sum of uniform pruning.
+
+    Args:
+      zeros: zeros of each layer's kernel.
+      uniform: what uniform pruning would make.
+
+    Raises:
+      PatternError: names the path, or both sums.
+    """
+    for path in sorted(zeros.keys() | uniform.keys()):
+        if path not in zeros or path not in uniform:
+            problem = 'missing' if path in uniform else 'no kernel that is pruned'
+            raise PatternError(f'zeros of the allocation: {path} is {problem}')
+        given = np.asarray(zeros[path])
+        if given.shape != uniform[path].shape or not np.issubdtype(given.dtype, np.integer):
+            raise PatternError(
+                f'zeros of the allocation: {path} has {given.dtype} numbers of shape {given.shape}, expected whole '
+                f'numbers of shape {uniform[path].shape}'
+            )
+    if total(zeros) != total(uniform):
+        raise PatternError(
+            f'zeros of the allocation: {total(zeros)} in all, expected {total(uniform)}, the sum of uniform pruning; '
+            'pruning.allocate.round_zeros makes such numbers'
+        )
+
+
 def check_left(zeros: Zeros, sizes: dict[str, int]) -> None:
     """Check that every layer's kernel keeps at least one weight.
 

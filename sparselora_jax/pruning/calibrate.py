@@ -91,6 +91,20 @@ def statistic_shapes(stat: Statistic, inputs: int) -> PyTree:
     return jax.eval_shape(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32))
 
 
+def can_be_scaled(stat: Statistic | None) -> bool:
+    """Return whether methods use a statistic only by its ratios, so that it may be of scaled activations.
+
+    This holds for sums of squares and Hessians, and for statistics that say `only_ratios_matter`. Others, such as
+    counts of outliers, mean something else when activations are scaled.
+
+    Args:
+      stat: the statistic; None counts as one that may be scaled.
+    """
+    if isinstance(stat, Mean):
+        return can_be_scaled(stat.stat)
+    return stat is None or stat in (squares, hessian) or getattr(stat, 'only_ratios_matter', False)
+
+
 def name_of(stat: Statistic) -> str:
     """Return the name of a statistic for messages; a function's is its own name."""
     return getattr(stat, '__name__', repr(stat))
@@ -253,9 +267,10 @@ def make_observer(
     Kernels that read the same array (q, k and v) share one accumulator and one result.
 
     Squares of very small activations underflow in float32. If a statistic of a kernel and layer is below 2**-64 for all
-    inputs, its statistics are computed again from activations times 2**64. The masks and updates of a method depend
-    only on ratios of statistics, so they are the same as with exact statistics. Other kernels are never scaled. A
-    warning names each kernel whose inputs are zero on every token.
+    inputs, its statistics are computed again from activations times 2**64, if `can_be_scaled`. The masks and updates of
+    Wanda, RIA and SparseGPT depend only on ratios of statistics, so they are the same as with exact statistics. DSnoT
+    compares errors with an absolute threshold besides. Other kernels are never scaled. A warning names each kernel
+    whose inputs are zero on every token.
 
     Args:
       forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.
@@ -287,6 +302,8 @@ def make_observer(
         kernels = rules.kernels(params)
         stacked = {path: kernels[path].ndim == 3 for path in sums}
         tiny = {path: _check_sums(path, stacked[path], *value) for path, value in sums.items()}
+        for path in tiny:
+            tiny[path] &= can_be_scaled(stats(path))
         # Next to ordinary statistics, those of tiny activations are effectively 0, so nothing is scaled.
         if one_scale and not all(layers.all() for layers in tiny.values()):
             tiny = {path: np.zeros_like(layers) for path, layers in tiny.items()}

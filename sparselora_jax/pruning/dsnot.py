@@ -45,6 +45,11 @@ class SumsOfMoments:
 
     initial: calibrate.Statistic | None
 
+    @property
+    def only_ratios_matter(self) -> bool:
+        """Return whether the statistic may be of scaled activations; without, all squares of tiny ones would be 0."""
+        return calibrate.can_be_scaled(self.initial)
+
     def __call__(self, x: Float[Array, 'tokens inputs']) -> Moments:
         """Return the sums over the tokens of one call."""
         first = jnp.sum(x.astype(jnp.float32), axis=0)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.method import Method
 from sparselora_jax.pruning.sparsegpt import inverse_factor
-from sparselora_jax.sparse.packing import PackingError, find_format, rounding_formats
+from sparselora_jax.sparse.packing import FORMATS, PackingError, find_format, rounding_formats
 from sparselora_jax.sparse.packing.four_bits import best_scale, rounded
 from sparselora_jax.sparse.patterns import Pattern
 
@@ -61,11 +61,12 @@ class GPTQ(Method):
           PackingError: an unknown `format`.
         """
         del pattern, num_zeros
-        if self.format not in rounding_formats():
+        is_known = self.format in FORMATS or ':' in self.format
+        form = find_format(self.format) if is_known else None
+        if form is None or form.levels is None:
             raise PackingError(f'GPTQ format {self.format!r}: expected one of {", ".join(rounding_formats())}')
         inputs = kernel.shape[0]
         dtype = statistic.dtype
-        form = find_format(self.format)
         kind = form.levels
         size = form.inputs_per_scale(inputs)
         lower = inverse_factor(statistic, self.damp, size)

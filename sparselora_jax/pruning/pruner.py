@@ -50,7 +50,16 @@ class Verdict(NamedTuple):
 
 
 def _judge(kernel: Array, pruned: Array, mask: Array) -> Verdict:
-    """Return whether pruned weights are finite, and whether kept ones were edited."""
+    """Return whether pruned weights are finite, and whether kept ones were edited.
+
+    Raises:
+      MethodError: while tracing: the method returned arrays of another shape, or a mask that is not boolean.
+    """
+    if pruned.shape != kernel.shape or mask.shape != kernel.shape or mask.dtype != jnp.bool_:
+        raise MethodError(
+            f'the method returned a kernel {pruned.shape} and a mask {mask.shape} of {mask.dtype}: expected a kernel '
+            f'and a boolean mask of shape {kernel.shape}'
+        )
     is_finite = jnp.isfinite(pruned)
     # -0.0 equals 0.0, so a method may also multiply by its mask. The other check handles NaN.
     untouched = jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))

@@ -70,11 +70,11 @@ class Registry(Generic[Part]):
             raise UnknownNameError(
                 f'{self.kind} {name!r}: expected one of {", ".join(self._parts)}, or package.module:Name{hint}'
             )
-        # importlib raises ValueError for an empty module name.
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UnknownNameError(f'{self.kind} {name!r} cannot be imported ({error})') from None
+        except Exception as error:  # a user's module may raise anything when it is imported
+            kind = '' if isinstance(error, ImportError | AttributeError) else f'{type(error).__name__}: '
+            raise UnknownNameError(f'{self.kind} {name!r} cannot be imported ({kind}{error})') from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts

@@ -245,8 +245,10 @@ def _check_fit(params: Mapping[str, Any], masks: Mapping[str, Any], lora: Mappin
             shape = getattr(params.get(path), 'shape', 'no such kernel')
             raise ValueError(f'{path}: mask of shape {mask.shape} for a kernel of shape {shape}')
     for path, factors in lora.items():
-        shape = getattr(params.get(path), 'shape', None)
-        if shape is None or (*factors.a.shape[:-1], factors.b.shape[-1]) != shape:
+        if path not in params:
+            raise ValueError(f'{path}: has LoRA factors but no kernel')
+        shape = params[path].shape
+        if (*factors.a.shape[:-1], factors.b.shape[-1]) != shape:
             raise ValueError(
                 f'{path}: LoRA factors {factors.a.shape} x {factors.b.shape} for a kernel of shape {shape}'
             )

@@ -15,7 +15,7 @@ from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import bootstrap, density, vqa
-from sparselora_jax.evaluation.metric import METRICS, Metric
+from sparselora_jax.evaluation.metric import METRICS, Metric, MetricError
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.models import llama
 from sparselora_jax.runtime.registry import UnknownNameError
@@ -223,3 +223,20 @@ def test_perplexity_equals_torch(from_torch, perturbed):
     assert bound == pytest.approx(perplexity(sl.merge(params, masked), cfg, tokens, window=16), rel=1e-6)
     with pytest.raises(ValueError, match='55 tokens, fewer than one window of 128'):
         perplexity(params, cfg, tokens)
+
+
+def test_a_score_that_is_none_is_refused():
+    class Broken:
+        title = 'broken'
+
+        def __init__(self, value):
+            self.value = value
+
+        def __call__(self, predicted, reference):
+            if self.value == 'raise':
+                raise KeyError(predicted)
+            return self.value
+
+    for value, message in ((None, 'fails on'), (float('nan'), 'returns nan'), (2, 'returns 2'), ('raise', 'KeyError')):
+        with pytest.raises(MetricError, match=f"metric 'broken' .*{message}"):
+            vqa.Answers(['yes'], ['no']).scores(Broken(value))

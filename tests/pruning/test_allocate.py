@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sparselora_jax import pruning
-from sparselora_jax.pruning.allocate import check_bound, round_zeros, total
+from sparselora_jax.pruning.allocate import check_bound, check_zeros, round_zeros, total
 from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import stack_of
 
@@ -164,3 +164,20 @@ def test_what_cannot_be_allocated_is_named():
         of([0.0, 1.0], highest=1.0)
     with pytest.raises(PatternError, match='9 zeros are to be allocated, and at most 6 may be'):
         round_zeros({path: np.array([4.5, 4.5])}, 9, {path: np.array([3, 3])})
+
+
+@pytest.mark.parametrize(
+    ('zeros', 'message'),
+    [
+        ({'q': np.array([5, 6])}, '11 in all, expected 10, the sum of uniform pruning'),
+        ({'q': np.array([5.5, 4.5])}, 'q has float64 numbers'),
+        ({'q': np.array([10])}, r'q has int64 numbers of shape \(1,\)'),
+        ({}, 'q is missing'),
+        ({'q': np.array([5, 5]), 'k': np.array([0])}, 'k is no kernel that is pruned'),
+    ],
+)
+def test_what_an_allocation_returns_is_checked(zeros, message):
+    uniform = {'q': np.array([5, 5])}
+    check_zeros({'q': np.array([4, 6])}, uniform)
+    with pytest.raises(PatternError, match=message):
+        check_zeros(zeros, uniform)

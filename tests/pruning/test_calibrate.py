@@ -160,3 +160,14 @@ def test_a_kernel_without_any_input_is_named_and_a_generator_cannot_be_read_twic
     caplog.clear()
     one_kernel(1.0, calibrate.squares, iter([jnp.full((2, 16), 1e-22)]))
     assert 'fc/kernel: activations are zero, or too small for float32 squares; give' in caplog.text
+
+
+def test_statistics_of_which_not_only_ratios_matter_are_never_of_scaled_activations():
+    params = {'q': {'kernel': jnp.ones((4, 2))}}
+    x = jax.random.normal(jax.random.key(0), (10, 4))
+
+    def outliers(x):
+        return jnp.sum((jnp.abs(x) > 6).astype(jnp.float32), axis=0)
+
+    stats = calibrate.collect(lambda w, b: linear(b, w['q']['kernel']), params, [x], stat=outliers)
+    np.testing.assert_array_equal(stats['q/kernel'][0], np.zeros(4))

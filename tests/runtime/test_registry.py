@@ -37,3 +37,10 @@ def test_what_does_not_exist_is_named(name, message):
 def test_a_name_is_given_once():
     with pytest.raises(ValueError, match="metric 'exact' is registered already"):
         registry().register('exact', len)
+
+
+def test_a_module_that_fails_when_it_is_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'failing.py').write_text("raise RuntimeError('no such device')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UnknownNameError, match="metric 'failing:f' cannot be imported .RuntimeError: no such device"):
+        registry().find('failing:f')

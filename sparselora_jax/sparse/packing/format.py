@@ -158,12 +158,16 @@ def find_format(name: str) -> PackedFormat:
       name: one of `FORMATS`, or `package.module:Name`.
 
     Raises:
-      PackingError: there is no such format.
+      PackingError: there is no such format, or the object is none.
     """
     try:
-        return FORMATS.find(name)
+        form = FORMATS.find(name)
     except UnknownNameError as error:  # callers catch one error type for all packing problems
         raise PackingError(str(error)) from None
+    # An import by name may return any object; a class has the attributes of its objects.
+    if isinstance(form, type) or not isinstance(form, PackedFormat):
+        raise PackingError(f'format {name!r}: expected an object of the protocol PackedFormat, not {form!r}')
+    return form
 
 
 def format_for(pattern: Pattern, *, four_bits: bool = False) -> str:
