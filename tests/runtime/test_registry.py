@@ -42,5 +42,5 @@ def test_a_name_is_given_once():
 def test_a_module_that_fails_when_it_is_imported_is_named(tmp_path, monkeypatch):
     (tmp_path / 'failing.py').write_text("raise RuntimeError('no such device')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UnknownNameError, match="metric 'failing:f' cannot be imported .RuntimeError: no such device"):
+    with pytest.raises(UnknownNameError, match=r"metric 'failing:f' cannot be imported .RuntimeError: no such device"):
         registry().find('failing:f')
