@@ -164,6 +164,8 @@ class Job:
         # The data are read here for the first time, after the quicker checks. They are read even if there are no
         # earlier questions to compare with, so that unreadable data leave no workdir behind.
         questions = self.questions
+        if len(self.dataset.test.source) == 0:
+            raise DataError(f'{self.config.data}: there is no test question, so nothing can be evaluated')
         file = self.workdir / names.QUESTIONS
         if file.exists() and file.read_text() != questions:
             raise ConfigError(
@@ -176,8 +178,6 @@ class Job:
         """Return a digest of the test questions as JSON, the content of `questions.json`."""
         # Only texts, since reading all images would take minutes.
         texts = self.dataset.test.read_texts()
-        if not texts:
-            raise DataError(f'{self.config.data}: there is no test question, so nothing can be evaluated')
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         return json.dumps({'count': len(texts), 'sha256': digest})
 

@@ -47,4 +47,4 @@ def test_the_first_recipe_is_the_base_with_its_language_tower_pruned():
 def test_a_recipe_named_for_one_tower_says_that_lora_is_trained_in_all(family):
     module = importlib.import_module(f'configs.{family}_lang_only')
     assert all(module.get_config().lora.rank.values())
-    assert 'LoRA is trained in all of them, vision' in module.__doc__
+    assert 'LoRA is trained in all towers, also vision' in module.__doc__

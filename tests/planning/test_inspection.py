@@ -228,7 +228,10 @@ def test_a_directorys_own_files_say_whether_the_head_is_tied(script, tmp_path):
         (['configs/blip2_lang_onyl.py'], 'did you mean configs/blip2_lang_only.py?'),
         ([], 'expected one model: python launch/inspect.py MODEL'),
         (['google/paligemma-3b-pt-224', '--config=configs/blip2_both.py'], "rule 'qformer/"),
-        (['google/paligemma-3b-pt-224', '--config.restore.batch=2'], '--config.restore.batch without --config='),
+        (
+            ['google/paligemma-3b-pt-224', '--config.restore.batch=2'],
+            '--config.restore.batch needs a recipe: add --config=',
+        ),
     ],
 )
 def test_wrong_names_give_one_line(script, monkeypatch, arguments, message):
