@@ -230,7 +230,7 @@ def test_a_directorys_own_files_say_whether_the_head_is_tied(script, tmp_path):
         (['google/paligemma-3b-pt-224', '--config=configs/blip2_both.py'], "rule 'qformer/"),
         (
             ['google/paligemma-3b-pt-224', '--config.restore.batch=2'],
-            '--config.restore.batch needs a recipe: add --config=',
+            '--config.restore.batch needs a recipe: add',
         ),
     ],
 )
