@@ -70,7 +70,11 @@ def check_bound(zeros: Zeros, sizes: dict[str, int], highest: float) -> None:
     Raises:
       PatternError: the zeros do not fit, or `highest` does not lie in (0, 1].
     """
-    bounds(sizes, {path: np.shape(of_layers) for path, of_layers in zeros.items()}, total(zeros), highest)
+    shapes = {path: np.shape(of_layers) for path, of_layers in zeros.items()}
+    try:
+        bounds(sizes, shapes, total(zeros), highest)
+    except PatternError as error:
+        raise PatternError(f'highest: {error}') from None
 
 
 def bounds(sizes: dict[str, int], shapes: dict[str, tuple[int, ...]], budget: int, highest: float) -> Zeros:

@@ -26,7 +26,6 @@ from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.allocate import allocate, check_bound, total
 from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
 from sparselora_jax.pruning.targets import in_blocks
-from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import RuleError, flatten, is_in_block, unflatten
 
 ROWS = 32  # number of a kernel's inputs whose noise is drawn at once
@@ -321,10 +320,7 @@ class _ByImportance(Allocation):
         Raises:
           PatternError: it does not.
         """
-        try:
-            check_bound(uniform, sizes, self.highest)
-        except PatternError as error:
-            raise PatternError(f'highest: {error}') from None
+        check_bound(uniform, sizes, self.highest)
 
     def scores(self, inputs: AllocationInputs, batches: list[dict]) -> dict[str, np.ndarray]:
         """Return the importance of each layer's kernel.

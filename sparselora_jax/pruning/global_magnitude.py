@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int, Shaped
 from sparselora_jax.pruning.allocate import bounds, check_bound, check_left, kernel_sizes, total
 from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
 from sparselora_jax.sparse.masks import ordered_bits
-from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import flatten
 
 DIGIT = 16  # bits of the threshold that one pass over the model determines
@@ -134,10 +133,7 @@ class GlobalMagnitude(Allocation):
         Raises:
           PatternError: it does not.
         """
-        try:
-            check_bound(uniform, sizes, self.highest)
-        except PatternError as error:
-            raise PatternError(f'highest: {error}') from None
+        check_bound(uniform, sizes, self.highest)
 
     def __call__(self, inputs: AllocationInputs) -> Zeros:
         """Return the zeros of each layer's kernel under one threshold for all.
