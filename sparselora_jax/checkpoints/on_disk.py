@@ -5,7 +5,7 @@ reads the same kernels in the precision of their files.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sparselora_jax.checkpoints.safetensors_format import Entry
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.progress import Progress
 from sparselora_jax.sparse import packing, rules
+from sparselora_jax.sparse.dense import dense_mask
 from sparselora_jax.sparse.weights import Lora, effective_weight, merge
 
 HostArray = Shaped[np.ndarray, '...']
@@ -97,10 +98,43 @@ class Pruned:
         return np.where(_read_layer(self.mask, layer), kernel, np.zeros((), kernel.dtype))
 
 
-class Merged:
-    """A stacked kernel on disk with LoRA factors, merged in float32 one layer at a time."""
+class Reduced:
+    """A stacked pruned kernel in fewer bytes, in memory, converted to float32 one layer at a time."""
 
-    def __init__(self, kernel: OnDisk | Pruned, lora: Lora):
+    def __init__(self, kernel: Any, mask: Any | None):
+        """Store the kernel and its mask.
+
+        Args:
+          kernel: a stacked packed or four-bit kernel.
+          mask: its mask; None: a packed kernel that stores its own.
+        """
+        self.kernel = kernel
+        self.mask = mask
+        self.shape = kernel.shape
+        self.dtype = np.dtype(np.float32)
+        self.ndim = len(kernel.shape)
+
+    def __getitem__(self, layer: int) -> jax.Array:
+        kernel = self._kernel_of(layer)
+        return effective_weight(kernel, self.mask_of(layer), dtype=jnp.float32)
+
+    def mask_of(self, layer: int) -> Bool[jax.Array, 'inputs outputs']:
+        """Return the mask of one layer."""
+        mask = None if self.mask is None else jax.tree.map(lambda leaf: jnp.asarray(leaf[layer]), self.mask)
+        return dense_mask(mask, self._kernel_of(layer))
+
+    def in_file_dtype(self, layer: int) -> HostArray:
+        """Return one layer in float32, which holds every rounded value; the code that writes a file casts it."""
+        return np.asarray(self[layer])
+
+    def _kernel_of(self, layer: int) -> Any:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf[layer]), self.kernel)
+
+
+class Merged:
+    """A stacked kernel with LoRA factors, merged in float32 one layer at a time."""
+
+    def __init__(self, kernel: OnDisk | Pruned | Reduced, lora: Lora):
         """Store the kernel and the factors.
 
         Args:
@@ -116,7 +150,7 @@ class Merged:
     def __getitem__(self, layer: int) -> jax.Array:
         # Indexed by hand, since the scale is not an array and must stay as it is.
         factors = Lora(self.lora.a[layer], self.lora.b[layer], self.lora.scale)
-        mask = self.kernel.mask_of(layer) if isinstance(self.kernel, Pruned) else None
+        mask = self.kernel.mask_of(layer) if isinstance(self.kernel, Pruned | Reduced) else None
         return _merge_float32(self.kernel.in_file_dtype(layer), mask, factors)
 
     def in_file_dtype(self, layer: int) -> HostArray:
@@ -124,7 +158,7 @@ class Merged:
         return np.asarray(self[layer])
 
 
-Stack = OnDisk | Pruned | Merged
+Stack = OnDisk | Pruned | Reduced | Merged
 
 
 def pruned_on_disk(params: dict, masks: Path, *kernels: Path) -> dict:
@@ -164,7 +198,14 @@ def params_on_disk(model: Model, pieces: Sequence[Piece], dtype: DTypeLike) -> d
     return rules.unflatten(flat)
 
 
-def merge_from_source(model: Model, merged: dict, lora: dict, masks: Path, *kernels: Path) -> dict:
+def merge_from_source(
+    model: Model,
+    merged: dict,
+    lora: dict,
+    masks: Path,
+    *kernels: Path,
+    rounded: Mapping[str, Reduced] | None = None,
+) -> dict:
     """Return merged params whose changed kernels will be merged again, in the precision of the source's files.
 
     A model may be pruned and restored in another dtype than that of its files, such as bfloat16 for files in float32.
@@ -181,6 +222,8 @@ def merge_from_source(model: Model, merged: dict, lora: dict, masks: Path, *kern
       masks: a file written by `trees.layer_writer`.
       kernels: files of kernels whose kept weights changed; they need not exist. If two hold the same kernel, the last
         one is used.
+      rounded: kernels that were rounded before LoRA was trained on them, by path. Their W is the rounded one, which the
+        source does not have.
 
     Returns:
       A tree of the same shapes, for `export.export_model`. Some kernels are `Stack`s, which are read only when they are
@@ -205,7 +248,9 @@ def merge_from_source(model: Model, merged: dict, lora: dict, masks: Path, *kern
             flat[path] = np.asarray(_merge_float32(kernel, None, factors[path]))
             continue
         stack = OnDisk(path, flat[path].shape, pieces[0].entry.dtype, pieces)
-        if path in mask_entries:
+        if rounded and path in rounded:
+            stack = rounded[path]
+        elif path in mask_entries:
             stack = Pruned(stack, mask_entries[path], edited.get(path))
         flat[path] = Merged(stack, factors[path]) if path in factors else stack
     return rules.unflatten(flat)

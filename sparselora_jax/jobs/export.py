@@ -15,6 +15,8 @@ from sparselora_jax.data import text_format
 from sparselora_jax.evaluation.density import layer_density, plain_lora_density, tower_sparsity
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.models.model import abstract_params
+from sparselora_jax.pruning import patterns_of
 from sparselora_jax.recipe import ConfigError, pack_formats, rounded_rules
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError
@@ -47,21 +49,50 @@ def export(job: Job) -> dict:
         if jax.process_count() > 1:
             # Only the first process writes, so it gathers the arrays, of which each process has a part.
             merged = jax.tree.map(processes.on_first, merged)
-        exported = processes.agreed(lambda: _write_export(job, merged))
+        rounded = _rounded_kernels(job) if source else {}
+        exported = processes.agreed(lambda: _write_export(job, merged, rounded))
         return zeros | {'bytes': {'dense': dense, 'exported': exported}}
 
     return job.stage(names.EXPORT, compute)
 
 
-def _write_export(job: Job, merged: dict) -> int:
-    """Write and check the directories of `export`, and return the bytes of the exported weights."""
+def _rounded_kernels(job: Job) -> dict[str, on_disk.Reduced]:
+    """Return the kernels of a four-bit base, by path; empty if the base is not rounded.
+
+    With several processes every process must call this, and the first gets the whole kernels.
+    """
+    rules = rounded_rules(job.config)
+    if not rules:
+        return {}
+    base = job.base
+    kernels = flatten(base.params)
+    masks = flatten(base.masks or {})
+    rounded = {}
+    for path in patterns_of(abstract_params(job.model.cfg), rules):
+        kernel = kernels[path]
+        mask = masks.get(path)
+        if jax.process_count() > 1:
+            kernel, mask = jax.tree.map(processes.on_first, (kernel, mask))
+        if processes.first():
+            rounded[path] = on_disk.Reduced(kernel, mask)
+    return rounded
+
+
+def _write_export(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced]) -> int:
+    """Write and check the directories of `export`, and return the bytes of the exported weights.
+
+    Args:
+      job: the run.
+      merged: the restored model.
+      rounded: kernels of a four-bit base, by path.
+    """
     folder = job.workdir / names.EXPORTED_MODEL
     changed = None  # the embedded model is written as a new directory
     texts = {text_format.FILE: text_format.dump(job.text)}
     if job.model.source is None:
         embedded.save(folder, job.model, merged, texts=texts)
     else:
-        merged, changed = _merge_from_source(job, merged)
+        merged, changed = _merge_from_source(job, merged, rounded)
         export_model(folder, job.model, merged, changed=changed, texts=texts)
     restore = job.config.restore
     # An adapter is only useful with the weights it was trained on, so the base must not have been rounded.
@@ -74,19 +105,16 @@ def _write_export(job: Job, merged: dict) -> int:
     return _weight_bytes(folder)
 
 
-def _merge_from_source(job: Job, merged: dict) -> tuple[dict, set[str]]:
+def _merge_from_source(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced]) -> tuple[dict, set[str]]:
     """Return the params to export, computed from the precision of the source's files, and the paths that differ."""
-    restore = job.config.restore
     masks = job.workdir / names.MASKS
     trained = job.trained(names.TRAINING['restored'])
     changed = flatten(trained).keys() | {entry.name for entry in safetensors_format.read_header(masks)}
-    if restore.trained == 'weights':
+    if job.config.restore.trained == 'weights':
         kernels = job.workdir / f'{names.TRAINING["restored"]}.safetensors'
         return on_disk.merge_from_source(job.model, merged, {}, masks, kernels), changed
-    if not rounded_rules(job.config):
-        return on_disk.merge_from_source(job.model, merged, trained, masks, job.workdir / names.KERNELS), changed
-    # LoRA was trained on four-bit weights, which the source does not contain.
-    return merged, changed
+    kernels = job.workdir / names.KERNELS
+    return on_disk.merge_from_source(job.model, merged, trained, masks, kernels, rounded=rounded), changed
 
 
 def export_packed(job: Job, kind: str = 'packed') -> dict:

@@ -12,6 +12,7 @@ from sparselora_jax.checkpoints import layout, trees
 from sparselora_jax.jobs import stages
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.sparse import rules
+from sparselora_jax.sparse.dense import dense_kernel
 
 KIND = 'blip2-opt'
 
@@ -93,3 +94,44 @@ def test_an_export_changes_pruned_and_adapted_kernels_alone(directories, stream,
     for name in source.keys() - touched:
         assert source[name].tobytes() == exported[name].tobytes(), name
         assert not stream or source[name].tobytes() == pruned[name].tobytes(), name
+
+
+@pytest.mark.parametrize('base', ['packed_int4', pytest.param('nf4', marks=pytest.mark.slow)])
+def test_a_kernel_trained_on_a_rounded_base_is_merged_in_float32(directories, base, tmp_path):
+    folder, data = directories
+    job = make_job(folder, data, tmp_path / 'run', **{'restore.base': base, 'prune.method': 'magnitude'})
+    stages.prune(job)
+    stages.round_base(job)
+    language = {path for path in rules.flatten(job.masks) if path.startswith('language')}
+    base_params = rules.flatten(job.base.params)
+    kernels = {path: np.asarray(dense_kernel(base_params[path], np.float32)) for path in language}
+    rng = np.random.default_rng(0)
+    factors = {
+        path: (
+            rng.normal(0, 0.1, (*kernel.shape[:-1], 2)).astype(np.float32),
+            rng.normal(0, 0.1, (kernel.shape[0], 2, kernel.shape[2])).astype(np.float32),
+        )
+        for path, kernel in kernels.items()
+    }
+    lora = {path: sl.Lora(a, b, 1.0) for path, (a, b) in factors.items()}
+    trees.save_safetensors(job.workdir / 'restore.safetensors', rules.unflatten(lora))
+    stages.export(job)
+
+    exported = load_file(job.workdir / 'exported' / 'model.safetensors')
+    masks = rules.flatten(job.masks)
+    checked = set()
+    for name, places in layout.places(job.model.family, job.model.cfg).items():
+        for place in places:
+            if place.path not in factors:
+                continue
+            got = np.split(exported[name], place.of)[place.index].T
+            a, b = factors[place.path]
+            exact = (
+                kernels[place.path][place.layer].astype(np.float64) + a[place.layer].astype(np.float64) @ b[place.layer]
+            )
+            want = np.where(masks[place.path][place.layer], exact, 0)
+            # bfloat16, the compute dtype, would be off by up to 2**-9.
+            rounding = 2.0**-10 if got.dtype == np.float16 else 2.0**-20
+            np.testing.assert_allclose(got, want, rtol=rounding, atol=1e-6)
+            checked.add(place.path)
+    assert checked == language
