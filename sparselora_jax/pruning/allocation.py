@@ -23,6 +23,19 @@ class AllocationError(SparseloraError, ValueError):
     """An option of an allocation that cannot work; the message begins with the option's name."""
 
 
+def check_highest(highest: float) -> None:
+    """Check the option `highest` of an allocation: the sparsity that no layer's kernel exceeds.
+
+    Args:
+      highest: value of the option.
+
+    Raises:
+      AllocationError: it does not lie in (0, 1].
+    """
+    if not 0 < highest <= 1:
+        raise AllocationError(f'highest {highest}: expected a sparsity in (0, 1]')
+
+
 @dataclass(frozen=True)
 class AllocationInputs:
     """Everything that an allocation may use; batches are functions, so unused batches are never read.

@@ -7,7 +7,7 @@ correctly under jit and scan.
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,6 +39,10 @@ SCALE = 2.0**64
 SAFE = 2.0**-16
 
 DEAD = 'all {inputs} inputs are zero on every calibration token; nothing says which of its weights matter'
+SOME_DEAD = (
+    '{dead} of {inputs} inputs are zero on every calibration token, or too small for float32 squares; nothing says '
+    'which of their weights matter'
+)
 UNREPEATABLE = (
     'activations are zero, or too small for float32 squares; give the calibration batches as a list, so that they can '
     'be read a second time'
@@ -395,7 +399,10 @@ def collect(
         return None if valid is None else valid(batch)
 
     observe = make_observer(forward, stats=lambda path: stat if select(path) else None, valid=valid_rows)
-    return observe(params, batches)
+    statistics = observe(params, batches)
+    dead = {path: processes.on_host(count_dead_inputs(stat, total)) for path, (total, _) in statistics.items()}
+    warn_about_dead_inputs(dead, rules.kernels(params))
+    return statistics
 
 
 def _check_sums(path: str, stacked: bool, total: PyTree, tokens: Int[Array, ' layers']) -> Bool[np.ndarray, ' layers']:
@@ -413,6 +420,51 @@ def _check_sums(path: str, stacked: bool, total: PyTree, tokens: Int[Array, ' la
         layer = f', layer {int(bad.argmax())}' if stacked else ''
         raise CalibrationError(f'{path}{layer}: activations are not finite during calibration')
     return (largest.min(axis=0) < TINY) & (largest.max(axis=0) < SAFE)
+
+
+def count_dead_inputs(stat: Statistic, total: PyTree) -> Int[Array, '*layers'] | int:
+    """Return how many inputs of a kernel were zero on all calibration tokens; 0 where the statistic does not tell.
+
+    Args:
+      stat: the statistic.
+      total: its sum or mean, with a layers axis in front if the kernel has one.
+    """
+    # Zeros of other statistics, such as counts of outliers, are not zeros of the activations.
+    if not can_be_scaled(stat):
+        return 0
+    leaves = jax.tree.leaves(total)
+    axes = [len(leaf.shape) for leaf in jax.tree.leaves(statistic_shapes(stat, 1))]
+    return _count_dead(leaves, tuple(axes))
+
+
+@functools.partial(jax.jit, static_argnames='axes')
+def _count_dead(leaves: list[Array], axes: tuple[int, ...]) -> Int[Array, '*layers']:
+    # A vector [inputs] is zero at a dead input; so is the diagonal of a matrix [inputs, inputs].
+    per_input = [
+        leaf if count == 1 else jnp.diagonal(leaf, axis1=-2, axis2=-1) for leaf, count in zip(leaves, axes, strict=True)
+    ]
+    is_dead = functools.reduce(jnp.logical_and, [leaf == 0 for leaf in per_input])
+    return jnp.sum(is_dead, axis=-1, dtype=jnp.int32)
+
+
+def warn_about_dead_inputs(counts: Mapping[str, Int[np.ndarray, '*layers']], kernels: Mapping[str, Any]) -> None:
+    """Log one line for each kernel some of whose inputs are dead; `make_observer` names those of which all are.
+
+    Args:
+      counts: number of dead inputs, of each layer if the kernel is stacked, by path.
+      kernels: anything with the shapes of the kernels, by path.
+    """
+    if not processes.first():
+        return
+    for path, of_layers in counts.items():
+        inputs = kernels[path].shape[-2]
+        partly = np.flatnonzero((of_layers > 0) & (of_layers < inputs))
+        if not partly.size:
+            continue
+        most = int(np.reshape(of_layers, -1)[partly].max())
+        place = path if np.ndim(of_layers) == 0 else f'{path}, {partly.size} of {len(of_layers)} layers'
+        message = SOME_DEAD.format(dead=f'up to {most}' if partly.size > 1 else most, inputs=inputs)
+        logging.getLogger(__name__).warning('%s: %s', place, message)
 
 
 @jax.jit

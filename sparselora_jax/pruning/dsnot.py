@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.method import Method
+from sparselora_jax.pruning.method import Method, check_statistic
 from sparselora_jax.pruning.wanda import Wanda
 from sparselora_jax.sparse.patterns import Pattern
 
@@ -128,6 +128,7 @@ class DSnoT(Method):
         Raises:
           PatternError: see the initial method.
         """
+        check_statistic(self, statistic, kernel.shape[0])
         pruned, mask = self.initial(kernel, statistic.initial, pattern, num_zeros)
         mask = _swap(kernel.T, mask.T, statistic, pattern, self).T
         # If the initial method failed (a singular Hessian), its mask is meaningless. NaN weights report that.

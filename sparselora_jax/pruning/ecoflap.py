@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from sparselora_jax.models.runners import remat_blocks, scan_blocks
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.allocate import allocate, check_bound, total
-from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
+from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros, check_highest
 from sparselora_jax.pruning.targets import in_blocks
 from sparselora_jax.sparse.rules import RuleError, flatten, is_in_block, unflatten
 
@@ -303,8 +303,7 @@ class _ByImportance(Allocation):
     uses_score_batches: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not 0 < self.highest <= 1:
-            raise AllocationError(f'highest {self.highest}: expected a sparsity in (0, 1]')
+        check_highest(self.highest)
         if self.score_samples % self.score_batch:
             raise AllocationError(
                 f'score_batch {self.score_batch}: does not divide score_samples, {self.score_samples}'

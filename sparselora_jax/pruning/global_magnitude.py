@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from sparselora_jax.pruning.allocate import bounds, check_bound, check_left, kernel_sizes, total
-from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
+from sparselora_jax.pruning.allocation import Allocation, AllocationInputs, Zeros, check_highest
 from sparselora_jax.sparse.masks import ordered_bits
 from sparselora_jax.sparse.rules import flatten
 
@@ -120,8 +120,7 @@ class GlobalMagnitude(Allocation):
     needs_model_in_memory: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not 0 < self.highest <= 1:
-            raise AllocationError(f'highest {self.highest}: expected a sparsity in (0, 1]')
+        check_highest(self.highest)
 
     def check(self, uniform: Zeros, sizes: dict[str, int]) -> None:
         """Check that the budget fits under `highest`.

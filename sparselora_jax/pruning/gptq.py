@@ -9,9 +9,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.method import Method
+from sparselora_jax.pruning.method import Method, check_statistic
 from sparselora_jax.pruning.sparsegpt import inverse_factor
-from sparselora_jax.sparse.packing import FORMATS, PackingError, find_format, rounding_formats
+from sparselora_jax.sparse.packing import FORMATS, PackingError, RoundingFormat, find_format, rounding_formats
 from sparselora_jax.sparse.packing.four_bits import best_scale, rounded
 from sparselora_jax.sparse.patterns import Pattern
 
@@ -61,9 +61,10 @@ class GPTQ(Method):
           PackingError: an unknown `format`.
         """
         del pattern, num_zeros
+        check_statistic(self, statistic, kernel.shape[0])
         is_known = self.format in FORMATS or ':' in self.format
         form = find_format(self.format) if is_known else None
-        if form is None or form.levels is None:
+        if not isinstance(form, RoundingFormat) or form.levels is None:
             raise PackingError(f'GPTQ format {self.format!r}: expected one of {", ".join(rounding_formats())}')
         inputs = kernel.shape[0]
         dtype = statistic.dtype

@@ -5,13 +5,16 @@ To add a method, write a frozen dataclass that implements `Method` in a file of 
 'package.module:Name'`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import jax
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
+from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.calibrate import Statistic
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.registry import Registry
@@ -90,6 +93,9 @@ class Method(Protocol):
 
         Returns:
           (kernel with exact zeros where the mask is False, mask: True = kept).
+
+        Raises:
+          CalibrationError: the statistic is not the one that the method needs (`check_statistic`).
         """
         ...
 
@@ -135,6 +141,51 @@ def check_method(method: object) -> None:
     except TypeError:
         # jit compiles a program for each method, and finds it again by the method's hash.
         raise MethodError(f'pruning method {name} cannot be hashed: make it a frozen dataclass') from None
+
+
+def check_statistic(
+    method: Method, statistic: PyTree, inputs: int, *, layers: Sequence[int] = (), path: str | None = None
+) -> None:
+    """Check that a statistic has the shapes of the one that a method needs.
+
+    Without this check a Hessian given to Wanda would broadcast against the scores without an error.
+
+    Args:
+      method: a method with a statistic.
+      statistic: what was given to it.
+      inputs: length of the kernel's input axis.
+      layers: sizes of the axes in front of a stacked kernel's.
+      path: path of the kernel, for the message.
+
+    Raises:
+      CalibrationError: it has other shapes; names the statistic that is expected and the one that was found.
+    """
+    expected = _shapes(calibrate.statistic_shapes(method.statistic, inputs), layers)
+    if _shapes(statistic) == expected:
+        return
+    # Find the name of the statistic that was given, for the message.
+    known = [other for other in (calibrate.squares, calibrate.hessian) if other is not method.statistic]
+    found = [
+        calibrate.name_of(other)
+        for other in known
+        if _shapes(calibrate.statistic_shapes(other, inputs), layers) == _shapes(statistic)
+    ]
+    name = type(method).__name__
+    raise calibrate.CalibrationError(
+        f'{f"{path}: " if path else ""}{name} expects the statistic {calibrate.name_of(method.statistic)} of shape '
+        f'{_sizes(expected)} and found {found[0] if found else "one"} of shape {_sizes(_shapes(statistic))}; '
+        f'run collect with stat={name}().statistic'
+    )
+
+
+def _shapes(statistic: PyTree, layers: Iterable[int] = ()) -> tuple[Any, list[tuple[int, ...]]]:
+    """Return (structure, shapes) of a statistic, with a leading layers axis in front of each shape."""
+    leaves, structure = jax.tree.flatten(statistic)
+    return structure, [(*layers, *np.shape(leaf)) for leaf in leaves]
+
+
+def _sizes(shapes: tuple[Any, list[tuple[int, ...]]]) -> str:
+    return ', '.join(str(list(shape)) for shape in shapes[1])
 
 
 def prunes_jointly(method: Method, pattern: Pattern) -> bool:

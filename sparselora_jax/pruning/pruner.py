@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.calibrate import CalibrationError
-from sparselora_jax.pruning.method import Method, MethodError, prunes_jointly
+from sparselora_jax.pruning.method import Method, MethodError, check_statistic, prunes_jointly
 from sparselora_jax.pruning.targets import (
     Methods,
     PatternRules,
@@ -24,6 +24,7 @@ from sparselora_jax.pruning.targets import (
     per_group,
 )
 from sparselora_jax.pruning.walk import block_observer, joined, walk
+from sparselora_jax.runtime import processes
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.patterns import Pattern
 from sparselora_jax.sparse.rules import RuleError, block_path, flatten, unflatten
@@ -152,7 +153,7 @@ def prune_tree(
     """Prune any nested dict of kernels in one shot.
 
     Args:
-      params: kernels `[inputs, outputs]` or stacks of them, `[layers, inputs, outputs]`.
+      params: kernels `[inputs, outputs]` or, within a dict called `blocks`, stacks `[layers, inputs, outputs]`.
       stats: what `collect` returned; None for a method without a statistic.
       rules: `(regex, pattern)` in order; every kernel must match.
       method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, `DSnoT()`, or rules `(regex, method)` if towers use
@@ -218,33 +219,8 @@ def _statistic_for(
         raise CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
     statistic = stats[path][0]
     *layers, inputs, _outputs = shape
-    expected = _shapes(calibrate.statistic_shapes(method.statistic, inputs), layers)
-    # A Hessian would silently broadcast against Wanda's scores, so shapes are compared here.
-    if _shapes(statistic) != expected:
-        # Find the name of the statistic that was given, for the message.
-        known = [other for other in (calibrate.squares, calibrate.hessian) if other is not method.statistic]
-        names = [
-            calibrate.name_of(other)
-            for other in known
-            if _shapes(calibrate.statistic_shapes(other, inputs), layers) == _shapes(statistic)
-        ]
-        name = calibrate.name_of(method.statistic)
-        raise CalibrationError(
-            f'{path}: {type(method).__name__} expects the statistic {name} of shape {_sizes(expected)} and found '
-            f'{names[0] if names else "one"} of shape {_sizes(_shapes(statistic))}; '
-            f'run collect with stat={type(method).__name__}().statistic'
-        )
+    check_statistic(method, statistic, inputs, layers=layers, path=path)
     return statistic
-
-
-def _shapes(statistic: PyTree, layers: Iterable[int] = ()) -> tuple[Any, list[tuple[int, ...]]]:
-    """Return (structure, shapes) of a statistic, with a leading layers axis in front of each shape."""
-    leaves, structure = jax.tree.flatten(statistic)
-    return structure, [(*layers, *np.shape(leaf)) for leaf in leaves]
-
-
-def _sizes(shapes: tuple[Any, list[tuple[int, ...]]]) -> str:
-    return ', '.join(str(list(shape)) for shape in shapes[1])
 
 
 def prune(
@@ -298,6 +274,7 @@ def prune(
     pruned_layers: dict[str, list[Array]] = {}
     mask_layers: dict[str, list[Array]] = {}
     tokens: dict[str, int] = {}
+    dead_inputs: dict[str, list[ArrayLike]] = {}
 
     def collect(path, layer, kernel, mask):
         pruned_layers.setdefault(path, []).append(kernel)
@@ -329,6 +306,9 @@ def prune(
             for name, path in paths.items():
                 take(path, layer, pruned[name], masks[name])
                 tokens[path] = int(stats[name][1])
+                if methods[path].statistic is not None:
+                    count = calibrate.count_dead_inputs(methods[path].statistic, stats[name][0])
+                    dead_inputs.setdefault(path, []).append(count)
             # The walk then runs the samples through the pruned block.
             return w | pruned
 
@@ -340,6 +320,8 @@ def prune(
     if missed:
         raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
     flat = flatten(params)
+    dead_by_path = {path: np.stack([processes.on_host(count) for count in dead_inputs[path]]) for path in dead_inputs}
+    calibrate.warn_about_dead_inputs(dead_by_path, flat)
     masks = {}
     for path in list(pruned_layers):  # popped, so that at most one stack exists twice
         flat[path] = jnp.stack(pruned_layers.pop(path))

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.method import Method
+from sparselora_jax.pruning.method import Method, check_statistic
 from sparselora_jax.sparse.masks import mask_from_scores
 from sparselora_jax.sparse.patterns import Pattern
 
@@ -57,6 +57,7 @@ class RIA(Method):
         >>> mask[:, 0].tolist()  # all that its second input has, though it is the smallest weight of its output
         [True, True, False, False]
         """
+        check_statistic(self, statistic, kernel.shape[0])
         magnitude = jnp.abs(kernel.astype(statistic.dtype))
         of_output = jnp.sum(magnitude, axis=0, keepdims=True)
         of_input = jnp.sum(magnitude, axis=1, keepdims=True)

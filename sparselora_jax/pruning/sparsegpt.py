@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.method import Method
+from sparselora_jax.pruning.method import Method, check_statistic
 from sparselora_jax.sparse.masks import keep_largest, keep_n_of_m
 from sparselora_jax.sparse.patterns import Pattern, PatternError
 
@@ -106,6 +106,7 @@ class SparseGPT(Method):
           PatternError: see `check`.
         """
         self.check(pattern, kernel.shape[0])
+        check_statistic(self, statistic, kernel.shape[0])
         inputs, outputs = kernel.shape
         size = min(self.block, inputs)
         dtype = statistic.dtype

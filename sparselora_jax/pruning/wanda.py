@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.method import Method
+from sparselora_jax.pruning.method import Method, check_statistic
 from sparselora_jax.sparse.masks import mask_from_scores
 from sparselora_jax.sparse.patterns import Pattern
 
@@ -48,6 +48,7 @@ class Wanda(Method):
         >>> mask[:, 0].tolist()
         [False, True, False, True]
         """
+        check_statistic(self, statistic, kernel.shape[0])
         # Scores are compared in the statistic's dtype, float32, whatever that of the weights.
         scores = jnp.abs(kernel.astype(statistic.dtype)) * jnp.sqrt(statistic)[:, None]
         # Ties, such as those of dead inputs, are broken by position.

@@ -23,9 +23,6 @@ KERNEL = 'kernel'  # the last part of the path of a matrix [in, out]
 BLOCKS = 'blocks'  # the part of a path below which arrays are stacked: [layers, ...]
 SHOWN = 5  # most leaves that an error lists
 
-# Kernels of Flax's MultiHeadDotProductAttention are [in, heads, head_dim], `out` is [heads, head_dim, out].
-_ATTENTION = ('query', 'key', 'value', 'out')
-
 
 class RuleError(SparseloraError, ValueError):
     """A list of rules that does not fit its tree, or a tree without kernels."""
@@ -165,42 +162,35 @@ def check_layout(params: PyTree, paths: Iterable[str]) -> None:
 
     A kernel is `[in, out]`, and a kernel with three axes is a stack `[layers, in, out]`. But Flax's attention and
     DenseGeneral have kernels `[in, heads, head_dim]`, whose groups would run along the wrong axis. So a kernel with
-    three axes outside `blocks` is refused in two cases: the bias beside it is not `[layers, out]`, or its layer is
-    called `query`, `key`, `value` or `out` and no bias shows that it is a stack. Kernels with more than three axes are
-    always refused.
+    three axes must lie within `blocks`, or have a bias beside it that can only be `[layers, out]`. Kernels with more
+    than three axes are always refused.
 
     Args:
       params: the params tree.
       paths: paths of the kernels to check.
 
     Raises:
-      RuleError: the axes are unknown; names path and shape, and asks for a reshape to [in, out].
+      RuleError: the axes are unknown; names path and shape, and says how to make them known.
     """
     flat = flatten(params)
     for path in paths:
         shape = tuple(flat[path].shape)
-        layer = path.removesuffix(f'/{KERNEL}')
+        bias = flat.get(f'{path.removesuffix(KERNEL)}bias')
         # Within blocks the first axis is always the layer.
-        is_stack = len(shape) == 3 and (is_in_block(path) or _looks_stacked(layer, shape, flat.get(f'{layer}/bias')))
+        is_stack = len(shape) == 3 and (is_in_block(path) or _has_bias_of_stack(shape, bias))
         if len(shape) > 2 and not is_stack:
             raise RuleError(
-                f'{path} {list(shape)}: which axes are contracted is unknown. Expected [in, out], or a stack '
-                f'[layers, in, out]. Reshape it: [in, heads, head_dim] to [in, heads * head_dim], '
-                f'[heads, head_dim, out] to [heads * head_dim, out]'
+                f'{path} {list(shape)}: which axes are contracted is unknown. Expected [in, out]. Reshape it: '
+                '[in, heads, head_dim] to [in, heads * head_dim], [heads, head_dim, out] to [heads * head_dim, out]. '
+                f'If it is a stack [layers, in, out], put it into a dict called {BLOCKS!r}'
             )
 
 
-def _looks_stacked(layer: str, shape: tuple[int, ...], bias: Any) -> bool:
-    """Return whether a kernel with three axes is probably [layers, in, out], from its bias and its layer's name."""
+def _has_bias_of_stack(shape: tuple[int, ...], bias: Any) -> bool:
+    """Return whether the bias of a kernel with three axes can only be that of a stack `[layers, in, out]`."""
     layers, inputs, outputs = shape
-    if bias is not None:
-        of_stack = (layers, outputs)
-        of_attention = (inputs, outputs)  # [heads, head_dim]
-        if tuple(bias.shape) != of_stack:
-            return False
-        if of_stack != of_attention:
-            return True
-    return layer.rsplit('/', 1)[-1] not in _ATTENTION
+    # The bias of [in, heads, head_dim] is [heads, head_dim]; if layers equal inputs, both kinds have the same shape.
+    return bias is not None and tuple(bias.shape) == (layers, outputs) and layers != inputs
 
 
 def match(rules: Sequence[tuple[str, Value]], paths: Iterable[str]) -> dict[str, Value]:

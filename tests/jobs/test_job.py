@@ -263,7 +263,7 @@ def test_any_pattern_is_held_in_four_bits_as_it_was_chosen(world, tmp_path, base
     assert chosen.keys() == rules.flatten(job.masks).keys()
     for path, kernel in chosen.items():
         np.testing.assert_array_equal(dense_kernel(held[path], np.float32), kernel)
-    sl.check_sparse(packing.unpack(job.base.params), job.masks)
+    sl.check_sparse(sl.unpack(job.base.params), job.masks)
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,9 @@ def test_only_the_kernels_that_are_pruned_are_compared():
 
 
 def test_a_kernel_that_would_keep_nothing_is_named():
-    params = {'a': {'kernel': jnp.full((2, 4, 4), 0.1).at[1].set(1.0)}}
+    params = {'blocks': {'a': {'kernel': jnp.full((2, 4, 4), 0.1).at[1].set(1.0)}}}
     uniform = pruning.uniform_zeros(params, [('.*', 0.5)], method=METHOD)
-    with pytest.raises(PatternError, match='a/kernel, layer 0: all 16 weights would be pruned'):
+    with pytest.raises(PatternError, match='blocks/a/kernel, layer 0: all 16 weights would be pruned'):
         pruning.global_magnitude_zeros(params, uniform)
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from sparselora_jax.models.init import init_params
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.sparse import masks as sparsity
 from sparselora_jax.sparse import rules
+from sparselora_jax.sparse.linear import linear
 
 CFG = llama.LlamaConfig(vocab=11, width=16, depth=3, heads=4, kv_heads=2, mlp_width=24)
 RULES = [('language/blocks/.*/kernel', '2:4')]
@@ -114,12 +116,14 @@ def test_weights_in_numpy_arrays_may_be_written_over_as_they_are_pruned():
 
 
 def test_one_shot_prunes_any_tree():
-    params = {'fc': {'kernel': jax.random.normal(jax.random.key(0), (3, 8, 4))}, 'head': {'kernel': jnp.ones((8, 2))}}
-    stats = {'fc/kernel': (jnp.ones((3, 8)), jnp.ones(3, jnp.int32))}
-    pruned, masks = pruning.prune_tree(params, stats, [('fc/.*', 0.5), ('.*', 'dense')], method=pruning.Wanda())
-    magnitude, _ = pruning.prune_tree(params, None, [('fc/.*', 0.5), ('.*', 'dense')], method=pruning.Magnitude())
-    assert list(rules.flatten(masks)) == ['fc/kernel']
-    assert jnp.array_equal(pruned['fc']['kernel'], magnitude['fc']['kernel'])
+    stack = jax.random.normal(jax.random.key(0), (3, 8, 4))
+    params = {'blocks': {'fc': {'kernel': stack}}, 'head': {'kernel': jnp.ones((8, 2))}}
+    path = 'blocks/fc/kernel'
+    stats = {path: (jnp.ones((3, 8)), jnp.ones(3, jnp.int32))}
+    pruned, masks = pruning.prune_tree(params, stats, [(path, 0.5), ('.*', 'dense')], method=pruning.Wanda())
+    magnitude, _ = pruning.prune_tree(params, None, [(path, 0.5), ('.*', 'dense')], method=pruning.Magnitude())
+    assert list(rules.flatten(masks)) == [path]
+    assert jnp.array_equal(rules.flatten(pruned)[path], rules.flatten(magnitude)[path])
 
 
 @pytest.mark.parametrize(
@@ -215,13 +219,14 @@ def test_edits_of_a_method_that_hides_them_are_an_error():
 
 @pytest.mark.parametrize('layers', [(), (3,)])
 def test_the_statistic_of_another_method_is_an_error(layers):
-    params = {'fc': {'kernel': jnp.ones((*layers, 8, 8))}}
-    of_vectors = {'fc/kernel': (jnp.ones((*layers, 8)), jnp.ones(layers, jnp.int32))}
-    of_matrices = {'fc/kernel': (jnp.ones((*layers, 8, 8)), jnp.ones(layers, jnp.int32))}
+    path = 'blocks/fc/kernel' if layers else 'fc/kernel'
+    params = rules.unflatten({path: jnp.ones((*layers, 8, 8))})
+    of_vectors = {path: (jnp.ones((*layers, 8)), jnp.ones(layers, jnp.int32))}
+    of_matrices = {path: (jnp.ones((*layers, 8, 8)), jnp.ones(layers, jnp.int32))}
 
     def match(method, expected, found):
         shapes = {'squares': [*layers, 8], 'hessian': [*layers, 8, 8]}
-        text = f'fc/kernel: {method} expects the statistic {expected} of shape {shapes[expected]} and found {found}'
+        text = f'{path}: {method} expects the statistic {expected} of shape {shapes[expected]} and found {found}'
         return re.escape(f'{text} of shape {shapes[found]}; run collect with stat={method}().statistic')
 
     with pytest.raises(calibrate.CalibrationError, match=match('Wanda', 'squares', 'hessian')):
@@ -261,3 +266,42 @@ def test_what_does_not_fit_is_named_before_any_work():
     params['other'] = {'kernel': jnp.ones((4, 4))}
     with pytest.raises(rules.RuleError, match='other/kernel: not inside the blocks'):
         pruning.prune(forward, params, [batch], [('.*', '2:4')], method=pruning.Wanda())
+
+
+@pytest.mark.parametrize(
+    ('method', 'statistic', 'found'),
+    [
+        (pruning.Wanda(), jnp.ones((8, 8)), 'expects the statistic squares of shape [8] and found hessian'),
+        (pruning.RIA(), jnp.ones((8, 8)), 'expects the statistic squares of shape [8] and found hessian'),
+        (pruning.SparseGPT(), jnp.ones(8), 'expects the statistic hessian of shape [8, 8] and found squares'),
+        (pruning.GPTQ(), jnp.ones(8), 'expects the statistic hessian of shape [8, 8] and found squares'),
+        (pruning.DSnoT(), jnp.ones(8), 'and found squares of shape [8]'),
+    ],
+)
+def test_a_method_called_by_itself_refuses_the_statistic_of_another(method, statistic, found, monkeypatch):
+    # Users do not run with the type checker of the tests, which would refuse the call first.
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+    with pytest.raises(calibrate.CalibrationError, match=re.escape(found)):
+        method(jnp.ones((8, 8)), statistic, sparsity.parse_pattern('2:4'))
+
+
+@pytest.mark.parametrize('method', [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.DSnoT()])
+def test_inputs_that_are_zero_on_every_token_are_counted(method, caplog):
+    params, batch = setup()
+    # The first norm's scale is zero for three inputs of layer 1, so attention reads zeros there.
+    flat = rules.flatten(params)
+    path = 'language/blocks/norm1/scale'
+    flat[path] = flat[path].at[1, :3].set(0)
+    pruning.prune(forward, rules.unflatten(flat), [batch], RULES, method=method)
+    lines = [record.message for record in caplog.records]
+    expected = 'language/blocks/attn/q/kernel, 1 of 3 layers: 3 of 16 inputs are zero on every calibration token'
+    assert any(line.startswith(expected) for line in lines)
+    assert len(lines) == 3  # q, k and v
+
+
+def test_dead_inputs_are_counted_by_collect_too(caplog):
+    x = jnp.ones((4, 8)).at[:, 2].set(0)
+    calibrate.collect(lambda w, x: linear(x, w['q']['kernel']), {'q': {'kernel': jnp.ones((8, 4))}}, [x])
+    assert [record.message.split(',')[0] for record in caplog.records] == [
+        'q/kernel: 1 of 8 inputs are zero on every calibration token'
+    ]

@@ -123,6 +123,8 @@ def shapes(kernel, bias=None):
     [
         {'fc': shapes((8, 4, 2), bias=(4, 2))},  # DenseGeneral: [in, heads, head_dim]
         {'fc': shapes((4, 8, 2), bias=(2,))},  # DenseGeneral: [heads, head_dim, out]
+        {'fc': shapes((8, 4, 2))},  # a stack, or DenseGeneral without a bias
+        {'fc': shapes((4, 4, 2), bias=(4, 2))},  # the bias fits both
         {'fc': shapes((2, 3, 8, 4))},
         {'blocks': {'fc': shapes((2, 3, 8, 4))}},
     ],
@@ -136,7 +138,7 @@ def test_kernels_whose_axes_are_not_known_are_refused(act, params):
 @pytest.mark.parametrize(
     'params',
     [
-        {'fc': shapes((2, 8, 4))},
+        {'fc': shapes((2, 8, 4), bias=(2, 4))},
         {'query': shapes((2, 8, 4), bias=(2, 4))},  # the bias says that it is a stack
         {'blocks': {'query': shapes((2, 8, 4))}},
     ],
