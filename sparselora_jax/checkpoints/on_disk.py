@@ -1,4 +1,4 @@
-"""Read weights from disk, one layer at a time.
+"""Read and merge weights one layer at a time, most of them from disk.
 
 A model larger than memory is pruned this way, and then reduced to the smaller base that restoration uses. An export
 reads the same kernels in the precision of their files.
@@ -148,8 +148,7 @@ class Merged:
         self.ndim = kernel.ndim
 
     def __getitem__(self, layer: int) -> jax.Array:
-        # Indexed by hand, since the scale is not an array and must stay as it is.
-        factors = Lora(self.lora.a[layer], self.lora.b[layer], self.lora.scale)
+        factors = jax.tree.map(lambda leaf: leaf[layer], self.lora)
         mask = self.kernel.mask_of(layer) if isinstance(self.kernel, Pruned | Reduced) else None
         return _merge_float32(self.kernel.in_file_dtype(layer), mask, factors)
 

@@ -118,7 +118,7 @@ def allocate(job: Job) -> dict[str, np.ndarray] | None:
             progress=lambda name, count: Progress(name, count, interval=5),
         )
         zeros = allocation(inputs)
-        check_zeros(zeros, uniform)
+        check_zeros(zeros, uniform, inputs.sizes)
         return {'zeros': {path: of_layers.tolist() for path, of_layers in zeros.items()}}
 
     return {path: np.array(of_layers) for path, of_layers in job.stage('zeros', compute)['zeros'].items()}

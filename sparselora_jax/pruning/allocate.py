@@ -12,7 +12,7 @@ all its weights gets no more.
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float, Int, PyTree
 
 from sparselora_jax.pruning.allocation import Zeros
 from sparselora_jax.pruning.targets import Methods, PatternRules, methods_of, pattern_zeros, patterns_of
@@ -104,16 +104,21 @@ def bounds(sizes: dict[str, int], shapes: dict[str, tuple[int, ...]], budget: in
     return most
 
 
-def check_zeros(zeros: Zeros, uniform: Zeros) -> None:
-    """Check what an allocation returned: the same kernels and layers, whole numbers, and the sum of uniform pruning.
+def check_zeros(zeros: object, uniform: Zeros, sizes: dict[str, int]) -> None:
+    """Check what an allocation returned.
+
+    It must have the kernels and layers of uniform pruning, whole numbers, and their sum. Every kernel keeps a weight.
 
     Args:
-      zeros: zeros of each layer's kernel.
+      zeros: what the allocation returned, of which nothing is known yet.
       uniform: what uniform pruning would make.
+      sizes: number of weights of one layer's kernel, by path.
 
     Raises:
       PatternError: names the path, or both sums.
     """
+    if not isinstance(zeros, Mapping):
+        raise PatternError(f'zeros of the allocation: expected a dict by path, not {type(zeros).__name__}')
     for path in sorted(zeros.keys() | uniform.keys()):
         if path not in zeros or path not in uniform:
             problem = 'missing' if path in uniform else 'no kernel that is pruned'
@@ -124,6 +129,9 @@ def check_zeros(zeros: Zeros, uniform: Zeros) -> None:
                 f'zeros of the allocation: {path} has {given.dtype} numbers of shape {given.shape}, expected whole '
                 f'numbers of shape {uniform[path].shape}'
             )
+        if given.min() < 0:
+            raise PatternError(f'zeros of the allocation: {path} has {given.min()}, expected 0 or more')
+    check_left(zeros, sizes)
     if total(zeros) != total(uniform):
         raise PatternError(
             f'zeros of the allocation: {total(zeros)} in all, expected {total(uniform)}, the sum of uniform pruning; '
@@ -252,7 +260,8 @@ def _fill(
 def round_zeros(wanted: Mapping[str, np.ndarray], budget: int, most: Zeros) -> Zeros:
     """Round `wanted` to integers that sum exactly to `budget`, by the method of largest remainders.
 
-    Of equal remainders, the earlier one is rounded up.
+    Of equal remainders, the earlier one is rounded up. Numbers below 0 or above `most` are set to that limit, and the
+    others make up for it: all by the same amount, as far as their own limits allow.
 
     Args:
       wanted: zeros of each layer's kernel, as real numbers that sum to `budget` up to rounding.
@@ -268,6 +277,7 @@ def round_zeros(wanted: Mapping[str, np.ndarray], budget: int, most: Zeros) -> Z
     # A kernel that is not stacked has a scalar; the others have a vector.
     real = np.concatenate([np.atleast_1d(of_layers) for of_layers in wanted.values()])
     caps = np.concatenate([np.atleast_1d(of_layers) for of_layers in most.values()]).astype(np.int64)
+    real = _lower_to(real, caps, budget)
     zeros = np.clip(np.floor(real).astype(np.int64), 0, caps)
     # Another round is needed if kernels with the largest remainders are at their maximum.
     while (missing := budget - int(zeros.sum())) > 0:
@@ -280,3 +290,24 @@ def round_zeros(wanted: Mapping[str, np.ndarray], budget: int, most: Zeros) -> Z
     ends = np.cumsum([np.size(of_layers) for of_layers in wanted.values()])[:-1]
     parts = np.split(zeros, ends)
     return {path: part.reshape(np.shape(wanted[path])) for path, part in zip(wanted, parts, strict=True)}
+
+
+def _lower_to(
+    real: Float[np.ndarray, ' kernels'], caps: Int[np.ndarray, ' kernels'], budget: int
+) -> Float[np.ndarray, ' kernels']:
+    """Lower all numbers by the same amount, so that they sum to `budget` once they are limited to 0 and `caps`.
+
+    Numbers whose sum is not above the budget are returned unchanged.
+    """
+    if np.clip(real, 0, caps).sum() < budget + 1:  # a smaller surplus is rounding
+        return real
+    # The limited sum falls as the amount rises, so the amount is bracketed and halved to the precision of float64.
+    low = 0.0
+    high = float(real.max())
+    for _ in range(100):
+        middle = (low + high) / 2
+        if np.clip(real - middle, 0, caps).sum() > budget:
+            low = middle
+        else:
+            high = middle
+    return real - high

@@ -5,6 +5,7 @@ To add a method, write a frozen dataclass that implements `Method` in a file of 
 'package.module:Name'`.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -135,6 +136,12 @@ def check_method(method: object) -> None:
         raise MethodError(
             f'pruning method {name} does not say {", ".join(missing)}: define them, or subclass '
             'sparselora_jax.pruning.Method, which has defaults for some'
+        )
+    if inspect.ismethod(method.statistic):
+        # A plain function as a class attribute becomes a method of the object when it is read.
+        raise MethodError(
+            f'pruning method {name}: statistic is bound to the method itself; write '
+            f'statistic = staticmethod({method.statistic.__name__})'
         )
     try:
         hash(method)

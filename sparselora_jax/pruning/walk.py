@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.method import MethodError
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.rules import block_path, flatten, unflatten
 
@@ -128,7 +129,7 @@ def walk(
       chunk: number of samples processed at a time on each device.
 
     Raises:
-      CalibrationError: raised by `visit`; its message gets the tower and the layer added.
+      CalibrationError, MethodError: raised by `visit`; the message gets the tower and the layer added.
     """
     mesh = sharding.mesh_of_rows(samples)
 
@@ -144,8 +145,8 @@ def walk(
             w = flatten(w if mesh is None else sharding.everywhere(w, mesh))
             try:
                 w = visit(layer, layers, w, chunks)
-            except calibrate.CalibrationError as error:
-                raise calibrate.CalibrationError(f'{block_path(tower, str(error))} (layer {layer})') from None
+            except (calibrate.CalibrationError, MethodError) as error:
+                raise type(error)(f'{block_path(tower, str(error))} (layer {layer})') from None
             for i, (x, ctx) in enumerate(chunks):  # one by one: memory never holds two sets of hidden states
                 chunks[i] = (step(unflatten(w), (x, ctx)), ctx)
         return _whole([x for x, _ in chunks], mesh=mesh), cache

@@ -66,7 +66,7 @@ class Pattern:
             if size % self.m:
                 raise PatternError(f'pattern {self} does not fit: {self.m} does not divide the input axis of {size}')
             return size // self.m * (self.m - self.n)  # N:M keeps n of m, so m - n are zero
-        # Rounded first, since the product of floats may be slightly below an integer, such as 6.99... in place of 7.
+        # Rounded first, since the product of floats may be slightly below an integer, such as 28.99... for 0.29 of 100.
         return math.floor(round(self.sparsity * size, 6))
 
 

@@ -174,10 +174,25 @@ def test_what_cannot_be_allocated_is_named():
         ({'q': np.array([10])}, r'q has int64 numbers of shape \(1,\)'),
         ({}, 'q is missing'),
         ({'q': np.array([5, 5]), 'k': np.array([0])}, 'k is no kernel that is pruned'),
+        ({'q': np.array([-1, 11])}, 'q has -1, expected 0 or more'),
+        ({'q': np.array([2, 8])}, 'q, layer 1: all 8 weights would be pruned'),
+        ([5, 5], 'expected a dict by path, not list'),
     ],
 )
 def test_what_an_allocation_returns_is_checked(zeros, message):
     uniform = {'q': np.array([5, 5])}
-    check_zeros({'q': np.array([4, 6])}, uniform)
+    sizes = {'q': 8}
+    check_zeros({'q': np.array([4, 6])}, uniform, sizes)
     with pytest.raises(PatternError, match=message):
-        check_zeros(zeros, uniform)
+        check_zeros(zeros, uniform, sizes)
+
+
+@pytest.mark.parametrize('wanted', [[-30.0, 10.0, 40.0], [-1e9, 0.25, 21.5], [90.0, -60.0, -10.0], [30.0, 30.0, 90.0]])
+def test_zeros_beyond_a_limit_are_made_up_for_by_the_others(wanted):
+    most = {'q': np.array([15, 15, 30])}
+    zeros = round_zeros({'q': np.array(wanted)}, 20, most)['q']
+    assert zeros.sum() == 20
+    assert ((zeros >= 0) & (zeros <= most['q'])).all()
+    # The order of the wishes is kept, up to rounding and to the limits.
+    order = np.argsort(wanted)
+    assert (np.diff(np.minimum(zeros, 15)[order]) >= -1).all()

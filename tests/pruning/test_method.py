@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax.numpy as jnp
 import pytest
 
 import sparselora_jax as sl
 from configs import blip2_lang_only
 from sparselora_jax import pruning
+from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.method import check_method
 from sparselora_jax.recipe import ConfigError, allocation_of, prune_methods
 
@@ -152,3 +154,12 @@ def test_options_of_an_allocation_that_cannot_work_are_named(fields, match):
     config.update_from_flattened_dict({f'prune.{name}': value for name, value in fields.items()})
     with pytest.raises(ConfigError, match=match):
         allocation_of(config)
+
+
+def test_a_statistic_that_python_binds_to_the_method_is_refused():
+    @dataclass(frozen=True)
+    class Bound(pruning.Wanda):
+        statistic: ClassVar = calibrate.squares
+
+    with pytest.raises(pruning.MethodError, match=r'write statistic = staticmethod\(squares\)'):
+        pruning.prune_tree({'q': {'kernel': jnp.ones((4, 2))}}, {}, [('.*', '2:4')], method=Bound())

@@ -210,7 +210,7 @@ def test_activations_that_are_not_finite_name_path_and_layer():
 def test_edits_of_a_method_that_hides_them_are_an_error():
     params, batch = setup()
     match = 'kernel: SecretDoubling changed weights that its mask keeps, but says edits_kept_weights = False'
-    with pytest.raises(pruning.MethodError, match=f'attn/[qkv]/{match}'):
+    with pytest.raises(pruning.MethodError, match=rf'language/blocks/attn/[qkv]/{match}.* \(layer 0\)'):
         pruning.prune(forward, params, [batch], RULES, method=SecretDoubling())
     stats = {'fc/kernel': (jnp.ones(8), jnp.ones((), jnp.int32))}
     with pytest.raises(pruning.MethodError, match=f'fc/{match}'):
