@@ -205,7 +205,7 @@ def merge_from_source(
     *kernels: Path,
     rounded: Mapping[str, Reduced] | None = None,
 ) -> dict:
-    """Return merged params whose changed kernels will be merged again, in the precision of the source's files.
+    """Return merged params in which changed kernels are merged from the source's files, in the files' precision.
 
     A model may be pruned and restored in another dtype than that of its files, such as bfloat16 for files in float32.
     An export of `merged` would round every changed kernel to that dtype. This function takes W from the source's file
@@ -300,7 +300,7 @@ def reduce_on_disk(params: dict, base: str | Sequence[tuple[str, str]]) -> tuple
     done = 0
     for path, leaf in flat.items():
         if path in pruned:
-            # The host holds all layers of one kernel at a time, each already reduced.
+            # All layers of one kernel are on the host at once, each already reduced.
             layers = [_reduce_layer(path, leaf, layer, formats[path]) for layer in range(leaf.shape[0])]
             done += 1
             progress(done, path)

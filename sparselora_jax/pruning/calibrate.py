@@ -24,18 +24,19 @@ from sparselora_jax.sparse import rules, sharding
 # `[tokens, inputs]` -> arrays that are sums over tokens. The statistics of two batches are added.
 Statistic = Callable[[Array], Any]
 
-# What a forward is called with, and the rows of a kernel's input that count: see `make_observer`.
+# The callables that `make_observer` takes: the forward, the rows of a kernel's input that count, and the statistic of
+# each path.
 Forward = Callable[[dict, Any], Any]
 ValidRows = Callable[[str, Any], Array | None]
 StatisticOf = Callable[[str], Statistic | None]
 
-# Squares of activations below 1e-19 are not normal float32 numbers. If a statistic of a kernel is below TINY for all
-# inputs, all its statistics are collected again from activations times SCALE. SCALE is a power of two, so the products
-# are exact.
+# Squares of activations below 1e-19 are not normal float32 numbers. A statistic may consist of several arrays. If one
+# of them is below TINY for all inputs, the statistic is collected again from activations times SCALE. SCALE is a power
+# of two, so the products are exact.
 TINY = 2.0**-64
 SCALE = 2.0**64
-# A kernel is scaled only if none of its statistics is above SAFE: the scaled squares are up to 2**128 times as large
-# and must fit into float32. This matters for `Mean` of first and second moments, one of which may be 0 by chance.
+# A kernel is scaled only if none of these arrays is above SAFE: the scaled squares are up to 2**128 times as large and
+# must fit into float32. This matters for `Mean` of first and second moments, one of which may be 0 by chance.
 SAFE = 2.0**-16
 
 DEAD = 'all {inputs} inputs are zero on every calibration token; nothing says which of its weights matter'
@@ -96,7 +97,7 @@ def statistic_shapes(stat: Statistic, inputs: int) -> PyTree:
 
 
 def can_be_scaled(stat: Statistic | None) -> bool:
-    """Return whether methods use a statistic only by its ratios, so that it may be of scaled activations.
+    """Return whether only the ratios of a statistic's numbers matter, so that activations may be scaled.
 
     This holds for sums of squares and Hessians, and for statistics that say `only_ratios_matter`. Others, such as
     counts of outliers, mean something else when activations are scaled.
@@ -236,7 +237,7 @@ def make_sums(
         # A side effect of tracing: which kernels share an input is known only now.
         leaders.update(_leaders(recorders))
         own = {path: (r.total, r.tokens) for path, r in recorders.items() if leaders[path] == path}
-        # Add a leading axis: one entry for each device, which runs this on its own rows.
+        # Each device runs this on its own rows; the new leading axis has one entry for each device.
         return jax.tree.map(lambda ref: ref[...][None], own)
 
     observe = jax.jit(sharding.on_own_rows(observe, mesh))
@@ -246,7 +247,7 @@ def make_sums(
         return jax.tree.map(lambda total, parts: _add_in_order(total, parts, mesh), sums, observe(params, batch))
 
     def zeros(params, batch):
-        # Traces what `add_statistics` then calls; compiles nothing.
+        # The shapes come from tracing the same function that `add_statistics` calls; nothing is compiled.
         shapes = observe.eval_shape(params, batch)
         return jax.tree.map(lambda s: jnp.zeros(s.shape[1:], s.dtype, device=place_of_sum(s.shape[1:], mesh)), shapes)
 
@@ -308,7 +309,7 @@ def make_observer(
         tiny = {path: _check_sums(path, stacked[path], *value) for path, value in sums.items()}
         for path in tiny:
             tiny[path] &= can_be_scaled(stats(path))
-        # Next to ordinary statistics, those of tiny activations are effectively 0, so nothing is scaled.
+        # Kernels are compared with each other: beside ordinary statistics, tiny ones count as 0 and stay unscaled.
         if one_scale and not all(layers.all() for layers in tiny.values()):
             tiny = {path: np.zeros_like(layers) for path, layers in tiny.items()}
         if any(layers.any() for layers in tiny.values()):
@@ -441,7 +442,8 @@ def count_dead_inputs(stat: Statistic, total: PyTree) -> Int[Array, '*layers'] |
 def _count_dead(leaves: list[Array], axes: tuple[int, ...]) -> Int[Array, '*layers']:
     # A vector [inputs] is zero at a dead input; so is the diagonal of a matrix [inputs, inputs].
     per_input = [
-        leaf if count == 1 else jnp.diagonal(leaf, axis1=-2, axis2=-1) for leaf, count in zip(leaves, axes, strict=True)
+        leaf if num_axes == 1 else jnp.diagonal(leaf, axis1=-2, axis2=-1)
+        for leaf, num_axes in zip(leaves, axes, strict=True)
     ]
     is_dead = functools.reduce(jnp.logical_and, [leaf == 0 for leaf in per_input])
     return jnp.sum(is_dead, axis=-1, dtype=jnp.int32)

@@ -48,7 +48,7 @@ class Method(Protocol):
         statistic, given its number of zeros. If so, kernels that read the same input (q, k, v) are concatenated and
         pruned together. Scores that are normalised over outputs are not independent; nor are random numbers drawn for
         the whole kernel.
-      groups: the method's own `group` for each value that `config.prune.group` may have.
+      groups: maps each value of `config.prune.group` (`output`, `matrix`) to the value of the method's own `group`.
       kernel_copies: float32 arrays of a kernel's size that exist at once while it is pruned (weights, scores, ranks);
         for estimates of memory.
       statistic_copies: arrays of the statistic's size that the method makes, such as the factor and the inverse of a
@@ -88,7 +88,7 @@ class Method(Protocol):
         Args:
           kernel: dense weights.
           statistic: the collected statistic; None for a method without one.
-          pattern: for unstructured pruning only its kind matters, since `num_zeros` gives the number of zeros.
+          pattern: unstructured or N:M. Where `num_zeros` is given, it replaces the pattern's sparsity.
           num_zeros: number of zeros of each output, `[outputs]`, or of the whole kernel (see `group`). It is traced, so
             a new sparsity does not recompile. None: the pattern is N:M, or its own sparsity applies.
 
@@ -161,7 +161,7 @@ def check_statistic(
       method: a method with a statistic.
       statistic: what was given to it.
       inputs: length of the kernel's input axis.
-      layers: sizes of the axes in front of a stacked kernel's.
+      layers: `(layers,)` for a stacked kernel, otherwise empty.
       path: path of the kernel, for the message.
 
     Raises:
