@@ -28,7 +28,7 @@ from sparselora_jax.restoration.losses import KL_REDUCTIONS
 from sparselora_jax.restoration.restore import TRAINED, Frozen, make_train_step, paper_optimizer
 from sparselora_jax.restoration.train import State
 from sparselora_jax.runtime.errors import DataError, SparseloraError
-from sparselora_jax.runtime.files import hold, write_text
+from sparselora_jax.runtime.files import hold, read_json, write_text
 from sparselora_jax.runtime.registry import Registry, UnknownNameError
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.packing import FORMATS, PackingError, find_format, format_for
@@ -44,6 +44,7 @@ BASES = (DENSE, *BY_PATTERN, *(name for name in FORMATS if not FORMATS.find(name
 TEACHERS = ('model', 'top_k')
 DTYPES = ('float32', 'bfloat16', 'float16')
 CONFIG_FILE = 'config.json'  # in a workdir: the config with which its run started
+CONFIG_REMEDY = 'put back a copy, or use another workdir'  # if that file is damaged
 # Fields that change results only by rounding. A run may be resumed with other values.
 NO_RESULT = ('mesh', 'profile')
 # Fields of `config.evaluate` that are not arguments of `generate`.
@@ -787,12 +788,14 @@ def refuse_other(workdir: Path, config: ConfigDict) -> None:
 
     Raises:
       ConfigError: the workdir holds the run of another config; the message names the fields that differ.
+      StorageError: the config in the workdir is damaged.
     """
     file = workdir / CONFIG_FILE
     if not file.exists():
         return
     # Convert through JSON, so that tuples compare equal to the lists in the file.
-    differences = _differences(json.loads(config.to_json()), json.loads(file.read_text()))
+    theirs = read_json(file, CONFIG_REMEDY)
+    differences = _differences(json.loads(config.to_json()), theirs)
     if differences:
         raise ConfigError(f'{workdir} holds the run of another config ({"; ".join(differences)}); use another workdir')
 

@@ -19,6 +19,8 @@ INDEX = 'model.safetensors.index.json'
 ADAPTER = 'adapter_config.json'  # of PEFT
 # Suffixes of formats that run code when they are read.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+# Suffixes of configs, tokenizers, chat templates and processors.
+_SETTINGS = ('.json', '.model', '.txt', '.jinja')
 # Copies of the word embeddings. `save_pretrained` may list one in the index without storing it in the shards.
 _TIED = ('lm_head.weight', 'embed_tokens.weight')
 
@@ -70,6 +72,17 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     entries = _read_entries(files)
     _check_index(folder, index, entries)
     return Checkpoint(folder, files, entries)
+
+
+def settings_files(folder: Path) -> list[Path]:
+    """List the files beside the weights that change results: configs, tokenizer and processor, relative to the folder.
+
+    Args:
+      folder: a model directory.
+    """
+    names = (path.relative_to(folder) for path in folder.rglob('*') if path.suffix in _SETTINGS and path.is_file())
+    # The index is left out: it matters only through the shards that are read.
+    return sorted(name for name in names if str(name) != INDEX and not any(part.startswith('.') for part in name.parts))
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -39,6 +39,15 @@ def language_model_file() -> Path:
     return files[0]
 
 
+def files() -> list[Path]:
+    """Return the files of the model.
+
+    Raises:
+      AssetError: see `language_model_file`.
+    """
+    return [BRIDGE, language_model_file()]
+
+
 def load_processor(cfg: blip2.Blip2Config) -> Any:
     """Return the processor of this model, as BLIP-2's: images scaled to -1..1, image placeholders before the text.
 

@@ -33,10 +33,15 @@ class Split:
     Attributes:
       source: the records.
       read_texts: returns (question, answer) of every record, without decoding images.
+      read_image_names: returns a text for the image of every record that changes with the image, such as its path and
+        size, without decoding images. None: changed images are not noticed when a run resumes.
+      name_record: returns the place of a record for messages, such as a file and a line.
     """
 
     source: Records | Sequence  # a list has the methods of `Records`, but wider types
     read_texts: Callable[[], list[tuple[str, str]]]
+    read_image_names: Callable[[], list[str]] | None = None
+    name_record: Callable[[int], str] = 'record {}'.format
 
 
 class Dataset(NamedTuple):

@@ -112,8 +112,12 @@ def load(data_dir: str | Path) -> Dataset:
 
     def split(name: str) -> Split:
         # Cached, because a job reads the texts several times, and each time takes seconds.
-        texts = functools.cache(lambda: [text[:2] for text in read_texts(builder, name)])
-        return Split(_DecodedRecords(builder.as_data_source(name)), texts)
+        records = functools.cache(lambda: read_texts(builder, name))
+        return Split(
+            _DecodedRecords(builder.as_data_source(name)),
+            lambda: [(question, answer) for question, answer, _ in records()],
+            lambda: [str(image_id) for _, _, image_id in records()],
+        )
 
     return Dataset(split('train'), split('test'), KINDS, kind_of)
 

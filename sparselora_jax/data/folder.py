@@ -117,15 +117,6 @@ class Folder:
             raise DataError(f'{self.path}: no example of split {split!r}; mark some lines with "split": "{split}"')
         return Source(self.path, records)
 
-    def texts(self, split: str) -> list[tuple[str, str, str]]:
-        """Return (prompt, answer, image path) of a split's records, without reading images.
-
-        Args:
-          split: 'train' or 'test'.
-        """
-        source = self.as_data_source(split)
-        return [(record.prompt, record.answer, record.image) for record in source.records]
-
 
 def read_folder(path: str | Path, *, misfit: Callable[[str, str], str] = lambda prompt, answer: '') -> Folder:
     """Read and check `data.jsonl`; images are opened, but their pixels are not decoded.
@@ -301,7 +292,14 @@ def load(path: str | Path, misfit: Callable[[str, str], str] = lambda prompt, an
     print(folder.summary(), file=sys.stderr)
 
     def split(name: str) -> Split:
-        return Split(folder.as_data_source(name), lambda: [text[:2] for text in folder.texts(name)])
+        source = folder.as_data_source(name)
+        return Split(
+            source,
+            lambda: [(record.prompt, record.answer) for record in source.records],
+            # The number of bytes too, as an image may be replaced by another one of the same name.
+            lambda: [f'{record.image}, {(source.folder / record.image).stat().st_size}' for record in source.records],
+            lambda index: f'{source.folder}/data.jsonl, line {source.records[index].line}',
+        )
 
     return Dataset(split('train'), split('test'), KINDS, kind_of)
 

@@ -1,8 +1,6 @@
 """One run of a recipe in a workdir: loads what the stages read on first use, and stores their results."""
 
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +13,14 @@ from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints import embedded, on_disk, streaming, trees
+from sparselora_jax.checkpoints.checkpoint_files import settings_files
 from sparselora_jax.checkpoints.layout import Piece
 from sparselora_jax.checkpoints.load import open_model
 from sparselora_jax.data import pipeline, processing
 from sparselora_jax.data.dataset import DataRequest, Dataset
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.jobs import names
+from sparselora_jax.jobs import inputs, names
+from sparselora_jax.jobs.inputs import Inputs
 from sparselora_jax.models.model import Model, abstract_params
 from sparselora_jax.pruning import targets
 from sparselora_jax.recipe import (
@@ -41,8 +41,9 @@ from sparselora_jax.recipe import (
 )
 from sparselora_jax.restoration import teacher
 from sparselora_jax.restoration.restore import Frozen, merge_trained
-from sparselora_jax.runtime import files, processes
+from sparselora_jax.runtime import digests, files, processes
 from sparselora_jax.runtime.errors import DataError
+from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.runtime.progress import Log, peak_memory
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import check_sparse
@@ -50,6 +51,15 @@ from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import init_lora, merge, with_kernels
 
 EMBEDDED = 'embedded'  # the value of `config.model` for the model that comes with the package
+_OUTPUTS = 'files'  # the field of a result file that holds the digests of the other files of its stage
+
+
+def _remedy(stage: str) -> str:
+    """Return what to do about a damaged file of a stage."""
+    return (
+        f'put back a copy; or delete {names.result_file(stage)}, to run the stage again, and the results of the stages '
+        'after it; or use another workdir'
+    )
 
 
 def check_fit(config: ConfigDict, shapes: dict) -> None:
@@ -116,16 +126,21 @@ class Job:
         Args:
           name: name of the stage; the file is `<name>.json`.
           compute: function that does the work and returns a result that JSON can hold.
+
+        Raises:
+          StorageError: the stage is done, and a file that it has written is missing or damaged.
         """
         file = self.workdir / names.result_file(name)
         # The first process reads and writes for all processes: the others may not see its disk.
-        if not processes.agreed(file.exists):
+        if processes.agreed(file.exists):
+            processes.agreed(lambda: self._check_outputs(name))
+        else:
             # Every process checks, since each loads the model; only the first writes.
             self.check()
             processes.agreed(lambda: self._begin(name))
             started = time.monotonic()
             result = compute() | {'seconds': time.monotonic() - started, 'peak_memory_bytes': peak_memory()}
-            processes.agreed(lambda: files.write_text(file, json.dumps(result)))
+            processes.agreed(lambda: self._write_result(name, result))
         return processes.agreed(lambda: self.read_result(name))
 
     def read_result(self, stage: str) -> dict | None:
@@ -135,14 +150,62 @@ class Job:
 
         Args:
           stage: name of the stage.
+
+        Raises:
+          StorageError: the file is damaged.
         """
+        stamped = self._read_stamped(stage)
+        if stamped is not None:
+            del stamped[_OUTPUTS]
+        return stamped
+
+    def _read_stamped(self, stage: str) -> dict | None:
+        """Read the result of a stage and the digests of its files; None: the stage is not done."""
         file = self.workdir / names.result_file(stage)
-        return json.loads(file.read_text()) if file.exists() else None
+        return digests.read_stamped(file, _remedy(stage)) if file.exists() else None
+
+    def _write_result(self, stage: str, result: dict) -> None:
+        """Write the result of a stage, with the digests of the files that it has written."""
+        written = digests.take(digests.files_in(self.workdir, names.outputs(stage)))
+        stamped = digests.stamp(result | {_OUTPUTS: digests.to_json(written)})
+        files.write_text(self.workdir / names.result_file(stage), stamped)
+
+    def _check_outputs(self, stage: str) -> None:
+        """Check that the files of a finished stage are there, by size and time; by content where these differ.
+
+        Raises:
+          StorageError: a file is missing or damaged.
+        """
+        for name, digest in digests.from_json(self._read_stamped(stage)[_OUTPUTS]).items():
+            self._refuse_changed(stage, self.workdir / name, digest, reads=False)
+
+    def output(self, stage: str, name: str) -> Path:
+        """Return the path of a file that a stage has written, after its content was compared with its digest.
+
+        Every process that reads the file calls this. The file is not checked while the stage is still running.
+
+        Args:
+          stage: name of the stage.
+          name: name of the file.
+
+        Raises:
+          StorageError: the file is missing or damaged.
+        """
+        file = self.workdir / name
+        stamped = self._read_stamped(stage)
+        if stamped is not None and name in stamped[_OUTPUTS]:
+            self._refuse_changed(stage, file, digests.from_json(stamped[_OUTPUTS])[name], reads=True)
+        return file
+
+    def _refuse_changed(self, stage: str, file: Path, digest: digests.Digest, *, reads: bool) -> None:
+        difference = digests.difference(file, digest, reads=reads)
+        if difference:
+            raise StorageError(f'{file} {difference}; {_remedy(stage)}')
 
     def _begin(self, stage: str) -> None:
-        """Claim the workdir for this config and these questions, and print which stage begins."""
+        """Claim the workdir for this config and these inputs, and print which stage begins."""
         claim(self.workdir, self.config)
-        files.write_text(self.workdir / names.QUESTIONS, self.questions)
+        files.write_text(self.workdir / names.INPUTS, self._inputs.dump())
         print(f'-- {stage}', flush=True)
 
     def check(self) -> None:
@@ -151,8 +214,9 @@ class Job:
         Raises:
           PatternError, RuleError: see `prune_tree` and `init_lora`.
           MeshError, DataError: the devices cannot form the mesh; the data cannot be read.
-          ConfigError: `restore.top_k` is not below the vocabulary; or the workdir was evaluated on other questions, and
-            answers are compared one by one.
+          ConfigError: `restore.top_k` is not below the vocabulary; or the files of the model or the records are not
+            those that the run in the workdir began with.
+          StorageError: the digests of the workdir are damaged.
         """
         check_fit(self.config, self.model.shapes())
         vocab = self.model.cfg.language.vocab
@@ -161,25 +225,40 @@ class Job:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
         _ = self.mesh  # raises if the devices cannot form it
         check_batches(self.config)
-        # The data are read here for the first time, after the quicker checks. They are read even if there are no
-        # earlier questions to compare with, so that unreadable data leave no workdir behind.
-        questions = self.questions
+        # The data are read here for the first time, after the quicker checks, so that unreadable data leave no workdir
+        # behind.
         if len(self.dataset.test.source) == 0:
             raise DataError(f'{self.config.data}: there is no test question, so nothing can be evaluated')
-        file = self.workdir / names.QUESTIONS
-        if file.exists() and file.read_text() != questions:
-            raise ConfigError(
-                f'{self.workdir}: the test questions of {self.config.data} are not those that this run began with; '
-                'use another workdir, or put them back'
+        # Only the first process reads the files of the model again, and only those that look changed.
+        processes.agreed(self._check_inputs)
+
+    def _check_inputs(self) -> None:
+        """Check that the run still has the inputs with which it began, if it has begun."""
+        begun = inputs.load(self.workdir / names.INPUTS)
+        if begun is not None:
+            inputs.refuse_changed(
+                begun,
+                self._inputs,
+                workdir=self.workdir,
+                model=self.config.model,
+                data=self.config.data,
+                dataset=self.dataset,
             )
 
     @functools.cached_property
-    def questions(self) -> str:
-        """Return a digest of the test questions as JSON, the content of `questions.json`."""
-        # Only texts, since reading all images would take minutes.
-        texts = self.dataset.test.read_texts()
-        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        return json.dumps({'count': len(texts), 'sha256': digest})
+    def _inputs(self) -> Inputs:
+        """Return the digests of the model's files and of the records, which take seconds to compute."""
+        known = inputs.load(self.workdir / names.INPUTS)
+        return inputs.take(self._model_files(), self.dataset, known)
+
+    def _model_files(self) -> dict[str, Path]:
+        """Return the files that decide what the model computes, by name."""
+        if self.config.model == EMBEDDED:
+            return {file.name: file for file in embedded.files()}
+        model, pieces = self._opened
+        folder = Path(model.source)
+        weights = {piece.entry.file.relative_to(folder) for piece in pieces}
+        return {str(name): folder / name for name in sorted(weights | set(settings_files(folder)))}
 
     @functools.cached_property
     def log(self) -> Log:
@@ -315,7 +394,7 @@ class Job:
         """
         if self._frozen is None:
             # This file exists only if the method changed kept weights.
-            edited_file = self.workdir / names.KERNELS
+            edited_file = self.output(names.PRUNE, names.KERNELS)
             if edited_file.exists():
                 edited = self.shard(trees.load_safetensors(edited_file)[0])
                 dense = self.params if runs_teacher(self.config) else None
@@ -332,7 +411,7 @@ class Job:
         """
         if self._frozen is not None:
             return self._frozen.masks
-        return self.shard(trees.load_safetensors(self.workdir / names.MASKS)[0])
+        return self.shard(trees.load_safetensors(self.output(names.PRUNE, names.MASKS))[0])
 
     @property
     def base(self) -> Frozen:
@@ -374,9 +453,9 @@ class Job:
         """Return the pruned model, whose kernels are read a layer at a time, with rounded values if they exist."""
         return on_disk.pruned_on_disk(
             self.params_on_disk(),
-            self.workdir / names.MASKS,
-            self.workdir / names.KERNELS,
-            self.workdir / names.ROUNDED,
+            self.output(names.PRUNE, names.MASKS),
+            self.output(names.PRUNE, names.KERNELS),
+            self.output(names.ROUND, names.ROUNDED),
         )
 
     def pruned(self) -> dict:
@@ -389,7 +468,7 @@ class Job:
         Args:
           stage: `restore` or `control`.
         """
-        return trees.load_safetensors(self.workdir / names.trained_file(stage))[0]
+        return trees.load_safetensors(self.output(stage, names.trained_file(stage)))[0]
 
     def merged(self) -> dict:
         """Return the restored model as plain arrays with exact zeros, checked.

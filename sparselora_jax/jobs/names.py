@@ -20,7 +20,7 @@ MEASURE = 'measured'  # the last stage of a run of a sweep
 TRAINING = {'restored': 'restore', CONTROL: 'control'}  # model -> the stage that trains it
 
 # Files and folders.
-QUESTIONS = 'questions.json'
+INPUTS = 'inputs.json'  # digests of the model's files and of the records, see `inputs.py`
 MASKS = 'masks.safetensors'
 KERNELS = 'kernels.safetensors'  # kernels whose kept weights pruning changed; missing if it changed none
 ROUNDED = 'rounded.safetensors'  # kernels with values that four bits can hold, see `stages.round_base`
@@ -57,3 +57,20 @@ def trained_file(stage: str) -> str:
       stage: one of `TRAINING`'s values.
     """
     return f'{stage}.safetensors'
+
+
+def outputs(stage: str) -> tuple[str, ...]:
+    """Return the names of the files and folders that a stage may write beside its result.
+
+    Args:
+      stage: its name.
+    """
+    return _OUTPUTS.get(stage, (trained_file(stage), stage))
+
+
+# Other stages write at most a file or a folder of their own name.
+_OUTPUTS = {
+    PRUNE: (MASKS, KERNELS, PRUNED_MODEL),
+    ROUND: (ROUNDED,),
+    EXPORT: (EXPORTED_MODEL, ADAPTER),
+}

@@ -8,7 +8,7 @@ from sparselora_jax.evaluation import bootstrap, vqa
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.page import render
-from sparselora_jax.runtime.files import write_text
+from sparselora_jax.runtime.files import read_json, write_text
 
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # packages whose versions are reported
 
@@ -20,7 +20,9 @@ def build(job: Job) -> dict:
       job: the run.
     """
     # Results come from the files, so that a report can be written again without loading a model.
-    results = {path.stem: json.loads(path.read_text()) for path in job.workdir.glob('*.json')}
+    remedy = 'delete it, and run the job again'
+    files = [path for path in job.workdir.glob('*.json') if path.stem != 'report']
+    results = {path.stem: read_json(path, remedy) for path in files}
     evaluations = {name: results[names.evaluation_stage(name)] for name in names.MODELS}
     scores = {name: evaluation['accuracy']['overall'] for name, evaluation in evaluations.items()}
     restored = results[names.TRAINING['restored']]

@@ -6,7 +6,6 @@ the budget.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +16,10 @@ from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints.load import open_model
 from sparselora_jax.jobs import names, sweep_runs
 from sparselora_jax.jobs.job import EMBEDDED, check_fit
-from sparselora_jax.recipe import CONFIG_FILE, ConfigError, check_values, claim, override, refuse_other
+from sparselora_jax.recipe import CONFIG_FILE, CONFIG_REMEDY, ConfigError, check_values, claim, override, refuse_other
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime.errors import SparseloraError
-from sparselora_jax.runtime.files import write_text
+from sparselora_jax.runtime.files import read_json, write_text
 from sparselora_jax.runtime.progress import Progress
 
 # Stages that runs may share, and the models that need them.
@@ -178,7 +177,7 @@ def refuse_other_sweep(workdir: Path, config: ConfigDict) -> None:
     file = workdir / CONFIG_FILE
     if file.exists():
         # Compare the name first, since it says more than a list of all fields that differ.
-        name = json.loads(file.read_text()).get('name', 'no sweep')
+        name = read_json(file, CONFIG_REMEDY).get('name', 'no sweep')
         if name != config.name:
             raise ConfigError(f'{workdir} holds another run ({name!r}, not {config.name!r}); use another workdir')
     refuse_other(workdir, config)

@@ -23,12 +23,13 @@ from sparselora_jax.runtime.files import whole
 # the other files exist too.
 SHARED_FILES = {
     names.PRUNE: (
+        names.INPUTS,
         names.MASKS,
         names.KERNELS,
         names.result_file(names.ZEROS),
         names.result_file(names.PRUNE),
     ),
-    names.evaluation_stage('pruned'): (names.result_file(names.evaluation_stage('pruned')),),
+    names.evaluation_stage('pruned'): (names.INPUTS, names.result_file(names.evaluation_stage('pruned'))),
 }
 STOPPED = 130  # exit code of cli.py for a process that saved its state after a signal
 

@@ -16,7 +16,7 @@ from sparselora_jax import recipe
 from sparselora_jax.jobs import names, sweep, sweep_runs
 from sparselora_jax.jobs.names import FLOOR_TITLE
 from sparselora_jax.jobs.report import PACKAGES
-from sparselora_jax.runtime.files import write_text
+from sparselora_jax.runtime.files import read_json, write_text
 
 GIB = 2**30
 LEVEL = 0.95  # confidence level of the intervals
@@ -100,7 +100,8 @@ def rows(config: ConfigDict, workdir: str | Path) -> list[Row]:
 
 def _read(folder: Path) -> dict[str, dict]:
     """Return the results of all stages of a run, by name of stage."""
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json')}
+    remedy = 'delete it, and run the sweep again'
+    return {path.stem: read_json(path, remedy) for path in folder.glob('*.json')}
 
 
 def _missing(folders: list[Path]) -> str:

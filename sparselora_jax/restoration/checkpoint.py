@@ -6,7 +6,6 @@ or a flipped bit is detected and the previous checkpoint is used. A full disk is
 written.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -23,6 +22,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 from sparselora_jax.runtime import processes
+from sparselora_jax.runtime.digests import sha256
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import write_text
 
@@ -121,7 +121,7 @@ def _complete_steps(folder: Path) -> list[int]:
 def _hashes(checkpoint: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of the arrays, by its path in the checkpoint."""
     files = sorted(path for path in (checkpoint / STATE).rglob('*') if path.is_file())
-    return {str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(checkpoint)): sha256(path) for path in files}
 
 
 class Checkpoints:

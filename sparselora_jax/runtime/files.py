@@ -1,12 +1,14 @@
 """Atomic file writes, and the lock of a working directory."""
 
 import errno
+import json
 import os
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -68,6 +70,25 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+      path: the file.
+      remedy: what to do if it is damaged; the end of the message.
+
+    Raises:
+      StorageError: the file is not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # thousands of brackets exhaust the stack
+        raise StorageError(f'{path}: not JSON ({error}); {remedy}') from None
+    if not isinstance(values, dict):
+        raise StorageError(f'{path}: not a JSON object; {remedy}')
+    return values
+
+
 def _sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's list of names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)  # a folder can only be opened read-only
@@ -88,7 +109,8 @@ def hold(folder: Path) -> None:
     Raises:
       StorageError: another process holds the lock; the message names that process.
     """
-    path = folder.resolve() / LOCK
+    # Not `resolve`, which raises RuntimeError for a loop of links; making the folder raises an OSError with its path.
+    path = Path(os.path.realpath(folder)) / LOCK
     if path in _LOCKS:
         return
     folder.mkdir(parents=True, exist_ok=True)

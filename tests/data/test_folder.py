@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sparselora_jax.data import folder as module
-from sparselora_jax.data.folder import read_folder
+from sparselora_jax.data.folder import load, read_folder
 from sparselora_jax.runtime.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
@@ -47,7 +47,10 @@ def test_records_are_random_access_to_images_and_texts(write):
     assert first['image'].dtype == np.uint8
     assert (first['question'], first['answer']) == ('what is it?', 'a cat')
     assert (second['question'], second['answer']) == ('is it a cat?', 'yes')
-    assert folder.texts('train') == [('what is it?', 'a cat', 'a.png'), ('is it a cat?', 'yes', 'a.png')]
+    train = load(write(*GOOD[:2], line(split='test'))).train
+    assert train.read_texts() == [('question 0', 'a cat'), ('question 1', 'a cat')]
+    assert train.read_image_names() == [f'a.png, {(folder.path / "a.png").stat().st_size}'] * 2
+    assert train.name_record(1) == f'{folder.path}/data.jsonl, line 2'
 
 
 def test_the_example_of_the_docstring_is_read(write):
@@ -165,14 +168,14 @@ def test_a_given_split_counts_and_the_others_follow_their_image(write, monkeypat
         Image.new('L', (1, 1)).save(path / f'{index}.png')
     folder, again = read_folder(path), read_folder(path)
     assert folder == again
-    train, test = ({image for _, _, image in folder.texts(split)} for split in ('train', 'test'))
+    train, test = ({record.image for record in folder.as_data_source(split).records} for split in ('train', 'test'))
     assert not train & test
     assert len(train | test) == 200
     assert 8 <= len(test) <= 35
     with monkeypatch.context() as patch:
         patch.setattr(module, 'TEST_SHARE', 0.5)
         more = read_folder(path)
-    assert test < {image for _, _, image in more.texts('test')}
+    assert test < {record.image for record in more.as_data_source('test').records}
     moved = min(train)
     folder = read_folder(write(*(path / 'data.jsonl').read_text().splitlines(), line(moved, 'and now?', split='test')))
     assert [record.split for record in folder.records if record.image == moved] == ['test'] * 3

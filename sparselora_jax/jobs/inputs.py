@@ -1,0 +1,185 @@
+"""Recognise a run whose model or records have changed since it began, before it goes on with them.
+
+`inputs.json` in the workdir holds digests of the model's files and of the records. The content of the model's files is
+hashed once, when the run begins. A resumed run reads a file again only if its size or time has changed. Records are
+compared by their texts and the names of their images, as reading all images would take minutes.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.recipe import ConfigError
+from sparselora_jax.runtime import digests
+from sparselora_jax.runtime.digests import Digest
+
+REMEDY = 'use another workdir, or put them back'
+FIELDS = ('question', 'answer', 'image')
+DIGITS = 6  # hexadecimal digits kept of each field of a record, to name a record that has changed
+SHOWN = 3  # most files that a message names
+
+
+class RecordsDigest(NamedTuple):
+    """The records of a split as they were at some time.
+
+    Attributes:
+      count: number of records.
+      sha256: hash of all records, in order.
+      fields: the first `DIGITS` digits of the hash of each field of each record, one after the other.
+    """
+
+    count: int
+    sha256: str
+    fields: str
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the digits of the fields, by record."""
+        width = DIGITS * len(FIELDS)
+        rows = [self.fields[start : start + width] for start in range(0, self.count * width, width)]
+        return [tuple(row[start : start + DIGITS] for start in range(0, width, DIGITS)) for row in rows]
+
+
+class Inputs(NamedTuple):
+    """Digests of everything that a run reads.
+
+    Attributes:
+      model: digest of each file of the model, by name.
+      train: the training records.
+      test: the test questions.
+    """
+
+    model: dict[str, Digest]
+    train: RecordsDigest
+    test: RecordsDigest
+
+    def dump(self) -> str:
+        """Return the content of `inputs.json`."""
+        values = {'model': digests.to_json(self.model)}
+        return digests.stamp(values | {name: getattr(self, name)._asdict() for name in ('train', 'test')})
+
+
+def load(file: Path) -> Inputs | None:
+    """Read `inputs.json`; None: the run has not begun.
+
+    Args:
+      file: the file.
+
+    Raises:
+      StorageError: the file is damaged.
+    """
+    if not file.exists():
+        return None
+    remedy = 'put back a copy, or use another workdir'
+    values = digests.read_stamped(file, remedy)
+    records = {name: RecordsDigest(**values[name]) for name in ('train', 'test')}
+    return Inputs(digests.from_json(values['model']), **records)
+
+
+def take(model_files: Mapping[str, Path], dataset: Dataset, known: Inputs | None) -> Inputs:
+    """Return the digests of the inputs as they are now.
+
+    Args:
+      model_files: the files of the model, by name.
+      dataset: the records.
+      known: the digests when the run began; files that look the same are not read again.
+    """
+    return Inputs(
+        digests.take(model_files, None if known is None else known.model),
+        digest_records(dataset.train),
+        digest_records(dataset.test),
+    )
+
+
+def digest_records(split: Split) -> RecordsDigest:
+    """Return the digest of the records of a split.
+
+    Args:
+      split: its texts are read, not its images.
+    """
+    texts = split.read_texts()
+    images = [''] * len(texts) if split.read_image_names is None else split.read_image_names()
+    whole = hashlib.sha256()
+    digits = []
+    for (question, answer), image in zip(texts, images, strict=True):
+        for field in (question, answer, image):
+            # 'surrogatepass': a text of any origin can be hashed. The end mark keeps 'ab', 'c' apart from 'a', 'bc'.
+            of_field = hashlib.sha256(field.encode('utf-8', 'surrogatepass'))
+            digits.append(of_field.hexdigest()[:DIGITS])
+            whole.update(of_field.digest())
+    return RecordsDigest(len(texts), whole.hexdigest(), ''.join(digits))
+
+
+def refuse_changed(begun: Inputs, now: Inputs, *, workdir: Path, model: str, data: str, dataset: Dataset) -> None:
+    """Check that a run still has the inputs with which it began.
+
+    Args:
+      begun: the digests when the run began.
+      now: the digests now.
+      workdir: the folder of the run.
+      model: the model, as the recipe names it.
+      data: the data set, as the recipe names it.
+      dataset: the records now, to name the place of one that has changed.
+
+    Raises:
+      ConfigError: a file or a record has changed; the message names it.
+    """
+    changes = _changed_files(begun.model, now.model)
+    if changes:
+        more = f' and {len(changes) - SHOWN} more' if len(changes) > SHOWN else ''
+        raise ConfigError(
+            f'{workdir}: the files of {model} are not those that this run began with '
+            f'({", ".join(changes[:SHOWN])}{more}); {REMEDY}'
+        )
+    for kind, old, new, split in (
+        ('test questions', begun.test, now.test, dataset.test),
+        ('training records', begun.train, now.train, dataset.train),
+    ):
+        if old.sha256 != new.sha256:
+            change = describe_change(old.rows(), new.rows(), split.name_record)
+            raise ConfigError(
+                f'{workdir}: the {kind} of {data} are not those that this run began with ({change}); {REMEDY}'
+            )
+
+
+def _changed_files(old: Mapping[str, Digest], new: Mapping[str, Digest]) -> list[str]:
+    """List the files that have changed, each with what has happened to it."""
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        if name not in new:
+            changes.append(f'{name} is gone')
+        elif name not in old:
+            changes.append(f'{name} is new')
+        elif old[name].sha256 != new[name].sha256:
+            changes.append(f'{name} has changed')
+    return changes
+
+
+def describe_change(
+    old: Sequence[tuple[str, ...]], new: Sequence[tuple[str, ...]], name_record: Callable[[int], str]
+) -> str:
+    """Describe how records have changed, and name the first place.
+
+    Args:
+      old: the fields of the earlier records.
+      new: the fields of the records now.
+      name_record: returns the place of a record of today.
+    """
+    pairs = enumerate(zip(old, new, strict=False))
+    first = next((index for index, (before, after) in pairs if before != after), min(len(old), len(new)))
+    gone = Counter(old) - Counter(new)
+    added = Counter(new) - Counter(old)
+    if not gone and not added:
+        return f'their order has changed, first at {name_record(first)}'
+    counts = f'{len(new):,} instead of {len(old):,}' if len(old) != len(new) else f'{sum(added.values()):,} changed'
+    if first < len(new) and new[first] in added:
+        if len(old) == len(new):
+            fields = [
+                name for name, before, after in zip(FIELDS, old[first], new[first], strict=True) if before != after
+            ]
+            return f'{counts}; {name_record(first)}: its {" and ".join(fields)}'
+        return f'{counts}; {name_record(first)} is new'
+    after = f'after {name_record(first - 1)}' if first else f'before {name_record(0)}'
+    return f'{counts}; one is gone {after}'
