@@ -5,7 +5,7 @@ python launch/generate.py IMAGE "what color is the shape?" [--model=runs/demo/ex
 
 import cli
 
-from sparselora_jax.data import pipeline
+from sparselora_jax.data import images
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.runtime.errors import DataError
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     if not question.strip():
         raise DataError('the question is empty')
     # Read before the model is loaded, so that a bad image file is refused at once.
-    image = pipeline.read_image(path)
+    image = images.read_image(path)
     model, params, processor, text = cli.load_model()
     (answer,) = vqa.generate_answers(model, params, processor, text, [image], [question], **text.decoding)
     print(answer)

@@ -18,10 +18,12 @@ def main(argv: list[str]) -> None:
     job = Job(CONFIG.value, WORKDIR.value)
     stages.run(job)
     # The first process writes the report, and the others wait for it.
-    summary = processes.agreed(lambda: report.summary(report.write(job)))
-    # All processes have the summary, but only one prints it.
+    results = processes.agreed(lambda: report.write(job))
+    # All processes have the report, but only one prints its summary.
     if processes.first():
-        print(summary)
+        print(report.summary(results))
+    report.check_zeros(results, job.workdir)
+    if processes.first():
         print(f'complete: {job.workdir}/report.html, {job.workdir}/exported/')
 
 

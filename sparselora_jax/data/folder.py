@@ -24,9 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from PIL import Image
-
-from sparselora_jax.data import pipeline
+from sparselora_jax.data import images
 from sparselora_jax.data.dataset import DATASETS, DataRequest, Dataset, Split
 from sparselora_jax.runtime.errors import DataError
 
@@ -77,7 +75,7 @@ class Source:
         """
         record = self.records[index]
         try:
-            pixels = pipeline.read_image(self.folder / record.image)
+            pixels = images.read_image(self.folder / record.image)
         except DataError as error:
             raise DataError(f'{self.folder}/data.jsonl, line {record.line}: {error}') from error
         return {'image': pixels, 'question': record.prompt, 'answer': record.answer}
@@ -239,14 +237,11 @@ def _image_problem(folder: Path, name: str) -> str:
         # Links are resolved too: an untrusted data set must not give a model access to files outside its folder.
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             return 'leads outside the folder'
-        with Image.open(folder / name):
+        with images.open_image(folder / name):
             return ''
     except FileNotFoundError:
         return 'does not exist'
-    except pipeline.UNREADABLE as error:
-        if isinstance(error, Image.UnidentifiedImageError):
-            return 'cannot be read: no image format that Pillow knows'
-        # `strerror` is an OSError's text, without errno and path.
+    except (DataError, OSError, ValueError, RuntimeError) as error:  # a null byte or a loop of links in the path
         return f'cannot be read: {getattr(error, "strerror", None) or error}'
 
 

@@ -4,20 +4,14 @@
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image, ImageOps
 
 from sparselora_jax.data.dataset import Dataset, Records, Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.runtime.errors import DataError
-
-# Errors that Pillow raises for a file that exists but cannot be read. They have no common base class.
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 
 
 @runtime_checkable
@@ -31,34 +25,6 @@ class ExampleProcessor(Protocol):
 
     def misfit(self, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int | None) -> str:
         """Return why the tokens do not fit, or '' if they do; see `processing.Processor.misfit`."""
-
-
-def read_image(path: str | Path) -> UInt8[np.ndarray, 'height width 3']:
-    """Read an image file as RGB: apply its EXIF orientation, and put transparent pixels on white.
-
-    Args:
-      path: a file of any format that Pillow knows.
-
-    Raises:
-      DataError: the file is missing or not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return _to_rgb(image)
-    except FileNotFoundError:
-        raise DataError(f'{path}: no such file') from None
-    except UNREADABLE as error:
-        raise DataError(f'{path}: not a readable image ({error})') from None
-
-
-def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, 'height width 3']:
-    # Must come before the conversion, which drops EXIF and with it the orientation.
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        # `convert('RGB')` alone would drop alpha and show the arbitrary colour stored in transparent pixels.
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return np.asarray(image.convert('RGB'))
 
 
 def vqa_transform(processor: ExampleProcessor, text: TextFormat) -> Callable[[dict], dict]:

@@ -176,9 +176,7 @@ def describe_change(
     counts = f'{len(new):,} instead of {len(old):,}' if len(old) != len(new) else f'{sum(added.values()):,} changed'
     if first < len(new) and new[first] in added:
         if len(old) == len(new):
-            fields = [
-                name for name, before, after in zip(FIELDS, old[first], new[first], strict=True) if before != after
-            ]
+            fields = [name for name, *pair in zip(FIELDS, old[first], new[first], strict=True) if pair[0] != pair[1]]
             return f'{counts}; {name_record(first)}: its {" and ".join(fields)}'
         return f'{counts}; {name_record(first)} is new'
     after = f'after {name_record(first - 1)}' if first else f'before {name_record(0)}'

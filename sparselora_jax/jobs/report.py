@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from pathlib import Path
 
 from sparselora_jax import recipe
 from sparselora_jax.evaluation import bootstrap, vqa
@@ -9,6 +10,7 @@ from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.page import render
 from sparselora_jax.runtime.files import read_json, write_text
+from sparselora_jax.sparse.patterns import PatternError
 
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # packages whose versions are reported
 
@@ -110,6 +112,22 @@ def summary(report: dict) -> str:
     if report['won_back'] is not None:
         lines.append(f'{report["won_back"]:.1%} of the {title} that pruning lost is won back')
     return '\n'.join(lines)
+
+
+def check_zeros(report: dict, workdir: str | Path) -> None:
+    """Check that the exported model has all zeros that its patterns promise.
+
+    Args:
+      report: see `build`.
+      workdir: the folder of the run.
+
+    Raises:
+      PatternError: comparison groups of a tower have fewer zeros than promised; names the towers.
+    """
+    wrong = {tower: counts['violations'] for tower, counts in report['sparsity'].items() if counts['violations']}
+    if wrong:
+        towers = ', '.join(f'{count:,} groups of the tower {tower}' for tower, count in wrong.items())
+        raise PatternError(f'{workdir}: {towers} do not have the zeros of their pattern; use another workdir')
 
 
 def write(job: Job) -> dict:

@@ -3,7 +3,6 @@
 import csv
 import importlib.metadata
 import io
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -5,7 +5,6 @@ import operator
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.data import easy_vqa, pipeline
@@ -36,43 +35,6 @@ def test_a_record_becomes_an_example_with_its_question_written_as_the_format_say
     want = processor.example(record['image'], prompt, 'no', prompt_tokens=16, answer_tokens=3)
     assert example.keys() == want.keys()
     assert all(np.array_equal(example[name], want[name]) for name in want)
-
-
-@pytest.mark.parametrize(
-    ('mode', 'suffix'), [('RGB', 'png'), ('RGBA', 'png'), ('L', 'png'), ('P', 'gif'), ('RGB', 'jpg')]
-)
-def test_an_image_of_any_kind_becomes_rgb(tmp_path, mode, suffix):
-    path = tmp_path / f'image.{suffix}'
-    Image.new('RGB', (30, 20), (255, 0, 0)).convert(mode).save(path)
-    pixels = pipeline.read_image(path)
-    assert pixels.shape == (20, 30, 3)
-    assert pixels.dtype == np.uint8
-    want = (76, 76, 76) if mode == 'L' else (255, 0, 0)
-    np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(want, (20, 30, 3)), atol=2)
-
-
-def test_an_image_is_turned_as_the_camera_says_and_lies_on_white(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the picture is on the right
-    Image.new('RGB', (30, 20)).save(tmp_path / 'turned.png', exif=exif)
-    assert pipeline.read_image(tmp_path / 'turned.png').shape == (30, 20, 3)
-    Image.new('RGBA', (3, 3), (255, 0, 0, 0)).save(tmp_path / 'clear.png')
-    assert (pipeline.read_image(tmp_path / 'clear.png') == 255).all()
-
-
-def test_a_file_that_is_no_image_is_named(tmp_path):
-    with pytest.raises(DataError, match=r'absent.png: no such file'):
-        pipeline.read_image(tmp_path / 'absent.png')
-    (tmp_path / 'text.png').write_text('no image')
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / 'whole.png')
-    (tmp_path / 'cut.png').write_bytes((tmp_path / 'whole.png').read_bytes()[:5000])
-    (tmp_path / 'folder.png').mkdir()
-    broken = bytearray((tmp_path / 'whole.png').read_bytes())
-    broken[5000:5200] = bytes(200)
-    (tmp_path / 'broken.png').write_bytes(broken)
-    for name in ('text.png', 'cut.png', 'folder.png', 'broken.png'):
-        with pytest.raises(DataError, match=f'{name}: not a readable image'):
-            pipeline.read_image(tmp_path / name)
 
 
 GROUPS = (range(0, 40), range(40, 52), range(52, 59))

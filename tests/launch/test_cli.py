@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sparselora_jax.checkpoints import embedded
-from sparselora_jax.data import easy_vqa, pipeline, text_format
+from sparselora_jax.data import easy_vqa, images, text_format
 from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import vqa
@@ -230,7 +230,7 @@ def test_a_missing_or_damaged_bridge_is_named(refused, image, tmp_path, monkeypa
 @pytest.mark.slow
 def test_generate_answers_as_evaluation_does(script, image, tmp_path, tiny_blip2):
     model, params = tiny_blip2
-    pixels, text = pipeline.read_image(image), TextFormat(decoding={'max_new_tokens': 4})
+    pixels, text = images.read_image(image), TextFormat(decoding={'max_new_tokens': 4})
     embedded.save(tmp_path / 'export', model, params, texts={text_format.FILE: text_format.dump(text)})
     record = {'image': pixels, 'question': QUESTION, 'answer': 'teal'}
     processor, split = embedded.load_processor(model.cfg), Split([record], lambda: [])

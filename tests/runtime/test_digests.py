@@ -66,5 +66,5 @@ def test_a_stamped_file_is_read_back_and_its_changes_are_refused(tmp_path):
 @pytest.mark.parametrize('text', [b'', b'[1]', b'{"a": 1}', b'\xff\xfe', b'[' * 100_000, b'{"sha256": []}'])
 def test_what_is_no_stamped_file_is_refused(tmp_path, text):
     (tmp_path / 'a.json').write_bytes(text)
-    with pytest.raises(StorageError, match='a.json: .*; delete it'):
+    with pytest.raises(StorageError, match=r'a.json: .*; delete it'):
         digests.read_stamped(tmp_path / 'a.json', 'delete it')
