@@ -65,7 +65,9 @@ def load_processor(cfg: blip2.Blip2Config) -> Any:
     size = {'height': cfg.vision.image_size, 'width': cfg.vision.image_size}
     images = BlipImageProcessorPil(size=size, image_mean=half, image_std=half)
     processor = Blip2Processor(images, tokenizer, num_query_tokens=cfg.qformer.queries)
-    return Processor(cfg.family.processor, processor, cfg.qformer.queries, GENERATION.eos[0], None)
+    return Processor(
+        cfg.family.processor, processor, cfg.qformer.queries, GENERATION.eos[0], None, vocab=cfg.language.vocab
+    )
 
 
 def to_json(cfg: blip2.Blip2Config) -> str:

@@ -114,7 +114,7 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, 'height width 3']:
     """
     image.load()
     upright = _upright(image)
-    if upright.mode.startswith(_DEEP_MODES):
+    if is_deep(upright):
         grey = scale_to_8_bits(np.asarray(upright))
         # One grey level may mean transparent; `convert` knows that for images of 8 bits only.
         transparent = upright.info.get('transparency')
@@ -126,6 +126,15 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, 'height width 3']:
         upright = upright.convert('RGBA')
         upright = Image.alpha_composite(Image.new('RGBA', upright.size, 'white'), upright)
     return np.asarray(upright.convert('RGB'))
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return whether an image has more than 8 bits a channel, so that `convert('RGB')` would clip it.
+
+    Args:
+      image: an image of any mode.
+    """
+    return image.mode.startswith(_DEEP_MODES)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -14,23 +14,26 @@ order of tokens:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Integer, UInt8
+from jaxtyping import Bool, Float32, Int32, Integer, Shaped
 from PIL import Image
 
 from sparselora_jax.data import directory
+from sparselora_jax.data.images import is_deep, to_rgb
 from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
 from sparselora_jax.runtime.errors import DataError
 
 if TYPE_CHECKING:
     import transformers
 
+_QFORMER_PROMPT = 'prompt (as the Q-Former reads it)'
 INPUTS = ('pixel_values', 'input_ids', 'attention_mask', 'qformer_input_ids', 'qformer_attention_mask')
 
 # [height, width] or [height, width, 1, 3 or 4]; anonymous axes, since images of one batch differ in size.
-Picture = Image.Image | UInt8[np.ndarray, '_ _'] | UInt8[np.ndarray, '_ _ _']
+# The arrays are uint8, which `_as_8_bits` checks, since floats of 0 to 1 would silently become black.
+Picture = Image.Image | Shaped[np.ndarray, '_ _'] | Shaped[np.ndarray, '_ _ _']
 # Arrays by the names that transformers' processors give them.
 Inputs = dict[str, Int32[np.ndarray, '...'] | Float32[np.ndarray, '...'] | Bool[np.ndarray, '...']]
 
@@ -45,6 +48,8 @@ class Processor:
       image_tokens: number of placeholder tokens for one image.
       end: the end token: generation stops at it, and training answers end with it.
       start: the decoder's first token; None unless the language model is an encoder-decoder.
+      vocab: number of tokens that the language model knows. A tokenizer may have more, which the model cannot read.
+      qformer_vocab: number of tokens that the Q-Former knows; None: it reads no text.
     """
 
     spec: ProcessorSpec
@@ -52,6 +57,8 @@ class Processor:
     image_tokens: int
     end: int
     start: int | None
+    vocab: int
+    qformer_vocab: int | None = None
 
     def prompt(self, images: Sequence[Picture], texts: Sequence[str]) -> Inputs:
         """Return a batch to generate from, with one image per text, padded to the longest text.
@@ -75,7 +82,7 @@ class Processor:
             raise DataError(f'{len(images)} images for {len(texts)} texts: one image a text is needed')
         texts = [self._with_image(text) for text in texts]
         # Image processors expect a channel axis, also of grey images.
-        arrays = [image[..., None] if isinstance(image, np.ndarray) and image.ndim == 2 else image for image in images]
+        arrays = [_as_8_bits(image) for image in images]
         # Without a data format, transformers may read an array with few rows as channels-first. Without the conversion,
         # PaliGemma's settings leave grey images grey.
         settings = {'do_convert_rgb': True, 'input_data_format': 'channels_last'}
@@ -115,11 +122,14 @@ class Processor:
         # The processor pads to the longest text of a batch. A single text gets no pads, so they are added here.
         row = {name: value[0] for name, value in self.prompt([image], [prompt]).items()}
         target = [*self._answer_tokens(prompt, answer), self.end] if answer.strip() else []
-        words = len(row['input_ids']) - self.image_tokens
-        lengths = [('prompt', words, prompt_tokens), ('answer', len(target), answer_tokens)]
+        words = self._without_image(row['input_ids'].tolist())
+        texts = [
+            _Words('prompt', words, prompt_tokens, self.vocab),
+            _Words('answer', target, answer_tokens, self.vocab),
+        ]
         if 'qformer_input_ids' in row:
-            lengths.append(('prompt (as the Q-Former reads it)', len(row['qformer_input_ids']), prompt_tokens))
-        if reason := _first_too_long(lengths):
+            texts.append(_Words(_QFORMER_PROMPT, row['qformer_input_ids'].tolist(), prompt_tokens, self.qformer_vocab))
+        if reason := _first_misfit(texts):
             raise DataError(f'{reason}: {prompt!r} -> {answer!r}')
         if not words:
             raise DataError('the prompt is empty: there is no token to predict the answer from')
@@ -136,7 +146,7 @@ class Processor:
             elif self.start is not None:  # an encoder reads the prompt alone, and its pads come last
                 example[name] = _pad_right(tokens, self.image_tokens + prompt_tokens, fill)
             else:
-                pads = np.full(prompt_tokens - words, fill, np.int32)
+                pads = np.full(prompt_tokens - len(words), fill, np.int32)
                 before_pads = 0 if self.spec.pads_whole_prompt else self.image_tokens
                 tail = inputs if name == 'input_ids' else read
                 example[name] = np.concatenate([tokens[:before_pads], pads, tokens[before_pads:], tail])
@@ -164,17 +174,18 @@ class Processor:
             # The processor writes the template itself, special tokens included.
             text = text.removeprefix(str(self.hf.image_token))
             text = self.spec.prompt_template.format(bos=tokenizer.bos_token, text=text)
-            words = len(tokenizer(text, add_special_tokens=False)['input_ids'])
+            words = tokenizer(text, add_special_tokens=False)['input_ids']
         else:
-            # The image token in the text occurs once here; the processor would repeat it.
-            words = len(tokenizer(text)['input_ids']) - text.count(str(self.hf.image_token))
-        lengths = [('prompt', words, prompt_tokens)]
+            words = tokenizer(text)['input_ids']
+        texts = [_Words('prompt', self._without_image(words), prompt_tokens, self.vocab)]
+        # An answer that is only compared as text may have any length, and is not read by the model.
         if answer_tokens is not None:
-            lengths.append(('answer', len(self._answer_tokens(prompt, answer)) + 1, answer_tokens))
+            target = [*self._answer_tokens(prompt, answer), self.end]
+            texts.append(_Words('answer', target, answer_tokens, self.vocab))
         if self.spec.has_instruction:
-            instruction = len(self.hf.qformer_tokenizer(text)['input_ids'])
-            lengths.append(('prompt (as the Q-Former reads it)', instruction, prompt_tokens))
-        return _first_too_long(lengths)
+            instruction = self.hf.qformer_tokenizer(text)['input_ids']
+            texts.append(_Words(_QFORMER_PROMPT, instruction, prompt_tokens, self.qformer_vocab))
+        return _first_misfit(texts)
 
     def decode(self, ids: Integer[np.ndarray, 'batch tokens'] | Sequence[Sequence[int]]) -> list[str]:
         """Return generated tokens as texts, without special tokens and surrounding spaces.
@@ -187,6 +198,16 @@ class Processor:
     @property
     def _qformer_pad(self) -> int | None:
         return self.hf.qformer_tokenizer.pad_token_id if self.spec.has_instruction else None
+
+    @property
+    def has_unknown_tokens(self) -> bool:
+        """Return whether the tokenizer can give tokens that the model does not know."""
+        return len(self.hf.tokenizer) > self.vocab
+
+    def _without_image(self, tokens: Sequence[int]) -> list[int]:
+        """Return the tokens that are words; image tokens stand for an image, and may lie outside the vocabulary."""
+        image = self.hf.tokenizer.convert_tokens_to_ids(str(self.hf.image_token))
+        return [token for token in tokens if token != image]
 
     def _with_image(self, text: str) -> str:
         """Return the text as the transformers processor expects it, with the image token in its place."""
@@ -220,12 +241,35 @@ class Processor:
         return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
 
 
-def _first_too_long(lengths: Sequence[tuple[str, int, int]]) -> str:
-    """Return an error text for the first (name, tokens, limit) that exceeds its limit, or '' if none does."""
-    for name, length, limit in lengths:
-        if length > limit:
-            return f'{name} of {length} tokens, at most {limit} fit'
+class _Words(NamedTuple):
+    """The tokens of a text that must fit: at most `limit` of them, each below `vocab`."""
+
+    name: str
+    tokens: Sequence[int]
+    limit: int
+    vocab: int
+
+
+def _first_misfit(texts: Sequence[_Words]) -> str:
+    """Return an error text for the first text that is too long or has an unknown token, or '' if all fit."""
+    for name, tokens, limit, vocab in texts:
+        if len(tokens) > limit:
+            return f'{name} of {len(tokens)} tokens, at most {limit} fit'
+        # The model would read another word instead, or compute NaN.
+        if len(tokens) and max(tokens) >= vocab:
+            return (
+                f"{name} has token {max(tokens)}, and the model knows 0 to {vocab - 1}; use the model's own tokenizer"
+            )
     return ''
+
+
+def _as_8_bits(image: Picture) -> Picture:
+    """Return an image with a channel axis; a PIL image of more than 8 bits is scaled as when it is read from a file."""
+    if isinstance(image, Image.Image):
+        return Image.fromarray(to_rgb(image)) if is_deep(image) else image
+    if image.dtype != np.uint8:
+        raise DataError(f'an image is an array of {image.dtype}, expected uint8: levels from 0 to 255')
+    return image[..., None] if image.ndim == 2 else image
 
 
 def _pad_right(row: Sequence[int] | np.ndarray, length: int, fill: int) -> Integer[np.ndarray, 'length']:
@@ -259,7 +303,16 @@ def load_processor(folder: str | Path, spec: ProcessorSpec | None = None) -> Pro
     if end is None:
         end = hf.tokenizer.eos_token_id
     # A directory may mix files of several models. Its processor then runs, but does not fit the model.
-    processor = Processor(spec, hf, spec.count_image_tokens(config), end, _start_token(config.text_config))
+    qformer = getattr(config, 'qformer_config', None)
+    processor = Processor(
+        spec,
+        hf,
+        spec.count_image_tokens(config),
+        end,
+        _start_token(config.text_config),
+        vocab=config.text_config.vocab_size,
+        qformer_vocab=None if qformer is None else qformer.vocab_size,
+    )
     _check_on_an_image(folder, processor, config.vision_config.image_size)
     return processor
 

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grain
@@ -115,6 +115,7 @@ class Job:
         self._params: dict | None = None
         self._frozen: Frozen | None = None
         self._reduced_base: Frozen | None = None
+        self._told: set[str] = set()  # lines that are printed once
         check_values(config)
         refuse_other(self.workdir, config)
 
@@ -229,8 +230,21 @@ class Job:
         # behind.
         if len(self.dataset.test.source) == 0:
             raise DataError(f'{self.config.data}: there is no test question, so nothing can be evaluated')
+        if self.config.model != EMBEDDED and self._unknown_token:  # the embedded model has its own tokenizer
+            raise DataError(self._unknown_token)
         # Only the first process reads the files of the model again, and only those that look changed.
         processes.agreed(self._check_inputs)
+
+    @functools.cached_property
+    def _unknown_token(self) -> str:
+        """Return which training record has a token that the model does not know, or ''."""
+        # Tokenizing all records takes long, and most tokenizers have no such token.
+        if not self.processor.has_unknown_tokens:
+            return ''
+        for index, (question, answer) in enumerate(self.dataset.train.read_texts()):
+            if reason := self._misfit(question, answer):
+                return f'{self.config.data}, {self.dataset.train.name_record(index)}: {reason}'
+        return ''
 
     def _check_inputs(self) -> None:
         """Check that the run still has the inputs with which it began, if it has begun."""
@@ -352,6 +366,7 @@ class Job:
         shares = self.config.restore.shares
         # Without shares all records form one group, and kinds of answers are as frequent as in the data.
         groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
+        self._tell_repeated(batch, [len(group) for group in groups], shares or (1,))
         rows = None if self.mesh is None else sharding.local_rows(self.mesh, batch)
         batches = pipeline.batches(
             train.source,
@@ -371,6 +386,16 @@ class Job:
         if self.mesh is not None:
             batches = batches.map(lambda local: sharding.shard_batch(local, self.mesh))
         return batches
+
+    def _tell_repeated(self, batch: int, sizes: Sequence[int], shares: Sequence[int | float]) -> None:
+        """Print a line, once, if a batch needs more records than there are."""
+        kinds = self.dataset.kinds if len(sizes) > 1 else ('',)
+        for kind, size, share in zip(kinds, sizes, shares, strict=True):
+            rows = round(batch * share / sum(shares))
+            line = f'{rows} training samples are drawn from {size} records{kind and f" of kind {kind}"}: records repeat'
+            if rows > size and line not in self._told and processes.first():
+                print(line, flush=True)
+            self._told.add(line)
 
     # The weights.
 

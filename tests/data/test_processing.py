@@ -1,6 +1,8 @@
 """Hugging Face directories of every family: what is read equals what the saved processor makes, and lies in place."""
 
+import dataclasses
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,48 @@ def made(tmp_path_factory):
     """{kind: (directory, its transformers processor)}"""
     folder = tmp_path_factory.mktemp('models')
     return {kind: (folder / kind, make(kind, folder / kind)) for kind in KINDS}
+
+
+def test_tokens_that_the_model_does_not_know_are_named(made):
+    processor = load_processor(made['instructblip-llama'][0])
+    sizes = {'prompt_tokens': 40, 'answer_tokens': 40}
+    image = np.zeros((4, 4, 3), np.uint8)
+    assert processor.misfit('a red circle', 'blue', **sizes) == ''
+    assert not processor.has_unknown_tokens
+    tokens = processor.hf.tokenizer('a red circle')['input_ids']
+    answer = max(processor.hf.tokenizer('blue', add_special_tokens=False)['input_ids'])
+    for few, told in (
+        (
+            dataclasses.replace(processor, vocab=max(tokens)),
+            f'prompt has token {max(tokens)}, and the model knows 0 to',
+        ),
+        (dataclasses.replace(processor, vocab=answer), f'(prompt|answer) has token .* 0 to {answer - 1}; use'),
+        (dataclasses.replace(processor, qformer_vocab=3), 'as the Q-Former reads it. has token .* knows 0 to 2'),
+    ):
+        assert re.search(told, few.misfit('a red circle', 'blue', **sizes))
+        with pytest.raises(DataError, match=told):
+            few.example(image, 'a red circle', 'blue', **sizes)
+    assert dataclasses.replace(processor, vocab=5).has_unknown_tokens
+
+
+@pytest.mark.parametrize('kind', ['llava-default', 'paligemma'])
+def test_an_image_token_may_lie_outside_the_vocabulary(made, kind):
+    processor = load_processor(made[kind][0])
+    image = processor.hf.tokenizer.convert_tokens_to_ids(str(processor.hf.image_token))
+    (text,) = prompts(kind)[:1]
+    words = [token for token in processor.hf.tokenizer(text)['input_ids'] if token != image]
+    known = dataclasses.replace(processor, vocab=max(*words, processor.end) + 1)
+    assert known.misfit(text, '', prompt_tokens=40) == ''
+
+
+def test_a_deep_picture_is_scaled_and_an_array_of_floats_refused(made):
+    processor = load_processor(made['blip2-opt'][0])
+    levels = np.linspace(0, 2**16 - 1, 64).reshape(8, 8).astype(np.uint16)
+    grey = np.rint(levels / 257).astype(np.uint8)
+    deep = processor.prompt([Image.fromarray(levels)], ['a'])['pixel_values']
+    np.testing.assert_array_equal(deep, processor.prompt([Image.fromarray(grey)], ['a'])['pixel_values'])
+    with pytest.raises(DataError, match='an image is an array of float64, expected uint8'):
+        processor.prompt([np.zeros((4, 4, 3))], ['a'])
 
 
 def oracle(kind, hf, images, texts):

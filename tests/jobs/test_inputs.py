@@ -148,3 +148,11 @@ def test_damaged_files_of_a_stage_are_named_with_the_remedy(job_on, tmp_path):
         with pytest.raises(StorageError, match=rf'{name}: not JSON .*; put back a copy, or use another workdir'):
             stages.prune(job_on())
         shutil.copy2(backup / name, run)
+
+
+def test_records_that_repeat_within_a_batch_are_said_once_with_both_numbers(job_on, capsys):
+    job = job_on()
+    for _ in range(2):
+        job.batches(64, 0)
+        job.batches(3, 0)
+    assert capsys.readouterr().out == '64 training samples are drawn from 4 records: records repeat\n'
