@@ -105,12 +105,13 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
     # Imported here, like transformers below, so that only callers who need the package wait for the import.
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     name = str(dir_or_hub_id)
     if Path(name).exists():
         return Path(name)
     try:
-        huggingface_hub.utils.validate_repo_id(name)
+        validate_repo_id(name)
         # The hub also has ids without an owner, but a single word is more likely a mistyped directory.
         is_hub_id = name.count('/') == 1 and isinstance(dir_or_hub_id, str)
     except HFValidationError:
@@ -218,15 +219,19 @@ def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
 def _options(changed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the options of a generation config that are not defaults, tokens, or options about the output."""
     for name, value in changed.items():
-        is_token = name.endswith('_token_id')
+        is_token = name in ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
         is_about_outputs = name.startswith(('_', 'output_', 'return_'))
         is_about_files = name in ('transformers_version', 'use_cache')
         # The remaining options may change the generated tokens; decoding refuses those it does not support.
-        if is_token or is_about_outputs or is_about_files or value is None or isinstance(value, dict):
+        if is_token or is_about_outputs or is_about_files or value is None:
             continue
         yield name, _hashable(value)
 
 
 def _hashable(value: Any) -> Any:
-    """Replace lists by tuples, since a `Model` is a static argument of jitted functions and must be hashable."""
+    """Replace lists and dicts by tuples: a `Model` is a static argument of jitted functions, so it must be hashable."""
+    if hasattr(value, 'to_dict'):  # transformers makes objects of some options, such as the watermark's
+        value = value.to_dict()
+    if isinstance(value, dict):
+        return tuple((name, _hashable(item)) for name, item in sorted(value.items()))
     return tuple(map(_hashable, value)) if isinstance(value, list) else value

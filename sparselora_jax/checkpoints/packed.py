@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sparselora_jax.checkpoints.checkpoint_files import INDEX, refuse_adapter
@@ -16,6 +17,7 @@ from sparselora_jax.checkpoints.layout import HEAD, untied
 from sparselora_jax.checkpoints.trees import check_shapes, load_safetensors, save_safetensors
 from sparselora_jax.checkpoints.write_new import Pretrained, claim, write_beside
 from sparselora_jax.models.model import Model
+from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import packing, rules
 from sparselora_jax.sparse.weights import Adapted, merge
 
@@ -98,6 +100,10 @@ def load_packed(folder: Path, model: Model, *, dtype: DTypeLike | None = None) -
     if HEAD in flat:
         model = replace(model, cfg=untied(model.cfg))
     check_shapes(folder / FILE, tree, model.shapes())
+    for path, leaf in flat.items():
+        for array in jax.tree.leaves(leaf):
+            if jnp.issubdtype(array.dtype, jnp.floating) and not jnp.isfinite(array).all():
+                raise StorageError(f'{folder / FILE}: {path} has NaN or infinite numbers; export it again')
     if dtype is not None:
         flat = {path: leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf for path, leaf in flat.items()}
     return model, rules.unflatten(flat)

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 
 from sparselora_jax.checkpoints import layout, safetensors_format
 from sparselora_jax.checkpoints.layout import Piece
 from sparselora_jax.models import towers
+from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import rules, sharding
 
 
@@ -34,6 +35,7 @@ def read_params(
 
     Raises:
       UnsupportedModelError: a T5 would be in float16; this is checked before anything is read.
+      StorageError: a number of a file is not finite; names the tensor and the file.
     """
     flat_shapes = rules.flatten(shapes)
     dtypes = _file_dtypes(pieces) if dtype is None else dict.fromkeys(flat_shapes, jnp.dtype(dtype))
@@ -49,8 +51,14 @@ def read_params(
         target = targets.get(path)
         block = jax.device_put(host_array, None if target is None else _source_sharding(target, piece))
         del host_array  # otherwise the host would hold two pieces while it reads the next
-        block = _convert(block, piece.sizes, flat[path].dtype, rules.named_kernel(path))
+        block, is_finite = _convert(block, piece.sizes, flat[path].dtype, rules.named_kernel(path))
         flat[path] = _placer(target)(flat[path], block, np.asarray(piece.starts, np.int32))
+        # Here tensor and file are known. Later there would only be a loss that is not finite.
+        if not is_finite:
+            raise StorageError(
+                f'{piece.entry.file}: {piece.entry.name} ({path}) has NaN or infinite numbers; download it again, or '
+                'convert it from the original precision'
+            )
         flat[path].block_until_ready()  # otherwise the host would hold all pieces that the device has not taken yet
     return rules.unflatten(flat)
 
@@ -126,8 +134,11 @@ def _source_sharding(target: NamedSharding, piece: Piece) -> NamedSharding:
 
 # Sizes are static but offsets are traced, so all layers of a stack share one program.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _convert(block: jax.Array, sizes: tuple[int, ...], dtype: np.dtype, kernel: bool) -> jax.Array:
-    return layout.to_params(block, sizes, kernel=kernel).astype(dtype)
+def _convert(
+    block: jax.Array, sizes: tuple[int, ...], dtype: np.dtype, kernel: bool
+) -> tuple[jax.Array, Bool[jax.Array, '']]:
+    """Return a piece in our layout and dtype, and whether all its numbers in the file are finite."""
+    return layout.to_params(block, sizes, kernel=kernel).astype(dtype), jnp.isfinite(block).all()
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -162,16 +163,62 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
         # `safe_open` has `keys` but is not a mapping: it cannot be iterated.
         flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
-    for name, scale in json.loads(metadata.pop('lora_scales', '{}')).items():
-        flat[name] = Lora(flat.pop(f'{name}/a'), flat.pop(f'{name}/b'), scale)
+    for name, scale in _parse_entry(path, metadata, 'lora_scales').items():
+        flat[name] = _take_factors(f'{path}: {name}', flat.pop(f'{name}/a', None), flat.pop(f'{name}/b', None), scale)
     # After the factors, because a packed kernel and its factors have the same path.
-    for name, said in json.loads(metadata.pop('packed', '{}')).items():
+    for name, said in _parse_entry(path, metadata, 'packed').items():
         parts = [part for part in sorted(stored.array_names()) if f'{name}/{part}' in flat]
         arrays = {part: flat.pop(f'{name}/{part}') for part in parts}
         kernel = stored.from_file(f'{path}: {name}', said, arrays)
         factors = flat.get(name)
         flat[name] = kernel if factors is None else _adapt_packed(f'{path}: {name}', kernel, factors)
+    _check_paths(path, flat)
     return rules.unflatten(flat), metadata
+
+
+def _parse_entry(path: str | Path, metadata: dict[str, str], entry: str) -> dict[str, Any]:
+    """Remove an entry of JSON from the strings of a header, and return it; {} if there is none.
+
+    Raises:
+      StorageError: it is not a JSON object.
+    """
+    text = metadata.pop(entry, '{}')
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise StorageError(f'{path}: the entry {entry} of its header is not a JSON object; the file is damaged')
+    return values
+
+
+def _take_factors(name: str, a: Array | None, b: Array | None, scale: object) -> Lora:
+    """Return the LoRA factors of a kernel from a file.
+
+    Raises:
+      StorageError: a factor or the scale is missing, or they contradict each other.
+    """
+    if a is None or b is None or isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise StorageError(f'{name}: expected factors a and b and a number as their scale; the file is damaged')
+    # A is [*layers, in, rank] and B [*layers, rank, out].
+    is_pair = a.ndim >= 2 and b.ndim >= 2 and b.shape[:-1] == (*a.shape[:-2], a.shape[-1])
+    if not is_pair or not math.isfinite(scale):
+        raise StorageError(f'{name}: factors {a.shape} x {b.shape} with scale {scale} do not fit; the file is damaged')
+    return Lora(a, b, scale)
+
+
+def _check_paths(path: str | Path, flat: Mapping[str, Any]) -> None:
+    """Check that no array has the name of a folder of others.
+
+    Raises:
+      StorageError: one has.
+    """
+    for name in flat:
+        parts = name.split('/')
+        for length in range(1, len(parts)):
+            above = '/'.join(parts[:length])
+            if above in flat:
+                raise StorageError(f'{path}: {above} and {name} cannot both be arrays; the file is damaged')
 
 
 def _adapt_packed(name: str, kernel: Any, factors: Lora) -> Adapted:

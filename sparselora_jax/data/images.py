@@ -167,7 +167,8 @@ def scale_to_8_bits(values: Shaped[np.ndarray, 'height width']) -> UInt8[np.ndar
     >>> scale_to_8_bits(np.array([[0.0, 0.5, 1.0]], np.float32)).tolist()
     [[0, 128, 255]]
     """
-    levels = values.astype(np.float64)  # holds every integer of 32 bits
+    with np.errstate(invalid='ignore'):  # a damaged file may hold any NaN
+        levels = values.astype(np.float64)  # holds every integer of 32 bits
     if not np.isfinite(levels).all():
         raise DataError('a pixel is not a finite number')
     if not levels.size:

@@ -1,5 +1,7 @@
 """Greedy and beam search that give the same tokens as transformers 5.23's `generate`: arguments, defaults, prompts."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from sparselora_jax.evaluation import decode, search
@@ -14,33 +16,53 @@ class GenerationError(SparseloraError, ValueError):
 
 
 # Entries of generation_config.json that change which tokens transformers chooses, and that are not supported here. An
-# entry is accepted at the value in this table, at which it changes nothing.
+# entry is accepted at the values in this table, at which it changes nothing; None changes nothing either.
 UNSUPPORTED = {
     # Forbid or force tokens:
-    'bad_words_ids': None,
-    'begin_suppress_tokens': None,
-    'force_words_ids': None,
-    'forced_bos_token_id': None,
-    'forced_eos_token_id': None,
-    'no_repeat_ngram_size': 0,
-    'encoder_no_repeat_ngram_size': 0,
-    'suppress_tokens': None,
+    'bad_words_ids': ((),),
+    'begin_suppress_tokens': ((),),
+    'constraints': ((),),
+    'force_words_ids': ((),),
+    'forced_bos_token_id': (),
+    'forced_eos_token_id': (),
+    'no_repeat_ngram_size': (0,),
+    'encoder_no_repeat_ngram_size': (0,),
+    'suppress_tokens': ((),),
+    'token_healing': (False,),
     # Change scores:
-    'encoder_repetition_penalty': 1.0,
-    'exponential_decay_length_penalty': None,
-    'guidance_scale': None,
-    'renormalize_logits': False,
-    'repetition_penalty': 1.0,
-    'sequence_bias': None,
+    'dola_layers': (),
+    'encoder_repetition_penalty': (1.0,),
+    'exponential_decay_length_penalty': (),
+    'guidance_scale': (1.0,),
+    'remove_invalid_values': (False,),
+    'renormalize_logits': (False,),
+    'repetition_penalty': (1.0,),
+    'sequence_bias': ((),),
+    'watermarking_config': ((),),
     # Ask for another kind of search, or for several results:
-    'diversity_penalty': 0.0,
-    'num_beam_groups': 1,
-    'num_return_sequences': 1,
-    'penalty_alpha': None,
+    'diversity_penalty': (0.0,),
+    'num_beam_groups': (1,),
+    'num_return_sequences': (1,),
+    'penalty_alpha': (0.0,),
     # Stop for other reasons than length and end tokens:
-    'max_time': None,
-    'stop_strings': None,
+    'max_time': (),
+    'stop_strings': ((), ''),
 }
+
+
+def check_options(model: Model) -> None:
+    """Check that generation can follow the model's generation_config.json.
+
+    Args:
+      model: the model.
+
+    Raises:
+      GenerationError: an entry would change tokens, and is not supported; names it.
+    """
+    for name, value in model.generation.options:
+        if value is not None and name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+            where = f'{model.source}/generation_config.json' if model.source else 'Model.generation.options'
+            raise GenerationError(f'{where}: {name} = {value!r} is not supported; remove it')
 
 
 def generate(
@@ -85,6 +107,11 @@ def generate(
       BatchError: a token is outside the vocabulary; a row has more or fewer image tokens than its image has soft
         words; PaliGemma's batch has no token_type_ids.
     """
+    if not isinstance(model, Model) or not isinstance(batch, Mapping):
+        raise GenerationError(
+            f'generate got a model of type {type(model).__name__} and a batch of type {type(batch).__name__}: expected '
+            'model, params = sl.load_model(...); sl.generate(model, params, {"input_ids": tokens})'
+        )
     batch = _add_prompt(model, batch)
     # Values are checked here, because `decode` is compiled and knows only shapes.
     prompts.check_ids(model.cfg, batch)
@@ -114,11 +141,8 @@ def _settings(model: Model, arguments: dict, prompt_length: int) -> tuple[int, s
       arguments: arguments of `generate`, which override both.
       prompt_length: number of tokens of the prompt.
     """
+    check_options(model)
     own_options = {name: value for name, value in model.generation.options if value is not None}
-    for name in own_options.keys() & UNSUPPORTED.keys():
-        if own_options[name] != UNSUPPORTED[name]:
-            where = model.source or 'Model.generation.options'
-            raise GenerationError(f'{where}: {name} = {own_options[name]!r} is not supported; remove it')
     defaults = {'num_beams': 1, 'min_length': 0, 'length_penalty': 1.0, 'early_stopping': False}
     options = defaults | own_options | arguments
 

@@ -19,6 +19,7 @@ from sparselora_jax.checkpoints.load import open_model
 from sparselora_jax.data import pipeline, processing
 from sparselora_jax.data.dataset import DataRequest, Dataset
 from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.evaluation.generate import check_options
 from sparselora_jax.jobs import inputs, names
 from sparselora_jax.jobs.inputs import Inputs
 from sparselora_jax.models.model import Model, abstract_params
@@ -224,6 +225,7 @@ class Job:
         restore = self.config.restore
         if restore.teacher == 'top_k' and restore.top_k >= vocab:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
+        check_options(self.model)
         _ = self.mesh  # raises if the devices cannot form it
         check_batches(self.config)
         # The data are read here for the first time, after the quicker checks, so that unreadable data leave no workdir

@@ -363,6 +363,35 @@ def _leaders(recorders: dict[str, Recorder]) -> dict[str, str]:
     return leaders
 
 
+def check_forward(forward: object) -> None:
+    """Check that an object is a function that runs a model.
+
+    Args:
+      forward: what a user gave as a forward.
+
+    Raises:
+      CalibrationError: it cannot be called.
+    """
+    if not callable(forward):
+        raise CalibrationError(
+            f'forward is a {type(forward).__name__}: expected a function of (params, batch), such as model.hidden'
+        )
+
+
+def check_batches(batches: object) -> None:
+    """Check that an object can hold calibration batches.
+
+    Args:
+      batches: what a user gave as batches.
+
+    Raises:
+      CalibrationError: it is one batch, or cannot be iterated.
+    """
+    # A dict can be iterated too, over its keys.
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise CalibrationError(f'batches is a {type(batches).__name__}: expected a list of batches, such as [batch]')
+
+
 def collect(
     forward: Forward,
     params: dict,
@@ -395,6 +424,8 @@ def collect(
     >>> stats['q/kernel'][0].tolist(), int(stats['q/kernel'][1])
     ([10.0, 20.0], 2)
     """
+    check_forward(forward)
+    check_batches(batches)
 
     def valid_rows(path, batch):
         return None if valid is None else valid(batch)

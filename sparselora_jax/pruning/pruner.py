@@ -261,11 +261,12 @@ def prune(
       The pruned params and masks, unless `keep` takes them, and the number of tokens of each pruned kernel.
 
     Raises:
-      CalibrationError: there is no batch, or activations are not finite.
+      CalibrationError: there is no batch, activations are not finite, or `forward` is no function.
       PatternError: see `prune_tree`.
       RuleError: see `prune_tree`; or a kernel that the forward does not run in a block.
       MethodError: see `prune_tree`; or a method that edits kept weights and says it does not.
     """
+    calibrate.check_forward(forward)
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
     patterns = patterns_of(params, rules)

@@ -1,7 +1,7 @@
 """Run a model's blocks layer by layer over the calibration samples, so that each layer can be observed or changed."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,9 +34,13 @@ def joined(batches: Iterable[dict], chunk: int) -> dict:
       chunk: number of samples processed at a time on each device.
 
     Raises:
-      CalibrationError: no batch.
+      CalibrationError: no batch, or the batches are no list of dicts.
     """
+    calibrate.check_batches(batches)
     batches = list(batches)
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise calibrate.CalibrationError(f'a batch is a {type(batch).__name__}, expected a dict of arrays')
     if not batches:
         raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
     whole = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)

@@ -260,7 +260,8 @@ class Checkpoints:
     def _holds(self, step: int) -> bool:
         """Return whether the hashes match; if not, delete the manifest, so that it displaces no good checkpoint."""
         checkpoint = self.folder / str(step)
-        if (checkpoint / MANIFEST).read_text() == json.dumps(_hashes(checkpoint)):
+        # Bytes, since a damaged manifest may be no text.
+        if (checkpoint / MANIFEST).read_bytes() == json.dumps(_hashes(checkpoint)).encode():
             return True
         self.warn(f'{checkpoint}: the checkpoint is damaged (hashes differ); falling back to the one before')
         (checkpoint / MANIFEST).unlink()

@@ -225,6 +225,9 @@ def check_sparse(params: dict, masks: dict) -> None:
     for path, mask in flatten(masks).items():
         if path not in flat:
             raise PatternError(f'{path}: has a mask but no kernel')
+        # Other shapes could broadcast.
+        if np.shape(mask) != flat[path].shape:
+            raise PatternError(f'{path}: a mask of shape {np.shape(mask)} for a kernel of shape {flat[path].shape}')
         count = np.atleast_1d(processes.on_host(jnp.sum((flat[path] != 0) & ~mask, axis=(-2, -1))))
         if count.any():
             layer = np.argwhere(count)[0].tolist()

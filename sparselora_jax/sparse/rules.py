@@ -193,6 +193,23 @@ def _has_bias_of_stack(shape: tuple[int, ...], bias: Any) -> bool:
     return bias is not None and tuple(bias.shape) == (layers, outputs) and layers != inputs
 
 
+def check_rules(rules: object) -> None:
+    """Check that an object is a list of rules.
+
+    Args:
+      rules: what a user gave as rules.
+
+    Raises:
+      RuleError: it is not; the message shows how to write it.
+    """
+    expected = "expected a list of pairs (regex, value) in order, such as [('.*/q/kernel', '2:4'), ('.*', 'dense')]"
+    if isinstance(rules, str | Mapping) or not isinstance(rules, Sequence):
+        raise RuleError(f'rules {rules!r}: {expected}')
+    for rule in rules:
+        if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise RuleError(f'rule {rule!r}: {expected}')
+
+
 def match(rules: Sequence[tuple[str, Value]], paths: Iterable[str]) -> dict[str, Value]:
     """Return the value of the first matching rule for each path.
 
@@ -201,13 +218,14 @@ def match(rules: Sequence[tuple[str, Value]], paths: Iterable[str]) -> dict[str,
       paths: the paths of all kernels.
 
     Raises:
-      RuleError: a path that no rule matches, a rule whose regex matches no path at all, or a regex that does not
-        compile.
+      RuleError: the rules are no list of pairs, no rule matches a path, a regex matches no path at all, or a regex does
+        not compile.
 
     >>> match([('.*/q/kernel', '2:4'), ('.*', 'dense')], ['attn/q/kernel', 'head/kernel'])
     {'attn/q/kernel': '2:4', 'head/kernel': 'dense'}
     """
     paths = list(paths)
+    check_rules(rules)
     for pattern, _ in rules:
         try:
             regex = re.compile(pattern)

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +13,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from sparselora_jax.runtime.errors import SparseloraError
-from sparselora_jax.sparse.rules import block_path, first_match, flatten, is_in_block, kernels, name_in_block, unflatten
+from sparselora_jax.sparse.rules import (
+    SHOWN,
+    block_path,
+    first_match,
+    flatten,
+    is_in_block,
+    kernels,
+    name_in_block,
+    named_kernel,
+    unflatten,
+)
 from sparselora_jax.sparse.weights import Lora
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -29,8 +41,13 @@ RULES = (
     ('.*blocks/.*/(o|down|fc2)/kernel', PartitionSpec(None, 'tensor', 'fsdp')),
     ('.*embed', PartitionSpec('tensor', 'fsdp')),
     ('.*head/kernel', PartitionSpec('fsdp', 'tensor')),
+    # Small, and used once a forward: not split on purpose.
+    ('(.*/)?(patch|projection|project_in|project_out|projector|projector/fc[12])/kernel', PartitionSpec()),
     ('.*', PartitionSpec()),
 )
+
+# Lines about kernels that no rule splits, which are printed once.
+_TOLD: set[str] = set()
 
 ShardingRules = Sequence[tuple[str, PartitionSpec]]
 
@@ -143,14 +160,35 @@ def undivided(shapes: dict, mesh: Mesh | AbstractMesh) -> list[str]:
 
 
 def shard(tree: dict, mesh: Mesh, rules: ShardingRules = RULES) -> dict:
-    """Put params, masks or lora onto the mesh.
+    """Put params, masks or lora onto the mesh; print a line, once, about kernels that no rule splits.
 
     Args:
       tree: arrays.
       mesh: a mesh from `make_mesh`.
       rules: `(regex, PartitionSpec)` in order.
     """
+    line = _tell_unsplit(tree, mesh, rules)
+    if line and line not in _TOLD and jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+    _TOLD.add(line)
     return jax.device_put(tree, shardings(tree, mesh, rules))
+
+
+def _tell_unsplit(tree: dict, mesh: Mesh, rules: ShardingRules) -> str:
+    """Return a line about the kernels that only the last rule, for every path, matches; '' if there are none."""
+    paths = [path for path in flatten(tree) if named_kernel(path)]
+    *own, (last, spec) = rules
+    # Without such a last rule every kernel has a rule of its own. With one device along both axes nothing is split.
+    if last != '.*' or any(spec) or mesh.shape['fsdp'] * mesh.shape['tensor'] == 1:
+        return ''
+    unsplit = [path for path in paths if not any(re.fullmatch(pattern, path) for pattern, _ in own)]
+    if not unsplit:
+        return ''
+    shown = ', '.join(unsplit[:SHOWN]) + (f' and {len(unsplit) - SHOWN} more' if len(unsplit) > SHOWN else '')
+    return (
+        f'sharding: no rule splits {len(unsplit)} of {len(paths)} kernels, so every device holds all of them: {shown}; '
+        "pass shard(tree, mesh, rules=[(REGEX, PartitionSpec(...)), ..., ('.*', PartitionSpec())])"
+    )
 
 
 def everywhere(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -7,6 +7,7 @@ and the merge call it, so a merged weight equals the trained one bit for bit.
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from qwix import QArray
 
 from sparselora_jax.sparse.dense import dense_kernel, dense_mask
 from sparselora_jax.sparse.packing import PackedKernel, PackedMask
-from sparselora_jax.sparse.rules import check_layout, flatten, kernels, match, unflatten
+from sparselora_jax.sparse.rules import RuleError, check_layout, flatten, kernels, match, unflatten
 
 GRADIENTS = ('exact', 'straight_through', 'plain')
 
@@ -132,9 +133,8 @@ def init_lora(
       dtype: dtype of the factors.
 
     Raises:
-      RuleError: no rule matches a kernel, a rule matches no kernel, the tree has no kernels, or the axes of a kernel
-        are unknown (see `rules.check_layout`).
-      ValueError: a rank is below one.
+      RuleError: no rule matches a kernel, a rule matches no kernel, the tree has no kernels, the axes of a kernel are
+        unknown (see `rules.check_layout`), or a rank is below one.
 
     >>> lora = init_lora(jax.random.key(0), {'q': {'kernel': jnp.ones((8, 4))}}, [('.*', LoraSpec(2, 4))])
     >>> lora['q']['kernel'].a.shape, lora['q']['kernel'].b.shape, lora['q']['kernel'].scale
@@ -148,9 +148,12 @@ def init_lora(
     for index, (path, spec) in enumerate(specs.items()):
         if spec is None:
             continue
+        is_pair = isinstance(spec, tuple) and len(spec) == 2
+        if not is_pair or not isinstance(spec[0], Integral) or not isinstance(spec[1], Real):
+            raise RuleError(f'{path}: LoRA {spec!r}: expected sl.LoraSpec(rank=8, alpha=16), or None for no factors')
         rank, alpha = spec
         if rank < 1:
-            raise ValueError(f'{path}: LoRA rank {rank} is below one; use None to leave a kernel alone')
+            raise RuleError(f'{path}: LoRA rank {rank} is below one; use None to leave a kernel alone')
         *layers, inputs, outputs = kernels_by_path[path].shape
         # LoRA's reference draws A by kaiming_uniform_(a=sqrt(5)), whose bound is 1 / sqrt(inputs).
         bound = inputs**-0.5
@@ -175,10 +178,10 @@ def bind(
       parts: see `Adapted`.
 
     Raises:
-      ValueError: the path or shape of a mask or factor is not that of a kernel, or `gradient` is unknown.
+      RuleError: the path or shape of a mask or factor is not that of a kernel, or `gradient` is unknown.
     """
     if gradient not in GRADIENTS:
-        raise ValueError(f'gradient {gradient!r}: expected one of {", ".join(GRADIENTS)}')
+        raise RuleError(f'gradient {gradient!r}: expected one of {", ".join(GRADIENTS)}')
     flat = flatten(params)
     flat_masks = flatten(masks or {})
     flat_lora = flatten(lora or {})
@@ -213,7 +216,7 @@ def merge(params: dict, masks: dict | None, lora: dict | None = None, *, dtype: 
       dtype: dtype of the merged kernels; default: each kernel's dtype.
 
     Raises:
-      ValueError: the path or shape of a mask or factor is not that of a kernel.
+      RuleError: the path or shape of a mask or factor is not that of a kernel.
     """
     flat = flatten(params)
     flat_masks = flatten(masks or {})
@@ -240,15 +243,17 @@ def _merged(
 def _check_fit(params: Mapping[str, Any], masks: Mapping[str, Any], lora: Mapping[str, Lora]) -> None:
     """Check that masks and factors have the paths and shapes of kernels."""
     for path, mask in masks.items():
+        if not hasattr(mask, 'shape'):
+            raise RuleError(f'{path}: the mask is a {type(mask).__name__}, expected an array of booleans')
         # jnp.where would silently broadcast a mask over layers, so the shapes are checked here.
         if path not in params or params[path].shape != mask.shape:
             shape = getattr(params.get(path), 'shape', 'no such kernel')
-            raise ValueError(f'{path}: mask of shape {mask.shape} for a kernel of shape {shape}')
+            raise RuleError(f'{path}: mask of shape {mask.shape} for a kernel of shape {shape}')
     for path, factors in lora.items():
         if path not in params:
-            raise ValueError(f'{path}: has LoRA factors but no kernel')
+            raise RuleError(f'{path}: has LoRA factors but no kernel')
+        if not isinstance(factors, Lora):
+            raise RuleError(f'{path}: the factors are a {type(factors).__name__}, expected the tree of sl.init_lora')
         shape = params[path].shape
         if (*factors.a.shape[:-1], factors.b.shape[-1]) != shape:
-            raise ValueError(
-                f'{path}: LoRA factors {factors.a.shape} x {factors.b.shape} for a kernel of shape {shape}'
-            )
+            raise RuleError(f'{path}: LoRA factors {factors.a.shape} x {factors.b.shape} for a kernel of shape {shape}')

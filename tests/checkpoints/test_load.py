@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import layout, on_disk, safetensors_format
 from sparselora_jax.checkpoints.load import load_model, open_model
+from sparselora_jax.evaluation.generate import check_options
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.sparse import rules
@@ -400,3 +401,38 @@ def test_blip2_generates_as_its_language_model_does(saved):
     assert generation.pad == theirs.pad_token_id
     assert generation.start == theirs.decoder_start_token_id == 0
     assert generation.options == ()
+
+
+@pytest.mark.parametrize('value', [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_named_with_their_file_when_they_are_read(value, llama):
+    name = 'model.layers.1.mlp.up_proj.weight'
+    edit(llama, lambda tensors: tensors[name].put(7, value))
+    said = rf'model.safetensors: {name} \(language/blocks/mlp/up/kernel\) has NaN or infinite numbers'
+    with pytest.raises(sl.StorageError, match=said):
+        load_model(llama)
+    model, pieces = open_model(llama)
+    stack = rules.flatten(on_disk.params_on_disk(model, pieces, jnp.float32))['language/blocks/mlp/up/kernel']
+    assert np.isfinite(stack[0]).all()
+    with pytest.raises(sl.StorageError, match=said):
+        stack[1]
+
+
+def test_forced_tokens_are_kept_to_be_refused_and_options_without_effect_are_accepted(llama):
+    def options(**entries):
+        (llama / 'generation_config.json').write_text(json.dumps(entries))
+        return open_model(llama)[0]
+
+    neutral = {'suppress_tokens': [], 'guidance_scale': 1.0, 'forced_eos_token_id': None, 'repetition_penalty': 1.0}
+    check_options(options(**neutral, bad_words_ids=[], temperature=0.6, top_p=0.9, transformers_version='4.1'))
+    for name, value in {
+        'forced_eos_token_id': 2,
+        'forced_bos_token_id': 3,
+        'sequence_bias': [[[45, 67], -0.6]],
+        'watermarking_config': {'bias': 2.5},
+        'suppress_tokens': [4],
+        'guidance_scale': 1.5,
+    }.items():
+        model = options(**{name: value})
+        assert hash(model)
+        with pytest.raises(sl.GenerationError, match=f'{llama}/generation_config.json: {name} = .* is not supported'):
+            check_options(model)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import sparselora_jax as sl
 from sparselora_jax.models import causal, llama
@@ -309,3 +310,19 @@ def test_what_a_mesh_does_not_divide_is_said_with_the_nearest_that_does():
 def test_a_mesh_that_does_not_fit_is_named():
     with pytest.raises(sharding.MeshError, match='needs 3 devices, there are 4'):
         sharding.make_mesh(data=3)
+
+
+def test_kernels_that_no_rule_splits_are_named_once(capsys, monkeypatch):
+    monkeypatch.setattr(sharding, '_TOLD', set())
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    tree = {f'Dense_{index}': {'kernel': jnp.ones((8, 8)), 'bias': jnp.ones(8)} for index in range(7)}
+    for _ in range(2):
+        sharding.shard(tree, mesh)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'no rule splits 7 of 7 kernels' in line
+    assert 'Dense_0/kernel' in line
+    assert 'and 2 more; pass shard(tree, mesh, rules=' in line
+    sharding.shard(tree, mesh, [('.*kernel', PartitionSpec('fsdp')), ('.*', PartitionSpec())])
+    sharding.shard(tree, sharding.make_mesh(data=4))
+    sharding.shard(init_params(jax.random.key(0), {'language': llama.shapes(CFG)}, std=1.0), mesh)
+    assert capsys.readouterr().err == ''
