@@ -156,7 +156,7 @@ def fuzz_checkpoints(folder, rng):
     files = checkpoint_files_of(folder)
     hashed = [file for file in sorted(files) if 'state/' in str(file) or file.name == MANIFEST]
     # Orbax's own files beside the arrays are not hashed; reading a state takes much longer than refusing it.
-    file = rng.choice(hashed if rng.random() < 0.97 else sorted(files))
+    file = rng.choice(hashed if rng.random() < 0.9 else sorted(files))
     file.write_bytes(alter(files[file], rng))
     state = Checkpoints(folder / 'run', warn=lambda line: None).restore(checkpoint_state())
     file.write_bytes(files[file])
@@ -189,6 +189,7 @@ def fuzz_json(folder, rng):
 KINDS = [fuzz_images, fuzz_headers, fuzz_packed, fuzz_lines, fuzz_checkpoints, fuzz_json]
 
 
+@pytest.mark.filterwarnings('ignore')  # of Pillow, about damaged files
 @pytest.mark.parametrize('count', [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind.__name__)
 def test_altered_files_end_as_a_value_or_as_an_error_of_ours(kind, count, tmp_path):

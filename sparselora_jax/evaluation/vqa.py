@@ -15,7 +15,7 @@ from sparselora_jax.evaluation.generate import generate
 from sparselora_jax.evaluation.metric import EXACT_MATCH, Metric, score
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime import processes
-from sparselora_jax.runtime.files import write_text
+from sparselora_jax.runtime.files import StorageError, write_text
 
 
 class Answers(NamedTuple):
@@ -156,13 +156,25 @@ def _read_answers(answers_file: Path | None, batch: int) -> list[str]:
 
     A killed process may leave half a batch or half a line. Continuing from a whole batch gives the same batches, and so
     the same answers, as an uninterrupted run.
+
+    Raises:
+      StorageError: a whole line is not an answer; names it.
     """
     if answers_file is None or not answers_file.exists():
         return []
-    lines = [line for line in answers_file.read_text().splitlines(keepends=True) if line.endswith('\n')]
+    lines = [line for line in answers_file.read_bytes().splitlines(keepends=True) if line.endswith(b'\n')]
     lines = lines[: len(lines) // batch * batch]
-    write_text(answers_file, ''.join(lines))
-    return [json.loads(line) for line in lines]
+    answers = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, str):
+            raise StorageError(f'{answers_file}, line {number}: not an answer; delete the file to answer all again')
+        answers.append(answer)
+    write_text(answers_file, b''.join(lines).decode())
+    return answers
 
 
 def blind_floor(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Answers:

@@ -18,6 +18,7 @@ from sparselora_jax.evaluation import bootstrap, density, vqa
 from sparselora_jax.evaluation.metric import METRICS, Metric, MetricError
 from sparselora_jax.evaluation.perplexity import perplexity
 from sparselora_jax.models import llama
+from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.runtime.registry import UnknownNameError
 
 
@@ -240,3 +241,13 @@ def test_a_score_that_is_none_is_refused():
     for value, message in ((None, 'fails on'), (float('nan'), 'returns nan'), (2, 'returns 2'), ('raise', 'KeyError')):
         with pytest.raises(MetricError, match=f"metric 'broken' .*{message}"):
             vqa.Answers(['yes'], ['no']).scores(Broken(value))
+
+
+@pytest.mark.parametrize('line', [b'{', b'3', b'null', b'\xff"', b''])
+def test_a_damaged_file_of_answers_is_named_and_kept(tmp_path, line):
+    file = tmp_path / 'answers.jsonl'
+    before = b'"a"\n' + line + b'\n"c"\n"d"\n'
+    file.write_bytes(before)
+    with pytest.raises(StorageError, match=r'answers.jsonl, line 2: not an answer; delete the file to answer all'):
+        vqa._read_answers(file, 2)
+    assert file.read_bytes() == before

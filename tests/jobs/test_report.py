@@ -1,17 +1,18 @@
 """The report of a run whose stages only pretend: texts of users stay texts, and a metric of one's own is shown."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 from test_job import tiny_config
 
+import sparselora_jax as sl
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.jobs import report
 from sparselora_jax.jobs.job import Job
-from sparselora_jax.runtime import files
+from sparselora_jax.runtime import digests, files
+from sparselora_jax.sparse.patterns import PatternError
 
 HOSTILE = '<script>alert("&")</script>'
 
@@ -65,7 +66,7 @@ def finished(tmp_path, monkeypatch):
 
 
 def write(workdir, name, result):
-    files.write_text(workdir / f'{name}.json', json.dumps(result))
+    files.write_text(workdir / f'{name}.json', digests.stamp(result | {'files': {}}))
 
 
 def test_texts_of_users_are_text_in_the_page(finished):
@@ -96,3 +97,21 @@ def test_a_metric_of_ones_own_scores_the_report_and_gives_it_its_title(finished)
     assert (low, high) == (0.0, 0.0)  # half a point for each answer of both
     assert 'Letters &lt;right&gt; by kind of answer' in (job.workdir / 'report.html').read_text()
     assert 'letters <right>' in report.summary(got)
+
+
+def test_missing_zeros_are_an_error_that_names_the_tower(finished):
+    got = report.write(finished('run', ['yes', 'no']))
+    report.check_zeros(got, 'run')
+    got['sparsity']['vision'] = {'pattern': '0.5', 'density': 0.6, 'violations': 17732}
+    with pytest.raises(PatternError, match=r'^run: 17,732 groups of the tower vision do not have the zeros of their'):
+        report.check_zeros(got, 'run')
+
+
+def test_a_damaged_result_is_named_and_an_old_report_is_not_read(finished):
+    job = finished('run', ['yes', 'no'])
+    (job.workdir / 'report.json').write_text('{')
+    report.write(job)
+    for damaged in ('{', '[]', '"text"'):
+        (job.workdir / 'evaluate_dense.json').write_text(damaged)
+        with pytest.raises(sl.StorageError, match=r'evaluate_dense.json: not .*; delete it, and run the job again'):
+            report.write(job)
