@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from sparselora_jax.checkpoints import trees
 from sparselora_jax.data import processing
 from sparselora_jax.jobs import report, stages
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.recipe import ConfigError
 from sparselora_jax.sparse import rules
 
 METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt', 'dsnot')
@@ -123,3 +126,37 @@ def test_pruning_from_disk_on_a_mesh_is_pruning_in_memory_on_one_device(director
         stages.round_base(job)
     for name in ('masks.safetensors', 'kernels.safetensors', 'rounded.safetensors'):
         assert (jobs[0].workdir / name).read_bytes() == (jobs[1].workdir / name).read_bytes()
+
+
+def test_a_directory_whose_files_change_is_refused_on_resume(directory, data, tmp_path):
+    folder = shutil.copytree(directory('blip2-opt'), tmp_path / 'model')
+
+    def job():
+        return Job(config_of('blip2-opt', folder, data, **{'prune.method': 'magnitude'}), tmp_path / 'run')
+
+    stages.prune(job())
+    (folder / 'README.md').write_text('A note changes nothing.')
+    for file in folder.iterdir():
+        os.utime(file, ns=(1, 1))  # as after a copy
+    job().check()
+    weights = bytearray((folder / 'model.safetensors').read_bytes())
+    weights[-9] ^= 1
+    settings = (folder / 'generation_config.json').read_bytes()
+    for name, content, told in (
+        ('model.safetensors', bytes(weights), 'model.safetensors has changed'),
+        (
+            'generation_config.json',
+            settings.replace(b'{', b'{"min_length": 3,', 1),
+            'generation_config.json has changed',
+        ),
+        ('chat_template.jinja', b'{{ text }}', 'chat_template.jinja is new'),
+    ):
+        before = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=rf'run: the files of .*model are not those .* \({told}\); use another'):
+            job().check()
+        if before is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(before)
+    job().check()
