@@ -64,3 +64,19 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, 'flock', flock)
     with pytest.raises(OSError, match='Read-only'):
         files.hold(tmp_path)
+
+
+def test_a_loop_of_links_is_an_error_with_its_path(tmp_path):
+    loop = tmp_path / 'loop'
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match=r'loop'):
+        files.hold(loop)
+    with pytest.raises(OSError, match=r'loop'):
+        files.hold(loop / 'run')
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'[1]', b'\xff', b'[' * 10**5])
+def test_a_file_that_is_no_json_object_is_named_with_the_remedy(tmp_path, content):
+    (tmp_path / 'a.json').write_bytes(content)
+    with pytest.raises(files.StorageError, match=r'a.json: not .*; put back a copy'):
+        files.read_json(tmp_path / 'a.json', 'put back a copy')
