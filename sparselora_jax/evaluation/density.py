@@ -1,6 +1,7 @@
 """Measure density, pattern and violations of a finished model from its kernels alone, never from stored masks."""
 
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,17 @@ from sparselora_jax.sparse.masks import violations
 from sparselora_jax.sparse.patterns import parse_pattern
 
 
-def _block_kernels(params: dict, tower: str) -> dict[str, Array]:
+@runtime_checkable
+class Stack(Protocol):
+    """A stack of kernels: an array, or an object that reads a layer from disk when it is indexed."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, layer: int) -> Array:
+        """Return the kernel of a layer."""
+
+
+def _block_kernels(params: dict, tower: str) -> dict[str, Stack]:
     """Return the kernels of a tower's blocks by path, stacked: `[layers, in, out]`."""
     kernels = rules.kernels(params)
     return {
@@ -48,7 +59,7 @@ def tower_sparsity(
     A kept weight that happens to be zero would also count as a violation; trained weights have no such zeros.
 
     Args:
-      params: plain kernels, with zeros in place.
+      params: plain kernels, with zeros in place, or stacks of kernels that are read a layer at a time.
       tower: name of the tower.
       pattern: pattern to which the tower was pruned.
       group: comparison group of an unstructured pattern (see `sparse.masks`).
@@ -56,19 +67,25 @@ def tower_sparsity(
         `pruning.allocate`).
 
     Returns:
-      `pattern` as text, `density` (share of weights that are not zero) and `violations` (number of groups).
+      `pattern` as text, `weights` (number of weights), `density` (share of weights that are not zero) and `violations`
+      (number of groups).
     """
-    kernels = _block_kernels(params, tower)
     parsed = parse_pattern(pattern)
     # Counted in Python integers: a tower may have more weights than int32 counts.
-    nonzero = sum(int(jnp.count_nonzero(kernel)) for kernel in kernels.values())
-    size = sum(kernel.size for kernel in kernels.values())
+    weights = 0
+    nonzero = 0
     wrong_groups = 0
-    if not parsed.dense:  # a dense tower promises no zeros
-        for path, kernel in kernels.items():
-            zeros_of_layers = (zeros or {}).get(path)
-            wrong_groups += int(violations(kernel != 0, parsed, group, zeros_of_layers).sum())
-    return {'pattern': str(pattern), 'density': nonzero / size, 'violations': wrong_groups}
+    for path, kernel in _block_kernels(params, tower).items():
+        zeros_of_layers = (zeros or {}).get(path)
+        # One layer at a time, since all layers of a stack on disk may not fit into memory.
+        for layer in range(kernel.shape[0]):
+            is_kept = jnp.asarray(kernel[layer]) != 0
+            weights += is_kept.size
+            nonzero += int(jnp.count_nonzero(is_kept))
+            if not parsed.dense:  # a dense tower promises no zeros
+                promised = None if zeros_of_layers is None else np.asarray(zeros_of_layers[layer])
+                wrong_groups += int(violations(is_kept, parsed, group, promised))
+    return {'pattern': str(pattern), 'weights': weights, 'density': nonzero / weights, 'violations': wrong_groups}
 
 
 def layer_density(params: dict, tower: str) -> dict[str, list[float]]:

@@ -21,8 +21,8 @@ def _losses(w: dict, cfg: Any, tokens: Int[Array, 'windows tokens']) -> Float[Ar
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
 
 
-def perplexity(w: dict, cfg: Any, tokens: Int[np.ndarray, ' tokens'], *, window: int = 128) -> float:
-    """Return exp(mean loss per predicted token) over windows of the text.
+def window_losses(w: dict, cfg: Any, tokens: Int[np.ndarray, ' tokens'], *, window: int = 128) -> list[float]:
+    """Return the mean loss per predicted token, in nats, of each window of the text.
 
     Args:
       w: weights of a decoder-only language tower, with any kind of kernel.
@@ -37,4 +37,20 @@ def perplexity(w: dict, cfg: Any, tokens: Int[np.ndarray, ' tokens'], *, window:
     if not count:
         raise ValueError(f'the text has {len(tokens)} tokens, fewer than one window of {window}')
     windows = jnp.asarray(tokens[: count * window], jnp.int32).reshape(count, window)
-    return float(jnp.exp(jnp.mean(_losses(w, cfg, windows))))
+    return jnp.mean(_losses(w, cfg, windows), axis=1).tolist()
+
+
+def perplexity(w: dict, cfg: Any, tokens: Int[np.ndarray, ' tokens'], *, window: int = 128) -> float:
+    """Return exp(mean loss per predicted token) over windows of the text.
+
+    Args:
+      w: see `window_losses`.
+      cfg: see `window_losses`.
+      tokens: see `window_losses`.
+      window: see `window_losses`.
+
+    Raises:
+      ValueError: see `window_losses`.
+    """
+    # Windows have equal lengths, so the mean of their means is the mean over all tokens.
+    return float(np.exp(np.mean(window_losses(w, cfg, tokens, window=window))))

@@ -7,7 +7,7 @@ import numpy as np
 
 from sparselora_jax import recipe
 from sparselora_jax.evaluation import vqa
-from sparselora_jax.evaluation.perplexity import perplexity
+from sparselora_jax.evaluation.perplexity import window_losses
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime.progress import Progress
@@ -26,7 +26,7 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
 
     Returns:
       `accuracy` (mean of `evaluate.metric`, overall and by kind), `indices` of the questions, the predicted and true
-      answers, and `perplexity`.
+      answers, `perplexity`, and `window_losses`, the mean loss of each window of the text.
     """
     stage = names.evaluation_stage(name)
 
@@ -50,12 +50,15 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
         )
         accuracy = answers.accuracy(job.dataset.kind_of, recipe.metric(job.config))
         scores = {}
+        windows = {}
         # An encoder-decoder does not assign probabilities to plain text.
         if not model.is_encoder_decoder:
             tokens = np.asarray(job.processor.hf.tokenizer(HELD_OUT_TEXT.read_text())['input_ids'])
-            scores['perplexity'] = perplexity(weights['language'], model.cfg.language, tokens)
+            losses = window_losses(weights['language'], model.cfg.language, tokens)
+            scores['perplexity'] = float(np.exp(np.mean(losses)))
+            windows['window_losses'] = losses  # the report needs each, for an interval
         job.log.scalars(stage, 0, accuracy | scores)
-        return {'accuracy': accuracy, 'indices': indices} | scores | answers._asdict()
+        return {'accuracy': accuracy, 'indices': indices} | scores | windows | answers._asdict()
 
     return job.stage(stage, compute)
 

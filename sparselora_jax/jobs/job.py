@@ -20,7 +20,7 @@ from sparselora_jax.data import pipeline, processing
 from sparselora_jax.data.dataset import DataRequest, Dataset
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.generate import check_options
-from sparselora_jax.jobs import inputs, names
+from sparselora_jax.jobs import environment, inputs, names
 from sparselora_jax.jobs.inputs import Inputs
 from sparselora_jax.models.model import Model, abstract_params
 from sparselora_jax.pruning import targets
@@ -117,6 +117,7 @@ class Job:
         self._frozen: Frozen | None = None
         self._reduced_base: Frozen | None = None
         self._told: set[str] = set()  # lines that are printed once
+        self._has_header = False
         check_values(config)
         refuse_other(self.workdir, config)
 
@@ -133,6 +134,7 @@ class Job:
           StorageError: the stage is done, and a file that it has written is missing or damaged.
         """
         file = self.workdir / names.result_file(name)
+        self._print_header()
         # The first process reads and writes for all processes: the others may not see its disk.
         if processes.agreed(file.exists):
             processes.agreed(lambda: self._check_outputs(name))
@@ -168,7 +170,8 @@ class Job:
 
     def _write_result(self, stage: str, result: dict) -> None:
         """Write the result of a stage, with the digests of the files that it has written."""
-        written = digests.take(digests.files_in(self.workdir, names.outputs(stage)))
+        outputs = digests.files_in(self.workdir, names.outputs(stage))
+        written = digests.take({name: file for name, file in outputs.items() if file.name not in names.EDITABLE})
         stamped = digests.stamp(result | {_OUTPUTS: digests.to_json(written)})
         files.write_text(self.workdir / names.result_file(stage), stamped)
 
@@ -208,7 +211,14 @@ class Job:
         """Claim the workdir for this config and these inputs, and print which stage begins."""
         claim(self.workdir, self.config)
         files.write_text(self.workdir / names.INPUTS, self._inputs.dump())
+        environment.record(self.workdir, environment.describe(self.config))
         print(f'-- {stage}', flush=True)
+
+    def _print_header(self) -> None:
+        """Print the versions and devices of this run, once, before its first stage."""
+        if not self._has_header and processes.first():
+            print(environment.header(environment.describe(self.config)), flush=True)
+        self._has_header = True
 
     def check(self) -> None:
         """Check that the recipe fits the model, the devices and the data, before any long work.

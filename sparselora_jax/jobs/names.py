@@ -15,17 +15,19 @@ PRUNE = 'prune'
 ROUND = 'round'
 TEACHER = 'teacher'  # also the folder of the teacher's logits
 EXPORT = 'export'
+EXPORT_PRUNED = 'export_pruned'
 FLOOR = 'floor'
 MEASURE = 'measured'  # the last stage of a run of a sweep
 TRAINING = {'restored': 'restore', CONTROL: 'control'}  # model -> the stage that trains it
 
 # Files and folders.
+ENVIRONMENTS = 'environments.json'  # versions and devices of every process that computed a stage
 INPUTS = 'inputs.json'  # digests of the model's files and of the records, see `inputs.py`
 MASKS = 'masks.safetensors'
 KERNELS = 'kernels.safetensors'  # kernels whose kept weights pruning changed; missing if it changed none
 ROUNDED = 'rounded.safetensors'  # kernels with values that four bits can hold, see `stages.round_base`
 CHECKPOINTS = 'checkpoints'
-PRUNED_MODEL = 'pruned'  # a Hugging Face directory, written only if pruning reads the model from disk
+PRUNED_MODEL = 'pruned'  # a Hugging Face directory, written by launch/prune.py only
 EXPORTED_MODEL = 'exported'  # a Hugging Face directory
 ADAPTER = 'adapter'  # a PEFT directory
 FAILED = 'failed.txt'  # why a run of a sweep failed
@@ -59,6 +61,11 @@ def trained_file(stage: str) -> str:
     return f'{stage}.safetensors'
 
 
+# Files of an exported directory that users edit, and of which no digest is kept: a licence is added to a card, and the
+# base of an adapter moves.
+EDITABLE = ('README.md', 'adapter_config.json')
+
+
 def outputs(stage: str) -> tuple[str, ...]:
     """Return the names of the files and folders that a stage may write beside its result.
 
@@ -70,7 +77,8 @@ def outputs(stage: str) -> tuple[str, ...]:
 
 # Other stages write at most a file or a folder of their own name.
 _OUTPUTS = {
-    PRUNE: (MASKS, KERNELS, PRUNED_MODEL),
+    PRUNE: (MASKS, KERNELS),
+    EXPORT_PRUNED: (PRUNED_MODEL,),
     ROUND: (ROUNDED,),
     EXPORT: (EXPORTED_MODEL, ADAPTER),
 }

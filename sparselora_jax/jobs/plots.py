@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sparselora_jax import recipe
+from sparselora_jax.evaluation.intervals import mean_interval
 from sparselora_jax.jobs.names import CONTROL, CONTROL_TITLE, FLOOR_TITLE
-from sparselora_jax.jobs.table import Row, mean_interval
+from sparselora_jax.jobs.table import Row
 from sparselora_jax.runtime.files import whole
 
 PERPLEXITY = 'perplexity'
@@ -139,17 +140,26 @@ def _heights(rows: list[Row], quantity: str) -> tuple[list[float], list[float] |
 
 
 def _bars(axes: Axes, plot: ConfigDict, drawn: list[Row], positions: list[Label], quantity: str) -> None:
-    """Draw a bar for each row; bars of the same position are side by side."""
+    """Draw a bar for each row; bars of the same position are side by side, centred on it."""
     groups = _groups(plot, drawn)
     colours = _colours(groups)
     width = 0.8 / max(len(groups), 1)  # positions are 1 apart, so this leaves a gap of 0.2 between them
-    for index, ((series, model), rows) in enumerate(groups.items()):
+    # The groups that have a bar at each position: not every point of a sweep has every model or series.
+    present: dict[Label, list[tuple[str, str]]] = {position: [] for position in positions}
+    for group, rows in groups.items():
+        for position in {_label(row, plot.x) for row in rows if quantity in row.values}:
+            present[position].append(group)
+    for (series, model), rows in groups.items():
         rows = [row for row in rows if quantity in row.values]
-        # The bars of a position are centred on it.
-        offset = width * (index - (len(groups) - 1) / 2)
+        places = []
+        for row in rows:
+            position = _label(row, plot.x)
+            beside = present[position]
+            offset = beside.index((series, model)) - (len(beside) - 1) / 2
+            places.append(positions.index(position) + width * offset)
         heights, halves = _heights(rows, quantity)
         axes.bar(
-            [positions.index(_label(row, plot.x)) + offset for row in rows],
+            places,
             heights,
             width,
             yerr=halves,
@@ -158,6 +168,8 @@ def _bars(axes: Axes, plot: ConfigDict, drawn: list[Row], positions: list[Label]
             alpha=0.4 if _is_pale(series, model, groups) else 1.0,
             label=_title(series, model, groups),
         )
+    # Room for every position, also if its bars are few or failed.
+    axes.set_xlim(-0.5, len(positions) - 0.5)
 
 
 def _places(positions: list[Label]) -> list[float]:

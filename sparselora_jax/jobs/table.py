@@ -7,18 +7,16 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
-from scipy import stats
 
 from sparselora_jax import recipe
+from sparselora_jax.evaluation.intervals import mean_interval
 from sparselora_jax.jobs import names, sweep, sweep_runs
+from sparselora_jax.jobs.environment import PACKAGES
 from sparselora_jax.jobs.names import FLOOR_TITLE
-from sparselora_jax.jobs.report import PACKAGES
 from sparselora_jax.runtime.files import read_json, write_text
 
 GIB = 2**30
-LEVEL = 0.95  # confidence level of the intervals
 # Prefixes of the names of columns that are counted, timed or given, rather than measured on the model.
 WITHOUT_INTERVAL = ('density', 'prune ', 'restore ', 'step ', 'trained ', 'GFLOP')
 
@@ -44,27 +42,6 @@ class Row(NamedTuple):
     def seeds(self) -> int:
         """Return the number of finished seeds."""
         return max((len(values) for values in self.values.values()), default=0)
-
-
-def mean_interval(values: list[float]) -> tuple[float, float | None]:
-    """Return the mean and the half width of its 95 % interval by Student's t, which is None for a single value.
-
-    Args:
-      values: one value for each seed.
-
-    >>> mean_interval([1.0, 2.0, 3.0])[0], round(mean_interval([1.0, 2.0, 3.0])[1], 3), mean_interval([2.0])
-    (2.0, 2.484, (2.0, None))
-    """
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, None
-    deviation = np.std(values, ddof=1)  # of a sample, not of the population
-    if deviation == 0:
-        # scipy returns NaN for a distribution without spread.
-        return mean, 0.0
-    # The interval is around 0, because only the half width is needed: subtracting the mean would lose digits.
-    _, half = stats.t.interval(LEVEL, df=len(values) - 1, loc=0.0, scale=deviation / len(values) ** 0.5)
-    return mean, float(half)
 
 
 def rows(config: ConfigDict, workdir: str | Path) -> list[Row]:

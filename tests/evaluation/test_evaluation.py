@@ -14,9 +14,9 @@ from sparselora_jax.checkpoints import embedded
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.evaluation import bootstrap, density, vqa
+from sparselora_jax.evaluation import density, intervals, vqa
 from sparselora_jax.evaluation.metric import METRICS, Metric, MetricError
-from sparselora_jax.evaluation.perplexity import perplexity
+from sparselora_jax.evaluation.perplexity import perplexity, window_losses
 from sparselora_jax.models import llama
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.runtime.registry import UnknownNameError
@@ -30,20 +30,38 @@ def test_an_interval_agrees_with_the_normal_approximation():
     first, second = answers_with(0.9, 1), answers_with(0.7, 2)
     difference = first - second
     half = 1.96 * difference.std() / np.sqrt(1000)
-    low, high = bootstrap.paired_interval(first, second)
+    low, high = intervals.paired_interval(first, second)
     np.testing.assert_allclose([low, high], [difference.mean() - half, difference.mean() + half], atol=0.003)
 
 
 def test_an_interval_is_paired_signed_and_repeatable():
     first, second = answers_with(0.9, 1), answers_with(0.9, 2)
-    assert bootstrap.paired_interval(first, first) == (0, 0)  # unpaired, chance would show
-    low, high = bootstrap.paired_interval(first, second)
-    np.testing.assert_allclose(bootstrap.paired_interval(second, first), (-high, -low), atol=1e-12)
-    assert bootstrap.paired_interval(first, second) == (low, high)
+    assert intervals.paired_interval(first, first) == (0, 0)  # unpaired, chance would show
+    low, high = intervals.paired_interval(first, second)
+    np.testing.assert_allclose(intervals.paired_interval(second, first), (-high, -low), atol=1e-12)
+    assert intervals.paired_interval(first, second) == (low, high)
 
 
 def test_an_interval_of_one_question_is_its_difference():
-    assert bootstrap.paired_interval(np.array([1.0]), np.array([0.25])) == (0.75, 0.75)
+    assert intervals.paired_interval(np.array([1.0]), np.array([0.25])) == (0.75, 0.75)
+
+
+def test_the_interval_of_a_score_stays_honest_at_its_ends():
+    """Wilson's closed form; the ends of a perfect score differ, unlike those of a bootstrap."""
+    z, n = 1.959964, 50
+    for right in (0, 20, 50):
+        share = right / n
+        centre, half = share + z**2 / (2 * n), z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+        want = [(centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)]
+        got = intervals.score_interval(np.array([1.0] * right + [0.0] * (n - right)))
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_the_interval_of_partial_scores_is_resampled():
+    scores = np.random.default_rng(0).choice([0.0, 0.5, 1.0], 1000)
+    low, high = intervals.score_interval(scores)
+    half = 1.96 * scores.std() / np.sqrt(1000)
+    np.testing.assert_allclose([low, high], [scores.mean() - half, scores.mean() + half], atol=0.003)
 
 
 def test_accuracy_is_of_whole_answers_overall_and_per_kind():
@@ -160,10 +178,11 @@ def sparse_tree():
 def test_sparsity_of_a_tower_is_counted_over_its_blocks():
     tree, q, mlp = sparse_tree()
     kept = (np.count_nonzero(q) + np.count_nonzero(mlp)) / (q.size + mlp.size)
-    assert density.tower_sparsity(tree, 'language', 'dense') == {'pattern': 'dense', 'density': kept, 'violations': 0}
+    counts = {'weights': q.size + mlp.size, 'density': kept}
+    assert density.tower_sparsity(tree, 'language', 'dense') == {'pattern': 'dense', 'violations': 0} | counts
     groups = np.concatenate([np.moveaxis(k, 1, -1).reshape(-1, 4) for k in (q, mlp)])
     wrong = sum(np.count_nonzero(group) != 2 for group in groups)
-    assert density.tower_sparsity(tree, 'language', '2:4') == {'pattern': '2:4', 'density': kept, 'violations': wrong}
+    assert density.tower_sparsity(tree, 'language', '2:4') == {'pattern': '2:4', 'violations': wrong} | counts
     columns = [column for k in (q, mlp) for layer in k for column in layer.T]
     wrong = sum(np.count_nonzero(column) != len(column) // 2 for column in columns)
     assert density.tower_sparsity(tree, 'language', 0.5)['violations'] == wrong
@@ -222,6 +241,10 @@ def test_perplexity_equals_torch(from_torch, perturbed):
     masked = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())[1]
     bound = perplexity(sl.bind(params, masked), cfg, tokens, window=16)
     assert bound == pytest.approx(perplexity(sl.merge(params, masked), cfg, tokens, window=16), rel=1e-6)
+    losses = window_losses(params, cfg, tokens, window=16)
+    assert len(losses) == 3
+    assert np.exp(np.mean(losses)) == pytest.approx(want, rel=1e-4)
+    assert window_losses(params, cfg, tokens[16:], window=16) == pytest.approx(losses[1:], rel=1e-5)
     with pytest.raises(ValueError, match='55 tokens, fewer than one window of 128'):
         perplexity(params, cfg, tokens)
 
