@@ -27,8 +27,10 @@ def main(argv: list[str]) -> None:
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
     if FORMAT.value == 'hf':
-        print(export.export(job))
+        exported = export.export(job)
+        print(exported)
         print(f'exported: {job.workdir}/exported/')
+        export.refuse_violations(job.workdir, exported['sparsity'])
     else:
         print(export.export_packed(job, FORMAT.value))
         print(f'exported: {job.workdir}/{FORMAT.value}/')

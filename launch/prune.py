@@ -1,22 +1,29 @@
-"""Calibrate and prune only, and write the masks to the workdir.
+"""Calibrate and prune only: write the masks, and `pruned/`, a Hugging Face directory that torch loads too.
 
 python launch/prune.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 """
 
 import cli
 
-from sparselora_jax.jobs import names, stages
+from sparselora_jax.jobs import export, names, report, stages
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.runtime import processes
 
 CONFIG, WORKDIR = cli.define_config()
 
 
 def main(argv: list[str]) -> None:
-    """Run the stage `prune`."""
+    """Run the stages `prune` and `export_pruned`."""
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
-    print(stages.prune(job))
-    print(f'masks: {job.workdir}/{names.MASKS}')
+    stages.prune(job)
+    pruned = export.export_pruned(job)
+    if processes.first():
+        print(report.tower_lines(pruned['sparsity']))
+        size = pruned['bytes']
+        print(f'pruned: {job.workdir / names.PRUNED_MODEL}/, {size["pruned"] / 1e6:.1f} MB with its zeros')
+        print(f'masks: {job.workdir / names.MASKS}, {(job.workdir / names.MASKS).stat().st_size / 1e6:.1f} MB')
+    export.refuse_violations(job.workdir, pruned['sparsity'])
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ from sparselora_jax.sparse.weights import merge
 
 # Vision encoder, Q-Former and projection, made by launch/pretrain.py.
 BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
+BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # hub id of the language model
 # SmolLM2-Instruct ends a turn with <|im_end|>, which also pads, and begins one with <|im_start|>.
 GENERATION = Generation(eos=(2,), pad=2, bos=1)
 

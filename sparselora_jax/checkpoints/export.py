@@ -228,7 +228,8 @@ def write_texts(folder: Path, texts: Mapping[Path, str] | Mapping[str, str]) -> 
     """
     for name, text in texts.items():
         with placed(folder / name) as file:
-            file.write(text.encode())
+            # A text that quotes a file of unknown encoding holds its odd bytes as surrogates.
+            file.write(text.encode(errors='surrogateescape'))
 
 
 @contextmanager

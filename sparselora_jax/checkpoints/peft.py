@@ -17,10 +17,23 @@ from sparselora_jax.runtime.files import StorageError, whole, write_text
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.weights import Lora
 
-_README = """# LoRA factors, learned under a sparsity mask
+CONFIG = 'adapter_config.json'
 
-The adapter belongs to the *pruned* model: its weights were learned as `(W + s * A * B) * mask`, where the mask is False
-wherever `W` was pruned to zero. PEFT knows no masks. It computes `W + s * A * B`, so
+_README = """---
+library_name: peft
+tags:
+- lora
+- sparse
+- sparselora-jax
+---
+
+# LoRA factors, learned under a sparsity mask
+
+The adapter belongs to the *pruned* model, whose directory `base_model_name_or_path` in adapter_config.json names. If it
+names none, `launch/prune.py` with the `--config` and `--workdir` of the run writes that directory and names it here.
+
+The adapter was learned as `(W + s * A * B) * mask`, where the mask is False wherever `W` was pruned to zero. PEFT knows
+no masks. It computes `W + s * A * B`, so
 
 - while it is attached, the adapter also acts where weights were pruned, which is not the model that was trained;
 - `merge_and_unload()` fills the holes: nearly every zero of `W` becomes some other number, and the sparsity is lost.
@@ -74,7 +87,20 @@ def save_peft(folder: str | Path, model: Model, lora: dict, *, base: str | None 
     with whole(folder / 'adapter_model.safetensors') as partial:
         save_file(tensors, partial, metadata={'format': 'pt'})
     write_text(folder / 'README.md', _README)
-    write_text(folder / 'adapter_config.json', json.dumps(_config(model, ranks, base), indent=2))
+    write_text(folder / CONFIG, json.dumps(_config(model, ranks, base), indent=2))
+
+
+def name_base(folder: str | Path, base: str) -> None:
+    """Name the pruned model of an adapter that was written before that model; without an adapter, do nothing.
+
+    Args:
+      folder: directory that `save_peft` wrote; it need not exist.
+      base: name or directory of the pruned model.
+    """
+    file = Path(folder) / CONFIG
+    if file.exists():
+        config = json.loads(file.read_text())
+        write_text(file, json.dumps(config | {'base_model_name_or_path': base}, indent=2))
 
 
 def modules(model: Model, lora: dict) -> Iterator[tuple[str, Factors]]:

@@ -1,19 +1,21 @@
-"""The stages that write the restored model for other programs, and check the written files."""
+"""The stages that write the pruned and the restored model for other programs, and check the written files."""
 
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from sparselora_jax.checkpoints import embedded, hf_configs, on_disk, safetensors_format
+from sparselora_jax.checkpoints.checkpoint_files import CONFIG
 from sparselora_jax.checkpoints.export import check_export, export_model
 from sparselora_jax.checkpoints.packed import export_packed as write_packed
 from sparselora_jax.checkpoints.packed import keep_factors, load_packed
-from sparselora_jax.checkpoints.peft import save_peft
+from sparselora_jax.checkpoints.peft import name_base, save_peft
 from sparselora_jax.data import text_format
 from sparselora_jax.evaluation.density import layer_density, plain_lora_density, tower_sparsity
-from sparselora_jax.jobs import names
+from sparselora_jax.jobs import model_card, names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.models.model import abstract_params
 from sparselora_jax.pruning import patterns_of
@@ -22,11 +24,68 @@ from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import packing
 from sparselora_jax.sparse.dense import dense_kernel
+from sparselora_jax.sparse.masks import PatternError
 from sparselora_jax.sparse.packing import Bitmask, Packed24
 from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import Adapted, merge
 
 PACKED = ('packed', 'packed_int4', 'packed_lora')  # the kinds of `export_packed`
+
+
+def export_pruned(job: Job) -> dict:
+    """Write and check `pruned/`, a Hugging Face directory of the pruned model; an adapter in the workdir then names it.
+
+    Weights are read and written a layer at a time, so the model need not fit into memory. The main job does not run
+    this stage: most runs need the restored model alone, and this directory is as large.
+
+    Args:
+      job: the run, whose stage `prune` is done.
+
+    Returns:
+      `sparsity` of each tower, counted in the written files, and `bytes` of the weights before and after.
+    """
+
+    def compute():
+        zeros = job.allocated_zeros()  # outside `agreed`, since it is an agreement itself
+        return processes.agreed(lambda: _write_pruned(job, zeros))
+
+    return job.stage(names.EXPORT_PRUNED, compute)
+
+
+def _write_pruned(job: Job, zeros: dict[str, np.ndarray] | None) -> dict:
+    """Write and check the directory of `export_pruned`, and return its result.
+
+    Args:
+      job: the run.
+      zeros: see `Job.allocated_zeros`.
+    """
+    folder = job.workdir / names.PRUNED_MODEL
+    masks = job.output(names.PRUNE, names.MASKS)
+    dense = job.params_on_disk()
+    pruned = on_disk.pruned_on_disk(dense, masks, job.output(names.PRUNE, names.KERNELS))
+    # The card needs the number of zeros, so they are counted before anything is written.
+    sparsity = _tower_sparsity(job, pruned, zeros)
+    changed = None  # the embedded model is written as a new directory
+    if job.model.source is None:
+        embedded.save(folder, job.model, pruned, texts=_texts(job, names.PRUNED_MODEL, sparsity))
+        dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(dense))
+    else:
+        changed = {entry.name for entry in safetensors_format.read_header(masks)}
+        texts = _texts(job, names.PRUNED_MODEL, sparsity)
+        export_model(folder, job.model, pruned, changed=changed, texts=texts)
+        dense_bytes = _weight_bytes(job.model.source)
+    # Reads the directory back and compares it with what should be there, bit for bit; so the counts hold for it too.
+    check_export(folder, job.model, pruned, changed=changed)
+    name_base(job.workdir / names.ADAPTER, str(folder.resolve()))
+    return {'sparsity': sparsity, 'bytes': {'dense': dense_bytes, 'pruned': _weight_bytes(folder)}}
+
+
+def _texts(job: Job, folder: str, sparsity: dict[str, dict]) -> dict[str, str]:
+    """Return the texts of an exported directory: its text format and its model card."""
+    return {
+        text_format.FILE: text_format.dump(job.text),
+        model_card.FILE: model_card.write_card(job, folder, sparsity),
+    }
 
 
 def export(job: Job) -> dict:
@@ -50,7 +109,7 @@ def export(job: Job) -> dict:
             # Only the first process writes, so it gathers the arrays, of which each process has a part.
             merged = jax.tree.map(processes.on_first, merged)
         rounded = _rounded_kernels(job) if source else {}
-        exported = processes.agreed(lambda: _write_export(job, merged, rounded))
+        exported = processes.agreed(lambda: _write_export(job, merged, rounded, zeros['sparsity']))
         return zeros | {'bytes': {'dense': dense, 'exported': exported}}
 
     return job.stage(names.EXPORT, compute)
@@ -78,17 +137,18 @@ def _rounded_kernels(job: Job) -> dict[str, on_disk.Reduced]:
     return rounded
 
 
-def _write_export(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced]) -> int:
+def _write_export(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced], sparsity: dict[str, dict]) -> int:
     """Write and check the directories of `export`, and return the bytes of the exported weights.
 
     Args:
       job: the run.
       merged: the restored model.
       rounded: kernels of a four-bit base, by path.
+      sparsity: counts of each tower, for the model card.
     """
     folder = job.workdir / names.EXPORTED_MODEL
     changed = None  # the embedded model is written as a new directory
-    texts = {text_format.FILE: text_format.dump(job.text)}
+    texts = _texts(job, names.EXPORTED_MODEL, sparsity)
     if job.model.source is None:
         embedded.save(folder, job.model, merged, texts=texts)
     else:
@@ -97,8 +157,9 @@ def _write_export(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced]) -
     restore = job.config.restore
     # An adapter is only useful with the weights it was trained on, so the base must not have been rounded.
     if restore.trained == 'lora' and not rounded_rules(job.config):
-        # A model pruned from disk was written to its own directory then; otherwise this directory does not exist.
-        base = str(job.workdir / names.PRUNED_MODEL) if job.config.stream else None
+        # Otherwise `export_pruned` names the directory once it is written.
+        pruned = job.workdir / names.PRUNED_MODEL
+        base = str(pruned.resolve()) if (pruned / CONFIG).exists() else None
         save_peft(job.workdir / names.ADAPTER, job.model, job.trained(names.TRAINING['restored']), base=base)
     # Reads the directory back and compares it with what is in memory, bit for bit.
     check_export(folder, job.model, merged, changed=changed)
@@ -155,7 +216,7 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
             folder,
             model,
             packed,
-            texts={text_format.FILE: text_format.dump(job.text)},
+            texts=_texts(job, kind, _tower_sparsity(job, merged, job.allocated_zeros())),
             hf_config=hf_configs.blip2_config(model.cfg, model.generation) if is_embedded else None,
             processor=job.processor.hf if is_embedded else None,
         )
@@ -203,17 +264,46 @@ def count_zeros(job: Job, params: dict, trained: dict | None) -> dict:
       `sparsity` of each tower, `layer_density` of each kernel by tower and, if LoRA was trained,
       `lora_merged_density`: the density that the pruned kernels would have if LoRA were merged without the masks.
     """
-    patterns = job.config.prune.pattern
-    groups = job.config.prune.group
-    # If an allocation moved zeros between layers, check against its number of zeros instead of the pattern.
-    zeros = job.allocated_zeros()
     counts = {
-        'sparsity': {
-            tower: tower_sparsity(params, tower, patterns[tower], group=groups[tower], zeros=zeros)
-            for tower in patterns
-        },
-        'layer_density': {tower: layer_density(params, tower) for tower in patterns},
+        'sparsity': _tower_sparsity(job, params, job.allocated_zeros()),
+        'layer_density': {tower: layer_density(params, tower) for tower in job.config.prune.pattern},
     }
     if trained is not None and job.config.restore.trained == 'lora':
         counts['lora_merged_density'] = plain_lora_density(job.base.params, job.masks, trained)
     return counts
+
+
+def _tower_sparsity(job: Job, params: dict, zeros: dict[str, np.ndarray] | None) -> dict[str, dict]:
+    """Return the counts of each tower, see `tower_sparsity`.
+
+    Args:
+      job: the run.
+      params: the model as plain arrays, or with kernels that are read a layer at a time.
+      zeros: see `Job.allocated_zeros`; the zeros that an allocation moved between layers replace those of the pattern.
+    """
+    patterns = job.config.prune.pattern
+    groups = job.config.prune.group
+    return {
+        tower: tower_sparsity(params, tower, patterns[tower], group=groups[tower], zeros=zeros) for tower in patterns
+    }
+
+
+def refuse_violations(folder: Path, sparsity: dict[str, dict]) -> None:
+    """End a run whose finished model breaks a pattern that its recipe promises.
+
+    Args:
+      folder: the workdir, for the message.
+      sparsity: counts of each tower, see `count_zeros`.
+
+    Raises:
+      PatternError: a tower has a group of weights with a wrong number of zeros.
+    """
+    broken = [
+        f'{counts["violations"]} groups of the {tower} tower break pattern {counts["pattern"]}'
+        for tower, counts in sparsity.items()
+        if counts['violations']
+    ]
+    if broken:
+        raise PatternError(
+            f'{folder}: {"; ".join(broken)}. Do not use the exported model; prune again in another workdir'
+        )

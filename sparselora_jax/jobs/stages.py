@@ -12,7 +12,6 @@ import numpy as np
 
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints import trees
-from sparselora_jax.checkpoints.export import export_model
 from sparselora_jax.evaluation.density import block_count
 from sparselora_jax.jobs.evaluate import evaluate, floor
 from sparselora_jax.jobs.export import export
@@ -128,7 +127,7 @@ def prune(job: Job) -> dict:
     """Calibrate and prune; write `masks.safetensors`, and `kernels.safetensors` if the method edits kept weights.
 
     With `config.stream`, each block is read from disk just before it is pruned, and each pruned layer is written at
-    once. The pruned model is then in `pruned/`, a Hugging Face directory.
+    once.
 
     Args:
       job: the run, whose recipe names the method.
@@ -173,8 +172,6 @@ def prune(job: Job) -> dict:
                 keep=keep,
                 progress=_by_layer('prune', params),
             )
-        if config.stream:
-            export_model(job.workdir / 'pruned', model, job.pruned_on_disk(), changed=patterns)
         return {'tokens': result.tokens}
 
     return job.stage('prune', compute)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from sparselora_jax.jobs import names, stages
-from sparselora_jax.jobs.export import count_zeros
+from sparselora_jax.jobs.export import count_zeros, refuse_violations
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.planning import flops, inspection, memory
 from sparselora_jax.recipe import NO_RESULT
@@ -119,6 +119,8 @@ def measure(job: Job, models: tuple[str, ...]) -> dict:
             counts = count_zeros(job, job.merged(), job.trained(names.TRAINING['restored']))
         elif 'pruned' in models:
             counts = count_zeros(job, job.pruned(), None)
+        # Raised before the result is written, so that the run counts as failed.
+        refuse_violations(folder=job.workdir, sparsity=counts.get('sparsity', {}))
         for tower_densities in counts.get('layer_density', {}).values():
             densities |= tower_densities
         trained_models = [model for model in models if model in names.TRAINING]
@@ -204,12 +206,12 @@ def remove_unneeded(later_runs: Sequence[tuple[Sequence[str], ConfigDict]], shar
 
 
 def remove_weights(folder: Path) -> None:
-    """Remove masks, factors, checkpoints and the pruned model of a finished run, whose results are in JSON files.
+    """Remove masks, factors and checkpoints of a finished run, whose results are in JSON files.
 
     Args:
       folder: folder of the run.
     """
     for file in folder.glob('*.safetensors'):
         file.unlink()
-    for name in (names.CHECKPOINTS, names.TEACHER, names.PRUNED_MODEL):
+    for name in (names.CHECKPOINTS, names.TEACHER):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -10,6 +10,7 @@ from tiny_models import save, save_data
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import layout, trees
 from sparselora_jax.jobs import stages
+from sparselora_jax.jobs.export import export_pruned
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.dense import dense_kernel
@@ -61,11 +62,11 @@ def test_an_export_changes_pruned_and_adapted_kernels_alone(directories, stream,
     assert lora.keys() < masks.keys()
     trees.save_safetensors(job.workdir / 'restore.safetensors', rules.unflatten(lora))
     stages.export(job)
+    export_pruned(job)
 
     source = load_file(folder / 'model.safetensors')
     exported = load_file(job.workdir / 'exported' / 'model.safetensors')
-    if stream:
-        pruned = load_file(job.workdir / 'pruned' / 'model.safetensors')
+    pruned = load_file(job.workdir / 'pruned' / 'model.safetensors')
     kernels_file = job.workdir / 'kernels.safetensors'
     edited = rules.flatten(trees.load_safetensors(kernels_file)[0]) if kernels_file.exists() else {}
     touched = set()
@@ -79,8 +80,7 @@ def test_an_export_changes_pruned_and_adapted_kernels_alone(directories, stream,
                 want = np.asarray(edited[place.path][place.layer]).astype(source[name].dtype)
             mask = np.asarray(masks[place.path][place.layer])
             want = np.where(mask, want, np.zeros((), want.dtype))
-            if stream:
-                np.testing.assert_array_equal(np.split(pruned[name], place.of)[place.index].T, want)
+            np.testing.assert_array_equal(np.split(pruned[name], place.of)[place.index].T, want)
             got = np.split(exported[name], place.of)[place.index].T
             np.testing.assert_array_equal(got != 0, want != 0)
             if place.path not in lora:
@@ -93,7 +93,7 @@ def test_an_export_changes_pruned_and_adapted_kernels_alone(directories, stream,
     assert touched
     for name in source.keys() - touched:
         assert source[name].tobytes() == exported[name].tobytes(), name
-        assert not stream or source[name].tobytes() == pruned[name].tobytes(), name
+        assert source[name].tobytes() == pruned[name].tobytes(), name
 
 
 @pytest.mark.parametrize('base', ['packed_int4', pytest.param('nf4', marks=pytest.mark.slow)])

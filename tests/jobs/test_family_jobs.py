@@ -5,18 +5,15 @@ import itertools
 import os
 import shutil
 
-import numpy as np
 import pytest
-import torch
-import transformers
-from tiny_jobs import RECIPES, SMALL
-from tiny_models import CLASSES, save, save_data
+from tiny_jobs import RECIPES, check_torch_agrees, small_config
+from tiny_models import save, save_data
 
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import export as hf_export
 from sparselora_jax.checkpoints import trees
-from sparselora_jax.data import processing
 from sparselora_jax.jobs import report, stages
+from sparselora_jax.jobs.export import export_pruned
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.sparse import rules
@@ -45,18 +42,11 @@ def directory(tmp_path_factory):
     return make
 
 
-def config_of(kind, folder, data, **fields):
-    recipe, prompt = RECIPES[kind]
-    config = recipe.get_config(f'model={folder},data={data},pattern=2:4,hardware=cpu')
-    config.update_from_flattened_dict(SMALL | {'text.prompt': prompt} | fields)
-    return config
-
-
 @pytest.mark.slow  # in `make test` tests/jobs/test_job.py has the embedded model's
 @pytest.mark.parametrize(('kind', 'method'), list(itertools.product(RECIPES, METHODS)))
 def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(directory, data, tmp_path, kind, method):
     folder = directory(kind)
-    job = Job(config_of(kind, folder, data, **{'prune.method': method}), tmp_path / 'run')
+    job = Job(small_config(kind, folder, data, **{'prune.method': method}), tmp_path / 'run')
     stages.run(job)
     got = report.build(job)
     for tower, found in got['sparsity'].items():
@@ -69,31 +59,7 @@ def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(directory, d
     sl.check_sparse(params, masks)
     assert set(rules.kernels(params)) > set(rules.flatten(masks))
     assert {path.split('/')[0] for path in rules.flatten(masks)} == {'vision', 'language'}
-    torch_reads(exported, folder, model, params, job)
-
-
-def torch_reads(exported, source, model, params, job):
-    kind = CLASSES[transformers.AutoConfig.from_pretrained(exported).model_type]
-    theirs, info = kind.from_pretrained(exported, output_loading_info=True)
-    assert not any(info.values()), info
-    processor = processing.load_processor(exported)
-    prompt = job.text.write('is it red?')
-    example = processor.example(np.zeros((20, 20, 3), np.uint8), prompt, 'teal', prompt_tokens=40, answer_tokens=8)
-    targets, answer = example.pop('targets'), example.pop('answer')
-    batch = {name: value[None] for name, value in example.items()}
-    tensors = {name: torch.asarray(value) for name, value in batch.items()}
-    tensors = {name: value if value.dtype == torch.float32 else value.long() for name, value in tensors.items()}
-    if not model.is_encoder_decoder:  # transformers' own forward counts pads that lie behind the image
-        mask = tensors['attention_mask']
-        tensors['position_ids'] = torch.clip(mask.cumsum(1) - 1, 0)
-    if 'opt' in type(model.cfg.language).__name__.lower():
-        del tensors['position_ids']
-    with torch.no_grad():
-        want = theirs.eval()(**tensors).logits.numpy()[:, -len(targets) :]
-    got = model.answer_logits(params, batch | {'targets': targets[None]})
-    np.testing.assert_allclose(np.asarray(got)[:, answer], want[:, answer], atol=1e-4)
-    files = {path.name for path in source.iterdir()} | {'text_format.json'}
-    assert {path.name for path in exported.iterdir()} == files
+    check_torch_agrees(exported, folder, model, params, job.text)
 
 
 # A decoder alone, and an encoder-decoder.
@@ -101,12 +67,13 @@ def torch_reads(exported, source, model, params, job):
 def test_pruning_from_disk_equals_pruning_in_memory(directory, data, tmp_path, kind):
     folder = directory(kind)
     jobs = [
-        Job(config_of(kind, folder, data, **{'prune.method': 'sparsegpt', 'stream': stream}), tmp_path / str(stream))
+        Job(small_config(kind, folder, data, **{'prune.method': 'sparsegpt', 'stream': stream}), tmp_path / str(stream))
         for stream in (False, True)
     ]
     for job in jobs:
         stages.prune(job)
-    for name in ('masks.safetensors', 'kernels.safetensors'):
+        export_pruned(job)
+    for name in ('masks.safetensors', 'kernels.safetensors', 'pruned/model.safetensors'):
         assert (jobs[0].workdir / name).read_bytes() == (jobs[1].workdir / name).read_bytes()
     model, params = sl.load_model(jobs[1].workdir / 'pruned')
     merged = sl.merge(jobs[0].frozen.params, jobs[0].frozen.masks)
@@ -118,7 +85,7 @@ def test_pruning_from_disk_equals_pruning_in_memory(directory, data, tmp_path, k
 def test_pruning_from_disk_on_a_mesh_is_pruning_in_memory_on_one_device(directory, data, tmp_path):
     fields = {'prune.method': 'sparsegpt', 'prune.samples': 8, 'restore.batch': 4, 'restore.base': 'nf4'}
     jobs = [
-        Job(config_of('blip2-opt', directory('blip2-opt'), data, **fields, **more), tmp_path / str(len(more)))
+        Job(small_config('blip2-opt', directory('blip2-opt'), data, **fields, **more), tmp_path / str(len(more)))
         for more in ({}, {'stream': True, 'mesh.data': 4})
     ]
     for job in jobs:

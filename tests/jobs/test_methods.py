@@ -13,6 +13,7 @@ from tiny_models import save, save_data
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import trees
 from sparselora_jax.jobs import stages
+from sparselora_jax.jobs.export import export_pruned
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.sparse import rules
 
@@ -83,6 +84,7 @@ def test_edits_are_kept_in_memory_and_in_the_export(pruned):
 
 def test_edits_are_kept_from_disk(pruned):
     job, dense = pruned(stream=True)
+    export_pruned(job)
     check_doubled(sl.load_model(job.workdir / 'pruned')[1], dense, masks_of(job))
 
 
