@@ -5,7 +5,7 @@ python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
 import cli
 
-from sparselora_jax.jobs import report, stages
+from sparselora_jax.jobs import export, report, stages
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime import processes
 
@@ -18,13 +18,12 @@ def main(argv: list[str]) -> None:
     job = Job(CONFIG.value, WORKDIR.value)
     stages.run(job)
     # The first process writes the report, and the others wait for it.
-    results = processes.agreed(lambda: report.write(job))
-    # All processes have the report, but only one prints its summary.
+    written = processes.agreed(lambda: report.write(job))
+    # All processes have the report, but only one prints it.
     if processes.first():
-        print(report.summary(results))
-    report.check_zeros(results, job.workdir)
-    if processes.first():
+        print(report.summary(written))
         print(f'complete: {job.workdir}/report.html, {job.workdir}/exported/')
+    export.refuse_violations(job.workdir, written['sparsity'])
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shlex
 from dataclasses import dataclass
 
 import jinja2
@@ -10,17 +11,23 @@ import matplotlib
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from sparselora_jax import recipe
-from sparselora_jax.jobs import names
+from sparselora_jax.jobs import environment, names
+from sparselora_jax.jobs.export import PACKED
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.recipe import CONFIG_FILE
 from sparselora_jax.sparse.rules import name_in_block, stack_of
 
 EXAMPLES = 12  # questions that the page shows
 LARGEST_PICTURE = (160, 160)  # pixels
 BASELINES = {'image_blind': names.FLOOR_TITLE, 'dense_control': names.CONTROL_TITLE}  # key in the report -> title
-LOSSES = ('loss', 'ce', 'kl')
+# Name in the log -> title.
+LOSSES = {'loss': 'loss', 'ce': 'cross-entropy', 'kl': 'KL to the dense model'}
+FIGURE = (4.4, 2.8)  # inches; small, so that a phone does not shrink the text much
+SAME_DENSITY = 0.002  # densities that differ by less are shown as one
 
 # Autoescape, because questions, answers and paths come from users: a variable is always text, unless the template says
 # `safe`.
@@ -56,39 +63,181 @@ class Example:
     answers: list[Answer]
 
 
+@dataclass(frozen=True)
+class Card:
+    """A figure of the first screen, with lines that explain it."""
+
+    title: str
+    figure: str
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Density of each stack of blocks: a plot where layers differ, otherwise a sentence."""
+
+    sentences: list[str]
+    pictures: list[str]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that repeats the run or continues from it."""
+
+    purpose: str
+    line: str
+
+
 def render(job: Job, report: dict) -> str:
-    """Return the page: scores, sparsity, losses, densities, a dozen answers, costs, config.
+    """Return the page: scores, sparsity, size and speed first, then plots, answers, costs, versions, commands, config.
 
     Args:
       job: a finished run.
       report: see `report.build`.
     """
-    perplexity = {name: f'perplexity {value:.1f}' for name, value in report['perplexity'].items()}
-    scores = [
-        {'model': name, 'value': f'{report["scores"][name]:.1%}', 'perplexity': perplexity.get(name, '')}
-        for name in names.MODELS
-    ]
-    won_back = report['won_back']
-    # From the report, which stores the config of the run as JSON.
-    beams = report['config']['evaluate']['num_beams']
     metric = report['metric']
     return _TEMPLATES.get_template('report.html.jinja').render(
         title=job.workdir.name,
-        report=report,
-        metric=metric[:1].upper() + metric[1:],
-        decoding='greedily' if beams == 1 else f'with {beams} beams',
-        won_back='nothing was lost' if won_back is None else f'{won_back:.0%} of what pruning lost',
-        scores=scores,
+        heading=f'{job.workdir.name}: pruned, restored, exported',
+        conditions=_conditions(report),
+        verdict=_verdict(report),
+        scores=_score_cards(report),
+        facts=_fact_cards(report),
+        intervals_note=_intervals_note(report),
+        metric=_capitalised(metric),
+        differences=_differences(report),
         by_kind=_scores_by_kind(report),
-        intervals=_intervals(report),
         sparsity=_sparsity(report),
         merged_density=_merged_density(report),
-        curves=_curves(job),
         densities=_densities(job),
+        curves=_curves(job),
         examples=_examples(job),
         costs=_costs(report),
+        versions=_versions(report),
+        commands=_commands(job),
         config=json.dumps(report['config'], indent=1),
     )
+
+
+def _capitalised(text: str) -> str:
+    # `str.capitalize` would make the other letters small.
+    return text[:1].upper() + text[1:]
+
+
+def _conditions(report: dict) -> str:
+    """Return what was run, and where."""
+    # The config of the run is in the report as JSON.
+    beams = report['config']['evaluate']['num_beams']
+    decoding = 'greedily' if beams == 1 else f'with {beams} beams'
+    line = environment.header(report['environments'][-1])
+    return f'{report["questions"]} test questions, answers generated {decoding}. {line}.'
+
+
+def _verdict(report: dict) -> str:
+    """Return the result in one sentence or two."""
+    if any(counts['violations'] for counts in report['sparsity'].values()):
+        return 'The exported model breaks its pattern: do not use it. See the violations below.'
+    won_back = report['won_back']
+    metric = report['metric']
+    if won_back is None:
+        return f'Pruning lost no {metric}, so there was nothing to win back.'
+    low, high = report['intervals']['restored - dense']
+    sentence = f'Won back: {won_back:.0%} of the {metric} that pruning lost.'
+    if low > 0:
+        return f'{sentence} The restored model is better than the dense one.'
+    if high < 0:
+        return f'{sentence} The restored model is still worse than the dense one.'
+    return f'{sentence} The restored and the dense model cannot be told apart.'
+
+
+def _score_cards(report: dict) -> list[Card]:
+    cards = []
+    for name in names.MODELS:
+        low, high = report['score_intervals'][name]
+        lines = [f'{low:.1%} to {high:.1%}']
+        if name in report['perplexity']:  # only a decoder-only language tower has one
+            line = f'perplexity {_figures(report["perplexity"][name])}'
+            if name in report['perplexity_intervals']:
+                low, high = report['perplexity_intervals'][name]
+                line += f' ({_figures(low)} to {_figures(high)})'
+            lines.append(line)
+        cards.append(Card(f'{name}, {report["metric"]}', f'{report["scores"][name]:.1%}', lines))
+    return cards
+
+
+def _figures(value: float) -> str:
+    """Return a number with at most one digit after the point, which large ones do not need."""
+    return f'{value:.1f}' if value < 100 else f'{value:,.0f}'
+
+
+def _fact_cards(report: dict) -> list[Card]:
+    pruned = {name: counts for name, counts in report['sparsity'].items() if counts['pattern'] != 'dense'}
+    weights = sum(counts['weights'] for counts in report['sparsity'].values())
+    zeros = sum(round(counts['weights'] * (1 - counts['density'])) for counts in pruned.values())
+    violations = sum(counts['violations'] for counts in pruned.values())
+    patterns = [f'{name} {counts["pattern"]}' for name, counts in pruned.items()]
+    sparsity = Card(
+        'zeros in the blocks',
+        f'{zeros / weights:.1%}',
+        [', '.join(patterns) or 'no tower was pruned', f'{violations} groups break the pattern'],
+    )
+    size = report['bytes']
+    packed = [f'{name}: {_megabytes(size[name])}' for name in PACKED if name in size]
+    files = Card(
+        'exported files',
+        _megabytes(size['exported']),
+        [f'dense: {_megabytes(size["dense"])}; zeros are stored', *packed],
+    )
+    times = report['time_s']
+    speed = Card(
+        'a restoration step',
+        f'{report["step_s"]:.2f} s',
+        [f'pruning {_duration(times["prune"])}', f'all stages {_duration(sum(times.values()))}'],
+    )
+    memory = Card('peak memory', f'{report["peak_memory_bytes"] / 2**30:.2f} GiB', ['of the host process'])
+    return [sparsity, files, speed, memory]
+
+
+def _megabytes(size: int) -> str:
+    return f'{size / 1e6:,.0f} MB' if size >= 1e7 else f'{size / 1e6:.2f} MB'
+
+
+def _duration(seconds: float) -> str:
+    return f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.1f} min'
+
+
+def _intervals_note(report: dict) -> str:
+    """Return what the intervals are."""
+    note = 'Ranges are 95 % intervals over the test questions.'
+    if report['perplexity_intervals']:
+        note += (
+            ' Those of perplexity are over the windows of one page of text, by the t distribution: they say nothing of '
+            'other texts.'
+        )
+    return note
+
+
+def _differences(report: dict) -> Table:
+    head = ['models', f'{report["metric"]}, points', '95 % interval, paired']
+    has_ratios = bool(report['perplexity_ratios'])
+    if has_ratios:
+        head += ['perplexity', '95 % interval, paired']
+    rows = []
+    for name, (low, high) in report['intervals'].items():
+        first, second = name.split(' - ')
+        difference = report['scores'][first] - report['scores'][second]
+        row = [f'{first} against {second}', f'{100 * difference:+.1f}', f'{100 * low:+.1f} to {100 * high:+.1f}']
+        if has_ratios:
+            ratio = report['perplexity_ratios'][name]
+            low, high = ratio['interval']
+            row += [f'x {_ratio(ratio["ratio"])}', f'x {_ratio(low)} to {_ratio(high)}']
+        rows.append(row)
+    return Table(head, rows)
+
+
+def _ratio(value: float) -> str:
+    """Return a ratio with three digits, without an exponent."""
+    return f'{value:.2f}' if value < 10 else _figures(value)
 
 
 def _scores_by_kind(report: dict) -> Table:
@@ -100,17 +249,12 @@ def _scores_by_kind(report: dict) -> Table:
     return Table(['model', *kinds], rows)
 
 
-def _intervals(report: dict) -> Table:
-    rows = [[name, f'{low:+.1%} to {high:+.1%}'] for name, (low, high) in report['intervals'].items()]
-    return Table(['difference', '95 % interval (paired bootstrap)'], rows)
-
-
 def _sparsity(report: dict) -> Table:
     rows = [
-        [tower, counts['pattern'], f'{counts["density"]:.4f}', counts['violations']]
+        [tower, counts['pattern'], f'{counts["weights"]:,}', f'{counts["density"]:.4f}', counts['violations']]
         for tower, counts in report['sparsity'].items()
     ]
-    return Table(['tower', 'pattern', 'density', 'violations'], rows)
+    return Table(['tower', 'pattern', 'weights in blocks', 'density', 'violations'], rows)
 
 
 def _merged_density(report: dict) -> str:
@@ -124,11 +268,41 @@ def _merged_density(report: dict) -> str:
 
 
 def _costs(report: dict) -> Table:
-    rows = [[stage, f'{seconds:.0f} s'] for stage, seconds in report['time_s'].items()]
-    rows.append(['one restoration step', f'{report["step_s"]:.2f} s'])
+    rows = [[stage, _duration(seconds)] for stage, seconds in report['time_s'].items()]
+    rows.append(['one restoration step (median)', f'{report["step_s"]:.2f} s'])
     rows.append(['peak memory', f'{report["peak_memory_bytes"] / 2**30:.2f} GiB'])
-    rows += [[f'size, {name}', f'{size / 1e6:.0f} MB'] for name, size in report['bytes'].items()]
+    rows += [[f'size, {name}', _megabytes(size)] for name, size in report['bytes'].items()]
     return Table(['what', 'cost'], rows)
+
+
+def _versions(report: dict) -> Table:
+    """Return a column for everything that computed a stage: a run may have been resumed elsewhere."""
+    environments = report['environments']
+    rows = [
+        ['devices', *(environment.devices(each) for each in environments)],
+        ['mesh', *(environment.mesh(each) for each in environments)],
+        ['dtype', *(each['dtype'] for each in environments)],
+    ]
+    rows += [[name, *(each['versions'].get(name, '') for each in environments)] for name in report['versions']]
+    head = ['this run'] if len(environments) == 1 else [f'part {index + 1}' for index in range(len(environments))]
+    return Table(['', *head], rows)
+
+
+def _commands(job: Job) -> list[Command]:
+    """Return the commands that repeat a run and use what it has left."""
+    workdir = shlex.quote(str(job.workdir))
+    recipe_file = f'--config={shlex.quote(str(job.workdir / CONFIG_FILE))}'
+    return [
+        Command('Repeat this run:', f'python launch/train.py {recipe_file} --workdir=NEW_FOLDER'),
+        Command(
+            'Write the pruned model before restoration, the base of the adapter, into pruned/:',
+            f'python launch/prune.py {recipe_file} --workdir={workdir}',
+        ),
+        Command(
+            'Export without the zeros:',
+            f'python launch/export.py {recipe_file} --workdir={workdir} --format=packed',
+        ),
+    ]
 
 
 def _svg(figure: Figure) -> str:
@@ -146,39 +320,77 @@ def _svg(figure: Figure) -> str:
 def _curves(job: Job) -> str:
     """Plot the losses of restoration."""
     # `Figure` instead of pyplot: it needs no display and leaves no global state.
-    figure = Figure(figsize=(6, 2.6))
+    figure = Figure(figsize=FIGURE)
     axes = figure.subplots()
-    for name in LOSSES:
+    for name, title in LOSSES.items():
         points = job.log.curve(names.TRAINING['restored'], name)
         if points:  # there is no 'kl' without a teacher
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, label=name)
-    axes.set(xlabel='step', yscale='log', title='losses while restoring')
-    axes.legend()
+            axes.plot(steps, values, label=title)
+    axes.set(xlabel='step', yscale='log')
+    # A log axis of less than a decade would have no label at all, or many in powers of ten.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('')
+    axes.xaxis.get_major_locator().set_params(integer=True)  # no step 2.5
+    axes.grid(alpha=0.3)
+    # Above the plot, where it hides no line.
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=len(LOSSES), fontsize='small', frameon=False)
     return _svg(figure)
 
 
-def _densities(job: Job) -> list[str]:
-    """Plot the density of each kernel and layer, with one figure for each stack of blocks."""
+def _densities(job: Job) -> Densities:
+    """Return a plot for each stack of blocks whose layers differ, and a sentence for each of the others."""
     layer_density = job.read_result(names.EXPORT)['layer_density']
     stacks: dict[str, dict[str, list[float]]] = {}  # a tower may hold two, an encoder and a decoder
     for kernels in layer_density.values():
         for path, layers in kernels.items():
             name = name_in_block(path).removesuffix('/kernel')
             stacks.setdefault(stack_of(path), {})[name] = layers
+    differing = {stack: kernels for stack, kernels in stacks.items() if _layers_differ(kernels)}
+    sentences = [
+        _density_sentence(stack, kernels)
+        for stack, kernels in stacks.items()
+        if stack not in differing and _is_pruned(kernels)
+    ]
+    everything = [density for kernels in differing.values() for layers in kernels.values() for density in layers]
     pictures = []
-    for stack, kernels in stacks.items():
-        figure = Figure(figsize=(6, 0.6 + 0.2 * len(kernels)))
+    for stack, kernels in differing.items():
+        figure = Figure(figsize=(FIGURE[0], 0.8 + 0.22 * len(kernels)))
         axes = figure.subplots()
-        # The range is 0 to 1 in every figure, so that colours can be compared between towers.
-        image = axes.imshow(np.array(list(kernels.values())), vmin=0, vmax=1, aspect='auto', cmap='viridis')
+        # One range for all figures, so that colours can be compared between towers.
+        image = axes.imshow(
+            np.array(list(kernels.values())), vmin=min(everything), vmax=max(everything), aspect='auto', cmap='viridis'
+        )
         axes.set_yticks(range(len(kernels)), list(kernels))
         # Layers are integers, so no tick at 2.5.
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel='layer', title=f'{stack}: share of weights kept')
         figure.colorbar(image)
         pictures.append(_svg(figure))
-    return pictures
+    return Densities(sentences, pictures)
+
+
+def _layers_differ(kernels: dict[str, list[float]]) -> bool:
+    """Return whether the density of a kernel differs between layers, beyond a few weights that happen to be zero."""
+    return any(max(layers) - min(layers) > SAME_DENSITY for layers in kernels.values())
+
+
+def _is_pruned(kernels: dict[str, list[float]]) -> bool:
+    """Return whether a stack has more zeros than a few weights that happen to be zero."""
+    return min(density for layers in kernels.values() for density in layers) < 1 - SAME_DENSITY
+
+
+def _density_sentence(stack: str, kernels: dict[str, list[float]]) -> str:
+    """Return the density of the kernels of a stack whose layers are alike."""
+    by_density: dict[str, list[str]] = {}
+    for name, layers in kernels.items():
+        by_density.setdefault(f'{np.mean(layers):.1%}', []).append(name)
+    if len(by_density) == 1:
+        (density,) = by_density
+        return f'{stack}: every kernel of every layer keeps {density} of its weights.'
+    parts = [f'{density} of {", ".join(members)}' for density, members in by_density.items()]
+    return f'{stack}: every layer keeps {"; ".join(parts)}.'
 
 
 def _examples(job: Job) -> list[Example]:

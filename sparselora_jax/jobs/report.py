@@ -1,18 +1,20 @@
 """Write the report of a run: `report.json` for machines, `report.html` (one self-contained file) for people."""
 
-import importlib.metadata
 import json
-from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
 
 from sparselora_jax import recipe
-from sparselora_jax.evaluation import bootstrap, vqa
-from sparselora_jax.jobs import names
+from sparselora_jax.evaluation import intervals, vqa
+from sparselora_jax.jobs import environment, names
+from sparselora_jax.jobs.export import PACKED
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.page import render
 from sparselora_jax.runtime.files import read_json, write_text
-from sparselora_jax.sparse.patterns import PatternError
 
-PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # packages whose versions are reported
+# Pairs of models whose difference is reported: (model, the one that it is compared with).
+PAIRS = (('pruned', 'dense'), ('restored', 'dense'), ('restored', 'pruned'))
 
 
 def build(job: Job) -> dict:
@@ -29,24 +31,35 @@ def build(job: Job) -> dict:
     scores = {name: evaluation['accuracy']['overall'] for name, evaluation in evaluations.items()}
     restored = results[names.TRAINING['restored']]
     exported = results[names.EXPORT]
+    # A workdir of an older version has no record; then the versions are those that write this report.
+    environments = environment.recorded(job.workdir) or [environment.describe(job.config)]
+    answers = _scores_of_answers(job, evaluations)
     return {
         'metric': recipe.metric(job.config).title,
         'scores': scores,
         'scores_by_kind': {name: evaluation['accuracy'] for name, evaluation in evaluations.items()},
         'questions': len(evaluations['dense']['true']),
         'won_back': _won_back(scores),
-        'intervals': _intervals(job, evaluations),
+        'score_intervals': {name: intervals.score_interval(values) for name, values in answers.items()},
+        'intervals': {
+            pair_name(first, second): intervals.paired_interval(answers[first], answers[second])
+            for first, second in PAIRS
+        },
         'perplexity': {
             name: evaluation['perplexity'] for name, evaluation in evaluations.items() if 'perplexity' in evaluation
         },
+        'perplexity_intervals': _perplexity_intervals(evaluations),
+        'perplexity_ratios': _perplexity_ratios(evaluations),
         'baselines': _baselines(results),
         'sparsity': exported['sparsity'],
         'time_s': _times(results),
         'step_s': restored['step_s'],
         'peak_memory_bytes': max(result.get('peak_memory_bytes', 0) for result in results.values()),
-        'bytes': exported['bytes'],
+        # A packed format is there only if it was exported before this report was written.
+        'bytes': exported['bytes'] | {stage: results[stage]['bytes'] for stage in PACKED if stage in results},
         'config': results['config'],
-        'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+        'versions': environments[-1]['versions'],
+        'environments': environments,
     }
 
 
@@ -58,15 +71,53 @@ def _won_back(scores: dict[str, float]) -> float | None:
     return won / lost if lost > 0 else None
 
 
-def _intervals(job: Job, evaluations: dict[str, dict]) -> dict[str, tuple[float, float]]:
-    """Return the confidence interval of each model's score minus the dense model's."""
+def pair_name(first: str, second: str) -> str:
+    """Return the key of the difference between two models in the report."""
+    return f'{first} - {second}'
+
+
+def _scores_of_answers(job: Job, evaluations: dict[str, dict]) -> dict[str, np.ndarray]:
+    """Return the score of every answer of each model."""
     metric = recipe.metric(job.config)
-    scores = {
+    return {
         name: vqa.Answers(evaluation['predicted'], evaluation['true']).scores(metric)
         for name, evaluation in evaluations.items()
     }
-    others = (name for name in names.MODELS if name != 'dense')
-    return {f'{name} - dense': bootstrap.paired_interval(scores[name], scores['dense']) for name in others}
+
+
+def _window_losses(evaluation: dict) -> Float[np.ndarray, ' windows']:
+    """Return the mean loss of each window of text; empty for an encoder-decoder, which reads no plain text."""
+    return np.asarray(evaluation.get('window_losses', ()), np.float64)
+
+
+def _perplexity_intervals(evaluations: dict[str, dict]) -> dict[str, tuple[float, float]]:
+    """Return the interval of each model's perplexity, which has none without several windows of text."""
+    every = {name: _exp_interval(_window_losses(evaluation)) for name, evaluation in evaluations.items()}
+    return {name: interval for name, interval in every.items() if interval is not None}
+
+
+def _perplexity_ratios(evaluations: dict[str, dict]) -> dict[str, dict]:
+    """Return how many times as large a model's perplexity is, with an interval, for each of `PAIRS`.
+
+    Both models read the same windows, so the difference of their losses varies less than either.
+    """
+    ratios = {}
+    for first, second in PAIRS:
+        differences = _window_losses(evaluations[first]) - _window_losses(evaluations[second])
+        interval = _exp_interval(differences)
+        if interval is not None:
+            ratio = float(np.exp(np.mean(differences)))
+            ratios[pair_name(first, second)] = {'ratio': ratio, 'interval': interval}
+    return ratios
+
+
+def _exp_interval(losses: Float[np.ndarray, ' windows']) -> tuple[float, float] | None:
+    """Return the interval of exp(mean loss), or None if there are too few losses for one."""
+    if len(losses) < 2:
+        return None
+    # Student's t on the losses: a bootstrap of the few windows of a page would be far too narrow.
+    mean, half = intervals.mean_interval(losses.tolist())
+    return float(np.exp(mean - half)), float(np.exp(mean + half))
 
 
 def _baselines(results: dict[str, dict]) -> dict:
@@ -106,28 +157,23 @@ def summary(report: dict) -> str:
         if name in report['perplexity']:  # only a decoder-only language tower has one
             line += f'   perplexity {report["perplexity"][name]:8.1f}'
         lines.append(line)
-    for tower, counts in report['sparsity'].items():
-        density = f'density {counts["density"]:.4f}   {counts["violations"]} violations'
-        lines.append(f'{tower:9} pattern {counts["pattern"]:>6}   {density}')
+    lines.append(tower_lines(report['sparsity']))
     if report['won_back'] is not None:
         lines.append(f'{report["won_back"]:.1%} of the {title} that pruning lost is won back')
     return '\n'.join(lines)
 
 
-def check_zeros(report: dict, workdir: str | Path) -> None:
-    """Check that the exported model has all zeros that its patterns promise.
+def tower_lines(sparsity: dict[str, dict]) -> str:
+    """Return a line for each tower, with its pattern, its density and its violations.
 
     Args:
-      report: see `build`.
-      workdir: the folder of the run.
-
-    Raises:
-      PatternError: comparison groups of a tower have fewer zeros than promised; names the towers.
+      sparsity: counts of each tower, see `export.count_zeros`.
     """
-    wrong = {tower: counts['violations'] for tower, counts in report['sparsity'].items() if counts['violations']}
-    if wrong:
-        towers = ', '.join(f'{count:,} groups of the tower {tower}' for tower, count in wrong.items())
-        raise PatternError(f'{workdir}: {towers} do not have the zeros of their pattern; use another workdir')
+    lines = []
+    for tower, counts in sparsity.items():
+        density = f'density {counts["density"]:.4f}   {counts["violations"]} violations'
+        lines.append(f'{tower:9} pattern {counts["pattern"]:>6}   {density}')
+    return '\n'.join(lines)
 
 
 def write(job: Job) -> dict:

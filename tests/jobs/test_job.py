@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from transformers import Blip2ForConditionalGeneration
 
 import sparselora_jax as sl
 from configs import blip2_lang_only
@@ -17,7 +18,7 @@ from sparselora_jax.checkpoints import embedded, trees
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.jobs import report, stages
-from sparselora_jax.jobs.export import export_packed
+from sparselora_jax.jobs.export import export_packed, export_pruned
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.recipe import ConfigError, prune_methods, prune_rules
 from sparselora_jax.runtime import digests
@@ -94,9 +95,32 @@ def test_every_stage_leaves_its_file(wanda):
         'exported/config.json',
         'exported/tokenizer.json',
         'exported/text_format.json',
+        'exported/README.md',
         'adapter/adapter_model.safetensors',
     ):
         assert (wanda / name).is_file()
+
+
+def test_pruning_alone_writes_the_embedded_model_for_torch(wanda, tmp_path):
+    """In a finished run too, where the adapter waits for its base."""
+    workdir = shutil.copytree(wanda, tmp_path / 'copy')
+    adapter = workdir / 'adapter' / 'adapter_config.json'
+    assert json.loads(adapter.read_text())['base_model_name_or_path'] is None
+    job = Job(tiny_config(), workdir)
+    got = export_pruned(job)
+    assert got['sparsity']['language']['density'] == 0.5
+    assert got['bytes']['pruned'] == (workdir / 'pruned' / 'model.safetensors').stat().st_size
+    assert json.loads(adapter.read_text())['base_model_name_or_path'] == str(workdir / 'pruned')
+    _, params = sl.load_model(workdir / 'pruned')
+    jax.tree.map(np.testing.assert_array_equal, params, job.pruned())
+    theirs, info = Blip2ForConditionalGeneration.from_pretrained(workdir / 'pruned', output_loading_info=True)
+    assert not any(info.values()), info
+    kernel = params['language']['blocks']['mlp']['up']['kernel'][1]
+    np.testing.assert_array_equal(theirs.language_model.model.layers[1].mlp.up_proj.weight.detach().numpy().T, kernel)
+    card = (workdir / 'pruned' / 'README.md').read_text()
+    assert 'base_model: "HuggingFaceTB/SmolLM2-135M-Instruct"' in card
+    assert '| pruned |' in card
+    assert '| restored |' not in card  # the scores of this model and of the dense one alone
 
 
 @pytest.mark.parametrize('four_bits', [False, True])
@@ -129,7 +153,7 @@ def test_a_second_run_computes_nothing(wanda, world):
 def test_the_report_holds_every_figure(wanda):
     got = read(wanda, 'report')
     assert got['scores'].keys() == got['perplexity'].keys() == set(MODELS)
-    assert got['intervals'].keys() == {'pruned - dense', 'restored - dense'}
+    assert got['intervals'].keys() == {'pruned - dense', 'restored - dense', 'restored - pruned'}
     assert {'lora_merged_density', 'image_blind'} <= got['baselines'].keys()
     assert got['sparsity'].keys() == {'vision', 'qformer', 'language'}
     assert all(tower.keys() >= {'pattern', 'density', 'violations'} for tower in got['sparsity'].values())
@@ -166,9 +190,11 @@ def test_the_exported_language_tower_is_exactly_half_zeros(wanda):
     for kernel in kernels.values():
         groups = np.moveaxis(np.asarray(kernel), 1, -1).reshape(-1, 4)
         assert (np.count_nonzero(groups, axis=1) == 2).all()
-    assert got['sparsity']['language'] == {'pattern': '2:4', 'density': 0.5, 'violations': 0}
+    pruned = sum(kernel.size for kernel in kernels.values())
+    assert got['sparsity']['language'] == {'pattern': '2:4', 'weights': pruned, 'density': 0.5, 'violations': 0}
     for tower in ('vision', 'qformer'):
-        assert got['sparsity'][tower] == {'pattern': 'dense', 'density': 1.0, 'violations': 0}
+        counts = got['sparsity'][tower]
+        assert (counts['pattern'], counts['density'], counts['violations']) == ('dense', 1.0, 0)
     assert got['baselines']['lora_merged_density'] > 0.9
     assert got['bytes']['exported'] == (wanda / 'exported' / 'model.safetensors').stat().st_size
     assert got['bytes']['dense'] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -489,4 +515,4 @@ def test_the_page_shows_scores_and_examples_and_loads_nothing_from_elsewhere(wan
     assert linked
     assert all(target.startswith(('data:', '#')) for target in linked)
     assert not re.search(r'@import|url\(\s*["\']?(?!#)|<script|<link|<iframe', page)
-    assert page.count('<svg') >= 2  # curves and densities
+    assert page.count('<svg') == 1  # the losses; every layer has the same density

@@ -367,6 +367,25 @@ def test_bars_are_as_high_as_the_table_says(done):
     assert perplexity.get_yscale() == 'log'
 
 
+def test_bars_are_centred_on_their_label_and_the_last_label_is_not_at_the_edge():
+    config = sweep_config(plot={'kind': 'bars', 'x': 'base', 'series': 'teacher', 'title': 'Bases'})
+    points = [('dense', 'model'), ('dense', 'top-k'), ('dense', 'none'), ('packed', 'model'), ('packed', 'none')]
+    points += [('int4', 'model'), ('nf4', 'model')]
+    rows = [
+        table.Row({'base': base, 'teacher': teacher}, 'restored', 1, {'accuracy': [0.5]}) for base, teacher in points
+    ]
+    (axes,) = plots.figure(config, rows).axes
+    middles = {}
+    for bar in axes.patches:
+        middle = bar.get_x() + bar.get_width() / 2
+        middles.setdefault(round(middle), []).append(middle)
+    assert {place: len(bars) for place, bars in middles.items()} == {0: 3, 1: 2, 2: 1, 3: 1}
+    for place, bars in middles.items():
+        assert np.mean(bars) == pytest.approx(place)
+        assert len({round(bar, 6) for bar in bars}) == len(bars)
+    assert axes.get_xlim() == (-0.5, 3.5)
+
+
 class Letters:
     """A metric of one's own."""
 
