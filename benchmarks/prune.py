@@ -9,7 +9,7 @@ included; both write over the weights that they read. `cpu` is the seconds of al
 machine that other work shared. Peak memory is what was resident at most in that time, and `above` is that over what was
 resident when it began (llm-compressor's weights are mapped files until they are touched: compare the peaks). Then both
 results are written as Hugging Face directories and read by our code: zeros of the blocks' kernels (`broken`: N:M groups
-with too few), and perplexity on `assets/heldout.txt` (public domain).
+with too few), and perplexity on `sparselora_jax/evaluation/heldout.txt` (public domain).
 """
 
 import argparse
@@ -111,12 +111,11 @@ def check(folder: Path, pattern: str) -> dict[str, Any]:
     """Perplexity on held-out text, density of the blocks' kernels, and N:M groups with fewer zeros than promised."""
     import sparselora_jax as sl
     from sparselora_jax.checkpoints import embedded, gguf
-    from sparselora_jax.evaluation.perplexity import perplexity
-    from sparselora_jax.jobs.evaluate import HELD_OUT_TEXT
+    from sparselora_jax.evaluation.perplexity import held_out_text, perplexity
     from sparselora_jax.sparse import rules
 
     model, params = sl.load_model(folder, dtype='float32')
-    held_out = gguf.load_tokenizer(embedded.language_model_file())(HELD_OUT_TEXT.read_text())['input_ids']
+    held_out = gguf.load_tokenizer(embedded.language_model_file())(held_out_text())['input_ids']
     found = {path: np.asarray(leaf) for path, leaf in rules.kernels(params).items() if '/blocks/' in path}
     kept, wanted = sum(np.count_nonzero(leaf) for leaf in found.values()), sl.parse_pattern(pattern)
     broken = None

@@ -9,8 +9,9 @@ from pathlib import Path
 import cli
 from absl import flags
 
-from sparselora_jax.data import find_loader, pipeline
+from sparselora_jax.data import pipeline
 from sparselora_jax.data.dataset import DataRequest
+from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.runtime.progress import Progress
 

@@ -22,13 +22,14 @@ from sparselora_jax.data import easy_vqa, pipeline
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.jobs import pretrain
+from sparselora_jax.jobs.log import Log
 from sparselora_jax.models import blip2, qformer, vit
 from sparselora_jax.models.model import Model
 from sparselora_jax.restoration.checkpoint import Checkpoints
 from sparselora_jax.restoration.restore import paper_optimizer
 from sparselora_jax.restoration.train import fit, make_step
 from sparselora_jax.runtime import files
-from sparselora_jax.runtime.progress import Log, Progress
+from sparselora_jax.runtime.progress import Progress
 
 CONFIG, WORKDIR = cli.define_config('configs/demo_pretrain.py', 'runs/pretrain')
 

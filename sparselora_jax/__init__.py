@@ -31,7 +31,7 @@ Everything works on any nested dict of kernels. This example prunes and restores
 """
 
 from sparselora_jax.checkpoints.export import export_model
-from sparselora_jax.checkpoints.load import load_model
+from sparselora_jax.checkpoints.load import load_model, load_processor
 from sparselora_jax.checkpoints.trees import load_safetensors, save_safetensors
 from sparselora_jax.evaluation.generate import GenerationError, generate
 from sparselora_jax.models.model import Model
@@ -99,6 +99,7 @@ __all__ = [
     'init_state',
     'linear',
     'load_model',
+    'load_processor',
     'load_safetensors',
     'make_step',
     'make_train_step',

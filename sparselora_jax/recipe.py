@@ -16,8 +16,8 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
-from sparselora_jax.data import find_loader
 from sparselora_jax.data.dataset import Loader
+from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.metric import METRICS, Metric
 from sparselora_jax.models.model import Model

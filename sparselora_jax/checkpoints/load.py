@@ -1,4 +1,4 @@
-"""Read a `Model` and its params from a Hugging Face directory, or from a repository of the hub."""
+"""Read a `Model`, its params and its processor: from a Hugging Face directory, from the hub, or from the package."""
 
 import json
 import sys
@@ -6,16 +6,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from sparselora_jax.checkpoints import checkpoint_files, layout, packed, streaming
+from sparselora_jax.checkpoints import checkpoint_files, embedded, layout, packed, streaming
 from sparselora_jax.checkpoints.checkpoint_files import Checkpoint
+from sparselora_jax.data import processing
 from sparselora_jax.models.family import Family, find_family
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
+from sparselora_jax.sparse import sharding
 
 # Files of a hub repository to download: models, tokenizers and processors, but no pickles (*.bin).
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
@@ -31,9 +34,10 @@ def load_model(
     Args:
       dir_or_hub_id: a directory as `save_pretrained` writes it, or the id of a repository such as
         `Salesforce/blip2-opt-2.7b`, which is downloaded (or found in the cache). The kernels of a packed export
-        (`checkpoints.packed`) stay packed.
-      dtype: dtype of the params; each tensor's own by default. A T5 overflows in float16, so choose float32 or bfloat16
-        if its files are in float16.
+        (`checkpoints.packed`) stay packed. 'embedded' names the small model that comes with the package; write
+        './embedded' for a directory of that name.
+      dtype: dtype of the params; each tensor's own by default, and float32 for the embedded model. A T5 overflows in
+        float16, so choose float32 or bfloat16 if its files are in float16.
       mesh: see `sharding.make_mesh`; the params are split over it by `sharding.RULES`.
       family: a family to read it by, as `package.module:FAMILY`; '' for the one registered for its `model_type`.
 
@@ -43,7 +47,12 @@ def load_model(
     Raises:
       StorageError, PackingError: files are missing, damaged, pickled, or do not fit their config.
       UnsupportedModelError: the kind of model, or a field of its config, is not supported; or a T5 is in float16.
+      AssetError: the package of the embedded model's language model is not installed.
     """
+    if dir_or_hub_id == embedded.NAME:
+        _refuse_family(family)
+        model, params = embedded.load(dtype=jnp.float32 if dtype is None else dtype)
+        return model, params if mesh is None else sharding.shard(params, mesh)
     folder = find_directory(dir_or_hub_id)
     if (folder / packed.FILE).is_file():
         checkpoint_files.refuse_adapter(folder)  # the other branch does so where it opens the files
@@ -55,6 +64,35 @@ def load_model(
         return packed.load_packed(folder, model, dtype=dtype)
     model, pieces = open_model(folder, family)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
+
+
+def load_processor(dir_or_hub_id: str | Path, *, family: str = '') -> processing.Processor:
+    """Read the processor of a model, which turns images and texts into batches, and tokens into texts.
+
+    Args:
+      dir_or_hub_id: see `load_model`.
+      family: see `load_model`.
+
+    Returns:
+      The processor.
+
+    Raises:
+      StorageError, UnsupportedModelError, AssetError: see `load_model`.
+      DataError: see `processing.load_processor`.
+    """
+    if dir_or_hub_id == embedded.NAME:
+        _refuse_family(family)
+        return embedded.load_processor(embedded.load_config())
+    folder = find_directory(dir_or_hub_id)
+    # Without a family, the directory's own `model_type` decides; `processing` reads it.
+    spec = find_family('', family).processor if family else None
+    return processing.load_processor(folder, spec)
+
+
+def _refuse_family(family: str) -> None:
+    """Raise `UnsupportedModelError` if a family is given for the embedded model, which is always a BLIP-2."""
+    if family:
+        raise UnsupportedModelError(f'family {family!r}: the embedded model is a BLIP-2; give no family')
 
 
 def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list[layout.Piece]]:

@@ -1,6 +1,6 @@
 """The data set types that training and evaluation use, and the loader interface that a recipe names.
 
-To add a data set, write a `Loader` and register it in `sparselora_jax/data/__init__.py`, or name it in a recipe as
+To add a data set, write a `Loader` and register it in `sparselora_jax/data/loaders.py`, or name it in a recipe as
 `package.module:Name`.
 """
 

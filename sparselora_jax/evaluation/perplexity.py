@@ -1,6 +1,7 @@
 """Measure the perplexity of a language tower on a text, to see how pruning and restoring affect plain language."""
 
 import functools
+from importlib import resources
 from typing import Any
 
 import jax
@@ -54,3 +55,16 @@ def perplexity(w: dict, cfg: Any, tokens: Int[np.ndarray, ' tokens'], *, window:
     """
     # Windows have equal lengths, so the mean of their means is the mean over all tokens.
     return float(np.exp(np.mean(window_losses(w, cfg, tokens, window=window))))
+
+
+def held_out_text() -> str:
+    """Return the plain text on which jobs measure perplexity.
+
+    It is the opening of Lewis Carroll's *Alice's Adventures in Wonderland* (1865), in the public domain. It is not used
+    for calibration or restoration. Language models were very likely trained on it. So its perplexity can compare
+    models, but means nothing in absolute terms.
+
+    >>> held_out_text().startswith('Alice was beginning to get very tired')
+    True
+    """
+    return (resources.files(__package__) / 'heldout.txt').read_text()

@@ -1,19 +1,15 @@
 """The stages that score the answers of a model, and of a baseline that never sees an image."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from sparselora_jax import recipe
 from sparselora_jax.evaluation import vqa
-from sparselora_jax.evaluation.perplexity import window_losses
+from sparselora_jax.evaluation.perplexity import held_out_text, window_losses
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime.progress import Progress
-
-# Plain text on which the perplexity of a decoder-only language tower is measured.
-HELD_OUT_TEXT = Path(__file__).parents[2] / 'assets' / 'heldout.txt'
 
 
 def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
@@ -53,7 +49,7 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
         windows = {}
         # An encoder-decoder does not assign probabilities to plain text.
         if not model.is_encoder_decoder:
-            tokens = np.asarray(job.processor.hf.tokenizer(HELD_OUT_TEXT.read_text())['input_ids'])
+            tokens = np.asarray(job.processor.hf.tokenizer(held_out_text())['input_ids'])
             losses = window_losses(weights['language'], model.cfg.language, tokens)
             scores['perplexity'] = float(np.exp(np.mean(losses)))
             windows['window_losses'] = losses  # the report needs each, for an interval

@@ -22,6 +22,7 @@ from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.generate import check_options
 from sparselora_jax.jobs import environment, inputs, names
 from sparselora_jax.jobs.inputs import Inputs
+from sparselora_jax.jobs.log import Log
 from sparselora_jax.models.model import Model, abstract_params
 from sparselora_jax.pruning import targets
 from sparselora_jax.recipe import (
@@ -45,13 +46,12 @@ from sparselora_jax.restoration.restore import Frozen, merge_trained
 from sparselora_jax.runtime import digests, files, processes
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.files import StorageError
-from sparselora_jax.runtime.progress import Log, peak_memory
+from sparselora_jax.runtime.progress import peak_memory
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import check_sparse
 from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import init_lora, merge, with_kernels
 
-EMBEDDED = 'embedded'  # the value of `config.model` for the model that comes with the package
 _OUTPUTS = 'files'  # the field of a result file that holds the digests of the other files of its stage
 
 
@@ -242,7 +242,7 @@ class Job:
         # behind.
         if len(self.dataset.test.source) == 0:
             raise DataError(f'{self.config.data}: there is no test question, so nothing can be evaluated')
-        if self.config.model != EMBEDDED and self._unknown_token:  # the embedded model has its own tokenizer
+        if self.config.model != embedded.NAME and self._unknown_token:  # the embedded model has its own tokenizer
             raise DataError(self._unknown_token)
         # Only the first process reads the files of the model again, and only those that look changed.
         processes.agreed(self._check_inputs)
@@ -279,7 +279,7 @@ class Job:
 
     def _model_files(self) -> dict[str, Path]:
         """Return the files that decide what the model computes, by name."""
-        if self.config.model == EMBEDDED:
+        if self.config.model == embedded.NAME:
             return {file.name: file for file in embedded.files()}
         model, pieces = self._opened
         folder = Path(model.source)
@@ -325,7 +325,7 @@ class Job:
     @functools.cached_property
     def _opened(self) -> tuple[Model, dict | list[Piece]]:
         """Return the model, with its params if it is the embedded one, otherwise with where its weights are on disk."""
-        if self.config.model == EMBEDDED:
+        if self.config.model == embedded.NAME:
             return embedded.load(dtype=self.dtype)
         return open_model(self.config.model, self.config.family)
 
@@ -343,7 +343,7 @@ class Job:
     @functools.cached_property
     def processor(self) -> processing.Processor:
         """Return the processor, which turns images and text into model inputs, and tokens into text."""
-        if self.config.model == EMBEDDED:
+        if self.config.model == embedded.NAME:
             return embedded.load_processor(self.model.cfg)
         return processing.load_processor(self.model.source, self.model.family.processor)
 
@@ -416,7 +416,7 @@ class Job:
         """Return the dense weights; they stay in memory until `release_dense`."""
         if self._params is None:
             model, weights = self._opened
-            if self.config.model == EMBEDDED:
+            if self.config.model == embedded.NAME:
                 self._params = self.shard(weights)
             else:
                 self._params = streaming.read_params(model.shapes(), weights, self.dtype, self.mesh)
@@ -482,7 +482,7 @@ class Job:
     def params_on_disk(self) -> dict:
         """Return the dense weights, whose blocks are read on use (those of the embedded model are in memory)."""
         model, weights = self._opened
-        if self.config.model == EMBEDDED:
+        if self.config.model == embedded.NAME:
             return weights
         return on_disk.params_on_disk(model, weights, self.dtype)
 

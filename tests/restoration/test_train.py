@@ -1,6 +1,5 @@
 """Contracts of the loop: an interrupted run that goes on ends bit-identical; a loss that is not finite stops it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import pytest
 
 from sparselora_jax.restoration.checkpoint import Checkpoints
 from sparselora_jax.restoration.train import BadStepError, fit, init_state, make_step
-from sparselora_jax.runtime.progress import Log
 
 SCRIPT = """
 import sys, time
@@ -186,19 +184,3 @@ def test_the_next_batch_is_drawn_before_a_steps_numbers_are_waited_for(tmp_path)
     assert events == ['batch 0', 'batch 1', 'step 1 done', 'batch 2', 'step 2 done', 'step 3 done']
     fit(make_step(loss, tx), state, None, Batches(), **knobs)
     assert len(events) == 6  # nothing was left to do
-
-
-def test_of_steps_run_twice_the_last_record_counts(tmp_path):
-    log = Log(tmp_path)
-    for step, loss in [(1, 3.0), (2, 2.0), (2, 1.5)]:
-        log.scalars('restore', step, {'loss': loss})
-    assert log.curve('restore', 'loss') == [(1, 3.0), (2, 1.5)]
-    assert json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[0])['loss'] == 3.0
-
-
-def test_a_record_that_a_full_disk_cut_off_is_left_out(tmp_path):
-    Log(tmp_path).scalars('restore', 1, {'loss': 3.0})
-    with (tmp_path / 'log.jsonl').open('a') as file:
-        file.write('{"stage": "rest')
-    Log(tmp_path).scalars('restore', 2, {'loss': 2.0})
-    assert Log(tmp_path).curve('restore', 'loss') == [(1, 3.0), (2, 2.0)]

@@ -1,13 +1,12 @@
 """Progress is a bar in a terminal and plain lines elsewhere; what an earlier run has done is counted, not timed."""
 
 import io
-import json
 import re
 
 import pytest
 
 from sparselora_jax.runtime import progress
-from sparselora_jax.runtime.progress import Log, Progress
+from sparselora_jax.runtime.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -61,13 +60,3 @@ def test_only_the_first_process_reports(monkeypatch):
     for file in (Terminal(), io.StringIO()):
         Progress('restore', 2, interval=0, file=file)(2)
         assert file.getvalue() == ''
-
-
-def test_a_log_is_continued_and_its_last_values_count(tmp_path):
-    path = tmp_path / 'log.jsonl'
-    path.write_text(json.dumps({'stage': 'restore', 'step': 1, 'loss': 3.0}) + '\n{"stage": "rest')
-    log = Log(tmp_path)
-    log.scalars('restore', 2, {'loss': 2.0})
-    log.scalars('restore', 1, {'loss': 2.5})
-    log.scalars('prune', 1, {'loss': 9.0})
-    assert log.curve('restore', 'loss') == [(1, 2.5), (2, 2.0)]

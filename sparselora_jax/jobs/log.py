@@ -1,0 +1,66 @@
+"""Record the scalars of a job: a JSONL file, and TensorBoard events."""
+
+import json
+from pathlib import Path
+
+from sparselora_jax.runtime import processes
+
+
+class Log:
+    """Scalars of one job: `<workdir>/log.jsonl`, and TensorBoard events beside it.
+
+    Records are appended, so a resumed job continues the same file. Only process 0 writes.
+
+    Args:
+      workdir: the job's working directory.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self.path = Path(workdir) / 'log.jsonl'
+        if processes.first():
+            # Imported here, since only the process that writes needs it.
+            from tensorboardX import SummaryWriter
+
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # If the disk was full, the last run may have ended in the middle of a line.
+            if self.path.exists() and not self.path.read_bytes().endswith(b'\n'):
+                with self.path.open('a') as file:
+                    file.write('\n')
+            self.writer = SummaryWriter(str(workdir))
+
+    def scalars(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Append one record.
+
+        Args:
+          stage: name of the stage of the job, such as 'restore'.
+          step: step number within the stage.
+          values: scalars by name.
+        """
+        if not processes.first():
+            return
+        with self.path.open('a') as file:
+            file.write(json.dumps({'stage': stage, 'step': step} | values) + '\n')
+        for name, value in values.items():
+            self.writer.add_scalar(f'{stage}/{name}', value, step)
+
+    def curve(self, stage: str, name: str) -> list[tuple[int, float]]:
+        """Return the (step, value) pairs of a scalar, sorted by step.
+
+        A job that was killed and resumed may have logged some steps twice; the last value is used. Incomplete lines are
+        skipped.
+
+        Args:
+          stage: the stage of the job.
+          name: the name of the scalar.
+        """
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        records = [_parse_record(line) for line in lines]
+        values = {r['step']: r[name] for r in records if r.get('stage') == stage and name in r}
+        return sorted(values.items())
+
+
+def _parse_record(line: str) -> dict:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # an incomplete line
+        return {}
