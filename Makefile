@@ -4,7 +4,7 @@ VENV := .venv
 
 .PHONY: demo test test-slow test-processes test-compilers soak lint clean
 
-$(VENV)/installed: requirements.txt requirements-assets.txt
+$(VENV)/installed: pyproject.toml requirements.txt requirements-assets.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	$(VENV)/bin/pip install --quiet --no-deps --require-hashes -r requirements-assets.txt

@@ -63,8 +63,8 @@ def export_model(
     """
     if model.source is None:
         raise StorageError(
-            'the model was read from no Hugging Face directory: write the embedded one by checkpoints.embedded.save, and '
-            'others by checkpoints.write_new.write_new'
+            'the model was read from no Hugging Face directory: write the embedded one by checkpoints.embedded.save, '
+            'and others by checkpoints.write_new.write_new'
         )
     folder = Path(folder)
     source = checkpoint_files.open_checkpoint(model.source)
