@@ -2,6 +2,20 @@
 
 The library keeps three separate trees: `params` (base weights), `masks` (True = kept) and `lora` (low-rank factors).
 `bind` combines them into the weights that a model reads. `merge` folds them into plain arrays with exact zeros.
+Settings per weight (patterns, methods, ranks) are ordered lists of `(regex, value)`; the first regex that matches the
+path of a kernel wins.
+
+  models      `load_model`, `load_processor`, `generate`, `export_model`; the name 'embedded' stands for a small model
+              that comes with the package
+  pruning     `prune` for a model, block by block; `prune_tree` for any tree of kernels; methods such as `Wanda`; their
+              statistics `squares` and `hessian`, which `collect` gathers
+  restoring   `init_lora`, `make_train_step` or, with a loss of your own, `make_step`; `reduce_base` for a smaller base
+  combining   `bind`, `merge`, `effective_weight`, `linear`
+  checking    `check_masks`, `check_sparse`, `density`
+  packing     `pack`, `pack_masks`, `unpack`
+  files       `save_safetensors`, `load_safetensors`
+
+Errors that a user can act on derive from `SparseloraError`.
 
 Everything works on any nested dict of kernels. This example prunes and restores an arbitrary Flax model:
 
@@ -21,7 +35,8 @@ Everything works on any nested dict of kernels. This example prunes and restores
 >>> def loss(lora, frozen, batch):  # merge is differentiable, so any model works
 ...     return error(sl.merge(frozen.params, frozen.masks, lora)), {}
 >>> tx = optax.adam(1e-2)
->>> step, state = sl.make_step(loss, tx), sl.init_state(lora, tx)
+>>> step = sl.make_step(loss, tx)
+>>> state = sl.init_state(lora, tx)
 >>> for _ in range(300):
 ...     state, metrics = step(state, sl.Frozen(params, masks), None)
 >>> restored = sl.merge(params, masks, state.trained)
@@ -50,6 +65,7 @@ from sparselora_jax.pruning import (
 from sparselora_jax.pruning.calibrate import CalibrationError, collect, hessian, squares
 from sparselora_jax.restoration.restore import Frozen, make_train_step, paper_optimizer, reduce_base
 from sparselora_jax.restoration.train import State, init_state, make_step
+from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse.dense import unpack
 from sparselora_jax.sparse.linear import linear
@@ -83,6 +99,7 @@ __all__ = [
     'Random',
     'RuleError',
     'SparseGPT',
+    'SparseloraError',
     'State',
     'StorageError',
     'Wanda',
