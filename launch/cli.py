@@ -1,5 +1,6 @@
 """Provide what all scripts need: import paths, flags, models and recipes by name, and errors as one line."""
 
+import importlib.util
 import os
 import sys
 
@@ -8,6 +9,14 @@ import sys
 # this file. The repository comes first, for `sparselora_jax` and `configs`.
 LAUNCH = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [os.path.dirname(LAUNCH), *(path for path in sys.path if os.path.abspath(path) != LAUNCH), LAUNCH]
+
+# One package of the plain install, and one of the extra `train`.
+for package in ('jax', 'ml_collections'):
+    if importlib.util.find_spec(package) is None:
+        sys.exit(
+            f'error: {package} is not installed for {sys.executable}; run `make .venv/installed` and use '
+            ".venv/bin/python, or install into your own environment: pip install '.[train]'"
+        )
 
 # If torch is installed, transformers imports it. That takes half of a script's start-up time, and no script uses torch.
 # None in `sys.modules` makes the import fail. transformers checks for torch once and remembers the answer. Then the

@@ -138,6 +138,24 @@ def test_the_files_that_name_the_version_agree():
     assert f'\n## [{sl.__version__}]' in (ROOT / 'CHANGELOG.md').read_text()
 
 
+@pytest.mark.parametrize('script', [file.name for file in (ROOT / 'launch').glob('*.py') if file.name != 'cli.py'])
+def test_a_script_without_its_packages_says_how_to_install_them(script):
+    # -S: the packages of this environment are not seen.
+    result = subprocess.run([sys.executable, '-S', ROOT / 'launch' / script], capture_output=True, text=True)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith('error: jax is not installed for ')
+    assert "pip install '.[train]'" in line
+
+
+@pytest.mark.processes
+def test_a_script_with_the_plain_install_asks_for_the_extra(environment):
+    result = subprocess.run([environment, ROOT / 'launch' / 'train.py'], capture_output=True, text=True)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith('error: ml_collections is not installed for ')
+
+
 @pytest.mark.processes
 def test_the_wheel_holds_every_file_of_the_package_and_its_licence(wheel):
     package = ROOT / 'sparselora_jax'
