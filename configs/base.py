@@ -1,7 +1,7 @@
 """Define every field of a recipe with its default; to write a recipe, copy `blip2_lang_only.py`.
 
 A recipe calls `base_config()`, changes some fields, and lets `arguments.apply` set the patterns. On the command line,
-set a field with `--config.NAME=VALUE`, e.g. `--config.restore.steps=300`. `sparselora_jax/recipe.py` checks the values
+set a field with `--config.NAME=VALUE`, e.g. `--config.restore.steps=300`. `sparselora_jax/recipe/` checks the values
 before any work begins.
 """
 

@@ -1,0 +1,239 @@
+"""Check the values of a recipe before any work begins."""
+
+import math
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparselora_jax.recipe.config import ConfigError, towers, value_of
+from sparselora_jax.recipe.kernel_rules import BASES, prune_rules
+from sparselora_jax.recipe.methods import allocation_of, check_allocation_fields, prune_methods
+from sparselora_jax.recipe.questions import data_loader, metric, text_format
+from sparselora_jax.restoration import guard
+from sparselora_jax.restoration.losses import KL_REDUCTIONS
+from sparselora_jax.restoration.restore import TRAINED
+from sparselora_jax.runtime.errors import DataError
+from sparselora_jax.sparse.packing import PackingError, find_format
+from sparselora_jax.sparse.patterns import parse_pattern
+from sparselora_jax.sparse.weights import GRADIENTS
+
+TEACHERS = ('model', 'top_k')
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+@dataclass(frozen=True)
+class LegalValues:
+    """The legal values of one field, regardless of other fields and of the model.
+
+    Attributes:
+      field: dotted name, for example `restore.steps`.
+      expected: the legal values, for the error message.
+      is_legal: function that returns whether a value is legal.
+    """
+
+    field: str
+    expected: str
+    is_legal: Callable[[Any], bool]
+
+
+def one_of(field: str, values: Collection[str]) -> LegalValues:
+    """Return the rule that a field must have one of the given values.
+
+    Args:
+      field: dotted name.
+      values: the legal values.
+    """
+    return LegalValues(field, f'one of {", ".join(values)}', lambda value: value in values)
+
+
+def at_least_one(field: str) -> LegalValues:
+    """Return the rule that a field must be 1 or more.
+
+    Args:
+      field: dotted name.
+    """
+    return LegalValues(field, '1 or more', lambda value: value >= 1)
+
+
+# Checked from top to bottom; the first violation is reported. Fields whose legal values depend on other fields or on
+# the tower are checked by the functions below `check_values`.
+LEGAL_VALUES = (
+    one_of('dtype', DTYPES),
+    one_of('restore.gradient', GRADIENTS),
+    one_of('restore.kl_reduction', KL_REDUCTIONS),
+    one_of('restore.trained', TRAINED),
+    one_of('restore.teacher', TEACHERS),
+    one_of('restore.on_bad_step', guard.POLICIES),
+    # 0 turns the check off. With a limit of 1 or less, ordinary steps would count as spikes.
+    LegalValues('restore.spike', 'more than 1 (times the usual loss), or 0', lambda value: value == 0 or value > 1),
+    # With an infinite threshold DSnoT would change no output.
+    LegalValues('prune.threshold', '0 or more, per token', lambda value: 0 <= value < math.inf),
+    # Sizes and counts.
+    at_least_one('prune.chunk'),
+    at_least_one('prune.block'),
+    at_least_one('prune.cycles'),
+    at_least_one('prune.score_samples'),
+    at_least_one('prune.score_batch'),
+    at_least_one('evaluate.questions'),
+    at_least_one('evaluate.batch'),
+    at_least_one('evaluate.max_new_tokens'),
+    at_least_one('evaluate.num_beams'),
+    at_least_one('restore.steps'),
+    at_least_one('restore.batch'),
+    at_least_one('restore.checkpoint_every'),
+    at_least_one('restore.top_k'),
+    at_least_one('text.prompt_tokens'),
+    at_least_one('text.answer_tokens'),
+)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Check everything that can be checked without the model and the data.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      ConfigError, PatternError: a value is illegal; the message names the field, its value and what is expected.
+    """
+    # Towers are checked first: the later checks look up fields by the names of towers.
+    _check_towers(config)
+    # Called only for their errors; their results are computed again where they are used.
+    prune_methods(config)
+    prune_rules(config)
+    check_allocation_fields(config)
+    for legal in LEGAL_VALUES:
+        value = value_of(config, legal.field)
+        if not legal.is_legal(value):
+            raise ConfigError(f'{legal.field} {value!r}: expected {legal.expected}')
+    _check_base(config)
+    _check_lora(config)
+    _check_trained_weights(config)
+    _check_text(config)
+    _check_shares(config)
+    metric(config)  # also only for its error
+    if config.stream and config.model == 'embedded':
+        raise ConfigError('stream True: the embedded model is not read from disk; name a directory, :model=DIRECTORY')
+    restore = config.restore
+    if restore.accumulate < 1 or restore.batch % restore.accumulate:
+        raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
+
+
+def _check_base(config: ConfigDict) -> None:
+    """Check that `restore.base` is one of `BASES`, or an external format that takes every tower's pattern."""
+    base = config.restore.base
+    if base in BASES:
+        return
+    if ':' not in base:
+        raise ConfigError(f'restore.base {base!r}: expected one of {", ".join(BASES)}, or package.module:Name')
+    try:
+        form = find_format(base)
+    except PackingError as error:
+        raise ConfigError(f'restore.base: {error}') from None
+    for tower, text in config.prune.pattern.items():
+        pattern = parse_pattern(text)
+        if not pattern.dense and not form.takes(pattern):
+            raise ConfigError(f'restore.base {base!r} cannot hold prune.pattern.{tower} {text!r}')
+
+
+def _check_towers(config: ConfigDict) -> None:
+    """Check that all fields that have a value per tower name the same towers."""
+    for by_tower in (config.prune.group, config.lora.rank, config.lora.alpha, config.lora.targets):
+        # A tower that is missing from one field would raise a KeyError much later.
+        not_in_both = set(by_tower) ^ set(towers(config))
+        if not_in_both:
+            raise ConfigError(
+                f'tower {min(not_in_both)!r}: named in some of prune.pattern, prune.group, lora.*, but not in all'
+            )
+
+
+def _check_lora(config: ConfigDict) -> None:
+    """Check ranks and regexes of every tower."""
+    for tower in towers(config):
+        rank = config.lora.rank[tower]
+        if rank < 0:
+            raise ConfigError(f'lora.rank.{tower} {rank}: expected 0 (leave it alone) or more')
+        targets = config.lora.targets[tower]
+        try:
+            # Compiled inside a group, as in `lora_rules`: '(?i)q' compiles alone, but not inside a group.
+            re.compile(f'(?:{targets})')
+        except re.error as error:
+            raise ConfigError(f'lora.targets.{tower} {targets!r}: expected a regular expression ({error})') from None
+
+
+def _check_trained_weights(config: ConfigDict) -> None:
+    """Check that no field requires LoRA if the pruned kernels themselves are trained."""
+    restore = config.restore
+    if restore.trained != 'weights':
+        return
+    if all(parse_pattern(pattern).dense for pattern in config.prune.pattern.values()):
+        raise ConfigError("restore.trained 'weights' trains pruned kernels: prune.pattern leaves every tower dense")
+    if restore.base != 'dense':
+        raise ConfigError(f"restore.base {restore.base!r} is frozen under LoRA; set restore.trained to 'lora'")
+    if restore.control:
+        raise ConfigError("restore.control trains LoRA on the dense model; set restore.trained to 'lora'")
+
+
+def _check_text(config: ConfigDict) -> None:
+    """Check the prompt's template, and that generated answers can be as long as the longest answer."""
+    try:
+        text_format(config)
+    except DataError as error:
+        # The message begins with the field: "prompt 'Question:': expected {} once".
+        raise ConfigError(f'text.{error}') from None
+    # The last token of an answer is the end of text, which a right answer need not contain.
+    longest_answer = config.text.answer_tokens - 1
+    if config.evaluate.max_new_tokens < longest_answer:
+        raise ConfigError(
+            f'evaluate.max_new_tokens {config.evaluate.max_new_tokens}: answers of up to {longest_answer} tokens '
+            '(text.answer_tokens without the end) would be cut off'
+        )
+
+
+def _check_shares(config: ConfigDict) -> None:
+    """Check that `restore.shares` has a share for each kind of answer in the data set."""
+    shares = config.restore.shares
+    # The loader is always looked up, so that an unknown data set is an error even without shares.
+    kinds = data_loader(config).kinds
+    if not shares:
+        return
+    if not kinds:
+        raise ConfigError(
+            f'restore.shares {shares}: expected (), because the kinds of answers of {config.data!r} are not known'
+        )
+    if len(shares) != len(kinds) or min(shares) < 0 or sum(shares) == 0:
+        raise ConfigError(f'restore.shares {shares}: expected a share of each kind: {", ".join(kinds)}')
+
+
+def check_batches(config: ConfigDict) -> None:
+    """Check that the mesh divides the batches.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      ConfigError: it does not; the message names the field, and the nearest mesh with as many devices that divides all.
+    """
+    mesh = config.mesh
+    rows = mesh.data * mesh.fsdp  # both axes split a batch
+    counts = {
+        'restore.batch / restore.accumulate': config.restore.batch // config.restore.accumulate,
+        'prune.samples': config.prune.samples,
+    }
+    # Some allocations compute the loss on their own batches.
+    if allocation_of(config).uses_score_batches:
+        counts['prune.score_batch'] = config.prune.score_batch
+    for field, count in counts.items():
+        if count % rows == 0:
+            continue
+        # The same number of devices, but fewer along the axes that split batches.
+        best_rows = math.gcd(rows, *counts.values())
+        fsdp = math.gcd(mesh.fsdp, best_rows)
+        better = f'data={best_rows // fsdp}, fsdp={fsdp}, tensor={mesh.tensor * rows // best_rows}'
+        raise ConfigError(
+            f'{field} is {count}: mesh.data * mesh.fsdp = {rows} does not divide it; {better} divides all, or ask '
+            f'for a multiple of {rows}'
+        )

@@ -1,0 +1,71 @@
+"""Turn the fields about data and answers into a loader, a text format, decoding arguments and a metric."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparselora_jax.data.loaders import find_loader
+from sparselora_jax.data.dataset import Loader
+from sparselora_jax.data.text_format import TextFormat
+from sparselora_jax.evaluation.metric import METRICS, Metric
+from sparselora_jax.recipe.config import ConfigError
+from sparselora_jax.runtime.registry import UnknownNameError
+
+# Fields of `config.evaluate` that are not arguments of `generate`.
+NO_DECODING = ('questions', 'batch', 'metric')
+
+
+def data_loader(config: ConfigDict) -> Loader:
+    """Return the loader of the data set that a recipe names.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      ConfigError: `data` is `package.module:Name`, and that loader does not exist.
+    """
+    try:
+        return find_loader(config.data)
+    except UnknownNameError as error:
+        raise ConfigError(f'data: {error}') from None
+
+
+def text_format(config: ConfigDict) -> TextFormat:
+    """Return how questions become tokens, and how answers are generated.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      DataError: the prompt's template does not have exactly one place for the question.
+    """
+    return TextFormat(**config.text.to_dict(), decoding=decoding(config))
+
+
+def decoding(config: ConfigDict) -> dict[str, Any]:
+    """Return the arguments of `generate`.
+
+    Args:
+      config: a recipe.
+    """
+    return {name: value for name, value in config.evaluate.to_dict().items() if name not in NO_DECODING}
+
+
+def metric(config: ConfigDict) -> Metric:
+    """Return the metric that a recipe names.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      ConfigError: `evaluate.metric` is not the name of a metric.
+    """
+    name = config.evaluate.metric
+    try:
+        chosen = METRICS.find(name)
+    except UnknownNameError as error:
+        raise ConfigError(f'evaluate.metric: {error}') from None
+    # A class has the attributes of its instances, but calling it returns an instance instead of a score.
+    if isinstance(chosen, type) or not isinstance(chosen, Metric):
+        raise ConfigError(f'evaluate.metric: metric {name!r}: expected an object with a `title` that can be called')
+    return chosen
