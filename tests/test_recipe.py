@@ -1,5 +1,8 @@
 """What a recipe says becomes arguments of the library; what it cannot mean is named before any work."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,7 +10,16 @@ import pytest
 import sparselora_jax as sl
 from configs import blip2_lang_only
 from sparselora_jax.jobs.job import check_fit
-from sparselora_jax.recipe import ConfigError, check_values, lora_rules, override, split_alternatives
+from sparselora_jax.recipe import (
+    FIELDS,
+    ConfigError,
+    check_values,
+    fields_page,
+    fields_text,
+    lora_rules,
+    override,
+    split_alternatives,
+)
 from sparselora_jax.sparse.rules import flatten
 
 KERNELS = ('attn/q/kernel', 'attn/k/kernel', 'mlp/up/kernel')
@@ -99,7 +111,7 @@ def test_an_override_that_cannot_be_is_named_in_one_line(name, value, said):
     ('fields', 'said'),
     [
         ({'data': 'no_such_module:Data'}, "data: data set 'no_such_module:Data' cannot be imported"),
-        ({'evaluate.metric': 'rouge'}, "evaluate.metric: metric 'rouge': expected one of exact_match"),
+        ({'evaluate.metric': 'rouge'}, "evaluate.metric 'rouge': expected one of exact_match"),
         ({'evaluate.metric': 'json:nothing'}, "evaluate.metric: metric 'json:nothing' cannot be imported"),
         ({'evaluate.metric': 'json:dumps'}, "evaluate.metric: metric 'json:dumps': expected an object with a `title`"),
         ({'restore.shares': (1, 2)}, r'restore.shares \(1, 2\): expected a share of each kind: yes/no, shape, colour'),
@@ -118,3 +130,138 @@ def test_a_value_that_cannot_work_is_named_with_its_field(fields, said):
     config.update_from_flattened_dict(fields)
     with pytest.raises(ConfigError, match=said):
         check_values(config)
+
+
+def values_of_wrong_type(field):
+    """Values of other types than the field's own. A config turns a bool into a float where the field is one."""
+    default = next(iter(field.default.values())) if field.is_by_tower else field.default
+    values = [None, [None], {'a': 1}, object]
+    if not isinstance(default, str):
+        values += ['', 'many', '1']
+    if not isinstance(default, bool | float):
+        values += [True]
+    if not isinstance(default, int | float) or isinstance(default, bool):
+        values += [3, 0.5]
+    return values
+
+
+def values_out_of_range(field):
+    """Numbers that no numeric field accepts, or that are below its range."""
+    default = next(iter(field.default.values())) if field.is_by_tower else field.default
+    if isinstance(default, bool | str | tuple):
+        return []
+    values = [float('nan'), float('inf'), -float('inf'), 1e300, 1e-300, -1e-300]
+    # A config turns an int into a float where the field is one, which an int of 400 digits cannot be.
+    values += [10**30, 10**400, -1, -(10**400)] if isinstance(default, int) else []
+    # A length penalty may have either sign.
+    return values if field.name == 'evaluate.length_penalty' else [*values, -0.5]
+
+
+def with_value(field, value):
+    config = blip2_lang_only.get_config()
+    with config.ignore_type():
+        part = config
+        *parents, name = field.name.split('.')
+        for parent in parents:
+            part = part[parent]
+        if field.is_by_tower:
+            part[name]['language'] = value
+        else:
+            part[name] = value
+    return config
+
+
+@pytest.mark.parametrize('field', FIELDS, ids=lambda field: field.name)
+def test_every_field_refuses_other_types_and_numbers_out_of_its_range(field):
+    for value in values_of_wrong_type(field) + values_out_of_range(field):
+        with pytest.raises(ConfigError) as raised:
+            check_values(with_value(field, value))
+        message = str(raised.value)
+        tower = '.language' if field.is_by_tower else ''
+        shown = '' if isinstance(value, dict | list) else ' '.join(repr(value).split())[:77]
+        assert message.startswith(f'{field.name}{tower} {shown}'), (value, message)
+        assert 'expected ' in message
+        assert '\n' not in message
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'said'),
+    [
+        ('prune.damp', 0.0, 'prune.damp 0.0: expected a positive number'),
+        ('prune.samples', 0, "prune.samples 0: expected 1 or more, because prune.method 'wanda' needs them"),
+        ('prune.highest', 1.5, r'prune.highest 1.5: expected a sparsity in \(0, 1\]'),
+        ('prune.group.language', 'row', "prune.group.language 'row': expected 'output' or 'matrix'"),
+        ('lora.alpha.language', 0.0, 'lora.alpha.language 0.0: expected a positive number'),
+        ('restore.kd', 2.0, 'restore.kd 2.0: expected a number from 0 to 1'),
+        ('restore.temperature', 0.0, 'restore.temperature 0.0: expected a positive number'),
+        ('restore.peak', float('nan'), 'restore.peak nan: expected a positive number'),
+        ('restore.clip', 0.0, 'restore.clip 0.0: expected a positive number'),
+        ('restore.accumulate', 0, 'restore.accumulate 0: expected 1 or more'),
+        ('restore.shares', (1, -2, 1), r'restore.shares \(1, -2, 1\): expected numbers of 0 or more'),
+        ('seed', 99999999999999, 'seed 99999999999999: expected at most 2147483647'),
+        ('seed', -1, 'seed -1: expected a whole number from 0 to 2147483647'),
+        ('mesh.fsdp', 0, 'mesh.fsdp 0: expected 1 or more'),
+        ('model', ' ', "model ' ': expected embedded, a directory or a hub id"),
+        ('restore.steps', 10**12, 'restore.steps 1000000000000: expected at most 2147483647'),
+        ('restore.temperature', 1e-300, 'restore.temperature 1e-300: expected a number that float32 can hold, from'),
+    ],
+)
+def test_a_number_outside_its_range_is_named_with_the_range(field, value, said):
+    config = blip2_lang_only.get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=f'^{said}'):
+        check_values(config)
+
+
+def test_samples_are_only_needed_by_what_is_calibrated():
+    check_values(recipe(prune__samples=0, prune__method='magnitude'))
+    rounded = recipe(prune__samples=0, prune__method='magnitude', restore__base='int4')
+    with pytest.raises(ConfigError, match=r"restore.base 'int4' needs them"):
+        check_values(rounded)
+    scored = recipe(
+        prune__samples=0, prune__method='magnitude', prune__pattern__language='0.5', prune__allocation='owl'
+    )
+    with pytest.raises(ConfigError, match=r"prune.allocation 'owl' needs them"):
+        check_values(scored)
+
+
+def test_a_field_that_does_not_exist_or_is_missing_is_named():
+    config = blip2_lang_only.get_config()
+    config.restore.step = 3
+    with pytest.raises(ConfigError, match=r"config has no field 'restore.step'; did you mean 'restore.steps'\?"):
+        check_values(config)
+    config = blip2_lang_only.get_config()
+    del config.restore.clip
+    with pytest.raises(ConfigError, match=r"config has no field 'restore.clip': expected a positive number; begin wit"):
+        check_values(config)
+    config = blip2_lang_only.get_config()
+    del config.restore
+    with pytest.raises(ConfigError, match=r"config has no field 'restore.steps'"):
+        check_values(config)
+
+
+def test_an_option_of_a_method_of_ones_own_is_a_field():
+    config = blip2_lang_only.get_config()
+    config.prune.method = f'{__name__}:Steep'
+    config.prune.steepness = 0.3
+    check_values(config)
+    config.prune.steepnes = 0.3
+    with pytest.raises(ConfigError, match=r"config has no field 'prune.steepnes'; did you mean 'prune.steepness'\?"):
+        check_values(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steep(sl.Wanda):
+    steepness: float = 0.1
+
+
+def test_the_page_and_the_help_list_every_field_with_its_default_and_its_legal_values():
+    page = fields_page()
+    text = ' '.join(fields_text().split())
+    for field in FIELDS:
+        assert f'| `{field.name}` |' in page
+        assert f'--config.{field.name}=' in text
+        assert field.legal.expected.replace('|', '\\|') in page
+        assert ' '.join(field.legal.expected.split()) in text
+    # Every row of a table has four cells.
+    assert {len(re.findall(r'(?<!\\)\|', line)) for line in page.splitlines() if line.startswith('|')} == {5}

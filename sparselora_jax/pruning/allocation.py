@@ -74,11 +74,13 @@ class Allocation(Protocol):
       moves_zeros: whether the number of zeros of a layer may differ from what its pattern says. N:M patterns do not
         allow that.
       needs_model_in_memory: whether the allocation runs the whole model, so that the job cannot prune from disk.
+      uses_calibration: whether it calls `calibration`, so that the recipe must ask for samples.
       uses_score_batches: whether it calls `score_batches`, so that the mesh must divide `prune.score_batch`.
     """
 
     moves_zeros: ClassVar[bool] = True
     needs_model_in_memory: ClassVar[bool] = False
+    uses_calibration: ClassVar[bool] = False
     uses_score_batches: ClassVar[bool] = False
 
     def check(self, uniform: Zeros, sizes: dict[str, int]) -> None:

@@ -166,6 +166,7 @@ class OWL(Allocation):
     spread: float = 0.08
     chunk: int = 8
     needs_model_in_memory: ClassVar[bool] = False
+    uses_calibration: ClassVar[bool] = True
 
     def __post_init__(self):
         for option in ('outlier', 'spread'):

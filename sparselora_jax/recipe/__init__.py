@@ -1,7 +1,17 @@
 """Turn a config into arguments of the library; the configs themselves are in `configs/`."""
 
-from sparselora_jax.recipe.checks import DTYPES, TEACHERS, check_batches, check_values
+from sparselora_jax.recipe.checks import check_batches, check_values
 from sparselora_jax.recipe.config import ConfigError, field_names, override, towers
+from sparselora_jax.recipe.fields import (
+    DTYPES,
+    FIELDS,
+    TEACHERS,
+    check_names,
+    check_value,
+    default_config,
+    fields_page,
+    fields_text,
+)
 from sparselora_jax.recipe.kernel_rules import (
     BASES,
     BY_PATTERN,
@@ -27,6 +37,7 @@ __all__ = [
     'CONFIG_REMEDY',
     'DENSE',
     'DTYPES',
+    'FIELDS',
     'NO_DECODING',
     'NO_RESULT',
     'TEACHERS',
@@ -35,12 +46,17 @@ __all__ = [
     'base_formats',
     'check_allocation',
     'check_batches',
+    'check_names',
     'check_targets',
+    'check_value',
     'check_values',
     'claim',
     'data_loader',
     'decoding',
+    'default_config',
     'field_names',
+    'fields_page',
+    'fields_text',
     'lora_rules',
     'metric',
     'override',

@@ -2,92 +2,17 @@
 
 import math
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparselora_jax.recipe.config import ConfigError, towers, value_of
-from sparselora_jax.recipe.kernel_rules import BASES, prune_rules
-from sparselora_jax.recipe.methods import allocation_of, check_allocation_fields, prune_methods
+from sparselora_jax.recipe.config import ConfigError, field_names, towers
+from sparselora_jax.recipe.fields import check_fields, check_names
+from sparselora_jax.recipe.kernel_rules import BASES, prune_rules, rounded_rules
+from sparselora_jax.recipe.methods import allocation_of, check_allocation_fields, option_fields, prune_methods
 from sparselora_jax.recipe.questions import data_loader, metric, text_format
-from sparselora_jax.restoration import guard
-from sparselora_jax.restoration.losses import KL_REDUCTIONS
-from sparselora_jax.restoration.restore import TRAINED
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.sparse.packing import PackingError, find_format
 from sparselora_jax.sparse.patterns import parse_pattern
-from sparselora_jax.sparse.weights import GRADIENTS
-
-TEACHERS = ('model', 'top_k')
-DTYPES = ('float32', 'bfloat16', 'float16')
-
-
-@dataclass(frozen=True)
-class LegalValues:
-    """The legal values of one field, regardless of other fields and of the model.
-
-    Attributes:
-      field: dotted name, for example `restore.steps`.
-      expected: the legal values, for the error message.
-      is_legal: function that returns whether a value is legal.
-    """
-
-    field: str
-    expected: str
-    is_legal: Callable[[Any], bool]
-
-
-def one_of(field: str, values: Collection[str]) -> LegalValues:
-    """Return the rule that a field must have one of the given values.
-
-    Args:
-      field: dotted name.
-      values: the legal values.
-    """
-    return LegalValues(field, f'one of {", ".join(values)}', lambda value: value in values)
-
-
-def at_least_one(field: str) -> LegalValues:
-    """Return the rule that a field must be 1 or more.
-
-    Args:
-      field: dotted name.
-    """
-    return LegalValues(field, '1 or more', lambda value: value >= 1)
-
-
-# Checked from top to bottom; the first violation is reported. Fields whose legal values depend on other fields or on
-# the tower are checked by the functions below `check_values`.
-LEGAL_VALUES = (
-    one_of('dtype', DTYPES),
-    one_of('restore.gradient', GRADIENTS),
-    one_of('restore.kl_reduction', KL_REDUCTIONS),
-    one_of('restore.trained', TRAINED),
-    one_of('restore.teacher', TEACHERS),
-    one_of('restore.on_bad_step', guard.POLICIES),
-    # 0 turns the check off. With a limit of 1 or less, ordinary steps would count as spikes.
-    LegalValues('restore.spike', 'more than 1 (times the usual loss), or 0', lambda value: value == 0 or value > 1),
-    # With an infinite threshold DSnoT would change no output.
-    LegalValues('prune.threshold', '0 or more, per token', lambda value: 0 <= value < math.inf),
-    # Sizes and counts.
-    at_least_one('prune.chunk'),
-    at_least_one('prune.block'),
-    at_least_one('prune.cycles'),
-    at_least_one('prune.score_samples'),
-    at_least_one('prune.score_batch'),
-    at_least_one('evaluate.questions'),
-    at_least_one('evaluate.batch'),
-    at_least_one('evaluate.max_new_tokens'),
-    at_least_one('evaluate.num_beams'),
-    at_least_one('restore.steps'),
-    at_least_one('restore.batch'),
-    at_least_one('restore.checkpoint_every'),
-    at_least_one('restore.top_k'),
-    at_least_one('text.prompt_tokens'),
-    at_least_one('text.answer_tokens'),
-)
 
 
 def check_values(config: ConfigDict) -> None:
@@ -99,17 +24,16 @@ def check_values(config: ConfigDict) -> None:
     Raises:
       ConfigError, PatternError: a value is illegal; the message names the field, its value and what is expected.
     """
-    # Towers are checked first: the later checks look up fields by the names of towers.
+    # Fields and towers are checked first: the later checks rely on the types of values and on the names of towers.
+    check_fields(config)
+    check_names(field_names(config), option_fields(config))
     _check_towers(config)
     # Called only for their errors; their results are computed again where they are used.
     prune_methods(config)
     prune_rules(config)
     check_allocation_fields(config)
-    for legal in LEGAL_VALUES:
-        value = value_of(config, legal.field)
-        if not legal.is_legal(value):
-            raise ConfigError(f'{legal.field} {value!r}: expected {legal.expected}')
     _check_base(config)
+    _check_samples(config)
     _check_lora(config)
     _check_trained_weights(config)
     _check_text(config)
@@ -118,7 +42,7 @@ def check_values(config: ConfigDict) -> None:
     if config.stream and config.model == 'embedded':
         raise ConfigError('stream True: the embedded model is not read from disk; name a directory, :model=DIRECTORY')
     restore = config.restore
-    if restore.accumulate < 1 or restore.batch % restore.accumulate:
+    if restore.batch % restore.accumulate:
         raise ConfigError(f'restore.accumulate {restore.accumulate}: does not divide restore.batch, {restore.batch}')
 
 
@@ -127,8 +51,6 @@ def _check_base(config: ConfigDict) -> None:
     base = config.restore.base
     if base in BASES:
         return
-    if ':' not in base:
-        raise ConfigError(f'restore.base {base!r}: expected one of {", ".join(BASES)}, or package.module:Name')
     try:
         form = find_format(base)
     except PackingError as error:
@@ -150,12 +72,29 @@ def _check_towers(config: ConfigDict) -> None:
             )
 
 
+def _check_samples(config: ConfigDict) -> None:
+    """Check that there are calibration samples if anything is calibrated on them."""
+    prune = config.prune
+    if prune.samples > 0:
+        return
+    # One method for each tower, and a last one for the kernels outside the blocks, which stay dense.
+    methods = dict(zip(towers(config), prune_methods(config), strict=False))
+    users = [
+        f'prune.method {prune.method!r}'
+        for tower, (_, method) in methods.items()
+        if method.statistic is not None and not parse_pattern(prune.pattern[tower]).dense
+    ]
+    if allocation_of(config).uses_calibration:
+        users.append(f'prune.allocation {prune.allocation!r}')
+    if rounded_rules(config):
+        users.append(f'restore.base {config.restore.base!r}')
+    if users:
+        raise ConfigError(f'prune.samples {prune.samples}: expected 1 or more, because {users[0]} needs them')
+
+
 def _check_lora(config: ConfigDict) -> None:
-    """Check ranks and regexes of every tower."""
+    """Check the regexes of every tower."""
     for tower in towers(config):
-        rank = config.lora.rank[tower]
-        if rank < 0:
-            raise ConfigError(f'lora.rank.{tower} {rank}: expected 0 (leave it alone) or more')
         targets = config.lora.targets[tower]
         try:
             # Compiled inside a group, as in `lora_rules`: '(?i)q' compiles alone, but not inside a group.
@@ -204,7 +143,7 @@ def _check_shares(config: ConfigDict) -> None:
         raise ConfigError(
             f'restore.shares {shares}: expected (), because the kinds of answers of {config.data!r} are not known'
         )
-    if len(shares) != len(kinds) or min(shares) < 0 or sum(shares) == 0:
+    if len(shares) != len(kinds) or sum(shares) == 0:
         raise ConfigError(f'restore.shares {shares}: expected a share of each kind: {", ".join(kinds)}')
 
 

@@ -39,6 +39,23 @@ def _options(kind: type, config: ConfigDict, group: str = 'output') -> dict[str,
     return options
 
 
+def option_fields(config: ConfigDict) -> set[str]:
+    """Return the dotted names of the options of the methods and the allocation that a recipe names.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      ConfigError: a method or the allocation is unknown.
+    """
+    kinds = [
+        _named_class(pruning.METHODS, 'prune.method', config.prune.method),
+        _named_class(pruning.METHODS, 'prune.initial', config.prune.initial),
+        _named_class(pruning.ALLOCATIONS, 'prune.allocation', config.prune.allocation),
+    ]
+    return {f'prune.{field.name}' for kind in kinds for field in dataclasses.fields(kind)}
+
+
 def _named_class(names: Registry[type], field: str, name: str) -> type:
     """Return the dataclass that a field of the config names.
 

@@ -1,0 +1,556 @@
+"""List every field of a recipe with its default, its legal values and its meaning.
+
+This is the only list of the fields. `base_config()` builds a recipe's defaults from it, `check_fields` checks the
+values, and the `--help_config` of the scripts and the page of the documentation print it.
+"""
+
+import difflib
+import sys
+import textwrap
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sparselora_jax import pruning
+from sparselora_jax.evaluation.metric import METRICS
+from sparselora_jax.recipe.config import ConfigError, value_of
+from sparselora_jax.recipe.kernel_rules import BASES
+from sparselora_jax.restoration import guard
+from sparselora_jax.restoration.losses import KL_REDUCTIONS
+from sparselora_jax.restoration.restore import TRAINED
+from sparselora_jax.sparse.weights import GRADIENTS
+
+TEACHERS = ('model', 'top_k')
+DTYPES = ('float32', 'bfloat16', 'float16')
+# JAX counts steps, tokens and indices in 32 bits, and numbers of a schedule or a loss become float32.
+LARGEST_COUNT = 2**31 - 1
+SMALLEST_FLOAT = float(np.finfo(np.float32).tiny)
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Legal:
+    """The legal values of one field, regardless of other fields and of the model.
+
+    Attributes:
+      expected: the legal values in words, for errors and for the documentation.
+      accepts: function that returns whether a value is legal; it takes values of any type.
+    """
+
+    expected: str
+    accepts: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a recipe.
+
+    Attributes:
+      name: dotted name, for example `restore.steps`.
+      default: its default; a dict holds one for each tower.
+      legal: its legal values; of a field with a value for each tower, those of each.
+      meaning: sentences for the documentation.
+    """
+
+    name: str
+    default: Any
+    legal: Legal
+    meaning: str
+
+    @property
+    def is_by_tower(self) -> bool:
+        """Return whether the field has a value for each tower."""
+        return isinstance(self.default, dict)
+
+
+def is_whole_number(value: Any) -> bool:
+    """Return whether a value is an int; a bool is none.
+
+    Args:
+      value: of any type.
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite int or float; a bool is none.
+
+    Args:
+      value: of any type.
+    """
+    # This comparison is False for NaN and for infinity, and works for an int that no float can hold.
+    return (is_whole_number(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+
+
+def whole_number(low: int, *, note: str = '') -> Legal:
+    """Return the rule that a value is a whole number with a lower bound.
+
+    Args:
+      low: the lowest legal value.
+      note: added to the text.
+    """
+    return Legal(f'{low}{note} or more', lambda value: is_whole_number(value) and value >= low)
+
+
+def number(legal_range: Callable[[float], bool], expected: str) -> Legal:
+    """Return the rule that a value is a number in a range.
+
+    Args:
+      legal_range: function that returns whether a number lies in the range.
+      expected: the range in words.
+    """
+    return Legal(expected, lambda value: is_number(value) and legal_range(value))
+
+
+def one_of(values: Collection[str], *, others: str = '') -> Legal:
+    """Return the rule that a value is one of the given texts.
+
+    Args:
+      values: the legal values.
+      others: description of further values, which are texts with a colon that are checked where they are looked up.
+    """
+
+    def accepts(value: Any) -> bool:
+        return isinstance(value, str) and (value in values or (bool(others) and ':' in value))
+
+    return Legal(f'one of {", ".join(values)}{others}', accepts)
+
+
+def _text(expected: str, *, may_be_empty: bool = False) -> Legal:
+    """Return the rule that a value is a text; what it says is checked where it is used."""
+    return Legal(expected, lambda value: isinstance(value, str) and (may_be_empty or value.strip() != ''))
+
+
+POSITIVE = number(lambda value: value > 0, 'a positive number')
+NOT_NEGATIVE = number(lambda value: value >= 0, '0 or more')
+ANY_NUMBER = number(lambda value: True, 'a number')
+COUNT = whole_number(1)
+SWITCH = Legal('True or False', lambda value: isinstance(value, bool))
+SEED = Legal(f'a whole number from 0 to {LARGEST_COUNT}', lambda value: is_whole_number(value) and value >= 0)
+THIRD_PARTY = ', or your own as package.module:Name'
+SHARES = Legal(
+    'numbers of 0 or more, one for each kind of answer, or ()',
+    lambda value: isinstance(value, tuple | list) and all(is_number(share) and share >= 0 for share in value),
+)
+REGEX = _text('a regular expression')
+
+FIELDS = (
+    Field(
+        'model',
+        'embedded',
+        _text('embedded, a directory or a hub id'),
+        'Model to prune: the one that comes with the package, a Hugging Face directory, or a hub id.',
+    ),
+    Field(
+        'family',
+        '',
+        _text("'' or package.module:FAMILY", may_be_empty=True),
+        "Family that loads the model: '' chooses it by model_type; otherwise one of your own.",
+    ),
+    Field(
+        'data',
+        'easy_vqa',
+        _text('easy_vqa, a folder, or package.module:Name'),
+        'Data: easy-VQA, a folder of images with a data.jsonl, or a loader of your own.',
+    ),
+    Field('data_dir', 'runs/data', _text('a folder'), 'Folder for the prepared easy-VQA data, which all runs share.'),
+    Field(
+        'seed',
+        42,
+        SEED,
+        "Seed of the data order, the calibration samples, the test questions, LoRA's initial factors and random masks.",
+    ),
+    Field(
+        'dtype',
+        'float32',
+        one_of(DTYPES),
+        'Type of the base weights. LoRA, optimizer and statistics are always float32.',
+    ),
+    Field('mesh.data', 1, COUNT, 'Number of devices along the mesh axis that splits batches.'),
+    Field('mesh.fsdp', 1, COUNT, 'Number of devices along the mesh axis that splits batches and weights.'),
+    Field('mesh.tensor', 1, COUNT, 'Number of devices along the mesh axis that splits heads and MLPs.'),
+    Field(
+        'profile',
+        False,
+        SWITCH,
+        'Write a profile of restoration steps 3 to 5 to the workdir, for XProf or TensorBoard.',
+    ),
+    Field(
+        'stream',
+        False,
+        SWITCH,
+        'Prune block by block from disk, for a model that does not fit in memory. Not for the embedded model.',
+    ),
+    # How questions and answers become tokens.
+    Field(
+        'text.prompt',
+        'Question: {} Short answer:',
+        _text('a text with {} once'),
+        'Prompt template; {} is replaced by the question.',
+    ),
+    Field('text.prompt_tokens', 16, COUNT, 'Number of tokens that each prompt is padded to.'),
+    Field(
+        'text.answer_tokens',
+        3,
+        COUNT,
+        'Number of tokens that each answer is padded to, including the end-of-text token.',
+    ),
+    # Pruning.
+    Field('prune.method', 'wanda', one_of(list(pruning.METHODS), others=THIRD_PARTY), 'Pruning method.'),
+    Field(
+        'prune.pattern',
+        {'vision': 'dense', 'qformer': 'dense', 'language': '2:4'},
+        _text('dense, a sparsity such as 0.5, or N:M such as 2:4'),
+        "Pattern of each tower's blocks.",
+    ),
+    Field(
+        'prune.group',
+        {'vision': 'matrix', 'qformer': 'output', 'language': 'output'},
+        _text('output or matrix'),
+        'Comparison group of an unstructured pattern: the weights of one output, or all weights of the matrix '
+        "(the paper's choice for the ViT). SparseGPT prunes a matrix in blocks of inputs; 'matrix' then means "
+        'one such block.',
+    ),
+    Field(
+        'prune.samples',
+        128,
+        whole_number(0),
+        'Number of calibration samples, from the training set. 0 is for methods without a statistic.',
+    ),
+    Field(
+        'prune.chunk',
+        32,
+        COUNT,
+        'Number of calibration samples that each device runs at a time; a higher number takes more memory.',
+    ),
+    Field(
+        'prune.allocation',
+        'uniform',
+        one_of(list(pruning.ALLOCATIONS), others=THIRD_PARTY),
+        'Allocation of an unstructured sparsity to the layers of all towers. uniform: each layer gets the '
+        'sparsity of its pattern.',
+    ),
+    # ECoFLaP's code has the default 0.8; its published runs use the pattern's sparsity + 0.1.
+    Field(
+        'prune.highest',
+        0.8,
+        number(lambda value: 0 < value <= 1, 'a sparsity in (0, 1]'),
+        'ECoFLaP and global magnitude: maximum sparsity of a layer.',
+    ),
+    Field(
+        'prune.score_samples',
+        32,
+        COUNT,
+        'ECoFLaP: number of samples for its scores. The zeroth order runs them twice for each kernel and layer.',
+    ),
+    Field('prune.score_batch', 8, COUNT, 'ECoFLaP: number of samples for its scores that run at a time.'),
+    Field(
+        'prune.noise', 1e-3, POSITIVE, "ECoFLaP, zeroth order: scale of the noise on a kernel (the paper's epsilon)."
+    ),
+    Field(
+        'prune.outlier',
+        5.0,
+        POSITIVE,
+        "OWL: a score is an outlier above this many times the mean score of its block (the paper's M).",
+    ),
+    Field(
+        'prune.spread',
+        0.08,
+        POSITIVE,
+        "OWL: the sparsities of the layers differ by at most twice this (the paper's lambda).",
+    ),
+    Field(
+        'prune.damp',
+        0.01,
+        POSITIVE,
+        "SparseGPT (also as DSnoT's initial method) and GPTQ: damping, as a share of the Hessian's mean "
+        'diagonal. It is added to the diagonal.',
+    ),
+    Field(
+        'prune.block',
+        64,
+        COUNT,
+        "SparseGPT: number of inputs (columns of the paper's matrix) that are pruned together. It must be a "
+        'multiple of M for N:M.',
+    ),
+    Field(
+        'prune.initial',
+        'wanda',
+        one_of(list(pruning.METHODS), others=THIRD_PARTY),
+        'DSnoT: method whose mask it starts from.',
+    ),
+    Field('prune.cycles', 50, COUNT, 'DSnoT: maximum number of swaps for each output.'),
+    # With an infinite threshold DSnoT would change no output.
+    Field(
+        'prune.threshold',
+        0.1 / 2048,
+        number(lambda value: value >= 0, '0 or more, per token'),
+        "DSnoT: an output is finished once its expected error per token is below this. The public code's 0.1 "
+        'is for a sample of 2048 tokens.',
+    ),
+    # LoRA. The scale of a tower's update is alpha / rank.
+    Field(
+        'lora.rank',
+        {'vision': 4, 'qformer': 2, 'language': 8},
+        whole_number(0, note=' (leave it alone)'),
+        'Rank in each tower; 0 trains nothing in that tower. Towers that are not pruned get LoRA too.',
+    ),
+    Field(
+        'lora.alpha',
+        {'vision': 8.0, 'qformer': 4.0, 'language': 16.0},
+        POSITIVE,
+        'Alpha in each tower: the update is scaled by alpha / rank.',
+    ),
+    Field(
+        'lora.targets',
+        {'vision': '.*', 'qformer': '.*', 'language': '.*'},
+        REGEX,
+        "Regex of the kernels that get LoRA, matched to the path below a tower's blocks, e.g. attn/[qv]/kernel.",
+    ),
+    # Restoration. The paper trains one epoch of 25k pairs at batch 32, with 1000 warm-up steps to 1e-4.
+    Field('restore.steps', 100, COUNT, 'Number of optimizer steps.'),
+    Field('restore.batch', 8, COUNT, 'Number of samples in a step, in total over all devices and micro-batches.'),
+    Field(
+        'restore.shares',
+        (2, 1, 1),
+        SHARES,
+        "Shares of easy-VQA's kinds of answers in a batch: yes/no, shape, colour. (): draw without regard to kind.",
+    ),
+    Field('restore.peak', 1e-3, POSITIVE, 'Learning rate after the warm-up; it then falls along a cosine.'),
+    Field(
+        'restore.warmup',
+        10,
+        whole_number(0),
+        'Number of steps in which the learning rate rises from `start` to `peak`.',
+    ),
+    Field('restore.start', 1e-6, NOT_NEGATIVE, 'Learning rate of the first step.'),
+    Field('restore.end', 1e-5, NOT_NEGATIVE, 'Learning rate of the last step.'),
+    Field('restore.weight_decay', 0.05, NOT_NEGATIVE, "AdamW's decoupled weight decay."),
+    Field(
+        'restore.clip', 1.0, POSITIVE, 'Maximum global norm of the gradient; a larger gradient is scaled down to it.'
+    ),
+    Field(
+        'restore.kd',
+        0.1,
+        number(lambda value: 0 <= value <= 1, 'a number from 0 to 1'),
+        'Weight of distillation in the loss (1 - kd) * CE + kd * KL; with 0, no teacher runs.',
+    ),
+    Field('restore.temperature', 2.0, POSITIVE, 'Temperature of the softmax in KL, for teacher and student.'),
+    Field(
+        'restore.kl_reduction',
+        'token',
+        one_of(KL_REDUCTIONS),
+        'Averaging of KL: over all answer tokens, or summed over an answer and averaged over samples.',
+    ),
+    Field(
+        'restore.gradient',
+        'exact',
+        one_of(GRADIENTS),
+        'Gradient through the mask. plain: LoRA is trained without the mask, which is applied when it is merged.',
+    ),
+    Field(
+        'restore.trained',
+        'lora',
+        one_of(TRAINED),
+        'Parameters to train: LoRA, or the pruned kernels themselves, under their masks.',
+    ),
+    Field(
+        'restore.base',
+        'dense',
+        one_of(BASES, others=THIRD_PARTY),
+        'Storage of pruned kernels while LoRA is trained on them. packed: lossless, 2:4 without its zeros, '
+        'other patterns as a bitmask. packed_int4: 2:4 in four bits. int4, nf4: four bits for any pattern, '
+        'zeros included. GPTQ rounds to four bits, with the calibration samples of pruning.',
+    ),
+    Field(
+        'restore.teacher',
+        'model',
+        one_of(TEACHERS),
+        'Teacher: the dense model runs in every step, or its `top_k` likeliest tokens of each position are '
+        'first written to the workdir, so that it need not stay in memory (a different loss, '
+        '`losses.top_k_kl`).',
+    ),
+    Field(
+        'restore.top_k',
+        64,
+        COUNT,
+        'Number of tokens that the teacher top_k stores for each position; below the size of the vocabulary.',
+    ),
+    Field('restore.accumulate', 1, COUNT, 'Number of micro-batches in a step; it must divide the batch.'),
+    Field(
+        'restore.remat',
+        False,
+        SWITCH,
+        "Recompute a block's activations in the backward pass, which takes time and saves memory.",
+    ),
+    Field('restore.checkpoint_every', 25, COUNT, 'Number of steps between two checkpoints.'),
+    Field(
+        'restore.on_bad_step',
+        'stop',
+        one_of(guard.POLICIES),
+        'Reaction to a bad step, whose loss or gradient is not finite or whose loss spikes. stop: the run '
+        'ends and the last checkpoint stays. skip: weights and moments are not updated; the run ends after 10 '
+        'bad steps in a row.',
+    ),
+    # With a limit of 1 or less, ordinary steps would count as spikes.
+    Field(
+        'restore.spike',
+        0.0,
+        number(lambda value: value == 0 or value > 1, 'more than 1 (times the usual loss), or 0'),
+        'A loss spikes if it exceeds this many times the mean loss of the last 50 good steps; 0: never.',
+    ),
+    Field(
+        'restore.control',
+        False,
+        SWITCH,
+        'Train the same LoRA budget on the dense model too. This control shows how much mere training improves.',
+    ),
+    # Evaluation on the test questions. The paper uses 5 beams, and length penalty -1 (short answers) or 1 (captions).
+    Field('evaluate.questions', 1000, COUNT, 'Number of test questions; easy-VQA has 9,673.'),
+    Field('evaluate.batch', 50, COUNT, 'Number of questions per batch.'),
+    Field('evaluate.metric', 'exact_match', one_of(list(METRICS), others=THIRD_PARTY), 'Metric of an answer.'),
+    Field('evaluate.num_beams', 1, COUNT, 'Number of beams; 1 is greedy decoding.'),
+    Field('evaluate.max_new_tokens', 4, COUNT, 'Maximum number of tokens in an answer.'),
+    Field('evaluate.min_length', 0, whole_number(0), 'Minimum number of tokens, including those of the prompt.'),
+    Field(
+        'evaluate.length_penalty',
+        1.0,
+        ANY_NUMBER,
+        "A beam's score is its log-probability / length ** length_penalty. A value above 0 favours long "
+        'answers, below 0 short ones.',
+    ),
+)
+
+
+def default_config() -> ConfigDict:
+    """Return a recipe with every field at its default."""
+    config = ConfigDict()
+    for field in FIELDS:
+        *parents, name = field.name.split('.')
+        part = config
+        for parent in parents:
+            if parent not in part:
+                part[parent] = ConfigDict()
+            part = part[parent]
+        part[name] = ConfigDict(field.default) if field.is_by_tower else field.default
+    return config
+
+
+def check_value(name: str, value: Any, legal: Legal) -> None:
+    """Check the value of one field.
+
+    Args:
+      name: dotted name, for the error.
+      value: of any type.
+      legal: its legal values.
+
+    Raises:
+      ConfigError: it is not legal; names the field, the value, and what is expected.
+    """
+    expected = legal.expected
+    is_legal = legal.accepts(value)
+    # These bounds are the same for all fields, so they are not part of each text.
+    if is_legal and is_whole_number(value) and abs(value) > LARGEST_COUNT:
+        is_legal = False
+        expected = f'at most {LARGEST_COUNT}'
+    if is_legal and isinstance(value, float) and value != 0 and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+        is_legal = False
+        expected = f'a number that float32 can hold, from {SMALLEST_FLOAT:.1e} to {LARGEST_FLOAT:.1e} in size'
+    if not is_legal:
+        # A wrong value may be a whole page, for example another config.
+        shown = ' '.join(repr(value).split())
+        shown = shown if len(shown) <= 80 else f'{shown[:77]}...'
+        raise ConfigError(f'{name} {shown}: expected {expected}')
+
+
+def check_fields(config: ConfigDict) -> None:
+    """Check that a config has every field of a recipe, each with a legal value.
+
+    Args:
+      config: the recipe.
+
+    Raises:
+      ConfigError: a field is missing or illegal.
+    """
+    for field in FIELDS:
+        try:
+            value = value_of(config, field.name)
+        except (KeyError, TypeError, AttributeError):
+            raise ConfigError(
+                f'config has no field {field.name!r}: expected {field.legal.expected}; begin with base_config() of '
+                'configs/base.py, which sets every field'
+            ) from None
+        if not field.is_by_tower:
+            check_value(field.name, value, field.legal)
+        elif not isinstance(value, ConfigDict) or not value:
+            raise ConfigError(f'{field.name} {value!r}: expected a value for each tower')
+        else:
+            for tower in value:
+                check_value(f'{field.name}.{tower}', value[tower], field.legal)
+
+
+def check_names(names: Collection[str], options: Collection[str] = ()) -> None:
+    """Check that every name is that of a field, a group of fields, or a tower's value.
+
+    Args:
+      names: dotted names.
+      options: further fields that it may have: the options of a method or an allocation of the user's own.
+
+    Raises:
+      ConfigError: a name is unknown; the message suggests the nearest one.
+    """
+    by_tower = {field.name for field in FIELDS if field.is_by_tower}
+    known = {field.name for field in FIELDS} | set(options)
+    known |= {name.rpartition('.')[0] for name in known if '.' in name}
+    for name in names:
+        parent, _, _ = name.rpartition('.')
+        if name not in known and parent not in by_tower:
+            # No cutoff: with so few names, even a distant nearest name is a useful hint.
+            (nearest,) = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.0)
+            raise ConfigError(f'config has no field {name!r}; did you mean {nearest!r}?')
+
+
+def fields_text() -> str:
+    """Return the list of all fields as plain text, for a terminal."""
+    paragraphs = []
+    for field in FIELDS:
+        head = f'--config.{field.name}={_default_text(field)}'
+        body = f'{field.meaning} Expected: {_expected_text(field)}.'
+        paragraphs.append(f'{head}\n{textwrap.indent(textwrap.fill(body, 92), "    ")}')
+    return '\n'.join(paragraphs)
+
+
+def fields_page() -> str:
+    """Return the list of all fields as a Markdown page, one table for each group of fields."""
+    lines = [
+        '# Fields of a recipe',
+        '',
+        'Set a field with `--config.NAME=VALUE`, for example `--config.restore.steps=300`. Values are checked before '
+        f'any work begins. Whole numbers are at most {LARGEST_COUNT:,}.',
+    ]
+    group = None
+    for field in FIELDS:
+        parent = field.name.rpartition('.')[0]
+        if parent != group:
+            group = parent
+            lines += ['', f'## {f"`{group}`" if group else "General"}', '']
+            lines += ['| field | default | expected | meaning |', '|---|---|---|---|']
+        # A bar would end the cell of a table.
+        cells = [f'`{field.name}`', f'`{_default_text(field)}`', _expected_text(field), field.meaning]
+        lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
+    return '\n'.join([*lines, ''])
+
+
+def _default_text(field: Field) -> str:
+    """Return the default of a field as text."""
+    if field.is_by_tower:
+        return ', '.join(f'{tower}: {value}' for tower, value in field.default.items())
+    return repr(field.default) if field.default == '' else f'{field.default}'
+
+
+def _expected_text(field: Field) -> str:
+    """Return the legal values of a field as text."""
+    return f'for each tower, {field.legal.expected}' if field.is_by_tower else field.legal.expected
