@@ -34,7 +34,8 @@ def parse(arg: str | None) -> dict[str, str]:
         name, _, value = part.partition('=')
         if name not in NAMES or not value or name in values:
             expected = ', '.join(f'{name}=...' for name in NAMES)
-            raise ValueError(f'config argument {part!r}: expected {expected}, each once')
+            hint = '' if '=' in part else '; a path with a comma goes into --config.data=PATH or --config.model=PATH'
+            raise ValueError(f'config argument {part!r}: expected {expected}, each once{hint}')
         values[name] = value
     return values
 

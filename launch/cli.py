@@ -2,7 +2,20 @@
 
 import importlib.util
 import os
+import signal
 import sys
+from types import FrameType
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    """End the program with one line; while it still imports, there is nothing to save."""
+    del number, frame
+    os.write(2, b'stopped: nothing was begun\n')
+    os._exit(130)
+
+
+# An exception in the middle of an import may be swallowed, or be printed from wherever it was raised.
+signal.signal(signal.SIGINT, _stop_at_once)
 
 # Python puts the folder of a script first on `sys.path`. This folder has an `inspect.py`, which would hide the standard
 # library's `inspect` from every package that imports it. So the folder is moved to the end, where scripts still find
@@ -29,12 +42,8 @@ if 'torch' not in sys.modules:
     is_torch_available()
     del sys.modules['torch']
 
-import argparse
-import difflib
 import logging
 import re
-import runpy
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,25 +51,27 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import transformers
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+import sparselora_jax
+from configs import files
+from sparselora_jax import recipe
 from sparselora_jax.checkpoints import embedded, load
 from sparselora_jax.data import text_format
 from sparselora_jax.models.config import FamilyConfig
 from sparselora_jax.models.model import Model
 from sparselora_jax.planning import published
-from sparselora_jax.recipe import DTYPES, ConfigError, field_names
+from sparselora_jax.recipe import DTYPES, ConfigError
 from sparselora_jax.restoration.train import Interrupted
-from sparselora_jax.runtime import processes
+from sparselora_jax.runtime import os_errors, processes
 from sparselora_jax.runtime.errors import SparseloraError
+
+CONFIG_HELP = 'Python file with a get_config, optionally with :ARGUMENTS; config.json of a run; or YAML with fields'
 
 # Arguments of `generate` for a model that has no text_format.json.
 DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0}
-
-# Exceptions that a config file raises if the user made a mistake in it, or passed a wrong argument.
-CONFIG_ERRORS = (ValueError, KeyError, SyntaxError, ImportError, NameError, TypeError, AttributeError)
 
 
 class LoadedModel(NamedTuple):
@@ -87,15 +98,16 @@ class ModelConfig(NamedTuple):
 
 
 def define_config(
-    default: str = 'configs/blip2_lang_only.py', workdir: str = 'runs/demo'
+    default: str = 'configs/blip2_lang_only.py', workdir: str = 'runs/demo', *, kind: str = 'recipe'
 ) -> tuple[flags.FlagHolder, flags.FlagHolder]:
     """Define `--config`, `--workdir` and the flags of a run on several processes; return the first two.
 
     Args:
-      default: recipe used if `--config` is not given.
+      default: config used if `--config` is not given.
       workdir: folder used if `--workdir` is not given.
+      kind: what the config must be, a key of `files.KINDS`.
     """
-    config = define_recipe(default)
+    config = define_recipe(default, kind=kind)
     flags.DEFINE_bool('distributed', False, 'run as one of several processes, which JAX finds from the environment')
     flags.DEFINE_string('coordinator', None, 'host:port of process 0, if the environment does not tell it')
     flags.DEFINE_integer('num_processes', None, 'number of processes, with --coordinator', lower_bound=1)
@@ -103,18 +115,79 @@ def define_config(
     return config, flags.DEFINE_string('workdir', workdir, 'folder for results, logs and checkpoints')
 
 
-def define_recipe(default: str | None) -> flags.FlagHolder:
-    """Define `--config` alone; end the script if the recipe or an overridden field does not exist.
+def define_recipe(default: str | None, *, kind: str = 'recipe') -> flags.FlagHolder:
+    """Define `--config` alone; end the script if the config or an overridden field does not exist.
 
     Args:
-      default: recipe used if `--config` is not given; None: no recipe.
+      default: config used if `--config` is not given; None: no config.
+      kind: see `define_config`.
     """
-    # Checked first: ml_collections reads the config and the overrides as soon as the flag is defined.
     try:
-        check_config(sys.argv[1:], default)
-    except SparseloraError as error:
+        name, others = split_config(sys.argv[1:], default)
+        config = read_config(name, others, kind)
+        if config is None:
+            return flags.DEFINE_string('config', None, CONFIG_HELP)
+        # ml_collections turns `--config.NAME=VALUE` into flags by the types of the fields. It is given the config
+        # itself, because it only reads Python files.
+        return config_flags.DEFINE_config_dict('config', config, CONFIG_HELP, sys_argv=[sys.argv[0], *others])
+    except (SparseloraError, OSError) as error:
         _fail(error)
-    return config_flags.DEFINE_config_file('config', default, 'recipe: a file in configs/, optionally with :ARGUMENTS')
+    except (flags.Error, ValueError, TypeError) as error:
+        # A value of another type, or a field that is set after one of its own parts.
+        _fail(ConfigError(str(error)))
+
+
+def split_config(argv: Sequence[str], default: str | None = None) -> tuple[str | None, list[str]]:
+    """Return the value of `--config`, and all other arguments.
+
+    Args:
+      argv: the command line without the script.
+      default: returned if `--config` is not given.
+
+    Raises:
+      ConfigError: the flag has no value.
+    """
+    name = default
+    others = []
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, value = argument.partition('=')
+        if flag not in ('--config', '-config'):
+            others.append(argument)
+            continue
+        # The value may be an argument of its own.
+        name = value if equals else next(arguments, '')
+        if not name:
+            raise ConfigError('--config has no value: expected a file, e.g. configs/blip2_both.py')
+    return name, others
+
+
+def read_config(name: str | None, others: Sequence[str], kind: str) -> ConfigDict | None:
+    """Return the config that `--config` names, before its fields are overridden.
+
+    ml_collections' error for an unknown field has only the last part of its name. So overrides are checked here.
+
+    Args:
+      name: see `files.read`; None: no config.
+      others: all other arguments; those that override fields are checked.
+      kind: see `define_config`.
+
+    Raises:
+      ConfigError: see `files.read`; the config is of another kind; or an overridden field does not exist.
+    """
+    # `--noconfig.profile` is how absl writes `--config.profile=False`.
+    overrides = [match[1] for argument in others if (match := re.match(r'--?(?:no)?config\.([^=]+)', argument))]
+    if name is None:
+        if overrides:
+            raise ConfigError(f'--config.{overrides[0]} needs a recipe: add --config=configs/NAME.py')
+        return None
+    config = files.read(name)
+    files.check_kind(name, config, kind)
+    fields = recipe.field_names(config)
+    for field in overrides:
+        if field not in fields:
+            raise ConfigError(f'config has no field {field!r}; did you mean {recipe.nearest(field, fields)!r}?')
+    return config
 
 
 def define_model() -> None:
@@ -156,6 +229,19 @@ def load_model() -> LoadedModel:
     return LoadedModel(model, params, processor, replace(text, decoding=DECODING | text.decoding | given))
 
 
+def print_header(*details: str) -> None:
+    """Print a line about the run on stderr: version, device, dtype, model.
+
+    Args:
+      details: further things to say.
+    """
+    values = flags.FLAGS
+    device = jax.devices()[0]
+    parts = [f'sparselora-jax {sparselora_jax.__version__}', f'device {device.device_kind}', values.dtype]
+    # stdout is reserved for the result.
+    print(', '.join([*parts, f'model {values.model or "embedded"}', *details]), file=sys.stderr)
+
+
 def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:
     """Return the model that the arguments name, otherwise that of the recipe, without reading weights.
 
@@ -164,17 +250,17 @@ def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:
       config: the recipe; None: no recipe.
 
     Raises:
-      ConfigError: no model, or more than one.
+      ConfigError: no model.
       StorageError, UnsupportedModelError: see `published.find_config`.
     """
-    if len(argv) > 1 or (not argv and config is None):
+    if not argv and config is None:
         script = Path(sys.argv[0]).name
-        raise ConfigError(f'expected one model: python launch/{script} MODEL [--config=configs/NAME.py:ARGUMENT]')
+        raise ConfigError(f'expected a model: python launch/{script} MODEL [--config=configs/NAME.py:ARGUMENT]')
     name = argv[0] if argv else config.model
     if name == 'embedded':
         return ModelConfig(name, None, embedded.load_config())
     family = '' if config is None else config.family
-    hf = published.find_config(name, others=recipes(), family=family)
+    hf = published.find_config(name, others=files.recipes(), family=family)
     # Only the weight files tell whether a T5's head is tied. Without them, `model_config` assumes that it is.
     if any(Path(name).glob('*.safetensors')):
         model, _ = load.open_model(name, family)
@@ -188,115 +274,159 @@ def family_recipe(cfg: FamilyConfig) -> ConfigDict | None:
     Args:
       cfg: our config of the model.
     """
-    path = Path(f'configs/{cfg.family.name}_lang_only.py')
-    return read_config(str(path)) if path.is_file() else None
+    name = f'{cfg.family.name}_lang_only'
+    return files.read(name) if name in files.recipes() else None
 
 
-def recipes() -> list[str]:
-    """Return the names of the recipes in configs/; its other files have no `get_config`."""
-    return sorted(path.stem for path in Path('configs').glob('*.py') if 'def get_config(' in path.read_text())
-
-
-def find_recipe(name: str) -> str | None:
-    """Return the value for `--config` of a recipe that is named by its path or its stem.
-
-    Args:
-      name: e.g. `configs/llava_both.py:pattern=4:8` or `llava_both:pattern=4:8`.
-
-    Returns:
-      The path, followed by the arguments if there are any; None if no recipe has that name.
-    """
-    path, colon, argument = name.partition(':')
-    if path.endswith('.py'):
-        return name
-    return f'configs/{path}.py{colon}{argument}' if Path(f'configs/{path}.py').is_file() else None
-
-
-def read_config(path: str, argument: str | None = None) -> ConfigDict:
-    """Return the config that a file defines.
-
-    Args:
-      path: the file.
-      argument: passed to its `get_config`.
-    """
-    return runpy.run_path(path)['get_config'](argument)
-
-
-def check_config(argv: Sequence[str], default: str | None) -> None:
-    """Check that the config file and the overridden fields exist.
-
-    ml_collections notices a missing file only when a field is read. For an unknown field, its error has only the last
-    part of the name. So both are checked here, before ml_collections parses the same arguments.
-
-    Args:
-      argv: the command line without the script.
-      default: config file used if `--config` is not given; None: no config.
-
-    Raises:
-      ConfigError: the file or a field does not exist (the message suggests the nearest name), or the file raises an
-        error.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument('-config', '--config', nargs='?', default=default)
-    known, others = parser.parse_known_args(argv)
-    # `--noconfig.profile` is how absl writes `--config.profile=False`.
-    overrides = [match[1] for arg in others if (match := re.match(r'--?(?:no)?config\.([^=]+)', arg))]
-    if known.config is None:
-        if overrides:
-            raise ConfigError(f'--config.{overrides[0]} needs a recipe: add --config=configs/NAME.py')
-        return
-    path, _, argument = known.config.partition(':')
-    # Sweeps are configs too, so all folders below configs/ are searched for the nearest name.
-    if not Path(path).is_file():
-        nearest = difflib.get_close_matches(path, [str(file) for file in Path('configs').glob('**/*.py')], 1)
-        hint = f'; did you mean {nearest[0]}?' if nearest else ''
-        raise ConfigError(f'{path}: no such config{hint}')
-    try:
-        config = read_config(path, argument or None)
-    except CONFIG_ERRORS as error:
-        # The message of a ValueError is written for the user (`configs/arguments.py`). Other messages need the type.
-        kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
-        raise ConfigError(f'{path}: {kind}{error}') from None
-    fields = field_names(config)
-    for field in overrides:
-        if field not in fields:
-            # No cutoff: with so few names, even a distant nearest name is a useful hint.
-            nearest = difflib.get_close_matches(field, fields, 1, cutoff=0.0)
-            raise ConfigError(f'config has no field {field!r}; did you mean {nearest[0]!r}?')
-
-
-def run(main: Callable[[list[str]], None]) -> NoReturn:
+def run(main: Callable[[list[str]], None], positional: str = '') -> NoReturn:
     """Run a script; print an error that the user can act on as one line, not as a traceback.
 
     Args:
       main: takes the positional arguments.
+      positional: names of the positional arguments, e.g. `IMAGE QUESTION`; '': there are none.
     """
+    # From here on there may be something to save, so Ctrl-C is an exception again.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The data libraries log every file that they open.
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger('sparselora_jax').setLevel(logging.WARNING)
+    # A scheduler's SIGTERM ends a run like Ctrl-C: finished stages are kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _answer_questions(sys.argv[1:], main.__globals__['__doc__'], positional)
+        arguments = _parse(positional)
+        _connect()
+        _warn_of_hardware()
+        # If another process is lost, the error says so.
+        with processes.joint():
+            main(arguments)
+    except (SparseloraError, OSError) as error:
+        _fail(error)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+            raise  # a fault of the program, whose traceback is needed
+        first_line = str(error).splitlines()[0] if str(error) else 'MemoryError'
+        _fail(OutOfMemoryError(f'out of memory ({first_line}); use smaller batches, fewer samples or fewer beams'))
+    except KeyboardInterrupt:
+        has_stages = 'workdir' in flags.FLAGS
+        _fail(
+            Interrupted('finished stages are kept; run the same command to continue' if has_stages else 'by a signal')
+        )
+    sys.exit(0)
 
-    def guarded(argv: list[str]) -> None:
-        # The data libraries log every file that they open.
-        absl_logging.set_verbosity(absl_logging.ERROR)
-        logging.getLogger('sparselora_jax').setLevel(logging.WARNING)
-        # A scheduler's SIGTERM ends a run like Ctrl-C: finished stages are kept.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            _connect()
-            # If another process is lost, the error says so.
-            with processes.joint():
-                main(argv[1:])
-        except (SparseloraError, OSError) as error:
-            _fail(error)
-        except KeyboardInterrupt:
-            _fail(Interrupted('finished stages are kept; run the same command to continue'))
 
-    app.run(guarded)
+class OutOfMemoryError(SparseloraError, MemoryError):
+    """The machine or a device has less memory than a script asks for."""
+
+
+def _answer_questions(argv: Sequence[str], description: str, positional: str) -> None:
+    """End the script after printing what `--help`, `--help_config` or `--version` asks for."""
+    if '--version' in argv:
+        print(f'sparselora-jax {sparselora_jax.__version__} (jax {jax.__version__})')
+    elif '--help_config' in argv and 'config' in flags.FLAGS:
+        print(recipe.fields_text())
+    elif {'--help', '-h', '-help'} & set(argv):
+        print(help_text(description, positional))
+    else:
+        return
+    sys.exit(0)
+
+
+def help_text(description: str, positional: str) -> str:
+    """Return the page of `--help`: the script's docstring, and its own flags with their defaults.
+
+    Args:
+      description: docstring of the script.
+      positional: see `run`.
+    """
+    usage = f'usage: python launch/{Path(sys.argv[0]).name} {positional}'.rstrip() + ' [--flag=value ...]'
+    by_module = flags.FLAGS.flags_by_module_dict()
+    # Libraries define flags too; only those of the script and of this file are of use here.
+    own = [flag for module in (__name__, sys.argv[0]) for flag in by_module.get(module, [])]
+    lines = [description.strip(), '', usage, '', 'flags:']
+    if 'config' in flags.FLAGS:
+        lines += [f'  --config=FILE: {CONFIG_HELP}', '  --config.NAME=VALUE: set a field of the config']
+        lines.append('  --help_config: list every field of a recipe with its meaning and its legal values')
+    lines += [_flag_text(flag) for flag in own if flag.name.partition('.')[0] != 'config']
+    return '\n'.join([*lines, '  --version: print the version', '  --help: print this page'])
+
+
+def _flag_text(flag: flags.Flag) -> str:
+    """Return the line of a flag in the help: its name, its values, its meaning and its default."""
+    if flag.boolean:
+        return f'  --[no]{flag.name}: {flag.help} (default: {flag.default})'
+    values = getattr(flag.parser, 'enum_values', None)
+    shown = '|'.join(values) if values else flag.flag_type().upper()
+    # The help of a flag without a fixed default says what is used instead.
+    default = '' if flag.default in (None, '') else f' (default: {flag.default})'
+    meaning = flag.help.removeprefix(f'<{shown}>: ')  # absl adds the values of an enum
+    return f'  --{flag.name}={shown}: {meaning}{default}'
+
+
+def _parse(positional: str) -> list[str]:
+    """Parse the flags, and return the positional arguments.
+
+    Raises:
+      UsageError: a flag is unknown or has an illegal value, or there are too many arguments.
+    """
+    others = sys.argv[1:]
+    # `define_recipe` has read `--config` itself. A script that does not call it has no such flag.
+    if 'config' in flags.FLAGS:
+        _, others = split_config(others)
+    try:
+        _, *arguments = flags.FLAGS([sys.argv[0], *others])
+    except flags.Error as error:
+        raise UsageError(str(error)) from None
+    expected = positional.split()
+    if len(arguments) <= len(expected):
+        return arguments
+    unknown = arguments[len(expected)]
+    script = Path(sys.argv[0]).name
+    hint = f'see python launch/{script} --help'
+    if 'config' in flags.FLAGS and unknown.partition(':')[0].endswith(('.py', '.json', '.yaml', '.yml')):
+        hint = f'did you mean --config={unknown}?'
+    elif unknown.partition('=')[0] in flags.FLAGS:
+        hint = f'did you mean --{unknown}?'
+    raise UsageError(f'unknown argument {unknown!r}: {hint}')
+
+
+class UsageError(SparseloraError, ValueError):
+    """A flag or an argument that a script does not take."""
 
 
 def _connect() -> None:
-    """Connect to the other processes if the flags say that there are any."""
+    """Connect to the other processes if the flags say that there are any.
+
+    Raises:
+      UsageError: the flags contradict each other.
+      ProcessError: see `processes.connect`.
+    """
     # Not every script defines these flags.
+    if 'distributed' not in flags.FLAGS:
+        return
     values = flags.FLAGS
-    if getattr(values, 'distributed', False) or getattr(values, 'coordinator', None):
-        processes.connect(values.coordinator, values.num_processes, values.process_id)
+    address = values.coordinator
+    if address is None:
+        for flag in ('num_processes', 'process_id'):
+            if values[flag].value is not None:
+                raise UsageError(f'--{flag} needs --coordinator=HOST:PORT, the address of process 0')
+    elif not re.fullmatch(r'\S+:\d{1,5}', address) or not 0 < int(address.rpartition(':')[2]) < 2**16:
+        raise UsageError(f'--coordinator={address}: expected HOST:PORT, e.g. 10.0.0.2:1234')
+    if None not in (values.num_processes, values.process_id) and values.process_id >= values.num_processes:
+        raise UsageError(f'--process_id={values.process_id}: expected less than --num_processes={values.num_processes}')
+    if values.distributed or address:
+        processes.connect(address, values.num_processes, values.process_id)
+
+
+def _warn_of_hardware() -> None:
+    """Print a line if the recipe is for other hardware than this machine has."""
+    # Only scripts that run a job have this flag; others describe hardware that is elsewhere.
+    if 'distributed' not in flags.FLAGS:
+        return
+    name, _ = split_config(sys.argv[1:], '')
+    asked = re.search(r'[:,]hardware=([^,]+)', name)
+    if asked and asked[1] != 'cpu' and jax.default_backend() == 'cpu':
+        print(f'note: hardware={asked[1]}, but JAX finds only a CPU here; its preset is hardware=cpu', file=sys.stderr)
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -306,5 +436,21 @@ def _fail(error: Exception) -> NoReturn:
     # them, so they end too.
     if jax.distributed.is_initialized() and not interrupted:
         processes.leave(error)
-    print(f'{"stopped" if interrupted else "error"}: {error}', file=sys.stderr)
+    text = _with_option(error) if isinstance(error, OSError) else ' '.join(str(error).split())
+    print(f'{"stopped" if interrupted else "error"}: {text}', file=sys.stderr)
     sys.exit(130 if interrupted else 1)
+
+
+def _with_option(error: OSError) -> str:
+    """Return the text of an operating system's error, with the option that named its path."""
+    text = os_errors.describe(error)
+    paths = [path for path in (error.filename, error.filename2) if isinstance(path, str | Path)]
+    options = {f'--{name}': name for name in ('workdir', 'model', 'data', 'data_dir') if name in flags.FLAGS}
+    values = {option: flags.FLAGS[name].value for option, name in options.items()}
+    if 'config' in flags.FLAGS and isinstance(flags.FLAGS['config'].value, ConfigDict):
+        config = flags.FLAGS['config'].value
+        values |= {f'--config.{name}': config.get(name) for name in ('model', 'data', 'data_dir')}
+    for option, value in values.items():
+        if isinstance(value, str) and any(Path(path).is_relative_to(value) for path in paths):
+            return f'{option}={value}: {text}'
+    return text

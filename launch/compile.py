@@ -225,4 +225,4 @@ def report(figures: Figures, chip: Chip, price: float | None) -> None:
 
 
 if __name__ == '__main__':
-    cli.run(main)
+    cli.run(main, '[MODEL]')

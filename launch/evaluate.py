@@ -1,6 +1,8 @@
 """Score a model on the visual questions of easy-VQA or of a folder.
 
 python launch/evaluate.py --model=runs/demo/exported [--questions=1000] [--data=FOLDER] [--shuffle_images]
+
+Without --data, a model in the workdir of a run is scored on the data of this run, and the embedded model on easy-VQA.
 """
 
 import json
@@ -13,25 +15,33 @@ from sparselora_jax.data import pipeline
 from sparselora_jax.data.dataset import DataRequest
 from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.evaluation import vqa
+from sparselora_jax.recipe import CONFIG_FILE, LARGEST_COUNT, ConfigError
+from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.runtime.progress import Progress
 
 cli.define_model()
 QUESTIONS = flags.DEFINE_integer('questions', 1000, 'number of test questions', lower_bound=1)
 BATCH = flags.DEFINE_integer('batch', 50, 'number of questions answered at a time', lower_bound=1)
-SEED = flags.DEFINE_integer('seed', 42, 'seed of the random choice of questions')
+SEED = flags.DEFINE_integer(
+    'seed', 42, 'seed of the random choice of questions', lower_bound=0, upper_bound=LARGEST_COUNT
+)
 SHUFFLE = flags.DEFINE_bool(
     'shuffle_images', False, 'pair each question with the image of another one, to measure how much images matter'
 )
-DATA = flags.DEFINE_string('data', 'easy_vqa', 'easy_vqa, or a folder with a data.jsonl')
+DATA = flags.DEFINE_string(
+    'data', None, "easy_vqa, or a folder with a data.jsonl; default: the data of the model's run"
+)
 DATA_DIR = flags.DEFINE_string('data_dir', 'runs/data', 'folder that easy-VQA is prepared in')
 
 
 def main(argv: list[str]) -> None:
     """Print the accuracy, and the floor: the best accuracy of a model that never sees an image."""
     del argv
+    data = choose_data()
     model, params, processor, text = cli.load_model()
+    cli.print_header(f'data {data}')
     misfit = pipeline.misfit(processor, text, answers=False)
-    dataset = find_loader(DATA.value)(DataRequest(DATA.value, Path(DATA_DIR.value), misfit))
+    dataset = find_loader(data)(DataRequest(data, Path(DATA_DIR.value), misfit))
     train, test = (split.read_texts() for split in (dataset.train, dataset.test))
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
     answers = vqa.evaluate(
@@ -50,6 +60,30 @@ def main(argv: list[str]) -> None:
     floor = vqa.blind_floor(train, [test[index] for index in indices])
     scores = {'accuracy': answers, 'image_blind_floor': floor}
     print(json.dumps({name: score.accuracy(dataset.kind_of) for name, score in scores.items()}, indent=1))
+
+
+def choose_data() -> str:
+    """Return the data to score the model on: those of `--data`, or those of the run that wrote the model.
+
+    Raises:
+      ConfigError: nothing says which data the model is for.
+      StorageError: the config of the run cannot be read.
+    """
+    if DATA.value is not None:
+        return DATA.value
+    if flags.FLAGS.model is None:
+        return 'easy_vqa'
+    # A run writes its models into folders of its workdir.
+    file = Path(flags.FLAGS.model).absolute().parent / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(
+            f'--model={flags.FLAGS.model}: not in the workdir of a run, so its data are not known; add '
+            '--data=FOLDER or --data=easy_vqa'
+        )
+    try:
+        return json.loads(file.read_text())['data']
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(f'{file}: not the config of a run; add --data=FOLDER or --data=easy_vqa') from None
 
 
 if __name__ == '__main__':

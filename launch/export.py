@@ -15,8 +15,10 @@ Formats (docs/formats.md):
 import cli
 from absl import flags
 
-from sparselora_jax.jobs import export
+from sparselora_jax.jobs import export, names
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.recipe import ConfigError
+from sparselora_jax.runtime import processes
 
 CONFIG, WORKDIR = cli.define_config()
 FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *export.PACKED), 'format of the weights')
@@ -26,6 +28,10 @@ def main(argv: list[str]) -> None:
     """Run the stage `export`, or the export to a packed format."""
     del argv
     job = Job(CONFIG.value, WORKDIR.value)
+    if processes.agreed(lambda: job.read_result(names.TRAINING['restored'])) is None:
+        raise ConfigError(
+            f'--workdir={job.workdir}: no restored model; first run launch/train.py with this --config and --workdir'
+        )
     if FORMAT.value == 'hf':
         exported = export.export(job)
         print(exported)

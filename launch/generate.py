@@ -22,9 +22,10 @@ def main(argv: list[str]) -> None:
     # Read before the model is loaded, so that a bad image file is refused at once.
     image = images.read_image(path)
     model, params, processor, text = cli.load_model()
+    cli.print_header()
     (answer,) = vqa.generate_answers(model, params, processor, text, [image], [question], **text.decoding)
     print(answer)
 
 
 if __name__ == '__main__':
-    cli.run(main)
+    cli.run(main, 'IMAGE QUESTION')

@@ -15,6 +15,7 @@ from typing import Any
 
 import cli
 
+from configs import files
 from sparselora_jax import recipe
 from sparselora_jax.models.model import abstract_params
 from sparselora_jax.planning import inspection, memory
@@ -25,8 +26,8 @@ GIB = 2**30
 
 # A recipe in place of the model is turned into `--config`. This comes before the flag's definition, which reads the
 # command line.
-if len(sys.argv) > 1 and (path := cli.find_recipe(sys.argv[1])):
-    sys.argv[1] = f'--config={path}'
+if len(sys.argv) > 1 and files.names_config(sys.argv[1]):
+    sys.argv[1] = f'--config={sys.argv[1]}'
 CONFIG = cli.define_recipe(None)
 
 
@@ -161,4 +162,4 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, left: i
 
 
 if __name__ == '__main__':
-    cli.run(main)
+    cli.run(main, '[MODEL]')

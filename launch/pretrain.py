@@ -31,7 +31,7 @@ from sparselora_jax.restoration.train import fit, make_step
 from sparselora_jax.runtime import files
 from sparselora_jax.runtime.progress import Progress
 
-CONFIG, WORKDIR = cli.define_config('configs/demo_pretrain.py', 'runs/pretrain')
+CONFIG, WORKDIR = cli.define_config('configs/demo_pretrain.py', 'runs/pretrain', kind='pretraining')
 
 
 class Pretraining:

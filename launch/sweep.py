@@ -16,7 +16,7 @@ from sparselora_jax.jobs import plots, sweep, sweep_runs, table
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.restoration.train import Interrupted
 
-CONFIG, WORKDIR = cli.define_config('configs/sweeps/modality.py', 'runs/sweep')
+CONFIG, WORKDIR = cli.define_config('configs/sweeps/modality.py', 'runs/sweep', kind='sweep')
 RUN = flags.DEFINE_string(
     'run', None, 'name of the only run to do, in this process; the sweep starts itself with this flag for each run'
 )
@@ -27,9 +27,6 @@ def main(argv: list[str]) -> None:
     del argv
     config = CONFIG.value
     workdir = Path(WORKDIR.value)
-    # Recipes and sweeps are both files of configs/.
-    if not hasattr(config, 'points'):
-        raise ConfigError('the config is a recipe, not a sweep: expected a file of configs/sweeps/')
     if RUN.value is not None:
         run_alone(config, workdir)
         return

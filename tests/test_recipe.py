@@ -232,7 +232,9 @@ def test_a_field_that_does_not_exist_or_is_missing_is_named():
         check_values(config)
     config = blip2_lang_only.get_config()
     del config.restore.clip
-    with pytest.raises(ConfigError, match=r"config has no field 'restore.clip': expected a positive number; begin wit"):
+    with pytest.raises(
+        ConfigError, match=r"config has no field 'restore.clip': expected a positive number; begin with b"
+    ):
         check_values(config)
     config = blip2_lang_only.get_config()
     del config.restore

@@ -5,12 +5,14 @@ from sparselora_jax.recipe.config import ConfigError, field_names, override, tow
 from sparselora_jax.recipe.fields import (
     DTYPES,
     FIELDS,
+    LARGEST_COUNT,
     TEACHERS,
     check_names,
     check_value,
     default_config,
     fields_page,
     fields_text,
+    nearest,
 )
 from sparselora_jax.recipe.kernel_rules import (
     BASES,
@@ -28,6 +30,7 @@ from sparselora_jax.recipe.kernel_rules import (
 from sparselora_jax.recipe.methods import allocation_of, check_allocation, prune_methods
 from sparselora_jax.recipe.questions import NO_DECODING, data_loader, decoding, metric, text_format
 from sparselora_jax.recipe.restoring import reads_teacher, restore_program, runs_teacher
+from sparselora_jax.recipe.saved import from_fields
 from sparselora_jax.recipe.workdir import CONFIG_FILE, CONFIG_REMEDY, NO_RESULT, claim, refuse_other
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     'DENSE',
     'DTYPES',
     'FIELDS',
+    'LARGEST_COUNT',
     'NO_DECODING',
     'NO_RESULT',
     'TEACHERS',
@@ -57,8 +61,10 @@ __all__ = [
     'field_names',
     'fields_page',
     'fields_text',
+    'from_fields',
     'lora_rules',
     'metric',
+    'nearest',
     'override',
     'pack_formats',
     'prune_methods',

@@ -508,9 +508,18 @@ def check_names(names: Collection[str], options: Collection[str] = ()) -> None:
     for name in names:
         parent, _, _ = name.rpartition('.')
         if name not in known and parent not in by_tower:
-            # No cutoff: with so few names, even a distant nearest name is a useful hint.
-            (nearest,) = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.0)
-            raise ConfigError(f'config has no field {name!r}; did you mean {nearest!r}?')
+            raise ConfigError(f'config has no field {name!r}; did you mean {nearest(name, known)!r}?')
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """Return the most similar of some names.
+
+    Args:
+      name: a name that does not exist.
+      names: those that do.
+    """
+    # No cutoff: with so few names, even a distant nearest name is a useful hint.
+    return difflib.get_close_matches(name, sorted(names), 1, cutoff=0.0)[0]
 
 
 def fields_text() -> str:

@@ -1,20 +1,28 @@
 """What a user can act on ends a script as one line that names what and where, with an exit code and no traceback."""
 
+import errno
 import functools
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import sparselora_jax as sl
+from sparselora_jax import recipe
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.data import easy_vqa, images, text_format
 from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import vqa
+from sparselora_jax.jobs.job import Job
+from sparselora_jax.runtime import os_errors
 
 ROOT = Path(__file__).parents[2]
 QUESTION = 'what color is the circle?'
@@ -37,8 +45,8 @@ def refused(script, tmp_path):
 
 
 def test_a_shell_sees_one_line_and_the_code(tmp_path):
-    command = [sys.executable, 'launch/train.py', '--config.restore.stepz=3', f'--workdir={tmp_path / "run"}']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, ROOT / 'launch/train.py', '--config.restore.stepz=3', '--workdir=run']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr == "error: config has no field 'restore.stepz'; did you mean 'restore.steps'?\n"
     assert not (tmp_path / 'run').exists()
@@ -162,7 +170,7 @@ def test_a_config_that_is_not_python_is_named(refused):
 
 
 def test_exporting_before_restoring_names_what_is_missing(refused, no_data):
-    assert 'masks.safetensors: no such file' in refused('export.py')
+    assert 'no restored model; first run launch/train.py' in refused('export.py')
 
 
 @pytest.fixture
@@ -207,7 +215,9 @@ def damaged(path):
     return path
 
 
-@pytest.mark.parametrize(('name', 'arguments'), [('generate.py', ('image.png', QUESTION)), ('evaluate.py', ())])
+@pytest.mark.parametrize(
+    ('name', 'arguments'), [('generate.py', ('image.png', QUESTION)), ('evaluate.py', ('--data=easy_vqa',))]
+)
 def test_a_missing_or_damaged_export_is_named(refused, image, tmp_path, name, arguments):
     arguments = [image if argument == 'image.png' else argument for argument in arguments]
     path = tmp_path / 'export' / 'model.safetensors'
@@ -238,3 +248,159 @@ def test_generate_answers_as_evaluation_does(script, image, tmp_path, tiny_blip2
     code, out, err = script('generate.py', image, QUESTION, f'--model={tmp_path / "export"}')
     assert code == 0, err
     assert out.splitlines() == want[0].splitlines()
+
+
+SCRIPTS = ['train.py', 'prune.py', 'export.py', 'sweep.py', 'pretrain.py', 'evaluate.py', 'generate.py', 'inspect.py']
+SCRIPTS += ['compile.py']
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_help_lists_the_scripts_own_flags_and_nothing_else(script, name):
+    code, out, err = script(name, '--help')
+    assert (code, err) == (0, '')
+    listed = re.findall(r'^  --(?:\[no\])?([\w.]+)', out, re.M)
+    source = (ROOT / 'launch' / name).read_text()
+    own = re.findall(r"flags\.DEFINE_\w+\(\s*'(\w+)'", source)
+    assert own == [flag for flag in listed if flag in own]
+    own += ['distributed', 'coordinator', 'num_processes', 'process_id', 'workdir', 'config', 'config.NAME']
+    own += ['help_config', 'version', 'help', 'model', 'family', 'prompt', 'prompt_tokens', 'dtype']
+    assert set(listed) <= {*own, 'num_beams', 'max_new_tokens', 'min_length', 'length_penalty'}
+    assert f'usage: python launch/{name}' in out
+    assert f'python launch/{name}' in out.partition('usage:')[0], 'an example'
+
+
+def test_help_shows_defaults_and_the_values_of_an_enumeration(script):
+    _, out, _ = script('evaluate.py', '--help')
+    assert '  --questions=INT: number of test questions (default: 1000)\n' in out
+    assert '  --dtype=float32|bfloat16|float16: type of the weights (default: float32)\n' in out
+
+
+def test_help_config_lists_every_field(script):
+    code, out, _ = script('train.py', '--help_config')
+    assert code == 0
+    assert out.count('--config.') == len(recipe.FIELDS)
+    assert '--config.restore.kd=0.1\n' in out
+    assert 'Expected: a number from 0 to 1.' in out
+
+
+def test_version(script):
+    code, out, _ = script('train.py', '--version')
+    assert code == 0
+    assert out.startswith(f'sparselora-jax {sl.__version__} ')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (
+            ['train.py', 'configs/blip2_both.py'],
+            "unknown argument 'configs/blip2_both.py': did you mean --config=configs",
+        ),
+        (['evaluate.py', 'model=M'], "unknown argument 'model=M': did you mean --model=M?"),
+        (['prune.py', 'now'], "unknown argument 'now': see python launch/prune.py --help"),
+        (['generate.py', 'a.png', 'what?', 'why?'], "unknown argument 'why?'"),
+        (['train.py', '--stepz=3'], "Unknown command line flag 'stepz'"),
+        (['evaluate.py', '--seed=-1'], 'flag --seed=-1'),
+        (['evaluate.py', '--num_beams=many'], 'flag --num_beams=many'),
+        (['train.py', '--config'], '--config has no value'),
+        (['train.py', '--config.restore.steps=many'], 'config.restore.steps'),
+        (['train.py', '--config.restore.steps'], 'config.restore.steps'),
+        (
+            ['train.py', '--config=configs/sweeps/steps.py'],
+            'is a sweep, and this script needs a recipe; run it with pyth',
+        ),
+        (
+            ['sweep.py', '--config=configs/blip2_both.py'],
+            'is a recipe, and this script needs a sweep; run it with python',
+        ),
+        (['pretrain.py', '--config=configs/blip2_both.py'], 'is a recipe, and this script needs a pretraining; run'),
+        (['train.py', '--config=configs/demo_pretrain.py'], 'is a pretraining, and this script needs a recipe'),
+        (['train.py', '--num_processes=2'], '--num_processes needs --coordinator=HOST:PORT'),
+        (['train.py', '--process_id=0'], '--process_id needs --coordinator=HOST:PORT'),
+        (['train.py', '--coordinator=nonsense'], '--coordinator=nonsense: expected HOST:PORT'),
+        (['train.py', '--coordinator=a:99999', '--num_processes=2'], '--coordinator=a:99999: expected HOST:PORT'),
+        (
+            ['train.py', '--coordinator=a:1', '--num_processes=2', '--process_id=2'],
+            '--process_id=2: expected less than --num_processes=2',
+        ),
+        (['train.py', '--config=configs/blip2_both.py:data=a,b'], 'a path with a comma goes into --config.data=PATH'),
+    ],
+)
+def test_a_command_that_cannot_be_is_one_line(script, arguments, said):
+    code, out, err = script(*arguments)
+    assert code == 1
+    assert err.startswith('error: '), err
+    assert said in err
+    assert err.count('\n') == 1
+    assert out == ''
+
+
+def test_scripts_run_from_any_folder(tmp_path):
+    command = [sys.executable, ROOT / 'launch/inspect.py', 'blip2_both']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 'trained: LoRA in language, qformer, vision' in done.stdout
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_interruption_of_the_imports_is_one_line():
+    command = [sys.executable, '-X', 'importtime', 'launch/train.py', f'--workdir={ROOT / "no"}']
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Each import is a line, so the signal is sent when cli.py has installed its handler and imports go on.
+    lines = []
+    for line in process.stderr:
+        if not lines and 'transformers' in line:
+            process.send_signal(signal.SIGINT)
+        if 'transformers' in line or not line.startswith('import time:'):
+            lines.append(line)
+    assert process.wait(60) == 130
+    assert [line for line in lines if not line.startswith('import time:')] == ['stopped: nothing was begun\n']
+
+
+@pytest.mark.parametrize('number', [errno.EEXIST, errno.ENOTDIR, errno.EROFS, errno.ELOOP, errno.ENOSPC, errno.EACCES])
+def test_an_error_of_the_operating_system_names_the_option_and_what_to_do(
+    script, tiny_model, tmp_path, monkeypatch, number
+):
+    folder = tmp_path / 'run'
+
+    def fail(self):
+        raise OSError(number, os.strerror(number), str(folder / 'lock'))
+
+    monkeypatch.setattr(Job, 'check', fail)
+    code, _, err = script('prune.py', f'--workdir={folder}')
+    assert code == 1
+    assert err == f'error: --workdir={folder}: {folder / "lock"}: {os_errors.MEANINGS[number]}\n'
+    assert '[Errno' not in err
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '3'])
+def test_a_damaged_config_of_a_workdir_is_named(script, tmp_path, text):
+    (tmp_path / 'config.json').write_text(text)
+    code, _, err = script('train.py', f'--workdir={tmp_path}')
+    assert code == 1
+    assert f'{tmp_path / "config.json"}: ' in err
+    assert err.count('\n') == 1
+    assert (tmp_path / 'config.json').read_text() == text
+
+
+def test_a_preset_of_other_hardware_is_noted(script, tiny_model):
+    _, _, err = script('train.py', '--config=configs/blip2_both.py:hardware=gpu', '--config.seed=-1')
+    assert err.startswith(
+        'note: hardware=gpu, but JAX finds only a CPU here; its preset is hardware=cpu\nerror: seed -1'
+    )
+
+
+def test_a_model_is_scored_on_the_data_of_its_run_or_on_data_that_are_named(refused, tmp_path):
+    model = tmp_path / 'run/exported'
+    model.mkdir(parents=True)
+    assert 'its data are not known; add --data=FOLDER' in refused('evaluate.py', f'--model={model}')
+    (tmp_path / 'run/config.json').write_text('[]')
+    assert 'config.json: not the config of a run; add --data=' in refused('evaluate.py', f'--model={model}')
+
+
+def test_memory_that_runs_out_is_one_line(refused, tiny_model, monkeypatch):
+    def fail(self):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 41 GB\nat ...')
+
+    monkeypatch.setattr(Job, 'check', fail)
+    assert 'out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 41 GB)' in refused('prune.py')

@@ -89,7 +89,7 @@ def test_the_best_mesh_is_kept_and_a_pass_counts_layers_and_chunks(script, model
             ['--config=configs/llava_lang_only.py', '--config.mesh.fsdp=8'],
             'the mesh of the config needs 8 chips, v5e:2x2 has 4',
         ),
-        (['another'], 'expected one model: python launch/compile.py MODEL'),
+        (['another'], "unknown argument 'another': see python launch/compile.py --help"),
     ],
 )
 def test_what_cannot_be_compiled_is_one_line(script, model, arguments, message):
