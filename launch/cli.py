@@ -44,6 +44,7 @@ if 'torch' not in sys.modules:
 
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,35 @@ def read_config(name: str | None, others: Sequence[str], kind: str) -> ConfigDic
         if field not in fields:
             raise ConfigError(f'config has no field {field!r}; did you mean {recipe.nearest(field, fields)!r}?')
     return config
+
+
+def define_dry_run() -> flags.FlagHolder:
+    """Define `--dry_run`."""
+    return flags.DEFINE_bool('dry_run', False, 'check everything, print what would run, and write nothing')
+
+
+def dry_run(config: ConfigDict, workdir: str, stages: tuple[str, ...]) -> None:
+    """Check a run as far as that is possible without doing it, and print what it would do.
+
+    Args:
+      config: the recipe.
+      workdir: folder of the run, which is not made.
+      stages: stages that it runs, keys of `planning.memory.STAGES`.
+    """
+    # Imported here, because scripts without jobs do not need it.
+    from sparselora_jax.jobs import resources
+    from sparselora_jax.jobs.job import Job
+
+    with tempfile.TemporaryDirectory() as folder:
+        # easy-VQA is prepared when it is first read. If it is not prepared yet, it is in a folder that is removed.
+        if not Path(config.data_dir).exists():
+            config = config.copy_and_resolve_references()
+            config.data_dir = folder
+        job = Job(config, workdir)
+        taken = resources.check_job(job, stages)
+        if processes.first():
+            print(resources.describe(job, taken))
+            print('dry run: everything was checked, and nothing was written')
 
 
 def define_model() -> None:

@@ -82,6 +82,7 @@ def main(argv: list[str]) -> None:
     if config is None:
         raise recipe.ConfigError(f'{model.name}: no recipe for a language model alone; pass one with --config=...')
     recipe.check_values(config)
+    recipe.check_family(config, model.cfg)
     chip, devices = topology.find(TOPOLOGY.value)
     price = chip.dollars_hour if PRICE.value is None else PRICE.value
     print(f'{model.name} on {TOPOLOGY.value} ({chip.name}), {PROGRAM.value}:', flush=True)

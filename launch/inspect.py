@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
         print('\nno recipe for a language model alone; pass one with --config=...')
         return
     recipe.check_values(config)
+    recipe.check_family(config, model.cfg)
     trees = memory.recipe(model.cfg, config)
     print_recipe(trees)
     print_rules(trees)

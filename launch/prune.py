@@ -5,17 +5,23 @@ python launch/prune.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
 import cli
 
-from sparselora_jax.jobs import export, names, report, stages
+from sparselora_jax.jobs import export, names, report, resources, stages
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime import processes
 
 CONFIG, WORKDIR = cli.define_config()
+DRY_RUN = cli.define_dry_run()
 
 
 def main(argv: list[str]) -> None:
     """Run the stages `prune` and `export_pruned`."""
     del argv
+    if DRY_RUN.value:
+        cli.dry_run(CONFIG.value, WORKDIR.value, resources.PRUNING_ALONE)
+        return
     job = Job(CONFIG.value, WORKDIR.value)
+    if processes.agreed(lambda: job.read_result(names.PRUNE)) is None:
+        resources.check_job(job, resources.PRUNING_ALONE)
     stages.prune(job)
     pruned = export.export_pruned(job)
     if processes.first():

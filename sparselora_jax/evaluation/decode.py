@@ -107,6 +107,23 @@ def decode(
     return sharding.split_rows(best, mesh, PartitionSpec())
 
 
+def cache_shapes(model: Model, weights: dict, batch: dict, *, slots: int) -> PyTree:
+    """Return the shapes of the key/value caches of `decode`; nothing is computed.
+
+    Args:
+      model: the model.
+      weights: params, or their shapes.
+      batch: as for `decode`, or its shapes.
+      slots: number of tokens that the caches have room for after the prompt: beams times new tokens.
+    """
+
+    def caches(weights: dict, batch: dict) -> PyTree:
+        start = _start_decoder(model, weights, batch) if model.is_encoder_decoder else _start(model, weights, batch)
+        return _add_slots(start.caches, slots)
+
+    return jax.eval_shape(caches, weights, batch)
+
+
 class _Start(NamedTuple):
     """The inputs and the caches with which generation starts.
 

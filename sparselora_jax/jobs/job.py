@@ -30,6 +30,8 @@ from sparselora_jax.recipe import (
     base_formats,
     check_allocation,
     check_batches,
+    check_family,
+    check_ranks,
     check_targets,
     check_values,
     claim,
@@ -72,7 +74,7 @@ def check_fit(config: ConfigDict, shapes: dict) -> None:
 
     Raises:
       PatternError, RuleError: see `prune_tree` and `init_lora`.
-      ConfigError: see `check_targets`.
+      ConfigError: see `check_targets` and `check_ranks`.
     """
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda shape: isinstance(shape, tuple)
@@ -81,6 +83,7 @@ def check_fit(config: ConfigDict, shapes: dict) -> None:
     targets.pattern_zeros(flatten(params), patterns, targets.methods_of(params, prune_methods(config)))
     check_allocation(config, params)
     check_targets(config, params)
+    check_ranks(config, params)
     # Nothing is computed: the factors are built from shapes, so that errors come before any weight is read.
     jax.eval_shape(lambda key: init_lora(key, params, lora_rules(config)), jax.random.key(0))
 
@@ -230,6 +233,7 @@ class Job:
             those that the run in the workdir began with.
           StorageError: the digests of the workdir are damaged.
         """
+        check_family(self.config, self.model.cfg)
         check_fit(self.config, self.model.shapes())
         vocab = self.model.cfg.language.vocab
         restore = self.config.restore

@@ -10,7 +10,7 @@ from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints.checkpoint_files import CONFIG
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.environment import own_version
-from sparselora_jax.jobs.job import EMBEDDED, Job
+from sparselora_jax.jobs.job import Job
 from sparselora_jax.sparse.patterns import parse_pattern
 
 FILE = 'README.md'
@@ -86,14 +86,14 @@ def _last_part(path: str) -> str:
 
 def _base_model(job: Job) -> str:
     """Return the hub id of the base model, or '' if it was read from a directory."""
-    if job.config.model == EMBEDDED:
+    if job.config.model == embedded.NAME:
         return embedded.BASE
     return '' if Path(job.config.model).exists() else job.config.model
 
 
 def _base_name(job: Job) -> str:
     """Return the name of the base model in a sentence."""
-    if job.config.model == EMBEDDED:
+    if job.config.model == embedded.NAME:
         return f'{_last_part(embedded.BASE)} with a small BLIP-2 bridge'
     return _base_model(job) or _last_part(job.config.model)
 

@@ -16,7 +16,16 @@ from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints.load import open_model
 from sparselora_jax.jobs import names, sweep_runs
 from sparselora_jax.jobs.job import check_fit
-from sparselora_jax.recipe import CONFIG_FILE, CONFIG_REMEDY, ConfigError, check_values, claim, override, refuse_other
+from sparselora_jax.recipe import (
+    CONFIG_FILE,
+    CONFIG_REMEDY,
+    ConfigError,
+    check_family,
+    check_values,
+    claim,
+    override,
+    refuse_other,
+)
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import read_json, write_text
@@ -154,14 +163,15 @@ def check(planned: list[Run]) -> None:
       PatternError, RuleError: a point does not fit its model. Also errors of opening a model. The message names the
       point.
     """
-    shapes: dict[tuple[str, str], dict] = {}  # by model, so that each model is opened once
+    cfgs: dict[tuple[str, str], Any] = {}  # by model, so that each model is opened once
     for run in planned:
         model = (run.config.model, run.config.family)
-        if model not in shapes:
-            cfg = family_config(run.config)
-            shapes[model] = cfg.family.shapes(cfg)
+        if model not in cfgs:
+            cfgs[model] = family_config(run.config)
+        cfg = cfgs[model]
         with _naming(run.point):
-            check_fit(run.config, shapes[model])
+            check_family(run.config, cfg)
+            check_fit(run.config, cfg.family.shapes(cfg))
 
 
 def refuse_other_sweep(workdir: Path, config: ConfigDict) -> None:

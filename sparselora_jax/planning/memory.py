@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints.layout import PIECE
-from sparselora_jax.models.model import abstract_params
+from sparselora_jax.evaluation import decode
+from sparselora_jax.models.model import abstract_model, abstract_params
 from sparselora_jax.planning.tracing import ModelConfig, Stack, batch_of, nbytes, stacks
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.pruner import kernels_pruned_as_one
@@ -391,4 +392,46 @@ def merge(trees: Recipe) -> Stage:
     return Stage(held, {'merging a layer': merging})
 
 
-STAGES = {'load': load, 'prune': prune, 'round': round_base, 'restore': restore, 'merge and export': merge}
+def evaluate(trees: Recipe) -> Stage:
+    """Estimate answering one batch of test questions.
+
+    Args:
+      trees: trees of the recipe.
+    """
+    options = trees.config.evaluate
+    # A batch that the axis `data` does not divide is answered by every device.
+    parts = trees.config.mesh.data
+    rows = options.batch // parts if options.batch % parts == 0 else options.batch
+    model = abstract_model(trees.cfg)
+    batch = batch_of(trees.cfg, trees.config.text, rows)
+    if model.is_encoder_decoder:
+        # Answers begin with the start token alone.
+        first = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+        batch = batch | {'decoder_input_ids': first, 'decoder_attention_mask': first}
+    slots = options.num_beams * options.max_new_tokens
+    caches = decode.cache_shapes(model, trees.params, batch, slots=slots)
+    # The widest array of keys has a slot for each token that a beam may read.
+    read = max(leaf.shape[2] for leaf in jax.tree.leaves(caches) if leaf.ndim == 4)
+    beams = rows * options.num_beams
+    held = {'params': on_device(trees.params, trees.mesh), 'images and prompts': nbytes(batch)}
+    moments = {
+        'reading the prompts': {'one block': max(_working(stack) for stack in _traced(trees, rows))},
+        'choosing the next tokens': {
+            'keys and values': nbytes(caches),
+            # Logits, their logarithms, and the scores that beams are chosen by.
+            'scores of all tokens (float32)': 3 * beams * trees.cfg.language.vocab * FLOAT,
+            'attention of one layer (float32)': beams * trees.cfg.language.heads * read * FLOAT,
+            'which slots a beam reads': beams * slots,
+        },
+    }
+    return Stage(held, moments)
+
+
+STAGES = {
+    'load': load,
+    'prune': prune,
+    'round': round_base,
+    'restore': restore,
+    'merge and export': merge,
+    'evaluate': evaluate,
+}

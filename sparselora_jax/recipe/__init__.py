@@ -1,6 +1,6 @@
 """Turn a config into arguments of the library; the configs themselves are in `configs/`."""
 
-from sparselora_jax.recipe.checks import check_batches, check_values
+from sparselora_jax.recipe.checks import check_batches, check_family, check_values
 from sparselora_jax.recipe.config import ConfigError, field_names, override, towers
 from sparselora_jax.recipe.fields import (
     DTYPES,
@@ -19,6 +19,7 @@ from sparselora_jax.recipe.kernel_rules import (
     BY_PATTERN,
     DENSE,
     base_formats,
+    check_ranks,
     check_targets,
     lora_rules,
     pack_formats,
@@ -50,7 +51,9 @@ __all__ = [
     'base_formats',
     'check_allocation',
     'check_batches',
+    'check_family',
     'check_names',
+    'check_ranks',
     'check_targets',
     'check_value',
     'check_values',

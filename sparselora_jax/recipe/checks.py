@@ -5,6 +5,7 @@ import re
 
 from ml_collections import ConfigDict
 
+from sparselora_jax.models.config import FamilyConfig
 from sparselora_jax.recipe.config import ConfigError, field_names, towers
 from sparselora_jax.recipe.fields import check_fields, check_names
 from sparselora_jax.recipe.kernel_rules import BASES, prune_rules, rounded_rules
@@ -145,6 +146,24 @@ def _check_shares(config: ConfigDict) -> None:
         )
     if len(shares) != len(kinds) or sum(shares) == 0:
         raise ConfigError(f'restore.shares {shares}: expected a share of each kind: {", ".join(kinds)}')
+
+
+def check_family(config: ConfigDict, cfg: FamilyConfig) -> None:
+    """Check that a recipe has values for exactly the towers of its model's family.
+
+    Args:
+      config: a recipe.
+      cfg: our config of the model.
+
+    Raises:
+      ConfigError: it has others; names the family and its towers.
+    """
+    family = cfg.family
+    if set(towers(config)) != set(family.tower_names):
+        raise ConfigError(
+            f'{config.model}: a {family.name} model, with the towers {", ".join(family.tower_names)}; this recipe is '
+            f'for {", ".join(towers(config))}: use one of this family, such as configs/{family.name}_lang_only.py'
+        )
 
 
 def check_batches(config: ConfigDict) -> None:

@@ -146,6 +146,29 @@ def lora_rules(config: ConfigDict) -> list[tuple[str, LoraSpec | None]]:
     return [*specs, ('.*', None)]
 
 
+def check_ranks(config: ConfigDict, params: dict) -> None:
+    """Check that no rank is larger than every kernel of its tower that gets LoRA.
+
+    Args:
+      config: a recipe.
+      params: params, or anything with their shapes.
+
+    Raises:
+      ConfigError: a rank is; names the highest rank that a kernel of the tower can have.
+    """
+    all_kernels = kernels(params)
+    for tower in towers(config):
+        rule = block_rule(tower, config.lora.targets[tower])
+        adapted = [kernel for path, kernel in all_kernels.items() if re.fullmatch(rule, path)]
+        # The product of two factors has at most the rank of the kernel's shorter axis.
+        highest = max((min(kernel.shape[-2:]) for kernel in adapted), default=0)
+        if adapted and config.lora.rank[tower] > highest:
+            raise ConfigError(
+                f'lora.rank.{tower} {config.lora.rank[tower]}: expected at most {highest}, the shorter side of the '
+                "tower's largest kernel"
+            )
+
+
 def check_targets(config: ConfigDict, params: dict) -> None:
     """Check that every alternative of `lora.targets` matches a kernel; a misspelt one would be ignored silently.
 

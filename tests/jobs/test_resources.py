@@ -1,0 +1,111 @@
+"""What a run takes is compared with what the machine has before the first stage; a dry run writes nothing."""
+
+import pytest
+
+from configs import blip2_lang_only, llava_both
+from sparselora_jax.checkpoints import embedded
+from sparselora_jax.evaluation import decode
+from sparselora_jax.jobs import resources
+from sparselora_jax.jobs.job import Job
+from sparselora_jax.models.model import abstract_model, abstract_params
+from sparselora_jax.planning import memory
+from sparselora_jax.planning.tracing import batch_of, nbytes
+from sparselora_jax.recipe import ConfigError, check_family, check_ranks, override
+from sparselora_jax.runtime import machine
+
+
+@pytest.fixture
+def job(tiny_blip2, easy_vqa_builder, tmp_path, monkeypatch):
+    """`job(**fields)`: a run of the tiny model that has not begun."""
+    monkeypatch.setattr(embedded, 'load', lambda *args, **kw: tiny_blip2)
+
+    def make(**fields):
+        config = blip2_lang_only.get_config()
+        override(config, {name.replace('__', '.'): value for name, value in fields.items()})
+        config.data_dir = str(easy_vqa_builder.data_path.parents[2])
+        return Job(config, tmp_path / 'run')
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ('fields', 'said'),
+    [
+        (
+            {'evaluate__num_beams': 100_000},
+            'evaluate: takes at least .* GiB of memory, .*; lower evaluate.batch, evalua',
+        ),
+        ({'evaluate__max_new_tokens': 10**9}, 'evaluate: takes at least .*; lower evaluate.batch'),
+        ({'prune__samples': 10**8}, 'prune: takes at least .*; lower prune.samples'),
+        ({'restore__batch': 10**8}, 'restore: takes at least .*; lower restore.batch'),
+        ({'text__prompt_tokens': 10**8}, '(prune|restore|evaluate): takes at least'),
+        (
+            {
+                'prune__allocation': 'ecoflap_first',
+                'prune__pattern__language': '0.5',
+                'prune__score_samples': 10**8,
+            },
+            'prune.score_samples 100000000: expected at most the training records, 38575',
+        ),
+    ],
+)
+def test_a_run_that_cannot_fit_is_refused_with_both_numbers_before_it_begins(job, fields, said):
+    run = job(**fields)
+    with pytest.raises(ConfigError, match=said):
+        resources.check_job(run)
+    assert not run.workdir.exists()
+
+
+def test_a_disk_without_room_is_refused_with_both_numbers(job, monkeypatch):
+    monkeypatch.setattr(machine, 'free_disk', lambda folder: 1000)
+    with pytest.raises(ConfigError, match=r'run: the run writes about .* GiB .* free; make room'):
+        resources.check_job(job())
+
+
+def test_a_run_that_fits_is_described_and_writes_nothing(job):
+    run = job()
+    taken = resources.check_job(run)
+    text = resources.describe(run, taken)
+    assert 'prune: language by wanda, 128 samples' in text
+    assert 'restore: LoRA in language, qformer, vision, 100 steps of 8' in text
+    assert 'easy_vqa, 38,575 training and 9,673 test records' in text
+    assert not run.workdir.exists()
+
+
+def test_pruning_alone_needs_no_memory_for_training(job):
+    run = job(restore__batch=10**8)
+    taken = resources.check_job(run, resources.PRUNING_ALONE)
+    assert taken.memory.keys() == {'prune'}
+    assert 'restore' not in resources.describe(run, taken)
+
+
+def test_the_caches_are_counted_by_beams_and_new_tokens(tiny_blip2):
+    cfg = tiny_blip2[0].cfg
+    config = blip2_lang_only.get_config()
+    batch = batch_of(cfg, config.text, 3)
+    caches = decode.cache_shapes(abstract_model(cfg), abstract_params(cfg), batch, slots=20)
+    prompt = batch['input_ids'].shape[1]
+    assert nbytes(caches) == cfg.language.depth * 2 * 3 * 2 * (prompt + 20) * 4 * 4  # kv_heads 2, head_dim 4, float32
+    config.evaluate.update({'num_beams': 4, 'max_new_tokens': 5, 'batch': 3})
+    terms = memory.evaluate(memory.recipe(cfg, config)).moments['choosing the next tokens']
+    assert terms['keys and values'] == nbytes(caches)
+
+
+def test_a_recipe_of_another_family_names_the_family_and_its_recipe(tiny_blip2):
+    cfg = tiny_blip2[0].cfg
+    check_family(blip2_lang_only.get_config(), cfg)
+    said = (
+        'a blip2 model, with the towers vision, qformer, language; this recipe is for vision, language: use .*blip2_l'
+    )
+    with pytest.raises(ConfigError, match=said):
+        check_family(llava_both.get_config(), cfg)
+
+
+def test_a_rank_above_that_of_every_kernel_is_named(tiny_blip2):
+    params = abstract_params(tiny_blip2[0].cfg)
+    config = blip2_lang_only.get_config()
+    config.lora.rank.language = 16
+    check_ranks(config, params)
+    config.lora.rank.language = 17
+    with pytest.raises(ConfigError, match=r'lora.rank.language 17: expected at most 16'):
+        check_ranks(config, params)
