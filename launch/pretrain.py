@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import sparselora_jax as sl
+from configs import demo_pretrain
 from sparselora_jax import recipe
 from sparselora_jax.checkpoints import embedded, gguf
 from sparselora_jax.data import easy_vqa, pipeline
@@ -25,6 +26,7 @@ from sparselora_jax.jobs import pretrain
 from sparselora_jax.jobs.log import Log
 from sparselora_jax.models import blip2, qformer, vit
 from sparselora_jax.models.model import Model
+from sparselora_jax.recipe import fields
 from sparselora_jax.restoration.checkpoint import Checkpoints
 from sparselora_jax.restoration.restore import paper_optimizer
 from sparselora_jax.restoration.train import fit, make_step
@@ -32,6 +34,43 @@ from sparselora_jax.runtime import files
 from sparselora_jax.runtime.progress import Progress
 
 CONFIG, WORKDIR = cli.define_config('configs/demo_pretrain.py', 'runs/pretrain', kind='pretraining')
+
+
+# Legal values of the config's fields, by the last part of their names, which mean the same in every stage and tower.
+LEGAL = {
+    'seed': fields.SEED,
+    'data_dir': fields.A_FOLDER,
+    'shares': fields.SHARES,
+    'lora_alpha': fields.POSITIVE,
+    'peak': fields.POSITIVE,
+    'clip': fields.POSITIVE,
+    'weight_decay': fields.NOT_NEGATIVE,
+    'warmup': fields.whole_number(0),
+}
+COUNTS = ('checkpoint_every', 'eval_questions', 'image_size', 'patch_size', 'width', 'depth', 'heads', 'mlp_width')
+COUNTS += ('queries', 'pairs', 'steps', 'batch', 'lora_rank')
+LEGAL |= dict.fromkeys(COUNTS, fields.COUNT)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Check every field of the config.
+
+    Raises:
+      ConfigError: a field is missing, unknown or illegal.
+    """
+    expected = recipe.field_names(demo_pretrain.get_config())
+    names = recipe.field_names(config)
+    for name in names:
+        if name not in expected:
+            raise recipe.ConfigError(f'config has no field {name!r}; did you mean {recipe.nearest(name, expected)!r}?')
+    for name in expected:
+        if name not in names:
+            raise recipe.ConfigError(f'config has no field {name!r}; begin with configs/demo_pretrain.py')
+        value = recipe.value_of(config, name)
+        last = name.rpartition('.')[2]
+        # Other names are those of stages and towers.
+        if not isinstance(value, ConfigDict):
+            recipe.check_value(name, value, LEGAL[last])
 
 
 class Pretraining:
@@ -185,6 +224,7 @@ def main(argv: list[str]) -> None:
     del argv
     config = CONFIG.value
     workdir = Path(WORKDIR.value)
+    check_values(config)
     recipe.claim(workdir, config)
     key = jax.random.key(config.seed)
     language_cfg, language = gguf.load_llama(embedded.language_model_file())

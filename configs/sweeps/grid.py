@@ -42,6 +42,7 @@ def config(
     *,
     hour: Mapping[str, Any],
     full: Mapping[str, Any],
+    tiny_steps: int = 2,
 ) -> ConfigDict:
     """Return a sweep's config.
 
@@ -52,9 +53,10 @@ def config(
       plot: see `jobs.plots.figure`.
       hour: the budget `hour`, as returned by `budget`.
       full: the budget `full`, as returned by `budget`.
+      tiny_steps: number of restoration steps of the budget `tiny`.
     """
     # The budget `tiny` is for tests. It only shows that every point runs; its results mean nothing.
-    tiny = budget(seeds=1, steps=2, batch=4, questions=10, samples=4, scored=4)
+    tiny = budget(seeds=1, steps=tiny_steps, batch=4, questions=10, samples=4, scored=4)
     sweep = ConfigDict()
     sweep.name = name
     sweep.budget = 'hour'

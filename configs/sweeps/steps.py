@@ -31,4 +31,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     plot = {'kind': 'lines', 'x': 'steps', 'series': 'pattern', 'title': 'What the steps of restoration buy'}
     hour = grid.budget(seeds=1, steps=128, batch=8, questions=300, samples=128)
     full = grid.budget(seeds=3, steps=800, batch=16, questions=2000, samples=128)
-    return grid.config('steps', arg, points, plot, hour=hour, full=full)
+    # With fewer steps than the largest part, several points would train for one step.
+    return grid.config('steps', arg, points, plot, hour=hour, full=full, tiny_steps=max(PARTS))

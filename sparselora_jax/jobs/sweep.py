@@ -21,6 +21,7 @@ from sparselora_jax.recipe import (
     CONFIG_REMEDY,
     ConfigError,
     check_family,
+    check_fields,
     check_values,
     claim,
     override,
@@ -96,6 +97,8 @@ def runs(config: ConfigDict) -> list[Run]:
         raise ConfigError(f'budget {config.budget!r}: expected one of {", ".join(config.budgets)}')
     budget = config.budgets[config.budget].to_dict()
     seeds = budget.pop('seeds')
+    if seeds < 1:
+        raise ConfigError(f'budgets.{config.budget}.seeds {seeds}: expected 1 or more')
     planned = []
     # Every sweep has the dense model as a point, because all models are compared with it; it is evaluated once.
     for point in (Point('dense', {}, models=('dense',)), *config.points):
@@ -106,18 +109,39 @@ def runs(config: ConfigDict) -> list[Run]:
             # A copy for each run: the base recipe and the other runs must not see the overrides.
             recipe = ConfigDict(config.base.to_dict())
             override(recipe, _dotted(budget), owner=f'budget {config.budget}')
+            # A share of an illegal number of steps would be rounded up to one step.
+            with _naming(point):
+                check_fields(recipe)
             # Set before the point's own fields, which override its share.
             recipe.restore.steps = max(1, round(point.share * recipe.restore.steps))
             override(recipe, {**point.fields, 'seed': seed}, owner=f'point {point.name}')
             with _naming(point):
                 check_values(recipe)
             planned.append(Run(point, seed, recipe))
-    seen = set()
-    for run in planned:
-        if run.name in seen:
-            raise ConfigError(f'{run.name}: two points of this name')
-        seen.add(run.name)
+    _check_distinct(planned)
     return planned
+
+
+def _check_distinct(planned: list[Run]) -> None:
+    """Check that no two runs have the same name, or do the same work under two names.
+
+    Raises:
+      ConfigError: two do; names them.
+    """
+    names_seen = set()
+    work_seen: dict[str, Run] = {}
+    for run in planned:
+        if run.name in names_seen:
+            raise ConfigError(f'{run.name}: two points of this name')
+        names_seen.add(run.name)
+        # A budget with few steps leaves nothing to tell apart points that train for shares of them.
+        work = json.dumps([json.loads(run.config.to_json()), run.point.models, run.point.labels])
+        other = work_seen.setdefault(work, run)
+        if other is not run:
+            raise ConfigError(
+                f'points {other.point.name} and {run.point.name}: the same recipe, with {run.config.restore.steps} '
+                'steps of restoration; use a budget with more steps'
+            )
 
 
 @contextlib.contextmanager

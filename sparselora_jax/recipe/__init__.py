@@ -1,12 +1,13 @@
 """Turn a config into arguments of the library; the configs themselves are in `configs/`."""
 
 from sparselora_jax.recipe.checks import check_batches, check_family, check_values
-from sparselora_jax.recipe.config import ConfigError, field_names, override, towers
+from sparselora_jax.recipe.config import ConfigError, field_names, override, towers, value_of
 from sparselora_jax.recipe.fields import (
     DTYPES,
     FIELDS,
     LARGEST_COUNT,
     TEACHERS,
+    check_fields,
     check_names,
     check_value,
     default_config,
@@ -52,6 +53,7 @@ __all__ = [
     'check_allocation',
     'check_batches',
     'check_family',
+    'check_fields',
     'check_names',
     'check_ranks',
     'check_targets',
@@ -81,4 +83,5 @@ __all__ = [
     'split_alternatives',
     'text_format',
     'towers',
+    'value_of',
 ]

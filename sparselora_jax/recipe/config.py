@@ -12,7 +12,12 @@ class ConfigError(SparseloraError, ValueError):
 
 
 def value_of(config: ConfigDict, field: str) -> Any:
-    """Return the value of a field by its dotted name."""
+    """Return the value of a field.
+
+    Args:
+      config: a recipe, or any config.
+      field: dotted name.
+    """
     for name in field.split('.'):
         config = config[name]
     return config

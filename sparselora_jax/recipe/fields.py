@@ -135,6 +135,7 @@ SHARES = Legal(
     'numbers of 0 or more, one for each kind of answer, or ()',
     lambda value: isinstance(value, tuple | list) and all(is_number(share) and share >= 0 for share in value),
 )
+A_FOLDER = _text('a folder')
 REGEX = _text('a regular expression')
 
 FIELDS = (
@@ -156,7 +157,7 @@ FIELDS = (
         _text('easy_vqa, a folder, or package.module:Name'),
         'Data: easy-VQA, a folder of images with a data.jsonl, or a loader of your own.',
     ),
-    Field('data_dir', 'runs/data', _text('a folder'), 'Folder for the prepared easy-VQA data, which all runs share.'),
+    Field('data_dir', 'runs/data', A_FOLDER, 'Folder for the prepared easy-VQA data, which all runs share.'),
     Field(
         'seed',
         42,

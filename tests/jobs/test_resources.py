@@ -85,7 +85,8 @@ def test_the_caches_are_counted_by_beams_and_new_tokens(tiny_blip2):
     batch = batch_of(cfg, config.text, 3)
     caches = decode.cache_shapes(abstract_model(cfg), abstract_params(cfg), batch, slots=20)
     prompt = batch['input_ids'].shape[1]
-    assert nbytes(caches) == cfg.language.depth * 2 * 3 * 2 * (prompt + 20) * 4 * 4  # kv_heads 2, head_dim 4, float32
+    # Two layers of keys and values: 3 rows, 2 heads, and 4 float32 numbers for each token; and an index of int32.
+    assert nbytes(caches) == 2 * (2 * 3 * 2 * (prompt + 20) * 4 * 4 + 4)
     config.evaluate.update({'num_beams': 4, 'max_new_tokens': 5, 'batch': 3})
     terms = memory.evaluate(memory.recipe(cfg, config)).moments['choosing the next tokens']
     assert terms['keys and values'] == nbytes(caches)
@@ -95,7 +96,7 @@ def test_a_recipe_of_another_family_names_the_family_and_its_recipe(tiny_blip2):
     cfg = tiny_blip2[0].cfg
     check_family(blip2_lang_only.get_config(), cfg)
     said = (
-        'a blip2 model, with the towers vision, qformer, language; this recipe is for vision, language: use .*blip2_l'
+        'a blip2 model, with the towers vision, qformer, language; this recipe is for language, vision: use .*blip2_l'
     )
     with pytest.raises(ConfigError, match=said):
         check_family(llava_both.get_config(), cfg)

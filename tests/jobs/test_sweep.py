@@ -468,7 +468,7 @@ def test_the_script_names_a_sweep_that_does_not_exist_and_a_recipe_that_is_none(
     assert err == ('error: configs/sweeps/modalities.py: no such config; did you mean configs/sweeps/modality.py?\n')
     code, _, err = script('sweep.py', '--config=configs/blip2_both.py', f'--workdir={tmp_path / "run"}')
     assert code == 1
-    assert 'the config is a recipe, not a sweep' in err
+    assert 'configs/blip2_both.py is a recipe, and this script needs a sweep' in err
     code, _, err = script(
         'sweep.py', '--config=configs/sweeps/modality.py', '--config.budget=day', f'--workdir={tmp_path / "run"}'
     )

@@ -21,6 +21,7 @@ from sparselora_jax.data import easy_vqa, images, text_format
 from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import vqa
+from sparselora_jax.jobs import sweep_runs
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime import os_errors
 
@@ -262,7 +263,7 @@ def test_help_lists_the_scripts_own_flags_and_nothing_else(script, name):
     source = (ROOT / 'launch' / name).read_text()
     own = re.findall(r"flags\.DEFINE_\w+\(\s*'(\w+)'", source)
     assert own == [flag for flag in listed if flag in own]
-    own += ['distributed', 'coordinator', 'num_processes', 'process_id', 'workdir', 'config', 'config.NAME']
+    own += ['distributed', 'coordinator', 'num_processes', 'process_id', 'workdir', 'config', 'config.NAME', 'dry_run']
     own += ['help_config', 'version', 'help', 'model', 'family', 'prompt', 'prompt_tokens', 'dtype']
     assert set(listed) <= {*own, 'num_beams', 'max_new_tokens', 'min_length', 'length_penalty'}
     assert f'usage: python launch/{name}' in out
@@ -315,6 +316,15 @@ def test_version(script):
         ),
         (['pretrain.py', '--config=configs/blip2_both.py'], 'is a recipe, and this script needs a pretraining; run'),
         (['train.py', '--config=configs/demo_pretrain.py'], 'is a pretraining, and this script needs a recipe'),
+        (['pretrain.py', '--config.seed=-1'], 'seed -1: expected a whole number from 0'),
+        (['pretrain.py', '--config.facts.steps=0'], 'facts.steps 0: expected 1 or more'),
+        (['pretrain.py', '--config.lora.peak=nan'], 'lora.peak nan: expected a positive number'),
+        (['sweep.py', '--config.budgets.hour.seeds=0'], 'budgets.hour.seeds 0: expected 1 or more'),
+        (['sweep.py', '--config.budgets.hour.restore.steps=0'], 'point dense: restore.steps 0: expected 1 or more'),
+        (
+            ['sweep.py', '--config=configs/sweeps/steps.py', '--config.budgets.hour.restore.steps=2'],
+            'points one-16th-2-4 and one-8th-2-4: the same recipe, with 1 steps of restoration; use a budget with more',
+        ),
         (['train.py', '--num_processes=2'], '--num_processes needs --coordinator=HOST:PORT'),
         (['train.py', '--process_id=0'], '--process_id needs --coordinator=HOST:PORT'),
         (['train.py', '--coordinator=nonsense'], '--coordinator=nonsense: expected HOST:PORT'),
@@ -326,8 +336,13 @@ def test_version(script):
         (['train.py', '--config=configs/blip2_both.py:data=a,b'], 'a path with a comma goes into --config.data=PATH'),
     ],
 )
-def test_a_command_that_cannot_be_is_one_line(script, arguments, said):
-    code, out, err = script(*arguments)
+def test_a_command_that_cannot_be_is_one_line(script, tmp_path, monkeypatch, arguments, said):
+    # If a command were accepted, its work would go here.
+    monkeypatch.setattr(sweep_runs, 'run_apart', lambda command, folder: pytest.fail('a run began'))
+    name, *flags = arguments
+    workdir = [] if name in ('evaluate.py', 'generate.py') else [f'--workdir={tmp_path / "run"}']
+    code, out, err = script(name, *workdir, *flags)
+    assert not (tmp_path / 'run').exists()
     assert code == 1
     assert err.startswith('error: '), err
     assert said in err
