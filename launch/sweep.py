@@ -12,11 +12,12 @@ import cli
 from absl import flags
 from ml_collections import ConfigDict
 
-from sparselora_jax.jobs import plots, sweep, sweep_runs, table
+from sparselora_jax.jobs import plots, resources, sweep, sweep_runs, table
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.restoration.train import Interrupted
 
 CONFIG, WORKDIR = cli.define_config('configs/sweeps/modality.py', 'runs/sweep', kind='sweep')
+DRY_RUN = cli.define_dry_run()
 RUN = flags.DEFINE_string(
     'run', None, 'name of the only run to do, in this process; the sweep starts itself with this flag for each run'
 )
@@ -27,6 +28,9 @@ def main(argv: list[str]) -> None:
     del argv
     config = CONFIG.value
     workdir = Path(WORKDIR.value)
+    if DRY_RUN.value:
+        dry_run(config, workdir)
+        return
     if RUN.value is not None:
         run_alone(config, workdir)
         return
@@ -39,6 +43,18 @@ def main(argv: list[str]) -> None:
     plots.write(config, table.write(config, workdir), workdir)
     print((workdir / f'{config.name}.md').read_text())
     print(f'complete: {workdir}/{config.name}.csv, .md, .png, .svg')
+
+
+def dry_run(config: ConfigDict, workdir: Path) -> None:
+    """Check all points of the sweep, and print which runs it consists of; nothing is written."""
+    resources.check_workdir(workdir)
+    sweep.refuse_other_sweep(workdir, config)
+    planned = sweep.runs(config)
+    sweep.check(planned)
+    for run in planned:
+        state = 'done' if sweep_runs.is_finished(workdir / run.name) else f'{run.config.restore.steps} steps'
+        print(f'{run.name}: evaluate {", ".join(run.point.models)}; {state}')
+    print(f'dry run: {len(planned)} runs were checked, and nothing was written')
 
 
 def run_alone(config: ConfigDict, workdir: Path) -> None:

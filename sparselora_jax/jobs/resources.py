@@ -1,6 +1,7 @@
 """Compare what a recipe takes with what the machine has, before the first stage; describe a run without doing it."""
 
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +88,24 @@ def check(resources: Resources, workdir: Path) -> None:
         )
 
 
+def check_workdir(workdir: Path) -> None:
+    """Check that a folder can be made or written to, without writing.
+
+    Args:
+      workdir: folder of a run, which need not exist.
+
+    Raises:
+      ConfigError: it cannot; names the path that is in the way.
+    """
+    workdir = workdir.absolute()
+    # `lexists`, because a symbolic link that leads nowhere is in the way too.
+    existing = next(path for path in (workdir, *workdir.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ConfigError(f'--workdir={workdir}: {existing} is no folder; use another workdir')
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f'--workdir={workdir}: {existing} cannot be written to; use another workdir')
+
+
 def check_job(job: Job, stages: tuple[str, ...] = ALL_STAGES) -> Resources:
     """Check everything that can be checked before the first stage, and return what the run takes.
 
@@ -99,6 +118,7 @@ def check_job(job: Job, stages: tuple[str, ...] = ALL_STAGES) -> Resources:
     Raises:
       ConfigError: see `check` and `Job.check`; or an allocation is scored on more samples than there are.
     """
+    check_workdir(job.workdir)
     job.check()
     config = job.config
     records = len(job.dataset.train.source)

@@ -1,5 +1,7 @@
 """What a run takes is compared with what the machine has before the first stage; a dry run writes nothing."""
 
+import os
+
 import pytest
 
 from configs import blip2_lang_only, llava_both
@@ -110,3 +112,51 @@ def test_a_rank_above_that_of_every_kernel_is_named(tiny_blip2):
     config.lora.rank.language = 17
     with pytest.raises(ConfigError, match=r'lora.rank.language 17: expected at most 16'):
         check_ranks(config, params)
+
+
+@pytest.mark.parametrize('kind', ['file', 'below a file', 'loop', 'dangling', 'read-only'])
+def test_a_workdir_that_cannot_be_made_is_named(job, tmp_path, kind, monkeypatch):
+    run = job()
+    blocking = tmp_path / 'blocking'
+    run.workdir = blocking / 'run'
+    if kind == 'file':
+        blocking.write_text('')
+        run.workdir = blocking
+    elif kind == 'below a file':
+        blocking.write_text('')
+    elif kind == 'loop':
+        blocking.symlink_to(blocking)
+    elif kind == 'dangling':
+        blocking.symlink_to(tmp_path / 'absent')
+    else:
+        blocking.mkdir()
+        # The superuser may write anywhere.
+        monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    with pytest.raises(
+        ConfigError, match=f'--workdir={run.workdir}: {blocking} (is no folder|cannot be written to); use'
+    ):
+        resources.check_job(run)
+
+
+def test_a_dry_run_of_a_sweep_lists_its_runs_and_writes_nothing(script, job, tmp_path):
+    job()  # the tiny model
+    arguments = ['--config=configs/sweeps/steps.py', '--config.budget=tiny', f'--workdir={tmp_path / "sweep"}']
+    code, out, err = script('sweep.py', *arguments, '--dry_run')
+    assert code == 0, err
+    assert 'one-16th-2-4-seed42: evaluate pruned, restored; 1 steps\n' in out
+    assert 'one-1th-70-seed42: evaluate pruned, restored; 16 steps\n' in out
+    assert out.endswith('dry run: 11 runs were checked, and nothing was written\n')
+    assert not (tmp_path / 'sweep').exists()
+
+
+def test_a_dry_run_of_a_job_checks_and_writes_nothing(script, job, tmp_path):
+    data_dir = job().config.data_dir
+    workdir = tmp_path / 'new'
+    arguments = [f'--config.data_dir={data_dir}', f'--workdir={workdir}', '--dry_run']
+    code, out, err = script('train.py', *arguments)
+    assert code == 0, err
+    assert out.endswith('dry run: everything was checked, and nothing was written\n')
+    code, out, err = script('prune.py', *arguments, '--config.lora.rank.language=100')
+    assert code == 1
+    assert err == "error: lora.rank.language 100: expected at most 16, the shorter side of the tower's largest kernel\n"
+    assert not workdir.exists()
