@@ -186,6 +186,9 @@ def read_config(name: str | None, others: Sequence[str], kind: str) -> ConfigDic
     files.check_kind(name, config, kind)
     fields = recipe.field_names(config)
     for field in overrides:
+        # The points, the plot and the name of a sweep are defined together, in its file.
+        if kind == 'sweep' and field.partition('.')[0] not in ('base', 'budget', 'budgets'):
+            raise ConfigError(f'--config.{field}: only base, budget and budgets of a sweep can be set; edit its file')
         if field not in fields:
             raise ConfigError(f'config has no field {field!r}; did you mean {recipe.nearest(field, fields)!r}?')
     return config
@@ -405,8 +408,11 @@ def _parse(positional: str) -> list[str]:
         _, others = split_config(others)
     try:
         _, *arguments = flags.FLAGS([sys.argv[0], *others])
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:
+        # absl raises a ValueError for a value of `--noFLAG`.
         raise UsageError(str(error)) from None
+    if 'workdir' in flags.FLAGS and not flags.FLAGS.workdir.strip():
+        raise UsageError("--workdir is empty: expected a folder; '.' is the current one")
     expected = positional.split()
     if len(arguments) <= len(expected):
         return arguments

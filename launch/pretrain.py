@@ -71,6 +71,15 @@ def check_values(config: ConfigDict) -> None:
         # Other names are those of stages and towers.
         if not isinstance(value, ConfigDict):
             recipe.check_value(name, value, LEGAL[last])
+    if len(config.shares) != 3 or sum(config.shares) == 0:
+        raise recipe.ConfigError(f'shares {config.shares}: expected a share of each kind: yes/no, shape, colour')
+    for tower in (config.vision, config.qformer):
+        if tower.width % tower.heads:
+            raise recipe.ConfigError(f'heads {tower.heads}: does not divide the width of its tower, {tower.width}')
+    if config.vision.image_size % config.vision.patch_size:
+        raise recipe.ConfigError(
+            f'vision.patch_size {config.vision.patch_size}: does not divide the image, {config.vision.image_size}'
+        )
 
 
 class Pretraining:

@@ -319,6 +319,13 @@ def test_version(script):
         (['pretrain.py', '--config.seed=-1'], 'seed -1: expected a whole number from 0'),
         (['pretrain.py', '--config.facts.steps=0'], 'facts.steps 0: expected 1 or more'),
         (['pretrain.py', '--config.lora.peak=nan'], 'lora.peak nan: expected a positive number'),
+        (['pretrain.py', '--config.shares=(0,0,0)'], 'shares (0, 0, 0): expected a share of each kind'),
+        (['pretrain.py', '--config.vision.heads=7'], 'heads 7: does not divide the width of its tower, 192'),
+        (['pretrain.py', '--config.vision.patch_size=7'], 'vision.patch_size 7: does not divide the image, 64'),
+        (['sweep.py', '--config.points=3'], '--config.points: only base, budget and budgets of a sweep can be set'),
+        (['sweep.py', '--config.name=../x'], '--config.name: only base, budget and budgets of a sweep can be set'),
+        (['train.py', '--nodistributed=3'], '--nodistributed=3 does not take an argument'),
+        (['train.py', '--workdir='], "--workdir is empty: expected a folder; '.' is the current one"),
         (['sweep.py', '--config.budgets.hour.seeds=0'], 'budgets.hour.seeds 0: expected 1 or more'),
         (['sweep.py', '--config.budgets.hour.restore.steps=0'], 'point dense: restore.steps 0: expected 1 or more'),
         (
