@@ -4,8 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.data.dataset import Loader
+from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.metric import METRICS, Metric
 from sparselora_jax.recipe.config import ConfigError
