@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo test test-slow test-processes test-compilers soak lint clean
+.PHONY: demo docs test test-slow test-processes test-compilers soak lint clean
 
 $(VENV)/installed: pyproject.toml requirements.txt requirements-assets.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,6 +12,10 @@ $(VENV)/installed: pyproject.toml requirements.txt requirements-assets.txt
 
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(VENV)/bin/pip install --quiet -r requirements-test.txt
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt
+	$(VENV)/bin/pip install --quiet -r requirements-docs.txt
 	touch $@
 
 # The compilers for TPUs and GPUs have their own environment, which also sees the packages of the main one. If they were
@@ -25,6 +29,10 @@ $(VENV)/compilers/installed: $(VENV)/installed-test requirements-tpu.txt require
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
+
+# The site in docs/_build. The build runs the tutorials; a warning, such as a broken link, is an error.
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

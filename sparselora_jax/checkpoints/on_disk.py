@@ -225,8 +225,8 @@ def merge_from_source(
         source does not have.
 
     Returns:
-      A tree of the same shapes, for `export.export_model`. Some kernels are `Stack`s, which are read only when they are
-      written.
+      A tree of the same shapes, for `export.export_model`. Some kernels have the type `Stack` and are read only when
+      they are written.
 
     Raises:
       StorageError: the source's files are missing or damaged.

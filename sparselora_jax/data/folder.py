@@ -1,16 +1,15 @@
 """A folder of images with a `data.jsonl`: one JSON object per line, with an image, a prompt and the answer.
 
-    cats/1.png
-    cats/2.jpg
-    data.jsonl:
-      {"image": "cats/1.png", "prompt": "What colour is the cat?", "answer": "teal"}
-      {"image": "cats/1.png", "prompt": "Is it asleep?", "answer": "yes"}
-      {"image": "cats/2.jpg", "prompt": "A picture of", "answer": "a cat on a mat", "split": "test"}
+For example, a folder with `cats/1.png` and `cats/2.jpg` may have these lines::
 
-  image   a file of any format that Pillow reads; its path is relative to the folder and stays inside it
-  prompt  the question, or the beginning of a caption; the recipe puts its template (`text.prompt`) around it
-  answer  the answer that the model should give
-  split   'train' or 'test'; if no line of an image has it, a hash of the image's path decides for all its lines
+    {"image": "cats/1.png", "prompt": "What colour is the cat?", "answer": "teal"}
+    {"image": "cats/1.png", "prompt": "Is it asleep?", "answer": "yes"}
+    {"image": "cats/2.jpg", "prompt": "A picture of", "answer": "a cat on a mat", "split": "test"}
+
+- `image`: a file of any format that Pillow reads; its path is relative to the folder and stays inside it
+- `prompt`: the question, or the beginning of a caption; the recipe puts its template (`text.prompt`) around it
+- `answer`: the answer that the model should give
+- `split`: 'train' or 'test'; if no line of an image has it, a hash of the image's path decides for all its lines
 
 Other fields and blank lines are ignored. Unusable lines are skipped and counted, and the summary names them by line
 number.

@@ -189,7 +189,7 @@ def abstract_model(cfg: FamilyConfig) -> Model:
 
 
 def abstract_params(cfg: FamilyConfig, dtype: DTypeLike = 'float32') -> dict:
-    """Return a params tree of `jax.ShapeDtypeStruct`s.
+    """Return a params tree whose leaves are `jax.ShapeDtypeStruct`.
 
     Args:
       cfg: a family's config.

@@ -87,7 +87,7 @@ class _Scaled:
 
 
 def statistic_shapes(stat: Statistic, inputs: int) -> PyTree:
-    """Return the shapes and dtypes of a statistic, as `jax.ShapeDtypeStruct`s.
+    """Return the shapes and dtypes of a statistic, each a `jax.ShapeDtypeStruct`.
 
     Args:
       stat: the statistic.

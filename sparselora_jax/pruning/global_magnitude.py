@@ -1,4 +1,4 @@
-"""Global magnitude pruning (e.g. arXiv 1506.02626): one threshold on |W| for all kernels of a model.
+"""Global magnitude pruning (e.g. arXiv 1506.02626): one threshold on `|W|` for all kernels of a model.
 
 It is an allocation. With `Magnitude(group='matrix')` it prunes exactly the smallest weights of the whole model. With
 another method only the sparsity of each layer is that of global magnitude pruning.
@@ -26,7 +26,7 @@ DIGIT = 16  # bits of the threshold that one pass over the model determines
 def _histogram(
     kernel: Float[Array, 'inputs outputs'], settled: Shaped[Array, ''], *, digit: int, dtype: str
 ) -> Int[Array, ' values']:
-    """Count the weights of a kernel by the value of one digit, `DIGIT` bits, of |W|.
+    """Count the weights of a kernel by the value of one digit, `DIGIT` bits, of `|W|`.
 
     Args:
       kernel: kernel of one layer.
@@ -46,7 +46,7 @@ def _histogram(
 
 
 def global_magnitude_zeros(params: dict, uniform: Zeros, *, highest: float = 1.0) -> Zeros:
-    """Return how many weights of each layer's kernel are among the smallest |W| of the whole model.
+    """Return how many weights of each layer's kernel are among the smallest `|W|` of the whole model.
 
     The threshold is found 16 bits at a time by counting. Each pass reads one layer of one kernel at a time, and there
     are two passes (four in fp64). Weights are never sorted or concatenated, so leaves may be weights on disk
