@@ -30,9 +30,10 @@ $(VENV)/compilers/installed: $(VENV)/installed-test requirements-tpu.txt require
 demo: $(VENV)/installed
 	$(VENV)/bin/python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
-# The site in docs/_build. The build runs the tutorials; a warning, such as a broken link, is an error.
+# The site, docs/_build/html/index.html. The build runs the tutorials; a warning, such as a broken link, is an error. -E: pages are
+# read anew, because the docstrings that they show may have changed.
 docs: $(VENV)/installed-docs
-	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	$(VENV)/bin/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+FIELDS = ROOT / 'docs' / '_build' / 'fields.md'
 sys.path.insert(0, str(ROOT))
 
 # For the code of the tutorials, which runs in processes of its own. Tables of results need no progress bars or hints.
@@ -16,6 +17,7 @@ os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
 
 import sparselora_jax
+from sparselora_jax.recipe.fields import fields_page
 
 project = 'sparselora-jax'
 author = 'The sparselora-jax authors'
@@ -34,12 +36,11 @@ exclude_patterns = ['_build']
 myst_enable_extensions = ['colon_fence', 'dollarmath', 'substitution']
 myst_heading_anchors = 4  # a link may name a heading as on GitHub: page.md#some-heading
 
-# Tutorials. Outputs are kept in docs/_build, so a second build runs only the tutorials that changed.
-nb_execution_mode = 'cache'
+# Tutorials run in every build: a cached output would hide that a change of the package has broken one.
+nb_execution_mode = 'force'
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-nb_execution_excludepatterns = ['_build/*']
 
 # API pages. A name in single backticks is code, and a link where the name is documented.
 default_role = 'py:obj'
@@ -92,7 +93,16 @@ def is_documented_elsewhere(app, what, name, obj, skip, options):
     return True if what == 'module' and getattr(sparselora_jax, name, None) is obj else skip
 
 
+def write_fields(app):
+    """Write the tables of all fields of a recipe, which `config.md` includes, from the package's own list."""
+    del app
+    _title, _, tables = fields_page().partition('\n')
+    FIELDS.parent.mkdir(exist_ok=True)
+    FIELDS.write_text(tables)
+
+
 def setup(app):
     """Connect the functions above to Sphinx."""
+    app.connect('builder-inited', write_fields)
     app.connect('autodoc-skip-member', is_documented_elsewhere)
     app.connect('autodoc-process-signature', written_signature)

@@ -66,8 +66,8 @@ class DSnoT(Method):
     Attributes:
       initial: the method whose mask is changed. Zeros per output, or per N:M group, stay as it set them.
       cycles: maximum number of swaps of an output (for N:M, skipped groups count too).
-      threshold: an output whose absolute error is at most this is done, in units of the output per token. The public code's
-        0.1 is per sample of 2048 tokens.
+      threshold: an output whose absolute error is at most this is done, in units of the output per token. The public
+        code's 0.1 is per sample of 2048 tokens.
       power: exponent of the variance; 0 regrows by the expected share alone.
     """
 

@@ -103,7 +103,8 @@ class PackedFormat(Protocol):
 
     Attributes:
       kernel_type: the class of its packed kernels.
-      brings_mask: whether its kernels have the type `PackedKernel`, which stores its mask; otherwise masks stay separate.
+      brings_mask: whether its kernels have the type `PackedKernel`, which stores its mask; otherwise masks stay
+        separate.
       levels: the levels to which it rounds values, a key of `four_bits.LEVELS`; None: it is lossless.
     """
 
