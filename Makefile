@@ -30,8 +30,8 @@ $(VENV)/compilers/installed: $(VENV)/installed-test requirements-tpu.txt require
 demo: $(VENV)/installed
 	$(VENV)/bin/python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
-# The site, docs/_build/html/index.html. The build runs the tutorials; a warning, such as a broken link, is an error. -E: pages are
-# read anew, because the docstrings that they show may have changed.
+# The site, docs/_build/html/index.html. The build runs the tutorials; a warning, such as a broken link, is an error. -E:
+# pages are read anew, because the docstrings that they show may have changed.
 docs: $(VENV)/installed-docs
 	$(VENV)/bin/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
 

@@ -46,9 +46,11 @@ nb_merge_streams = True
 default_role = 'py:obj'
 autodoc_member_order = 'bysource'
 autodoc_preserve_defaults = True
+add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 # Appearance.
 html_theme = 'sphinx_book_theme'
@@ -68,16 +70,15 @@ copybutton_prompt_is_regexp = True
 
 
 def written_signature(app, what, name, obj, options, signature, return_annotation):
-    """Return a function's signature as its source has it, so that shapes read `Float[Array, 'batch tokens']`.
+    """Return a signature as the source has it, so that shapes read `Float[Array, 'batch tokens']`.
 
-    Python's own description of the types of jaxtyping is an address in memory or a long dotted name.
+    Python's own description of a type of jaxtyping names a private module of JAX.
     """
     del app, name, options
-    function = inspect.unwrap(obj.__init__ if what == 'class' and not hasattr(obj, '__dataclass_fields__') else obj)
-    try:
-        node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError, IndentationError):
-        return signature, return_annotation
+    if what == 'class' and (fields := written_fields(obj)):
+        return f'({", ".join(fields.values())})', None
+    function = inspect.unwrap(obj.__init__ if what == 'class' else obj)
+    node = parsed(function)
     if not isinstance(node, ast.FunctionDef):
         return signature, return_annotation
     arguments = node.args
@@ -87,10 +88,39 @@ def written_signature(app, what, name, obj, options, signature, return_annotatio
     return f'({ast.unparse(arguments)})', returns
 
 
-def is_documented_elsewhere(app, what, name, obj, skip, options):
-    """Return True for a public name of the package in the page of its module: `api/index.md` documents it."""
+def parsed(obj):
+    """Return the syntax tree of a class or function, or None if it has no source."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(obj))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def written_fields(kind):
+    """Return the fields of a dataclass or named tuple, inherited ones first, each as `name: type = default`."""
+    if not (hasattr(kind, '__dataclass_fields__') or hasattr(kind, '_fields')):
+        return {}
+    fields = {}
+    for ancestor in reversed(kind.__mro__):
+        node = None if ancestor is object else parsed(ancestor)
+        for line in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(line, ast.AnnAssign) and 'ClassVar' not in ast.unparse(line.annotation):
+                fields[line.target.id] = ast.unparse(line)
+    # The machinery of `tuple` and of protocols has annotations that are no fields.
+    names = kind._fields if hasattr(kind, '_fields') else kind.__dataclass_fields__
+    return {name: text for name, text in fields.items() if name in names}
+
+
+def is_left_out(app, what, name, obj, skip, options):
+    """Return True for what another place documents, otherwise Sphinx's own choice.
+
+    A public name of the package is on `api/index.md`, so the page of its module leaves it out. The docstring of a named
+    tuple describes its fields.
+    """
     del app, options
-    return True if what == 'module' and getattr(sparselora_jax, name, None) is obj else skip
+    is_public = what == 'module' and getattr(sparselora_jax, name, None) is obj
+    is_tuple_field = isinstance(obj, type(inspect.FullArgSpec.args))
+    return True if is_public or is_tuple_field else skip
 
 
 def write_fields(app):
@@ -104,5 +134,5 @@ def write_fields(app):
 def setup(app):
     """Connect the functions above to Sphinx."""
     app.connect('builder-inited', write_fields)
-    app.connect('autodoc-skip-member', is_documented_elsewhere)
+    app.connect('autodoc-skip-member', is_left_out)
     app.connect('autodoc-process-signature', written_signature)
