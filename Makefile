@@ -66,4 +66,4 @@ soak: $(VENV)/installed-test
 	SOAK_KILLS=100 $(VENV)/bin/python -m pytest -m processes -s tests/jobs/test_soak.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build
