@@ -41,6 +41,7 @@ nb_execution_mode = 'force'
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = 'remove'  # hints of other libraries, such as a missing progress bar
 
 # API pages. A name in single backticks is code, and a link where the name is documented.
 default_role = 'py:obj'
