@@ -59,6 +59,8 @@ def test_the_page_of_fields_lists_every_field():
     page = fields_page()
     assert page.startswith('# ')  # docs/conf.py leaves the title to docs/config.md
     assert all(f'`{field.name}`' in page for field in FIELDS)
+    headings = re.findall(r'^## .*$', page, re.M)
+    assert len(headings) == len(set(headings))
 
 
 @pytest.mark.parametrize('tutorial', TUTORIALS, ids=lambda path: path.stem)

@@ -541,16 +541,17 @@ def fields_page() -> str:
         'Set a field with `--config.NAME=VALUE`, for example `--config.restore.steps=300`. Values are checked before '
         f'any work begins. Whole numbers are at most {LARGEST_COUNT:,}.',
     ]
-    group = None
+    # Fields of one group need not follow each other in the list.
+    groups: dict[str, list[Field]] = {}
     for field in FIELDS:
-        parent = field.name.rpartition('.')[0]
-        if parent != group:
-            group = parent
-            lines += ['', f'## {f"`{group}`" if group else "General"}', '']
-            lines += ['| field | default | expected | meaning |', '|---|---|---|---|']
-        # A bar would end the cell of a table.
-        cells = [f'`{field.name}`', f'`{_default_text(field)}`', _expected_text(field), field.meaning]
-        lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
+        groups.setdefault(field.name.rpartition('.')[0], []).append(field)
+    for group, fields in groups.items():
+        lines += ['', f'## {f"`{group}`" if group else "General"}', '']
+        lines += ['| field | default | expected | meaning |', '|---|---|---|---|']
+        for field in fields:
+            # A bar would end the cell of a table.
+            cells = [f'`{field.name}`', f'`{_default_text(field)}`', _expected_text(field), field.meaning]
+            lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
     return '\n'.join([*lines, ''])
 
 
