@@ -9,19 +9,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from sparselora_jax import __version__
 from sparselora_jax.jobs import names
 from sparselora_jax.runtime.files import read_json, write_text
 
 # Packages whose versions are recorded.
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'safetensors', 'numpy')
-
-
-def own_version() -> str:
-    """Return the version of this package, or `unknown` if it is used without being installed."""
-    try:
-        return importlib.metadata.version('sparselora-jax')
-    except importlib.metadata.PackageNotFoundError:
-        return 'unknown'
 
 
 def describe(config: ConfigDict) -> dict[str, Any]:
@@ -32,7 +25,7 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     """
     device = jax.devices()[0]
     return {
-        'versions': {'sparselora-jax': own_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        'versions': {'sparselora-jax': __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         'platform': device.platform,
         'device_kind': device.device_kind,
         'devices': jax.device_count(),

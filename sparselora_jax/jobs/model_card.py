@@ -5,11 +5,10 @@ from pathlib import Path
 
 import jinja2
 
-from sparselora_jax import recipe
+from sparselora_jax import __version__, recipe
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints.checkpoint_files import CONFIG
 from sparselora_jax.jobs import names
-from sparselora_jax.jobs.environment import own_version
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.sparse.patterns import parse_pattern
 
@@ -74,7 +73,7 @@ def write_card(job: Job, folder: str, sparsity: dict[str, dict]) -> str:
         decoding='greedily' if beams == 1 else f'with {beams} beams',
         architecture=_architecture(job) if is_dense else '',
         prompt=job.text.prompt,
-        version=own_version(),
+        version=__version__,
         base_card=_base_card(job),
     )
 

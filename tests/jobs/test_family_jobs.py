@@ -99,7 +99,7 @@ def test_a_directory_whose_files_change_is_refused_on_resume(directory, data, tm
     folder = shutil.copytree(directory('blip2-opt'), tmp_path / 'model')
 
     def job():
-        return Job(config_of('blip2-opt', folder, data, **{'prune.method': 'magnitude'}), tmp_path / 'run')
+        return Job(small_config('blip2-opt', folder, data, **{'prune.method': 'magnitude'}), tmp_path / 'run')
 
     stages.prune(job())
     (folder / 'README.md').write_text('A note changes nothing.')
