@@ -272,7 +272,7 @@ def _as_8_bits(image: Picture) -> Picture:
     return image[..., None] if image.ndim == 2 else image
 
 
-def _pad_right(row: Sequence[int] | np.ndarray, length: int, fill: int) -> Integer[np.ndarray, 'length']:
+def _pad_right(row: Sequence[int] | np.ndarray, length: int, fill: int) -> Integer[np.ndarray, ' length']:
     return np.asarray([*row] + [fill] * (length - len(row)), np.int32)
 
 

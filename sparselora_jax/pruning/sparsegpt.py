@@ -142,7 +142,7 @@ class SparseGPT(Method):
         return weights[:inputs].astype(kernel.dtype), mask[:inputs]
 
 
-def _slab_zeros(total: Int[Array, '*groups'], ends: np.ndarray) -> Int[Array, 'slabs *groups']:
+def _slab_zeros(total: Int[Array, '*groups'], ends: np.ndarray) -> Int[Array, ' slabs *groups']:
     """Split `total` into the zeros of each slab of inputs, where slabs end at `ends`.
 
     The first n slabs together have floor(total * their share of the inputs) zeros, so nothing is lost to rounding.

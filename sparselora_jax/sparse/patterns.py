@@ -102,7 +102,7 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
     return Pattern(sparsity=sparsity)
 
 
-def spread(total: int, groups: int) -> Int32[np.ndarray, '{groups}']:
+def spread(total: int, groups: int) -> Int32[np.ndarray, ' {groups}']:
     """Spread the zeros of a kernel over its comparison groups, as evenly as integers allow.
 
     Args:

@@ -229,7 +229,7 @@ def _unpack_matrix(packed: Bitmask) -> Shaped[Array, 'inputs outputs']:
     return jnp.where(mask, values, jnp.zeros((), values.dtype))
 
 
-def _places(start: Int[Array, ''], words: UInt32[Array, 'words']) -> tuple[Int[Array, ''], Int[Array, 'words 32']]:
+def _places(start: Int[Array, ''], words: UInt32[Array, ' words']) -> tuple[Int[Array, ''], Int[Array, 'words 32']]:
     """Return the number of kept weights up to the end of these words, and before each of their bits.
 
     The index of a weight in `values` is the number of kept weights before it. These are in earlier words, or in lower
