@@ -115,13 +115,14 @@ def written_fields(kind):
 def is_left_out(app, what, name, obj, skip, options):
     """Return True for what another place documents, otherwise Sphinx's own choice.
 
-    A public name of the package is on `api/index.md`, so the page of its module leaves it out. The docstring of a named
-    tuple describes its fields.
+    A public name of the package is on `api/index.md`, so the page of its module leaves it out. The docstring of a class
+    describes its fields. Python would describe them again: by the index in a named tuple, or by a default that is a
+    built-in function.
     """
     del app, options
     is_public = what == 'module' and getattr(sparselora_jax, name, None) is obj
-    is_tuple_field = isinstance(obj, type(inspect.FullArgSpec.args))
-    return True if is_public or is_tuple_field else skip
+    is_field = what == 'class' and (isinstance(obj, type(inspect.FullArgSpec.args)) or inspect.isbuiltin(obj))
+    return True if is_public or is_field else skip
 
 
 def write_fields(app):
