@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -68,10 +69,16 @@ def prepare(data_dir: str | Path) -> tfds.core.DatasetBuilder:
       data_dir: folder that holds prepared data sets.
     """
     builder = EasyVqa(data_dir=str(data_dir), file_format='array_record')
+    if Path(builder.data_path).is_dir():
+        return builder
+    Path(data_dir).mkdir(parents=True, exist_ok=True)
     tfds.disable_progress_bar()
-    # TFDS prints to stdout, which is reserved for the results of a script.
-    with contextlib.redirect_stdout(sys.stderr):
-        builder.download_and_prepare()
+    with filelock.FileLock(Path(data_dir) / 'easy_vqa.lock'):
+        # Another run may have written the records while this one waited; a new builder reads what it wrote.
+        builder = EasyVqa(data_dir=str(data_dir), file_format='array_record')
+        # TFDS prints to stdout, which is reserved for the results of a script.
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare()
     return builder
 
 

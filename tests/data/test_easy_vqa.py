@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import easy_vqa as package
@@ -111,3 +112,10 @@ def test_what_texts_say_of_an_image_the_image_shows(texts):
         assert said[1] in (-1, easy_vqa.SHAPES.index(shape))
         told += min(said) >= 0
     assert told > 200  # an empty answer would agree with anything
+
+
+@pytest.mark.slow
+def test_two_runs_may_prepare_the_records_at_once(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        builders = list(pool.map(easy_vqa.prepare, [tmp_path, tmp_path]))
+    assert [len(builder.as_data_source('test')) for builder in builders] == [9673, 9673]

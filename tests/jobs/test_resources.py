@@ -24,7 +24,7 @@ def job(tiny_blip2, easy_vqa_builder, tmp_path, monkeypatch):
     def make(**fields):
         config = blip2_lang_only.get_config()
         override(config, {name.replace('__', '.'): value for name, value in fields.items()})
-        config.data_dir = str(easy_vqa_builder.data_path.parents[2])
+        config.data_dir = str(easy_vqa_builder.data_path.parents[1])
         return Job(config, tmp_path / 'run')
 
     return make
