@@ -18,7 +18,7 @@ from sparselora_jax.jobs.export import export
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.names import ALL_MODELS, CONTROL, KERNELS, MASKS, MODELS, ROUNDED, TRAINING
 from sparselora_jax.jobs.restore import restore
-from sparselora_jax.pruning.allocate import check_zeros
+from sparselora_jax.pruning.allocate import run_allocation
 from sparselora_jax.recipe import allocation_of, prune_methods, prune_rules, rounded_format, rounded_rules
 from sparselora_jax.restoration.losses import answer_loss
 from sparselora_jax.restoration.restore import Frozen
@@ -116,8 +116,7 @@ def allocate(job: Job) -> dict[str, np.ndarray] | None:
             key=jax.random.key(config.seed),
             progress=lambda name, count: Progress(name, count, interval=5),
         )
-        zeros = allocation(inputs)
-        check_zeros(zeros, uniform, inputs.sizes)
+        zeros = run_allocation(allocation, inputs)
         return {'zeros': {path: of_layers.tolist() for path, of_layers in zeros.items()}}
 
     return {path: np.array(of_layers) for path, of_layers in job.stage('zeros', compute)['zeros'].items()}

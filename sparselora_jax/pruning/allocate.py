@@ -9,13 +9,15 @@ leaves. The other kept weights go to the blocks of all towers in proportion to t
 all its weights gets no more.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from sparselora_jax.pruning.allocation import Zeros
+from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
 from sparselora_jax.pruning.targets import Methods, PatternRules, methods_of, pattern_zeros, patterns_of
+from sparselora_jax.runtime.errors import calling
 from sparselora_jax.sparse.patterns import Pattern, PatternError
 from sparselora_jax.sparse.rules import flatten, stack_of
 
@@ -104,6 +106,31 @@ def bounds(sizes: dict[str, int], shapes: dict[str, tuple[int, ...]], budget: in
     return most
 
 
+def run_allocation(allocation: Allocation, inputs: AllocationInputs) -> Zeros:
+    """Return the zeros that an allocation gives each layer's kernel, checked.
+
+    Args:
+      allocation: the allocation, which may be anybody's code.
+      inputs: what it may use.
+
+    Raises:
+      AllocationError: it fails.
+      PatternError: see `check_zeros`.
+    """
+    # It gets copies. Numbers that it changes in place would otherwise be compared with themselves.
+    copies = dataclasses.replace(
+        inputs,
+        uniform={path: of_layers.copy() for path, of_layers in inputs.uniform.items()},
+        sizes=dict(inputs.sizes),
+    )
+    with calling(f'allocation {type(allocation).__name__}', AllocationError):
+        zeros = allocation(copies)
+        if isinstance(zeros, Mapping):
+            zeros = {path: np.asarray(of_layers) for path, of_layers in zeros.items()}
+    check_zeros(zeros, inputs.uniform, inputs.sizes)
+    return zeros
+
+
 def check_zeros(zeros: object, uniform: Zeros, sizes: dict[str, int]) -> None:
     """Check what an allocation returned.
 
@@ -119,7 +146,7 @@ def check_zeros(zeros: object, uniform: Zeros, sizes: dict[str, int]) -> None:
     """
     if not isinstance(zeros, Mapping):
         raise PatternError(f'zeros of the allocation: expected a dict by path, not {type(zeros).__name__}')
-    for path in sorted(zeros.keys() | uniform.keys()):
+    for path in sorted(zeros.keys() | uniform.keys(), key=str):
         if path not in zeros or path not in uniform:
             problem = 'missing' if path in uniform else 'no kernel that is pruned'
             raise PatternError(f'zeros of the allocation: {path} is {problem}')

@@ -20,7 +20,7 @@ Zeros = dict[str, np.ndarray]
 
 
 class AllocationError(SparseloraError, ValueError):
-    """An option of an allocation that cannot work; the message begins with the option's name."""
+    """An allocation that fails, or an option that cannot work; that message begins with the option's name."""
 
 
 def check_highest(highest: float) -> None:

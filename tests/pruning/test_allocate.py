@@ -1,11 +1,12 @@
 """Zeros of every layer sum exactly to the budget, keep their bounds, and follow the scores as a plain loop has them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparselora_jax import pruning
-from sparselora_jax.pruning.allocate import check_bound, check_zeros, round_zeros, total
+from sparselora_jax.pruning.allocate import check_bound, check_zeros, round_zeros, run_allocation, total
 from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import stack_of
 
@@ -185,6 +186,79 @@ def test_what_an_allocation_returns_is_checked(zeros, message):
     check_zeros({'q': np.array([4, 6])}, uniform, sizes)
     with pytest.raises(PatternError, match=message):
         check_zeros(zeros, uniform, sizes)
+
+
+def inputs_of(uniform, sizes):
+    """What an allocation gets; the functions are never called."""
+
+    def unused(*args):
+        raise NotImplementedError
+
+    return pruning.AllocationInputs(
+        params={},
+        uniform=uniform,
+        sizes=sizes,
+        forward=unused,
+        loss=unused,
+        calibration=unused,
+        score_batches=unused,
+        key=jax.random.key(0),
+        progress=unused,
+    )
+
+
+class EditsInPlace(pruning.Allocation):
+    def __call__(self, inputs):
+        inputs.uniform['q'] -= 1
+        inputs.sizes['q'] = 1000
+        return inputs.uniform
+
+
+class Lists(pruning.Allocation):
+    def __call__(self, inputs):
+        return {path: zeros.tolist() for path, zeros in inputs.uniform.items()}
+
+
+class ReturnsNothing(pruning.Allocation):
+    def __call__(self, inputs):
+        return None
+
+
+class Raises(pruning.Allocation):
+    def __call__(self, inputs):
+        return inputs.no_such_thing
+
+
+class Ragged(pruning.Allocation):
+    def __call__(self, inputs):
+        return {'q': [[1], [2, 3]]}
+
+
+def test_an_allocation_that_edits_its_inputs_is_compared_with_the_untouched_numbers():
+    inputs = inputs_of({'q': np.array([5, 5])}, {'q': 8})
+    with pytest.raises(PatternError, match='8 in all, expected 10'):
+        run_allocation(EditsInPlace(), inputs)
+    assert inputs.uniform['q'].tolist() == [5, 5]
+    assert inputs.sizes == {'q': 8}
+
+
+def test_an_allocation_may_return_lists():
+    zeros = run_allocation(Lists(), inputs_of({'q': np.array([5, 5])}, {'q': 8}))
+    assert isinstance(zeros['q'], np.ndarray)
+    assert zeros['q'].tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ('allocation', 'error', 'message'),
+    [
+        (ReturnsNothing(), PatternError, 'expected a dict by path, not NoneType'),
+        (Raises(), pruning.AllocationError, "allocation Raises fails: AttributeError: .*'no_such_thing'"),
+        (Ragged(), pruning.AllocationError, 'allocation Ragged fails: ValueError: '),
+    ],
+)
+def test_an_allocation_that_fails_is_named(allocation, error, message):
+    with pytest.raises(error, match=message):
+        run_allocation(allocation, inputs_of({'q': np.array([5, 5])}, {'q': 8}))
 
 
 @pytest.mark.parametrize('wanted', [[-30.0, 10.0, 40.0], [-1e9, 0.25, 21.5], [90.0, -60.0, -10.0], [30.0, 30.0, 90.0]])
