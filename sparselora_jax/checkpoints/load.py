@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from sparselora_jax.checkpoints import checkpoint_files, embedded, layout, packed, streaming
 from sparselora_jax.checkpoints.checkpoint_files import Checkpoint
 from sparselora_jax.data import processing
-from sparselora_jax.models.family import Family, find_family
+from sparselora_jax.models.family import Family, config_of, find_family
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import UnsupportedModelError
@@ -60,7 +60,7 @@ def load_model(
             raise StorageError(f'{folder}: packed weights lie on one device; load them without a mesh')
         hf = read_config(folder, family)
         known_family = find_family(hf.model_type, family)
-        model = Model(known_family.from_hf(hf), read_generation(folder, hf, known_family), str(folder))
+        model = Model(config_of(known_family, hf), read_generation(folder, hf, known_family), str(folder))
         return packed.load_packed(folder, model, dtype=dtype)
     model, pieces = open_model(folder, family)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
@@ -113,7 +113,7 @@ def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list
     _tell_ignored(checkpoint)  # not where the checkpoint is opened, since an export opens its source again
     hf = read_config(folder, family)
     known_family = find_family(hf.model_type, family)
-    cfg = layout.follow_head(known_family, known_family.from_hf(hf), checkpoint)
+    cfg = layout.follow_head(known_family, config_of(known_family, hf), checkpoint)
     model = Model(cfg, read_generation(folder, hf, known_family), str(folder))
     return model, layout.pieces(known_family, cfg, checkpoint)
 

@@ -29,7 +29,7 @@ from sparselora_jax.models.config import FamilyConfig, HfConfig, ImageConfig
 from sparselora_jax.models.key_table import Keys
 from sparselora_jax.models.prompts import Prompt
 from sparselora_jax.models.runners import Runner, scan_blocks
-from sparselora_jax.runtime.errors import UnsupportedModelError
+from sparselora_jax.runtime.errors import UnsupportedModelError, calling
 from sparselora_jax.runtime.registry import Registry
 
 
@@ -236,3 +236,25 @@ def find_family(model_type: str, name: str = '') -> Family:
     if isinstance(family, type) or not isinstance(family, Family):
         raise UnsupportedModelError(f'{name} is a {type(family).__name__}: expected an object of the protocol Family')
     return family
+
+
+def config_of(family: Family, hf: HfConfig) -> FamilyConfig:
+    """Return a family's config of a model, and check that it leads back to the family.
+
+    Args:
+      family: the family.
+      hf: the transformers config of a whole model.
+
+    Raises:
+      UnsupportedModelError: a field's value is not supported; `from_hf` fails; or the config is that of another family.
+    """
+    kind = type(family).__name__
+    with calling(f'from_hf of family {kind}', UnsupportedModelError):
+        cfg = family.from_hf(hf)
+    # A model finds its family by its config. So an inherited config would run the parent's code without a word.
+    if getattr(cfg, 'family', None) is not family:
+        raise UnsupportedModelError(
+            f'from_hf of family {kind} returned a {type(cfg).__name__}, which does not lead back to the family: return '
+            'a config class of your own, whose property `family` returns your family (docs/extending.md)'
+        )
+    return cfg

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from sparselora_jax.models import prompts
 from sparselora_jax.models.config import FamilyConfig, HfConfig
-from sparselora_jax.models.family import Family, find_family
+from sparselora_jax.models.family import Family, config_of, find_family
 from sparselora_jax.models.runners import Runner, scan_blocks
 from sparselora_jax.models.towers import LanguageTower
 from sparselora_jax.sparse.rules import flatten, unflatten
@@ -33,9 +33,9 @@ def from_hf(hf: HfConfig, family: str = '') -> FamilyConfig:
       The family's config.
 
     Raises:
-      UnsupportedModelError: no family supports the model, or a field's value is not supported.
+      UnsupportedModelError: no family supports the model; or see `family.config_of`.
     """
-    return find_family(hf.model_type, family).from_hf(hf)
+    return config_of(find_family(hf.model_type, family), hf)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from sparselora_jax.jobs import stages
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.models.config import FamilyConfig, ImageConfig, LanguageConfig, VisionConfig
 from sparselora_jax.models.family import FAMILIES, Family, register_family
+from sparselora_jax.models.llava import LlavaFamily
 from sparselora_jax.models.model import Model, abstract_model, abstract_params, from_hf
 from sparselora_jax.models.runners import Runner, remat_blocks, scan_blocks, unrolled_blocks
 from sparselora_jax.models.towers import (
@@ -200,3 +201,44 @@ def test_nobody_asks_which_class_a_config_has():
     for file in PACKAGE.rglob('*.py'):
         for line in file.read_text().splitlines():
             assert 'ConfigDict' in line or not question.search(line), f'{file}: {line}'
+
+
+class Inheriting(LlavaFamily):
+    """Changes the bridge, and leaves the config that leads to LLaVA's."""
+
+    name = 'inheriting'
+
+    def soft_words(self, w, cfg, batch, run):
+        raise NotImplementedError
+
+
+class ReturnsDict(LlavaFamily):
+    def from_hf(self, hf):
+        return vars(super().from_hf(hf))
+
+
+class Failing(LlavaFamily):
+    def from_hf(self, hf):
+        return hf.no_such_field
+
+
+INHERITING = Inheriting()
+RETURNS_DICT = ReturnsDict()
+FAILING = Failing()
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        (
+            'INHERITING',
+            'from_hf of family Inheriting returned a LlavaConfig, which does not lead back to the family',
+        ),
+        ('RETURNS_DICT', 'from_hf of family ReturnsDict returned a dict, which does not'),
+        ('FAILING', 'from_hf of family Failing fails: AttributeError: .*no_such_field'),
+    ],
+)
+def test_a_config_that_does_not_lead_back_to_its_family_is_refused(name, message, tmp_path):
+    tiny_models.save('llava-default', tmp_path)
+    with pytest.raises(UnsupportedModelError, match=message):
+        sl.load_model(tmp_path, family=f'{__name__}:{name}')
