@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sparselora_jax.runtime import processes
-from sparselora_jax.runtime.errors import SparseloraError
+from sparselora_jax.runtime.errors import SparseloraError, calling
 from sparselora_jax.sparse import rules, sharding
 
 # `[tokens, inputs]` -> arrays that are sums over tokens. The statistics of two batches are added.
@@ -92,8 +92,17 @@ def statistic_shapes(stat: Statistic, inputs: int) -> PyTree:
     Args:
       stat: the statistic.
       inputs: length of the kernel's input axis.
+
+    Raises:
+      CalibrationError: the statistic fails.
     """
-    return jax.eval_shape(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32))
+    return _shapes_of(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32))
+
+
+def _shapes_of(stat: Statistic, rows: jax.ShapeDtypeStruct) -> PyTree:
+    """Return the shapes of the statistic of some rows."""
+    with calling(f'statistic {name_of(stat)}', CalibrationError):
+        return jax.eval_shape(stat, rows)
 
 
 def can_be_scaled(stat: Statistic | None) -> bool:
@@ -145,6 +154,14 @@ class Recorder:
             # Rows of zeros add nothing to any sum; leaving rows out would make shapes depend on data.
             rows = jnp.where(self.valid.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
             count = jnp.sum(self.valid, dtype=jnp.int32)
+        # The accumulator has the shape of one token's statistic. Anything but a sum would not fit, or be broadcast.
+        for_one = statistic_shapes(self.stat, rows.shape[1])
+        for_all = _shapes_of(self.stat, jax.ShapeDtypeStruct(rows.shape, rows.dtype))
+        if jax.tree.map(jnp.shape, for_one) != jax.tree.map(jnp.shape, for_all):
+            raise CalibrationError(
+                f'statistic {name_of(self.stat)} of {len(rows)} tokens has other shapes than of one token: expected a '
+                'sum over the tokens'
+            )
         # `total` is a mutable ref: under scan the update lands in the layer's own row.
         for total, new in zip(jax.tree.leaves(self.total), jax.tree.leaves(self.stat(rows)), strict=True):
             total[layer] += new

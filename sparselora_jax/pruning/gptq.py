@@ -39,6 +39,7 @@ class GPTQ(Method):
     group: ClassVar[str] = 'output'
     statistic: ClassVar[calibrate.Statistic] = staticmethod(calibrate.hessian)
     edits_kept_weights: ClassVar[bool] = True
+    chooses_mask: ClassVar[bool] = False
     outputs_are_independent: ClassVar[bool] = True
     statistic_copies: ClassVar[int] = 3  # the damped Hessian, its factor, the factor's inverse
 

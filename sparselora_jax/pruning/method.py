@@ -48,6 +48,8 @@ class Method(Protocol):
         statistic, given its number of zeros. If so, kernels that read the same input (q, k, v) are concatenated and
         pruned together. Scores that are normalised over outputs are not independent; nor are random numbers drawn for
         the whole kernel.
+      chooses_mask: whether its masks have exactly the zeros that `num_zeros` or the N:M pattern says, which is checked.
+        False: the kernels that it gets are pruned already.
       groups: maps each value of `config.prune.group` (`output`, `matrix`) to the value of the method's own `group`.
       kernel_copies: float32 arrays of a kernel's size that exist at once while it is pruned (weights, scores, ranks);
         for estimates of memory.
@@ -61,6 +63,7 @@ class Method(Protocol):
     edits_kept_weights: ClassVar[bool]
     outputs_are_independent: bool
     # Defaults, which subclasses of `Method` inherit.
+    chooses_mask: ClassVar[bool] = True
     groups: ClassVar[Mapping[str, str]] = MappingProxyType({'output': 'output', 'matrix': 'matrix'})
     kernel_copies: ClassVar[int] = 4
     statistic_copies: int = 0
@@ -110,11 +113,15 @@ _MEMBERS = (
     'group',
     'edits_kept_weights',
     'outputs_are_independent',
+    'chooses_mask',
     'groups',
     'kernel_copies',
     'statistic_copies',
     'check',
 )
+
+# Members that describe `__call__`: one that is inherited beside a new `__call__` would be believed without reason.
+_SAID_OF_CALL = ('edits_kept_weights', 'outputs_are_independent')
 
 
 def check_method(method: object) -> None:
@@ -137,6 +144,22 @@ def check_method(method: object) -> None:
             f'pruning method {name} does not say {", ".join(missing)}: define them, or subclass '
             'sparselora_jax.pruning.Method, which has defaults for some'
         )
+    if silent := _inherited_beside_own_call(type(method), vars(method) if hasattr(method, '__dict__') else {}):
+        lines = '; '.join(f'{member}: ClassVar[bool] = False (or True, see pruning.Method)' for member in silent)
+        raise MethodError(
+            f'pruning method {name} has its own __call__ and inherits {" and ".join(silent)}, which may not be true of '
+            f'it; add: {lines}'
+        )
+    for member in _SAID_OF_CALL:
+        if not isinstance(getattr(method, member), bool | np.bool_):
+            raise MethodError(f'pruning method {name}: {member} is {getattr(method, member)!r}: expected True or False')
+    if not isinstance(method.groups, Mapping):
+        raise MethodError(f'pruning method {name}: groups is {method.groups!r}: expected a dict, see pruning.Method')
+    if method.statistic is not None and not callable(method.statistic):
+        raise MethodError(
+            f'pruning method {name}: statistic is {method.statistic!r}: expected None or a function such as '
+            'staticmethod(calibrate.squares)'
+        )
     if inspect.ismethod(method.statistic):
         # A plain function as a class attribute becomes a method of the object when it is read.
         raise MethodError(
@@ -148,6 +171,20 @@ def check_method(method: object) -> None:
     except TypeError:
         # jit compiles a program for each method, and finds it again by the method's hash.
         raise MethodError(f'pruning method {name} cannot be hashed: make it a frozen dataclass') from None
+
+
+def _inherited_beside_own_call(kind: type, own: Mapping[str, Any]) -> list[str]:
+    """Return the members about `__call__` that a class inherits although it has another `__call__` than its parent.
+
+    Args:
+      kind: class of the method.
+      own: attributes of the object itself.
+    """
+    classes = kind.__mro__
+    caller = next(index for index, cls in enumerate(classes) if '__call__' in vars(cls))
+    # A member may be said by a value, or be a field of a dataclass without one.
+    said = {name for cls in classes[: caller + 1] for name in (*vars(cls), *vars(cls).get('__annotations__', ()))}
+    return [member for member in _SAID_OF_CALL if member not in said and member not in own]
 
 
 def check_statistic(

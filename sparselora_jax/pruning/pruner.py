@@ -1,7 +1,8 @@
 """Prune every kernel of a model: a method prunes one kernel, the functions here apply it to all layers."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from sparselora_jax.pruning.targets import (
     patterns_of,
     per_group,
 )
+from sparselora_jax.pruning.verdict import call_method, explain, is_right
 from sparselora_jax.pruning.walk import block_observer, joined, walk
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse import sharding
@@ -38,66 +40,30 @@ class PruneResult(NamedTuple):
     tokens: dict[str, int]
 
 
-class Verdict(NamedTuple):
-    """Results of the checks on pruned weights, as device arrays that the host reads.
-
-    Attributes:
-      is_finite: all weights are finite.
-      is_edited: a kept weight is finite and differs from the dense one.
-    """
-
-    is_finite: Bool[Array, '']
-    is_edited: Bool[Array, '']
-
-
-def _judge(kernel: Array, pruned: Array, mask: Array) -> Verdict:
-    """Return whether pruned weights are finite, and whether kept ones were edited.
-
-    Raises:
-      MethodError: while tracing: the method returned arrays of another shape, or a mask that is not boolean.
-    """
-    if pruned.shape != kernel.shape or mask.shape != kernel.shape or mask.dtype != jnp.bool_:
-        raise MethodError(
-            f'the method returned a kernel {pruned.shape} and a mask {mask.shape} of {mask.dtype}: expected a kernel '
-            f'and a boolean mask of shape {kernel.shape}'
-        )
-    is_finite = jnp.isfinite(pruned)
-    # -0.0 equals 0.0, so a method may also multiply by its mask. The other check handles NaN.
-    untouched = jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))
-    return Verdict(is_finite.all(), jnp.any(is_finite & (pruned != untouched)))
-
-
-def _check(path: str, method: Method, verdict: Verdict) -> None:
-    """Check one kernel's verdict.
-
-    Raises:
-      CalibrationError: pruned weights are not finite.
-      MethodError: a method edits kept weights but says it does not; its edits would be lost.
-    """
-    if not verdict.is_finite:
-        raise CalibrationError(
-            f'{path}: pruned weights are not finite; a singular Hessian needs more damping or more samples'
-        )
-    if not method.edits_kept_weights and verdict.is_edited:
-        raise MethodError(
-            f'{path}: {type(method).__name__} changed weights that its mask keeps, but says edits_kept_weights = False;'
-            ' set it to True, so that the changes are stored'
-        )
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Add the path of a kernel to the errors of its method, which does not know it."""
+    try:
+        yield
+    except (CalibrationError, MethodError) as error:
+        raise type(error)(f'{path}: {error}') from error
 
 
 @functools.partial(jax.jit, static_argnames=('method', 'pattern'))
 def _prune_kernel(
     kernel: Array, statistic: PyTree, zeros: ArrayLike | None, *, method: Method, pattern: Pattern
-) -> tuple[Array, Array, Verdict]:
-    """Prune one kernel or a stack of them, and return (pruned, mask, verdict)."""
+) -> tuple[Array, Array, Bool[Array, '']]:
+    """Prune one kernel or a stack of them, and return (pruned, mask, whether they are right)."""
     if kernel.ndim == 2:
-        pruned, mask = method(kernel, statistic, pattern, zeros)
+        pruned, mask = call_method(method, kernel, statistic, pattern, zeros)
     else:
         # One layer at a time: all at once would need memory for the scores of all layers.
         pruned, mask = jax.lax.map(
-            lambda layer: method(layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros)
+            lambda layer: call_method(method, layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros)
         )
-    return pruned, mask, _judge(kernel, pruned, mask)
+    # Statistics that a caller brings were not checked when they were summed.
+    has_finite_statistic = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(statistic)]).all()
+    return pruned, mask, has_finite_statistic & is_right(method, pattern, kernel, pruned, mask, zeros)
 
 
 @functools.partial(jax.jit, static_argnames=('method', 'pattern', 'places'))
@@ -109,8 +75,8 @@ def _prune_joined(
     method: Method,
     pattern: Pattern,
     places: tuple[NamedSharding, ...] | None,
-) -> tuple[list[Array], list[Array], Verdict]:
-    """Prune kernels that share a statistic as one wide kernel, and return (pruned kernels, masks, verdict).
+) -> tuple[list[Array], list[Array], Bool[Array, '']]:
+    """Prune kernels that share a statistic as one wide kernel, and return (pruned kernels, masks, whether right).
 
     Args:
       kernels: `[inputs, outputs]` each.
@@ -130,7 +96,7 @@ def _prune_joined(
         # Every device needs the whole statistic: each output is pruned along all inputs.
         statistic = jax.tree.map(lambda leaf: constrain(leaf, NamedSharding(mesh, PartitionSpec())), statistic)
         kernel = constrain(kernel, outputs)
-    pruned, mask = method(kernel, statistic, pattern, zeros)
+    pruned, mask = call_method(method, kernel, statistic, pattern, zeros)
     if places is not None:
         pruned, mask = constrain((pruned, mask), outputs)
     # Split into the original kernels.
@@ -139,7 +105,7 @@ def _prune_joined(
     if places is not None:
         # Back to the kernels' own shardings, where the next block expects them.
         results = constrain(results, (list(places), list(places)))
-    return *results, _judge(kernel, pruned, mask)
+    return *results, is_right(method, pattern, kernel, pruned, mask, zeros)
 
 
 def prune_tree(
@@ -167,8 +133,9 @@ def prune_tree(
     Raises:
       PatternError: a pattern does not fit its kernel.
       RuleError: see `rules.match`.
-      CalibrationError: a kernel lacks the statistic that its method needs, or has another one.
-      MethodError: an object is not a pruning method.
+      CalibrationError: a kernel lacks the statistic that its method needs, or has another one; or a weight or a
+        statistic is not finite.
+      MethodError: an object is not a pruning method; or a method fails, or does not do what it promises (`Method`).
 
     >>> from sparselora_jax.pruning import Magnitude
     >>> params = {'q': {'kernel': jnp.array([[1.0], [-2.0]])}}
@@ -192,10 +159,15 @@ def prune_tree(
             layers = [per_group(of_kernel, pattern, outputs, int(total)) for total in totals[path].reshape(-1)]
             counts = np.stack(layers) if totals[path].ndim else layers[0]
         # `pattern.kind` drops the sparsity, which is in the counts, so one program serves every sparsity.
-        flat[path], masks[path], verdict = _prune_kernel(
-            flat[path], statistics[path], counts, method=of_kernel, pattern=pattern.kind
-        )
-        _check(path, of_kernel, verdict)
+        dense = flat[path]
+        with _naming(path):
+            flat[path], masks[path], right = _prune_kernel(
+                dense, statistics[path], counts, method=of_kernel, pattern=pattern.kind
+            )
+        if not right:
+            raise explain(
+                path, of_kernel, pattern, jnp.asarray(dense), statistics[path], flat[path], masks[path], counts
+            )
     return unflatten(flat), unflatten(masks)
 
 
@@ -261,10 +233,10 @@ def prune(
       The pruned params and masks, unless `keep` takes them, and the number of tokens of each pruned kernel.
 
     Raises:
-      CalibrationError: there is no batch, activations are not finite, or `forward` is no function.
+      CalibrationError: there is no batch, activations or weights are not finite, or `forward` is no function.
       PatternError: see `prune_tree`.
       RuleError: see `prune_tree`; or a kernel that the forward does not run in a block.
-      MethodError: see `prune_tree`; or a method that edits kept weights and says it does not.
+      MethodError: see `prune_tree`.
     """
     calibrate.check_forward(forward)
     samples = joined(batches, chunk)
@@ -380,20 +352,27 @@ def _prune_block(
         counts = [per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
         # N:M has no counts: each entry is None.
         if len(names) == 1 or pattern.structured:
-            counts = counts[0]
+            joined_counts = counts[0]
         else:
-            counts = np.concatenate(counts)
+            joined_counts = np.concatenate(counts)
         kernels = tuple(w[name] for name in names)
         places = tuple(map(sharding.on_mesh, kernels))
-        new_kernels, new_masks, verdict = _prune_joined(
-            kernels,
-            statistic,
-            counts,
-            method=method,
-            pattern=pattern.kind,
-            places=None if None in places else places,
-        )
-        _check(names[0], method, verdict)
+        with _naming(names[0]):
+            new_kernels, new_masks, right = _prune_joined(
+                kernels,
+                statistic,
+                joined_counts,
+                method=method,
+                pattern=pattern.kind,
+                places=None if None in places else places,
+            )
+        if not right:
+            results = zip(names, kernels, new_kernels, new_masks, counts, strict=True)
+            errors = [
+                explain(name, method, pattern, kernel, statistic, new_kernel, new_mask, zeros_of_kernel)
+                for name, kernel, new_kernel, new_mask, zeros_of_kernel in results
+            ]
+            raise next(filter(None, errors))
         pruned.update(zip(names, new_kernels, strict=True))
         masks.update(zip(names, new_masks, strict=True))
     return pruned, masks

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from sparselora_jax.pruning.method import Method, check_method
+from sparselora_jax.pruning.method import Method, MethodError, check_method
+from sparselora_jax.runtime.errors import calling
 from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern, spread
 from sparselora_jax.sparse.rules import check_layout, is_in_block, kernels, match, name_in_block, stack_of
 
@@ -88,6 +89,7 @@ def pattern_zeros(
     Raises:
       PatternError: a number of zeros is impossible, a sparsity prunes no weight, or a method does not support its
         pattern.
+      MethodError: the check of a method fails.
     """
     given = given or {}
     for path in given:
@@ -99,7 +101,8 @@ def pattern_zeros(
         *layers, inputs, outputs = flat[path].shape
         # Checked here, where shapes are known and nothing is computed yet, so that an error comes early.
         try:
-            methods[path].check(pattern, inputs)
+            with calling(f'check of pruning method {type(methods[path]).__name__}', MethodError):
+                methods[path].check(pattern, inputs)
         except PatternError as error:
             raise PatternError(f'{path}: {error}') from None
         # An allocation gives each layer its own number of zeros; a pattern gives all layers the same.

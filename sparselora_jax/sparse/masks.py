@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from sparselora_jax.runtime import processes
@@ -169,19 +170,37 @@ def violations(
     """
     *layers, inputs, outputs = mask.shape
     if pattern.structured:
-        groups = jnp.swapaxes(mask.reshape(*layers, -1, pattern.m, outputs), -1, -2)  # [*layers, groups, outputs, m]
         promised = pattern.zeros(pattern.m)
     elif group == 'matrix':
-        groups = mask.reshape(*layers, inputs * outputs)
         promised = pattern.zeros(inputs * outputs) if zeros is None else zeros
     else:
-        groups = jnp.swapaxes(mask, -1, -2)  # [*layers, outputs, inputs]
         promised = pattern.zeros(inputs)
         if zeros is not None:
             counts = [spread(int(total), outputs) for total in zeros.reshape(-1)]
             promised = np.stack(counts).reshape(*layers, outputs)
-    wrong = jnp.sum(~groups, axis=-1, dtype=jnp.int32) != jnp.asarray(promised, jnp.int32)
+    wrong = wrong_groups(mask, pattern, group, promised)
     return processes.on_host(jnp.sum(wrong, axis=tuple(range(len(layers), wrong.ndim))))
+
+
+def wrong_groups(
+    mask: Bool[Array, '*layers inputs outputs'], pattern: Pattern, group: str, promised: ArrayLike
+) -> Bool[Array, '*layers_and_groups']:
+    """Return which comparison groups have another number of zeros than promised.
+
+    Args:
+      mask: the mask of one kernel or of a stack.
+      pattern: the expected pattern.
+      group: the comparison group, see `mask_from_scores`.
+      promised: number of zeros of each comparison group.
+    """
+    *layers, inputs, outputs = mask.shape
+    if pattern.structured:
+        zeros = jnp.sum(~mask.reshape(*layers, inputs // pattern.m, pattern.m, outputs), axis=-2, dtype=jnp.int32)
+    elif group == 'matrix':
+        zeros = jnp.sum(~mask, axis=(-2, -1), dtype=jnp.int32)
+    else:
+        zeros = jnp.sum(~mask, axis=-2, dtype=jnp.int32)
+    return zeros != jnp.asarray(promised, jnp.int32)
 
 
 def check_masks(

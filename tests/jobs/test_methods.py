@@ -23,6 +23,7 @@ class Doubling(sl.Wanda):
     """Wanda's mask, and twice the kept weights: exact in every dtype."""
 
     edits_kept_weights: ClassVar[bool] = True
+    outputs_are_independent: ClassVar[bool] = True
 
     def __call__(self, kernel, statistic, pattern, num_zeros=None):
         pruned, mask = super().__call__(kernel, statistic, pattern, num_zeros)

@@ -163,3 +163,70 @@ def test_a_statistic_that_python_binds_to_the_method_is_refused():
 
     with pytest.raises(pruning.MethodError, match=r'write statistic = staticmethod\(squares\)'):
         pruning.prune_tree({'q': {'kernel': jnp.ones((4, 2))}}, {}, [('.*', '2:4')], method=Bound())
+
+
+def changed(**members):
+    """A method of one's own with other members."""
+    return dataclass(frozen=True)(type('Changed', (pruning.Wanda,), {'__annotations__': {}} | members))()
+
+
+def call_of_own(self, kernel, statistic, pattern, num_zeros=None):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ('members', 'message'),
+    [
+        (
+            {'__call__': call_of_own},
+            r'has its own __call__ and inherits edits_kept_weights and outputs_are_independent, .* add: '
+            r'edits_kept_weights: ClassVar\[bool\] = False .*; outputs_are_independent: ClassVar\[bool\] = False',
+        ),
+        (
+            {'__call__': call_of_own, 'edits_kept_weights': True},
+            'has its own __call__ and inherits outputs_are_independent, which may not be true of it',
+        ),
+        ({'edits_kept_weights': 'no'}, "edits_kept_weights is 'no': expected True or False"),
+        ({'outputs_are_independent': None}, 'outputs_are_independent is None: expected True or False'),
+        ({'groups': None}, 'groups is None: expected a dict'),
+        ({'statistic': 'squares'}, "statistic is 'squares': expected None or a function such as staticmethod"),
+    ],
+)
+def test_what_a_method_must_say_itself_is_named(members, message):
+    with pytest.raises(pruning.MethodError, match=f'pruning method Changed.* {message}'):
+        check_method(changed(**members))
+
+
+def test_a_subclass_that_keeps_the_call_inherits_what_is_said_of_it():
+    check_method(changed())
+    check_method(changed(edits_kept_weights=True))
+
+
+def test_a_check_that_fails_names_its_method():
+    def check(self, pattern, inputs):
+        return pattern.no_such_field
+
+    params = {'q': {'kernel': jnp.ones((4, 2))}}
+    with pytest.raises(pruning.MethodError, match='check of pruning method Changed fails: AttributeError'):
+        pruning.prune_tree(params, {}, [('.*', '2:4')], method=changed(check=check))
+
+
+def no_sum(x):
+    return x
+
+
+def failing(x):
+    return x.no_such_thing
+
+
+@pytest.mark.parametrize(
+    ('stat', 'message'),
+    [
+        (no_sum, 'statistic no_sum of 3 tokens has other shapes than of one token: expected a sum'),
+        (failing, 'statistic failing fails: AttributeError'),
+    ],
+)
+def test_a_statistic_that_is_no_sum_is_named(stat, message):
+    params = {'q': {'kernel': jnp.ones((4, 2))}}
+    with pytest.raises(calibrate.CalibrationError, match=message):
+        calibrate.collect(lambda w, x: sl.linear(x, w['q']['kernel']), params, [jnp.ones((3, 4))], stat=stat)

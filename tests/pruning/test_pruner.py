@@ -36,6 +36,7 @@ def setup():
 class OverOutputs(pruning.Wanda):
     """Scores are shares of a sum over all outputs."""
 
+    edits_kept_weights: ClassVar[bool] = False
     outputs_are_independent: ClassVar[bool] = False
 
     def __call__(self, kernel, statistic, pattern, num_zeros=None):
@@ -47,6 +48,9 @@ class OverOutputs(pruning.Wanda):
 @dataclass(frozen=True)
 class SecretDoubling(pruning.Wanda):
     """Twice the kept weights, and not a word of it."""
+
+    edits_kept_weights: ClassVar[bool] = False
+    outputs_are_independent: ClassVar[bool] = True
 
     def __call__(self, kernel, statistic, pattern, num_zeros=None):
         pruned, mask = super().__call__(kernel, statistic, pattern, num_zeros)
