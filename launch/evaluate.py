@@ -12,6 +12,7 @@ import cli
 from absl import flags
 
 from sparselora_jax.data import pipeline
+from sparselora_jax.data.checked import load_dataset
 from sparselora_jax.data.dataset import DataRequest
 from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.evaluation import vqa
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
     model, params, processor, text = cli.load_model()
     cli.print_header(f'data {data}')
     misfit = pipeline.misfit(processor, text, answers=False)
-    dataset = find_loader(data)(DataRequest(data, Path(DATA_DIR.value), misfit))
+    dataset = load_dataset(find_loader(data), DataRequest(data, Path(DATA_DIR.value), misfit))
     train, test = (split.read_texts() for split in (dataset.train, dataset.test))
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
     answers = vqa.evaluate(

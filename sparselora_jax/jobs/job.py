@@ -17,6 +17,7 @@ from sparselora_jax.checkpoints.checkpoint_files import settings_files
 from sparselora_jax.checkpoints.layout import Piece
 from sparselora_jax.checkpoints.load import open_model
 from sparselora_jax.data import pipeline, processing
+from sparselora_jax.data.checked import load_dataset
 from sparselora_jax.data.dataset import DataRequest, Dataset
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.generate import check_options
@@ -246,6 +247,10 @@ class Job:
         # behind.
         if len(self.dataset.test.source) == 0:
             raise DataError(f'{self.config.data}: there is no test question, so nothing can be evaluated')
+        # The loss of an empty answer is zero, so training would run and change nothing.
+        answers = [answer for _, answer in self.dataset.train.read_texts()]
+        if answers and not any(answer.strip() for answer in answers):
+            raise DataError(f'{self.config.data}: the answers of all {len(answers)} training records are empty')
         if self.config.model != embedded.NAME and self._unknown_token:  # the embedded model has its own tokenizer
             raise DataError(self._unknown_token)
         # Only the first process reads the files of the model again, and only those that look changed.
@@ -363,7 +368,7 @@ class Job:
         """Return the data for pruning, training and evaluation."""
         # `_misfit` is a method of this job, so that loaders do not depend on models.
         request = DataRequest(self.config.data, Path(self.config.data_dir), self._misfit)
-        return data_loader(self.config)(request)
+        return load_dataset(data_loader(self.config), request)
 
     def _misfit(self, question: str, answer: str) -> str:
         """Return why the model cannot take a record, '' if it can."""

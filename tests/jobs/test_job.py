@@ -31,11 +31,25 @@ STAGES = ('evaluate_dense', 'prune', 'evaluate_pruned', 'restore', 'evaluate_res
 MODELS = ('dense', 'pruned', 'restored')
 
 
+class First:
+    """The first records of others."""
+
+    def __init__(self, records, count):
+        self.records = records
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return self.records[index]
+
+
 def few(dataset, count=200):
     """The data set's first questions: reading them all takes seconds, several times a job."""
 
     def first(split):
-        return Split(split.source, lambda: split.read_texts()[:count])
+        return Split(First(split.source, count), lambda: split.read_texts()[:count])
 
     return dataset._replace(train=first(dataset.train), test=first(dataset.test))
 
@@ -488,6 +502,25 @@ def test_a_data_set_of_ones_own_is_drawn_from_by_its_kinds(world, tmp_path):
     assert sorted(np.unique(pixels[:, 0, 0, 0], return_counts=True)[1]) == [1, 3]
     with pytest.raises(ConfigError, match=r'restore.shares \(1, 1, 1\): expected a share of each kind: small, large'):
         Job(tiny_config(data=f'{__name__}:SQUARES', **{'restore.shares': (1, 1, 1)}), tmp_path / 'other')
+
+
+class Unanswered(Squares):
+    """A data set without answers."""
+
+    def __call__(self, request):
+        dataset = super().__call__(request)
+        records = [record | {'answer': ' '} for record in dataset.train.source]
+        train = Split(records, lambda: [(record['question'], record['answer']) for record in records])
+        return dataset._replace(train=train)
+
+
+UNANSWERED = Unanswered()
+
+
+def test_records_without_answers_are_refused(world, tmp_path):
+    job = Job(tiny_config(data=f'{__name__}:UNANSWERED', **{'restore.shares': ()}), tmp_path)
+    with pytest.raises(DataError, match=':UNANSWERED: the answers of all 2 training records are empty'):
+        job.check()
 
 
 def test_nothing_is_claimed_before_the_data_were_found(world, tmp_path):
