@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import SparseloraError, calling
 from sparselora_jax.sparse import rules, sharding
+from sparselora_jax.sparse.weights import ReadByLinear
 
 # `[tokens, inputs]` -> arrays that are sums over tokens. The statistics of two batches are added.
 Statistic = Callable[[Array], Any]
@@ -170,7 +171,7 @@ class Recorder:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Calibrating:
+class Calibrating(ReadByLinear):
     """A kernel that reports its input before it is used; `layer` is sliced by scan together with the kernel."""
 
     kernel: Array

@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.method import Method, check_statistic
+from sparselora_jax.pruning.method import Method, check_method, check_statistic
 from sparselora_jax.pruning.wanda import Wanda
 from sparselora_jax.sparse.patterns import Pattern
 
@@ -77,6 +77,10 @@ class DSnoT(Method):
     power: float = 1.0
     edits_kept_weights: ClassVar[bool] = False
     kernel_copies: ClassVar[int] = 6  # also the shares of the error and the order of candidates
+
+    def __post_init__(self):
+        # Its members are read by the properties below.
+        check_method(self.initial)
 
     @property
     def group(self) -> str:

@@ -79,8 +79,10 @@ class SparseGPT(Method):
           inputs: length of the kernel's input axis.
 
         Raises:
-          PatternError: M does not divide both `block` and the inputs, or the group is unknown.
+          PatternError: M does not divide both `block` and the inputs, `block` is below one, or the group is unknown.
         """
+        if not isinstance(self.block, int) or self.block < 1:
+            raise PatternError(f'SparseGPT block {self.block!r}: expected a number of inputs, 1 or more')
         size = min(self.block, inputs)
         if pattern.structured and (inputs % pattern.m or size % pattern.m):
             raise PatternError(f'SparseGPT block {size} does not fit {inputs} inputs and pattern {pattern}')

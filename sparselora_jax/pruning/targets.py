@@ -9,7 +9,19 @@ from jaxtyping import PyTree
 from sparselora_jax.pruning.method import Method, MethodError, check_method
 from sparselora_jax.runtime.errors import calling
 from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern, spread
-from sparselora_jax.sparse.rules import check_layout, is_in_block, kernels, match, name_in_block, stack_of
+from sparselora_jax.sparse.rules import (
+    KERNEL,
+    RuleError,
+    check_layout,
+    first_match,
+    flatten,
+    hidden_matrices,
+    is_in_block,
+    kernels,
+    match,
+    name_in_block,
+    stack_of,
+)
 
 # A method for all kernels, or ordered rules `(regex, method)`.
 Methods = Method | Sequence[tuple[str, Method]]
@@ -32,6 +44,14 @@ def patterns_of(params: PyTree, rules: PatternRules) -> dict[str, Pattern]:
     patterns = {path: parse_pattern(text) for path, text in match(rules, all_kernels).items()}
     patterns = {path: pattern for path, pattern in patterns.items() if not pattern.dense}
     check_layout(params, patterns)
+    # A kernel that is not seen would stay dense without a word.
+    for path in hidden_matrices(params):
+        for candidate in (path, f'{path}/{KERNEL}'):
+            if not parse_pattern(first_match([*rules, ('.*', 'dense')], candidate)).dense:
+                raise RuleError(
+                    f'{path} is a {type(flatten(params)[path]).__name__}, and rules prune it: expected a plain array. '
+                    'Unbox it (flax.linen.meta.unbox, nnx.to_pure_dict), or make it dense by a rule of its own'
+                )
     for path, pattern in patterns.items():
         try:
             pattern.zeros(all_kernels[path].shape[-2])
@@ -107,7 +127,10 @@ def pattern_zeros(
             raise PatternError(f'{path}: {error}') from None
         # An allocation gives each layer its own number of zeros; a pattern gives all layers the same.
         if path in given:
-            zeros[path] = np.asarray(given[path])
+            with calling(f'{path}: zeros', PatternError):
+                zeros[path] = np.asarray(given[path])
+            if not np.issubdtype(zeros[path].dtype, np.integer):
+                raise PatternError(f'{path}: zeros are {zeros[path].dtype}, expected integers')
             most = inputs * outputs
             if zeros[path].shape != tuple(layers) or zeros[path].min() < 0 or zeros[path].max() > most:
                 expected = f'one number of 0 to {most} for each of {layers} layers'

@@ -1,11 +1,13 @@
 """Run a model's blocks layer by layer over the calibration samples, so that each layer can be observed or changed."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array
 
@@ -34,15 +36,18 @@ def joined(batches: Iterable[dict], chunk: int) -> dict:
       chunk: number of samples processed at a time on each device.
 
     Raises:
-      CalibrationError: no batch, or the batches are no list of dicts.
+      CalibrationError: no batch, the batches are no list of dicts or differ in their arrays, or `chunk` is below one.
     """
     calibrate.check_batches(batches)
+    if not isinstance(chunk, Integral) or chunk < 1:
+        raise calibrate.CalibrationError(f'chunk {chunk!r}: expected a number of samples, 1 or more')
     batches = list(batches)
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise calibrate.CalibrationError(f'a batch is a {type(batch).__name__}, expected a dict of arrays')
     if not batches:
         raise calibrate.CalibrationError('the calibration set is empty: no batch arrived')
+    _check_alike(batches)
     whole = jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]), *batches)
     mesh = sharding.mesh_of_rows(batches[0])
     # On one device the order of samples stays.
@@ -58,6 +63,29 @@ def joined(batches: Iterable[dict], chunk: int) -> dict:
 
     by_row = NamedSharding(mesh, sharding.BATCH)
     return jax.jit(lambda tree: jax.tree.map(deal, tree), out_shardings=by_row)(whole)
+
+
+def _check_alike(batches: Sequence[Mapping]) -> None:
+    """Check that all batches have the same arrays of the same shapes, apart from their numbers of samples.
+
+    Raises:
+      CalibrationError: a batch differs from the first, or holds no array with samples.
+    """
+    for index, batch in enumerate(batches):
+        shapes = [jax.tree.map(np.shape, dict(one)) for one in (batches[0], batch)]
+        sizes = {shape[0] if shape else None for shape in jax.tree.leaves(shapes[1], is_leaf=_is_shape)}
+        if None in sizes or not sizes:
+            raise calibrate.CalibrationError(f'batch {index} has {shapes[1]}: expected arrays, samples first')
+        ours, first = (jax.tree.map(lambda shape: shape[1:], one, is_leaf=_is_shape) for one in reversed(shapes))
+        if ours != first:
+            raise calibrate.CalibrationError(
+                f'batch {index} has arrays of the shapes {shapes[1]}, and batch 0 of {shapes[0]}: all batches need the '
+                'same arrays, of the same shapes apart from the number of samples'
+            )
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, tuple)
 
 
 def block_observer(

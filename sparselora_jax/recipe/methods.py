@@ -11,6 +11,7 @@ from sparselora_jax import pruning
 from sparselora_jax.pruning.method import check_method
 from sparselora_jax.recipe.config import ConfigError, towers, value_of
 from sparselora_jax.recipe.kernel_rules import prune_rules
+from sparselora_jax.runtime.errors import calling
 from sparselora_jax.runtime.registry import Registry, UnknownNameError
 from sparselora_jax.sparse.patterns import PatternError, parse_pattern
 
@@ -87,9 +88,10 @@ def _from_config(kind: type, config: ConfigDict, field: str, group: str = 'outpu
       group: see `_options`.
 
     Raises:
-      ConfigError: an option has neither a field in `config.prune` nor a default.
+      ConfigError: an option has neither a field in `config.prune` nor a default, or the class fails.
     """
-    options = _options(kind, config, group)
+    with calling(f'{field} {kind.__name__}', ConfigError):
+        options = _options(kind, config, group)
     for option in dataclasses.fields(kind):
         has_default = option.default is not MISSING or option.default_factory is not MISSING
         if option.init and option.name not in options and not has_default:
@@ -97,7 +99,8 @@ def _from_config(kind: type, config: ConfigDict, field: str, group: str = 'outpu
                 f'{field} {kind.__name__}: its option {option.name} has no default, and config.prune has no field of '
                 'this name'
             )
-    return kind(**options)
+    with calling(f'{field} {kind.__name__}', ConfigError):
+        return kind(**options)
 
 
 def allocation_of(config: ConfigDict) -> pruning.Allocation:
@@ -156,13 +159,15 @@ def check_allocation(config: ConfigDict, params: PyTree) -> None:
     Raises:
       PatternError: there are no zeros to allocate, or more than `prune.highest` allows; or OWL's sparsities may leave
         (0, 1).
+      AllocationError: its check fails.
     """
     allocation = allocation_of(config)
     if not allocation.moves_zeros:
         return
     uniform = pruning.uniform_zeros(params, prune_rules(config), method=prune_methods(config))
     try:
-        allocation.check(uniform, pruning.kernel_sizes(params, uniform))
+        with calling(f'check of {type(allocation).__name__}', pruning.AllocationError):
+            allocation.check(uniform, pruning.kernel_sizes(params, uniform))
     except PatternError as error:
         raise PatternError(f'prune.allocation {config.prune.allocation!r}: {error}') from None
 

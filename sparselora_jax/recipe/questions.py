@@ -58,7 +58,7 @@ def metric(config: ConfigDict) -> Metric:
       config: a recipe.
 
     Raises:
-      ConfigError: `evaluate.metric` is not the name of a metric.
+      ConfigError: `evaluate.metric` is not the name of a metric, or the metric has no title.
     """
     name = config.evaluate.metric
     try:
@@ -68,4 +68,6 @@ def metric(config: ConfigDict) -> Metric:
     # A class has the attributes of its instances, but calling it returns an instance instead of a score.
     if isinstance(chosen, type) or not isinstance(chosen, Metric):
         raise ConfigError(f'evaluate.metric: metric {name!r}: expected an object with a `title` that can be called')
+    if not isinstance(chosen.title, str) or not chosen.title.strip():
+        raise ConfigError(f'evaluate.metric: metric {name!r} has the title {chosen.title!r}: expected a text')
     return chosen

@@ -113,7 +113,8 @@ def mask_from_scores(
         or `[*layers]`). It may be traced, so that layer-wise ratios compile once. Unstructured patterns only.
 
     Raises:
-      PatternError: M does not divide the input axis, or `num_zeros` with an N:M pattern.
+      PatternError: M does not divide the input axis, `num_zeros` with an N:M pattern, or it is no number of weights of
+        a group.
 
     >>> scores = jnp.array([[1.0, 4.0], [2.0, 3.0], [3.0, 2.0], [4.0, 1.0]])
     >>> mask_from_scores(scores, '2:4').astype(int).tolist()
@@ -126,6 +127,7 @@ def mask_from_scores(
             raise PatternError(f'num_zeros has no meaning for the N:M pattern {pattern}')
         pattern.zeros(inputs)  # raises where M does not divide the inputs
         return keep_n_of_m(scores, pattern.n, pattern.m)
+    _check_num_zeros(num_zeros, inputs if group == 'output' else inputs * outputs)
     if group == 'output':
         return keep_largest(scores, pattern.zeros(inputs) if num_zeros is None else num_zeros, axis=-2)
     if group == 'matrix':
@@ -133,6 +135,15 @@ def mask_from_scores(
         zeros = pattern.zeros(inputs * outputs) if num_zeros is None else num_zeros
         return keep_largest(scores.reshape(*layers, inputs * outputs), zeros).reshape(scores.shape)
     raise PatternError(f"group {group!r}: expected 'output' or 'matrix'")
+
+
+def _check_num_zeros(num_zeros: object, size: int) -> None:
+    """Check that numbers of zeros are integers from 0 to the size of a group; traced ones have no values yet."""
+    if num_zeros is None or isinstance(num_zeros, jax.core.Tracer):
+        return
+    values = np.asarray(num_zeros)
+    if not np.issubdtype(values.dtype, np.integer) or (values.size and not 0 <= values.min() <= values.max() <= size):
+        raise PatternError(f'num_zeros {num_zeros!r}: expected integers from 0 to {size}, the weights of a group')
 
 
 def density(masks: dict) -> dict[str, float]:
@@ -244,6 +255,9 @@ def check_sparse(params: dict, masks: dict) -> None:
     for path, mask in flatten(masks).items():
         if path not in flat:
             raise PatternError(f'{path}: has a mask but no kernel')
+        if getattr(mask, 'dtype', None) != np.bool_:
+            kind = getattr(mask, 'dtype', type(mask).__name__)
+            raise PatternError(f'{path}: the mask is {kind}, expected an array of booleans')
         # Other shapes could broadcast.
         if np.shape(mask) != flat[path].shape:
             raise PatternError(f'{path}: a mask of shape {np.shape(mask)} for a kernel of shape {flat[path].shape}')

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 from flax import traverse_util
 from jaxtyping import PyTree
 
@@ -39,7 +40,7 @@ def flatten(tree: PyTree) -> dict[str, Any]:
       tree: nested dicts whose keys are strings.
 
     Raises:
-      RuleError: the tree is not a dict, or a key is not a string.
+      RuleError: the tree is not a dict, or a key is not a string or contains a slash.
     """
     if not isinstance(tree, Mapping):
         raise RuleError(f'the tree is a {type(tree).__name__}: {_EXPECTED}')
@@ -53,6 +54,9 @@ def flatten(tree: PyTree) -> dict[str, Any]:
             if not isinstance(key, str):
                 path = '/'.join(map(str, keys))
                 raise RuleError(f'{path}: key {key!r} is a {type(key).__name__}, expected a string: {_EXPECTED}')
+            # Its path would be that of a nested dict.
+            if '/' in key:
+                raise RuleError(f'key {key!r} contains a slash, which separates the keys of a path: use another name')
     return {'/'.join(keys): leaves[keys] for keys in sorted(leaves, key='/'.join)}
 
 
@@ -157,13 +161,29 @@ def kernels(params: PyTree) -> dict[str, Any]:
     return found
 
 
+def hidden_matrices(params: PyTree) -> list[str]:
+    """Return the paths of leaves that hold a matrix but are no arrays, so that `kernels` does not see them.
+
+    Such are boxes (`nn.Partitioned`), the state of a module, and objects of any kind in the place of a kernel.
+
+    Args:
+      params: the params tree.
+    """
+    leaves = {path: leaf for path, leaf in flatten(params).items() if not hasattr(leaf, 'shape')}
+    return [
+        path
+        for path, leaf in leaves.items()
+        if named_kernel(path) or any(getattr(part, 'ndim', 0) >= 2 for part in jax.tree.leaves(leaf))
+    ]
+
+
 def check_layout(params: PyTree, paths: Iterable[str]) -> None:
     """Check that the axes of the kernels to prune or adapt are known.
 
     A kernel is `[in, out]`, and a kernel with three axes is a stack `[layers, in, out]`. But Flax's attention and
     DenseGeneral have kernels `[in, heads, head_dim]`, whose groups would run along the wrong axis. So a kernel with
-    three axes must lie within `blocks`, or have a bias beside it that can only be `[layers, out]`. Kernels with more
-    than three axes are always refused.
+    three axes must lie within `blocks`, where all kernels of a stack have the same number of layers, or have a bias
+    beside it that can only be `[layers, out]`. Kernels with more than three axes are always refused.
 
     Args:
       params: the params tree.
@@ -173,8 +193,13 @@ def check_layout(params: PyTree, paths: Iterable[str]) -> None:
       RuleError: the axes are unknown; names path and shape, and says how to make them known.
     """
     flat = flatten(params)
+    stacked = [path for path, leaf in flat.items() if is_in_block(path) and is_kernel(path, leaf) and leaf.ndim == 3]
+    # {stack: its first kernel}, which the others must agree with.
+    first_of_stack = {stack_of(path): path for path in reversed(stacked)}
     for path in paths:
         shape = tuple(flat[path].shape)
+        if is_in_block(path) and len(shape) == 3:
+            _check_stack(path, shape, first_of_stack[stack_of(path)], flat)
         bias = flat.get(f'{path.removesuffix(KERNEL)}bias')
         # Within blocks the first axis is always the layer.
         is_stack = len(shape) == 3 and (is_in_block(path) or _has_bias_of_stack(shape, bias))
@@ -184,6 +209,18 @@ def check_layout(params: PyTree, paths: Iterable[str]) -> None:
                 '[in, heads, head_dim] to [in, heads * head_dim], [heads, head_dim, out] to [heads * head_dim, out]. '
                 f'If it is a stack [layers, in, out], put it into a dict called {BLOCKS!r}'
             )
+
+
+def _check_stack(path: str, shape: tuple[int, ...], first: str, flat: Mapping[str, Any]) -> None:
+    """Check that a kernel with three axes within `blocks` can be a stack `[layers, in, out]`."""
+    remedy = f'expected stacks [layers, in, out] of one number of layers within {BLOCKS!r}'
+    # Layers that are numbered are not stacked, so the first axis is no layer.
+    number = next((part for part in name_in_block(path).split('/') if part.isdigit()), None)
+    if number is not None:
+        raise RuleError(f'{path} {list(shape)}: the key {number!r} numbers layers that are not stacked; {remedy}')
+    first_shape = tuple(flat[first].shape)
+    if shape[0] != first_shape[0]:
+        raise RuleError(f'{path} {list(shape)} and {first} {list(first_shape)} differ in their first axis; {remedy}')
 
 
 def _has_bias_of_stack(shape: tuple[int, ...], bias: Any) -> bool:

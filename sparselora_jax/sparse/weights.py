@@ -8,7 +8,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PyTree
 from qwix import QArray
 
+from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse.dense import dense_kernel, dense_mask
 from sparselora_jax.sparse.packing import PackedKernel, PackedMask
 from sparselora_jax.sparse.rules import RuleError, check_layout, flatten, kernels, match, unflatten
@@ -43,9 +44,28 @@ class Lora:
     scale: float = field(metadata={'static': True})
 
 
+class KernelError(SparseloraError, TypeError):
+    """A kernel that is no array, used as one."""
+
+
+class ReadByLinear:
+    """The base class of kernels that only `linear` can read; any other product raises an error that says so."""
+
+    def _refuse(self, *operands: object) -> NoReturn:
+        raise KernelError(
+            f'a kernel is a {type(self).__name__}, which is no array: write sl.linear(x, kernel, bias) in place of '
+            'x @ kernel + bias, so that the kernel can be observed, masked or adapted'
+        )
+
+    # JAX calls the last one where an array is expected, such as in `jnp.dot`.
+    __matmul__ = _refuse
+    __rmatmul__ = _refuse
+    __jax_array__ = _refuse
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Masked:
+class Masked(ReadByLinear):
     """A pruned kernel: reads as `where(mask, kernel, 0)`."""
 
     kernel: Any  # [*layers, in, out], an array or four-bit
@@ -54,7 +74,7 @@ class Masked:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Adapted:
+class Adapted(ReadByLinear):
     """A kernel with a low-rank update, under the mask if there is one.
 
     Attributes:
@@ -249,11 +269,14 @@ def _check_fit(params: Mapping[str, Any], masks: Mapping[str, Any], lora: Mappin
         if path not in params or params[path].shape != mask.shape:
             shape = getattr(params.get(path), 'shape', 'no such kernel')
             raise RuleError(f'{path}: mask of shape {mask.shape} for a kernel of shape {shape}')
+        # jnp.where takes numbers for booleans too: 0.5 would keep a weight.
+        if not isinstance(mask, PackedMask) and mask.dtype != jnp.bool_:
+            raise RuleError(f'{path}: the mask is an array of {mask.dtype}, expected booleans: True where kept')
     for path, factors in lora.items():
         if path not in params:
             raise RuleError(f'{path}: has LoRA factors but no kernel')
         if not isinstance(factors, Lora):
             raise RuleError(f'{path}: the factors are a {type(factors).__name__}, expected the tree of sl.init_lora')
         shape = params[path].shape
-        if (*factors.a.shape[:-1], factors.b.shape[-1]) != shape:
+        if (*factors.a.shape[:-1], factors.b.shape[-1]) != shape or factors.a.shape[-1] != factors.b.shape[-2]:
             raise RuleError(f'{path}: LoRA factors {factors.a.shape} x {factors.b.shape} for a kernel of shape {shape}')

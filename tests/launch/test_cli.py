@@ -155,7 +155,7 @@ def test_a_value_that_cannot_work_is_named_before_any_work(refused, field):
 @pytest.fixture
 def no_data(monkeypatch, tiny_model):
     """The tiny model and a data set without questions."""
-    empty = Split([{}], lambda: [])  # never read
+    empty = Split([{}], lambda: [('never read', 'never read')])
     monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: Dataset(empty, empty, (), str))
 
 

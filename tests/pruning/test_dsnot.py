@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from test_pruner import CFG, RULES, forward, setup
@@ -333,3 +334,9 @@ def test_one_shot_prunes_a_stack_and_names_a_singular_hessian():
     kernel, means = rules.flatten(params)[path][1], jax.tree.map(lambda leaf: leaf[1], stats[path][0])
     alone = method(kernel, means, sparsity.parse_pattern('2:4'))
     assert jnp.array_equal(alone[1], rules.flatten(masks)[path][1])
+
+
+def test_a_class_in_place_of_the_initial_method_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+    with pytest.raises(pruning.MethodError, match='pruning method Wanda: expected an instance'):
+        pruning.DSnoT(initial=pruning.Wanda)

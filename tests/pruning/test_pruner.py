@@ -13,7 +13,7 @@ import pytest
 from sparselora_jax import pruning
 from sparselora_jax.models import layers, llama
 from sparselora_jax.models.init import init_params
-from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning import calibrate, targets
 from sparselora_jax.sparse import masks as sparsity
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.linear import linear
@@ -309,3 +309,43 @@ def test_dead_inputs_are_counted_by_collect_too(caplog):
     assert [record.message.split(',')[0] for record in caplog.records] == [
         'q/kernel: 1 of 8 inputs are zero on every calibration token'
     ]
+
+
+@pytest.mark.parametrize('chunk', [0, -1, 1.5, None])
+def test_a_chunk_that_is_no_number_of_samples_is_refused(chunk, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+    params, batch = setup()
+    with pytest.raises(calibrate.CalibrationError, match=f'chunk {chunk}: expected a number of samples, 1 or more'):
+        pruning.prune(forward, params, [batch], RULES, method=pruning.Wanda(), chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda batch: batch | {'x': batch['x'][:, :3]}, 'batch 1 has arrays of the shapes .*, and batch 0 of'),
+        (lambda batch: {'x': batch['x']}, 'batch 1 has arrays of the shapes .*, and batch 0 of'),
+        (lambda batch: batch | {'x': 3.0}, r'batch 1 has .*: expected arrays, samples first'),
+    ],
+)
+def test_batches_that_differ_are_named(change, message):
+    params, batch = setup()
+    with pytest.raises(calibrate.CalibrationError, match=message):
+        pruning.prune(forward, params, [batch, change(batch)], RULES, method=pruning.Wanda())
+
+
+def test_zeros_that_are_no_integers_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+    params = {'q': {'kernel': jnp.ones((4, 4))}}
+    for zeros, message in ((np.array(2.5), 'q/kernel: zeros are float64, expected integers'), ([[1], [2, 3]], 'zeros')):
+        with pytest.raises(sparsity.PatternError, match=message):
+            targets.pattern_zeros(
+                rules.flatten(params),
+                targets.patterns_of(params, [('.*', 0.5)]),
+                targets.methods_of(params, pruning.Magnitude()),
+                {'q/kernel': zeros},
+            )
+
+
+def test_options_that_cannot_work_are_refused():
+    with pytest.raises(sparsity.PatternError, match='SparseGPT block 0: expected a number of inputs, 1 or more'):
+        pruning.SparseGPT(block=0).check(sparsity.parse_pattern('2:4'), 8)

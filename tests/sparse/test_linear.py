@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import sparselora_jax as sl
+from sparselora_jax.runtime.errors import SparseloraError
 
 
 def parts(dtype=jnp.float32):
@@ -44,3 +45,20 @@ def test_the_activations_decide_the_dtype():
         assert sl.linear(x, weight).dtype == jnp.bfloat16
     grads = jax.grad(lambda lora: jnp.sum(sl.linear(x, sl.Adapted(kernel, mask, lora)).astype(jnp.float32)))(lora)
     assert grads.a.dtype == grads.b.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('product', [lambda x, kernel: x @ kernel, lambda x, kernel: kernel @ x, jnp.dot, jnp.matmul])
+@pytest.mark.parametrize('kind', ['Masked', 'Adapted', 'Calibrating'])
+def test_a_product_that_is_not_linears_is_refused(product, kind):
+    kernel, mask, lora, x = parts()
+    params = {'q': {'kernel': kernel}}
+    masks = {'q': {'kernel': mask}}
+
+    def multiply():
+        if kind == 'Calibrating':
+            return sl.collect(lambda w, batch: product(batch, w['q']['kernel']), params, [x])
+        bound = sl.bind(params, masks, {'q': {'kernel': lora}} if kind == 'Adapted' else None)
+        return product(x, bound['q']['kernel'])
+
+    with pytest.raises(SparseloraError, match=f'a kernel is a {kind}, which is no array: write sl.linear'):
+        multiply()

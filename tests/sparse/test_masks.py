@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -97,3 +98,10 @@ def test_check_sparse_names_path_layer_and_count():
 def test_density_counts_what_is_kept():
     masks = {'a': {'kernel': jnp.array([[True, False], [True, True]])}, 'b': {'kernel': jnp.zeros((2, 2), bool)}}
     assert sparsity.density(masks) == {'a/kernel': 0.75, 'b/kernel': 0.0, 'total': 0.375}
+
+
+@pytest.mark.parametrize('num_zeros', [-1, 5, 2.0, np.array([1, 2, 5])])
+def test_impossible_numbers_of_zeros_are_refused(num_zeros, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+    with pytest.raises(sparsity.PatternError, match='expected integers from 0 to 4'):
+        sparsity.mask_from_scores(jnp.ones((4, 3)), 0.5, num_zeros=num_zeros)

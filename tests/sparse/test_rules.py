@@ -152,3 +152,47 @@ def test_a_kernel_that_stays_as_it_is_may_have_any_axes():
     _, masks = sl.prune_tree(params, None, [('conv/.*', 'dense'), ('.*', '2:4')], method=sl.Magnitude())
     lora = sl.init_lora(jax.random.key(0), params, [('conv/.*', None), ('.*', (2, 4))])
     assert list(masks) == list(lora) == ['fc']
+
+
+def stack_of_zeros(layers):
+    return {'kernel': jnp.zeros((layers, 4, 4))}
+
+
+@pytest.mark.parametrize(
+    ('params', 'message'),
+    [
+        (
+            {'blocks': {'k': stack_of_zeros(3), 'q': stack_of_zeros(2)}},
+            r'blocks/q/kernel \[2, 4, 4\] and blocks/k/kernel \[3, 4, 4\] differ in their first axis',
+        ),
+        ({'blocks': {'0': {'q': stack_of_zeros(2)}}}, "blocks/0/q/kernel .*the key '0' numbers layers that are not"),
+    ],
+)
+def test_what_cannot_be_a_stack_of_layers_is_refused(params, message):
+    with pytest.raises(rules.RuleError, match=message):
+        sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
+
+
+def test_stacks_of_two_towers_may_differ_in_their_layers():
+    params = {'a': {'blocks': {'q': stack_of_zeros(3)}}, 'b': {'blocks': {'q': stack_of_zeros(2)}}}
+    sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
+
+
+def test_a_key_with_a_slash_is_refused():
+    with pytest.raises(rules.RuleError, match="key 'a/b' contains a slash"):
+        rules.flatten({'a/b': {'kernel': jnp.zeros((4, 4))}})
+
+
+@pytest.mark.parametrize(
+    ('leaf', 'kind'),
+    [
+        ({'kernel': nn.Partitioned(jnp.ones((4, 4)), (None, None))}, 'hidden/kernel is a Partitioned'),
+        (nnx.state(nnx.Linear(4, 4, rngs=nnx.Rngs(0))), 'hidden is a State'),
+        ({'kernel': object()}, 'hidden/kernel is a object'),
+    ],
+)
+def test_a_matrix_that_is_no_plain_array_is_named_unless_it_stays_dense(leaf, kind):
+    params = {'hidden': leaf, 'q': {'kernel': jnp.ones((4, 4))}}
+    with pytest.raises(rules.RuleError, match=f'{kind}, and rules prune it: expected a plain array'):
+        sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
+    sl.prune_tree(params, None, [('q/kernel', '2:4'), ('.*', 'dense')], method=sl.Magnitude())

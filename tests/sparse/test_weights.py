@@ -137,3 +137,22 @@ def _(kernel, x):
 def test_a_kind_of_kernel_of_ones_own_is_registered():
     got = sl.linear(jnp.ones((1, 3)), Diagonal(jnp.arange(3.0)), jnp.ones(3))
     assert got.tolist() == [[1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.int32])
+def test_a_mask_of_numbers_is_refused(dtype):
+    params, masks, _ = make()
+    numbers = jax.tree.map(lambda mask: mask.astype(dtype), masks)
+    for combine in (sl.bind, sl.merge):
+        with pytest.raises(rules.RuleError, match=f'blocks/q/kernel: the mask is an array of {jnp.dtype(dtype)}'):
+            combine(params, numbers)
+    with pytest.raises(sl.PatternError, match=f'blocks/q/kernel: the mask is {jnp.dtype(dtype)}'):
+        sl.check_sparse(params, numbers)
+
+
+def test_factors_of_two_ranks_are_refused():
+    params, _, lora = make()
+    factors = lora['blocks']['q']['kernel']
+    lora['blocks']['q']['kernel'] = sl.Lora(factors.a[..., :2], factors.b, factors.scale)
+    with pytest.raises(rules.RuleError, match='blocks/q/kernel: LoRA factors'):
+        sl.bind(params, None, lora)

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import qwix
 
+from sparselora_jax.runtime.errors import calling
 from sparselora_jax.sparse.packing.bitmask import mask_shapes, pack_mask
-from sparselora_jax.sparse.packing.format import PackedFormat, PackingError, find_format, is_packed
+from sparselora_jax.sparse.packing.format import FORMATS, PackedFormat, PackingError, find_format, is_packed
 from sparselora_jax.sparse.rules import flatten, match, unflatten
 
 Formats = str | Sequence[tuple[str, str]]  # the name of one format, or ordered rules (regex, name)
@@ -75,12 +76,43 @@ def reduce_kernels(params: dict, masks: dict, formats: Formats) -> tuple[dict, d
             raise PackingError(f'{path}: has a mask {mask.shape}, but no kernel of that shape')
         # Formats do not know paths, so the path is added to their errors here.
         try:
-            flat[path] = form.pack(flat[path], mask)
+            flat[path] = _pack_checked(form, flat[path], mask)
         except PackingError as error:
             raise PackingError(f'{path}: {error}') from None
         if not form.brings_mask:
             masks_beside[path] = pack_mask(mask)  # one bit per weight instead of one byte
     return unflatten(flat), unflatten(masks_beside) if masks_beside else None
+
+
+def _pack_checked(form: PackedFormat, kernel: Any, mask: Any) -> Any:
+    """Return the packed kernel; a format of somebody else must give back the kernel and the mask.
+
+    Raises:
+      PackingError: the format cannot store the mask, fails, or stores something else.
+    """
+    name = f'format {type(form).__name__}'
+    with calling(name, PackingError):
+        packed = form.pack(kernel, mask)
+    # The formats of the package have tests of their own.
+    if any(form is FORMATS.find(own) for own in FORMATS):
+        return packed
+    if not isinstance(packed, form.kernel_type) or (form.brings_mask and not is_packed(packed)):
+        raise PackingError(f'{name} packed a kernel into a {type(packed).__name__}, expected {form.kernel_type}')
+    if not form.brings_mask:
+        return packed
+    with calling(f'{name}: unpacking', PackingError):
+        # One layer: a whole stack would need its dense size once more. Scans slice packed stacks in this way too.
+        is_stack = len(kernel.shape) == 3
+        layer = jax.tree.map(lambda leaf: leaf[0], packed) if is_stack else packed
+        weights = np.asarray(layer.unpack(kernel.dtype))
+        is_kept = np.asarray(layer.unpack_mask())
+    first_mask = np.asarray(mask[0] if is_stack else mask)
+    first_kernel = np.asarray(kernel[0] if is_stack else kernel)
+    if not np.array_equal(is_kept, first_mask):
+        raise PackingError(f'{name} does not give back the mask that it packed')
+    if form.levels is None and not np.array_equal(weights, np.where(first_mask, first_kernel, 0)):
+        raise PackingError(f'{name} says that it is lossless (levels = None), and does not give back the kernel')
+    return packed
 
 
 def reduce_shapes(params: dict, densities: Mapping[str, float], formats: Formats) -> tuple[dict, dict]:
