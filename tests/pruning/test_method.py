@@ -11,7 +11,7 @@ from configs import blip2_lang_only
 from sparselora_jax import pruning
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.method import check_method
-from sparselora_jax.recipe import ConfigError, allocation_of, prune_methods
+from sparselora_jax.recipe import ConfigError, allocation_of, check_allocation, metric, prune_methods
 
 
 @dataclass(frozen=True)
@@ -230,3 +230,48 @@ def test_a_statistic_that_is_no_sum_is_named(stat, message):
     params = {'q': {'kernel': jnp.ones((4, 2))}}
     with pytest.raises(calibrate.CalibrationError, match=message):
         calibrate.collect(lambda w, x: sl.linear(x, w['q']['kernel']), params, [jnp.ones((3, 4))], stat=stat)
+
+
+@dataclass(frozen=True)
+class Refusing(pruning.Wanda):
+    """An option that the method itself refuses, by an error of Python."""
+
+    def __post_init__(self):
+        raise ValueError('my option is bad')
+
+
+@dataclass(frozen=True)
+class RefusingAllocation(pruning.Uniform):
+    """As `Refusing`, but an allocation that also fails to check."""
+
+    moves_zeros: ClassVar[bool] = True
+
+    def check(self, uniform, sizes):
+        raise ValueError('not these sizes')
+
+
+def test_a_part_that_fails_while_the_recipe_is_read_is_named():
+    with pytest.raises(ConfigError, match=r'prune\.method Refusing fails: ValueError: my option is bad'):
+        prune_methods(config_with(prune__method='test_method:Refusing'))
+    config = config_with(prune__allocation='test_method:RefusingAllocation')
+    config.prune.pattern = dict.fromkeys(config.prune.pattern, '0.5')
+    kernel = {'blocks': {'q': {'kernel': jnp.ones((2, 8, 8))}}}
+    params = dict.fromkeys(config.prune.pattern, kernel)
+    with pytest.raises(pruning.AllocationError, match='check of RefusingAllocation fails: ValueError: not these sizes'):
+        check_allocation(config, params)
+
+
+def titled(title):
+    return type('Titled', (), {'title': title, '__call__': lambda self, predicted, reference: 1.0})()
+
+
+UNTITLED = titled(None)
+EMPTY = titled(' ')
+
+
+@pytest.mark.parametrize('name', ['UNTITLED', 'EMPTY'])
+def test_a_metric_without_a_title_is_named(name):
+    config = blip2_lang_only.get_config()
+    config.evaluate.metric = f'test_method:{name}'
+    with pytest.raises(ConfigError, match=f"metric 'test_method:{name}' has the title .*: expected a text"):
+        metric(config)
