@@ -24,7 +24,7 @@ from sparselora_jax.restoration.losses import answer_loss
 from sparselora_jax.restoration.restore import Frozen
 from sparselora_jax.runtime.progress import Progress
 from sparselora_jax.sparse.masks import check_masks, check_sparse
-from sparselora_jax.sparse.rules import flatten
+from sparselora_jax.sparse.rules import flatten, unflatten
 from sparselora_jax.sparse.weights import merge
 
 
@@ -154,8 +154,9 @@ def prune(job: Job) -> dict:
             def keep(path, layer, kernel, mask):
                 tower = path.split('/')[0]
                 promised = {path: np.asarray(zeros[path][layer])} if zeros else None
-                check_masks({path: mask}, [('.*', patterns[path])], group=config.prune.group[tower], zeros=promised)
-                check_sparse({path: kernel}, {path: mask})
+                tree = unflatten({path: mask})
+                check_masks(tree, [('.*', patterns[path])], group=config.prune.group[tower], zeros=promised)
+                check_sparse(unflatten({path: kernel}), tree)
                 write_mask(path, layer, mask)
                 if path in edited:
                     write_kernel(path, layer, kernel)
