@@ -12,7 +12,8 @@ from sparselora_jax.sparse import packing
 
 
 def test_each_tree_comes_back_bit_for_bit(tmp_path):
-    params = {'a': {'kernel': jax.random.normal(jax.random.key(0), (2, 8, 4), jnp.bfloat16)}, 'n': jnp.ones(3)}
+    stack = jax.random.normal(jax.random.key(0), (2, 8, 4), jnp.bfloat16)
+    params = {'blocks': {'a': {'kernel': stack}}, 'n': jnp.ones(3)}
     _, masks = sl.prune_tree(params, None, [('.*', '2:4')], method=sl.Magnitude())
     lora = sl.init_lora(jax.random.key(1), params, [('.*', sl.LoraSpec(2, 3))])
     for name, tree in {'params': params, 'masks': masks, 'lora': lora}.items():
