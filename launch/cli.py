@@ -213,10 +213,11 @@ def dry_run(config: ConfigDict, workdir: str, stages: tuple[str, ...]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         # easy-VQA is prepared when it is first read. If it is not prepared yet, it is in a folder that is removed.
-        if not Path(config.data_dir).exists():
-            config = config.copy_and_resolve_references()
-            config.data_dir = folder
+        # The workdir is compared with the recipe as it is, before its folder is replaced.
         job = Job(config, workdir)
+        if not Path(config.data_dir).exists():
+            job.config = config.copy_and_resolve_references()
+            job.config.data_dir = folder
         taken = resources.check_job(job, stages)
         if processes.first():
             print(resources.describe(job, taken))

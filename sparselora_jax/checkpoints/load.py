@@ -34,7 +34,7 @@ def load_model(
     Args:
       dir_or_hub_id: a directory as `save_pretrained` writes it, or the id of a repository such as
         `Salesforce/blip2-opt-2.7b`, which is downloaded (or found in the cache). The kernels of a packed export
-        (`checkpoints.packed`) stay packed. 'embedded' names the small model that comes with the package; write
+        (`checkpoints.packed`) stay packed. 'embedded' names the small model of the demo; write
         './embedded' for a directory of that name.
       dtype: dtype of the params; each tensor's own by default, and float32 for the embedded model. A T5 overflows in
         float16, so choose float32 or bfloat16 if its files are in float16.

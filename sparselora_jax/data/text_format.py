@@ -32,6 +32,15 @@ class TextFormat:
     def __post_init__(self):
         if self.prompt.count('{}') != 1:
             raise DataError(f'prompt {self.prompt!r}: expected {{}} once, in the place of the question')
+        for name in ('prompt_tokens', 'answer_tokens'):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise DataError(f'{name} {value!r}: expected a whole number, 1 or more')
+        if not isinstance(self.decoding, dict):
+            raise DataError(f'decoding {self.decoding!r}: expected arguments of generate by name')
+        for name, value in self.decoding.items():
+            if not isinstance(value, int | float | str) and value is not None:
+                raise DataError(f'decoding.{name} {value!r}: expected a number')
 
     def write(self, question: str) -> str:
         """Return the prompt of a question."""
@@ -62,5 +71,5 @@ def load(folder: str | Path, default: TextFormat) -> TextFormat:
     try:
         return TextFormat(**json.loads(path.read_text()))
     # A wrong field is a TypeError, wrong JSON a ValueError, a prompt that is not a string an AttributeError.
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f'{path}: not a text format ({error})') from None

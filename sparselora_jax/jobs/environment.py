@@ -11,8 +11,14 @@ from ml_collections import ConfigDict
 
 from sparselora_jax import __version__
 from sparselora_jax.jobs import names
-from sparselora_jax.runtime.files import read_json, write_text
+from sparselora_jax.runtime.files import StorageError, read_json, write_text
 
+# What to do with a damaged file of descriptions.
+REMEDY = 'delete it; the report then lacks earlier devices'
+# The entries of a description.
+KEYS = frozenset(
+    ('versions', 'platform', 'device_kind', 'devices', 'cores', 'processes', 'dtype', 'mesh', 'model', 'data')
+)
 # Packages whose versions are recorded.
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'safetensors', 'numpy')
 
@@ -99,4 +105,10 @@ def recorded(workdir: Path) -> list[dict[str, Any]]:
       workdir: the folder of a run.
     """
     file = workdir / names.ENVIRONMENTS
-    return read_json(file, 'delete it; the report then lacks earlier devices')['environments'] if file.exists() else []
+    if not file.exists():
+        return []
+    environments = read_json(file, REMEDY).get('environments')
+    is_list = isinstance(environments, list)
+    if not is_list or not all(isinstance(each, dict) and each.keys() >= KEYS for each in environments):
+        raise StorageError(f'{file}: not a list of descriptions of runs; {REMEDY}')
+    return environments

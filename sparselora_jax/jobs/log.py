@@ -53,14 +53,25 @@ class Log:
           stage: the stage of the job.
           name: the name of the scalar.
         """
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        # Undecodable bytes only spoil their own line.
+        lines = self.path.read_text(errors='replace').splitlines() if self.path.exists() else []
         records = [_parse_record(line) for line in lines]
-        values = {r['step']: r[name] for r in records if r.get('stage') == stage and name in r}
+        values = {
+            record['step']: record[name]
+            for record in records
+            if record.get('stage') == stage and _is_number(record.get('step')) and _is_number(record.get(name))
+        }
         return sorted(values.items())
 
 
 def _parse_record(line: str) -> dict:
+    """Return the record of a line, or an empty one if the line is incomplete or damaged."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # an incomplete line
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # thousands of brackets exhaust the stack
         return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)

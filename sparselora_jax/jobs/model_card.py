@@ -68,7 +68,7 @@ def write_card(job: Job, folder: str, sparsity: dict[str, dict]) -> str:
         scores=scores,
         score_head=['model', metric, 'perplexity'] if has_perplexity else ['model', metric],
         has_perplexity=has_perplexity,
-        questions=config.evaluate.questions,
+        questions=_questions(job),
         data=_last_part(config.data),
         decoding='greedily' if beams == 1 else f'with {beams} beams',
         architecture=_architecture(job) if is_dense else '',
@@ -76,6 +76,12 @@ def write_card(job: Job, folder: str, sparsity: dict[str, dict]) -> str:
         version=__version__,
         base_card=_base_card(job),
     )
+
+
+def _questions(job: Job) -> int:
+    """Return how many questions were scored: the data may have fewer than the recipe asks for."""
+    scored = job.read_result(names.evaluation_stage('dense'))
+    return 0 if scored is None else len(scored['true'])
 
 
 def _last_part(path: str) -> str:

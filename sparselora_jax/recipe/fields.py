@@ -143,7 +143,7 @@ FIELDS = (
         'model',
         'embedded',
         _text('embedded, a directory or a hub id'),
-        'Model to prune: the one that comes with the package, a Hugging Face directory, or a hub id.',
+        'Model to prune: the embedded one (docs/guides/install.md), a Hugging Face directory, or a hub id.',
     ),
     Field(
         'family',

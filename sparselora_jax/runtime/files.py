@@ -15,6 +15,9 @@ from safetensors import SafetensorError
 
 from sparselora_jax.runtime.errors import SparseloraError
 
+# The umask can only be read by setting it.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 PARTIAL = '.partial'  # suffix of a file while it is being written
 LOCK = 'lock'  # lock file in a working directory, which names the process that uses it
 
@@ -45,6 +48,8 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + PARTIAL)
     try:
         yield partial
+        # Some writers make files that only their owner may read. Others get to read this one as the umask says.
+        partial.chmod(0o666 & ~_UMASK)
         _sync(partial)
         partial.replace(path)
         _sync(path.parent)  # the rename changes the folder, which is cached separately
