@@ -226,8 +226,11 @@ def test_a_directorys_own_files_say_whether_the_head_is_tied(script, tmp_path):
         (['Salesforce/blip2-opt-27b'], 'did you mean Salesforce/blip2-opt-2.7b?'),
         (['blip2_lang_onyl'], 'did you mean blip2_lang_only?'),
         (['configs/blip2_lang_onyl.py'], 'did you mean configs/blip2_lang_only.py?'),
-        ([], 'expected one model: python launch/inspect.py MODEL'),
-        (['google/paligemma-3b-pt-224', '--config=configs/blip2_both.py'], "rule 'qformer/"),
+        ([], 'expected a model: python launch/inspect.py MODEL'),
+        (
+            ['google/paligemma-3b-pt-224', '--config=configs/blip2_both.py'],
+            'use one of this family, such as configs/paligemma_lang_only.py',
+        ),
         (
             ['google/paligemma-3b-pt-224', '--config.restore.batch=2'],
             '--config.restore.batch needs a recipe: add',
