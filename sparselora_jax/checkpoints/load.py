@@ -19,6 +19,7 @@ from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import sharding
+from sparselora_jax.sparse.rules import flatten
 
 # Files of a hub repository to download: models, tokenizers and processors, but no pickles (*.bin).
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
@@ -53,6 +54,7 @@ def load_model(
         _refuse_family(family)
         model, params = embedded.load(dtype=jnp.float32 if dtype is None else dtype)
         return model, params if mesh is None else sharding.shard(params, mesh)
+    _check_dtype(dtype)
     folder = find_directory(dir_or_hub_id)
     if (folder / packed.FILE).is_file():
         checkpoint_files.refuse_adapter(folder)  # the other branch does so where it opens the files
@@ -64,6 +66,22 @@ def load_model(
         return packed.load_packed(folder, model, dtype=dtype)
     model, pieces = open_model(folder, family)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
+
+
+def _check_dtype(dtype: DTypeLike | None) -> None:
+    """Check that weights can have a dtype.
+
+    Raises:
+      UnsupportedModelError: it is no floating-point dtype.
+    """
+    if dtype is None:
+        return
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # not a dtype at all
+        is_float = False
+    if not is_float:
+        raise UnsupportedModelError(f'dtype {dtype!r}: expected a floating-point dtype such as float32 or bfloat16')
 
 
 def load_processor(dir_or_hub_id: str | Path, *, family: str = '') -> processing.Processor:
@@ -115,7 +133,24 @@ def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list
     known_family = find_family(hf.model_type, family)
     cfg = layout.follow_head(known_family, config_of(known_family, hf), checkpoint)
     model = Model(cfg, read_generation(folder, hf, known_family), str(folder))
+    _check_sizes(folder, model)
     return model, layout.pieces(known_family, cfg, checkpoint)
+
+
+def _check_sizes(folder: Path, model: Model) -> None:
+    """Check that the sizes in a config are those of a model.
+
+    Raises:
+      StorageError: an array would have no or a negative size.
+    """
+    path = folder / checkpoint_files.CONFIG
+    try:
+        shapes = flatten(model.shapes())
+    except ZeroDivisionError:  # such as a patch size of 0
+        raise StorageError(f'{path}: a size is 0, which no model can have; download it again') from None
+    for name, shape in shapes.items():
+        if any(size < 1 for size in shape):
+            raise StorageError(f'{path}: {name} would have the shape {list(shape)}; download it again')
 
 
 def _tell_ignored(checkpoint: Checkpoint) -> None:
@@ -190,7 +225,7 @@ def read_config(folder: Path, family: str = '') -> Any:
     try:
         raw = json.loads(path.read_text())
         kind = raw.get('model_type')
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:  # thousands of brackets exhaust the stack
         raise StorageError(f'{path}: not a model config ({error}); download it again') from None
     try:
         find_family(kind, family)
@@ -229,11 +264,15 @@ def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
     if own and path.is_file():
         try:
             defaults = GenerationConfig.from_pretrained(folder)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise StorageError(f'{path}: not defaults of decoding ({error}); download it again') from None
     else:
         # Without the file, transformers builds the defaults from the model's config in the same way.
         defaults = GenerationConfig.from_model_config(hf if own else hf.text_config)
+    for name in ('eos_token_id', 'pad_token_id', 'bos_token_id', 'decoder_start_token_id'):
+        value = getattr(defaults, name)
+        if not all(isinstance(token, int) for token in _token_ids(value)):
+            raise StorageError(f'{path}: {name} {value!r}: expected a token id; download it again')
     eos = _token_ids(defaults.eos_token_id)
     pad = defaults.pad_token_id
     if pad is None:
@@ -247,7 +286,7 @@ def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
     )
 
 
-def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
+def _token_ids(ids: Any) -> tuple[int, ...]:
     """Return token ids as a tuple; a config may have none, one or several."""
     if ids is None:
         return ()

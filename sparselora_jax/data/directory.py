@@ -66,7 +66,9 @@ def find_end_token(folder: Path, config: 'transformers.PretrainedConfig', spec: 
     file = folder / 'generation_config.json'
     if spec.reads_generation_config and file.is_file():
         end = json.loads(file.read_text()).get('eos_token_id', end)
-    return end[0] if isinstance(end, list) else end
+    if isinstance(end, list):
+        return end[0] if end else None
+    return end
 
 
 def read_processor(

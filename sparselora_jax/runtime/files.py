@@ -85,6 +85,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     Raises:
       StorageError: the file is not a JSON object.
     """
+    if not path.is_file():
+        # Opening a pipe would wait for ever.
+        raise StorageError(f'{path}: not a file; {remedy}')
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # thousands of brackets exhaust the stack

@@ -436,3 +436,30 @@ def test_forced_tokens_are_kept_to_be_refused_and_options_without_effect_are_acc
         assert hash(model)
         with pytest.raises(sl.GenerationError, match=f'{llama}/generation_config.json: {name} = .* is not supported'):
             check_options(model)
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'foo', 'bool', 'complex64'])
+def test_weights_have_a_floating_point_dtype(llama, dtype):
+    with pytest.raises(UnsupportedModelError, match=f'dtype {dtype!r}: expected a floating-point dtype'):
+        load_model(llama, dtype=dtype)
+
+
+@pytest.mark.parametrize(('name', 'value'), [('eos_token_id', 'x'), ('bos_token_id', {}), ('pad_token_id', 1.5)])
+def test_a_special_token_that_is_no_token_is_named(llama, name, value):
+    (llama / 'generation_config.json').write_text(json.dumps({name: value}))
+    with pytest.raises(sl.StorageError, match=f'generation_config.json: .*{name}|not defaults of decoding'):
+        open_model(llama)
+
+
+@pytest.mark.parametrize('value', [0, -4])
+def test_a_size_that_no_model_can_have_is_named(llama, value):
+    config = json.loads((llama / 'config.json').read_text())
+    (llama / 'config.json').write_text(json.dumps(config | {'intermediate_size': value}))
+    with pytest.raises(sl.StorageError, match=r'config.json: .* would have the shape'):
+        open_model(llama)
+
+
+def test_a_config_of_thousands_of_brackets_is_named(llama):
+    (llama / 'config.json').write_text('[' * 200_000)
+    with pytest.raises(sl.StorageError, match=r'config\.json: not a model config'):
+        open_model(llama)

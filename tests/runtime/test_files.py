@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -80,3 +81,17 @@ def test_a_file_that_is_no_json_object_is_named_with_the_remedy(tmp_path, conten
     (tmp_path / 'a.json').write_bytes(content)
     with pytest.raises(files.StorageError, match=r'a.json: not .*; put back a copy'):
         files.read_json(tmp_path / 'a.json', 'put back a copy')
+
+
+def test_a_pipe_in_place_of_a_json_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / 'config.json')
+    with pytest.raises(files.StorageError, match=r'config\.json: not a file; put it back'):
+        files.read_json(tmp_path / 'config.json', 'put it back')
+
+
+def test_a_written_file_may_be_read_by_others_as_the_umask_says(tmp_path):
+    with files.whole(tmp_path / 'new') as partial:
+        descriptor = os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600)
+        os.close(descriptor)
+    (tmp_path / 'plain').touch()
+    assert (tmp_path / 'new').stat().st_mode == (tmp_path / 'plain').stat().st_mode
