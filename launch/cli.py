@@ -43,6 +43,7 @@ if 'torch' not in sys.modules:
     del sys.modules['torch']
 
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -135,7 +136,12 @@ def define_recipe(default: str | None, *, kind: str = 'recipe') -> flags.FlagHol
         _fail(error)
     except (flags.Error, ValueError, TypeError) as error:
         # A value of another type, or a field that is set after one of its own parts.
-        _fail(ConfigError(str(error)))
+        _fail(ConfigError(_without_number(error)))
+
+
+def _without_number(error: Exception) -> str:
+    """Return the message of one of absl's errors, without the number of an operating system's error in it."""
+    return re.sub(r'\[Errno \d+\] ', '', str(error))
 
 
 def split_config(argv: Sequence[str], default: str | None = None) -> tuple[str | None, list[str]]:
@@ -261,6 +267,37 @@ def load_model() -> LoadedModel:
         text = replace(text, prompt_tokens=values.prompt_tokens)
     given = {name: values[name].value for name in DECODING if values[name].value is not None}
     return LoadedModel(model, params, processor, replace(text, decoding=DECODING | text.decoding | given))
+
+
+def check_memory(loaded: LoadedModel, rows: int) -> None:
+    """Check that the search for answers fits into memory.
+
+    Args:
+      loaded: the model.
+      rows: number of questions that are answered at a time.
+
+    Raises:
+      OutOfMemoryError: it does not; names both numbers, and the flags to change.
+    """
+    # Imported here, because other scripts do not need it.
+    from sparselora_jax.planning import memory
+    from sparselora_jax.runtime import machine
+
+    decoding = loaded.text.decoding
+    parts = memory.search(
+        loaded.model.cfg,
+        loaded.params,
+        memory.prompts_like(loaded.model.cfg, loaded.text, rows),
+        beams=decoding['num_beams'],
+        new_tokens=decoding['max_new_tokens'],
+    )
+    needed = sum(parts.values()) + sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
+    available = machine.device_memory(1)
+    if needed > available:
+        raise OutOfMemoryError(
+            f'answering takes at least {needed / 2**30:,.1f} GiB of memory, and a device has '
+            f'{available / 2**30:,.1f} GiB; lower --num_beams, --max_new_tokens or --batch'
+        )
 
 
 def print_header(*details: str) -> None:
@@ -404,6 +441,7 @@ def _parse(positional: str) -> list[str]:
       UsageError: a flag is unknown or has an illegal value, or there are too many arguments.
     """
     others = sys.argv[1:]
+    _refuse_bytes(others)
     # `define_recipe` has read `--config` itself. A script that does not call it has no such flag.
     if 'config' in flags.FLAGS:
         _, others = split_config(others)
@@ -411,7 +449,8 @@ def _parse(positional: str) -> list[str]:
         _, *arguments = flags.FLAGS([sys.argv[0], *others])
     except (flags.Error, ValueError) as error:
         # absl raises a ValueError for a value of `--noFLAG`.
-        raise UsageError(str(error)) from None
+        raise UsageError(_without_number(error)) from None
+    _refuse_infinite()
     if 'workdir' in flags.FLAGS and not flags.FLAGS.workdir.strip():
         raise UsageError("--workdir is empty: expected a folder; '.' is the current one")
     expected = positional.split()
@@ -425,6 +464,29 @@ def _parse(positional: str) -> list[str]:
     elif unknown.partition('=')[0] in flags.FLAGS:
         hint = f'did you mean --{unknown}?'
     raise UsageError(f'unknown argument {unknown!r}: {hint}')
+
+
+def _refuse_bytes(arguments: Sequence[str]) -> None:
+    """Check that all arguments are text, since they are written into logs, reports and model cards.
+
+    Raises:
+      UsageError: an argument has bytes that are no UTF-8, which Python replaces by surrogates.
+    """
+    for argument in arguments:
+        if not argument.isascii() and any('\ud800' <= character <= '\udfff' for character in argument):
+            raise UsageError(f'{argument!a}: expected text in UTF-8; rename the file or folder')
+
+
+def _refuse_infinite() -> None:
+    """Check the flags that are numbers.
+
+    Raises:
+      UsageError: one is infinite or not a number, which absl accepts.
+    """
+    for module in (__name__, sys.argv[0]):
+        for flag in flags.FLAGS.flags_by_module_dict().get(module, []):
+            if isinstance(flag.value, float) and not math.isfinite(flag.value):
+                raise UsageError(f'--{flag.name}={flag.value}: expected a finite number')
 
 
 class UsageError(SparseloraError, ValueError):

@@ -39,12 +39,16 @@ def main(argv: list[str]) -> None:
     """Print the accuracy, and the floor: the best accuracy of a model that never sees an image."""
     del argv
     data = choose_data()
-    model, params, processor, text = cli.load_model()
+    loaded = cli.load_model()
+    model, params, processor, text = loaded
     cli.print_header(f'data {data}')
     misfit = pipeline.misfit(processor, text, answers=False)
     dataset = load_dataset(find_loader(data), DataRequest(data, Path(DATA_DIR.value), misfit))
     train, test = (split.read_texts() for split in (dataset.train, dataset.test))
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
+    # A larger batch would be filled with copies of the last question.
+    batch = min(BATCH.value, len(indices))
+    cli.check_memory(loaded, batch)
     answers = vqa.evaluate(
         model,
         params,
@@ -52,7 +56,7 @@ def main(argv: list[str]) -> None:
         text,
         dataset.test,
         indices,
-        batch=BATCH.value,
+        batch=batch,
         shuffle_images=SHUFFLE.value,
         progress=Progress('evaluate', len(indices)),
         **text.decoding,
@@ -82,9 +86,12 @@ def choose_data() -> str:
             '--data=FOLDER or --data=easy_vqa'
         )
     try:
-        return json.loads(file.read_text())['data']
-    except (ValueError, KeyError, TypeError):
-        raise StorageError(f'{file}: not the config of a run; add --data=FOLDER or --data=easy_vqa') from None
+        data = json.loads(file.read_text())['data']
+    except (ValueError, KeyError, TypeError, RecursionError):
+        data = None
+    if not isinstance(data, str):
+        raise StorageError(f'{file}: not the config of a run; add --data=FOLDER or --data=easy_vqa')
+    return data
 
 
 if __name__ == '__main__':

@@ -21,8 +21,10 @@ def main(argv: list[str]) -> None:
         raise DataError('the question is empty')
     # Read before the model is loaded, so that a bad image file is refused at once.
     image = images.read_image(path)
-    model, params, processor, text = cli.load_model()
+    loaded = cli.load_model()
+    cli.check_memory(loaded, 1)
     cli.print_header()
+    model, params, processor, text = loaded
     (answer,) = vqa.generate_answers(model, params, processor, text, [image], [question], **text.decoding)
     print(answer)
 

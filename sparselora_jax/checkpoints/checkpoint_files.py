@@ -182,7 +182,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(), object_pairs_hook=unique_names)['weight_map']
         names = set(index.values())  # a value that cannot be hashed raises TypeError: not a valid index
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f'{path}: not an index of safetensors ({error}); download it again') from None
     for name in sorted(names, key=str):  # sorted as text, since a damaged index may contain numbers
         if not isinstance(name, str) or not name.endswith('.safetensors'):

@@ -99,7 +99,7 @@ def _from_header(path: str | Path, metadata: dict[str, str]) -> blip2.Blip2Confi
             qformer=qformer.QFormerConfig(**parts['qformer']),
             language=llama.LlamaConfig(**parts['language']),
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise StorageError(f'{path}: the header holds no config of a BLIP-2 model ({error!r})') from None
 
 

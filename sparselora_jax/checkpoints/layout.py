@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparselora_jax.checkpoints import safetensors_format
@@ -289,6 +290,13 @@ def _check_entries(checkpoint: Checkpoint, wanted: dict[str, list[Place]], entri
         if not all(_fits(entry, place) for place in wanted[name])
     ]
     _refuse(where, 'have the wrong shape', misshapen)
+    # Only a quantiser writes integers, and nothing in the file says what they stand for.
+    integers = [
+        f'{entry.file.name}: {entry.name} is {entry.dtype}'
+        for entry in entries.values()
+        if not jnp.issubdtype(entry.dtype, jnp.floating)
+    ]
+    _refuse(where, 'hold no floating-point numbers', integers)
 
 
 def _describe(places_of_tensor: list[Place]) -> str:

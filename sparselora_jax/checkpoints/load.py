@@ -1,6 +1,7 @@
 """Read a `Model`, its params and its processor: from a Hugging Face directory, from the hub, or from the package."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,6 @@ from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.rules import flatten
 
 # Files of a hub repository to download: models, tokenizers and processors, but no pickles (*.bin).
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
@@ -133,24 +133,7 @@ def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list
     known_family = find_family(hf.model_type, family)
     cfg = layout.follow_head(known_family, config_of(known_family, hf), checkpoint)
     model = Model(cfg, read_generation(folder, hf, known_family), str(folder))
-    _check_sizes(folder, model)
     return model, layout.pieces(known_family, cfg, checkpoint)
-
-
-def _check_sizes(folder: Path, model: Model) -> None:
-    """Check that the sizes in a config are those of a model.
-
-    Raises:
-      StorageError: an array would have no or a negative size.
-    """
-    path = folder / checkpoint_files.CONFIG
-    try:
-        shapes = flatten(model.shapes())
-    except ZeroDivisionError:  # such as a patch size of 0
-        raise StorageError(f'{path}: a size is 0, which no model can have; download it again') from None
-    for name, shape in shapes.items():
-        if any(size < 1 for size in shape):
-            raise StorageError(f'{path}: {name} would have the shape {list(shape)}; download it again')
 
 
 def _tell_ignored(checkpoint: Checkpoint) -> None:
@@ -195,8 +178,10 @@ def find_directory(dir_or_hub_id: str | Path) -> Path:
         download = huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED)
     except Exception as error:  # the hub raises many classes: HTTP and connection errors, wrong ids, no cache entry
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        # The number of an operating system's error helps nobody.
+        shown = re.sub(r'\[Errno -?\d+\] ', '', reason[0])
         raise StorageError(
-            f'{name}: no such directory, and the hub did not give it ({reason[0]}). Where there is a connection, run: '
+            f'{name}: no such directory, and the hub did not give it ({shown}). Where there is a connection, run: '
             f'hf download {name}   then pass its directory; to an offline machine, copy that directory first'
         ) from None
     folder = Path(download)
@@ -218,7 +203,6 @@ def read_config(folder: Path, family: str = '') -> Any:
       StorageError: config.json is not a model config.
       UnsupportedModelError: the kind of model is not supported, or its weights are quantised.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / checkpoint_files.CONFIG
@@ -227,6 +211,8 @@ def read_config(folder: Path, family: str = '') -> Any:
         kind = raw.get('model_type')
     except (ValueError, AttributeError, RecursionError) as error:  # thousands of brackets exhaust the stack
         raise StorageError(f'{path}: not a model config ({error}); download it again') from None
+    if not isinstance(kind, str):
+        raise StorageError(f'{path}: model_type {kind!r}: expected the name of a kind of model; download it again')
     try:
         find_family(kind, family)
     except UnsupportedModelError as error:
@@ -238,9 +224,62 @@ def read_config(folder: Path, family: str = '') -> Any:
         )
     try:
         # Remote code is not trusted, so an `auto_map` in the file runs nothing.
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # transformers computes with the values before it has checked all of them, so it may raise errors of any class.
+    except Exception as error:
         raise StorageError(f'{path}: transformers does not read it ({error})') from None
+    problem = _size_problem(hf.to_dict())
+    if problem:
+        raise StorageError(f'{path}: {problem}; download it again')
+    return hf
+
+
+# Fields of transformers' configs, of any model, that count something.
+_SIZES = {
+    *('hidden_size', 'd_model', 'intermediate_size', 'd_ff', 'ffn_dim', 'vocab_size', 'image_size', 'patch_size'),
+    *('num_attention_heads', 'num_heads', 'num_key_value_heads', 'head_dim', 'd_kv', 'num_query_tokens'),
+    *('max_position_embeddings', 'word_embed_proj_dim', 'encoder_hidden_size', 'projection_dim'),
+}
+_DEPTHS = {'num_hidden_layers', 'num_layers', 'num_decoder_layers'}
+# No model has more layers. A list of the weights of so many would still fit into memory.
+_MOST_LAYERS = 10_000
+_LARGEST_SIZE = 2**31 - 1  # arrays have no longer axes
+
+
+def _size_problem(fields: Mapping[Any, Any], prefix: str = '') -> str:
+    """Return which field of a transformers config is no possible size, '' if all are.
+
+    Args:
+      fields: the config; those of towers are nested.
+      prefix: put before the names of fields.
+    """
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            problem = _size_problem(value, f'{prefix}{name}.')
+            if problem:
+                return problem
+        most = _MOST_LAYERS if name in _DEPTHS else _LARGEST_SIZE
+        # None stands for a default that other fields decide.
+        if name in _SIZES | _DEPTHS and value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            return f'{prefix}{name} {value!r}: expected a whole number from 1 to {most}'
+    return _division_problem(fields, prefix)
+
+
+def _division_problem(fields: Mapping[Any, Any], prefix: str) -> str:
+    """Return which size of a transformers config does not divide another one that it must divide, '' if all do."""
+    width = fields.get('hidden_size')
+    heads = fields.get('num_attention_heads')
+    # With a size of its own, a head need not be a part of the width.
+    if width and heads and not fields.get('head_dim') and width % heads:
+        return f'{prefix}num_attention_heads {heads}: does not divide hidden_size, {width}'
+    groups = fields.get('num_key_value_heads')
+    if heads and groups and heads % groups:
+        return f'{prefix}num_key_value_heads {groups}: does not divide num_attention_heads, {heads}'
+    patch = fields.get('patch_size')
+    image = fields.get('image_size')
+    if patch and image and patch > image:
+        return f'{prefix}patch_size {patch}: is larger than image_size, {image}'
+    return ''
 
 
 def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
@@ -269,10 +308,12 @@ def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
     else:
         # Without the file, transformers builds the defaults from the model's config in the same way.
         defaults = GenerationConfig.from_model_config(hf if own else hf.text_config)
+    # transformers does not check that special tokens are numbers.
     for name in ('eos_token_id', 'pad_token_id', 'bos_token_id', 'decoder_start_token_id'):
-        value = getattr(defaults, name)
-        if not all(isinstance(token, int) for token in _token_ids(value)):
-            raise StorageError(f'{path}: {name} {value!r}: expected a token id; download it again')
+        ids = getattr(defaults, name)
+        several = ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(token, int | None) for token in several):
+            raise StorageError(f'{path}: {name} {ids!r}: expected the number of a token, or a list of them')
     eos = _token_ids(defaults.eos_token_id)
     pad = defaults.pad_token_id
     if pad is None:
@@ -286,7 +327,7 @@ def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
     )
 
 
-def _token_ids(ids: Any) -> tuple[int, ...]:
+def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
     """Return token ids as a tuple; a config may have none, one or several."""
     if ids is None:
         return ()

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from sparselora_jax.checkpoints import layout
 from sparselora_jax.checkpoints.layout import Place
 from sparselora_jax.models.model import Model
-from sparselora_jax.runtime.files import StorageError, whole, write_text
+from sparselora_jax.runtime.files import StorageError, read_json, whole, write_text
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.weights import Lora
 
@@ -96,10 +96,13 @@ def name_base(folder: str | Path, base: str) -> None:
     Args:
       folder: directory that `save_peft` wrote; it need not exist.
       base: name or directory of the pruned model.
+
+    Raises:
+      StorageError: the adapter's config is damaged.
     """
     file = Path(folder) / CONFIG
     if file.exists():
-        config = json.loads(file.read_text())
+        config = read_json(file, 'put back a copy, or delete the folder')
         write_text(file, json.dumps(config | {'base_model_name_or_path': base}, indent=2))
 
 

@@ -139,7 +139,7 @@ def read_header(file: Path) -> list[Entry]:
         header = json.loads(text, object_pairs_hook=unique_names)
         header.pop('__metadata__', None)  # free-form strings, not a tensor
         entries = [_parse_entry(file, name, item, first) for name, item in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f'{file}: not a safetensors file: its header does not parse ({error})') from None
     # An empty tensor starts where the next one does, so it has to be sorted before it.
     entries = sorted(entries, key=lambda entry: (entry.start, entry.size))

@@ -1,11 +1,11 @@
 """Reads the transformers processor of a Hugging Face directory without torch, and completes its settings."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparselora_jax.data.processor_spec import PROCESSORS, ProcessorSpec
 from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
+from sparselora_jax.runtime.files import read_json
 
 if TYPE_CHECKING:
     import transformers
@@ -61,11 +61,14 @@ def find_end_token(folder: Path, config: 'transformers.PretrainedConfig', spec: 
       folder: the directory, which may hold a generation_config.json.
       config: the content of config.json.
       spec: decides which of the two files is used.
+
+    Raises:
+      StorageError: generation_config.json is damaged.
     """
     end = config.text_config.eos_token_id
     file = folder / 'generation_config.json'
     if spec.reads_generation_config and file.is_file():
-        end = json.loads(file.read_text()).get('eos_token_id', end)
+        end = read_json(file, 'download it again').get('eos_token_id', end)
     if isinstance(end, list):
         return end[0] if end else None
     return end

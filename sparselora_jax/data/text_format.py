@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from sparselora_jax.runtime.errors import DataError
 
 FILE = 'text_format.json'
+# The lowest values of the arguments of `generate` that are counts.
+_LOWEST = {'num_beams': 1, 'max_new_tokens': 1, 'min_length': 0}
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,31 @@ class TextFormat:
         for name in ('prompt_tokens', 'answer_tokens'):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise DataError(f'{name} {value!r}: expected a whole number, 1 or more')
-        if not isinstance(self.decoding, dict):
-            raise DataError(f'decoding {self.decoding!r}: expected arguments of generate by name')
-        for name, value in self.decoding.items():
-            if not isinstance(value, int | float | str) and value is not None:
-                raise DataError(f'decoding.{name} {value!r}: expected a number')
+                raise DataError(f'{name} {value!r}: expected 1 or more')
+        for name, value in dict(self.decoding).items():
+            _check_decoding(name, value)
 
     def write(self, question: str) -> str:
         """Return the prompt of a question."""
         return self.prompt.replace('{}', question)  # not str.format: a template may contain other braces
+
+
+def _check_decoding(name: str, value: Any) -> None:
+    """Check one argument of `generate`.
+
+    Raises:
+      DataError: it is not known, or its value is not legal.
+    """
+    if name == 'length_penalty':
+        is_legal = isinstance(value, int | float) and math.isfinite(value)
+        expected = 'a number'
+    elif name in _LOWEST:
+        is_legal = isinstance(value, int) and not isinstance(value, bool) and value >= _LOWEST[name]
+        expected = f'{_LOWEST[name]} or more'
+    else:
+        raise DataError(f'decoding {name!r}: expected length_penalty, {", ".join(_LOWEST)}')
+    if not is_legal:
+        raise DataError(f'decoding {name} {value!r}: expected {expected}')
 
 
 def dump(text: TextFormat) -> str:

@@ -65,6 +65,24 @@ def check_options(model: Model) -> None:
             raise GenerationError(f'{where}: {name} = {value!r} is not supported; remove it')
 
 
+def check_new_tokens(model: Model, prompt_length: int, new: int) -> None:
+    """Check that a model can read a prompt with the longest answer.
+
+    Args:
+      model: the model.
+      prompt_length: number of tokens of the prompt (of an encoder-decoder: of the decoder's prompt).
+      new: maximum number of tokens after the prompt.
+
+    Raises:
+      GenerationError: together they are more than the model reads.
+    """
+    longest = model.cfg.language.longest
+    if longest is not None and prompt_length + new > longest:
+        raise GenerationError(
+            f'{prompt_length} tokens and {new} more: {layers.reads_at_most(longest)}; lower max_new_tokens'
+        )
+
+
 def generate(
     model: Model,
     weights: dict,
@@ -156,11 +174,7 @@ def _settings(model: Model, arguments: dict, prompt_length: int) -> tuple[int, s
             f'the prompt has {prompt_length} tokens and max_length (or max_new_tokens) leaves room for {new} more: '
             'raise max_length or max_new_tokens'
         )
-    longest = model.cfg.language.longest
-    if longest is not None and prompt_length + new > longest:
-        raise GenerationError(
-            f'{prompt_length} tokens and {new} more: {layers.reads_at_most(longest)}; lower max_new_tokens'
-        )
+    check_new_tokens(model, prompt_length, new)
     if options['num_beams'] < 1:
         raise GenerationError(f'num_beams {options["num_beams"]}: expected 1 or more')
     if options['early_stopping'] not in (True, False, 'never'):

@@ -168,7 +168,7 @@ def _read_answers(answers_file: Path | None, batch: int) -> list[str]:
     for number, line in enumerate(lines, start=1):
         try:
             answer = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, str):
             raise StorageError(f'{answers_file}, line {number}: not an answer; delete the file to answer all again')

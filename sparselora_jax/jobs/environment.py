@@ -1,7 +1,6 @@
 """Describe what a run works with: versions, devices, dtype, mesh, model, data, processes."""
 
 import importlib.metadata
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,9 @@ from ml_collections import ConfigDict
 
 from sparselora_jax import __version__
 from sparselora_jax.jobs import names
-from sparselora_jax.runtime.files import StorageError, read_json, write_text
+from sparselora_jax.runtime import digests
+from sparselora_jax.runtime.files import write_text
 
-# What to do with a damaged file of descriptions.
-REMEDY = 'delete it; the report then lacks earlier devices'
-# The entries of a description.
-KEYS = frozenset(
-    ('versions', 'platform', 'device_kind', 'devices', 'cores', 'processes', 'dtype', 'mesh', 'model', 'data')
-)
 # Packages whose versions are recorded.
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'safetensors', 'numpy')
 
@@ -95,7 +89,7 @@ def record(workdir: Path, environment: dict[str, Any]) -> None:
     """
     environments = recorded(workdir)
     if environment not in environments:
-        write_text(workdir / names.ENVIRONMENTS, json.dumps({'environments': [*environments, environment]}, indent=1))
+        write_text(workdir / names.ENVIRONMENTS, digests.stamp({'environments': [*environments, environment]}))
 
 
 def recorded(workdir: Path) -> list[dict[str, Any]]:
@@ -103,12 +97,11 @@ def recorded(workdir: Path) -> list[dict[str, Any]]:
 
     Args:
       workdir: the folder of a run.
+
+    Raises:
+      StorageError: the file is damaged.
     """
     file = workdir / names.ENVIRONMENTS
     if not file.exists():
         return []
-    environments = read_json(file, REMEDY).get('environments')
-    is_list = isinstance(environments, list)
-    if not is_list or not all(isinstance(each, dict) and each.keys() >= KEYS for each in environments):
-        raise StorageError(f'{file}: not a list of descriptions of runs; {REMEDY}')
-    return environments
+    return digests.read_stamped(file, 'delete it; the report then lacks earlier devices')['environments']

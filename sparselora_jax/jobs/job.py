@@ -20,7 +20,7 @@ from sparselora_jax.data import pipeline, processing
 from sparselora_jax.data.checked import load_dataset
 from sparselora_jax.data.dataset import DataRequest, Dataset
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.evaluation.generate import check_options
+from sparselora_jax.evaluation.generate import check_new_tokens, check_options
 from sparselora_jax.jobs import environment, inputs, names
 from sparselora_jax.jobs.inputs import Inputs
 from sparselora_jax.jobs.log import Log
@@ -241,6 +241,7 @@ class Job:
         if restore.teacher == 'top_k' and restore.top_k >= vocab:
             raise ConfigError(f'restore.top_k {restore.top_k}: expected fewer than the vocabulary, {vocab}')
         check_options(self.model)
+        self._check_answers()
         _ = self.mesh  # raises if the devices cannot form it
         check_batches(self.config)
         # The data are read here for the first time, after the quicker checks, so that unreadable data leave no workdir
@@ -255,6 +256,15 @@ class Job:
             raise DataError(self._unknown_token)
         # Only the first process reads the files of the model again, and only those that look changed.
         processes.agreed(self._check_inputs)
+
+    def _check_answers(self) -> None:
+        """Check that the model can read a prompt with the longest answer that evaluation generates."""
+        text = self.config.text
+        cfg = self.model.cfg
+        # An answer of one token adds no column to the prompt.
+        batch = cfg.family.batch_like(cfg, 1, prompt_tokens=text.prompt_tokens, answer_tokens=1)
+        prompt_length = 1 if self.model.is_encoder_decoder else batch['input_ids'].shape[1]
+        check_new_tokens(self.model, prompt_length, self.config.evaluate.max_new_tokens)
 
     @functools.cached_property
     def _unknown_token(self) -> str:

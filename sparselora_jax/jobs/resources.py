@@ -116,7 +116,8 @@ def check_job(job: Job, stages: tuple[str, ...] = ALL_STAGES) -> Resources:
       stages: stages that it runs, keys of `memory.STAGES`.
 
     Raises:
-      ConfigError: see `check` and `Job.check`; or an allocation is scored on more samples than there are.
+      ConfigError: see `check` and `Job.check`; or an allocation is scored on more samples than there are;
+        or nothing would be trained.
     """
     check_workdir(job.workdir)
     job.check()
@@ -125,6 +126,11 @@ def check_job(job: Job, stages: tuple[str, ...] = ALL_STAGES) -> Resources:
     if allocation_of(config).uses_score_batches and config.prune.score_samples > records:
         raise ConfigError(
             f'prune.score_samples {config.prune.score_samples}: expected at most the training records, {records}'
+        )
+    restores = 'restore' in stages and config.restore.trained == 'lora'
+    if restores and not any(config.lora.rank.values()):
+        raise ConfigError(
+            'lora.rank is 0 in every tower, so restoration would train nothing; raise one, or run launch/prune.py'
         )
     resources = estimate(memory.recipe(job.model.cfg, config), job.workdir, stages)
     check(resources, job.workdir)

@@ -392,6 +392,46 @@ def merge(trees: Recipe) -> Stage:
     return Stage(held, {'merging a layer': merging})
 
 
+def prompts_like(cfg: ModelConfig, text: Any, rows: int) -> dict:
+    """Return the shapes of a batch of prompts, with which generation begins.
+
+    Args:
+      cfg: our config of the model.
+      text: has `prompt_tokens` and `answer_tokens`.
+      rows: number of prompts.
+    """
+    batch = batch_of(cfg, text, rows)
+    if not cfg.language.tower.is_encoder_decoder:
+        return batch
+    # Answers begin with the start token alone.
+    first = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    return batch | {'decoder_input_ids': first, 'decoder_attention_mask': first}
+
+
+def search(cfg: ModelConfig, params: dict, batch: dict, *, beams: int, new_tokens: int) -> dict[str, int]:
+    """Estimate the search for the next tokens of answers, in bytes by name.
+
+    Args:
+      cfg: our config of the model.
+      params: params, or their shapes.
+      batch: see `prompts_like`.
+      beams: number of beams of each prompt.
+      new_tokens: maximum number of tokens of an answer.
+    """
+    rows = batch['input_ids'].shape[0]
+    slots = beams * new_tokens
+    caches = decode.cache_shapes(abstract_model(cfg), params, batch, slots=slots)
+    # The widest array of keys has a slot for each token that a beam may read.
+    read = max(leaf.shape[2] for leaf in jax.tree.leaves(caches) if leaf.ndim == 4)
+    return {
+        'keys and values': nbytes(caches),
+        # Logits, their logarithms, and the scores that beams are chosen by.
+        'scores of all tokens (float32)': 3 * rows * beams * cfg.language.vocab * FLOAT,
+        'attention of one layer (float32)': rows * beams * cfg.language.heads * read * FLOAT,
+        'which slots a beam reads': rows * beams * slots,
+    }
+
+
 def evaluate(trees: Recipe) -> Stage:
     """Estimate answering one batch of test questions.
 
@@ -402,27 +442,13 @@ def evaluate(trees: Recipe) -> Stage:
     # A batch that the axis `data` does not divide is answered by every device.
     parts = trees.config.mesh.data
     rows = options.batch // parts if options.batch % parts == 0 else options.batch
-    model = abstract_model(trees.cfg)
-    batch = batch_of(trees.cfg, trees.config.text, rows)
-    if model.is_encoder_decoder:
-        # Answers begin with the start token alone.
-        first = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
-        batch = batch | {'decoder_input_ids': first, 'decoder_attention_mask': first}
-    slots = options.num_beams * options.max_new_tokens
-    caches = decode.cache_shapes(model, trees.params, batch, slots=slots)
-    # The widest array of keys has a slot for each token that a beam may read.
-    read = max(leaf.shape[2] for leaf in jax.tree.leaves(caches) if leaf.ndim == 4)
-    beams = rows * options.num_beams
+    batch = prompts_like(trees.cfg, trees.config.text, rows)
     held = {'params': on_device(trees.params, trees.mesh), 'images and prompts': nbytes(batch)}
     moments = {
         'reading the prompts': {'one block': max(_working(stack) for stack in _traced(trees, rows))},
-        'choosing the next tokens': {
-            'keys and values': nbytes(caches),
-            # Logits, their logarithms, and the scores that beams are chosen by.
-            'scores of all tokens (float32)': 3 * beams * trees.cfg.language.vocab * FLOAT,
-            'attention of one layer (float32)': beams * trees.cfg.language.heads * read * FLOAT,
-            'which slots a beam reads': beams * slots,
-        },
+        'choosing the next tokens': search(
+            trees.cfg, trees.params, batch, beams=options.num_beams, new_tokens=options.max_new_tokens
+        ),
     }
     return Stage(held, moments)
 

@@ -460,11 +460,19 @@ def check_value(name: str, value: Any, legal: Legal) -> None:
     if is_legal and isinstance(value, float) and value != 0 and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
         is_legal = False
         expected = f'a number that float32 can hold, from {SMALLEST_FLOAT:.1e} to {LARGEST_FLOAT:.1e} in size'
+    if is_legal and isinstance(value, str) and not _is_clean(value):
+        is_legal = False
+        expected = 'text without null characters and lone surrogates'
     if not is_legal:
         # A wrong value may be a whole page, for example another config.
         shown = ' '.join(repr(value).split())
         shown = shown if len(shown) <= 80 else f'{shown[:77]}...'
         raise ConfigError(f'{name} {shown}: expected {expected}')
+
+
+def _is_clean(text: str) -> bool:
+    """Return whether a text can be a path, and can be written as UTF-8."""
+    return '\0' not in text and not any('\ud800' <= character <= '\udfff' for character in text)
 
 
 def check_fields(config: ConfigDict) -> None:

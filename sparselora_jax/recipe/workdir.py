@@ -71,6 +71,8 @@ def claim(workdir: Path, config: ConfigDict) -> None:
       StorageError: another run uses the workdir.
       ConfigError: see `refuse_other`; the files in the workdir stay as they are.
     """
+    # Checked before the lock is made: a folder of something else stays as it is.
+    refuse_other(workdir, config)
     hold(workdir)
     # Checked again with the lock held: another run may have started and ended since the first check.
     refuse_other(workdir, config)
