@@ -83,6 +83,8 @@ def main(argv: list[str]) -> None:
         raise recipe.ConfigError(f'{model.name}: no recipe for a language model alone; pass one with --config=...')
     recipe.check_values(config)
     recipe.check_family(config, model.cfg)
+    if PROGRAM.value == 'calibrate' and config.prune.samples == 0:
+        raise recipe.ConfigError('prune.samples 0: nothing is calibrated; expected 1 or more for --program=calibrate')
     chip, devices = topology.find(TOPOLOGY.value)
     price = chip.dollars_hour if PRICE.value is None else PRICE.value
     print(f'{model.name} on {TOPOLOGY.value} ({chip.name}), {PROGRAM.value}:', flush=True)

@@ -853,6 +853,8 @@ BAD_FLAGS = {
         '--topology=h100:many',
         '--topology=h100:99999999999',
         '--program=train',
+        '--program=calibrate --config=recipe.json --config.prune.samples=0 --config.prune.method=magnitude '
+        '--config.prune.allocation=uniform',
         '--mesh=worst',
         '--tries=0',
         '--price=many',

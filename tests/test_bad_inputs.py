@@ -215,6 +215,13 @@ def test_a_good_run_in_another_folder_ends_well(copy, tmp_path):
     assert (tmp_path / 'elsewhere/out/pruned/model.safetensors').is_file()
 
 
+def test_a_recipe_without_calibration_is_described(script, copy):
+    options = ['--config.prune.method=magnitude', '--config.prune.samples=0', '--config.prune.allocation=uniform']
+    code, out, err = script('inspect.py', RECIPE, *options)
+    assert code == 0, err
+    assert 'calibration batch' not in out
+
+
 def test_a_finished_run_ends_well_again(script, copy, no_work):
     code, out, err = script('train.py', RECIPE, '--workdir=run')
     assert code == 0, err
