@@ -567,7 +567,7 @@ BAD_GENERATION = {
 BAD_TEXT_FORMATS = {
     'cut': '{"prompt": "{}"',
     'a list': '[]',
-    'without fields': '{}',
+    'an unknown field': '{"template": "Question: {}"}',
     'a prompt without braces': '{"prompt": "x", "prompt_tokens": 40, "answer_tokens": 8, "decoding": {}}',
     'tokens a text': '{"prompt": "{}", "prompt_tokens": "x", "answer_tokens": 8, "decoding": {}}',
     'tokens negative': '{"prompt": "{}", "prompt_tokens": -4, "answer_tokens": 8, "decoding": {}}',
