@@ -71,11 +71,12 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
 
 
 def _calibration(job: Job) -> list[dict]:
-    """Return the training samples that pruning is calibrated on, as one batch; empty if the recipe asks for none."""
-    samples = job.config.prune.samples
-    if samples <= 0:
-        return []
-    return [job.batches(samples, job.config.seed + 1)[0]]
+    """Return the training samples that pruning is calibrated on, as one batch."""
+    config = job.config
+    # The walk finds the kernels of a block by running it. So if no method has a statistic, and the recipe asks for no
+    # samples, one for each part of a batch runs, and its statistics are not used.
+    samples = config.prune.samples or config.mesh.data * config.mesh.fsdp
+    return [job.batches(samples, config.seed + 1)[0]]
 
 
 def _score_batches(job: Job, samples: int, batch: int) -> list[dict]:

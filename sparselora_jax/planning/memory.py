@@ -216,19 +216,18 @@ def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
       from_disk: whether blocks are read one at a time, so that only arrays outside the blocks are held.
     """
     config = trees.config
-    samples = _samples_on_device(trees, config.prune.samples)
-    held = {'params': _params_where(trees, lambda path: not (from_disk and rules.is_in_block(path)))}
-    if samples == 0:
-        # Methods without a statistic run no block. One sample is traced only to find the kernels of each block.
-        cutting = [_cutting(trees, stack, methods) for stack in _traced(trees, 1)]
-        return Stage(held, {'pruning a block': max(cutting, key=_sum)})
-    held['calibration batch'] = nbytes(batch_of(trees.cfg, config.text, samples))
+    # Without calibration samples a job runs one (`jobs.stages`).
+    samples = max(1, _samples_on_device(trees, config.prune.samples))
     # All samples pass through one block before any reaches the next, so the hidden states of all samples are held.
-    # Three copies of x: the input of the stack, the outputs of the last block, and those of this block. Two of what
-    # blocks only read: the whole and its chunks.
-    held['hidden states of the calibration set'] = max(
-        3 * stack.hidden + 2 * nbytes(stack.ctx) for stack in _traced(trees, samples)
-    )
+    held = {
+        'params': _params_where(trees, lambda path: not (from_disk and rules.is_in_block(path))),
+        'calibration batch': nbytes(batch_of(trees.cfg, config.text, samples)),
+        # Three copies of x: the input of the stack, the outputs of the last block, and those of this block. Two of what
+        # blocks only read: the whole and its chunks.
+        'hidden states of the calibration set': max(
+            3 * stack.hidden + 2 * nbytes(stack.ctx) for stack in _traced(trees, samples)
+        ),
+    }
     # A block processes one chunk at a time, so its inner arrays have the size of one chunk.
     chunks = _traced(trees, min(config.prune.chunk, samples))
     observing = [_observing(trees, stack, methods) for stack in chunks]
