@@ -320,9 +320,10 @@ def test_one_shot_prunes_a_stack_and_names_a_singular_hessian():
     method = pruning.DSnoT(pruning.SparseGPT(block=8, damp=0.0))
     x = jnp.ones((1, 8))
     statistic = jax.tree.map(lambda leaf: leaf[None], method.statistic(x))
-    stats = {'fc/kernel': (statistic, jnp.ones(1, jnp.int32))}
-    with pytest.raises(calibrate.CalibrationError, match='fc/kernel: pruned weights are not finite'):
-        pruning.prune_tree({'fc': {'kernel': jnp.ones((1, 8, 4))}}, stats, [('.*', '2:4')], method=method)
+    stats = {'blocks/fc/kernel': (statistic, jnp.ones(1, jnp.int32))}
+    stack = {'blocks': {'fc': {'kernel': jnp.ones((1, 8, 4))}}}
+    with pytest.raises(calibrate.CalibrationError, match='blocks/fc/kernel.*: pruned weights are not finite'):
+        pruning.prune_tree(stack, stats, [('.*', '2:4')], method=method)
     method = pruning.DSnoT()
     stats = calibrate.collect(
         lambda w, b: llama.forward(w['language'], CFG, b['x'], b['valid']), params, [batch], stat=method.statistic
