@@ -322,7 +322,7 @@ def test_one_shot_prunes_a_stack_and_names_a_singular_hessian():
     statistic = jax.tree.map(lambda leaf: leaf[None], method.statistic(x))
     stats = {'blocks/fc/kernel': (statistic, jnp.ones(1, jnp.int32))}
     stack = {'blocks': {'fc': {'kernel': jnp.ones((1, 8, 4))}}}
-    with pytest.raises(calibrate.CalibrationError, match='blocks/fc/kernel.*: pruned weights are not finite'):
+    with pytest.raises(calibrate.CalibrationError, match=r'blocks/fc/kernel.*: pruned weights are not finite'):
         pruning.prune_tree(stack, stats, [('.*', '2:4')], method=method)
     method = pruning.DSnoT()
     stats = calibrate.collect(
