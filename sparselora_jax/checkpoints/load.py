@@ -23,6 +23,8 @@ from sparselora_jax.sparse import sharding
 
 # Files of a hub repository to download: models, tokenizers and processors, but no pickles (*.bin).
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
+# Fields of a generation config that name tokens.
+_SPECIAL_TOKENS = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
 # Subfolders hold the same weights in other formats, and `consolidated*` is a copy of the weights in one file.
 _NOT_DOWNLOADED = ['*/*', 'consolidated*']
 
@@ -309,7 +311,7 @@ def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
         # Without the file, transformers builds the defaults from the model's config in the same way.
         defaults = GenerationConfig.from_model_config(hf if own else hf.text_config)
     # transformers does not check that special tokens are numbers.
-    for name in ('eos_token_id', 'pad_token_id', 'bos_token_id', 'decoder_start_token_id'):
+    for name in _SPECIAL_TOKENS:
         ids = getattr(defaults, name)
         several = ids if isinstance(ids, list) else [ids]
         if not all(isinstance(token, int | None) for token in several):
@@ -337,7 +339,7 @@ def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
 def _options(changed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the options of a generation config that are not defaults, tokens, or options about the output."""
     for name, value in changed.items():
-        is_token = name in ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
+        is_token = name in _SPECIAL_TOKENS
         is_about_outputs = name.startswith(('_', 'output_', 'return_'))
         is_about_files = name in ('transformers_version', 'use_cache')
         # The remaining options may change the generated tokens; decoding refuses those it does not support.
