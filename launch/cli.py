@@ -45,8 +45,7 @@ if 'torch' not in sys.modules:
 import logging
 import math
 import re
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -67,10 +66,14 @@ from sparselora_jax.models.model import Model
 from sparselora_jax.planning import published
 from sparselora_jax.recipe import DTYPES, ConfigError
 from sparselora_jax.restoration.train import Interrupted
+from sparselora_jax.runtime import files as runtime_files
 from sparselora_jax.runtime import os_errors, processes
 from sparselora_jax.runtime.errors import SparseloraError
 
 CONFIG_HELP = 'Python file with a get_config, optionally with :ARGUMENTS; config.json of a run; or YAML with fields'
+
+# Flags that absl takes in every script, although they are not among `flags.FLAGS`.
+ABSL_FLAGS = ('flagfile', 'undefok')
 
 # Arguments of `generate` for a model that has no text_format.json.
 DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0}
@@ -125,6 +128,8 @@ def define_recipe(default: str | None, *, kind: str = 'recipe') -> flags.FlagHol
       kind: see `define_config`.
     """
     try:
+        # Before absl reads the file of a `--flagfile`.
+        _refuse_foreign(sys.argv[1:])
         name, others = split_config(sys.argv[1:], default)
         config = read_config(name, others, kind)
         if config is None:
@@ -169,6 +174,43 @@ def split_config(argv: Sequence[str], default: str | None = None) -> tuple[str |
     return name, others
 
 
+def find_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the fields that arguments override, each with the text of its value.
+
+    Args:
+      arguments: the command line without the script.
+    """
+    overrides = {}
+    for index, argument in enumerate(arguments):
+        # `--noconfig.profile` is how absl writes `--config.profile=False`.
+        match = re.match(r'--?(?:no)?config\.([^=]+)(=?)(.*)', argument, re.DOTALL)
+        if match:
+            # The value may be an argument of its own.
+            following = arguments[index + 1] if index + 1 < len(arguments) else ''
+            overrides[match[1]] = match[3] if match[2] else following
+    return overrides
+
+
+def _add_options(config: ConfigDict, overrides: Mapping[str, str]) -> list[str]:
+    """Give a recipe the options of a method or an allocation of the user's own that the command line sets.
+
+    Returns:
+      All options that the command line may set; none if it sets none, because nothing is then imported.
+    """
+    naming = ('prune.method', 'prune.initial', 'prune.allocation')
+    known = recipe.field_names(config)
+    unknown = [name for name in overrides if name.startswith('prune.') and name not in known]
+    # A config that lacks a field is refused when its values are checked.
+    if not unknown or not set(naming) <= set(known):
+        return []
+    # The command line may name the method too.
+    named = config.copy_and_resolve_references()
+    recipe.override(named, {field: overrides[field] for field in naming if field in overrides})
+    options = recipe.option_fields(named)
+    recipe.add_options(config, {name: default for name, default in options.items() if name in unknown})
+    return list(options)
+
+
 def read_config(name: str | None, others: Sequence[str], kind: str) -> ConfigDict | None:
     """Return the config that `--config` names, before its fields are overridden.
 
@@ -182,21 +224,22 @@ def read_config(name: str | None, others: Sequence[str], kind: str) -> ConfigDic
     Raises:
       ConfigError: see `files.read`; the config is of another kind; or an overridden field does not exist.
     """
-    # `--noconfig.profile` is how absl writes `--config.profile=False`.
-    overrides = [match[1] for argument in others if (match := re.match(r'--?(?:no)?config\.([^=]+)', argument))]
+    overrides = find_overrides(others)
     if name is None:
         if overrides:
-            raise ConfigError(f'--config.{overrides[0]} needs a recipe: add --config=configs/NAME.py')
+            raise ConfigError(f'--config.{next(iter(overrides))} needs a recipe: add --config=configs/NAME.py')
         return None
     config = files.read(name)
     files.check_kind(name, config, kind)
+    options = _add_options(config, overrides) if kind == 'recipe' else []
     fields = recipe.field_names(config)
     for field in overrides:
         # The points, the plot and the name of a sweep are defined together, in its file.
         if kind == 'sweep' and field.partition('.')[0] not in ('base', 'budget', 'budgets'):
             raise ConfigError(f'--config.{field}: only base, budget and budgets of a sweep can be set; edit its file')
         if field not in fields:
-            raise ConfigError(f'config has no field {field!r}; did you mean {recipe.nearest(field, fields)!r}?')
+            nearest = recipe.nearest(field, [*fields, *options])
+            raise ConfigError(f'config has no field {field!r}; did you mean {nearest!r}?')
     return config
 
 
@@ -214,20 +257,21 @@ def dry_run(config: ConfigDict, workdir: str, stages: tuple[str, ...]) -> None:
       stages: stages that it runs, keys of `planning.memory.STAGES`.
     """
     # Imported here, because scripts without jobs do not need it.
-    from sparselora_jax.jobs import resources
+    from sparselora_jax.jobs import names, resources
     from sparselora_jax.jobs.job import Job
 
-    with tempfile.TemporaryDirectory() as folder:
-        # easy-VQA is prepared when it is first read. If it is not prepared yet, it is in a folder that is removed.
-        # The workdir is compared with the recipe as it is, before its folder is replaced.
-        job = Job(config, workdir)
-        if not Path(config.data_dir).exists():
-            job.config = config.copy_and_resolve_references()
-            job.config.data_dir = folder
+    # The workdir is compared with the recipe as it is, before its folder of data is replaced.
+    job = Job(config, workdir)
+    with resources.without_data_dir([job.config]):
         taken = resources.check_job(job, stages)
-        if processes.first():
-            print(resources.describe(job, taken))
-            print('dry run: everything was checked, and nothing was written')
+        runtime_files.refuse_held(job.workdir)
+        done = job.check_results(names.PRUNING_STAGES if stages == resources.PRUNING_ALONE else names.MAIN_STAGES)
+        description = resources.describe(job, taken)
+    if processes.first():
+        print(description)
+        if done:
+            print(f'done: {", ".join(done)}')
+        print('dry run: everything was checked, and nothing was written')
 
 
 def define_model() -> None:
@@ -442,6 +486,7 @@ def _parse(positional: str) -> list[str]:
     """
     others = sys.argv[1:]
     _refuse_bytes(others)
+    _refuse_foreign(others)
     # `define_recipe` has read `--config` itself. A script that does not call it has no such flag.
     if 'config' in flags.FLAGS:
         _, others = split_config(others)
@@ -464,6 +509,22 @@ def _parse(positional: str) -> list[str]:
     elif unknown.partition('=')[0] in flags.FLAGS:
         hint = f'did you mean --{unknown}?'
     raise UsageError(f'unknown argument {unknown!r}: {hint}')
+
+
+def _refuse_foreign(arguments: Sequence[str]) -> None:
+    """Check that no argument is a flag of a library, such as absl's `--flagfile`, which no help page lists.
+
+    Raises:
+      UsageError: an argument is one.
+    """
+    by_module = flags.FLAGS.flags_by_module_dict()
+    own = {flag.name for module in (__name__, sys.argv[0]) for flag in by_module.get(module, [])}
+    for argument in arguments:
+        match = re.match(r'--?(?:no)?([a-z_]+)(?:=|$)', argument)
+        # absl itself refuses a name that no flag has, and names the nearest one.
+        if match and (match[1] in ABSL_FLAGS or match[1] in flags.FLAGS) and match[1] not in own | {'config'}:
+            script = Path(sys.argv[0]).name
+            raise UsageError(f'unknown flag --{match[1]}: see python launch/{script} --help')
 
 
 def _refuse_bytes(arguments: Sequence[str]) -> None:

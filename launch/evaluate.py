@@ -32,18 +32,20 @@ SHUFFLE = flags.DEFINE_bool(
 DATA = flags.DEFINE_string(
     'data', None, "easy_vqa, or a folder with a data.jsonl; default: the data of the model's run"
 )
-DATA_DIR = flags.DEFINE_string('data_dir', 'runs/data', 'folder that easy-VQA is prepared in')
+DATA_DIR = flags.DEFINE_string(
+    'data_dir', None, "folder that easy-VQA is prepared in; default: that of the model's run, otherwise runs/data"
+)
 
 
 def main(argv: list[str]) -> None:
     """Print the accuracy, and the floor: the best accuracy of a model that never sees an image."""
     del argv
-    data = choose_data()
+    data, data_dir = choose_data()
     loaded = cli.load_model()
     model, params, processor, text = loaded
     cli.print_header(f'data {data}')
     misfit = pipeline.misfit(processor, text, answers=False)
-    dataset = load_dataset(find_loader(data), DataRequest(data, Path(DATA_DIR.value), misfit))
+    dataset = load_dataset(find_loader(data), DataRequest(data, Path(data_dir), misfit))
     train, test = (split.read_texts() for split in (dataset.train, dataset.test))
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
     # A larger batch would be filled with copies of the last question.
@@ -64,20 +66,25 @@ def main(argv: list[str]) -> None:
     # The accuracy that questions alone allow. Anything above it must come from the images.
     floor = vqa.blind_floor(train, [test[index] for index in indices])
     scores = {'accuracy': answers, 'image_blind_floor': floor}
-    print(json.dumps({name: score.accuracy(dataset.kind_of) for name, score in scores.items()}, indent=1))
+    means = {name: score.accuracy(dataset.kind_of) for name, score in scores.items()}
+    # The data may have fewer questions than were asked for.
+    print(json.dumps({'questions': len(indices)} | means, indent=1))
 
 
-def choose_data() -> str:
-    """Return the data to score the model on: those of `--data`, or those of the run that wrote the model.
+def choose_data() -> tuple[str, str]:
+    """Return the data to score the model on, and the folder that easy-VQA is prepared in.
+
+    The data are those of `--data`, or those of the run that wrote the model.
 
     Raises:
       ConfigError: nothing says which data the model is for.
       StorageError: the config of the run cannot be read.
     """
+    data_dir = DATA_DIR.value or 'runs/data'
     if DATA.value is not None:
-        return DATA.value
+        return DATA.value, data_dir
     if flags.FLAGS.model is None:
-        return 'easy_vqa'
+        return 'easy_vqa', data_dir
     # A run writes its models into folders of its workdir.
     file = Path(flags.FLAGS.model).absolute().parent / CONFIG_FILE
     if not file.is_file():
@@ -86,12 +93,14 @@ def choose_data() -> str:
             '--data=FOLDER or --data=easy_vqa'
         )
     try:
-        data = json.loads(file.read_text())['data']
+        fields = json.loads(file.read_text())
+        data = fields['data']
+        data_dir = DATA_DIR.value or fields['data_dir']
     except (ValueError, KeyError, TypeError, RecursionError):
         data = None
-    if not isinstance(data, str):
+    if not isinstance(data, str) or not isinstance(data_dir, str):
         raise StorageError(f'{file}: not the config of a run; add --data=FOLDER or --data=easy_vqa')
-    return data
+    return data, data_dir
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ Formats (docs/formats.md):
 import cli
 from absl import flags
 
-from sparselora_jax.jobs import export, names
+from sparselora_jax.jobs import export, names, report
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.runtime import processes
@@ -34,12 +34,19 @@ def main(argv: list[str]) -> None:
         )
     if FORMAT.value == 'hf':
         exported = export.export(job)
-        print(exported)
-        print(f'exported: {job.workdir}/exported/')
+        if processes.first():
+            print(report.tower_lines(exported['sparsity']))
+            sizes = exported['bytes']
+            print(f'weights: {sizes["dense"] / 1e6:.1f} MB dense, {sizes["exported"] / 1e6:.1f} MB with the zeros')
+            print(f'exported: {job.workdir / names.EXPORTED_MODEL}/')
         export.refuse_violations(job.workdir, exported['sparsity'])
     else:
-        print(export.export_packed(job, FORMAT.value))
-        print(f'exported: {job.workdir}/{FORMAT.value}/')
+        packed = export.export_packed(job, FORMAT.value)
+        if processes.first():
+            print(f'weights: {packed["bytes"] / 1e6:.1f} MB')
+            print(f'pruned kernels: {packed["bytes_of_dense_kernels"]:.1%} of their dense size')
+            print(f'largest relative error of a kernel: {packed["largest_relative_error"]:.2g}')
+            print(f'exported: {job.workdir / FORMAT.value}/')
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from sparselora_jax.jobs import plots, resources, sweep, sweep_runs, table
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.restoration.train import Interrupted
+from sparselora_jax.runtime import files
 
 CONFIG, WORKDIR = cli.define_config('configs/sweeps/modality.py', 'runs/sweep', kind='sweep')
 DRY_RUN = cli.define_dry_run()
@@ -49,8 +50,10 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     """Check all points of the sweep, and print which runs it consists of; nothing is written."""
     resources.check_workdir(workdir)
     sweep.refuse_other_sweep(workdir, config)
+    files.refuse_held(workdir)
     planned = sweep.runs(config)
-    sweep.check(planned)
+    with resources.without_data_dir([run.config for run in planned]):
+        sweep.check(planned, workdir)
     for run in planned:
         state = 'done' if sweep_runs.is_finished(workdir / run.name) else f'{run.config.restore.steps} steps'
         print(f'{run.name}: evaluate {", ".join(run.point.models)}; {state}')

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -53,7 +54,6 @@ def workspace(tmp_path_factory):
             save('blip2-opt', partial / 'model')
             save('llava-default', partial / 'llava')
             save_data(partial / 'data', 12)
-            # Paths are relative, so that a copy of the workspace is one.
             with contextlib.chdir(partial):
                 config = small_config('blip2-opt', 'model', 'data', **ALL_STAGES)
                 job = Job(config, 'run')
@@ -61,7 +61,8 @@ def workspace(tmp_path_factory):
                 export.export_pruned(job)
                 export.export_packed(job)
                 report.write(job)
-                Path('recipe.json').write_text(Path('run/config.json').read_text())
+                # Paths are relative, so that a copy of the workspace is one.
+                Path('recipe.json').write_text(config.to_json())
             partial.rename(folder)
     return folder
 
@@ -74,8 +75,18 @@ def copy(workspace, tmp_path, monkeypatch, request):
     ignored = [] if case is None or case.reads_run else ['run']
     # Times are kept: a file of another time is read again.
     shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns(*ignored))
+    if not ignored:
+        move_run(folder)
     monkeypatch.chdir(folder)
     return folder
+
+
+def move_run(folder):
+    """Let the finished run of a copied workspace name the model and the data of the copy."""
+    file = folder / 'run/config.json'
+    fields = json.loads(file.read_text())
+    fields |= {name: str(folder / Path(fields[name]).name) for name in ('model', 'data')}
+    file.write_text(json.dumps(fields))
 
 
 @pytest.fixture

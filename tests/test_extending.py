@@ -13,6 +13,7 @@ from tiny_models import save
 
 import sparselora_jax as sl
 from configs import llava_both
+from sparselora_jax import recipe
 from sparselora_jax.jobs import report, stages
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.sparse import rules
@@ -50,6 +51,75 @@ def job(my_parts, tmp_path_factory):
     stages.run(job)
     report.write(job)
     return job
+
+
+STEEP = """
+from configs import llava_lang_only
+
+
+def get_config(arg=None):
+    config = llava_lang_only.get_config(arg)
+    config.prune.allocation = 'my_parts:Ramp'
+    config.prune.steepness = 0.3
+    return config
+"""
+
+
+@pytest.fixture
+def asked(script, monkeypatch):
+    """`asked(*arguments)`: the recipe that a command line of `train.py` asks for, or the error."""
+
+    def run(*arguments):
+        configs = []
+
+        def stop(self, config, workdir):
+            configs.append(config)
+            raise recipe.ConfigError('the recipe is known')
+
+        monkeypatch.setattr(Job, '__init__', stop)
+        code, _, err = script('train.py', *arguments)
+        assert code == 1
+        return configs[0] if configs else err
+
+    return run
+
+
+@pytest.mark.parametrize('way', ['command line', 'recipe', 'recipe and command line', 'config.json'])
+def test_an_option_of_an_allocation_is_a_field(my_parts, asked, tmp_path, way):
+    setting = '--config.prune.steepness=0.3'
+    file = tmp_path / 'steep.py'
+    file.write_text(STEEP if way == 'recipe' else STEEP.replace('0.3', '0.1'))
+    if way == 'command line':
+        name = '--config.prune.allocation=my_parts:Ramp'
+        config = asked('--config=configs/llava_lang_only.py:pattern=0.5', name, setting)
+    elif way == 'recipe and command line':
+        config = asked(f'--config={file}:pattern=0.5', setting)
+    else:
+        config = asked(f'--config={file}:pattern=0.5')
+    if way == 'config.json':
+        stored = tmp_path / 'config.json'
+        stored.write_text(config.to_json())
+        config = asked(f'--config={stored}', setting)
+    recipe.check_values(config)
+    assert recipe.allocation_of(config) == my_parts.Ramp(steepness=0.3)
+
+
+@pytest.mark.parametrize(
+    ('argument', 'said'),
+    [
+        ('--config.prune.steepnes=0.3', "no field 'prune.steepnes'; did you mean 'prune.steepness'"),
+        ('--config.prune.seed=3', "config has no field 'prune.seed'"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_named(my_parts, asked, argument, said):
+    name = '--config.prune.allocation=my_parts:Ramp'
+    assert said in asked('--config=configs/llava_lang_only.py', name, argument)
+
+
+def test_the_page_sets_the_option_as_these_tests_do():
+    page = PAGE.read_text()
+    assert '--config.prune.allocation=my_parts:Ramp --config.prune.steepness=0.3' in page
+    assert STEEP.partition('def get_config')[2].strip() in page
 
 
 def read(job, name):

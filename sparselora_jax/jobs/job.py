@@ -28,6 +28,7 @@ from sparselora_jax.models.model import Model, abstract_params
 from sparselora_jax.pruning import targets
 from sparselora_jax.recipe import (
     ConfigError,
+    absolute_paths,
     base_formats,
     check_allocation,
     check_batches,
@@ -99,7 +100,7 @@ class Job:
       base    the weights that LoRA is trained on: `frozen`, unless the recipe stores pruned kernels in fewer bytes
 
     Attributes:
-      config: the recipe, as a file of `configs/` returns it.
+      config: the recipe, with absolute paths.
       workdir: the folder of all results.
     """
 
@@ -114,7 +115,9 @@ class Job:
           ConfigError: the workdir holds the run of another config (the message names the fields), or a value is
             illegal.
         """
-        self.config = config
+        check_values(config)
+        refuse_other(Path(workdir), config)
+        self.config = absolute_paths(config)
         self.workdir = Path(workdir)
         # None: not in memory. See the docstring of the class.
         self._params: dict | None = None
@@ -122,8 +125,6 @@ class Job:
         self._reduced_base: Frozen | None = None
         self._told: set[str] = set()  # lines that are printed once
         self._has_header = False
-        check_values(config)
-        refuse_other(self.workdir, config)
 
     # Stages.
 
@@ -188,6 +189,20 @@ class Job:
         for name, digest in digests.from_json(self._read_stamped(stage)[_OUTPUTS]).items():
             self._refuse_changed(stage, self.workdir / name, digest, reads=False)
 
+    def check_results(self, stages: Sequence[str]) -> list[str]:
+        """Return which stages are done, after a check of the files that they have written.
+
+        Args:
+          stages: names of stages.
+
+        Raises:
+          StorageError: a file is missing or damaged.
+        """
+        done = [stage for stage in stages if (self.workdir / names.result_file(stage)).exists()]
+        for stage in done:
+            self._check_outputs(stage)
+        return done
+
     def output(self, stage: str, name: str) -> Path:
         """Return the path of a file that a stage has written, after its content was compared with its digest.
 
@@ -246,6 +261,16 @@ class Job:
         check_batches(self.config)
         # The data are read here for the first time, after the quicker checks, so that unreadable data leave no workdir
         # behind.
+        self.check_data()
+        # Only the first process reads the files of the model again, and only those that look changed.
+        processes.agreed(self._check_inputs)
+
+    def check_data(self) -> None:
+        """Check that the data can be read, and that the model can use them.
+
+        Raises:
+          DataError: they cannot; the message names the data set, and the record if it is one.
+        """
         if len(self.dataset.test.source) == 0:
             raise DataError(f'{self.config.data}: there is no test question, so nothing can be evaluated')
         # The loss of an empty answer is zero, so training would run and change nothing.
@@ -254,8 +279,6 @@ class Job:
             raise DataError(f'{self.config.data}: the answers of all {len(answers)} training records are empty')
         if self.config.model != embedded.NAME and self._unknown_token:  # the embedded model has its own tokenizer
             raise DataError(self._unknown_token)
-        # Only the first process reads the files of the model again, and only those that look changed.
-        processes.agreed(self._check_inputs)
 
     def _check_answers(self) -> None:
         """Check that the model can read a prompt with the longest answer that evaluation generates."""
@@ -395,9 +418,8 @@ class Job:
         """
         train = self.dataset.train
         shares = self.config.restore.shares
-        # Without shares all records form one group, and kinds of answers are as frequent as in the data.
-        groups = pipeline.groups_by_kind(train, self.dataset) if shares else [range(len(train.source))]
-        self._tell_repeated(batch, [len(group) for group in groups], shares or (1,))
+        groups = self._groups
+        self._tell_repeated(batch)
         rows = None if self.mesh is None else sharding.local_rows(self.mesh, batch)
         batches = pipeline.batches(
             train.source,
@@ -418,13 +440,36 @@ class Job:
             batches = batches.map(lambda local: sharding.shard_batch(local, self.mesh))
         return batches
 
-    def _tell_repeated(self, batch: int, sizes: Sequence[int], shares: Sequence[int | float]) -> None:
-        """Print a line, once, if a batch needs more records than there are."""
-        kinds = self.dataset.kinds if len(sizes) > 1 else ('',)
-        for kind, size, share in zip(kinds, sizes, shares, strict=True):
+    @functools.cached_property
+    def _groups(self) -> list[Sequence[int]]:
+        """Return the indices of the training records, by kind of answer if the recipe has shares."""
+        train = self.dataset.train
+        if self.config.restore.shares:
+            return pipeline.groups_by_kind(train, self.dataset)
+        # Without shares all records form one group, and kinds of answers are as frequent as in the data.
+        return [range(len(train.source))]
+
+    def repeated_records(self, batch: int) -> list[str]:
+        """Return a line for each kind of answer of which a batch needs more records than there are.
+
+        Args:
+          batch: number of rows over all processes.
+        """
+        shares = self.config.restore.shares or (1,)
+        kinds = self.dataset.kinds if len(self._groups) > 1 else ('',)
+        lines = []
+        for kind, group, share in zip(kinds, self._groups, shares, strict=True):
             rows = round(batch * share / sum(shares))
-            line = f'{rows} training samples are drawn from {size} records{kind and f" of kind {kind}"}: records repeat'
-            if rows > size and line not in self._told and processes.first():
+            size = len(group)
+            if rows > size:
+                of_kind = kind and f' of kind {kind}'
+                lines.append(f'{rows} training samples are drawn from {size} records{of_kind}: records repeat')
+        return lines
+
+    def _tell_repeated(self, batch: int) -> None:
+        """Print a line, once, if a batch needs more records than there are."""
+        for line in self.repeated_records(batch):
+            if line not in self._told and processes.first():
                 print(line, flush=True)
             self._told.add(line)
 

@@ -61,6 +61,23 @@ def trained_file(stage: str) -> str:
     return f'{stage}.safetensors'
 
 
+# All stages of launch/prune.py and of launch/train.py, in order; a recipe may have fewer.
+PRUNING_STAGES = (ZEROS, PRUNE, EXPORT_PRUNED)
+MAIN_STAGES = (
+    evaluation_stage('dense'),
+    ZEROS,
+    PRUNE,
+    evaluation_stage('pruned'),
+    ROUND,
+    TEACHER,
+    TRAINING['restored'],
+    evaluation_stage('restored'),
+    EXPORT,
+    FLOOR,
+    TRAINING[CONTROL],
+    evaluation_stage(CONTROL),
+)
+
 # Files of an exported directory that users edit, and of which no digest is kept: a licence is added to a card, and the
 # base of an adapter moves.
 EDITABLE = ('README.md', 'adapter_config.json')

@@ -290,8 +290,10 @@ def _versions(report: dict) -> Table:
 
 def _commands(job: Job) -> list[Command]:
     """Return the commands that repeat a run and use what it has left."""
-    workdir = shlex.quote(str(job.workdir))
-    recipe_file = f'--config={shlex.quote(str(job.workdir / CONFIG_FILE))}'
+    # Absolute, because the page does not tell from which folder the run was started.
+    folder = job.workdir.absolute()
+    workdir = shlex.quote(str(folder))
+    recipe_file = f'--config={shlex.quote(str(folder / CONFIG_FILE))}'
     return [
         Command('Repeat this run:', f'python launch/train.py {recipe_file} --workdir=NEW_FOLDER'),
         Command(

@@ -1,9 +1,14 @@
 """Compare what a recipe takes with what the machine has, before the first stage; describe a run without doing it."""
 
+import contextlib
 import math
 import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.planning import disk, memory
@@ -89,21 +94,49 @@ def check(resources: Resources, workdir: Path) -> None:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Check that a folder can be made or written to, without writing.
+    """Check that the folder of a run can be made or written to, without writing.
 
     Args:
-      workdir: folder of a run, which need not exist.
+      workdir: the folder, which need not exist.
 
     Raises:
       ConfigError: it cannot; names the path that is in the way.
     """
-    workdir = workdir.absolute()
+    _check_folder('--workdir', workdir)
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """Check that the folder that an option names can be made or written to."""
+    folder = folder.absolute()
     # `lexists`, because a symbolic link that leads nowhere is in the way too.
-    existing = next(path for path in (workdir, *workdir.parents) if os.path.lexists(path))
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise ConfigError(f'--workdir={workdir}: {existing} is no folder; use another workdir')
+        raise ConfigError(f'{option}={folder}: {existing} is no folder; use another one')
     if not os.access(existing, os.W_OK):
-        raise ConfigError(f'--workdir={workdir}: {existing} cannot be written to; use another workdir')
+        raise ConfigError(f'{option}={folder}: {existing} cannot be written to; use another one')
+
+
+@contextlib.contextmanager
+def without_data_dir(configs: Sequence[ConfigDict]) -> Iterator[None]:
+    """Let loaders write into a folder that is removed, if a recipe's own has no data yet.
+
+    Args:
+      configs: recipes; their `data_dir` is changed.
+
+    Raises:
+      ConfigError: a loader has written something, and a real run could not write it.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        replaced = []
+        for config in configs:
+            folder = Path(config.data_dir)
+            if not folder.is_dir() or not any(folder.iterdir()):
+                replaced.append(folder)
+                config.data_dir = scratch
+        yield
+        if any(Path(scratch).iterdir()):
+            for folder in dict.fromkeys(replaced):
+                _check_folder('--config.data_dir', folder)
 
 
 def check_job(job: Job, stages: tuple[str, ...] = ALL_STAGES) -> Resources:
@@ -153,11 +186,14 @@ def describe(job: Job, resources: Resources) -> str:
         'records',
         f'prune: {_towers(trees.masks)} by {config.prune.method}, {config.prune.samples} samples',
     ]
+    lines += job.repeated_records(config.prune.samples)
     if 'restore' in resources.memory:
         restore = config.restore
         trained = 'the pruned kernels' if restore.trained == 'weights' else f'LoRA in {_towers(trees.lora)}'
         lines.append(f'restore: {trained}, {restore.steps} steps of {restore.batch}')
-        lines.append(f'evaluate: {config.evaluate.questions} questions, {config.evaluate.num_beams} beams')
+        lines += job.repeated_records(restore.batch)
+        questions = min(config.evaluate.questions, len(job.dataset.test.source))
+        lines.append(f'evaluate: {questions} questions, {config.evaluate.num_beams} beams')
     lines += [f'memory, {name}: {size / GIB:.2f} GiB' for name, size in resources.memory.items()]
     lines.append(f'memory of a device: {resources.device_memory / GIB:.2f} GiB')
     needed = sum(resources.disk.values())

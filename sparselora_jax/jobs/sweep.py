@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints.load import open_model
 from sparselora_jax.jobs import names, sweep_runs
-from sparselora_jax.jobs.job import check_fit
+from sparselora_jax.jobs.job import Job, check_fit
 from sparselora_jax.recipe import (
     CONFIG_FILE,
     CONFIG_REMEDY,
     ConfigError,
+    absolute_paths,
     check_family,
     check_fields,
     check_values,
@@ -118,7 +119,7 @@ def runs(config: ConfigDict) -> list[Run]:
             override(recipe, {**point.fields, 'seed': seed}, owner=f'point {point.name}')
             with _naming(point):
                 check_values(recipe)
-            planned.append(Run(point, seed, recipe))
+            planned.append(Run(point, seed, absolute_paths(recipe)))
     _check_distinct(planned)
     return planned
 
@@ -173,30 +174,42 @@ def family_config(config: ConfigDict) -> Any:
       config: a recipe.
     """
     if config.model == embedded.NAME:
+        embedded.files()  # raises if they are not installed
         return embedded.load_config()
     model, _ = open_model(config.model, config.family)
     return model.cfg
 
 
-def check(planned: list[Run]) -> None:
-    """Check that all points fit their models, before any work.
+def check(planned: list[Run], workdir: Path) -> None:
+    """Check that all points fit their models, and that their models and data can be read, before any work.
 
     Args:
       planned: the runs of the sweep.
+      workdir: its folder.
 
     Raises:
-      PatternError, RuleError: a point does not fit its model. Also errors of opening a model. The message names the
-      point.
+      PatternError, RuleError: a point does not fit its model.
+      DataError: the data of a point are missing or unusable.
+      SparseloraError: a model cannot be opened. All messages name the point.
     """
     cfgs: dict[tuple[str, str], Any] = {}  # by model, so that each model is opened once
     for run in planned:
         model = (run.config.model, run.config.family)
-        if model not in cfgs:
-            cfgs[model] = family_config(run.config)
-        cfg = cfgs[model]
         with _naming(run.point):
+            if model not in cfgs:
+                cfgs[model] = family_config(run.config)
+            cfg = cfgs[model]
             check_family(run.config, cfg)
             check_fit(run.config, cfg.family.shapes(cfg))
+    checked: set[tuple[str, ...]] = set()
+    for run in planned:
+        config = run.config
+        # Which records a model can use depends on the lengths of texts too.
+        data = (config.data, config.data_dir, config.model, config.family, config.text.to_json())
+        if data not in checked:
+            with _naming(run.point):
+                Job(config, workdir / run.name).check_data()
+            checked.add(data)
 
 
 def refuse_other_sweep(workdir: Path, config: ConfigDict) -> None:
@@ -246,7 +259,7 @@ def run(
     unfinished = [run for run in planned if not sweep_runs.is_finished(workdir / run.name)]
     # All points are checked before the first run. A finished sweep only writes its table again.
     if unfinished:
-        check(planned)
+        check(planned, workdir)
     claim(workdir, config)
     done = len(planned) - len(unfinished)
     progress = Progress(config.name, len(planned), first=done, interval=0)

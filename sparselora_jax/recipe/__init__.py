@@ -29,11 +29,11 @@ from sparselora_jax.recipe.kernel_rules import (
     rounded_rules,
     split_alternatives,
 )
-from sparselora_jax.recipe.methods import allocation_of, check_allocation, prune_methods
+from sparselora_jax.recipe.methods import add_options, allocation_of, check_allocation, option_fields, prune_methods
 from sparselora_jax.recipe.questions import NO_DECODING, data_loader, decoding, metric, text_format
 from sparselora_jax.recipe.restoring import reads_teacher, restore_program, runs_teacher
 from sparselora_jax.recipe.saved import from_fields
-from sparselora_jax.recipe.workdir import CONFIG_FILE, CONFIG_REMEDY, NO_RESULT, claim, refuse_other
+from sparselora_jax.recipe.workdir import CONFIG_FILE, CONFIG_REMEDY, NO_RESULT, absolute_paths, claim, refuse_other
 
 __all__ = [
     'BASES',
@@ -48,6 +48,8 @@ __all__ = [
     'NO_RESULT',
     'TEACHERS',
     'ConfigError',
+    'absolute_paths',
+    'add_options',
     'allocation_of',
     'base_formats',
     'check_allocation',
@@ -70,6 +72,7 @@ __all__ = [
     'lora_rules',
     'metric',
     'nearest',
+    'option_fields',
     'override',
     'pack_formats',
     'prune_methods',

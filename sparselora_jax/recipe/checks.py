@@ -142,7 +142,9 @@ def _check_shares(config: ConfigDict) -> None:
         return
     if not kinds:
         raise ConfigError(
-            f'restore.shares {shares}: expected (), because the kinds of answers of {config.data!r} are not known'
+            f'restore.shares {shares}: expected (), because the kinds of answers of {config.data!r} are not known; '
+            f'name the data in the argument of a recipe, --config=configs/NAME.py:data={config.data}, which sets this '
+            'and the lengths of texts'
         )
     if len(shares) != len(kinds) or sum(shares) == 0:
         raise ConfigError(f'restore.shares {shares}: expected a share of each kind: {", ".join(kinds)}')

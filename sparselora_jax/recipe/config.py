@@ -61,9 +61,12 @@ def override(config: ConfigDict, fields: dict[str, Any], *, owner: str = 'config
     for name, value in fields.items():
         # Without this check ml_collections would add an unknown field, even to a locked config.
         _check_field_exists(config, name, owner)
+        # ml_collections turns True into 1.0.
+        if isinstance(value, bool) and isinstance(value_of(config, name), float):
+            raise ConfigError(f'{owner}: {name} cannot be {value!r}: expected a number')
         try:
             config.update_from_flattened_dict({name: value})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f'{owner}: {name} cannot be {value!r} ({error})') from None
 
 

@@ -5,6 +5,7 @@ values, and the `--help_config` of the scripts and the page of the documentation
 """
 
 import difflib
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Collection
@@ -15,6 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
+from sparselora_jax.checkpoints import embedded
+from sparselora_jax.data.loaders import is_folder
 from sparselora_jax.evaluation.metric import METRICS
 from sparselora_jax.recipe.config import ConfigError, value_of
 from sparselora_jax.recipe.kernel_rules import BASES
@@ -53,12 +56,14 @@ class Field:
       default: its default; a dict holds one for each tower.
       legal: its legal values; of a field with a value for each tower, those of each.
       meaning: sentences for the documentation.
+      is_path: function that returns whether a legal value is a path of this machine; None: no value is.
     """
 
     name: str
     default: Any
     legal: Legal
     meaning: str
+    is_path: Callable[[str], bool] | None = None
 
     @property
     def is_by_tower(self) -> bool:
@@ -138,12 +143,19 @@ SHARES = Legal(
 A_FOLDER = _text('a folder')
 REGEX = _text('a regular expression')
 
+
+def _is_directory(model: str) -> bool:
+    """Return whether a recipe's model is a path: what does not exist may be a hub id."""
+    return model != embedded.NAME and os.path.exists(model)
+
+
 FIELDS = (
     Field(
         'model',
         'embedded',
         _text('embedded, a directory or a hub id'),
         'Model to prune: the embedded one (docs/guides/install.md), a Hugging Face directory, or a hub id.',
+        is_path=_is_directory,
     ),
     Field(
         'family',
@@ -156,8 +168,15 @@ FIELDS = (
         'easy_vqa',
         _text('easy_vqa, a folder, or package.module:Name'),
         'Data: easy-VQA, a folder of images with a data.jsonl, or a loader of your own.',
+        is_path=is_folder,
     ),
-    Field('data_dir', 'runs/data', A_FOLDER, 'Folder for the prepared easy-VQA data, which all runs share.'),
+    Field(
+        'data_dir',
+        'runs/data',
+        A_FOLDER,
+        'Folder for the prepared easy-VQA data, which all runs share.',
+        is_path=lambda folder: True,
+    ),
     Field(
         'seed',
         42,

@@ -1,6 +1,7 @@
 """Build the pruning methods and the allocation that a recipe names, with their options from `config.prune`."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any
 
@@ -40,11 +41,14 @@ def _options(kind: type, config: ConfigDict, group: str = 'output') -> dict[str,
     return options
 
 
-def option_fields(config: ConfigDict) -> set[str]:
-    """Return the dotted names of the options of the methods and the allocation that a recipe names.
+def option_fields(config: ConfigDict) -> dict[str, Any]:
+    """Return the options of the methods and the allocation that a recipe names, as fields of the recipe.
 
     Args:
       config: a recipe.
+
+    Returns:
+      Dotted name -> default, or None for an option without a simple one.
 
     Raises:
       ConfigError: a method or the allocation is unknown.
@@ -54,7 +58,33 @@ def option_fields(config: ConfigDict) -> set[str]:
         _named_class(pruning.METHODS, 'prune.initial', config.prune.initial),
         _named_class(pruning.ALLOCATIONS, 'prune.allocation', config.prune.allocation),
     ]
-    return {f'prune.{field.name}' for kind in kinds for field in dataclasses.fields(kind)}
+    options = {}
+    for kind in kinds:
+        for field in dataclasses.fields(kind):
+            # The recipe has its own seed.
+            if field.init and field.name != 'seed':
+                is_simple = isinstance(field.default, bool | int | float | str | tuple)
+                options[f'prune.{field.name}'] = field.default if is_simple else None
+    return options
+
+
+def add_options(config: ConfigDict, options: Mapping[str, Any]) -> None:
+    """Give a recipe fields for options, in place, so that they can be set like its other fields.
+
+    Args:
+      config: a recipe.
+      options: dotted name -> default, see `option_fields`.
+
+    Raises:
+      ConfigError: an option has no default, so its type is not known.
+    """
+    for name, default in options.items():
+        if default is None:
+            raise ConfigError(
+                f'{name}: its default is no number, text, True, False or tuple, so the type of a value is not known; '
+                'set it in a recipe of your own'
+            )
+        config.prune[name.removeprefix('prune.')] = default
 
 
 def _named_class(names: Registry[type], field: str, name: str) -> type:

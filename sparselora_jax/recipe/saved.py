@@ -45,11 +45,12 @@ def from_fields(fields: object) -> ConfigDict:
         else:
             options[name] = value
     # Other names can only be options of a method or an allocation of the user's own.
-    check_names(options, option_fields(config))
+    defaults = option_fields(config)
+    check_names(options, defaults)
     for name, value in options.items():
         if any(other.startswith(f'{name}.') for other in known):
             raise ConfigError(f'{name} {value!r}: expected fields')
-        _set(config, name, value)
+        _set(config, name, _convert(value, defaults.get(name)))
     return config
 
 

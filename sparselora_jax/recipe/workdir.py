@@ -1,6 +1,8 @@
 """Bind a workdir to one config."""
 
 import json
+import os
+import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,38 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparselora_jax.recipe.config import ConfigError
+from sparselora_jax.recipe.fields import FIELDS
 from sparselora_jax.runtime.files import hold, read_json, write_text
 
 CONFIG_FILE = 'config.json'  # in a workdir: the config with which its run started
 CONFIG_REMEDY = 'put back a copy, or use another workdir'  # if that file is damaged
-# Fields that change results only by rounding. A run may be resumed with other values.
-NO_RESULT = ('mesh', 'profile')
+# Fields that change results at most by rounding. A run may be resumed with other values.
+NO_RESULT = ('mesh', 'profile', 'data_dir')
+SHOWN = 5  # most differences that a message names
+
+
+def absolute_paths(config: ConfigDict) -> ConfigDict:
+    """Return a copy of a config in which every path is absolute, so that it means the same in every folder.
+
+    Links are not resolved: a path may be one because its target moves, or differs from machine to machine.
+
+    Args:
+      config: a recipe, a sweep or a pretraining.
+    """
+    absolute = config.copy_and_resolve_references()
+    _make_absolute(absolute)
+    return absolute
+
+
+def _make_absolute(config: ConfigDict | dict[str, Any]) -> None:
+    """Make the paths of a config absolute, in place; those of a sweep are the ones of its base recipe."""
+    for field in FIELDS:
+        value = config.get(field.name)
+        if field.is_path is not None and isinstance(value, str) and field.is_path(value):
+            config[field.name] = str(Path(value).absolute())
+    base = config.get('base')
+    if isinstance(base, ConfigDict | dict):
+        _make_absolute(base)
 
 
 def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
@@ -25,16 +53,33 @@ def _differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
         their_value = theirs.get(name)
         if isinstance(our_value, dict) and isinstance(their_value, dict):
             differences += _differences(our_value, their_value, f'{prefix}{name}.')
-        elif our_value != their_value:
+        elif our_value != their_value and not _is_same_path(our_value, their_value):
             differences.append(
                 f'{prefix}{name} is {_shorten(our_value)} here and {_shorten(their_value)} in the workdir'
             )
     return differences
 
 
+def _is_same_path(ours: Any, theirs: Any) -> bool:
+    """Return whether two values are absolute paths of the same file or folder, perhaps through links."""
+    if not isinstance(ours, str) or not isinstance(theirs, str):
+        return False
+    return os.path.isabs(ours) and os.path.isabs(theirs) and os.path.realpath(ours) == os.path.realpath(theirs)
+
+
 def _shorten(value: Any) -> str:
-    # Some values are long: the points of a sweep are lists of hundreds of words.
+    # Some values are long: the points of a sweep are lists of hundreds of words. The end of a path says most.
+    if isinstance(value, str) and os.path.isabs(value):
+        return repr(value)
     return textwrap.shorten(repr(value), 60, placeholder=' ...')
+
+
+def _fields(config: ConfigDict) -> dict[str, Any]:
+    """Return the fields of a config as `config.json` holds them."""
+    # Convert through JSON, so that tuples compare equal to the lists in the file.
+    fields = json.loads(config.to_json())
+    _make_absolute(fields)
+    return fields
 
 
 def refuse_other(workdir: Path, config: ConfigDict) -> None:
@@ -47,17 +92,27 @@ def refuse_other(workdir: Path, config: ConfigDict) -> None:
       config: config of the run that is about to start or resume.
 
     Raises:
-      ConfigError: the workdir holds the run of another config; the message names the fields that differ.
+      ConfigError: the workdir holds the run of another config; the message names the fields that differ, and how to
+        continue that run.
       StorageError: the config in the workdir is damaged.
     """
     file = workdir / CONFIG_FILE
     if not file.exists():
         return
-    # Convert through JSON, so that tuples compare equal to the lists in the file.
     theirs = read_json(file, CONFIG_REMEDY)
-    differences = _differences(json.loads(config.to_json()), theirs)
-    if differences:
-        raise ConfigError(f'{workdir} holds the run of another config ({"; ".join(differences)}); use another workdir')
+    # Version 0.1.0 stored paths as they were typed.
+    _make_absolute(theirs)
+    differences = _differences(_fields(config), theirs)
+    if not differences:
+        return
+    more = f'; and {len(differences) - SHOWN} more' if len(differences) > SHOWN else ''
+    # Only the config of a recipe can be read again; a sweep and a pretraining are Python files.
+    is_recipe = 'restore' in theirs and 'restore' in config
+    going_on = f'with --config={shlex.quote(str(file))}' if is_recipe else 'with its own command'
+    raise ConfigError(
+        f'{workdir} holds the run of another config ({"; ".join(differences[:SHOWN])}{more}); '
+        f'continue it {going_on}, or use another workdir'
+    )
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
@@ -76,4 +131,4 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     hold(workdir)
     # Checked again with the lock held: another run may have started and ended since the first check.
     refuse_other(workdir, config)
-    write_text(workdir / CONFIG_FILE, json.dumps(json.loads(config.to_json()), indent=1))
+    write_text(workdir / CONFIG_FILE, json.dumps(_fields(config), indent=1))

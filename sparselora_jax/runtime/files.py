@@ -1,6 +1,7 @@
 """Atomic file writes, and the lock of a working directory."""
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -127,14 +128,41 @@ def hold(folder: Path) -> None:
     try:
         lock.acquire()
     except Timeout:
-        holder = path.read_text().strip()
-        raise StorageError(f'{folder}: another run is in it ({holder}); use another workdir') from None
+        raise _held(folder, path) from None
     except OSError as error:
         # Some cluster file systems have no locks. Other errors (no permission, disk full) are raised.
         if error.errno not in _NO_LOCKS:
             raise
         print(f'{folder} cannot be locked ({error}): make sure that no other run uses it', file=sys.stderr)
     _LOCKS[path] = lock
+
+
+def refuse_held(folder: Path) -> None:
+    """Check that no other process has locked a folder, without writing into it.
+
+    Args:
+      folder: the working directory, which need not exist.
+
+    Raises:
+      StorageError: another process holds the lock; the message names that process.
+    """
+    path = Path(os.path.realpath(folder)) / LOCK
+    if path in _LOCKS or not path.is_file():
+        return
+    with path.open() as file:
+        try:
+            # Given back when the file is closed.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(folder, path) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+
+
+def _held(folder: Path, path: Path) -> StorageError:
+    """Return the error of a folder that another process has locked."""
+    return StorageError(f'{folder}: another run is in it ({path.read_text().strip()}); use another workdir')
 
 
 def _write_holder(descriptor: int) -> None:

@@ -1,6 +1,8 @@
 """What a run takes is compared with what the machine has before the first stage; a dry run writes nothing."""
 
+import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ from sparselora_jax.models.model import abstract_model, abstract_params
 from sparselora_jax.planning import memory
 from sparselora_jax.planning.tracing import batch_of, nbytes
 from sparselora_jax.recipe import ConfigError, check_family, check_ranks, override
-from sparselora_jax.runtime import machine
+from sparselora_jax.runtime import files, machine
 
 
 @pytest.fixture
@@ -160,3 +162,54 @@ def test_a_dry_run_of_a_job_checks_and_writes_nothing(script, job, tmp_path):
     assert code == 1
     assert err == "error: lora.rank.language 100: expected at most 16, the shorter side of the tower's largest kernel\n"
     assert not workdir.exists()
+
+
+def test_a_dry_run_says_what_a_run_would_warn_of(job):
+    small = job(prune__samples=100_000, restore__batch=8)
+    description = resources.describe(small, resources.check_job(small, ('prune',)))
+    repeated = small.repeated_records(100_000)
+    assert repeated
+    assert all(line in description.splitlines() for line in repeated)
+    assert not small.repeated_records(8)
+
+
+def test_a_dry_run_refuses_a_workdir_that_another_run_uses(script, job, tmp_path):
+    data_dir = job().config.data_dir
+    workdir = tmp_path / 'run'
+    workdir.mkdir()
+    with (workdir / files.LOCK).open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = script('prune.py', f'--config.data_dir={data_dir}', f'--workdir={workdir}', '--dry_run')
+    assert code == 1
+    assert err.startswith(f'error: {workdir}: another run is in it')
+
+
+def test_a_dry_run_checks_the_files_of_finished_stages(script, job, tmp_path):
+    run = job()
+    workdir = tmp_path / 'run'
+    workdir.mkdir()
+    (workdir / 'prune.json').write_text('{')
+    code, _, err = script('prune.py', f'--config.data_dir={run.config.data_dir}', f'--workdir={workdir}', '--dry_run')
+    assert code == 1
+    assert err.startswith(f'error: {workdir}/prune.json: not JSON')
+
+
+def test_data_that_are_not_prepared_go_into_a_folder_that_is_removed(tmp_path):
+    config = blip2_lang_only.get_config()
+    config.data_dir = str(tmp_path / 'data')
+    with resources.without_data_dir([config]):
+        scratch = config.data_dir
+        (Path(scratch) / 'prepared').touch()
+    assert not Path(scratch).exists()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_for_data_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / 'file').touch()
+    config = blip2_lang_only.get_config()
+    config.data_dir = str(tmp_path / 'file/data')
+    with (
+        pytest.raises(ConfigError, match=f'--config.data_dir={tmp_path}/file/data: {tmp_path}/file is no folder'),
+        resources.without_data_dir([config]),
+    ):
+        (Path(config.data_dir) / 'prepared').touch()

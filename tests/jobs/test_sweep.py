@@ -15,11 +15,14 @@ from test_job import few, tiny_config
 from configs.sweeps import grid
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.data import easy_vqa
+from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.jobs import names, plots, sweep, sweep_runs, table
 from sparselora_jax.jobs.sweep import Point
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime import files
+from sparselora_jax.runtime.errors import DataError
+from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse.patterns import PatternError
 
 KINDS = {'yes/no': 0.0, 'shape': 0.1}
@@ -49,7 +52,9 @@ POINTS = (
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tiny_blip2):
-    """The embedded model, made tiny."""
+    """The embedded model, made tiny, and a data set of one record, which is only checked."""
+    one = Split([{}], lambda: [('never asked', 'never answered')])
+    monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: Dataset(one, one, (), str))
     monkeypatch.setattr(embedded, 'load', lambda *args, **kw: tiny_blip2)
     monkeypatch.setattr(embedded, 'load_config', lambda: tiny_blip2[0].cfg)
 
@@ -225,6 +230,13 @@ def test_the_workdir_of_another_sweep_is_refused(tmp_path):
         (point('x', prune__method='wandas'), ConfigError, "point x: prune.method 'wandas'"),
         (point('x', models=('sparse',)), ConfigError, 'point x: models .*: expected some of dense, pruned'),
         (point('a'), ConfigError, 'a-seed42: two points of this name'),
+        (point('x', model='no/such/model'), StorageError, 'point x: no/such/model: no such directory'),
+        (
+            point('x', data='no_such_folder', restore__shares=()),
+            DataError,
+            'point x: .*no_such_folder: no such folder',
+        ),
+        (point('x', restore__peak=True), ConfigError, 'point x: restore.peak cannot be True: expected a number'),
     ],
 )
 def test_a_point_that_cannot_work_is_named_before_anything_runs(tmp_path, wrong, error, said):
