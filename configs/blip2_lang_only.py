@@ -31,6 +31,7 @@ def get_config(arg: str | None = None, pruned: Sequence[str] = ('language',)) ->
     config = base_config()
     # Some of these values are the defaults. They are repeated because the accuracy above depends on them.
     config.model = 'embedded'
+    config.family = 'blip-2'
     config.data = 'easy_vqa'
     config.prune.method = 'wanda'
     config.prune.samples = 128

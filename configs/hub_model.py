@@ -11,11 +11,12 @@ def base_config(model: str, *, family: str) -> ConfigDict:
 
     Args:
       model: hub id.
-      family: transformers' `model_type`. The prompt is that of the family's processor. If the family lacks a tower, its
-        fields are removed, so that setting one is an error.
+      family: transformers' `model_type`; models of other families are refused. The prompt is that of the family's
+        processor. If the family lacks a tower, its fields are removed, so that setting one is an error.
     """
     config = base.base_config()
     config.model = model
+    config.family = family
     config.data = 'data'
     known_family = FAMILIES.find(family)
     text = known_family.processor.text

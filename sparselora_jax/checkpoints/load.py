@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from sparselora_jax.checkpoints import checkpoint_files, embedded, layout, packed, streaming
 from sparselora_jax.checkpoints.checkpoint_files import Checkpoint
 from sparselora_jax.data import processing
-from sparselora_jax.models.family import Family, config_of, find_family
+from sparselora_jax.models.family import FAMILIES, Family, config_of, find_family
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import UnsupportedModelError
@@ -42,7 +42,8 @@ def load_model(
       dtype: dtype of the params; each tensor's own by default, and float32 for the embedded model. A T5 overflows in
         float16, so choose float32 or bfloat16 if its files are in float16.
       mesh: see `sharding.make_mesh`; the params are split over it by `sharding.RULES`.
-      family: a family to read it by, as `package.module:FAMILY`; '' for the one registered for its `model_type`.
+      family: a family to read it by, as `package.module:FAMILY`; '' for the one registered for its `model_type`. If it
+        is a registered `model_type`, models of other families are refused.
 
     Returns:
       (model, params).
@@ -105,14 +106,15 @@ def load_processor(dir_or_hub_id: str | Path, *, family: str = '') -> processing
         return embedded.load_processor(embedded.load_config())
     folder = find_directory(dir_or_hub_id)
     # Without a family, the directory's own `model_type` decides; `processing` reads it.
-    spec = find_family('', family).processor if family else None
+    spec = find_family(read_config(folder, family).model_type, family).processor if family else None
     return processing.load_processor(folder, spec)
 
 
 def _refuse_family(family: str) -> None:
-    """Raise `UnsupportedModelError` if a family is given for the embedded model, which is always a BLIP-2."""
-    if family:
-        raise UnsupportedModelError(f'family {family!r}: the embedded model is a BLIP-2; give no family')
+    """Raise `UnsupportedModelError` if the embedded model is to be read by another family than its own."""
+    own = embedded.load_config().family
+    if family and (family not in FAMILIES or FAMILIES.find(family) is not own):
+        raise UnsupportedModelError(f'family {family!r}: the embedded model is a {own.name}; give no family')
 
 
 def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list[layout.Piece]]:

@@ -215,27 +215,59 @@ def find_family(model_type: str, name: str = '') -> Family:
 
     Args:
       model_type: the model's `model_type` in transformers.
-      name: another family to use: a registered model type, or `package.module:FAMILY`; '' for the model's own.
+      name: the family that the caller expects, as a registered model type; or another family to use, as
+        `package.module:FAMILY`; '' for the model's own.
 
     Returns:
       The family.
 
     Raises:
       UnknownNameError: `name` cannot be found.
-      UnsupportedModelError: no family is registered for this model type, or `name` is not a family.
+      UnsupportedModelError: no family is registered for this model type, the model is of another family than the
+        expected one, or `name` is not a family.
     """
-    if not name:
+    if not name or name in FAMILIES:
         if model_type not in FAMILIES:
             known = ', '.join(sorted(FAMILIES))
             raise UnsupportedModelError(
                 f'model_type {model_type!r}: expected one of {known}, or a family of your own as package.module:FAMILY'
             )
-        return FAMILIES.find(model_type)
+        own = FAMILIES.find(model_type)
+        if problem := other_family(own, name):
+            raise UnsupportedModelError(f'model_type {model_type!r} is {problem}')
+        return own
     family = FAMILIES.find(name)
     # An import by name may return any object. Raise here, not where a missing method is first used.
     if isinstance(family, type) or not isinstance(family, Family):
         raise UnsupportedModelError(f'{name} is a {type(family).__name__}: expected an object of the protocol Family')
     return family
+
+
+def other_family(own: Family, expected: str) -> str:
+    """Return why a model is not of the expected family, and what to do; '' if it is of that family.
+
+    Two families may have the same towers, so their names are compared.
+
+    Args:
+      own: the model's family.
+      expected: a registered model type; any other name asks for no registered family.
+    """
+    if expected not in FAMILIES or FAMILIES.find(expected) is own:
+        return ''
+    return f'of the family {own.name}, not {FAMILIES.find(expected).name}: {use_recipe_of(own)}'
+
+
+def use_recipe_of(family: Family) -> str:
+    """Return the end of an error message that tells which recipe to use.
+
+    Args:
+      family: the family of the model.
+    """
+    # A recipe lays out images and texts by the family's processor.
+    recipes = (
+        f'such as configs/{family.name}_lang_only.py' if family.processor else f'and {family.name} models have none'
+    )
+    return f'use a recipe of the same family, {recipes}'
 
 
 def config_of(family: Family, hf: HfConfig) -> FamilyConfig:

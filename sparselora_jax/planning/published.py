@@ -179,11 +179,11 @@ def find_config(name: str, *, others: Sequence[str] = (), family: str = '') -> t
     Args:
       name: the directory, or `owner/name`.
       others: further names that the caller accepts, for the "did you mean" hint of the error.
-      family: a family to read it by, as `package.module:FAMILY`; '' for the one registered for its `model_type`.
+      family: see `checkpoints.load.load_model`.
 
     Raises:
       StorageError: there is no such directory and the hub does not give it, or its config.json is not one.
-      UnsupportedModelError: no family supports its `model_type`.
+      UnsupportedModelError: no family supports its `model_type`, or it is of another family than `family`.
     """
     if Path(name).is_dir():
         if not (Path(name) / 'config.json').is_file():

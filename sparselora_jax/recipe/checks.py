@@ -6,6 +6,7 @@ import re
 from ml_collections import ConfigDict
 
 from sparselora_jax.models.config import FamilyConfig
+from sparselora_jax.models.family import other_family, use_recipe_of
 from sparselora_jax.recipe.config import ConfigError, field_names, towers
 from sparselora_jax.recipe.fields import check_fields, check_names
 from sparselora_jax.recipe.kernel_rules import BASES, prune_rules, rounded_rules
@@ -151,20 +152,22 @@ def _check_shares(config: ConfigDict) -> None:
 
 
 def check_family(config: ConfigDict, cfg: FamilyConfig) -> None:
-    """Check that a recipe has values for exactly the towers of its model's family.
+    """Check that a recipe is for its model's family, and has values for exactly the family's towers.
 
     Args:
       config: a recipe.
       cfg: our config of the model.
 
     Raises:
-      ConfigError: it has others; names the family and its towers.
+      ConfigError: it is for another family, or has other towers; names the family and its towers.
     """
     family = cfg.family
+    if problem := other_family(family, config.family):
+        raise ConfigError(f'{config.model}: a model {problem}')
     if set(towers(config)) != set(family.tower_names):
         raise ConfigError(
             f'{config.model}: a {family.name} model, with the towers {", ".join(family.tower_names)}; this recipe is '
-            f'for {", ".join(towers(config))}: use one of this family, such as configs/{family.name}_lang_only.py'
+            f'for {", ".join(towers(config))}: {use_recipe_of(family)}'
         )
 
 

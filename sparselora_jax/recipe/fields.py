@@ -160,8 +160,9 @@ FIELDS = (
     Field(
         'family',
         '',
-        _text("'' or package.module:FAMILY", may_be_empty=True),
-        "Family that loads the model: '' chooses it by model_type; otherwise one of your own.",
+        _text("'', a model_type or package.module:FAMILY", may_be_empty=True),
+        "Family of the model: '' takes any, by its model_type; a model_type, such as llava, refuses models of other "
+        'families; package.module:FAMILY reads the model by a family of your own.',
     ),
     Field(
         'data',

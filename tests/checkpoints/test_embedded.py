@@ -51,7 +51,7 @@ def test_the_name_stands_for_the_processor_too():
 
 @pytest.mark.parametrize('read', [sl.load_model, sl.load_processor])
 def test_another_family_is_refused(read):
-    with pytest.raises(UnsupportedModelError, match=r"family 'llava': the embedded model is a BLIP-2; give no family"):
+    with pytest.raises(UnsupportedModelError, match=r"family 'llava': the embedded model is a blip2; give no family"):
         read('embedded', family='llava')
 
 

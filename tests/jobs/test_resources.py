@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from configs import blip2_lang_only, llava_both
+from configs.base import base_config
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.evaluation import decode
 from sparselora_jax.jobs import resources
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.models.causal import CausalConfig
+from sparselora_jax.models.llama import LlamaConfig
 from sparselora_jax.models.model import abstract_model, abstract_params
 from sparselora_jax.planning import memory
 from sparselora_jax.planning.tracing import batch_of, nbytes
@@ -99,11 +102,23 @@ def test_the_caches_are_counted_by_beams_and_new_tokens(tiny_blip2):
 def test_a_recipe_of_another_family_names_the_family_and_its_recipe(tiny_blip2):
     cfg = tiny_blip2[0].cfg
     check_family(blip2_lang_only.get_config(), cfg)
+    other = llava_both.get_config()
+    with pytest.raises(
+        ConfigError, match=r'of the family blip2, not llava: use a recipe .* configs/blip2_lang_only\.py'
+    ):
+        check_family(other, cfg)
+    other.family = ''  # a recipe that names no family may still name other towers
     said = (
-        'a blip2 model, with the towers vision, qformer, language; this recipe is for language, vision: use .*blip2_l'
+        'a blip2 model, with the towers vision, qformer, language; this recipe is for language, vision: use .*/blip2_l'
     )
     with pytest.raises(ConfigError, match=said):
-        check_family(llava_both.get_config(), cfg)
+        check_family(other, cfg)
+
+
+def test_a_language_model_alone_is_told_that_it_has_no_recipe():
+    language = abstract_model(CausalConfig(LlamaConfig(64, 16, 2, 2, 2, 32))).cfg
+    with pytest.raises(ConfigError, match=r'a causal model, .* use a recipe of the same family, and .* have none$'):
+        check_family(base_config(), language)
 
 
 def test_a_rank_above_that_of_every_kernel_is_named(tiny_blip2):

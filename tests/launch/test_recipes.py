@@ -7,6 +7,9 @@ import pytest
 
 from configs.base import base_config
 from sparselora_jax import recipe
+from sparselora_jax.checkpoints import embedded
+from sparselora_jax.models import family as families
+from sparselora_jax.runtime.errors import UnsupportedModelError
 
 FAMILIES = ('blip2', 'instructblip', 'llava', 'paligemma')
 PRUNED = {'lang_only': {'language'}, 'vision_only': {'vision'}, 'both': {'vision', 'language'}}
@@ -40,7 +43,30 @@ def test_a_recipe_has_the_fields_of_the_base_but_for_towers_that_it_lacks(family
 def test_the_first_recipe_is_the_base_with_its_language_tower_pruned():
     from configs import blip2_lang_only
 
-    assert fields(blip2_lang_only.get_config()) == fields(base_config())
+    # The base takes a model of any family; a recipe of a family names it.
+    assert fields(blip2_lang_only.get_config()) == fields(base_config()) | {'family': 'blip-2'}
+
+
+@pytest.mark.parametrize('name', [f'{family}_{variant}' for family in FAMILIES for variant in PRUNED])
+@pytest.mark.parametrize('model_type', families.FAMILIES)
+def test_a_recipe_takes_models_of_its_own_family_alone(name, model_type):
+    config = importlib.import_module(f'configs.{name}').get_config()
+    own = families.FAMILIES.find(model_type)
+    if name.startswith(f'{own.name}_'):
+        assert families.find_family(model_type, config.family) is own
+        return
+    with pytest.raises(UnsupportedModelError, match=f'of the family {own.name}, not {name.split("_")[0]}: '):
+        families.find_family(model_type, config.family)
+
+
+@pytest.mark.parametrize('name', [f'{family}_{variant}' for family in FAMILIES for variant in PRUNED])
+def test_only_a_recipe_of_blip2_takes_the_embedded_model(name):
+    config = importlib.import_module(f'configs.{name}').get_config('model=embedded')
+    if name.startswith('blip2_'):
+        recipe.check_family(config, embedded.load_config())
+        return
+    with pytest.raises(recipe.ConfigError, match=r'embedded: .* family blip2, not .*/blip2_lang_only\.py$'):
+        recipe.check_family(config, embedded.load_config())
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -19,7 +19,7 @@ from sparselora_jax.data.processor_spec import PROCESSORS
 from sparselora_jax.jobs import stages
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.models.config import FamilyConfig, ImageConfig, LanguageConfig, VisionConfig
-from sparselora_jax.models.family import FAMILIES, Family, register_family
+from sparselora_jax.models.family import FAMILIES, Family, find_family, register_family
 from sparselora_jax.models.llava import LlavaFamily
 from sparselora_jax.models.model import Model, abstract_model, abstract_params, from_hf
 from sparselora_jax.models.runners import Runner, remat_blocks, scan_blocks, unrolled_blocks
@@ -124,6 +124,34 @@ def test_the_main_job_prunes_trains_and_exports_it(directory, registered, tmp_pa
     model, params = sl.load_model(exported, family=family)
     export.check_export(exported, model, job.merged())
     sl.check_sparse(params, trees.load_safetensors(job.workdir / 'masks.safetensors')[0])
+
+
+@pytest.mark.parametrize('wanted', ['blip-2', 'instructblip', 'llava', 'paligemma', 'llama', 'opt'])
+@pytest.mark.parametrize('model_type', ['blip-2', 'instructblip', 'llava', 'paligemma', 'llama', 'opt'])
+def test_a_registered_family_reads_only_its_own_models(model_type, wanted):
+    own = FAMILIES.find(model_type)
+    if FAMILIES.find(wanted) is own:
+        assert find_family(model_type, wanted) is own
+        return
+    remedy = f'such as configs/{own.name}_lang_only.py' if own.processor else f'and {own.name} models have none'
+    with pytest.raises(UnsupportedModelError) as error:
+        find_family(model_type, wanted)
+    message = f'model_type {model_type!r} is of the family {own.name}, not {FAMILIES.find(wanted).name}: '
+    assert str(error.value).startswith(message)
+    assert str(error.value).endswith(remedy)
+
+
+def test_a_registered_family_reads_no_model_that_is_of_no_family():
+    with pytest.raises(UnsupportedModelError, match="model_type 'llava_next': expected one of blip-2, "):
+        find_family('llava_next', 'llava')
+
+
+@pytest.mark.parametrize('read', [sl.load_model, sl.load_processor])
+def test_a_directory_of_another_family_is_refused_with_its_path(tmp_path, read):
+    (tmp_path / 'config.json').write_text('{"model_type": "llava"}')
+    save_file({}, tmp_path / 'model.safetensors')
+    with pytest.raises(UnsupportedModelError, match=r'config\.json: .* is of the family llava, not paligemma: '):
+        read(tmp_path, family='paligemma')
 
 
 @pytest.mark.parametrize(
