@@ -39,7 +39,7 @@ from configs import blip2_lang_only
 from sparselora_jax.jobs import stages
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.recipe import lora_rules, restore_program
-from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.saved_state import Checkpoints
 from sparselora_jax.restoration.train import fit, init_state
 from sparselora_jax.runtime import profiling
 from sparselora_jax.sparse.weights import init_lora

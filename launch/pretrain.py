@@ -27,8 +27,8 @@ from sparselora_jax.jobs.log import Log
 from sparselora_jax.models import blip2, qformer, vit
 from sparselora_jax.models.model import Model
 from sparselora_jax.recipe import fields
-from sparselora_jax.restoration.checkpoint import Checkpoints
 from sparselora_jax.restoration.restore import paper_optimizer
+from sparselora_jax.restoration.saved_state import Checkpoints
 from sparselora_jax.restoration.train import fit, make_step
 from sparselora_jax.runtime import files
 from sparselora_jax.runtime.progress import Progress

@@ -17,7 +17,7 @@ import sparselora_jax as sl
 from sparselora_jax.checkpoints import checkpoint_files, safetensors_format, trees
 from sparselora_jax.data import images, text_format
 from sparselora_jax.data.folder import read_folder
-from sparselora_jax.restoration.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from sparselora_jax.restoration.saved_state import MANIFEST, CheckpointError, Checkpoints
 from sparselora_jax.runtime import digests
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse import packing

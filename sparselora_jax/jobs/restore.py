@@ -11,8 +11,8 @@ from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.recipe import lora_rules, reads_teacher, restore_program
 from sparselora_jax.restoration import guard, teacher
-from sparselora_jax.restoration.checkpoint import Checkpoints
 from sparselora_jax.restoration.restore import Frozen, pruned_kernels
+from sparselora_jax.restoration.saved_state import Checkpoints
 from sparselora_jax.restoration.train import fit, init_state
 from sparselora_jax.runtime.progress import Progress
 from sparselora_jax.sparse import sharding

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, PyTree
 
 from sparselora_jax.restoration import guard
-from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.saved_state import Checkpoints
 from sparselora_jax.runtime import profiling
 from sparselora_jax.runtime.errors import SparseloraError
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from sparselora_jax.restoration import guard
-from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.saved_state import Checkpoints
 from sparselora_jax.restoration.train import BadStepError, fit, init_state, make_step
 
 ADAM = optax.adamw(1e-2)

@@ -10,7 +10,7 @@ import sparselora_jax as sl
 from sparselora_jax.models import llama
 from sparselora_jax.models.init import init_params
 from sparselora_jax.restoration import losses, restore
-from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.saved_state import Checkpoints
 from sparselora_jax.restoration.train import fit
 from sparselora_jax.sparse import rules
 

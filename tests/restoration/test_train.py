@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.saved_state import Checkpoints
 from sparselora_jax.restoration.train import BadStepError, fit, init_state, make_step
 
 SCRIPT = """
 import sys, time
 import jax, jax.numpy as jnp, numpy as np
 import sparselora_jax as sl
-from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.saved_state import Checkpoints
 from sparselora_jax.models import llama
 from sparselora_jax.models.init import init_params
 from sparselora_jax.restoration.train import Interrupted, fit
@@ -109,7 +109,7 @@ ENDS = """
 import resource, sys
 import jax.numpy as jnp
 import optax
-from sparselora_jax.restoration.checkpoint import CheckpointError, Checkpoints
+from sparselora_jax.restoration.saved_state import CheckpointError, Checkpoints
 from sparselora_jax.restoration.train import fit, init_state, make_step
 
 class Batches:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sparselora_jax.restoration.checkpoint import Checkpoints
+from sparselora_jax.restoration.saved_state import Checkpoints
 from sparselora_jax.restoration.train import BadStepError, fit, init_state, make_step
 from sparselora_jax.runtime import profiling
 

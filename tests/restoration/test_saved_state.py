@@ -14,7 +14,7 @@ import pytest
 from small_disk import files_of_at_most
 
 import sparselora_jax as sl
-from sparselora_jax.restoration.checkpoint import CheckpointError, Checkpoints
+from sparselora_jax.restoration.saved_state import CheckpointError, Checkpoints
 from sparselora_jax.sparse import sharding
 
 
