@@ -354,7 +354,7 @@ def print_header(*details: str) -> None:
     device = jax.devices()[0]
     parts = [f'sparselora-jax {sparselora_jax.__version__}', f'device {device.device_kind}', values.dtype]
     # stdout is reserved for the result.
-    print(', '.join([*parts, f'model {values.model or "embedded"}', *details]), file=sys.stderr)
+    print(', '.join([*parts, f'model {values.model or embedded.NAME}', *details]), file=sys.stderr)
 
 
 def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:
@@ -372,7 +372,7 @@ def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:
         script = Path(sys.argv[0]).name
         raise ConfigError(f'expected a model: python launch/{script} MODEL [--config=configs/NAME.py:ARGUMENT]')
     name = argv[0] if argv else config.model
-    if name == 'embedded':
+    if name == embedded.NAME:
         return ModelConfig(name, None, embedded.load_config())
     family = '' if config is None else config.family
     hf = published.find_config(name, others=files.recipes(), family=family)

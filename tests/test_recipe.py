@@ -13,13 +13,16 @@ from sparselora_jax.jobs.job import check_fit
 from sparselora_jax.recipe import (
     FIELDS,
     ConfigError,
+    base_formats,
     check_values,
     fields_page,
     fields_text,
     lora_rules,
     override,
     split_alternatives,
+    stores_masks,
 )
+from sparselora_jax.sparse.packing import FORMATS
 from sparselora_jax.sparse.rules import flatten
 
 KERNELS = ('attn/q/kernel', 'attn/k/kernel', 'mlp/up/kernel')
@@ -267,3 +270,26 @@ def test_the_page_and_the_help_list_every_field_with_its_default_and_its_legal_v
         assert ' '.join(field.legal.expected.split()) in text
     # Every row of a table has four cells.
     assert {len(re.findall(r'(?<!\\)\|', line)) for line in page.splitlines() if line.startswith('|')} == {5}
+
+
+@pytest.mark.parametrize('base', ['bitmask', 'packed24', 'packed24_int4', 'int4'])
+def test_a_base_may_be_any_registered_format_by_its_name(base):
+    config = blip2_lang_only.get_config()
+    config.restore.base = base
+    check_values(config)
+    assert base_formats(config) == base
+    assert stores_masks(config) == FORMATS.find(base).brings_mask
+
+
+def test_a_format_that_does_not_take_the_pattern_is_refused_as_base():
+    config = blip2_lang_only.get_config('pattern=0.5')
+    config.restore.base = 'packed24'
+    with pytest.raises(ConfigError, match=r"restore.base 'packed24' cannot hold prune.pattern.language '0.5'"):
+        check_values(config)
+
+
+def test_a_format_that_is_registered_later_may_be_a_base(monkeypatch):
+    monkeypatch.setitem(FORMATS._parts, 'later', FORMATS.find('bitmask'))
+    config = blip2_lang_only.get_config()
+    config.restore.base = 'later'
+    check_values(config)

@@ -147,7 +147,13 @@ def save(folder: str | Path, model: Model, params: dict, *, texts: Mapping[str, 
       texts: more files to write, by name.
 
     Raises:
-      StorageError: see `write_new`.
+      StorageError: it is not the embedded model but another one that was read from no directory; or see `write_new`.
+      AssetError: see `language_model_file`.
     """
+    if model.family is not blip2.BLIP2 or model.language is not llama:
+        raise StorageError(
+            f'{folder}: the model is not the embedded one and was read from no Hugging Face directory; write it by '
+            'checkpoints.write_new.write_new'
+        )
     config = hf_configs.blip2_config(model.cfg, model.generation)
     write_new(folder, config, model, params, processor=load_processor(model.cfg).hf, texts=texts)

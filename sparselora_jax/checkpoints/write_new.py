@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from sparselora_jax.checkpoints import layout
 from sparselora_jax.checkpoints.checkpoint_files import CONFIG, SINGLE, Checkpoint
-from sparselora_jax.checkpoints.export import WEIGHTS, copy_beside, files_below, placed, write_pieces, write_texts
 from sparselora_jax.checkpoints.safetensors_format import Entry, make_header
 from sparselora_jax.checkpoints.trees import check_shapes
+from sparselora_jax.checkpoints.writing import WEIGHTS, copy_beside, files_below, placed, write_pieces, write_texts
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import rules

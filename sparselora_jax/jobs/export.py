@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparselora_jax.checkpoints import embedded, hf_configs, on_disk, safetensors_format
+from sparselora_jax.checkpoints import hf_configs, on_disk, safetensors_format
 from sparselora_jax.checkpoints.checkpoint_files import CONFIG
 from sparselora_jax.checkpoints.export import check_export, export_model
 from sparselora_jax.checkpoints.packed import export_packed as write_packed
@@ -19,7 +19,7 @@ from sparselora_jax.jobs import model_card, names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.models.model import abstract_params
 from sparselora_jax.pruning import patterns_of
-from sparselora_jax.recipe import ConfigError, pack_formats, rounded_rules
+from sparselora_jax.recipe import ConfigError, pack_formats, rounded_rules, stores_masks
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import packing
@@ -65,15 +65,11 @@ def _write_pruned(job: Job, zeros: dict[str, np.ndarray] | None) -> dict:
     pruned = on_disk.pruned_on_disk(dense, masks, job.output(names.PRUNE, names.KERNELS))
     # The card needs the number of zeros, so they are counted before anything is written.
     sparsity = _tower_sparsity(job, pruned, zeros)
-    changed = None  # the embedded model is written as a new directory
-    if job.model.source is None:
-        embedded.save(folder, job.model, pruned, texts=_texts(job, names.PRUNED_MODEL, sparsity))
-        dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(dense))
-    else:
-        changed = {entry.name for entry in safetensors_format.read_header(masks)}
-        texts = _texts(job, names.PRUNED_MODEL, sparsity)
-        export_model(folder, job.model, pruned, changed=changed, texts=texts)
-        dense_bytes = _weight_bytes(job.model.source)
+    source = job.model.source
+    # The embedded model has no Hugging Face directory, so the bytes of its arrays are counted instead.
+    dense_bytes = _weight_bytes(source) if source else sum(leaf.nbytes for leaf in jax.tree.leaves(dense))
+    changed = {entry.name for entry in safetensors_format.read_header(masks)}
+    export_model(folder, job.model, pruned, changed=changed, texts=_texts(job, names.PRUNED_MODEL, sparsity))
     # Reads the directory back and compares it with what should be there, bit for bit; so the counts hold for it too.
     check_export(folder, job.model, pruned, changed=changed)
     name_base(job.workdir / names.ADAPTER, str(folder.resolve()))
@@ -147,13 +143,10 @@ def _write_export(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced], s
       sparsity: counts of each tower, for the model card.
     """
     folder = job.workdir / names.EXPORTED_MODEL
-    changed = None  # the embedded model is written as a new directory
-    texts = _texts(job, names.EXPORTED_MODEL, sparsity)
-    if job.model.source is None:
-        embedded.save(folder, job.model, merged, texts=texts)
-    else:
+    changed = None  # of the embedded model, all weights are written
+    if job.model.source is not None:
         merged, changed = _merge_from_source(job, merged, rounded)
-        export_model(folder, job.model, merged, changed=changed, texts=texts)
+    export_model(folder, job.model, merged, changed=changed, texts=_texts(job, names.EXPORTED_MODEL, sparsity))
     restore = job.config.restore
     # An adapter is only useful with the weights it was trained on, so the base must not have been rounded.
     if restore.trained == 'lora' and not rounded_rules(job.config):
@@ -192,14 +185,14 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
       `largest_relative_error` of a kernel.
 
     Raises:
-      ConfigError: the kind is `packed_lora` and the base is not packed.
+      ConfigError: the kind is `packed_lora` and the base does not store its masks.
       StorageError: the files do not hold what was written.
     """
     base = job.config.restore.base
-    if kind == 'packed_lora' and not base.startswith('packed'):
+    if kind == 'packed_lora' and not stores_masks(job.config):
         raise ConfigError(
             f'--format=packed_lora keeps what LoRA was trained on, and restore.base is {base!r}: '
-            'expected packed or packed_int4'
+            'expected packed, packed_int4, or a format that stores masks'
         )
 
     def compute():

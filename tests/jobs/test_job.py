@@ -310,7 +310,10 @@ def test_any_pattern_is_held_in_four_bits_as_it_was_chosen(world, tmp_path, base
 @pytest.mark.parametrize(
     ('fields', 'said'),
     [
-        ({'restore.base': 'int3'}, "restore.base 'int3': expected one of dense, packed, packed_int4, int4, nf4"),
+        (
+            {'restore.base': 'int3'},
+            "restore.base 'int3': expected one of dense, packed, packed_int4, int4, nf4, packed24, packed24_int4, bi",
+        ),
         ({'restore.teacher': 'topk'}, "restore.teacher 'topk': expected one of model, top_k"),
         ({'restore.top_k': 0}, 'restore.top_k 0: expected 1 or more'),
         ({'restore.base': 'nf4', 'restore.trained': 'weights'}, "restore.base 'nf4' is frozen under LoRA"),
@@ -327,7 +330,9 @@ def test_more_tokens_than_the_vocabulary_has_are_refused_before_any_work(world, 
 
 
 def test_factors_are_kept_beside_a_packed_base_alone(wanda):
-    with pytest.raises(ConfigError, match=r"restore.base is 'dense': expected packed or packed_int4"):
+    with pytest.raises(
+        ConfigError, match=r"restore.base is 'dense': expected packed, packed_int4, or a format that stores masks"
+    ):
         export_packed(Job(tiny_config(), wanda), 'packed_lora')
 
 
