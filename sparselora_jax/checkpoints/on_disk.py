@@ -115,20 +115,24 @@ class Reduced:
         self.ndim = len(kernel.shape)
 
     def __getitem__(self, layer: int) -> jax.Array:
-        kernel = self._kernel_of(layer)
-        return effective_weight(kernel, self.mask_of(layer), dtype=jnp.float32)
+        kernel = _layer_of(self.kernel, layer)
+        mask = dense_mask(_layer_of(self.mask, layer), kernel)
+        return effective_weight(kernel, mask, dtype=jnp.float32)
 
     def mask_of(self, layer: int) -> Bool[jax.Array, 'inputs outputs']:
         """Return the mask of one layer."""
-        mask = None if self.mask is None else jax.tree.map(lambda leaf: jnp.asarray(leaf[layer]), self.mask)
-        return dense_mask(mask, self._kernel_of(layer))
+        # A packed kernel stores its own mask; otherwise the kernel is not read.
+        kernel = _layer_of(self.kernel, layer) if self.mask is None else None
+        return dense_mask(_layer_of(self.mask, layer), kernel)
 
     def in_file_dtype(self, layer: int) -> HostArray:
         """Return one layer in float32, which holds every rounded value; the code that writes a file casts it."""
         return np.asarray(self[layer])
 
-    def _kernel_of(self, layer: int) -> Any:
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf[layer]), self.kernel)
+
+def _layer_of(tree: Any, layer: int) -> Any:
+    """Return one layer of a stacked kernel or mask; None stays None."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[layer]), tree)
 
 
 class Merged:
