@@ -12,10 +12,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sparselora_jax.checkpoints.checkpoint_files import INDEX, refuse_adapter
-from sparselora_jax.checkpoints.export import copy_beside, files_beside, write_texts
 from sparselora_jax.checkpoints.layout import HEAD, untied
-from sparselora_jax.checkpoints.trees import check_shapes, load_safetensors, save_safetensors
+from sparselora_jax.checkpoints.trees import (
+    CHECKSUMS,
+    check_shapes,
+    load_safetensors,
+    read_metadata,
+    save_safetensors,
+)
 from sparselora_jax.checkpoints.write_new import Pretrained, claim, write_beside
+from sparselora_jax.checkpoints.writing import copy_beside, files_beside, write_texts
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import packing, rules
@@ -94,6 +100,9 @@ def load_packed(folder: Path, model: Model, *, dtype: DTypeLike | None = None) -
     Raises:
       StorageError, PackingError: the file is damaged, contradicts its format, or does not fit the config.
     """
+    # A damaged value may still be a legal one, so only checksums find it.
+    if CHECKSUMS not in read_metadata(folder / FILE):
+        raise StorageError(f'{folder / FILE}: its header has no checksums; export it again')
     tree, _ = load_safetensors(folder / FILE)
     flat = rules.flatten(tree)
     # The config may say tied although the file has its own head, as for T5 1.1; see `layout.follow_head`.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,12 @@ from sparselora_jax.runtime.files import StorageError, whole
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.packing import Stored, is_packed, stored
 from sparselora_jax.sparse.weights import Adapted, Lora
+
+# The entry of a header with a checksum of each array, and of the other entries under ''.
+CHECKSUMS = 'checksums'
+# Words of 64 bits in a row, see `_checksum`. It is a prime, so that blocks of a disk that change places move to other
+# columns.
+_ROW = 1021
 
 # Writes one layer: `write(path, layer, array)`.
 WriteLayer = Callable[[str, int, Any], None]
@@ -61,6 +68,7 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     if packed:
         header['packed'] = json.dumps(packed)
     if processes.first():
+        header[CHECKSUMS] = json.dumps(_checksums(arrays, header))
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
             save_file(arrays, partial, metadata=header)
@@ -156,13 +164,15 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
       (tree, metadata).
 
     Raises:
-      StorageError: the file is missing, truncated or not safetensors.
+      StorageError: the file is missing, truncated, not safetensors, or not what was written.
       PackingError: packed arrays contradict their format; the message names the path.
     """
     with _open_safetensors(path) as file:
         # `safe_open` has `keys` but is not a mapping: it cannot be iterated.
         flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
+    if CHECKSUMS in metadata:  # `layer_writer` writes none
+        _check_checksums(path, flat, metadata)
     for name, scale in _parse_entry(path, metadata, 'lora_scales').items():
         flat[name] = _take_factors(f'{path}: {name}', flat.pop(f'{name}/a', None), flat.pop(f'{name}/b', None), scale)
     # After the factors, because a packed kernel and its factors have the same path.
@@ -174,6 +184,43 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
         flat[name] = kernel if factors is None else _adapt_packed(f'{path}: {name}', kernel, factors)
     _check_paths(path, flat)
     return rules.unflatten(flat), metadata
+
+
+def _checksums(arrays: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, int]:
+    """Return the checksums of arrays and of the other entries of a header, see `CHECKSUMS`."""
+    entries = zlib.crc32(json.dumps(sorted(header.items())).encode())
+    return {'': entries} | {name: _checksum(array) for name, array in arrays.items()}
+
+
+def _checksum(array: Any) -> int:
+    """Return the checksum of an array: of its dtype, its shape and its bytes.
+
+    A CRC of all bytes would take a third of the time of loading. So the array is cut into rows of 64-bit words, and the
+    rows are summed, at the speed of memory; the CRC is that of the sums. A flipped bit always changes a sum, and damage
+    within one row too.
+    """
+    host_array = np.ascontiguousarray(np.asarray(array))
+    data = host_array.reshape(-1).view(np.uint8)
+    row_bytes = 8 * _ROW
+    whole_rows = data.size // row_bytes * row_bytes
+    sums = data[:whole_rows].view(np.uint64).reshape(-1, _ROW).sum(axis=0, dtype=np.uint64)
+    checksum = zlib.crc32(f'{host_array.dtype} {array.shape}'.encode())
+    checksum = zlib.crc32(sums, checksum)
+    return zlib.crc32(data[whole_rows:], checksum)
+
+
+def _check_checksums(path: str | Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    """Remove the checksums from the strings of a header, and compare them with what was read.
+
+    Raises:
+      StorageError: an array or an entry is not what was written.
+    """
+    written = _parse_entry(path, metadata, CHECKSUMS)
+    now = _checksums(arrays, metadata)
+    for name in sorted(written.keys() | now.keys()):
+        if written.get(name) != now.get(name):
+            part = name or 'its header'
+            raise StorageError(f'{path}: {part} is not what was written (its checksum differs); put back a copy')
 
 
 def _parse_entry(path: str | Path, metadata: dict[str, str], entry: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_models
+from safetensors import safe_open
+from safetensors.flax import save_file
 
 import sparselora_jax as sl
 from sparselora_jax.checkpoints.packed import FILE, export_packed
@@ -81,3 +83,34 @@ def test_what_does_not_fit_is_refused(model, tmp_path):
     save_safetensors(folder / FILE, rules.unflatten(flat))
     with pytest.raises(sl.StorageError, match=rf'{path} has shape \(1, 8, 4\)'):
         sl.load_model(folder)
+
+
+def test_a_flipped_bit_anywhere_in_the_file_is_noticed(model, tmp_path):
+    """Each array, and each entry of the header: also where the damaged value is a legal one."""
+    model, params, masks = model
+    export_packed(tmp_path, model, packed(params, masks))
+    file = tmp_path / FILE
+    whole = file.read_bytes()
+    sl.load_model(tmp_path)
+    first = 8 + int.from_bytes(whole[:8], 'little')
+    rng = np.random.default_rng(0)
+    places = [*rng.integers(8, first, 20), *rng.integers(first, len(whole), 20), first, len(whole) - 1]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        file.write_bytes(damaged)
+        with pytest.raises((sl.StorageError, sl.PackingError), match=f'^{file}: '):
+            sl.load_model(tmp_path)
+
+
+def test_a_file_without_checksums_is_refused(model, tmp_path):
+    model, params, masks = model
+    export_packed(tmp_path, model, packed(params, masks))
+    tensors = {}
+    with safe_open(tmp_path / FILE, 'flax') as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    del metadata['checksums']
+    save_file(tensors, tmp_path / FILE, metadata)
+    with pytest.raises(sl.StorageError, match='its header has no checksums; export it again'):
+        sl.load_model(tmp_path)
