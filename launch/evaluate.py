@@ -17,7 +17,7 @@ from sparselora_jax.data.dataset import DataRequest
 from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.recipe import CONFIG_FILE, LARGEST_COUNT, ConfigError
-from sparselora_jax.runtime.files import StorageError
+from sparselora_jax.runtime.files import StorageError, read_json
 from sparselora_jax.runtime.progress import Progress
 
 cli.define_model()
@@ -92,14 +92,12 @@ def choose_data() -> tuple[str, str]:
             f'--model={flags.FLAGS.model}: not in the workdir of a run, so its data are not known; add '
             '--data=FOLDER or --data=easy_vqa'
         )
-    try:
-        fields = json.loads(file.read_text())
-        data = fields['data']
-        data_dir = DATA_DIR.value or fields['data_dir']
-    except (ValueError, KeyError, TypeError, RecursionError):
-        data = None
+    remedy = 'add --data=FOLDER or --data=easy_vqa'
+    fields = read_json(file, remedy)
+    data = fields.get('data')
+    data_dir = DATA_DIR.value or fields.get('data_dir')
     if not isinstance(data, str) or not isinstance(data_dir, str):
-        raise StorageError(f'{file}: not the config of a run; add --data=FOLDER or --data=easy_vqa')
+        raise StorageError(f'{file}: not the config of a run; {remedy}')
     return data, data_dir
 
 

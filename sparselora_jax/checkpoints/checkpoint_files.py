@@ -4,16 +4,15 @@ Problems in a directory are reported as errors, never worked around: pickles, ad
 does not fit its shards.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sparselora_jax.checkpoints.safetensors_format import Entry, read_header, unique_names
-from sparselora_jax.runtime.files import StorageError
+from sparselora_jax.checkpoints.safetensors_format import Entry, read_header
+from sparselora_jax.data.model_config import CONFIG, REMEDY
+from sparselora_jax.runtime.files import StorageError, read_json
 
 # Names that transformers gives to the files of a directory.
-CONFIG = 'config.json'
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 ADAPTER = 'adapter_config.json'  # of PEFT
@@ -179,14 +178,13 @@ def _read_index(folder: Path) -> dict[str, str]:
         safetensors.
     """
     path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(), object_pairs_hook=unique_names)['weight_map']
-        names = set(index.values())  # a value that cannot be hashed raises TypeError: not a valid index
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(f'{path}: not an index of safetensors ({error}); download it again') from None
-    for name in sorted(names, key=str):  # sorted as text, since a damaged index may contain numbers
+    index = read_json(path, REMEDY, has_unique_names=True).get('weight_map')
+    if not isinstance(index, dict):
+        raise StorageError(f'{path}: weight_map {index!r}: expected the file of each tensor; {REMEDY}')
+    for name in index.values():  # a damaged index may contain anything
         if not isinstance(name, str) or not name.endswith('.safetensors'):
             raise StorageError(f'{path}: it names {name!r}; expected the name of a .safetensors file')
+    for name in sorted(set(index.values())):
         # Checked as text, on every system: an index may come from an untrusted source, and an export writes to these
         # names.
         parts = PurePosixPath(name)
@@ -195,6 +193,6 @@ def _read_index(folder: Path) -> dict[str, str]:
         if not (folder / name).is_file():
             missing = sorted(tensor for tensor, file in index.items() if file == name)
             raise StorageError(f'{path}: shard {name} ({len(missing)} tensors) is missing; download it into {folder}')
-    if not names:
+    if not index:
         raise StorageError(f'{path}: it names no tensor; download it again')
     return index

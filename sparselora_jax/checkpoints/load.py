@@ -1,6 +1,5 @@
 """Read a `Model`, its params and its processor: from a Hugging Face directory, from the hub, or from the package."""
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,8 @@ from jax.typing import DTypeLike
 
 from sparselora_jax.checkpoints import checkpoint_files, embedded, layout, packed, streaming
 from sparselora_jax.checkpoints.checkpoint_files import Checkpoint
-from sparselora_jax.data import processing
+from sparselora_jax.data import model_config, processing
+from sparselora_jax.data.model_config import SPECIAL_TOKENS
 from sparselora_jax.models.family import FAMILIES, Family, config_of, find_family
 from sparselora_jax.models.model import Generation, Model
 from sparselora_jax.runtime import processes
@@ -23,8 +23,6 @@ from sparselora_jax.sparse import sharding
 
 # Files of a hub repository to download: models, tokenizers and processors, but no pickles (*.bin).
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
-# Fields of a generation config that name tokens.
-_SPECIAL_TOKENS = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
 # Subfolders hold the same weights in other formats, and `consolidated*` is a copy of the weights in one file.
 _NOT_DOWNLOADED = ['*/*', 'consolidated*']
 
@@ -204,86 +202,21 @@ def read_config(folder: Path, family: str = '') -> Any:
       family: see `load_model`.
 
     Raises:
-      StorageError: config.json is not a model config.
+      StorageError: config.json is not a model config, or a value is impossible.
       UnsupportedModelError: the kind of model is not supported, or its weights are quantised.
     """
-    from transformers import AutoConfig
-
     path = folder / checkpoint_files.CONFIG
+    fields = model_config.read_fields(folder)
     try:
-        raw = json.loads(path.read_text())
-        kind = raw.get('model_type')
-    except (ValueError, AttributeError, RecursionError) as error:  # thousands of brackets exhaust the stack
-        raise StorageError(f'{path}: not a model config ({error}); download it again') from None
-    if not isinstance(kind, str):
-        raise StorageError(f'{path}: model_type {kind!r}: expected the name of a kind of model; download it again')
-    try:
-        find_family(kind, family)
+        find_family(fields['model_type'], family)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f'{path}: {error}') from None
     # Such tensors are in the quantiser's own format, with separate scales.
-    if raw.get('quantization_config'):
+    if fields.get('quantization_config'):
         raise UnsupportedModelError(
             f'{path}: quantised weights (quantization_config) cannot be pruned; use the original ones'
         )
-    try:
-        # Remote code is not trusted, so an `auto_map` in the file runs nothing.
-        hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    # transformers computes with the values before it has checked all of them, so it may raise errors of any class.
-    except Exception as error:
-        raise StorageError(f'{path}: transformers does not read it ({error})') from None
-    problem = _size_problem(hf.to_dict())
-    if problem:
-        raise StorageError(f'{path}: {problem}; download it again')
-    return hf
-
-
-# Fields of transformers' configs, of any model, that count something.
-_SIZES = {
-    *('hidden_size', 'd_model', 'intermediate_size', 'd_ff', 'ffn_dim', 'vocab_size', 'image_size', 'patch_size'),
-    *('num_attention_heads', 'num_heads', 'num_key_value_heads', 'head_dim', 'd_kv', 'num_query_tokens'),
-    *('max_position_embeddings', 'word_embed_proj_dim', 'encoder_hidden_size', 'projection_dim'),
-}
-_DEPTHS = {'num_hidden_layers', 'num_layers', 'num_decoder_layers'}
-# No model has more layers. A list of the weights of so many would still fit into memory.
-_MOST_LAYERS = 10_000
-_LARGEST_SIZE = 2**31 - 1  # arrays have no longer axes
-
-
-def _size_problem(fields: Mapping[Any, Any], prefix: str = '') -> str:
-    """Return which field of a transformers config is no possible size, '' if all are.
-
-    Args:
-      fields: the config; those of towers are nested.
-      prefix: put before the names of fields.
-    """
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            problem = _size_problem(value, f'{prefix}{name}.')
-            if problem:
-                return problem
-        most = _MOST_LAYERS if name in _DEPTHS else _LARGEST_SIZE
-        # None stands for a default that other fields decide.
-        if name in _SIZES | _DEPTHS and value is not None and not (isinstance(value, int) and 1 <= value <= most):
-            return f'{prefix}{name} {value!r}: expected a whole number from 1 to {most}'
-    return _division_problem(fields, prefix)
-
-
-def _division_problem(fields: Mapping[Any, Any], prefix: str) -> str:
-    """Return which size of a transformers config does not divide another one that it must divide, '' if all do."""
-    width = fields.get('hidden_size')
-    heads = fields.get('num_attention_heads')
-    # With a size of its own, a head need not be a part of the width.
-    if width and heads and not fields.get('head_dim') and width % heads:
-        return f'{prefix}num_attention_heads {heads}: does not divide hidden_size, {width}'
-    groups = fields.get('num_key_value_heads')
-    if heads and groups and heads % groups:
-        return f'{prefix}num_key_value_heads {groups}: does not divide num_attention_heads, {heads}'
-    patch = fields.get('patch_size')
-    image = fields.get('image_size')
-    if patch and image and patch > image:
-        return f'{prefix}patch_size {patch}: is larger than image_size, {image}'
-    return ''
+    return model_config.parse(folder)
 
 
 def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
@@ -313,14 +246,14 @@ def read_generation(folder: Path, hf: Any, family: Family) -> Generation:
         # Without the file, transformers builds the defaults from the model's config in the same way.
         defaults = GenerationConfig.from_model_config(hf if own else hf.text_config)
     # transformers does not check that special tokens are numbers.
-    for name in _SPECIAL_TOKENS:
+    for name in SPECIAL_TOKENS:
         ids = getattr(defaults, name)
         several = ids if isinstance(ids, list) else [ids]
         if not all(isinstance(token, int | None) for token in several):
             raise StorageError(f'{path}: {name} {ids!r}: expected the number of a token, or a list of them')
     eos = _token_ids(defaults.eos_token_id)
     pad = defaults.pad_token_id
-    if pad is None:
+    if pad is None or pad < 0:
         pad = eos[0] if eos else 0  # as transformers does
     return Generation(
         eos=eos,
@@ -341,7 +274,7 @@ def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
 def _options(changed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the options of a generation config that are not defaults, tokens, or options about the output."""
     for name, value in changed.items():
-        is_token = name in _SPECIAL_TOKENS
+        is_token = name in SPECIAL_TOKENS
         is_about_outputs = name.startswith(('_', 'output_', 'return_'))
         is_about_files = name in ('transformers_version', 'use_cache')
         # The remaining options may change the generated tokens; decoding refuses those it does not support.

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from sparselora_jax.runtime.files import StorageError
+from sparselora_jax.runtime.files import StorageError, unique_names
 
 # The format's names of dtypes.
 DTYPES = {
@@ -150,20 +150,6 @@ def read_header(file: Path) -> list[Entry]:
     if end < file_size:
         raise StorageError(f'{file}: {file_size} bytes, but its header promises {end}; download it again')
     return entries
-
-
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict, for `json.loads(object_pairs_hook=)`.
-
-    Raises:
-      ValueError: a name occurs twice; Python would keep the last value and say nothing.
-    """
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'it names {twice} twice')
-    return values
 
 
 def _truncated(file: Path, promise: str, file_size: int) -> StorageError:

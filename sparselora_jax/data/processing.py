@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Integer, Shaped
 from PIL import Image
 
-from sparselora_jax.data import directory
+from sparselora_jax.data import model_config, processor_files
 from sparselora_jax.data.images import is_deep, to_rgb
+from sparselora_jax.data.model_config import CONFIG
 from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
 from sparselora_jax.runtime.errors import DataError
 
@@ -291,15 +292,18 @@ def load_processor(folder: str | Path, spec: ProcessorSpec | None = None) -> Pro
 
     Raises:
       UnsupportedModelError: no family registered this `model_type`.
+      StorageError: config.json or a file of settings is damaged, or has an impossible value.
       DataError: a file is missing or unreadable, or the processor's output does not match config.json in image
         size, image token or number of image tokens.
     """
     folder = Path(folder)
-    config = directory.read_config(folder)
+    if not (folder / CONFIG).is_file():
+        raise DataError(f'{folder}: no {CONFIG}; a model directory as transformers saves it is needed')
+    config = model_config.parse(folder)
     if spec is None:
-        spec = directory.find_spec(folder, config.model_type)
-    hf = directory.read_processor(folder, config, spec)
-    end = directory.find_end_token(folder, config, spec)
+        spec = processor_files.find_spec(folder, config.model_type)
+    hf = processor_files.read_processor(folder, config, spec)
+    end = processor_files.find_end_token(folder, config, spec)
     if end is None:
         end = hf.tokenizer.eos_token_id
     # A directory may mix files of several models. Its processor then runs, but does not fit the model.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselora_jax.runtime.errors import DataError
+from sparselora_jax.runtime.files import read_json
 
 FILE = 'text_format.json'
 # The lowest values of the arguments of `generate` that are counts.
@@ -37,7 +38,7 @@ class TextFormat:
             raise DataError(f'prompt {self.prompt!r}: expected {{}} once, in the place of the question')
         for name in ('prompt_tokens', 'answer_tokens'):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise DataError(f'{name} {value!r}: expected 1 or more')
         for name, value in dict(self.decoding).items():
             _check_decoding(name, value)
@@ -81,13 +82,14 @@ def load(folder: str | Path, default: TextFormat) -> TextFormat:
       The text format of this model.
 
     Raises:
-      DataError: the file exists but is not a text format.
+      DataError, StorageError: the file exists but is not a text format.
     """
     path = Path(folder) / FILE
     if not path.is_file():
         return default
+    fields = read_json(path, 'put back a copy, or delete it')
     try:
-        return TextFormat(**json.loads(path.read_text()))
-    # A wrong field is a TypeError, wrong JSON a ValueError, a prompt that is not a string an AttributeError.
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        return TextFormat(**fields)
+    # A wrong field is a TypeError, a wrong value a ValueError, a prompt that is not a string an AttributeError.
+    except (TypeError, ValueError, AttributeError) as error:
         raise DataError(f'{path}: not a text format ({error})') from None

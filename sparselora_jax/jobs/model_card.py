@@ -1,6 +1,5 @@
 """Write the model card (README.md) of an exported directory, from the template `templates/model_card.md.jinja`."""
 
-import json
 from pathlib import Path
 
 import jinja2
@@ -10,6 +9,7 @@ from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints.checkpoint_files import CONFIG
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.runtime.files import read_json
 from sparselora_jax.sparse.patterns import parse_pattern
 
 FILE = 'README.md'
@@ -107,7 +107,7 @@ def _architecture(job: Job) -> str:
     """Return transformers' class that loads the model."""
     if job.model.source is None:
         return 'Blip2ForConditionalGeneration'
-    hf = json.loads((Path(job.model.source) / CONFIG).read_text())
+    hf = read_json(Path(job.model.source) / CONFIG, 'download it again')
     # `save_pretrained` always writes the class; a config that was written by hand may lack it.
     return (hf.get('architectures') or ['AutoModelForImageTextToText'])[0]
 

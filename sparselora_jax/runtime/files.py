@@ -76,25 +76,40 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str, *, has_unique_names: bool = False) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
       path: the file.
       remedy: what to do if it is damaged; the end of the message.
+      has_unique_names: refuse an object that names a field twice.
 
     Raises:
-      StorageError: the file is not a JSON object.
+      StorageError: the file is not a JSON object; the message names the position of the fault.
     """
     if not path.is_file():
         # Opening a pipe would wait for ever.
         raise StorageError(f'{path}: not a file; {remedy}')
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes(), object_pairs_hook=unique_names if has_unique_names else None)
     except (ValueError, RecursionError) as error:  # thousands of brackets exhaust the stack
         raise StorageError(f'{path}: not JSON ({error}); {remedy}') from None
     if not isinstance(values, dict):
         raise StorageError(f'{path}: not a JSON object; {remedy}')
+    return values
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict, for `json.loads(object_pairs_hook=)`.
+
+    Raises:
+      ValueError: a name occurs twice; Python would keep the last value and say nothing.
+    """
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'it names {twice} twice')
     return values
 
 

@@ -211,10 +211,20 @@ def test_a_tensor_in_two_shards_is_named(sharded):
         open_checkpoint(sharded)
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{}', '{"weight_map": 3}', '{"weight_map": {"a": "x", "a": "y"}}'])
-def test_an_index_that_is_none_is_named(text, sharded):
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('', r'not JSON \(.*char 0\)'),
+        ('[]', 'not a JSON object'),
+        ('{}', 'weight_map None: expected the file of each tensor'),
+        ('{"weight_map": 3}', 'weight_map 3: expected the file of each tensor'),
+        ('{"weight_map": {"a": "x", "a": "y"}}', r'not JSON \(it names a twice\)'),
+        ('{"weight_map": {"a": [1]}}', r'it names \[1\]; expected the name of a .safetensors file'),
+    ],
+)
+def test_an_index_that_is_none_is_named(text, message, sharded):
     (sharded / 'model.safetensors.index.json').write_text(text)
-    with pytest.raises(sl.StorageError, match=r'index.json: not an index'):
+    with pytest.raises(sl.StorageError, match=f'index.json: {message}'):
         open_checkpoint(sharded)
 
 

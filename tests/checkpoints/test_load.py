@@ -305,12 +305,12 @@ def test_unknown_models_are_refused(llama):
 @pytest.mark.parametrize('text', ['', '[]', '{"model_type": '])
 def test_a_config_that_is_none_is_named(text, llama):
     (llama / 'config.json').write_text(text)
-    with pytest.raises(sl.StorageError, match=r'config.json: not a model config'):
+    with pytest.raises(sl.StorageError, match=r'config.json: not (JSON \(.*char \d|a JSON object)'):
         load_model(llama)
 
 
 def test_a_config_that_transformers_refuses_is_named(llama):
-    reconfigure(llama, num_hidden_layers='many')
+    reconfigure(llama, hidden_act=['silu'])
     with pytest.raises(sl.StorageError, match=r'config.json: transformers does not read it'):
         load_model(llama)
 
@@ -451,17 +451,7 @@ def test_a_special_token_that_is_no_token_is_named(llama, name, value):
         open_model(llama)
 
 
-@pytest.mark.parametrize('value', [0, -4])
-def test_a_size_that_no_model_can_have_is_named(llama, value):
-    config = json.loads((llama / 'config.json').read_text())
-    (llama / 'config.json').write_text(json.dumps(config | {'intermediate_size': value}))
-    with pytest.raises(
-        sl.StorageError, match=f'config.json: intermediate_size {value}: expected a whole number from 1'
-    ):
-        open_model(llama)
-
-
 def test_a_config_of_thousands_of_brackets_is_named(llama):
     (llama / 'config.json').write_text('[' * 200_000)
-    with pytest.raises(sl.StorageError, match=r'config\.json: not a model config'):
+    with pytest.raises(sl.StorageError, match=r'config\.json: not JSON'):
         open_model(llama)

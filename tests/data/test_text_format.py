@@ -6,6 +6,7 @@ from sparselora_jax.data import text_format
 from sparselora_jax.data.processor_spec import PROCESSORS
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.runtime.errors import DataError
+from sparselora_jax.runtime.files import StorageError
 
 
 def test_a_question_goes_into_its_place_and_braces_stay():
@@ -19,7 +20,11 @@ def test_what_lies_beside_a_model_is_read_back(tmp_path):
     file, text = tmp_path / text_format.FILE, TextFormat('Q: {}', 9, 2, {'num_beams': 5})
     file.write_text(text_format.dump(text))
     assert text_format.load(tmp_path, TextFormat()) == text
-    for damaged in ('', '[]', '{"prompts": 1}', '{"prompt": 3}', '{"prompt": "no place"}'):
+    for damaged in ('', '{', '[]'):
+        file.write_text(damaged)
+        with pytest.raises(StorageError, match=f'{file.name}: not (JSON .*char|a JSON object)'):
+            text_format.load(tmp_path, TextFormat())
+    for damaged in ('{"prompts": 1}', '{"prompt": 3}', '{"prompt": "no place"}', '{"prompt_tokens": true}'):
         file.write_text(damaged)
         with pytest.raises(DataError, match=f'{file.name}: not a text format'):
             text_format.load(tmp_path, TextFormat())

@@ -83,6 +83,19 @@ def test_a_file_that_is_no_json_object_is_named_with_the_remedy(tmp_path, conten
         files.read_json(tmp_path / 'a.json', 'put back a copy')
 
 
+def test_the_message_names_the_position_of_the_fault(tmp_path):
+    (tmp_path / 'a.json').write_text('{"a": 1,\n "b": }')
+    with pytest.raises(files.StorageError, match=r'line 2 column 7 \(char 15\)'):
+        files.read_json(tmp_path / 'a.json', 'put back a copy')
+
+
+def test_a_name_that_occurs_twice_is_refused_where_names_are_unique(tmp_path):
+    (tmp_path / 'a.json').write_text('{"a": 1, "a": 2}')
+    assert files.read_json(tmp_path / 'a.json', '') == {'a': 2}
+    with pytest.raises(files.StorageError, match='it names a twice'):
+        files.read_json(tmp_path / 'a.json', '', has_unique_names=True)
+
+
 def test_a_pipe_in_place_of_a_json_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / 'config.json')
     with pytest.raises(files.StorageError, match=r'config\.json: not a file; put it back'):

@@ -1,11 +1,15 @@
-"""Reads the transformers processor of a Hugging Face directory without torch, and completes its settings."""
+"""Read the transformers processor of a Hugging Face directory without torch, and complete its settings."""
 
+import math
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sparselora_jax.data.model_config import REMEDY, Rule, is_count, is_positive
 from sparselora_jax.data.processor_spec import PROCESSORS, ProcessorSpec
 from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
-from sparselora_jax.runtime.files import read_json
+from sparselora_jax.runtime.files import StorageError, read_json
 
 if TYPE_CHECKING:
     import transformers
@@ -13,26 +17,26 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.json', 'vocab.txt')
 
 
-def read_config(folder: Path) -> 'transformers.PretrainedConfig':
-    """Read config.json, without running any code from the directory.
+# Rules of the settings of an image processor, as of `model_config.VALUES`.
+_IMAGE_VALUES = (
+    Rule('image_mean', lambda value: _is_colour(value, math.isfinite), 'three numbers'),
+    Rule('image_std', lambda value: _is_colour(value, is_positive), 'three numbers above 0'),
+    Rule('rescale_factor', is_positive, 'a number above 0'),
+    Rule('resample', lambda value: is_count(value, 0, 5), 'the number of a filter of Pillow, from 0 to 5'),
+    Rule('do_[a-z_]+', lambda value: isinstance(value, bool), 'true or false'),
+    Rule(
+        'size|crop_size|pad_size',
+        lambda value: all(is_count(side) for side in dict(value).values() if side is not None),
+        'whole numbers above 0',
+    ),
+)
 
-    Args:
-      folder: a Hugging Face directory.
 
-    Returns:
-      The transformers config.
-
-    Raises:
-      DataError: the file is missing or unreadable.
-    """
-    import transformers
-
-    if not (folder / 'config.json').is_file():
-        raise DataError(f'{folder}: no config.json; a model directory as transformers saves it is needed')
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a field of a wrong type raises one of huggingface_hub's own errors
-        raise DataError(f'{folder}/config.json cannot be read: {error}') from error
+def _is_colour(value: object, is_legal: Callable[[Any], bool]) -> bool:
+    """Return whether a value has a legal number for each of the three colours."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return False
+    return all(isinstance(number, int | float) and is_legal(number) for number in value)
 
 
 def find_spec(folder: Path, model_type: str) -> ProcessorSpec:
@@ -68,7 +72,7 @@ def find_end_token(folder: Path, config: 'transformers.PretrainedConfig', spec: 
     end = config.text_config.eos_token_id
     file = folder / 'generation_config.json'
     if spec.reads_generation_config and file.is_file():
-        end = read_json(file, 'download it again').get('eos_token_id', end)
+        end = read_json(file, REMEDY).get('eos_token_id', end)
     if isinstance(end, list):
         return end[0] if end else None
     return end
@@ -89,6 +93,7 @@ def read_processor(
 
     Raises:
       DataError: a file is missing or unreadable, the tokenizer has no image token, or config.json names another one.
+      StorageError: a file of settings is damaged, or a setting of images is impossible.
     """
     import transformers
 
@@ -99,6 +104,7 @@ def read_processor(
         images = transformers.AutoImageProcessor.from_pretrained(folder, backend='pil', local_files_only=True)
     except Exception as error:  # the tokenizers library raises no narrower error
         raise DataError(f'{folder}: its processor cannot be read: {error}') from error
+    _check_images(_image_settings(folder), images.to_dict())
     processor.image_processor = images
     spec.complete(processor, config)
     _set_padding_sides(processor, config, spec)
@@ -126,11 +132,39 @@ def _check_files(folder: Path, spec: ProcessorSpec) -> None:
     for where in tokenizer_folders:
         if not any((where / name).is_file() for name in TOKENIZER_FILES):
             raise DataError(f'{where}: no tokenizer (none of {", ".join(TOKENIZER_FILES)}); copy the original files')
+    file = _image_settings(folder)
+    if not file.is_file():
+        raise DataError(f'{folder}: no preprocessor_config.json, which says how images are scaled; copy the original')
+    read_json(file, REMEDY)
+
+
+def _image_settings(folder: Path) -> Path:
+    """Return the file of the settings of images, which need not exist.
+
+    Raises:
+      StorageError: processor_config.json is damaged.
+    """
     # Newer directories keep the image settings inside processor_config.json.
     nested = folder / 'processor_config.json'
-    is_nested = nested.is_file() and '"image_processor"' in nested.read_text()
-    if not is_nested and not (folder / 'preprocessor_config.json').is_file():
-        raise DataError(f'{folder}: no preprocessor_config.json, which says how images are scaled; copy the original')
+    if nested.exists() and 'image_processor' in read_json(nested, REMEDY):
+        return nested
+    return folder / 'preprocessor_config.json'
+
+
+def _check_images(file: Path, settings: Mapping[str, Any]) -> None:
+    """Check the settings of images.
+
+    Args:
+      file: their file, for the message.
+      settings: the settings, completed by transformers' defaults.
+
+    Raises:
+      StorageError: a value is impossible; names the field, its value and what is expected.
+    """
+    for rule in _IMAGE_VALUES:
+        for name, value in settings.items():
+            if value is not None and re.fullmatch(rule.names, name) and not rule.accepts(value):
+                raise StorageError(f'{file}: {name} {value!r}: expected {rule.expected}; {REMEDY}')
 
 
 def _set_padding_sides(

@@ -10,6 +10,7 @@ from tiny_processors import LAYOUT, PICTURES, TEXTS, edit, llama_tokenizer, make
 
 from sparselora_jax.data.processing import load_processor
 from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
+from sparselora_jax.runtime.files import StorageError
 
 KINDS = ['blip2-opt', 'instructblip-t5', 'llava-default', 'llava-full', 'paligemma']
 
@@ -49,7 +50,7 @@ def test_answers_end_with_what_generation_stops_at(made, tmp_path):
     ('kind', 'damage', 'message'),
     [
         ('blip2-opt', lambda f: (f / 'config.json').unlink(), 'no config.json'),
-        ('blip2-opt', lambda f: (f / 'config.json').write_text('{'), 'config.json cannot be read'),
+        ('blip2-opt', lambda f: (f / 'config.json').write_text('{'), 'config.json: not JSON .*char 1'),
         ('blip2-opt', lambda f: (f / 'tokenizer.json').unlink(), 'no tokenizer .none of tokenizer.json'),
         ('blip2-opt', lambda f: (f / 'tokenizer.json').write_text('{}'), 'its processor cannot be read'),
         ('blip2-opt', lambda f: (f / 'processor_config.json').unlink(), 'no preprocessor_config.json'),
@@ -77,9 +78,43 @@ def test_a_directory_that_cannot_work_is_named_with_the_reason(made, tmp_path, k
     folder = tmp_path / 'broken'
     shutil.copytree(made[kind][0], folder)
     damage(folder)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises((DataError, StorageError), match=message) as caught:
         load_processor(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize('is_nested', [True, False])
+@pytest.mark.parametrize(
+    ('name', 'value', 'expected'),
+    [
+        ('image_std', [0, 0, 0], 'three numbers above 0'),
+        ('image_std', [0.5, 0.5, -0.5], 'three numbers above 0'),
+        ('image_std', [0.5, 0.5], 'three numbers above 0'),
+        ('image_mean', [0.5, 0.5], 'three numbers'),
+        ('image_mean', [0.5, 0.5, float('nan')], 'three numbers'),
+        ('image_mean', ['x', 0, 0], 'three numbers'),
+        ('rescale_factor', 0, 'a number above 0'),
+        ('rescale_factor', float('inf'), 'a number above 0'),
+        ('resample', 99, 'the number of a filter of Pillow'),
+        ('do_normalize', 'yes', 'true or false'),
+        ('size', {'height': 0, 'width': 28}, 'whole numbers above 0'),
+        ('size', {'height': -28, 'width': 28}, 'whole numbers above 0'),
+    ],
+)
+def test_an_impossible_setting_of_images_is_named(made, tmp_path, name, value, expected, is_nested):
+    folder = tmp_path / 'model'
+    shutil.copytree(made['blip2-opt'][0], folder)
+    file = folder / 'processor_config.json'
+    if is_nested:
+        edit(file, lambda fields: fields['image_processor'].update({name: value}))
+    else:
+        settings = json.loads(file.read_text())
+        images = settings['image_processor'] | {'processor_class': settings['processor_class'], name: value}
+        file.unlink()
+        file = folder / 'preprocessor_config.json'
+        file.write_text(json.dumps(images))
+    with pytest.raises(StorageError, match=f'{file.name}: {name} .*: expected {expected}'):
+        load_processor(folder)
 
 
 def test_another_family_is_refused(tmp_path):
