@@ -33,7 +33,7 @@ extensions = [
 exclude_patterns = ['_build']
 
 # Markdown.
-myst_enable_extensions = ['colon_fence', 'dollarmath', 'substitution']
+myst_enable_extensions = ['colon_fence']
 myst_heading_anchors = 4  # a link may name a heading as on GitHub: page.md#some-heading
 
 # Tutorials run in every build: a cached output would hide that a change of the package has broken one.

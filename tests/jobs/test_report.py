@@ -94,6 +94,8 @@ def test_a_page_shows_every_figure_of_the_report(finished):
     assert 'Won back: 67% of the accuracy that pruning lost.' in text
     for part in ('Accuracy by kind of answer', '25.0%', 'image-blind floor', '2:4', '0.5000', '0.50 s', '1.00 GiB'):
         assert part in text
+    for word in ('Dense: ', 'Restored: ', 'Image-blind floor: ', 'qformer is ', 'Density is ', 'Violations are '):
+        assert word in text
     for part in ('zeros in the blocks 25.0% language 2:4 0 groups', '1.00 MB dense: 1.00 MB; zeros are stored'):
         assert part in ' '.join(text.split())
     assert report.summary(got).splitlines()[0] == 'dense     accuracy  100.0%   perplexity     20.0'
