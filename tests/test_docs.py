@@ -64,6 +64,13 @@ def test_the_page_of_fields_lists_every_field():
 
 
 @pytest.mark.parametrize('tutorial', TUTORIALS, ids=lambda path: path.stem)
+def test_a_tutorial_begins_with_what_to_install_and_how_long_it_takes(tutorial):
+    _, _, text = tutorial.read_text().partition('\n# ')
+    first = text.split('\n\n')[1].replace('\n', ' ')
+    assert re.search(r'run `pip install .*in a clone.* It takes .* on two CPU cores\.', first)
+
+
+@pytest.mark.parametrize('tutorial', TUTORIALS, ids=lambda path: path.stem)
 def test_a_tutorial_is_a_notebook_whose_code_compiles(tutorial):
     text = tutorial.read_text()
     assert text.startswith('---\njupytext:')
