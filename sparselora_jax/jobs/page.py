@@ -211,8 +211,8 @@ def _intervals_note(report: dict) -> str:
     note = 'Ranges are 95 % intervals over the test questions.'
     if report['perplexity_intervals']:
         note += (
-            ' Those of perplexity are over the windows of one page of text, by the t distribution: they say nothing of '
-            'other texts.'
+            ' Perplexity tells how badly the language model predicts one page of text: lower is better. Its intervals '
+            'are over the windows of that page, by the t distribution: they say nothing of other texts.'
         )
     return note
 
