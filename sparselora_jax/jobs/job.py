@@ -76,13 +76,21 @@ def check_fit(config: ConfigDict, shapes: dict) -> None:
 
     Raises:
       PatternError, RuleError: see `prune_tree` and `init_lora`.
+      MethodError: the pruning method chooses no mask.
       ConfigError: see `check_targets` and `check_ranks`.
     """
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda shape: isinstance(shape, tuple)
     )
     patterns = pruning.patterns_of(params, prune_rules(config))
-    targets.pattern_zeros(flatten(params), patterns, targets.methods_of(params, prune_methods(config)))
+    methods = targets.methods_of(params, prune_methods(config))
+    targets.pattern_zeros(flatten(params), patterns, methods)
+    for path in patterns:
+        if not methods[path].chooses_mask:
+            name = type(methods[path]).__name__
+            raise pruning.MethodError(
+                f'{path}: {name} says chooses_mask = False, so it cannot prune; name another method'
+            )
     check_allocation(config, params)
     check_targets(config, params)
     check_ranks(config, params)

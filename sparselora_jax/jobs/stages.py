@@ -23,8 +23,7 @@ from sparselora_jax.recipe import allocation_of, prune_methods, prune_rules, rou
 from sparselora_jax.restoration.losses import answer_loss
 from sparselora_jax.restoration.restore import Frozen
 from sparselora_jax.runtime.progress import Progress
-from sparselora_jax.sparse.masks import check_masks, check_sparse
-from sparselora_jax.sparse.rules import flatten, unflatten
+from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import merge
 
 
@@ -153,11 +152,6 @@ def prune(job: Job) -> dict:
                 write_kernel = files.enter_context(trees.layer_writer(job.workdir / KERNELS, edited))
 
             def keep(path, layer, kernel, mask):
-                tower = path.split('/')[0]
-                promised = {path: np.asarray(zeros[path][layer])} if zeros else None
-                tree = unflatten({path: mask})
-                check_masks(tree, [('.*', patterns[path])], group=config.prune.group[tower], zeros=promised)
-                check_sparse(unflatten({path: kernel}), tree)
                 write_mask(path, layer, mask)
                 if path in edited:
                     write_kernel(path, layer, kernel)

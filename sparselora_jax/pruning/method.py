@@ -49,7 +49,7 @@ class Method(Protocol):
         pruned together. Scores that are normalised over outputs are not independent; nor are random numbers drawn for
         the whole kernel.
       chooses_mask: whether its masks have exactly the zeros that `num_zeros` or the N:M pattern says, which is checked.
-        False: the kernels that it gets are pruned already.
+        False: the kernels that it gets are pruned already, so N:M groups may have more zeros; no recipe can name it.
       groups: maps each value of `config.prune.group` (`output`, `matrix`) to the value of the method's own `group`.
       kernel_copies: float32 arrays of a kernel's size that exist at once while it is pruned (weights, scores, ranks);
         for estimates of memory.

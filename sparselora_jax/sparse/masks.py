@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from sparselora_jax.runtime import processes
@@ -189,29 +188,26 @@ def violations(
         if zeros is not None:
             counts = [spread(int(total), outputs) for total in zeros.reshape(-1)]
             promised = np.stack(counts).reshape(*layers, outputs)
-    wrong = wrong_groups(mask, pattern, group, promised)
+    wrong = zeros_of_groups(mask, pattern, group) != jnp.asarray(promised, jnp.int32)
     return processes.on_host(jnp.sum(wrong, axis=tuple(range(len(layers), wrong.ndim))))
 
 
-def wrong_groups(
-    mask: Bool[Array, '*layers inputs outputs'], pattern: Pattern, group: str, promised: ArrayLike
-) -> Bool[Array, '*layers_and_groups']:
-    """Return which comparison groups have another number of zeros than promised.
+def zeros_of_groups(
+    mask: Bool[Array, '*layers inputs outputs'], pattern: Pattern, group: str
+) -> Integer[Array, '*layers_and_groups']:
+    """Count the zeros of each comparison group.
 
     Args:
       mask: the mask of one kernel or of a stack.
       pattern: the expected pattern.
       group: the comparison group, see `mask_from_scores`.
-      promised: number of zeros of each comparison group.
     """
     *layers, inputs, outputs = mask.shape
     if pattern.structured:
-        zeros = jnp.sum(~mask.reshape(*layers, inputs // pattern.m, pattern.m, outputs), axis=-2, dtype=jnp.int32)
-    elif group == 'matrix':
-        zeros = jnp.sum(~mask, axis=(-2, -1), dtype=jnp.int32)
-    else:
-        zeros = jnp.sum(~mask, axis=-2, dtype=jnp.int32)
-    return zeros != jnp.asarray(promised, jnp.int32)
+        return jnp.sum(~mask.reshape(*layers, inputs // pattern.m, pattern.m, outputs), axis=-2, dtype=jnp.int32)
+    if group == 'matrix':
+        return jnp.sum(~mask, axis=(-2, -1), dtype=jnp.int32)
+    return jnp.sum(~mask, axis=-2, dtype=jnp.int32)
 
 
 def check_masks(

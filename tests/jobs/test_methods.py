@@ -15,6 +15,7 @@ from sparselora_jax.checkpoints import trees
 from sparselora_jax.jobs import stages
 from sparselora_jax.jobs.export import export_pruned
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.pruning import MethodError
 from sparselora_jax.sparse import rules
 
 
@@ -28,6 +29,13 @@ class Doubling(sl.Wanda):
     def __call__(self, kernel, statistic, pattern, num_zeros=None):
         pruned, mask = super().__call__(kernel, statistic, pattern, num_zeros)
         return 2 * pruned, mask
+
+
+@dataclass(frozen=True)
+class Rounding(sl.Wanda):
+    """Expects kernels that are pruned already."""
+
+    chooses_mask: ClassVar[bool] = False
 
 
 @pytest.fixture(scope='module')
@@ -81,6 +89,12 @@ def test_edits_are_kept_in_memory_and_in_the_export(pruned):
     want = sl.merge(rules.unflatten(twice), job.masks, job.trained('restore'))
     _, exported = sl.load_model(job.workdir / 'exported')
     jax.tree.map(np.testing.assert_array_equal, exported, want)
+
+
+def test_a_method_that_chooses_no_mask_is_refused_before_any_work(pruned, tmp_path):
+    with pytest.raises(MethodError, match='Rounding says chooses_mask = False, so it cannot prune; name another'):
+        pruned(**{'prune.method': 'test_methods:Rounding'})
+    assert not (tmp_path / 'run').exists()
 
 
 def test_edits_are_kept_from_disk(pruned):

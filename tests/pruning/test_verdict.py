@@ -86,6 +86,19 @@ def test_a_method_that_edits_is_checked_too(name):
         prune_one(method_that(call, edits_kept_weights=True))
 
 
+def test_a_method_that_chooses_no_mask_may_add_zeros_and_lose_none():
+    pruned = jnp.where(jnp.tile(jnp.array([True, False, True, False]), 2)[:, None], KERNEL, 0)
+    fewer = pruned.at[0].set(0)
+    keeps = method_that(lambda _, mask, kernel: (kernel, kernel != 0), chooses_mask=False)
+    for kernel in (pruned, fewer):
+        np.testing.assert_array_equal(prune_one(keeps, kernel=kernel)[1]['q']['kernel'], kernel != 0)
+    with pytest.raises(pruning.MethodError, match=r'Own returned a mask with \d+ groups that have fewer zeros'):
+        prune_one(keeps)
+    leaves = method_that(lambda _, mask, kernel: (KERNEL, kernel != 0), chooses_mask=False, edits_kept_weights=True)
+    with pytest.raises(pruning.MethodError, match='16 weights that are not zero where its mask is False'):
+        prune_one(leaves, kernel=pruned)
+
+
 def test_a_method_may_return_arrays_of_numpy():
     mask = np.tile(np.array([True, False, True, False]), 2)[:, None].repeat(4, 1)
     params, masks = prune_one(method_that(lambda pruned, _, kernel: (jnp.where(mask, kernel, 0), mask)))
