@@ -257,7 +257,7 @@ def dry_run(config: ConfigDict, workdir: str, stages: tuple[str, ...]) -> None:
       stages: stages that it runs, keys of `planning.memory.STAGES`.
     """
     # Imported here, because scripts without jobs do not need it.
-    from sparselora_jax.jobs import names, resources
+    from sparselora_jax.jobs import resources
     from sparselora_jax.jobs.job import Job
 
     # The workdir is compared with the recipe as it is, before its folder of data is replaced.
@@ -265,7 +265,8 @@ def dry_run(config: ConfigDict, workdir: str, stages: tuple[str, ...]) -> None:
     with resources.without_data_dir([job.config]):
         taken = resources.check_job(job, stages)
         runtime_files.refuse_held(job.workdir)
-        done = job.check_results(names.PRUNING_STAGES if stages == resources.PRUNING_ALONE else names.MAIN_STAGES)
+        job.stored.check(reads=False)
+        done = job.stored.results()
         description = resources.describe(job, taken)
     if processes.first():
         print(description)

@@ -21,7 +21,7 @@ from sparselora_jax.recipe import ConfigError
 from sparselora_jax.runtime import processes
 
 CONFIG, WORKDIR = cli.define_config()
-FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *export.PACKED), 'format of the weights')
+FORMAT = flags.DEFINE_enum('format', 'hf', ('hf', *names.PACKED), 'format of the weights')
 
 
 def main(argv: list[str]) -> None:

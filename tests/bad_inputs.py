@@ -22,6 +22,7 @@ from configs import demo_pretrain
 from sparselora_jax.jobs import names
 from sparselora_jax.recipe import FIELDS, field_names, value_of
 from sparselora_jax.recipe.fields import Field
+from sparselora_jax.runtime import digests
 
 RECIPE = '--config=recipe.json'
 OUT = '--workdir=out'
@@ -117,6 +118,31 @@ def flip(name: str) -> Callable[[Path], None]:
         data = bytearray((folder / name).read_bytes())
         data[-7] ^= 1
         (folder / name).write_bytes(data)
+
+    return change
+
+
+def of_another_run(name: str) -> Callable[[Path], None]:
+    """Return a change of a stamped JSON file into that of another run."""
+
+    def change(folder: Path) -> None:
+        values = json.loads((folder / name).read_text())
+        del values[digests.STAMP]
+        (folder / name).write_text(digests.stamp(values, 'another run'))
+
+    return change
+
+
+def same_size_image(name: str) -> Callable[[Path], None]:
+    """Return a change of one image into another of the same size and time."""
+
+    def change(folder: Path) -> None:
+        file = folder / name
+        status = file.stat()
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     return change
 
@@ -1014,6 +1040,8 @@ RESULTS = tuple(
         names.TEACHER,
         *names.TRAINING.values(),
         names.EXPORT,
+        names.EXPORT_PRUNED,
+        names.PACKED[0],
         names.FLOOR,
         *map(names.evaluation_stage, names.ALL_MODELS),
     )
@@ -1026,14 +1054,22 @@ OUTPUTS = (
     'exported/model.safetensors',
     'exported/config.json',
     'exported/text_format.json',
+    'exported/tokenizer.json',
     'adapter/adapter_model.safetensors',
+    'adapter/adapter_config.json',
+    'pruned/model.safetensors',
+    'packed/packed.safetensors',
+    'packed/config.json',
+    *(f'answers_{model}.jsonl' for model in names.ALL_MODELS),
 )
 
 
 def stage_files() -> Iterator[Case]:
     """Yield damaged files of a finished run: results of stages, and what the stages wrote."""
-    for file in (*RESULTS, names.ENVIRONMENTS):
+    for file in (*RESULTS, names.ENVIRONMENTS, names.INPUTS):
         damages = {
+            'of another run': of_another_run(f'run/{file}'),
+            'flipped': flip(f'run/{file}'),
             'cut': cut(f'run/{file}'),
             'empty': write(f'run/{file}', ''),
             'a list': write(f'run/{file}', '[]'),
@@ -1060,11 +1096,12 @@ def stage_files() -> Iterator[Case]:
         for name, damage in {'cut': cut, 'a folder': make_folder}.items():
             command = (RECIPE, '--workdir=run', '--format=packed')
             change = both(damage(f'run/{file}'), remove('run/packed.json'))
-            yield Case('stage', f'{file} {name}', 'export.py', command, change, is_late=True)
-    for name, content in DAMAGED_CONFIGS.items():
-        # The export is to be done again, for which the run needs its inputs.
-        change = both(write(f'run/{names.INPUTS}', content), remove('run/export.json'))
-        yield Case('stage', f'{names.INPUTS} {name}', 'train.py', (RECIPE, '--workdir=run'), change)
+            yield Case('stage', f'{file} {name}', 'export.py', command, change)
+    # Damage is found before a stage that does not read the damaged file.
+    change = both(flip(f'run/{names.MASKS}'), remove('run/evaluate_dense.json'))
+    yield Case('stage', 'masks before the dense model', 'train.py', (RECIPE, '--workdir=run'), change)
+    yield Case('stage', f'{names.INPUTS} missing', 'train.py', (RECIPE, '--workdir=run'), remove(f'run/{names.INPUTS}'))
+    yield Case('stage', 'image replaced', 'train.py', (RECIPE, '--workdir=run'), same_size_image('data/0.png'))
     # A finished run as a model.
     for file in ('config.json', 'model.safetensors', 'tokenizer.json', 'text_format.json'):
         change = cut(f'run/exported/{file}')

@@ -190,9 +190,8 @@ def test_all_scripts_and_all_files_of_a_run_have_cases(workspace):
     assert len(CASES) >= 200
     written = {path.name for path in (workspace / 'run').iterdir()}
     damaged = {file.partition('/')[0] for file in (*RESULTS, *OUTPUTS)} | {names.ENVIRONMENTS, names.INPUTS}
-    # The rest is for people, or is checked when it is read: the log, the report, answers, checkpoints, packed models.
-    others = {'config.json', 'lock', 'log.jsonl', 'report.html', 'report.json', 'checkpoints', 'packed', 'packed.json'}
-    others |= {'pruned', 'export_pruned.json'} | {f'answers_{model}.jsonl' for model in names.ALL_MODELS}
+    # The rest is for people, or is checked when it is read: the log, the report, checkpoints.
+    others = {'config.json', 'lock', 'log.jsonl', 'report.html', 'report.json', 'checkpoints'}
     assert {name for name in written if not name.startswith('events.')} == damaged | others
 
 

@@ -176,10 +176,11 @@ def fuzz_json(folder, rng):
         data = json.dumps(value).encode()
         return alter(data, rng) if rng.random() < 0.5 else json.dumps(alter_json(value, rng)).encode()
 
+    stamped = json.loads(digests.stamp({'a': [1.5]}, 'me'))
     readers = [
         ('model.safetensors.index.json', index, lambda path: checkpoint_files.open_checkpoint(folder)),
         (text_format.FILE, text, lambda path: text_format.load(folder, text_format.TextFormat())),
-        ('stage.json', json.loads(digests.stamp({'a': [1.5]})), lambda path: digests.read_stamped(path, 'delete it')),
+        ('stage.json', stamped, lambda path: digests.read_stamped(path, 'delete it', 'me')),
     ]
     name, value, read = rng.choice(readers)
     (folder / name).write_bytes(damaged(value))

@@ -34,7 +34,7 @@ class Split:
       source: the records.
       read_texts: returns (question, answer) of every record, without decoding images.
       read_image_names: returns a text for the image of every record that changes with the image, such as its path and
-        size, without decoding images. None: changed images are not noticed when a run resumes.
+        `images.fingerprint`, without decoding images. None: changed images are not noticed when a run resumes.
       name_record: returns the place of a record for messages, such as a file and a line.
     """
 

@@ -19,6 +19,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -290,12 +291,20 @@ def load(path: str | Path, misfit: Callable[[str, str], str] = lambda prompt, an
         return Split(
             source,
             lambda: [(record.prompt, record.answer) for record in source.records],
-            # The number of bytes too, as an image may be replaced by another one of the same name.
-            lambda: [f'{record.image}, {(source.folder / record.image).stat().st_size}' for record in source.records],
+            lambda: _read_image_names(source),
             lambda index: f'{source.folder}/data.jsonl, line {source.records[index].line}',
         )
 
     return Dataset(split('train'), split('test'), KINDS, kind_of)
+
+
+def _read_image_names(source: Source) -> list[str]:
+    """Return the path of each record's image, with what changes if the image is replaced by another of its name."""
+    # Each image once, although it may have several records.
+    names = dict.fromkeys(record.image for record in source.records)
+    with ThreadPoolExecutor(8) as pool:  # waits for the disk, not for the processor
+        prints = dict(zip(names, pool.map(lambda name: images.fingerprint(source.folder / name), names), strict=True))
+    return [f'{record.image}, {prints[record.image]}' for record in source.records]
 
 
 class FolderLoader:

@@ -1,7 +1,9 @@
 """Score answers to visual questions: generate them in batches, then compare them as text with the true answers."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +100,7 @@ def evaluate(
     batch: int = 50,
     shuffle_images: bool = False,
     answers_file: Path | None = None,
+    answers_owner: str = '',
     progress: Callable[[int], None] = lambda done: None,
     **decoding: Any,
 ) -> Answers:
@@ -115,12 +118,13 @@ def evaluate(
         the model reaches without seeing the image.
       answers_file: file to which each answer is appended as a line of JSON. If it exists, the evaluation continues
         after the answers in it.
+      answers_owner: whose answers these are; part of the hash in each line, so that a file of another run is noticed.
       progress: called with the number of answered questions after each batch.
       **decoding: arguments of `generate`.
     """
     source = split.source
     # All processes must continue from the same batch, so they use what the first process reads.
-    predicted = processes.agreed(lambda: _read_answers(answers_file, batch))
+    predicted = processes.agreed(lambda: _read_answers(answers_file, batch, answers_owner))
     true = [source[index]['answer'] for index in indices[: len(predicted)]]
     for first in range(len(predicted), len(indices), batch):
         records = [source[index] for index in indices[first : first + batch]]
@@ -146,35 +150,58 @@ def evaluate(
         # Written after each batch, so that a killed process loses no more than one.
         if answers_file is not None and processes.first():
             with answers_file.open('a') as file:
-                file.writelines(json.dumps(answer) + '\n' for answer in answers)
+                file.writelines(_answer_lines(predicted, answers_owner)[-len(answers) :])
         progress(len(predicted))
     return Answers(predicted, true)
 
 
-def _read_answers(answers_file: Path | None, batch: int) -> list[str]:
+def _answer_lines(answers: Sequence[str], owner: str) -> list[str]:
+    """Return the lines of a file of answers: each answer, and a hash of all answers up to it."""
+    so_far = hashlib.sha256(owner.encode())
+    lines = []
+    for answer in answers:
+        # As JSON, since a model may answer with half of a surrogate pair, and so that 'ab', 'c' is not 'a', 'bc'.
+        so_far.update(json.dumps(answer).encode())
+        lines.append(json.dumps([answer, so_far.hexdigest()[:16]]) + '\n')
+    return lines
+
+
+def _read_answers(answers_file: Path | None, batch: int, owner: str) -> list[str]:
     """Read the whole batches of answers in a file, and remove the rest from the file.
 
     A killed process may leave half a batch or half a line. Continuing from a whole batch gives the same batches, and so
     the same answers, as an uninterrupted run.
 
     Raises:
-      StorageError: a whole line is not an answer; names it.
+      StorageError: a whole line is damaged, or is an answer of another run; names it.
     """
     if answers_file is None or not answers_file.exists():
         return []
     lines = [line for line in answers_file.read_bytes().splitlines(keepends=True) if line.endswith(b'\n')]
     lines = lines[: len(lines) // batch * batch]
     answers = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, str):
-            raise StorageError(f'{answers_file}, line {number}: not an answer; delete the file to answer all again')
+    for line in lines:
+        answer = _parse_answer(line)
+        if answer is None:
+            break
         answers.append(answer)
+    # After the last answer there may be a line that is none.
+    expected = zip_longest(lines, _answer_lines(answers, owner), fillvalue='')
+    for number, (line, of_answer) in enumerate(expected, start=1):
+        if line != of_answer.encode():
+            what = 'damaged, or an answer of another run'
+            raise StorageError(f'{answers_file}, line {number}: {what}; delete the file to answer all again')
     write_text(answers_file, b''.join(lines).decode())
     return answers
+
+
+def _parse_answer(line: bytes) -> str | None:
+    """Return the answer in a line, or None if the line is damaged."""
+    try:
+        answer, _ = json.loads(line)
+    except (ValueError, TypeError, RecursionError):  # thousands of brackets exhaust the stack
+        return None
+    return answer if isinstance(answer, str) else None
 
 
 def blind_floor(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Answers:

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +9,7 @@ from ml_collections import ConfigDict
 
 from sparselora_jax import __version__
 from sparselora_jax.jobs import names
-from sparselora_jax.runtime import digests
-from sparselora_jax.runtime.files import write_text
+from sparselora_jax.jobs.stored import Stored
 
 # Packages whose versions are recorded.
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'safetensors', 'numpy')
@@ -80,28 +78,26 @@ def mesh(environment: dict[str, Any]) -> str:
     return 'mesh ' + ' x '.join(f'{name}={size}' for name, size in axes.items())
 
 
-def record(workdir: Path, environment: dict[str, Any]) -> None:
+def record(stored: Stored, environment: dict[str, Any]) -> None:
     """Add a description to those in the workdir, unless it is there: a run may be resumed elsewhere.
 
     Args:
-      workdir: the folder of a run.
+      stored: the files of a run.
       environment: see `describe`.
     """
-    environments = recorded(workdir)
+    environments = recorded(stored)
     if environment not in environments:
-        write_text(workdir / names.ENVIRONMENTS, digests.stamp({'environments': [*environments, environment]}))
+        stored.write(names.ENVIRONMENTS, {'environments': [*environments, environment]})
 
 
-def recorded(workdir: Path) -> list[dict[str, Any]]:
+def recorded(stored: Stored) -> list[dict[str, Any]]:
     """Return the descriptions of everything that has computed a stage of a run, the oldest first.
 
     Args:
-      workdir: the folder of a run.
+      stored: the files of a run.
 
     Raises:
       StorageError: the file is damaged.
     """
-    file = workdir / names.ENVIRONMENTS
-    if not file.exists():
-        return []
-    return digests.read_stamped(file, 'delete it; the report then lacks earlier devices')['environments']
+    values = stored.read(names.ENVIRONMENTS, 'delete it; the report then lacks earlier devices')
+    return [] if values is None else values['environments']

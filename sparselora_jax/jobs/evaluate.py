@@ -40,7 +40,8 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
             indices,
             batch=job.config.evaluate.batch,
             # Answers are written at once, so that an interrupted evaluation continues after the last one.
-            answers_file=job.workdir / f'answers_{name}.jsonl',
+            answers_file=job.stored.writes(f'answers_{name}.jsonl'),
+            answers_owner=f'{job.stored.owner} {name}',
             progress=Progress(f'evaluate {name}', len(indices)),
             **job.text.decoding,
         )

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from sparselora_jax.checkpoints import hf_configs, on_disk, safetensors_format
+from sparselora_jax.checkpoints.checkpoint_files import ADAPTER as ADAPTER_CONFIG
 from sparselora_jax.checkpoints.checkpoint_files import CONFIG
 from sparselora_jax.checkpoints.export import check_export, export_model
 from sparselora_jax.checkpoints.packed import export_packed as write_packed
@@ -28,8 +29,6 @@ from sparselora_jax.sparse.masks import PatternError
 from sparselora_jax.sparse.packing import Bitmask, Packed24
 from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import Adapted, merge
-
-PACKED = ('packed', 'packed_int4', 'packed_lora')  # the kinds of `export_packed`
 
 
 def export_pruned(job: Job) -> dict:
@@ -59,10 +58,10 @@ def _write_pruned(job: Job, zeros: dict[str, np.ndarray] | None) -> dict:
       job: the run.
       zeros: see `Job.allocated_zeros`.
     """
-    folder = job.workdir / names.PRUNED_MODEL
-    masks = job.output(names.PRUNE, names.MASKS)
+    folder = job.stored.writes(names.PRUNED_MODEL)
+    masks = job.stored.output(names.PRUNE, names.MASKS)
     dense = job.params_on_disk()
-    pruned = on_disk.pruned_on_disk(dense, masks, job.output(names.PRUNE, names.KERNELS))
+    pruned = on_disk.pruned_on_disk(dense, masks, job.stored.output(names.PRUNE, names.KERNELS))
     # The card needs the number of zeros, so they are counted before anything is written.
     sparsity = _tower_sparsity(job, pruned, zeros)
     source = job.model.source
@@ -72,7 +71,10 @@ def _write_pruned(job: Job, zeros: dict[str, np.ndarray] | None) -> dict:
     export_model(folder, job.model, pruned, changed=changed, texts=_texts(job, names.PRUNED_MODEL, sparsity))
     # Reads the directory back and compares it with what should be there, bit for bit; so the counts hold for it too.
     check_export(folder, job.model, pruned, changed=changed)
-    name_base(job.workdir / names.ADAPTER, str(folder.resolve()))
+    # Checked before it is changed, so that its new digest is not that of a damaged file.
+    adapter = job.stored.output(names.EXPORT, f'{names.ADAPTER}/{ADAPTER_CONFIG}').parent
+    name_base(adapter, str(folder.resolve()))
+    job.stored.renew(names.EXPORT, f'{names.ADAPTER}/{ADAPTER_CONFIG}')
     return {'sparsity': sparsity, 'bytes': {'dense': dense_bytes, 'pruned': _weight_bytes(folder)}}
 
 
@@ -142,7 +144,7 @@ def _write_export(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced], s
       rounded: kernels of a four-bit base, by path.
       sparsity: counts of each tower, for the model card.
     """
-    folder = job.workdir / names.EXPORTED_MODEL
+    folder = job.stored.writes(names.EXPORTED_MODEL)
     changed = None  # of the embedded model, all weights are written
     if job.model.source is not None:
         merged, changed = _merge_from_source(job, merged, rounded)
@@ -153,7 +155,7 @@ def _write_export(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced], s
         # Otherwise `export_pruned` names the directory once it is written.
         pruned = job.workdir / names.PRUNED_MODEL
         base = str(pruned.resolve()) if (pruned / CONFIG).exists() else None
-        save_peft(job.workdir / names.ADAPTER, job.model, job.trained(names.TRAINING['restored']), base=base)
+        save_peft(job.stored.writes(names.ADAPTER), job.model, job.trained(names.TRAINING['restored']), base=base)
     # Reads the directory back and compares it with what is in memory, bit for bit.
     check_export(folder, job.model, merged, changed=changed)
     return _weight_bytes(folder)
@@ -161,13 +163,14 @@ def _write_export(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced], s
 
 def _merge_from_source(job: Job, merged: dict, rounded: dict[str, on_disk.Reduced]) -> tuple[dict, set[str]]:
     """Return the params to export, computed from the precision of the source's files, and the paths that differ."""
-    masks = job.workdir / names.MASKS
+    masks = job.stored.output(names.PRUNE, names.MASKS)
     trained = job.trained(names.TRAINING['restored'])
     changed = flatten(trained).keys() | {entry.name for entry in safetensors_format.read_header(masks)}
     if job.config.restore.trained == 'weights':
-        kernels = job.workdir / f'{names.TRAINING["restored"]}.safetensors'
+        stage = names.TRAINING['restored']
+        kernels = job.stored.output(stage, names.trained_file(stage))
         return on_disk.merge_from_source(job.model, merged, {}, masks, kernels), changed
-    kernels = job.workdir / names.KERNELS
+    kernels = job.stored.output(names.PRUNE, names.KERNELS)
     return on_disk.merge_from_source(job.model, merged, trained, masks, kernels, rounded=rounded), changed
 
 
@@ -198,7 +201,7 @@ def export_packed(job: Job, kind: str = 'packed') -> dict:
     def compute():
         model = job.model
         merged = job.merged()
-        folder = job.workdir / kind
+        folder = job.stored.writes(kind)
         if kind == 'packed_lora':
             packed = keep_factors(job.base.params, job.trained(names.TRAINING['restored']))
         else:

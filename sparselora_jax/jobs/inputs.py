@@ -2,7 +2,7 @@
 
 `inputs.json` in the workdir holds digests of the model's files and of the records. The content of the model's files is
 hashed once, when the run begins. A resumed run reads a file again only if its size or time has changed. Records are
-compared by their texts and the names of their images, as reading all images would take minutes.
+compared by their texts and the names and fingerprints of their images, as reading all images would take minutes.
 """
 
 import hashlib
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparselora_jax.data.dataset import Dataset, Split
-from sparselora_jax.recipe import ConfigError
+from sparselora_jax.jobs import names
+from sparselora_jax.jobs.stored import Stored
+from sparselora_jax.recipe import CONFIG_REMEDY, ConfigError
 from sparselora_jax.runtime import digests
 from sparselora_jax.runtime.digests import Digest
 
@@ -55,25 +57,28 @@ class Inputs(NamedTuple):
     train: RecordsDigest
     test: RecordsDigest
 
-    def dump(self) -> str:
-        """Return the content of `inputs.json`."""
+    def store(self, stored: Stored) -> None:
+        """Write `inputs.json`.
+
+        Args:
+          stored: the files of the run.
+        """
         values = {'model': digests.to_json(self.model)}
-        return digests.stamp(values | {name: getattr(self, name)._asdict() for name in ('train', 'test')})
+        stored.write(names.INPUTS, values | {name: getattr(self, name)._asdict() for name in ('train', 'test')})
 
 
-def load(file: Path) -> Inputs | None:
+def load(stored: Stored) -> Inputs | None:
     """Read `inputs.json`; None: the run has not begun.
 
     Args:
-      file: the file.
+      stored: the files of the run.
 
     Raises:
       StorageError: the file is damaged.
     """
-    if not file.exists():
+    values = stored.read(names.INPUTS, CONFIG_REMEDY)
+    if values is None:
         return None
-    remedy = 'put back a copy, or use another workdir'
-    values = digests.read_stamped(file, remedy)
     records = {name: RecordsDigest(**values[name]) for name in ('train', 'test')}
     return Inputs(digests.from_json(values['model']), **records)
 

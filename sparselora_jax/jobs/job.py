@@ -24,6 +24,7 @@ from sparselora_jax.evaluation.generate import check_new_tokens, check_options
 from sparselora_jax.jobs import environment, inputs, names
 from sparselora_jax.jobs.inputs import Inputs
 from sparselora_jax.jobs.log import Log
+from sparselora_jax.jobs.stored import Stored, owner_of
 from sparselora_jax.models.model import Model, abstract_params
 from sparselora_jax.pruning import targets
 from sparselora_jax.recipe import (
@@ -47,24 +48,13 @@ from sparselora_jax.recipe import (
 )
 from sparselora_jax.restoration import teacher
 from sparselora_jax.restoration.restore import Frozen, merge_trained
-from sparselora_jax.runtime import digests, files, processes
+from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import DataError
-from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.runtime.progress import peak_memory
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import check_sparse
 from sparselora_jax.sparse.rules import flatten
 from sparselora_jax.sparse.weights import init_lora, merge, with_kernels
-
-_OUTPUTS = 'files'  # the field of a result file that holds the digests of the other files of its stage
-
-
-def _remedy(stage: str) -> str:
-    """Return what to do about a damaged file of a stage."""
-    return (
-        f'put back a copy; or delete {names.result_file(stage)}, to run the stage again, and the results of the stages '
-        'after it; or use another workdir'
-    )
 
 
 def check_fit(config: ConfigDict, shapes: dict) -> None:
@@ -110,6 +100,7 @@ class Job:
     Attributes:
       config: the recipe, with absolute paths.
       workdir: the folder of all results.
+      stored: the files in it, under their digests.
     """
 
     def __init__(self, config: ConfigDict, workdir: str | Path):
@@ -127,12 +118,14 @@ class Job:
         refuse_other(Path(workdir), config)
         self.config = absolute_paths(config)
         self.workdir = Path(workdir)
+        self.stored = Stored(self.workdir, owner_of(self.workdir, config))
         # None: not in memory. See the docstring of the class.
         self._params: dict | None = None
         self._frozen: Frozen | None = None
         self._reduced_base: Frozen | None = None
         self._told: set[str] = set()  # lines that are printed once
         self._has_header = False
+        self._is_stored_checked = False
 
     # Stages.
 
@@ -146,18 +139,18 @@ class Job:
         Raises:
           StorageError: the stage is done, and a file that it has written is missing or damaged.
         """
-        file = self.workdir / names.result_file(name)
+        if name not in names.STAGES:
+            raise ValueError(f'stage {name!r}: expected one of {", ".join(names.STAGES)}')
         self._print_header()
         # The first process reads and writes for all processes: the others may not see its disk.
-        if processes.agreed(file.exists):
-            processes.agreed(lambda: self._check_outputs(name))
-        else:
+        processes.agreed(self._check_stored)
+        if not processes.agreed((self.workdir / names.result_file(name)).exists):
             # Every process checks, since each loads the model; only the first writes.
             self.check()
             processes.agreed(lambda: self._begin(name))
             started = time.monotonic()
             result = compute() | {'seconds': time.monotonic() - started, 'peak_memory_bytes': peak_memory()}
-            processes.agreed(lambda: self._write_result(name, result))
+            processes.agreed(lambda: self.stored.write_result(name, result))
         return processes.agreed(lambda: self.read_result(name))
 
     def read_result(self, stage: str) -> dict | None:
@@ -171,74 +164,22 @@ class Job:
         Raises:
           StorageError: the file is damaged.
         """
-        stamped = self._read_stamped(stage)
-        if stamped is not None:
-            del stamped[_OUTPUTS]
-        return stamped
+        return self.stored.result(stage)
 
-    def _read_stamped(self, stage: str) -> dict | None:
-        """Read the result of a stage and the digests of its files; None: the stage is not done."""
-        file = self.workdir / names.result_file(stage)
-        return digests.read_stamped(file, _remedy(stage)) if file.exists() else None
-
-    def _write_result(self, stage: str, result: dict) -> None:
-        """Write the result of a stage, with the digests of the files that it has written."""
-        outputs = digests.files_in(self.workdir, names.outputs(stage))
-        written = digests.take({name: file for name, file in outputs.items() if file.name not in names.EDITABLE})
-        stamped = digests.stamp(result | {_OUTPUTS: digests.to_json(written)})
-        files.write_text(self.workdir / names.result_file(stage), stamped)
-
-    def _check_outputs(self, stage: str) -> None:
-        """Check that the files of a finished stage are there, by size and time; by content where these differ.
-
-        Raises:
-          StorageError: a file is missing or damaged.
-        """
-        for name, digest in digests.from_json(self._read_stamped(stage)[_OUTPUTS]).items():
-            self._refuse_changed(stage, self.workdir / name, digest, reads=False)
-
-    def check_results(self, stages: Sequence[str]) -> list[str]:
-        """Return which stages are done, after a check of the files that they have written.
-
-        Args:
-          stages: names of stages.
-
-        Raises:
-          StorageError: a file is missing or damaged.
-        """
-        done = [stage for stage in stages if (self.workdir / names.result_file(stage)).exists()]
-        for stage in done:
-            self._check_outputs(stage)
-        return done
-
-    def output(self, stage: str, name: str) -> Path:
-        """Return the path of a file that a stage has written, after its content was compared with its digest.
-
-        Every process that reads the file calls this. The file is not checked while the stage is still running.
-
-        Args:
-          stage: name of the stage.
-          name: name of the file.
-
-        Raises:
-          StorageError: the file is missing or damaged.
-        """
-        file = self.workdir / name
-        stamped = self._read_stamped(stage)
-        if stamped is not None and name in stamped[_OUTPUTS]:
-            self._refuse_changed(stage, file, digests.from_json(stamped[_OUTPUTS])[name], reads=True)
-        return file
-
-    def _refuse_changed(self, stage: str, file: Path, digest: digests.Digest, *, reads: bool) -> None:
-        difference = digests.difference(file, digest, reads=reads)
-        if difference:
-            raise StorageError(f'{file} {difference}; {_remedy(stage)}')
+    def _check_stored(self) -> None:
+        """Check, once, the files of all stages that are done: by size and time, and by content where these differ."""
+        if not self._is_stored_checked:
+            self.stored.check(reads=False)
+        self._is_stored_checked = True
 
     def _begin(self, stage: str) -> None:
         """Claim the workdir for this config and these inputs, and print which stage begins."""
+        # Long work follows, so that even bits that have flipped on the disk are looked for.
+        self.stored.check(reads=True)
         claim(self.workdir, self.config)
-        files.write_text(self.workdir / names.INPUTS, self._inputs.dump())
-        environment.record(self.workdir, environment.describe(self.config))
+        self._inputs.store(self.stored)
+        environment.record(self.stored, environment.describe(self.config))
+        self.stored.begin()
         print(f'-- {stage}', flush=True)
 
     def _print_header(self) -> None:
@@ -310,7 +251,7 @@ class Job:
 
     def _check_inputs(self) -> None:
         """Check that the run still has the inputs with which it began, if it has begun."""
-        begun = inputs.load(self.workdir / names.INPUTS)
+        begun = inputs.load(self.stored)
         if begun is not None:
             inputs.refuse_changed(
                 begun,
@@ -324,7 +265,7 @@ class Job:
     @functools.cached_property
     def _inputs(self) -> Inputs:
         """Return the digests of the model's files and of the records, which take seconds to compute."""
-        known = inputs.load(self.workdir / names.INPUTS)
+        known = inputs.load(self.stored)
         return inputs.take(self._model_files(), self.dataset, known)
 
     def _model_files(self) -> dict[str, Path]:
@@ -503,7 +444,7 @@ class Job:
         """
         if self._frozen is None:
             # This file exists only if the method changed kept weights.
-            edited_file = self.output(names.PRUNE, names.KERNELS)
+            edited_file = self.stored.output(names.PRUNE, names.KERNELS)
             if edited_file.exists():
                 edited = self.shard(trees.load_safetensors(edited_file)[0])
                 dense = self.params if runs_teacher(self.config) else None
@@ -520,7 +461,7 @@ class Job:
         """
         if self._frozen is not None:
             return self._frozen.masks
-        return self.shard(trees.load_safetensors(self.output(names.PRUNE, names.MASKS))[0])
+        return self.shard(trees.load_safetensors(self.stored.output(names.PRUNE, names.MASKS))[0])
 
     @property
     def base(self) -> Frozen:
@@ -562,9 +503,9 @@ class Job:
         """Return the pruned model, whose kernels are read a layer at a time, with rounded values if they exist."""
         return on_disk.pruned_on_disk(
             self.params_on_disk(),
-            self.output(names.PRUNE, names.MASKS),
-            self.output(names.PRUNE, names.KERNELS),
-            self.output(names.ROUND, names.ROUNDED),
+            self.stored.output(names.PRUNE, names.MASKS),
+            self.stored.output(names.PRUNE, names.KERNELS),
+            self.stored.output(names.ROUND, names.ROUNDED),
         )
 
     def pruned(self) -> dict:
@@ -577,7 +518,7 @@ class Job:
         Args:
           stage: `restore` or `control`.
         """
-        return trees.load_safetensors(self.output(stage, names.trained_file(stage)))[0]
+        return trees.load_safetensors(self.stored.output(stage, names.trained_file(stage)))[0]
 
     def merged(self) -> dict:
         """Return the restored model as plain arrays with exact zeros, checked.

@@ -19,6 +19,20 @@ EXPORT_PRUNED = 'export_pruned'
 FLOOR = 'floor'
 MEASURE = 'measured'  # the last stage of a run of a sweep
 TRAINING = {'restored': 'restore', CONTROL: 'control'}  # model -> the stage that trains it
+PACKED = ('packed', 'packed_int4', 'packed_lora')  # stages of launch/export.py, and their folders
+STAGES = (
+    *(f'evaluate_{model}' for model in ALL_MODELS),
+    ZEROS,
+    PRUNE,
+    ROUND,
+    TEACHER,
+    *TRAINING.values(),
+    EXPORT,
+    EXPORT_PRUNED,
+    *PACKED,
+    FLOOR,
+    MEASURE,
+)
 
 # Files and folders.
 ENVIRONMENTS = 'environments.json'  # versions and devices of every process that computed a stage
@@ -32,6 +46,7 @@ EXPORTED_MODEL = 'exported'  # a Hugging Face directory
 ADAPTER = 'adapter'  # a PEFT directory
 FAILED = 'failed.txt'  # why a run of a sweep failed
 OUTPUT = 'output.txt'  # what a run of a sweep printed
+EDITABLE = ('README.md',)  # texts of exported directories that users edit: a licence is added to a card
 
 
 def result_file(stage: str) -> str:
@@ -59,43 +74,3 @@ def trained_file(stage: str) -> str:
       stage: one of `TRAINING`'s values.
     """
     return f'{stage}.safetensors'
-
-
-# All stages of launch/prune.py and of launch/train.py, in order; a recipe may have fewer.
-PRUNING_STAGES = (ZEROS, PRUNE, EXPORT_PRUNED)
-MAIN_STAGES = (
-    evaluation_stage('dense'),
-    ZEROS,
-    PRUNE,
-    evaluation_stage('pruned'),
-    ROUND,
-    TEACHER,
-    TRAINING['restored'],
-    evaluation_stage('restored'),
-    EXPORT,
-    FLOOR,
-    TRAINING[CONTROL],
-    evaluation_stage(CONTROL),
-)
-
-# Files of an exported directory that users edit, and of which no digest is kept: a licence is added to a card, and the
-# base of an adapter moves.
-EDITABLE = ('README.md', 'adapter_config.json')
-
-
-def outputs(stage: str) -> tuple[str, ...]:
-    """Return the names of the files and folders that a stage may write beside its result.
-
-    Args:
-      stage: its name.
-    """
-    return _OUTPUTS.get(stage, (trained_file(stage), stage))
-
-
-# Other stages write at most a file or a folder of their own name.
-_OUTPUTS = {
-    PRUNE: (MASKS, KERNELS),
-    EXPORT_PRUNED: (PRUNED_MODEL,),
-    ROUND: (ROUNDED,),
-    EXPORT: (EXPORTED_MODEL, ADAPTER),
-}

@@ -16,8 +16,8 @@ from PIL import Image
 
 from sparselora_jax import recipe
 from sparselora_jax.jobs import environment, names
-from sparselora_jax.jobs.export import PACKED
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.jobs.names import PACKED
 from sparselora_jax.recipe import CONFIG_FILE
 from sparselora_jax.sparse.rules import name_in_block, stack_of
 

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from sparselora_jax import recipe
 from sparselora_jax.evaluation import intervals, vqa
 from sparselora_jax.jobs import environment, names
-from sparselora_jax.jobs.export import PACKED
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.jobs.names import PACKED
 from sparselora_jax.jobs.page import render
-from sparselora_jax.runtime.files import read_json, write_text
+from sparselora_jax.runtime.files import write_text
 
 # Pairs of models whose difference is reported: (model, the one that it is compared with).
 PAIRS = (('pruned', 'dense'), ('restored', 'dense'), ('restored', 'pruned'))
@@ -24,15 +24,13 @@ def build(job: Job) -> dict:
       job: the run.
     """
     # Results come from the files, so that a report can be written again without loading a model.
-    remedy = 'delete it, and run the job again'
-    files = [path for path in job.workdir.glob('*.json') if path.stem != 'report']
-    results = {path.stem: read_json(path, remedy) for path in files}
+    results = job.stored.results()
     evaluations = {name: results[names.evaluation_stage(name)] for name in names.MODELS}
     scores = {name: evaluation['accuracy']['overall'] for name, evaluation in evaluations.items()}
     restored = results[names.TRAINING['restored']]
     exported = results[names.EXPORT]
     # A workdir of an older version has no record; then the versions are those that write this report.
-    environments = environment.recorded(job.workdir) or [environment.describe(job.config)]
+    environments = environment.recorded(job.stored) or [environment.describe(job.config)]
     answers = _scores_of_answers(job, evaluations)
     return {
         'metric': recipe.metric(job.config).title,
@@ -57,7 +55,7 @@ def build(job: Job) -> dict:
         'peak_memory_bytes': max(result.get('peak_memory_bytes', 0) for result in results.values()),
         # A packed format is there only if it was exported before this report was written.
         'bytes': exported['bytes'] | {stage: results[stage]['bytes'] for stage in PACKED if stage in results},
-        'config': results['config'],
+        'config': json.loads(job.config.to_json()),
         'versions': environments[-1]['versions'],
         'environments': environments,
     }

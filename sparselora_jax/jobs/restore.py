@@ -32,13 +32,14 @@ def keep_teacher(job: Job) -> dict:
     def compute():
         options = job.config.restore
         size = teacher.keep(
-            job.workdir / names.TEACHER,
+            job.stored.writes(names.TEACHER),
             job.model.answer_logits,
             job.params,
             job.batches(options.batch, job.config.seed),
             steps=options.steps,
             k=options.top_k,
             temperature=options.temperature,
+            owner=job.stored.owner,
             progress=Progress('teacher', options.steps),
         )
         return {'bytes': size}
@@ -106,7 +107,7 @@ def restore(job: Job, name: str, load_frozen: Callable[[], Frozen]) -> dict:
             log=log_step,
             profile=job.workdir if job.config.profile else None,
         )
-        trees.save_safetensors(job.workdir / names.trained_file(name), state.trained)
+        trees.save_safetensors(job.stored.writes(names.trained_file(name)), state.trained)
         # From the log, because an interrupted run also has steps of earlier processes.
         seconds = [value for _, value in job.log.curve(name, 'seconds')]
         return {'step_s': float(np.median(seconds)), 'steps_s': float(np.sum(seconds))}

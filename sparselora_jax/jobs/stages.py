@@ -147,9 +147,9 @@ def prune(job: Job) -> dict:
         # Unchanged kept weights are not stored, since they can be read from the dense model.
         edited = {path: flat[path] for path in patterns if methods[path].edits_kept_weights}
         with ExitStack() as files:
-            write_mask = files.enter_context(trees.layer_writer(job.workdir / MASKS, mask_shapes))
+            write_mask = files.enter_context(trees.layer_writer(job.stored.writes(MASKS), mask_shapes))
             if edited:
-                write_kernel = files.enter_context(trees.layer_writer(job.workdir / KERNELS, edited))
+                write_kernel = files.enter_context(trees.layer_writer(job.stored.writes(KERNELS), edited))
 
             def keep(path, layer, kernel, mask):
                 write_mask(path, layer, mask)
@@ -203,7 +203,7 @@ def round_base(job: Job) -> None:
         flat = flatten(params)
         rounded = {path: flat[path] for path in pruning.patterns_of(params, rules)}
         method = pruning.GPTQ(config.prune.damp, rounded_format(config))
-        with trees.layer_writer(job.workdir / ROUNDED, rounded) as write:
+        with trees.layer_writer(job.stored.writes(ROUNDED), rounded) as write:
             result = pruning.prune(
                 job.model.hidden,
                 params,

@@ -13,23 +13,16 @@ from ml_collections import ConfigDict
 from sparselora_jax.jobs import names, stages
 from sparselora_jax.jobs.export import count_zeros, refuse_violations
 from sparselora_jax.jobs.job import Job
+from sparselora_jax.jobs.stored import Stored, owner_of
 from sparselora_jax.planning import flops, inspection, memory
 from sparselora_jax.recipe import NO_RESULT
 from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime.errors import SparseloraError
-from sparselora_jax.runtime.files import whole
 
-# Stages that runs may share, and the files of each. The stage's own result is last and is linked last, so if it exists,
-# the other files exist too.
-SHARED_FILES = {
-    names.PRUNE: (
-        names.INPUTS,
-        names.MASKS,
-        names.KERNELS,
-        names.result_file(names.ZEROS),
-        names.result_file(names.PRUNE),
-    ),
-    names.evaluation_stage('pruned'): (names.INPUTS, names.result_file(names.evaluation_stage('pruned'))),
+# What runs may share, and the stages that this consists of, in order; the last stage is done only if the others are.
+SHARED_STAGES = {
+    names.PRUNE: (names.ZEROS, names.PRUNE),
+    names.evaluation_stage('pruned'): (names.evaluation_stage('pruned'),),
 }
 STOPPED = 130  # exit code of cli.py for a process that saved its state after a signal
 
@@ -149,46 +142,45 @@ def _key(stage: str, config: ConfigDict) -> str:
     return f'{stage}-{digest[:16]}'
 
 
-def _link(file_names: tuple[str, ...], source: Path, target: Path) -> None:
-    """Link files into another folder, or copy them if the disk does not support hard links."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in file_names:
-        if (source / name).exists() and not (target / name).exists():
-            try:
-                os.link(source / name, target / name)
-            except OSError:
-                with whole(target / name) as partial:
-                    shutil.copyfile(source / name, partial)
-
-
 def take_shared(shared_stages: Sequence[str], config: ConfigDict, folder: Path, shared: Path) -> None:
     """Link the shared results of earlier runs into the folder of this run.
 
     Args:
-      shared_stages: stages that this run may share, keys of `SHARED_FILES`.
+      shared_stages: stages that this run may share, keys of `SHARED_STAGES`.
       config: the recipe of this run.
       folder: folder of this run.
       shared: folder of all shared results.
     """
+    own = Stored(folder, owner_of(folder, config))
     for stage in shared_stages:
-        source = shared / _key(stage, config)
-        # The last file is linked last, so if it exists, the stage is complete.
-        if (source / SHARED_FILES[stage][-1]).exists():
-            _link(SHARED_FILES[stage], source, folder)
+        _adopt(stage, own, _shared_files(stage, config, shared))
 
 
 def give_shared(shared_stages: Sequence[str], config: ConfigDict, folder: Path, shared: Path) -> None:
     """Link the results of this run's stages into the folder of shared results.
 
     Args:
-      shared_stages: stages that this run may share, keys of `SHARED_FILES`.
+      shared_stages: stages that this run may share, keys of `SHARED_STAGES`.
       config: the recipe of this run.
       folder: folder of this run.
       shared: folder of all shared results.
     """
+    own = Stored(folder, owner_of(folder, config))
     for stage in shared_stages:
-        if (folder / SHARED_FILES[stage][-1]).exists():
-            _link(SHARED_FILES[stage], folder, shared / _key(stage, config))
+        _adopt(stage, _shared_files(stage, config, shared), own)
+
+
+def _shared_files(stage: str, config: ConfigDict, shared: Path) -> Stored:
+    """Return the files of a shared stage, whose owner is its key."""
+    key = _key(stage, config)
+    return Stored(shared / key, key)
+
+
+def _adopt(stage: str, taker: Stored, giver: Stored) -> None:
+    """Take the stages of a key of `SHARED_STAGES` if the last is done."""
+    if (giver.workdir / names.result_file(stage)).exists():
+        for part in SHARED_STAGES[stage]:
+            taker.adopt(part, giver)
 
 
 def remove_unneeded(later_runs: Sequence[tuple[Sequence[str], ConfigDict]], shared: Path) -> None:

@@ -14,7 +14,8 @@ from sparselora_jax.evaluation.intervals import mean_interval
 from sparselora_jax.jobs import names, sweep, sweep_runs
 from sparselora_jax.jobs.environment import PACKAGES
 from sparselora_jax.jobs.names import FLOOR_TITLE
-from sparselora_jax.runtime.files import read_json, write_text
+from sparselora_jax.jobs.stored import Stored, owner_of
+from sparselora_jax.runtime.files import write_text
 
 GIB = 2**30
 # Prefixes of the names of columns that are counted, timed or given, rather than measured on the model.
@@ -62,7 +63,11 @@ def rows(config: ConfigDict, workdir: str | Path) -> list[Row]:
         point_recipe = runs[0].config
         title = recipe.metric(point_recipe).title
         folders = [Path(workdir) / run.name for run in runs]
-        results = [_read(folder) for folder in folders if sweep_runs.is_finished(folder)]
+        results = [
+            Stored(folder, owner_of(folder, run.config)).results()
+            for folder, run in zip(folders, runs, strict=True)
+            if sweep_runs.is_finished(folder)
+        ]
         failed = _missing(folders)
         models = [*point.models, FLOOR_TITLE] if 'dense' in point.models else point.models
         for model in models:
@@ -72,12 +77,6 @@ def rows(config: ConfigDict, workdir: str | Path) -> list[Row]:
                     values.setdefault(column, []).append(float(value))
             table.append(Row(point.labels, model, point_recipe.restore.steps, values, failed))
     return table
-
-
-def _read(folder: Path) -> dict[str, dict]:
-    """Return the results of all stages of a run, by name of stage."""
-    remedy = 'delete it, and run the sweep again'
-    return {path.stem: read_json(path, remedy) for path in folder.glob('*.json')}
 
 
 def _missing(folders: list[Path]) -> str:

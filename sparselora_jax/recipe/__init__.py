@@ -34,7 +34,15 @@ from sparselora_jax.recipe.methods import add_options, allocation_of, check_allo
 from sparselora_jax.recipe.questions import NO_DECODING, data_loader, decoding, metric, text_format
 from sparselora_jax.recipe.restoring import reads_teacher, restore_program, runs_teacher
 from sparselora_jax.recipe.saved import from_fields
-from sparselora_jax.recipe.workdir import CONFIG_FILE, CONFIG_REMEDY, NO_RESULT, absolute_paths, claim, refuse_other
+from sparselora_jax.recipe.workdir import (
+    CONFIG_FILE,
+    CONFIG_REMEDY,
+    NO_RESULT,
+    absolute_paths,
+    claim,
+    refuse_other,
+    stored_fields,
+)
 
 __all__ = [
     'BASES',
@@ -85,6 +93,7 @@ __all__ = [
     'rounded_rules',
     'runs_teacher',
     'split_alternatives',
+    'stored_fields',
     'stores_masks',
     'text_format',
     'towers',

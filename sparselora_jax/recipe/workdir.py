@@ -74,6 +74,20 @@ def _shorten(value: Any) -> str:
     return textwrap.shorten(repr(value), 60, placeholder=' ...')
 
 
+def stored_fields(workdir: Path, config: ConfigDict) -> dict[str, Any]:
+    """Return the fields of the config with which the run of a workdir began, as `config.json` holds them.
+
+    Args:
+      workdir: the folder of a run.
+      config: config of the run, if it has not begun.
+
+    Raises:
+      StorageError: the config in the workdir is damaged.
+    """
+    file = workdir / CONFIG_FILE
+    return read_json(file, CONFIG_REMEDY) if file.exists() else _fields(config)
+
+
 def _fields(config: ConfigDict) -> dict[str, Any]:
     """Return the fields of a config as `config.json` holds them."""
     # Convert through JSON, so that tuples compare equal to the lists in the file.

@@ -1,6 +1,8 @@
 """Store a teacher's most likely tokens on disk, so that the dense model need not run beside the student."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +13,10 @@ from sparselora_jax.checkpoints.trees import load_safetensors, save_safetensors
 from sparselora_jax.restoration.losses import TopK, top_k
 from sparselora_jax.restoration.train import Batches
 from sparselora_jax.runtime import processes
+from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import StorageError
+
+HASH = 'sha256'  # the entry of a file's header that holds the hash of its arrays
 
 
 def keep(
@@ -23,11 +28,12 @@ def keep(
     steps: int,
     k: int,
     temperature: float,
+    owner: str = '',
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Write `top_k` of the logits of each batch, one file a step.
 
-    Existing files are kept, so an interrupted run continues where it stopped.
+    Existing files are kept, so an interrupted run continues where it stopped. Those that are damaged are written again.
 
     Args:
       folder: folder of the files.
@@ -37,6 +43,7 @@ def keep(
       steps: number of batches.
       k: number of tokens to store per position, see `losses.top_k`.
       temperature: divides the logits; must equal the temperature of restoration.
+      owner: whose logits these are; part of the hash in each file, so that a file of another run is not kept.
       progress: called with the number of steps done, after each new file.
 
     Returns:
@@ -48,10 +55,35 @@ def keep(
     # Jitted once: `top_k` runs on the device, so logits of the whole vocabulary never reach the host.
     likeliest = jax.jit(lambda weights, batch: top_k(logits(weights, batch), k, temperature=temperature))
     for step in range(steps):
-        if not processes.agreed(_file(folder, step).exists):
-            save_safetensors(_file(folder, step), likeliest(weights, batches[step])._asdict())
-            progress(step + 1)
+        file = _file(folder, step)
+        if processes.agreed(lambda file=file: _is_whole(file, owner)):
+            continue
+        arrays = {name: processes.on_host(array) for name, array in likeliest(weights, batches[step])._asdict().items()}
+        save_safetensors(file, arrays, metadata={HASH: _hash_of(arrays, owner)})
+        progress(step + 1)
     return sum(_file(folder, step).stat().st_size for step in range(steps))
+
+
+def _hash_of(arrays: Mapping[str, np.ndarray], owner: str) -> str:
+    whole = hashlib.sha256(owner.encode())
+    for name, array in sorted(arrays.items()):
+        whole.update(f'{name} {array.dtype} {array.shape} '.encode())
+        whole.update(np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()
+
+
+def _is_whole(file: Path, owner: str) -> bool:
+    """Return whether a file is there and undamaged; a line says that one is damaged."""
+    if not file.exists():
+        return False
+    try:
+        arrays, metadata = load_safetensors(file)
+        is_whole = metadata.get(HASH) == _hash_of({name: np.asarray(array) for name, array in arrays.items()}, owner)
+    except SparseloraError:
+        is_whole = False
+    if not is_whole:
+        print(f'{file}: damaged, or of another run; it is computed again', file=sys.stderr)
+    return is_whole
 
 
 def read(folder: str | Path, step: int, rows: Sequence[int] | None = None) -> TopK:

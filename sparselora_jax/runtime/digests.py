@@ -100,35 +100,37 @@ def from_json(values: Mapping[str, Any]) -> dict[str, Digest]:
     return {name: Digest(**fields) for name, fields in values.items()}
 
 
-def stamp(values: Mapping[str, Any]) -> str:
+def stamp(values: Mapping[str, Any], owner: str) -> str:
     """Return values as JSON, with a hash that `read_stamped` checks.
 
     Args:
       values: fields that JSON can hold.
+      owner: whose values these are; part of the hash, so that a file of another owner is noticed.
     """
-    return json.dumps({**values, STAMP: _hash_of(values)})
+    return json.dumps({**values, STAMP: _hash_of(values, owner)})
 
 
-def read_stamped(path: Path, remedy: str) -> dict[str, Any]:
+def read_stamped(path: Path, remedy: str, owner: str) -> dict[str, Any]:
     """Read a file of `stamp`.
 
     Args:
       path: the file.
       remedy: what to do if it is damaged; the end of the message.
+      owner: see `stamp`.
 
     Raises:
-      StorageError: the file is not JSON, or has changed since it was written.
+      StorageError: the file is not JSON, has changed since it was written, or is another owner's.
     """
     values = read_json(path, remedy)
     written = values.pop(STAMP, None)
-    if written != _hash_of(values):
-        raise StorageError(f'{path}: has changed since it was written; {remedy}')
+    if written != _hash_of(values, owner):
+        raise StorageError(f'{path}: has changed since it was written, or is a file of another run; {remedy}')
     return values
 
 
-def _hash_of(values: Mapping[str, Any]) -> str:
+def _hash_of(values: Mapping[str, Any], owner: str) -> str:
     # Numbers and texts survive a round trip through JSON, so the text of what was read is the text that was written.
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([owner, values]).encode()).hexdigest()
 
 
 def files_in(folder: Path, names: Iterable[str]) -> dict[str, Path]:

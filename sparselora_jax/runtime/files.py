@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,23 @@ def write_text(path: Path, text: str) -> None:
     """
     with whole(path) as partial:
         partial.write_text(text)
+
+
+def link(source: Path, target: Path) -> None:
+    """Link a file to another place, or copy it if the disk does not support hard links; an existing target is kept.
+
+    Args:
+      source: the file.
+      target: its other place.
+    """
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with whole(target) as partial:
+            shutil.copy2(source, partial)  # with its time, so that its digest need not be taken again
 
 
 def read_json(path: Path, remedy: str, *, has_unique_names: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sparselora_jax.data import folder as module
+from sparselora_jax.data import images
 from sparselora_jax.data.folder import load, read_folder
 from sparselora_jax.runtime.errors import DataError
 
@@ -49,7 +50,7 @@ def test_records_are_random_access_to_images_and_texts(write):
     assert (second['question'], second['answer']) == ('is it a cat?', 'yes')
     train = load(write(*GOOD[:2], line(split='test'))).train
     assert train.read_texts() == [('question 0', 'a cat'), ('question 1', 'a cat')]
-    assert train.read_image_names() == [f'a.png, {(folder.path / "a.png").stat().st_size}'] * 2
+    assert train.read_image_names() == [f'a.png, {images.fingerprint(folder.path / "a.png")}'] * 2
     assert train.name_record(1) == f'{folder.path}/data.jsonl, line 2'
 
 

@@ -156,3 +156,19 @@ def test_a_postscript_program_is_not_run(tmp_path):
     (tmp_path / 'a.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n')
     with pytest.raises(DataError, match='PostScript'):
         images.read_image(tmp_path / 'a.png')
+
+
+@pytest.mark.parametrize('size', [0, 10, 3 * images.BLOCK, 10 * images.BLOCK])
+def test_a_fingerprint_changes_with_the_content_and_not_with_the_time(tmp_path, size):
+    path = tmp_path / 'a.jpg'
+    data = np.random.default_rng(0).bytes(size)
+    path.write_bytes(data)
+    before = images.fingerprint(path)
+    os.utime(path, ns=(1, 1))
+    assert images.fingerprint(path) == before
+    path.write_bytes(data + b'x')
+    assert images.fingerprint(path) != before
+    for place in (0, size // 2, size - 1):
+        if size:
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            assert images.fingerprint(path) != before

@@ -266,11 +266,28 @@ def test_a_score_that_is_none_is_refused():
             vqa.Answers(['yes'], ['no']).scores(Broken(value))
 
 
-@pytest.mark.parametrize('line', [b'{', b'3', b'null', b'\xff"', b''])
+@pytest.mark.parametrize(
+    'line', [b'{', b'3', b'null', b'\xff"', b'', b'"b"', b'[3, "x"]', b'["b", "0123456789abcdef"]']
+)
 def test_a_damaged_file_of_answers_is_named_and_kept(tmp_path, line):
     file = tmp_path / 'answers.jsonl'
-    before = b'"a"\n' + line + b'\n"c"\n"d"\n'
+    lines = [line.encode() for line in vqa._answer_lines(list('abcd'), 'me')]
+    before = b''.join([lines[0], line + b'\n', *lines[2:]])
     file.write_bytes(before)
-    with pytest.raises(StorageError, match=r'answers.jsonl, line 2: not an answer; delete the file to answer all'):
-        vqa._read_answers(file, 2)
+    with pytest.raises(StorageError, match=r'answers.jsonl, line 2: damaged, or an answer of another run; delete the'):
+        vqa._read_answers(file, 2, 'me')
     assert file.read_bytes() == before
+
+
+def test_answers_that_were_changed_swapped_or_are_of_another_run_are_named(tmp_path):
+    file = tmp_path / 'answers.jsonl'
+    lines = vqa._answer_lines(list('abcd'), 'me')
+    file.write_text(''.join(lines))
+    assert vqa._read_answers(file, 2, 'me') == list('abcd')
+    for other, number in ((vqa._answer_lines(list('abcd'), 'you'), 1), ([lines[1], lines[0], *lines[2:]], 1)):
+        file.write_text(''.join(other))
+        with pytest.raises(StorageError, match=f'line {number}: '):
+            vqa._read_answers(file, 2, 'me')
+    file.write_text(''.join(lines).replace('"c"', '"e"'))
+    with pytest.raises(StorageError, match='line 3: '):
+        vqa._read_answers(file, 2, 'me')

@@ -6,6 +6,7 @@ import transformers
 from test_job import tiny_config
 
 from sparselora_jax.jobs import environment
+from sparselora_jax.jobs.stored import Stored
 
 
 def test_the_header_is_one_line_that_names_versions_devices_and_inputs():
@@ -38,8 +39,9 @@ def test_the_mesh_is_named_by_its_axes():
 
 
 def test_each_environment_is_recorded_once(tmp_path):
+    stored = Stored(tmp_path, 'a recipe')
     described = environment.describe(tiny_config())
-    assert environment.recorded(tmp_path) == []
+    assert environment.recorded(stored) == []
     for other in (described, described, described | {'devices': 8}):
-        environment.record(tmp_path, other)
-    assert environment.recorded(tmp_path) == [described, described | {'devices': 8}]
+        environment.record(stored, other)
+    assert environment.recorded(stored) == [described, described | {'devices': 8}]

@@ -1,6 +1,7 @@
 """A run refuses to go on with another model or other records, and names what has changed."""
 
 import json
+import os
 import re
 import shutil
 
@@ -73,6 +74,19 @@ def test_an_image_that_was_replaced_is_a_change(split_of, tmp_path):
     split = split_of(LINES)
     assert inputs.digest_records(split) == old
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8)).save(tmp_path / 'data' / '1.png')
+    new = inputs.digest_records(split)
+    assert inputs.describe_change(old.rows(), new.rows(), split.name_record).endswith('line 2: its image')
+
+
+def test_an_image_that_was_replaced_by_one_of_the_same_size_is_a_change(split_of, tmp_path):
+    image = tmp_path / 'data' / '1.bmp'
+    lines = changed(LINES, 1, image='1.bmp')
+    old = inputs.digest_records(split_of(lines))
+    split = split_of(lines)
+    status = image.stat()
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(image)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert image.stat().st_size == status.st_size
     new = inputs.digest_records(split)
     assert inputs.describe_change(old.rows(), new.rows(), split.name_record).endswith('line 2: its image')
 

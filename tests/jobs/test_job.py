@@ -17,11 +17,10 @@ from sparselora_jax import pruning
 from sparselora_jax.checkpoints import embedded, trees
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Dataset, Split
-from sparselora_jax.jobs import report, stages
+from sparselora_jax.jobs import names, report, stages
 from sparselora_jax.jobs.export import export_packed, export_pruned
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.recipe import ConfigError, prune_methods, prune_rules
-from sparselora_jax.runtime import digests
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.sparse import masks as sparsity
 from sparselora_jax.sparse import packing, rules
@@ -113,6 +112,20 @@ def test_every_stage_leaves_its_file(wanda):
         'adapter/adapter_model.safetensors',
     ):
         assert (wanda / name).is_file()
+
+
+@pytest.mark.parametrize('name', ['wanda', 'sparsegpt'])
+def test_every_file_that_a_stage_leaves_is_under_a_digest(name, request):
+    workdir = request.getfixturevalue(name)
+    kept = {f'{stage}.json' for stage in names.STAGES}
+    for stage in names.STAGES:
+        if (workdir / f'{stage}.json').exists():
+            kept |= read(workdir, stage)['files'].keys()
+    # Files of the run itself: stamped, rewritten, or for people; checkpoints have manifests.
+    own = {'config.json', names.INPUTS, names.ENVIRONMENTS, 'lock', 'log.jsonl', 'report.json', 'report.html'}
+    files = {path.relative_to(workdir) for path in workdir.rglob('*') if path.is_file()}
+    others = {str(path) for path in files if path.parts[0] not in (*own, names.CHECKPOINTS, 'plugins')} - kept
+    assert {path for path in others if not path.startswith('events.')} == set()
 
 
 def test_pruning_alone_writes_the_embedded_model_for_torch(wanda, tmp_path):
@@ -535,13 +548,12 @@ def test_nothing_is_claimed_before_the_data_were_found(world, tmp_path):
 
 
 def test_what_pruning_did_not_lose_is_not_won_back(wanda, tmp_path):
-    folder = shutil.copytree(wanda, tmp_path / 'run')
+    job = Job(tiny_config(), shutil.copytree(wanda, tmp_path / 'run'))
     for name, score in {'dense': 0.5, 'pruned': 0.6, 'restored': 0.7}.items():
-        file = folder / f'evaluate_{name}.json'
-        stage = digests.read_stamped(file, '')
-        stage['accuracy']['overall'] = score
-        file.write_text(digests.stamp(stage))
-    assert report.build(Job(tiny_config(), folder))['won_back'] is None
+        result = job.read_result(f'evaluate_{name}')
+        result['accuracy']['overall'] = score
+        job.stored.write_result(f'evaluate_{name}', result)
+    assert report.build(job)['won_back'] is None
 
 
 def test_the_page_shows_scores_and_examples_and_loads_nothing_from_elsewhere(wanda):

@@ -13,7 +13,7 @@ from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.jobs import environment, report
 from sparselora_jax.jobs.job import Job
-from sparselora_jax.runtime import digests, files
+from sparselora_jax.runtime import files
 
 HOSTILE = '<script>alert("&")</script>'
 
@@ -42,19 +42,20 @@ def finished(tmp_path, monkeypatch):
         split = Split(records, lambda: [(record['question'], record['answer']) for record in records])
         monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: Dataset(split, split, ('all',), lambda answer: 'all'))
         cost = {'seconds': 1.0, 'peak_memory_bytes': 2**30}
+        job = Job(tiny_config(**fields), workdir)
         for model, score in {'dense': 1.0, 'pruned': 0.25, 'restored': 0.75}.items():
             losses = {'perplexity': 20.0, 'window_losses': [2.9 + score, 3.1 + score, 3.0 + score]}
             write(
-                workdir,
+                job,
                 f'evaluate_{model}',
                 cost
                 | losses
                 | {'accuracy': {'overall': score, 'all': score}, 'indices': list(range(len(answers)))}
                 | {'predicted': [f'{answer[:1]}{model}' for answer in answers], 'true': answers},
             )
-        write(workdir, 'floor', cost | {'accuracy': {'overall': 0.1, 'all': 0.1}})
-        write(workdir, 'prune', cost)
-        write(workdir, 'restore', cost | {'step_s': 0.5, 'steps_s': 2.0})
+        write(job, 'floor', cost | {'accuracy': {'overall': 0.1, 'all': 0.1}})
+        write(job, 'prune', cost)
+        write(job, 'restore', cost | {'step_s': 0.5, 'steps_s': 2.0})
         counts = {'pattern': '2:4', 'weights': 64, 'density': 0.5, 'violations': violations}
         sparsity = {'language': counts, 'vision': counts | {'pattern': 'dense', 'density': 1.0, 'violations': 0}}
         densities = {
@@ -62,8 +63,7 @@ def finished(tmp_path, monkeypatch):
             'vision': {'vision/blocks/attn/q/kernel': [1.0, 1.0 - 1e-6]},
         }
         sizes = {'dense': 10**6, 'exported': 10**6}
-        write(workdir, 'export', cost | {'sparsity': sparsity, 'layer_density': densities, 'bytes': sizes})
-        job = Job(tiny_config(**fields), workdir)
+        write(job, 'export', cost | {'sparsity': sparsity, 'layer_density': densities, 'bytes': sizes})
         files.write_text(workdir / 'config.json', job.config.to_json())
         for step in (1, 2):
             job.log.scalars('restore', step, {'loss': 1.0 / step})
@@ -72,8 +72,8 @@ def finished(tmp_path, monkeypatch):
     return finish
 
 
-def write(workdir, name, result):
-    files.write_text(workdir / f'{name}.json', digests.stamp(result | {'files': {}}))
+def write(job, stage, result):
+    job.stored.write_result(stage, result)
 
 
 def test_texts_of_users_are_text_in_the_page(finished):
@@ -117,7 +117,7 @@ def test_a_damaged_result_is_named_and_an_old_report_is_not_read(finished):
     report.write(job)
     for damaged in ('{', '[]', '"text"'):
         (job.workdir / 'evaluate_dense.json').write_text(damaged)
-        with pytest.raises(sl.StorageError, match=r'evaluate_dense.json: not .*; delete it, and run the job again'):
+        with pytest.raises(sl.StorageError, match=r'evaluate_dense.json: not .*; put back a copy; or delete'):
             report.write(job)
 
 
@@ -167,9 +167,9 @@ def test_the_page_says_what_computed_the_run_and_how_to_repeat_it(finished):
     job = finished('a run', ['yes', 'no', 'circle'])
     described = environment.describe(job.config)
     for each in (described, described | {'devices': 8, 'platform': 'gpu', 'device_kind': 'H200'}):
-        environment.record(job.workdir, each)
+        environment.record(job.stored, each)
     got = report.write(job)
-    assert got['environments'] == environment.recorded(job.workdir)
+    assert got['environments'] == environment.recorded(job.stored)
     assert got['versions'] == described['versions']
     text = html.unescape((job.workdir / 'report.html').read_text())
     assert '8 H200 devices' in text

@@ -17,6 +17,7 @@ from sparselora_jax.checkpoints import embedded
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.jobs import names, plots, sweep, sweep_runs, table
+from sparselora_jax.jobs.stored import Stored, owner_of
 from sparselora_jax.jobs.sweep import Point
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.restoration.train import Interrupted
@@ -71,17 +72,17 @@ def pretend(run, folder):
     for model in run.point.models:
         overall = score(run, model)
         accuracy = {'overall': overall} | {kind: overall + more for kind, more in KINDS.items()}
-        write(folder, f'evaluate_{model}', sizes | {'accuracy': accuracy, 'perplexity': 1000 * overall})
+        write(run, folder, f'evaluate_{model}', sizes | {'accuracy': accuracy, 'perplexity': 1000 * overall})
     for stage in ('prune', 'restore', 'control', 'floor'):
-        write(folder, stage, sizes | {'steps_s': 8.0, 'step_s': 2.0, 'accuracy': {'overall': 0.25, 'shape': 0.1}})
+        write(run, folder, stage, sizes | {'steps_s': 8.0, 'step_s': 2.0, 'accuracy': {'overall': 0.25, 'shape': 0.1}})
     measured = {'sparsity': {'language': {'density': 0.5}}, 'lora_merged_density': 0.99}
     flops = {'step_flops': 2e9, 'answer_flops': 4e9, 'answer_flops_sparse': 3e9}
-    write(folder, 'measured', measured | {'trained_parameters': 12345678} | flops)
+    write(run, folder, 'measured', measured | {'trained_parameters': 12345678} | flops)
 
 
-def write(folder, name, result):
+def write(run, folder, stage, result):
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / f'{name}.json', json.dumps(result))
+    Stored(folder, owner_of(folder, run.config)).write_result(stage, result)
 
 
 def never(run, folder):
@@ -109,7 +110,8 @@ def test_a_real_sweep_shares_pruning_and_leaves_results_but_no_weights(
 
     sweep.run(config, tmp_path, here)
     assert ran == ['dense-seed42', 'exact-seed42', 'none-seed42']
-    pruned = [(tmp_path / name / 'prune.json').read_bytes() for name in ran[1:]]
+    planned = {run.name: run.config for run in sweep.runs(config)}
+    pruned = [Stored(tmp_path / name, owner_of(tmp_path / name, planned[name])).result('prune') for name in ran[1:]]
     assert pruned[0] == pruned[1]  # its seconds too: it was done once
     assert not list(tmp_path.rglob('*.safetensors'))
     assert not list((tmp_path / 'shared').iterdir())
@@ -172,7 +174,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path):
 
     def stopped(run, folder):
         if run.point.name == 'b':
-            write(folder, 'half', {'seconds': 1.0})
+            write(run, folder, 'export', {'seconds': 1.0})
             raise Interrupted('saved')
         pretend(run, folder)
 
@@ -183,7 +185,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path):
     def resumed(run, folder):
         ran.append(run.name)
         if run.point.name == 'b':
-            assert (folder / 'half.json').exists()
+            assert (folder / 'export.json').exists()
         pretend(run, folder)
 
     sweep.run(config, tmp_path, resumed)
@@ -200,7 +202,7 @@ def test_pruning_is_shared_by_equal_prunings_alone(tmp_path):
             (folder / 'masks.safetensors').write_text(f'{run.config.prune.pattern.language} {run.seed}')
             pretend(run, folder)
         else:
-            write(folder, 'measured', {})
+            write(run, folder, 'measured', {})
 
     sweep.run(config, tmp_path, run_one)
     assert {name for name, there in found.items() if there} == {'b-seed42', 'b-seed43'}
@@ -331,7 +333,7 @@ def test_the_table_holds_means_and_intervals_of_the_seeds(done):
 def test_pruning_costs_what_its_allocation_costs_too(done):
     config, workdir = done
     for run in sweep.runs(config):
-        write(workdir / run.name, 'zeros', {'seconds': 5.0, 'peak_memory_bytes': 2**31})
+        write(run, workdir / run.name, 'zeros', {'seconds': 5.0, 'peak_memory_bytes': 2**31})
     row = next(row for row in table.rows(config, workdir) if row.model == 'pruned')
     assert row.values['prune s'] == [8.0] * 3
     assert row.values['prune GiB'] == [2.0] * 3
@@ -495,7 +497,8 @@ def test_the_script_names_a_sweep_that_does_not_exist_and_a_recipe_that_is_none(
     assert code == 1
     assert "no field 'base.restore.stepz'; did you mean 'base.restore.steps'?" in err
     assert not (tmp_path / 'run').exists()
-    write(tmp_path / 'run', 'config', {'name': 'split'})
+    (tmp_path / 'run').mkdir()
+    files.write_text(tmp_path / 'run' / 'config.json', json.dumps({'name': 'split'}))
     code, _, err = script('sweep.py', '--config=configs/sweeps/modality.py', f'--workdir={tmp_path / "run"}')
     assert code == 1
     assert "holds another run ('split', not 'modality')" in err

@@ -34,6 +34,21 @@ def test_what_is_there_is_not_computed_again(tmp_path):
     assert (tmp_path / '000000.safetensors').read_bytes() == before
 
 
+def test_what_is_damaged_or_of_another_run_is_computed_again(tmp_path, capsys):
+    weights, done = jnp.ones((5, 7)), []
+    teacher.keep(tmp_path, logits, weights, BATCHES, **KNOBS)
+    files = sorted(tmp_path.iterdir())
+    before = [file.read_bytes() for file in files]
+    teacher.keep(tmp_path / 'other', logits, weights, BATCHES, **KNOBS, owner='you')
+    files[0].write_bytes(before[0][:-1] + bytes([before[0][-1] ^ 1]))
+    files[1].write_bytes(before[1][:50])
+    (tmp_path / 'other' / files[2].name).replace(files[2])
+    teacher.keep(tmp_path, logits, weights, BATCHES, **KNOBS, progress=done.append)
+    assert done == [1, 2, 3]
+    assert [file.read_bytes() for file in files] == before
+    assert capsys.readouterr().err.count('safetensors: damaged, or of another run; it is computed again') == 3
+
+
 def test_what_is_missing_or_damaged_is_named(tmp_path):
     with pytest.raises(sl.StorageError, match=r'000004.safetensors: no such file'):
         teacher.read(tmp_path, 4)

@@ -56,15 +56,17 @@ def test_a_missing_or_shorter_file_is_noticed(file):
 def test_a_stamped_file_is_read_back_and_its_changes_are_refused(tmp_path):
     path = tmp_path / 'a.json'
     values = {'score': 0.1 + 0.2, 'names': ('é', 'b'), 'nested': {'nan': float('inf'), 'none': None}}
-    path.write_text(digests.stamp(values))
-    assert digests.read_stamped(path, 'x') == values | {'names': ['é', 'b']}
+    path.write_text(digests.stamp(values, 'me'))
+    assert digests.read_stamped(path, 'x', 'me') == values | {'names': ['é', 'b']}
+    with pytest.raises(StorageError, match=r'a.json: has changed since it was written, or is a file of another run; x'):
+        digests.read_stamped(path, 'x', 'you')
     path.write_text(path.read_text().replace('0.3', '0.4'))
-    with pytest.raises(StorageError, match=r'a.json: has changed since it was written; delete it'):
-        digests.read_stamped(path, 'delete it')
+    with pytest.raises(StorageError, match=r'a.json: has changed since it was written, .*; delete it'):
+        digests.read_stamped(path, 'delete it', 'me')
 
 
 @pytest.mark.parametrize('text', [b'', b'[1]', b'{"a": 1}', b'\xff\xfe', b'[' * 100_000, b'{"sha256": []}'])
 def test_what_is_no_stamped_file_is_refused(tmp_path, text):
     (tmp_path / 'a.json').write_bytes(text)
     with pytest.raises(StorageError, match=r'a.json: .*; delete it'):
-        digests.read_stamped(tmp_path / 'a.json', 'delete it')
+        digests.read_stamped(tmp_path / 'a.json', 'delete it', 'me')
