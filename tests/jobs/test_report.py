@@ -137,7 +137,7 @@ def test_a_perplexity_of_a_single_window_has_no_interval(finished):
     job = finished('run', ['yes', 'no', 'circle'])
     for model in ('dense', 'pruned', 'restored'):
         stage = job.read_result(f'evaluate_{model}')
-        write(job.workdir, f'evaluate_{model}', stage | {'window_losses': [3.0]})
+        write(job, f'evaluate_{model}', stage | {'window_losses': [3.0]})
     got = report.write(job)
     assert got['perplexity']
     assert got['perplexity_intervals'] == got['perplexity_ratios'] == {}
@@ -179,6 +179,7 @@ def test_the_page_says_what_computed_the_run_and_how_to_repeat_it(finished):
 
 def test_a_broken_pattern_is_written_down_and_ends_the_script(finished, script):
     job = finished('run', ['yes', 'no', 'circle'], violations=7)
+    job._inputs.store(job.stored)
     fields = ('prune.samples=8', 'prune.chunk=4', 'evaluate.questions=14', 'evaluate.batch=8', 'restore.steps=3')
     fields += ('restore.batch=4', 'restore.warmup=1', 'restore.checkpoint_every=2', 'data_dir=not read')
     code, out, err = script('train.py', f'--workdir={job.workdir}', *(f'--config.{field}' for field in fields))
