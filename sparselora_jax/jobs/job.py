@@ -53,8 +53,8 @@ from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.progress import peak_memory
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.masks import check_sparse
-from sparselora_jax.sparse.rules import flatten
-from sparselora_jax.sparse.weights import init_lora, merge, with_kernels
+from sparselora_jax.sparse.rules import flatten, with_leaves
+from sparselora_jax.sparse.weights import init_lora, merge
 
 
 def check_fit(config: ConfigDict, shapes: dict) -> None:
@@ -448,7 +448,7 @@ class Job:
             if edited_file.exists():
                 edited = self.shard(trees.load_safetensors(edited_file)[0])
                 dense = self.params if runs_teacher(self.config) else None
-                self._frozen = Frozen(with_kernels(self.params, edited), self.masks, dense)
+                self._frozen = Frozen(with_leaves(self.params, flatten(edited)), self.masks, dense)
             else:
                 self._frozen = Frozen(self.params, self.masks)
         return self._frozen

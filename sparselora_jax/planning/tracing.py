@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from sparselora_jax.models.model import abstract_model
+from sparselora_jax.pruning.tracing.products import Product
+from sparselora_jax.pruning.tracing.program import trace
 from sparselora_jax.sparse import rules
 
 # An array, or a shape in its place.
@@ -75,18 +77,6 @@ class Stack(NamedTuple):
         return nbytes(self.x)
 
 
-class _Watched:
-    """A kernel that records its input: `sparse.linear` calls the `observe` of any kernel that has one."""
-
-    def __init__(self, kernel: Shape, note: Callable[[Array], Any]):
-        self.kernel = kernel
-        self.note = note
-
-    def observe(self, x: Array) -> Shape:
-        self.note(x)
-        return self.kernel
-
-
 def batch_of(cfg: Any, text: Any, size: int) -> dict:
     """Return the shapes of a training batch.
 
@@ -133,22 +123,19 @@ def _trace_stack(tower: str, block: Callable, stacked: dict, x: Array, ctx: dict
     # The arguments are tracers of the whole model's trace; a trace of one block starts from their shapes.
     x_shape, ctx_shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, ctx))
     kernels = rules.kernels(weights)
-    read: dict[str, Array] = {}
+    program = trace(lambda w, inputs: block(w, *inputs, None)[0], weights, (x_shape, ctx_shapes), kernels.__contains__)
+    read: dict[str, Product] = {}
 
-    def watched(weights, x, ctx):
-        flat = rules.flatten(weights)
-        for name in kernels:
-            # If a kernel is used twice (a tied one), its first input counts.
-            flat[name] = _Watched(flat[name], lambda x, name=name: read.setdefault(name, x))
-        return block(rules.unflatten(flat), x, ctx, None)[0]
+    def run(weights, inputs):
+        # If a kernel is used twice (a tied one), its first input counts.
+        program.run(weights, inputs, lambda product: read.setdefault(product.path, product))
 
-    jaxpr = jax.make_jaxpr(watched)(weights, x_shape, ctx_shapes)
-    sizes = [nbytes(output.aval) for equation in jaxpr.eqns for output in equation.outvars]
-    # Kernels that read the same array share a statistic. They are recognised by the identity of the tracer, which
-    # `read` keeps alive.
-    first: dict[int, str] = {}
-    leaders = {name: first.setdefault(id(array), name) for name, array in read.items()}
-    inputs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in read.items()}
+    jax.eval_shape(run, weights, (x_shape, ctx_shapes))
+    sizes = [nbytes(output.aval) for equation in program.jaxpr.eqns for output in equation.outvars]
+    # Kernels that read the same array share a statistic.
+    first: dict[tuple, str] = {}
+    leaders = {name: first.setdefault(product.share_key(), name) for name, product in read.items()}
+    inputs = {name: jax.ShapeDtypeStruct(product.x.shape, product.x.dtype) for name, product in read.items()}
     # [..., inputs] @ [inputs, outputs], in the dtype of the input.
     outputs = sum(nbytes(array) // array.shape[-1] * kernels[name].shape[-1] for name, array in inputs.items())
     return Stack(

@@ -1,14 +1,15 @@
-"""Sum statistics of every linear's input over calibration batches, without hooks in the model.
+"""Sum statistics of every kernel's input over calibration batches, without hooks in the model.
 
-Every kernel is replaced by a `Calibrating` one. When `linear` multiplies with it, its `observe` adds the statistic of
-the input to an accumulator and returns the plain kernel. The accumulator is a `jax.new_ref`, which `+=` updates
+The forward is traced to a program, and `tracing` finds the products in it that read a kernel. When the program runs,
+each product adds the statistic of its input to an accumulator. The accumulator is a `jax.new_ref`, which `+=` updates
 correctly under jit and scan.
 """
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from sparselora_jax.pruning.tracing import program as tracing
+from sparselora_jax.pruning.tracing.products import Product
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import SparseloraError, calling
 from sparselora_jax.sparse import rules, sharding
-from sparselora_jax.sparse.weights import ReadByLinear
+from sparselora_jax.sparse.axes import KernelAxes
 
 # `[tokens, inputs]` -> arrays that are sums over tokens. The statistics of two batches are added.
 Statistic = Callable[[Array], Any]
@@ -125,36 +128,90 @@ def name_of(stat: Statistic) -> str:
     return getattr(stat, '__name__', repr(stat))
 
 
-class Recorder:
-    """Accumulators of one kernel (all its layers) while a forward is traced; compared by identity."""
+class InputStatistic(NamedTuple):
+    """What calibration says about the input of one kernel.
 
-    def __init__(self, stat: Statistic, layers: int, inputs: int, valid: Bool[Array, ' tokens'] | None):
+    Attributes:
+      total: the statistic over all tokens, with the kernel's layer axes in front.
+      tokens: number of tokens, of each layer.
+      axes: the roles of the kernel's axes; None: they are `[*layers, inputs, outputs]`.
+    """
+
+    total: PyTree
+    tokens: Int[Array, '*layers']
+    axes: KernelAxes | None = None
+
+
+class Recorder:
+    """Accumulators of one kernel (all its layers) while a program runs; compared by identity."""
+
+    def __init__(self, stat: Statistic, layers: int, inputs: int, valid: Bool[Array, '*tokens'] | None):
         """Create accumulators of zeros.
 
         Args:
           stat: the statistic to accumulate.
-          layers: number of layers of the stack that the kernel belongs to.
-          inputs: length of its input axis.
+          layers: number of layers of the kernel; 1 if it has no axis of layers.
+          inputs: number of inputs.
           valid: True for the rows of the flattened input that are not padding; None: all rows count.
         """
         self.stat = stat
         self.valid = valid
-        self.inputs: list[Array] = []
+        # Stored so that `_leaders` can tell which kernels read the same array.
+        self.products: list[Product] = []
         self.total = jax.tree.map(
             lambda leaf: jax.new_ref(jnp.zeros((layers, *leaf.shape), jnp.float32)), statistic_shapes(stat, inputs)
         )
         self.tokens = jax.new_ref(jnp.zeros(layers, jnp.int32))
 
-    def add(self, layer: Array, x: Float[Array, '*batch inputs']) -> None:
-        """Add the statistic of one call's input, without padding."""
-        # Stored so that `_leaders` can tell which kernels read the same array.
-        self.inputs.append(x)
-        rows = x.reshape(-1, x.shape[-1])
+    def add(self, product: Product) -> None:
+        """Add the statistic of one product's input, without padding."""
+        # Slices of one kernel (the q, k and v of a joined one) read the same rows, which count once.
+        is_counted = any(product.share_key() == other.share_key() for other in self.products)
+        self.products.append(product)
+        if is_counted:
+            return
+        rows = product.arrangement.rows(product.x)
+        statistics, counts = self._statistics(rows, product.group_sizes)
+        layers = product.layer_indices()
+        if len(layers) == 1:
+            # A plain index is updated in place; under scan the update lands in the layer's own row.
+            layers = layers[0]
+            statistics, counts = jax.tree.map(lambda leaf: leaf[0], (statistics, counts))
+        for total, new in zip(jax.tree.leaves(self.total), jax.tree.leaves(statistics), strict=True):
+            total[layers] += new
+        self.tokens[layers] += counts
+
+    def _statistics(
+        self, rows: Float[Array, 'at_once tokens inputs'], group_sizes: Int[Array, ' experts'] | None
+    ) -> tuple[PyTree, Int[Array, ' layers']]:
+        """Return the statistic and the number of rows of each layer that a product reads."""
+        if group_sizes is None and len(rows) == 1:
+            # Without a loop, whose program would differ from that of a plain kernel.
+            return jax.tree.map(lambda leaf: leaf[None], self._statistic(rows[0]))
+        if group_sizes is None:
+            return jax.lax.map(self._statistic, rows)
+        # Rows are sorted by expert: each expert sees zeros in place of the rows of the others.
+        ends = jnp.cumsum(group_sizes)
+        positions = jnp.arange(rows.shape[1])
+
+        def of_expert(bounds):
+            start, end = bounds
+            return self._statistic(rows[0], (positions >= start) & (positions < end))
+
+        return jax.lax.map(of_expert, (ends - group_sizes, ends))
+
+    def _statistic(
+        self, rows: Float[Array, 'tokens inputs'], counted: Bool[Array, ' tokens'] | None = None
+    ) -> tuple[PyTree, Int[Array, '']]:
+        """Return the statistic and the number of the rows that count."""
         count = jnp.asarray(rows.shape[0], jnp.int32)
-        if self.valid is not None:
+        valid = self.valid if self.valid is None else self.valid.reshape(-1)
+        if counted is not None:
+            valid = counted if valid is None else valid & counted
+        if valid is not None:
             # Rows of zeros add nothing to any sum; leaving rows out would make shapes depend on data.
-            rows = jnp.where(self.valid.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
-            count = jnp.sum(self.valid, dtype=jnp.int32)
+            rows = jnp.where(valid.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
+            count = jnp.sum(valid, dtype=jnp.int32)
         # The accumulator has the shape of one token's statistic. Anything but a sum would not fit, or be broadcast.
         for_one = statistic_shapes(self.stat, rows.shape[1])
         for_all = _shapes_of(self.stat, jax.ShapeDtypeStruct(rows.shape, rows.dtype))
@@ -163,25 +220,7 @@ class Recorder:
                 f'statistic {name_of(self.stat)} of {len(rows)} tokens has other shapes than of one token: expected a '
                 'sum over the tokens'
             )
-        # `total` is a mutable ref: under scan the update lands in the layer's own row.
-        for total, new in zip(jax.tree.leaves(self.total), jax.tree.leaves(self.stat(rows)), strict=True):
-            total[layer] += new
-        self.tokens[layer] += count
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Calibrating(ReadByLinear):
-    """A kernel that reports its input before it is used; `layer` is sliced by scan together with the kernel."""
-
-    kernel: Array
-    layer: Array
-    recorder: Recorder = field(metadata={'static': True})
-
-    def observe(self, x: Float[Array, '*batch inputs']) -> Array:
-        """Record x, and return the kernel to multiply with."""
-        self.recorder.add(self.layer, x)
-        return self.kernel
+        return self.stat(rows), count
 
 
 class Sums(NamedTuple):
@@ -191,11 +230,13 @@ class Sums(NamedTuple):
       zeros: `zeros(params, batch)` returns the initial sums.
       add: `add(sums, params, batch)` adds a batch to the sums; it is jitted, and the sums are donated.
       leaders: {path: path under which its sum is stored}, filled when `zeros` or `add` is traced.
+      axes: {path: the roles of the kernel's axes}, filled like `leaders`.
     """
 
     zeros: Callable[[dict, Any], dict]
     add: Callable[[dict, dict, Any], dict]
     leaders: dict[str, str]
+    axes: dict[str, KernelAxes]
 
     def total(self, params: dict, batches: Iterable[Any]) -> dict[str, tuple[PyTree, Array]]:
         """Return {leader: (sum, tokens)} over all batches, layers first.
@@ -233,43 +274,73 @@ def make_sums(
       mesh: see `make_observer`; an abstract mesh is enough for tracing.
     """
     leaders: dict[str, str] = {}
+    axes: dict[str, KernelAxes] = {}
 
     def observe(params, batch):
-        flat = rules.flatten(params)
+        followed = kernel_paths(params)
+        program = tracing.trace(forward, params, batch, lambda path: path in followed and stats(path) is not None)
+        check_found(program)
+        leaves = rules.leaves_by_path(params)
         recorders = {}
-        for path, leaf in rules.kernels(params).items():
-            stat = stats(path)
-            if stat is None:
-                continue
-            # A stack [layers, in, out] holds one kernel per layer; the forward's scan slices it.
-            stacked = leaf.ndim == 3
-            layers = leaf.shape[0] if stacked else 1
-            mask = valid(path, batch)
-            mask = None if mask is None else mask.reshape(-1)
-            recorders[path] = Recorder(stat, layers, leaf.shape[-2], mask)
-            # Scan slices the index beside the kernel, so that `observe` knows its layer.
-            index = jnp.arange(layers) if stacked else jnp.zeros((), jnp.int32)
-            flat[path] = Calibrating(leaf, index, recorders[path])
-        # The result is not used, so the compiler removes everything that no statistic depends on.
-        forward(rules.unflatten(flat), batch)
+        for path, of_kernel in program.axes.items():
+            layer_sizes, inputs, _ = of_kernel.sizes(leaves[path].shape)
+            recorders[path] = Recorder(stats(path), math.prod(layer_sizes), inputs, valid(path, batch))
+        program.run(params, batch, lambda product: recorders[product.path].add(product))
         # A side effect of tracing: which kernels share an input is known only now.
         leaders.update(_leaders(recorders))
+        axes.update(program.axes)
         own = {path: (r.total, r.tokens) for path, r in recorders.items() if leaders[path] == path}
         # Each device runs this on its own rows; the new leading axis has one entry for each device.
         return jax.tree.map(lambda ref: ref[...][None], own)
 
-    observe = jax.jit(sharding.on_own_rows(observe, mesh))
+    @functools.cache  # one pair of programs for params of one structure
+    def programs(rest):
+        on_rows = jax.jit(sharding.on_own_rows(lambda arrays, batch: observe(rest.joined(arrays), batch), mesh))
 
-    @functools.partial(jax.jit, donate_argnums=0)  # a Hessian is added to in place
-    def add_statistics(sums, params, batch):
-        return jax.tree.map(lambda total, parts: _add_in_order(total, parts, mesh), sums, observe(params, batch))
+        @functools.partial(jax.jit, donate_argnums=0)  # a Hessian is added to in place
+        def add_statistics(sums, arrays, batch):
+            return jax.tree.map(lambda total, parts: _add_in_order(total, parts, mesh), sums, on_rows(arrays, batch))
+
+        return on_rows, add_statistics
 
     def zeros(params, batch):
-        # The shapes come from tracing the same function that `add_statistics` calls; nothing is compiled.
-        shapes = observe.eval_shape(params, batch)
+        arrays, rest = _split_off_arrays(params)
+        # The shapes come from tracing the same function that `add` calls; nothing is compiled.
+        shapes = programs(rest)[0].eval_shape(arrays, batch)
         return jax.tree.map(lambda s: jnp.zeros(s.shape[1:], s.dtype, device=place_of_sum(s.shape[1:], mesh)), shapes)
 
-    return Sums(zeros, add_statistics, leaders)
+    def add(sums, params, batch):
+        arrays, rest = _split_off_arrays(params)
+        return programs(rest)[1](sums, arrays, batch)
+
+    return Sums(zeros, add, leaders, axes)
+
+
+class _Rest(NamedTuple):
+    """What is left of params without their arrays: structure, and leaves such as the functions of an Equinox module."""
+
+    structure: jax.tree_util.PyTreeDef
+    leaves: tuple[Any, ...]
+
+    def joined(self, arrays: Sequence[Array]) -> PyTree:
+        """Return the params with these arrays."""
+        remaining = iter(arrays)
+        return self.structure.unflatten([next(remaining) if leaf is _ARRAY else leaf for leaf in self.leaves])
+
+
+_ARRAY = object()  # stands where an array was taken out
+
+
+def _split_off_arrays(params: PyTree) -> tuple[list[Array], _Rest]:
+    leaves, structure = jax.tree.flatten(params)
+    arrays = [leaf for leaf in leaves if tracing.is_array(leaf)]
+    rest = _Rest(structure, tuple(_ARRAY if tracing.is_array(leaf) else leaf for leaf in leaves))
+    try:
+        hash(rest)
+    except TypeError:
+        kinds = ', '.join(sorted({type(leaf).__name__ for leaf in rest.leaves if leaf is not _ARRAY}))
+        raise CalibrationError(f'params hold leaves that are neither arrays nor hashable: {kinds}') from None
+    return arrays, rest
 
 
 def _place_in_params(path: str, layer: int | None) -> str:
@@ -284,8 +355,8 @@ def make_observer(
     valid: ValidRows = _all_rows,
     mesh: Mesh | None = None,
     one_scale: bool = False,
-) -> Callable[..., dict[str, tuple[PyTree, Array]]]:
-    """Return `(params, batches) -> {path: (sum, tokens)}`, compiled once for batches of one shape.
+) -> Callable[..., dict[str, InputStatistic]]:
+    """Return `(params, batches) -> {path: InputStatistic}`, compiled once for batches of one shape.
 
     Kernels that read the same array (q, k and v) share one accumulator and one result.
 
@@ -322,8 +393,9 @@ def make_observer(
 
     def observe(params, batches, place=_place_in_params):
         sums = programs.total(params, batches)
-        kernels = rules.kernels(params)
-        stacked = {path: kernels[path].ndim == 3 for path in sums}
+        leaves = rules.leaves_by_path(params)
+        sizes = {path: programs.axes[path].sizes(leaves[path].shape) for path in sums}
+        stacked = {path: bool(layers) for path, (layers, _, _) in sizes.items()}
         tiny = {path: _check_sums(path, stacked[path], *value) for path, value in sums.items()}
         for path in tiny:
             tiny[path] &= can_be_scaled(stats(path))
@@ -338,10 +410,10 @@ def make_observer(
                 scaled = scaled_programs().total(params, batches)
                 sums = {path: _choose(tiny[path], scaled[path], value) for path, value in sums.items()}
                 dead = {path: tiny[path] & ~_largest_on_host(scaled[path][0]).any(axis=0) for path in sums}
-                messages = {path: DEAD.format(inputs=kernels[path].shape[-2]) for path in sums}
+                messages = {path: DEAD.format(inputs=inputs) for path, (_, inputs, _) in sizes.items()}
                 _warn_about(dead, stacked, readers, place, messages)
-        finished = {path: _finish(stacked[path], stats(path), *value) for path, value in sums.items()}
-        return {path: finished[leader] for path, leader in programs.leaders.items()}
+        finished = {path: _finish(sizes[path][0], stats(path), *value) for path, value in sums.items()}
+        return {path: InputStatistic(*finished[first], programs.axes[path]) for path, first in programs.leaders.items()}
 
     return observe
 
@@ -374,11 +446,38 @@ def _leaders(recorders: dict[str, Recorder]) -> dict[str, str]:
     first: dict[Any, str] = {}
     leaders = {}
     for path, recorder in recorders.items():
-        # A kernel that is used more than once has a sum of its own.
-        reads_once = len(recorder.inputs) == 1
-        source = (id(recorder.inputs[0]), recorder.stat) if reads_once else path
-        leaders[path] = first.setdefault(source, path)
+        # A kernel that is used more than once shares its sum with those that read the same arrays as often.
+        keys = frozenset(product.share_key() for product in recorder.products)
+        leaders[path] = first.setdefault((keys, recorder.stat), path)
     return leaders
+
+
+def kernel_paths(params: PyTree) -> set[str]:
+    """Return the paths of the leaves that may be kernels.
+
+    In a tree whose matrices are called `kernel`, these are the kernels. In any other tree, every array of two or more
+    axes may be one; whether it is, the program says.
+
+    Args:
+      params: any tree.
+    """
+    matrices = {path for path, leaf in rules.leaves_by_path(params).items() if getattr(leaf, 'ndim', 0) >= 2}
+    named = {path for path in matrices if rules.named_kernel(path)}
+    return named or matrices
+
+
+def check_found(program: tracing.Program) -> None:
+    """Check that the program multiplies with each kernel whose name says that it is one.
+
+    Args:
+      program: a traced forward.
+
+    Raises:
+      CalibrationError: it does not; names the kernel and the operation that lost it.
+    """
+    lost = {path: reason for path, reason in program.lost.items() if rules.named_kernel(path) or not program.axes}
+    for path, reason in lost.items():
+        raise CalibrationError(f'{path}: no product of the forward reads it: {reason}')
 
 
 def check_forward(forward: object) -> None:
@@ -412,34 +511,39 @@ def check_batches(batches: object) -> None:
 
 def collect(
     forward: Forward,
-    params: dict,
+    params: PyTree,
     batches: Iterable[Any],
     *,
     stat: Statistic = squares,
     valid: Callable[[Any], Array | None] | None = None,
     select: Callable[[str], bool] = lambda path: True,
-) -> dict[str, tuple[PyTree, Array]]:
-    """Run `forward` over the batches and sum up the statistic of every linear's input.
+) -> dict[str, InputStatistic]:
+    """Run `forward` over the batches and sum up the statistic of every kernel's input.
+
+    The forward may be any function that JAX can trace, whichever library wrote it. It is not run as it is: its program
+    is searched for products with a leaf of params, and the other operand of such a product is the kernel's input. The
+    leaf may be sliced out of a stack, transposed, reshaped, cast, masked or scaled before.
 
     Args:
-      forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.
-      params: any nested dict with kernels.
+      forward: `forward(params, batch)`. Its result is discarded.
+      params: any tree of arrays: nested dicts, lists, the state of an NNX model, an Equinox module. If some matrices
+        are called `kernel`, those are the kernels; else all matrices that a product reads.
       batches: what `forward` takes, of one shape.
       stat: `squares` or `hessian`, or any sum over tokens `[tokens, in] -> arrays`; `Mean` of one gives the mean.
-      valid: batch -> True for the tokens that count, or None (all do); every linear must see these tokens.
+      valid: batch -> True for the tokens that count, or None (all do); every kernel must see these tokens.
       select: path -> whether to observe that kernel; Hessians of all kernels may not fit into memory.
 
     Returns:
-      {path: (sum, tokens)}; the arrays have a leading layers axis if the kernel has one. If the squares of activations
-      underflow in float32, the statistic is that of the activations times 2**64 (`make_observer`).
+      {path: (total, tokens, axes)}, an `InputStatistic` each. If the squares of activations underflow in float32, the
+      statistic is that of the activations times 2**64 (`make_observer`).
 
     Raises:
-      CalibrationError: no batch, a kernel that the forward never used, or non-finite activations.
+      CalibrationError: no batch, a kernel that the forward never used or that cannot be followed, or non-finite
+        activations.
 
-    >>> from sparselora_jax.sparse.linear import linear
     >>> params = {'q': {'kernel': jnp.ones((2, 3))}}
-    >>> stats = collect(lambda w, x: linear(x, w['q']['kernel']), params, [jnp.array([[1.0, 2.0], [3.0, 4.0]])])
-    >>> stats['q/kernel'][0].tolist(), int(stats['q/kernel'][1])
+    >>> stats = collect(lambda w, x: x @ w['q']['kernel'], params, [jnp.array([[1.0, 2.0], [3.0, 4.0]])])
+    >>> stats['q/kernel'].total.tolist(), int(stats['q/kernel'].tokens)
     ([10.0, 20.0], 2)
     """
     check_forward(forward)
@@ -450,8 +554,9 @@ def collect(
 
     observe = make_observer(forward, stats=lambda path: stat if select(path) else None, valid=valid_rows)
     statistics = observe(params, batches)
-    dead = {path: processes.on_host(count_dead_inputs(stat, total)) for path, (total, _) in statistics.items()}
-    warn_about_dead_inputs(dead, rules.kernels(params))
+    dead = {path: processes.on_host(count_dead_inputs(stat, value.total)) for path, value in statistics.items()}
+    leaves = rules.leaves_by_path(params)
+    warn_about_dead_inputs(dead, {path: value.axes.sizes(leaves[path].shape)[1] for path, value in statistics.items()})
     return statistics
 
 
@@ -461,8 +566,10 @@ def _check_sums(path: str, stacked: bool, total: PyTree, tokens: Int[Array, ' la
     Raises:
       CalibrationError: no token reached the kernel, or its inputs were not finite.
     """
-    if not processes.on_host(tokens).all():
-        raise CalibrationError(f'{path}: no token reached it during calibration')
+    is_unread = processes.on_host(tokens) == 0
+    if is_unread.any():
+        place = _place_in_params(path, int(is_unread.argmax()) if stacked else None)
+        raise CalibrationError(f'{place}: no token reached it during calibration')
     # Only one number per leaf and layer is copied to the host: a maximum keeps NaN and infinity.
     largest = _largest_on_host(total)
     bad = ~np.isfinite(largest).all(axis=0)
@@ -498,23 +605,22 @@ def _count_dead(leaves: list[Array], axes: tuple[int, ...]) -> Int[Array, '*laye
     return jnp.sum(is_dead, axis=-1, dtype=jnp.int32)
 
 
-def warn_about_dead_inputs(counts: Mapping[str, Int[np.ndarray, '*layers']], kernels: Mapping[str, Any]) -> None:
+def warn_about_dead_inputs(counts: Mapping[str, Int[np.ndarray, '*layers']], inputs: Mapping[str, int]) -> None:
     """Log one line for each kernel some of whose inputs are dead; `make_observer` names those of which all are.
 
     Args:
       counts: number of dead inputs, of each layer if the kernel is stacked, by path.
-      kernels: anything with the shapes of the kernels, by path.
+      inputs: number of inputs of each kernel, by path.
     """
     if not processes.first():
         return
     for path, of_layers in counts.items():
-        inputs = kernels[path].shape[-2]
-        partly = np.flatnonzero((of_layers > 0) & (of_layers < inputs))
+        partly = np.flatnonzero((of_layers > 0) & (of_layers < inputs[path]))
         if not partly.size:
             continue
         most = int(np.reshape(of_layers, -1)[partly].max())
-        place = path if np.ndim(of_layers) == 0 else f'{path}, {partly.size} of {len(of_layers)} layers'
-        message = SOME_DEAD.format(dead=f'up to {most}' if partly.size > 1 else most, inputs=inputs)
+        place = path if np.ndim(of_layers) == 0 else f'{path}, {partly.size} of {np.size(of_layers)} layers'
+        message = SOME_DEAD.format(dead=f'up to {most}' if partly.size > 1 else most, inputs=inputs[path])
         logging.getLogger(__name__).warning('%s: %s', place, message)
 
 
@@ -538,12 +644,12 @@ def _choose(tiny: Bool[np.ndarray, ' layers'], scaled: PyTree, plain: PyTree) ->
     )
 
 
-def _finish(stacked: bool, stat: Statistic, total: PyTree, tokens: Array) -> tuple[PyTree, Array]:
-    """Return (sum or mean, tokens) of one kernel, without the layers axis where the kernel has none."""
+def _finish(layer_sizes: tuple[int, ...], stat: Statistic, total: PyTree, tokens: Array) -> tuple[PyTree, Array]:
+    """Return (sum or mean, tokens) of one kernel, with the layer axes that the kernel has."""
     if isinstance(stat, Mean):
         total = jax.tree.map(lambda leaf: leaf / tokens.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1)), total)
-    # Accumulators always have a layers axis; that of a single kernel is dropped here.
-    return (total, tokens) if stacked else jax.tree.map(lambda leaf: leaf[0], (total, tokens))
+    # Accumulators always have one axis of layers.
+    return jax.tree.map(lambda leaf: leaf.reshape(*layer_sizes, *leaf.shape[1:]), (total, tokens))
 
 
 def _warn_about(

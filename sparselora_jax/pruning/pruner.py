@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.calibrate import CalibrationError
+from sparselora_jax.pruning.calibrate import CalibrationError, InputStatistic
 from sparselora_jax.pruning.method import Method, MethodError, check_statistic, prunes_jointly
 from sparselora_jax.pruning.targets import (
     Methods,
     PatternRules,
     in_blocks,
+    matrix_shape,
     methods_of,
     pattern_zeros,
     patterns_of,
@@ -28,8 +30,9 @@ from sparselora_jax.pruning.verdict import call_method, explain, is_right
 from sparselora_jax.pruning.walk import block_observer, joined, walk
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse import sharding
+from sparselora_jax.sparse.axes import KernelAxes
 from sparselora_jax.sparse.patterns import Pattern
-from sparselora_jax.sparse.rules import RuleError, block_path, flatten, unflatten
+from sparselora_jax.sparse.rules import RuleError, block_path, flatten, paths_of, unflatten, with_leaves
 
 
 class PruneResult(NamedTuple):
@@ -110,16 +113,18 @@ def _prune_joined(
 
 def prune_tree(
     params: PyTree,
-    stats: dict[str, tuple[PyTree, Array]] | None,
+    stats: Mapping[str, InputStatistic] | None,
     rules: PatternRules,
     *,
     method: Methods,
     zeros: dict[str, np.ndarray] | None = None,
 ) -> tuple[dict, dict]:
-    """Prune any nested dict of kernels in one shot.
+    """Prune any tree of kernels in one shot.
 
     Args:
-      params: kernels `[inputs, outputs]` or, within a dict called `blocks`, stacks `[layers, inputs, outputs]`.
+      params: any tree. Statistics tell which of its leaves are kernels, and the roles of their axes. Without them,
+        kernels are leaves called `kernel` of nested dicts: `[inputs, outputs]` or, within a dict called `blocks`,
+        stacks `[layers, inputs, outputs]`.
       stats: what `collect` returned; None for a method without a statistic.
       rules: `(regex, pattern)` in order; every kernel must match.
       method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, `DSnoT()`, or rules `(regex, method)` if towers use
@@ -128,7 +133,7 @@ def prune_tree(
         number that the pattern implies (see `pruning.allocate`).
 
     Returns:
-      (params with zeros in place, masks).
+      (params with zeros in place, masks). Masks are a nested dict with the paths of the pruned kernels.
 
     Raises:
       PatternError: a pattern does not fit its kernel.
@@ -143,37 +148,50 @@ def prune_tree(
     >>> pruned['q']['kernel'].tolist()
     [[0.0], [-2.0]]
     """
-    flat = flatten(params)
-    methods = methods_of(params, method)
-    patterns = patterns_of(params, rules)
-    totals = pattern_zeros(flat, patterns, methods, zeros)
+    leaves = paths_of(params)
+    axes = {path: axes for path, (_, _, axes) in (stats or {}).items() if path in leaves and axes is not None}
+    methods = methods_of(params, method, axes)
+    patterns = patterns_of(params, rules, axes)
+    shapes = {path: matrix_shape(leaves[path].shape, axes.get(path)) for path in patterns}
+    totals = pattern_zeros(
+        {path: jax.ShapeDtypeStruct(shape, leaves[path].dtype) for path, shape in shapes.items()},
+        patterns,
+        methods,
+        zeros,
+    )
     # Check all statistics before the first kernel is pruned.
-    statistics = {path: _statistic_for(path, methods[path], flat[path].shape, stats or {}) for path in patterns}
+    statistics = {path: _statistic_for(path, methods[path], shapes[path], stats or {}) for path in patterns}
     masks = {}
     for path, pattern in patterns.items():
         of_kernel = methods[path]
-        outputs = flat[path].shape[-1]
+        *layers, inputs, outputs = shapes[path]
+        # One axis of layers, whatever the kernel has.
+        stack = [math.prod(layers)] if layers else []
         counts = None
         if not pattern.structured:
             # [layers, groups], or [groups] for a kernel that is not stacked.
-            layers = [per_group(of_kernel, pattern, outputs, int(total)) for total in totals[path].reshape(-1)]
-            counts = np.stack(layers) if totals[path].ndim else layers[0]
+            per_layer = [per_group(of_kernel, pattern, outputs, int(total)) for total in totals[path].reshape(-1)]
+            counts = np.stack(per_layer) if layers else per_layer[0]
+        statistic = _with_layers(statistics[path], len(layers), stack)
+        roles = axes.get(path) or KernelAxes.of_stack(len(shapes[path]))
+        dense = roles.to_matrix(jnp.asarray(leaves[path])).reshape(*stack, inputs, outputs)
         # `pattern.kind` drops the sparsity, which is in the counts, so one program serves every sparsity.
-        dense = flat[path]
         with _naming(path):
-            flat[path], masks[path], right = _prune_kernel(
-                dense, statistics[path], counts, method=of_kernel, pattern=pattern.kind
-            )
+            pruned, mask, right = _prune_kernel(dense, statistic, counts, method=of_kernel, pattern=pattern.kind)
         if not right:
-            raise explain(
-                path, of_kernel, pattern, jnp.asarray(dense), statistics[path], flat[path], masks[path], counts
-            )
-    return unflatten(flat), unflatten(masks)
+            raise explain(path, of_kernel, pattern, dense, statistic, pruned, mask, counts)
+        shape = tuple(leaves[path].shape)
+        leaves[path] = roles.from_matrix(pruned, shape)
+        masks[path] = roles.from_matrix(mask, shape)
+    return with_leaves(params, {path: leaves[path] for path in masks}), unflatten(masks)
 
 
-def _statistic_for(
-    path: str, method: Method, shape: tuple[int, ...], stats: Mapping[str, tuple[PyTree, Array]]
-) -> PyTree:
+def _with_layers(statistic: PyTree, num_axes: int, stack: Sequence[int]) -> PyTree:
+    """Return a statistic whose first axes, those of the kernel's layers, are joined to one."""
+    return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[num_axes:]), statistic)
+
+
+def _statistic_for(path: str, method: Method, shape: tuple[int, ...], stats: Mapping[str, InputStatistic]) -> PyTree:
     """Return the statistic of a kernel that its method needs; None: it needs none.
 
     Args:
@@ -189,7 +207,7 @@ def _statistic_for(
         return None
     if path not in stats:
         raise CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
-    statistic = stats[path][0]
+    statistic = stats[path].total
     *layers, inputs, _outputs = shape
     check_statistic(method, statistic, inputs, layers=layers, path=path)
     return statistic
@@ -294,7 +312,7 @@ def prune(
         raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
     flat = flatten(params)
     dead_by_path = {path: np.stack([processes.on_host(count) for count in dead_inputs[path]]) for path in dead_inputs}
-    calibrate.warn_about_dead_inputs(dead_by_path, flat)
+    calibrate.warn_about_dead_inputs(dead_by_path, {path: flat[path].shape[-2] for path in dead_by_path})
     masks = {}
     for path in list(pruned_layers):  # popped, so that at most one stack exists twice
         flat[path] = jnp.stack(pruned_layers.pop(path))
@@ -324,7 +342,7 @@ def kernels_pruned_as_one(
 
 def _prune_block(
     w: dict[str, Array],
-    stats: dict[str, tuple[PyTree, Array]],
+    stats: dict[str, InputStatistic],
     patterns: dict[str, Pattern],
     methods: dict[str, Method],
     zeros: dict[str, int],

@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from sparselora_jax.pruning.method import Method, MethodError, check_method
 from sparselora_jax.runtime.errors import calling
+from sparselora_jax.sparse.axes import KernelAxes
 from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern, spread
 from sparselora_jax.sparse.rules import (
     KERNEL,
@@ -17,9 +18,11 @@ from sparselora_jax.sparse.rules import (
     flatten,
     hidden_matrices,
     is_in_block,
+    is_kernel,
     kernels,
     match,
     name_in_block,
+    paths_of,
     stack_of,
 )
 
@@ -29,23 +32,46 @@ Methods = Method | Sequence[tuple[str, Method]]
 PatternRules = Sequence[tuple[str, Pattern | str | float]]
 
 
-def patterns_of(params: PyTree, rules: PatternRules) -> dict[str, Pattern]:
+def kernels_of(params: PyTree, axes: Mapping[str, KernelAxes] | None = None) -> dict[str, Any]:
+    """Return the leaves that rules apply to, by path.
+
+    Args:
+      params: anything with the shapes of a params tree.
+      axes: the roles of the axes of kernels that calibration found. Without them, kernels are found by their names.
+
+    Raises:
+      RuleError: see `rules.kernels`.
+    """
+    if not axes:
+        return kernels(params)
+    leaves = paths_of(params)
+    return {path: leaf for path, leaf in leaves.items() if path in axes or is_kernel(path, leaf)}
+
+
+def patterns_of(
+    params: PyTree, rules: PatternRules, axes: Mapping[str, KernelAxes] | None = None
+) -> dict[str, Pattern]:
     """Return the pattern of every kernel that is not dense, by path, and check that it fits the kernel.
 
     Args:
       params: anything with the shapes of a params tree.
       rules: `(regex, pattern)` in order; every kernel must match.
+      axes: see `kernels_of`.
 
     Raises:
       PatternError: a pattern does not parse, or does not fit its kernel.
       RuleError: see `rules.match` and `rules.check_layout`.
     """
-    all_kernels = kernels(params)
+    axes = axes or {}
+    all_kernels = kernels_of(params, axes)
     patterns = {path: parse_pattern(text) for path, text in match(rules, all_kernels).items()}
     patterns = {path: pattern for path, pattern in patterns.items() if not pattern.dense}
-    check_layout(params, patterns)
+    # Calibration knows the roles of axes; without it, they follow from names and shapes.
+    unknown = [path for path in patterns if path not in axes]
+    if unknown:
+        check_layout(params, unknown)
     # A kernel that is not seen would stay dense without a word.
-    for path in hidden_matrices(params):
+    for path in hidden_matrices(params) if not axes else ():
         for candidate in (path, f'{path}/{KERNEL}'):
             if not parse_pattern(first_match([*rules, ('.*', 'dense')], candidate)).dense:
                 raise RuleError(
@@ -54,10 +80,23 @@ def patterns_of(params: PyTree, rules: PatternRules) -> dict[str, Pattern]:
                 )
     for path, pattern in patterns.items():
         try:
-            pattern.zeros(all_kernels[path].shape[-2])
+            pattern.zeros(matrix_shape(all_kernels[path].shape, axes.get(path))[-2])
         except PatternError as error:
             raise PatternError(f'{path}: {error}') from None
     return patterns
+
+
+def matrix_shape(shape: tuple[int, ...], axes: KernelAxes | None) -> tuple[int, ...]:
+    """Return the shape of a kernel as `[*layers, inputs, outputs]`.
+
+    Args:
+      shape: shape of the kernel.
+      axes: the roles of its axes; None: it has this form.
+    """
+    if axes is None:
+        return tuple(shape)
+    layers, inputs, outputs = axes.sizes(tuple(shape))
+    return (*layers, inputs, outputs)
 
 
 def in_blocks(paths: Iterable[str], tower: str) -> dict[str, str]:
@@ -73,12 +112,13 @@ def in_blocks(paths: Iterable[str], tower: str) -> dict[str, str]:
     return {name_in_block(path): path for path in paths if is_in_block(path) and stack_of(path) == tower}
 
 
-def methods_of(params: PyTree, method: Methods) -> dict[str, Method]:
+def methods_of(params: PyTree, method: Methods, axes: Mapping[str, KernelAxes] | None = None) -> dict[str, Method]:
     """Return the method of every kernel, by path.
 
     Args:
       params: anything with the shapes of a params tree.
       method: one for all kernels, or rules `(regex, method)`.
+      axes: see `kernels_of`.
 
     Raises:
       MethodError: an object is not a method.
@@ -89,7 +129,7 @@ def methods_of(params: PyTree, method: Methods) -> dict[str, Method]:
     method_rules = list(method) if is_rules else [('.*', method)]
     for _, candidate in method_rules:
         check_method(candidate)
-    return match(method_rules, kernels(params))
+    return match(method_rules, kernels_of(params, axes))
 
 
 def pattern_zeros(

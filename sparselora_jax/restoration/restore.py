@@ -19,8 +19,8 @@ from sparselora_jax.restoration.losses import KD_TEMPERATURE, KD_WEIGHT, TopK, d
 from sparselora_jax.restoration.train import Step, make_step
 from sparselora_jax.sparse.dense import unpack
 from sparselora_jax.sparse.packing import is_reduced, reduce_kernels
-from sparselora_jax.sparse.rules import flatten, unflatten
-from sparselora_jax.sparse.weights import bind, merge, with_kernels
+from sparselora_jax.sparse.rules import flatten, unflatten, with_leaves
+from sparselora_jax.sparse.weights import bind, merge
 
 TRAINED = ('lora', 'weights')
 
@@ -92,7 +92,7 @@ def merge_trained(frozen: Frozen, trained: dict, kind: str, *, dtype: jax.typing
     # Trained kernels are always float32: cast them to the model's dtype.
     flat = flatten(frozen.params)
     kernels = {path: kernel.astype(flat[path].dtype) for path, kernel in flatten(trained).items()}
-    return merge(with_kernels(frozen.params, unflatten(kernels)), frozen.masks)
+    return merge(with_leaves(frozen.params, kernels), frozen.masks)
 
 
 def paper_optimizer(
@@ -167,7 +167,7 @@ def make_train_step(
 
     def student_weights(tree, frozen):
         if trained == 'weights':
-            return bind(with_kernels(frozen.params, tree), frozen.masks)
+            return bind(with_leaves(frozen.params, flatten(tree)), frozen.masks)
         return bind(frozen.params, frozen.masks, tree, gradient=gradient, parts=parts)
 
     def teacher_logits(frozen: Frozen, batch: dict, inputs: dict) -> Array | TopK | None:

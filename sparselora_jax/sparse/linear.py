@@ -1,7 +1,6 @@
 """The one matmul that every model calls; it dispatches on the kind of kernel."""
 
 import functools
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,6 @@ from sparselora_jax.sparse.packing import Packed24, PackedKernel, PackedMask, is
 from sparselora_jax.sparse.weights import Adapted, Kernel, Lora, Masked, effective_weight
 
 
-@runtime_checkable
-class ObservingKernel(Protocol):
-    """A kernel that observes its input, as pruning does to collect statistics."""
-
-    def observe(self, x: Float[Array, '*batch inputs']) -> Any:
-        """Observe the input, and return the kernel to multiply it by."""
-        ...
-
-
 def linear(
     x: Float[Array, '*batch inputs'], kernel: object, bias: Float[Array, ' outputs'] | None = None
 ) -> Float[Array, '*batch outputs']:
@@ -31,7 +21,7 @@ def linear(
 
     Args:
       x: the input.
-      kernel: an array, a packed kernel, `Masked`, `Adapted`, an `ObservingKernel`, or another registered kind.
+      kernel: an array, a packed kernel, `Masked`, `Adapted`, or another registered kind.
       bias: added to every row; None: no bias.
 
     Raises:
@@ -59,13 +49,11 @@ def multiply(kernel: object, x: Float[Array, '*batch inputs']) -> Float[Array, '
     Raises:
       TypeError: a kernel of an unknown kind.
     """
-    # These kinds are not registered: arrays have many classes, including tracers, and the others are protocols.
+    # These kinds are not registered: arrays have many classes, including tracers, and packed kernels are a protocol.
     if isinstance(kernel, jax.Array | np.ndarray):
         return x @ kernel.astype(x.dtype)
     if is_packed(kernel):
         return _packed_matmul(x, kernel)
-    if isinstance(kernel, ObservingKernel):
-        return multiply(kernel.observe(x), x)
     raise TypeError(f'linear does not know a kernel of kind {type(kernel).__name__}; see `multiply.register`')
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern, spread
-from sparselora_jax.sparse.rules import first_match, flatten
+from sparselora_jax.sparse.rules import first_match, flatten, paths_of
 
 
 def keep_largest(
@@ -241,13 +241,13 @@ def check_sparse(params: dict, masks: dict) -> None:
     """Check that no weight is non-zero where its mask is False.
 
     Args:
-      params: the params tree, plain arrays.
+      params: the params, any tree of plain arrays.
       masks: the masks tree.
 
     Raises:
       PatternError: a pruned weight is not zero; names the path, the first wrong layer and the number of weights.
     """
-    flat = flatten(params)
+    flat = paths_of(params)
     for path, mask in flatten(masks).items():
         if path not in flat:
             raise PatternError(f'{path}: has a mask but no kernel')

@@ -63,6 +63,68 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 _EXPECTED = f'expected nested dicts with string keys, whose matrices are called {KERNEL!r}'
 
 
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """Return the leaves of any tree by path, in the tree's own order.
+
+    For nested dicts the paths are those of `flatten`. The `value` of a box around an array, such as a variable of NNX,
+    is no part of the path.
+
+    Args:
+      tree: any pytree: dicts, lists, dataclasses, modules.
+
+    Raises:
+      RuleError: two leaves have the same path.
+
+    >>> leaves_by_path({'layers': [{'w': 1.0}, {'w': 2.0}]})
+    {'layers/0/w': 1.0, 'layers/1/w': 2.0}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    by_path = {}
+    for keys, leaf in leaves:
+        is_boxed = len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == 'value'
+        path = jax.tree_util.keystr(keys[:-1] if is_boxed else keys, simple=True, separator='/')
+        if path in by_path:
+            raise RuleError(f'{path}: two leaves have this path; use keys without slashes')
+        by_path[path] = leaf
+    return by_path
+
+
+def paths_of(tree: PyTree) -> dict[str, Any]:
+    """Return the leaves of any tree by path: of nested dicts by `flatten`, of other trees by `leaves_by_path`.
+
+    Args:
+      tree: any pytree.
+    """
+    return flatten(tree) if _is_nested_dict(tree) else leaves_by_path(tree)
+
+
+def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """Return a tree with other leaves at some of its paths.
+
+    Args:
+      tree: any pytree.
+      leaves: the new leaves, by the paths of `paths_of`.
+    """
+    if _is_nested_dict(tree):
+        return unflatten(flatten(tree) | dict(leaves))
+    structure = jax.tree.structure(tree)
+    return structure.unflatten([leaves.get(path, leaf) for path, leaf in leaves_by_path(tree).items()])
+
+
+def _is_nested_dict(tree: PyTree) -> bool:
+    """Return whether `flatten` reaches all arrays of a tree: it takes what is no dict for a leaf."""
+    if not isinstance(tree, dict):
+        return False
+    return all(
+        _is_nested_dict(child) if isinstance(child, dict) else not _is_container(child) for child in tree.values()
+    )
+
+
+def _is_container(leaf: object) -> bool:
+    """Return whether a leaf of nested dicts is a tree itself; kinds of kernels are trees too, but have a shape."""
+    return leaf is not None and not hasattr(leaf, 'shape') and not jax.tree_util.all_leaves([leaf])
+
+
 def unflatten(flat: Mapping[str, Any]) -> dict:
     """Return the nested dict whose leaves have these paths: the inverse of `flatten`."""
     return traverse_util.unflatten_dict(flat, sep='/')

@@ -19,7 +19,16 @@ from qwix import QArray
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse.dense import dense_kernel, dense_mask
 from sparselora_jax.sparse.packing import PackedKernel, PackedMask
-from sparselora_jax.sparse.rules import RuleError, check_layout, flatten, kernels, match, unflatten
+from sparselora_jax.sparse.rules import (
+    RuleError,
+    check_layout,
+    flatten,
+    kernels,
+    match,
+    paths_of,
+    unflatten,
+    with_leaves,
+)
 
 GRADIENTS = ('exact', 'straight_through', 'plain')
 
@@ -54,7 +63,7 @@ class ReadByLinear:
     def _refuse(self, *operands: object) -> NoReturn:
         raise KernelError(
             f'a kernel is a {type(self).__name__}, which is no array: write sl.linear(x, kernel, bias) in place of '
-            'x @ kernel + bias, so that the kernel can be observed, masked or adapted'
+            'x @ kernel + bias, so that the kernel can be masked or adapted'
         )
 
     # JAX calls the last one where an array is expected, such as in `jnp.dot`.
@@ -214,16 +223,6 @@ def bind(
     return unflatten(flat)
 
 
-def with_kernels(params: dict, replacements: dict) -> dict:
-    """Return params with some of their leaves replaced, by path.
-
-    Args:
-      params: the params tree.
-      replacements: a tree of the new leaves.
-    """
-    return unflatten(flatten(params) | flatten(replacements))
-
-
 def merge(params: dict, masks: dict | None, lora: dict | None = None, *, dtype: DTypeLike | None = None) -> dict:
     """Fold `lora` into `params` under the masks, as plain arrays with exact zeros where the mask is False.
 
@@ -238,13 +237,15 @@ def merge(params: dict, masks: dict | None, lora: dict | None = None, *, dtype: 
     Raises:
       RuleError: the path or shape of a mask or factor is not that of a kernel.
     """
-    flat = flatten(params)
+    leaves = paths_of(params)
     flat_masks = flatten(masks or {})
     flat_lora = flatten(lora or {})
-    _check_fit(flat, flat_masks, flat_lora)
-    for path in flat_masks.keys() | flat_lora.keys():
-        flat[path] = _merged(flat[path], flat_masks.get(path), flat_lora.get(path), dtype)
-    return unflatten(flat)
+    _check_fit(leaves, flat_masks, flat_lora)
+    merged = {
+        path: _merged(leaves[path], flat_masks.get(path), flat_lora.get(path), dtype)
+        for path in flat_masks.keys() | flat_lora.keys()
+    }
+    return with_leaves(params, merged)
 
 
 @functools.partial(jax.jit, static_argnames='dtype')  # one program serves all kernels of a shape

@@ -8,7 +8,7 @@ import pytest
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import on_disk, trees
 from sparselora_jax.restoration import restore
-from sparselora_jax.sparse import packing, rules, weights
+from sparselora_jax.sparse import packing, rules
 
 SLOW = [pytest.param(base, marks=pytest.mark.slow) for base in ('int4', 'packed24', 'bitmask')]
 
@@ -36,7 +36,7 @@ def pruned(tmp_path):
     masks = {name: {'kernel': mask} for name, mask in masks.items()}
     files = [write(tmp_path / name, tree) for name, tree in (('m', masks), ('k', first), ('r', last))]
     found = on_disk.pruned_on_disk(dense, *files, tmp_path / 'missing')
-    return weights.with_kernels(dense, last), masks, found
+    return rules.with_leaves(dense, rules.flatten(last)), masks, found
 
 
 @pytest.mark.parametrize('base', ['nf4', [('a/.*', 'packed24_int4'), ('b/.*', 'bitmask')], *SLOW])

@@ -89,7 +89,7 @@ def test_statistics_are_those_that_calibration_gathers(config):
     observe = calibrate.make_observer(
         lambda w, inputs: llama.block(w, LLAMA, *inputs, None), stats=lambda name: calibrate.hessian
     )
-    gathered = {id(total): total for total, _ in observe(weights, [(x, ctx)]).values()}
+    gathered = {id(statistic.total): statistic.total for statistic in observe(weights, [(x, ctx)]).values()}
     assert sum(total.nbytes for total in gathered.values()) == sum(hessians.values())
 
 

@@ -25,7 +25,7 @@ def batches(count=3):
 
 @pytest.mark.parametrize('stat', [calibrate.squares, calibrate.hessian])
 def test_statistics_under_scan_equal_numpy(stat):
-    total, tokens = calibrate.collect(forward, PARAMS, batches(), stat=stat)['blocks/fc/kernel']
+    total, tokens, _ = calibrate.collect(forward, PARAMS, batches(), stat=stat)['blocks/fc/kernel']
     x = np.concatenate([np.asarray(b['x']).reshape(-1, 8) for b in batches()]).astype(np.float64)
     for layer in range(3):
         want = np.sum(x**2, axis=0) if stat is calibrate.squares else x.T @ x
@@ -38,7 +38,7 @@ def test_pads_do_not_count():
     batch = batches(1)[0] | {'valid': jnp.arange(5)[None] >= jnp.array([2, 0])[:, None]}
     other = batch | {'x': jnp.where(batch['valid'][..., None], batch['x'], 99.0)}
     runs = [calibrate.collect(forward, PARAMS, [b], valid=lambda b: b['valid']) for b in (batch, other)]
-    (total, tokens), (same, _) = (run['blocks/fc/kernel'] for run in runs)
+    (total, tokens, _), (same, *_) = (run['blocks/fc/kernel'] for run in runs)
     assert tokens.tolist() == [8, 8, 8]
     assert jnp.array_equal(total, same)
 
@@ -54,7 +54,7 @@ def test_a_tower_of_ours_needs_no_hook():
     assert set(stats) == {f'blocks/attn/{n}/kernel' for n in 'qkvo'} | {
         f'blocks/mlp/{n}/kernel' for n in ('gate', 'up', 'down')
     }
-    assert all(tokens.tolist() == [9, 9] for _, tokens in stats.values())
+    assert all(statistic.tokens.tolist() == [9, 9] for statistic in stats.values())
     assert jnp.array_equal(stats['blocks/attn/q/kernel'][0], stats['blocks/attn/v/kernel'][0])
     assert not jnp.array_equal(stats['blocks/attn/q/kernel'][0], stats['blocks/attn/o/kernel'][0])
 
@@ -117,7 +117,9 @@ def test_each_layer_of_a_stack_is_scaled_for_itself():
         x, _ = jax.lax.scan(lambda x, w: (linear(x, w['fc']['kernel']), None), batch['x'], weights['blocks'])
         return x
 
-    (want, _), (got, _) = (calibrate.collect(forward, tree, batches())['blocks/fc/kernel'] for tree in (PARAMS, params))
+    (want, *_), (got, *_) = (
+        calibrate.collect(forward, tree, batches())['blocks/fc/kernel'] for tree in (PARAMS, params)
+    )
     np.testing.assert_array_equal(got[0], want[0])  # ordinary: the very same bits
     scaled = np.asarray(got[1:], np.float64) / np.float64(calibrate.SCALE * 1e-24) ** 2
     np.testing.assert_allclose(scaled, want[1:], rtol=1e-5)

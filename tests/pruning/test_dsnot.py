@@ -304,7 +304,7 @@ def test_calibration_hands_on_means_over_valid_tokens():
     stats, hessians = collect(stat), collect(calibrate.hessian)
     q, k = (f'language/blocks/attn/{name}/kernel' for name in 'qk')
     assert stats[q][0] is stats[k][0]
-    means, tokens = stats[q]
+    means, tokens, _ = stats[q]
     assert tokens.tolist() == [36] * 3
     np.testing.assert_allclose(means.initial, hessians[q][0] / 36, rtol=1e-6)
     np.testing.assert_allclose(means.second, jnp.diagonal(means.initial, axis1=1, axis2=2), rtol=1e-5)
@@ -320,7 +320,7 @@ def test_one_shot_prunes_a_stack_and_names_a_singular_hessian():
     method = pruning.DSnoT(pruning.SparseGPT(block=8, damp=0.0))
     x = jnp.ones((1, 8))
     statistic = jax.tree.map(lambda leaf: leaf[None], method.statistic(x))
-    stats = {'blocks/fc/kernel': (statistic, jnp.ones(1, jnp.int32))}
+    stats = {'blocks/fc/kernel': calibrate.InputStatistic(statistic, jnp.ones(1, jnp.int32))}
     stack = {'blocks': {'fc': {'kernel': jnp.ones((1, 8, 4))}}}
     with pytest.raises(calibrate.CalibrationError, match=r'blocks/fc/kernel.*: pruned weights are not finite'):
         pruning.prune_tree(stack, stats, [('.*', '2:4')], method=method)

@@ -123,7 +123,7 @@ def test_one_shot_prunes_any_tree():
     stack = jax.random.normal(jax.random.key(0), (3, 8, 4))
     params = {'blocks': {'fc': {'kernel': stack}}, 'head': {'kernel': jnp.ones((8, 2))}}
     path = 'blocks/fc/kernel'
-    stats = {path: (jnp.ones((3, 8)), jnp.ones(3, jnp.int32))}
+    stats = {path: calibrate.InputStatistic(jnp.ones((3, 8)), jnp.ones(3, jnp.int32))}
     pruned, masks = pruning.prune_tree(params, stats, [(path, 0.5), ('.*', 'dense')], method=pruning.Wanda())
     magnitude, _ = pruning.prune_tree(params, None, [(path, 0.5), ('.*', 'dense')], method=pruning.Magnitude())
     assert list(rules.flatten(masks)) == [path]
@@ -216,7 +216,7 @@ def test_edits_of_a_method_that_hides_them_are_an_error():
     match = 'kernel: SecretDoubling changed weights that its mask keeps, but says edits_kept_weights = False'
     with pytest.raises(pruning.MethodError, match=rf'language/blocks/attn/[qkv]/{match}.* \(layer 0\)'):
         pruning.prune(forward, params, [batch], RULES, method=SecretDoubling())
-    stats = {'fc/kernel': (jnp.ones(8), jnp.ones((), jnp.int32))}
+    stats = {'fc/kernel': calibrate.InputStatistic(jnp.ones(8), jnp.ones((), jnp.int32))}
     with pytest.raises(pruning.MethodError, match=f'fc/{match}'):
         pruning.prune_tree({'fc': {'kernel': jnp.ones((8, 4))}}, stats, [('.*', '2:4')], method=SecretDoubling())
 
@@ -225,8 +225,8 @@ def test_edits_of_a_method_that_hides_them_are_an_error():
 def test_the_statistic_of_another_method_is_an_error(layers):
     path = 'blocks/fc/kernel' if layers else 'fc/kernel'
     params = rules.unflatten({path: jnp.ones((*layers, 8, 8))})
-    of_vectors = {path: (jnp.ones((*layers, 8)), jnp.ones(layers, jnp.int32))}
-    of_matrices = {path: (jnp.ones((*layers, 8, 8)), jnp.ones(layers, jnp.int32))}
+    of_vectors = {path: calibrate.InputStatistic(jnp.ones((*layers, 8)), jnp.ones(layers, jnp.int32))}
+    of_matrices = {path: calibrate.InputStatistic(jnp.ones((*layers, 8, 8)), jnp.ones(layers, jnp.int32))}
 
     def match(method, expected, found):
         shapes = {'squares': [*layers, 8], 'hessian': [*layers, 8, 8]}
@@ -254,7 +254,7 @@ def test_kernels_whose_inputs_are_all_zero_are_named_with_tower_and_layer(caplog
 def test_a_singular_hessian_is_named():
     kernel = {'fc': {'kernel': jnp.ones((8, 4))}}
     x = jnp.ones((1, 8))
-    stats = {'fc/kernel': (x.T @ x, jnp.ones((), jnp.int32))}
+    stats = {'fc/kernel': calibrate.InputStatistic(x.T @ x, jnp.ones((), jnp.int32))}
     with pytest.raises(calibrate.CalibrationError, match='fc/kernel: pruned weights are not finite'):
         pruning.prune_tree(kernel, stats, [('.*', '2:4')], method=pruning.SparseGPT(damp=0.0))
 

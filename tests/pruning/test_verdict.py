@@ -35,7 +35,10 @@ def prune_one(method, pattern='2:4', kernel=KERNEL, statistic=None):
     params = {'q': {'kernel': kernel}}
     statistic = jnp.ones((*layers, inputs)) if statistic is None else statistic
     return pruning.prune_tree(
-        {'blocks': params} if layers else params, {path: (statistic, ONE)}, [('.*', pattern)], method=method
+        {'blocks': params} if layers else params,
+        {path: calibrate.InputStatistic(statistic, ONE)},
+        [('.*', pattern)],
+        method=method,
     )
 
 

@@ -48,15 +48,13 @@ def test_the_activations_decide_the_dtype():
 
 
 @pytest.mark.parametrize('product', [lambda x, kernel: x @ kernel, lambda x, kernel: kernel @ x, jnp.dot, jnp.matmul])
-@pytest.mark.parametrize('kind', ['Masked', 'Adapted', 'Calibrating'])
+@pytest.mark.parametrize('kind', ['Masked', 'Adapted'])
 def test_a_product_that_is_not_linears_is_refused(product, kind):
     kernel, mask, lora, x = parts()
     params = {'q': {'kernel': kernel}}
     masks = {'q': {'kernel': mask}}
 
     def multiply():
-        if kind == 'Calibrating':
-            return sl.collect(lambda w, batch: product(batch, w['q']['kernel']), params, [x])
         bound = sl.bind(params, masks, {'q': {'kernel': lora}} if kind == 'Adapted' else None)
         return product(x, bound['q']['kernel'])
 

@@ -1,0 +1,189 @@
+"""What each layout operation of a program does to the origin of its operand."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend import core
+
+from sparselora_jax.pruning.tracing.origin import Origin
+
+
+class Operand(NamedTuple):
+    """A value of a program.
+
+    Attributes:
+      value: the array; None while the program is only analysed.
+      origin: where it comes from, if it is a leaf of params in another layout.
+      varies: whether it depends on the batch.
+    """
+
+    value: Any
+    origin: Origin | None
+    varies: bool
+
+
+class UnfollowedError(Exception):
+    """An operation through which a leaf cannot be followed; the message says why."""
+
+
+# `rule(equation, operands)` returns the origin of each result.
+Rule = Callable[[core.JaxprEqn, Sequence[Operand]], list[Origin | None]]
+
+# Operations whose result has the layout of one operand. If there are others, the operation is a dequantisation, a mask
+# or an update of the weight; they must not depend on the batch.
+ELEMENTWISE = (
+    'add',
+    'convert_element_type',
+    'copy',
+    'copy_p',
+    'device_put',
+    'div',
+    'mul',
+    'name',
+    'neg',
+    'optimization_barrier',
+    'pvary',
+    'reduce_precision',
+    'select_n',
+    'sharding_constraint',
+    'stop_gradient',
+    'sub',
+)
+
+
+def origins_after(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    """Return the origins of an operation's results.
+
+    Args:
+      equation: the operation.
+      operands: its operands, at least one of which has an origin.
+
+    Raises:
+      UnfollowedError: the operation is no layout operation, or one that moves weights between axes.
+    """
+    name = equation.primitive.name
+    if name not in _RULES:
+        raise UnfollowedError('not a layout operation')
+    origins = _RULES[name](equation, operands)
+    if None in origins and name not in ELEMENTWISE:
+        raise UnfollowedError('its result is no slice or arrangement of whole axes')
+    return origins
+
+
+def shape_of(equation: core.JaxprEqn, index: int) -> tuple[int, ...]:
+    """Return the shape of one operand of an operation.
+
+    Args:
+      equation: the operation.
+      index: number of the operand.
+    """
+    return tuple(equation.invars[index].aval.shape)
+
+
+def _elementwise(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    # These take several values and return each of them.
+    if len(equation.outvars) == len(operands) > 1:
+        return [operand.origin for operand in operands]
+    shape = tuple(equation.outvars[0].aval.shape)
+    followed = [operand.origin for operand in operands if operand.origin is not None]
+    if len({origin.path for origin in followed}) > 1:
+        raise UnfollowedError(f'it combines {followed[0].path} and {followed[1].path}')
+    if len({(origin.axes, len(origin.pins)) for origin in followed}) > 1:
+        raise UnfollowedError('it combines several parts of one leaf')
+    if any(operand.varies for operand in operands):
+        raise UnfollowedError('it combines the leaf with values that depend on the batch')
+    whole = [index for index, operand in enumerate(operands) if operand.origin and shape_of(equation, index) == shape]
+    if not whole:
+        raise UnfollowedError('it broadcasts the leaf')
+    return [operands[whole[0]].origin]
+
+
+def _transpose(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    return [operands[0].origin.transpose(equation.params['permutation'])]
+
+
+def _squeeze(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    return [operands[0].origin.squeeze(equation.params['dimensions'])]
+
+
+def _reshape(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    return [operands[0].origin.reshape(shape_of(equation, 0), equation.params['new_sizes'])]
+
+
+def _broadcast_in_dim(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    shape = equation.params['shape']
+    dimensions = equation.params['broadcast_dimensions']
+    return [operands[0].origin.broadcast(shape_of(equation, 0), shape, dimensions)]
+
+
+def _slice(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    starts = equation.params['start_indices']
+    ends = equation.params['limit_indices']
+    strides = equation.params['strides'] or [1] * len(starts)
+    if any(stride != 1 for stride in strides):
+        raise UnfollowedError('it leaves out indices in between')
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+    return [_sliced(operands[0].origin, shape_of(equation, 0), starts, sizes)]
+
+
+def _dynamic_slice(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    if operands[0].origin is None:
+        raise UnfollowedError('the leaf is used as an index')
+    starts = [operand.value for operand in operands[1:]]
+    return [_sliced(operands[0].origin, shape_of(equation, 0), starts, equation.params['slice_sizes'])]
+
+
+def _sliced(origin: Origin | None, shape: Sequence[int], starts: Sequence[Any], sizes: Sequence[int]) -> Origin | None:
+    """Return the origin of a slice; a start may be traced where a single index is taken."""
+    for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        if origin is None or size == shape[axis]:
+            continue
+        if size == 1:
+            origin = origin.slice_one(axis, start)
+        elif isinstance(start, int | np.integer | np.ndarray):
+            origin = origin.slice(axis, int(start), size)
+        else:
+            raise UnfollowedError('it takes a range of indices from a place that is known only when it runs')
+    return origin
+
+
+def _gather(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    """Follow `leaf[index]` for one index, which JAX may write as a gather."""
+    numbers = equation.params['dimension_numbers']
+    sizes = equation.params['slice_sizes']
+    shape = shape_of(equation, 0)
+    (axis, *other_axes) = numbers.start_index_map
+    is_one_index = shape_of(equation, 1) == (1,) and not other_axes and numbers.collapsed_slice_dims == (axis,)
+    is_whole = all(size == length for i, (size, length) in enumerate(zip(sizes, shape, strict=True)) if i != axis)
+    if operands[0].origin is None or not is_one_index or not is_whole:
+        raise UnfollowedError('it looks up several rows (an embedding?)')
+    index = operands[1].value
+    return [operands[0].origin.pin(axis, None if index is None else index[0])]
+
+
+def _split(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    axis = equation.params['axis']
+    origins = []
+    start = 0
+    for size in map(int, equation.params['sizes']):
+        sizes = list(shape_of(equation, 0))
+        starts = [0] * len(sizes)
+        starts[axis] = start
+        sizes[axis] = size
+        origins.append(_sliced(operands[0].origin, shape_of(equation, 0), starts, sizes))
+        start += size
+    return origins
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    'broadcast_in_dim': _broadcast_in_dim,
+    'dynamic_slice': _dynamic_slice,
+    'gather': _gather,
+    'reshape': _reshape,
+    'slice': _slice,
+    'split': _split,
+    'squeeze': _squeeze,
+    'transpose': _transpose,
+}

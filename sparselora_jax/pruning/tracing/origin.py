@@ -1,0 +1,241 @@
+"""Follow a leaf of params through layout operations: which axis of a value is which axis of the leaf.
+
+A program rarely multiplies with a leaf as it is stored. It slices a layer out of a stack, transposes, splits an axis
+into heads, or casts. An `Origin` says for each axis of such a value which axis of the leaf it is, or which part of one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+
+class Part(NamedTuple):
+    """Indices `start, start + stride, ...` of one axis of a leaf; a reshape splits an axis into several parts."""
+
+    axis: int
+    start: int
+    stride: int
+    size: int
+
+
+class Pin(NamedTuple):
+    """One index of an axis of a leaf: a layer that was sliced out of a stack.
+
+    Attributes:
+      axis: axis of the leaf.
+      index: an integer, or a traced one; None while a program is only analysed.
+    """
+
+    axis: int
+    index: Any
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value comes from, if it is a leaf of params in another layout.
+
+    Attributes:
+      path: path of the leaf.
+      shape: shape of the leaf.
+      axes: for each axis of the value its parts of the leaf, major to minor. An axis without parts was broadcast.
+      pins: axes of the leaf of which the value holds one index.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[Part, ...], ...]
+    pins: tuple[Pin, ...] = ()
+
+    def is_same_as(self, other: 'Origin | None') -> bool:
+        """Return whether a value with another origin holds the same weights in the same layout.
+
+        Args:
+          other: the other origin.
+        """
+        if other is None or (self.path, self.axes) != (other.path, other.axes):
+            return False
+        pins = [dict(self.pins), dict(other.pins)]
+        # Traced indices have no value to compare, only an identity.
+        return pins[0].keys() == pins[1].keys() and all(pins[0][axis] is pins[1][axis] for axis in pins[0])
+
+    @classmethod
+    def of_leaf(cls, path: str, shape: Sequence[int]) -> 'Origin':
+        """Return the origin of a leaf itself.
+
+        Args:
+          path: path of the leaf.
+          shape: its shape.
+        """
+        axes = tuple((Part(axis, 0, 1, size),) for axis, size in enumerate(shape))
+        return cls(path, tuple(shape), axes)
+
+    def transpose(self, permutation: Sequence[int]) -> 'Origin':
+        """Return the origin of the transposed value.
+
+        Args:
+          permutation: for each axis of the result the axis of the value.
+        """
+        return replace(self, axes=tuple(self.axes[axis] for axis in permutation))
+
+    def pin(self, axis: int, index: Any) -> 'Origin | None':
+        """Return the origin after one index of an axis was taken; the axis is gone.
+
+        Args:
+          axis: axis of the value.
+          index: index along it, an integer or traced; None while a program is only analysed.
+
+        Returns:
+          The origin; None if the axis is only a part of an axis of the leaf.
+        """
+        parts = self.axes[axis]
+        rest = self.axes[:axis] + self.axes[axis + 1 :]
+        if not parts:
+            return replace(self, axes=rest)
+        if len(parts) > 1 or parts[0].stride != 1:
+            return None
+        (part,) = parts
+        # Literal indices stay integers, so that a message can name them.
+        position = index if index is None or part.start == 0 else index + part.start
+        return replace(self, axes=rest, pins=(*self.pins, Pin(part.axis, position)))
+
+    def squeeze(self, dimensions: Sequence[int]) -> 'Origin | None':
+        """Return the origin after axes of length 1 were dropped.
+
+        Args:
+          dimensions: axes of the value.
+        """
+        origin = self
+        for axis in sorted((axis % len(self.axes) for axis in dimensions), reverse=True):
+            origin = origin and origin.pin(axis, 0)
+        return origin
+
+    def slice(self, axis: int, start: int, size: int) -> 'Origin | None':
+        """Return the origin of a contiguous slice along one axis.
+
+        Args:
+          axis: axis of the value.
+          start: first index.
+          size: number of indices.
+
+        Returns:
+          The origin; None if the axis consists of several parts, so that the slice is no range of the leaf.
+        """
+        parts = self.axes[axis]
+        if not parts or (start == 0 and size == math.prod(part.size for part in parts)):
+            return self
+        if len(parts) > 1:
+            return None
+        (part,) = parts
+        sliced = part._replace(start=part.start + start * part.stride, size=size)
+        return self._with_axis(axis, (sliced,))
+
+    def slice_one(self, axis: int, index: Any) -> 'Origin | None':
+        """Return the origin of a slice of length 1 along one axis.
+
+        Args:
+          axis: axis of the value.
+          index: see `pin`.
+        """
+        pinned = self.pin(axis, index)
+        if pinned is None:
+            return None
+        return replace(pinned, axes=(*pinned.axes[:axis], (), *pinned.axes[axis:]))
+
+    def broadcast(self, old_shape: Sequence[int], shape: Sequence[int], dimensions: Sequence[int]) -> 'Origin | None':
+        """Return the origin after `broadcast_in_dim`.
+
+        Args:
+          old_shape: shape of the value.
+          shape: shape of the result.
+          dimensions: for each axis of the value its axis in the result.
+        """
+        axes: list[tuple[Part, ...]] = [() for _ in shape]
+        origin = self
+        for axis, new_axis in enumerate(dimensions):
+            if old_shape[axis] != shape[new_axis]:
+                # One index, repeated.
+                origin = origin and origin.slice_one(axis, 0)
+        if origin is None:
+            return None
+        for axis, new_axis in enumerate(dimensions):
+            axes[new_axis] = origin.axes[axis]
+        return replace(origin, axes=tuple(axes))
+
+    def reshape(self, old_shape: Sequence[int], shape: Sequence[int]) -> 'Origin | None':
+        """Return the origin after a reshape.
+
+        Args:
+          old_shape: shape of the value.
+          shape: shape of the result.
+
+        Returns:
+          The origin; None if an axis of the result mixes parts of axes, or a broadcast axis with a real one.
+        """
+        factors = []
+        for parts, size in zip(self.axes, old_shape, strict=True):
+            # A broadcast axis is a factor without a part.
+            factors += parts or ([size] if size > 1 else [])
+        axes = []
+        origin = self
+        for size in shape:
+            of_axis: list[Part | int] = []
+            missing = size
+            while missing > 1:
+                factor = factors.pop(0)
+                factor_size = _size(factor)
+                if factor_size == 1:
+                    # Length 1 carries no data; what is left of the leaf's axis is one index.
+                    origin = replace(origin, pins=(*origin.pins, Pin(factor.axis, factor.start)))
+                    continue
+                if missing % factor_size == 0:
+                    of_axis.append(factor)
+                    missing //= factor_size
+                    continue
+                if factor_size % missing:
+                    return None
+                major, minor = _split(factor, missing)
+                of_axis.append(major)
+                factors.insert(0, minor)
+                missing = 1
+            # A leaf's own axis of length 1 stays an axis where the result has one for it.
+            if size == 1 and factors and _size(factors[0]) == 1:
+                of_axis.append(factors.pop(0))
+            joined = _joined(of_axis)
+            if joined is None:
+                return None
+            axes.append(joined)
+        for factor in factors:
+            origin = replace(origin, pins=(*origin.pins, Pin(factor.axis, factor.start)))
+        return replace(origin, axes=tuple(axes))
+
+    def _with_axis(self, axis: int, parts: tuple[Part, ...]) -> 'Origin':
+        return replace(self, axes=(*self.axes[:axis], parts, *self.axes[axis + 1 :]))
+
+
+def _size(factor: Part | int) -> int:
+    return factor if isinstance(factor, int) else factor.size
+
+
+def _split(factor: Part | int, major_size: int) -> tuple[Part | int, Part | int]:
+    """Split a factor into a major and a minor one."""
+    minor_size = _size(factor) // major_size
+    if isinstance(factor, int):
+        return major_size, minor_size
+    major = factor._replace(stride=factor.stride * minor_size, size=major_size)
+    return major, Part(factor.axis, 0, factor.stride, minor_size)
+
+
+def _joined(factors: Sequence[Part | int]) -> tuple[Part, ...] | None:
+    """Return the parts of one axis, neighbours of one axis of the leaf joined; None: broadcast and real ones mix."""
+    parts: list[Part] = []
+    for factor in factors:
+        if isinstance(factor, int):
+            continue
+        last = parts[-1] if parts else None
+        if last and last.axis == factor.axis and last.stride == factor.stride * factor.size:
+            parts[-1] = Part(factor.axis, last.start + factor.start, factor.stride, last.size * factor.size)
+        else:
+            parts.append(factor)
+    num_broadcast = sum(isinstance(factor, int) for factor in factors)
+    return None if num_broadcast and parts else tuple(parts)

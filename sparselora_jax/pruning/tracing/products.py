@@ -1,0 +1,277 @@
+"""What a product says about a kernel: the roles of its axes, and the rows of its input."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jaxtyping import Array, Float, Int
+
+from sparselora_jax.pruning.tracing.operations import Operand, UnfollowedError, shape_of
+from sparselora_jax.pruning.tracing.origin import Origin, Part
+from sparselora_jax.sparse.axes import KernelAxes
+
+# For each operand of a product: the axes that are contracted, and those that both operands have (layers, experts).
+Axes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the rows of an input are read from the other operand of a product.
+
+    Attributes:
+      shape: the operand's shape after its axes are split into parts of the kernel's axes.
+      order: the order of these axes: layers, tokens, inputs.
+      layers: number of layers that are read at once (experts).
+      inputs: number of inputs.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    layers: int
+    inputs: int
+
+    def rows(self, x: Array) -> Float[Array, 'layers tokens inputs']:
+        """Return the rows of an input, in the order of the kernel's axes.
+
+        Args:
+          x: the other operand of the product.
+        """
+        return x.reshape(self.shape).transpose(self.order).reshape(self.layers, -1, self.inputs)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of a kernel and its input.
+
+    Attributes:
+      origin: origin of the operand that is the kernel.
+      axes: the roles of the leaf's axes.
+      x: the other operand; None while the program is only analysed. A convolution has its patches here.
+      arrangement: how its rows are read.
+      group_sizes: number of rows of each expert of a ragged product; None: every layer reads its own rows.
+      source: the array that the input was read from; patches are new arrays.
+      scope: the body of a loop or the branch that the product is in; None: the program itself.
+    """
+
+    origin: Origin
+    axes: KernelAxes
+    x: Array | None
+    arrangement: Arrangement
+    group_sizes: Int[Array, ' layers'] | None
+    source: Any
+    scope: object = None
+
+    @property
+    def path(self) -> str:
+        """The path of the leaf."""
+        return self.origin.path
+
+    @property
+    def reads_all_outputs(self) -> bool:
+        """Whether no output was sliced away."""
+        sizes = [math.prod(part.size for part in _parts_of(self.origin, axis)) for axis in self.axes.outputs]
+        return sizes == [self.origin.shape[axis] for axis in self.axes.outputs]
+
+    def layer_indices(self) -> Int[Array, ' at_once']:
+        """Return the numbers of the layers that the product reads; layers are numbered over all their axes."""
+        indices = jnp.zeros(1, jnp.int32)
+        pins = dict(self.origin.pins)
+        for axis in self.axes.layers:
+            size = self.origin.shape[axis]
+            if axis in pins:
+                indices = indices * size + jnp.asarray(pins[axis], jnp.int32)
+            else:
+                indices = (indices[:, None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(-1)
+        return indices
+
+    def share_key(self) -> tuple:
+        """Return a key that is equal for two products that read the same rows for the same layers."""
+        pins = tuple((axis, index if isinstance(index, int) else id(index)) for axis, index in self.origin.pins)
+        sizes = self.axes.sizes(self.origin.shape)[0]
+        groups = None if self.group_sizes is None else id(self.group_sizes)
+        return id(self.source), id(self.scope), self.arrangement, pins, sizes, groups
+
+
+def find_product(equation: core.JaxprEqn, operands: Sequence[Operand]) -> Product:
+    """Return what a product says about the one of its operands that is a leaf.
+
+    Args:
+      equation: a `dot_general`, `ragged_dot_general` or `conv_general_dilated`.
+      operands: its operands.
+
+    Raises:
+      UnfollowedError: both operands are leaves, or the axes of the leaf have no clear roles.
+    """
+    followed = [index for index, operand in enumerate(operands[:2]) if operand.origin is not None]
+    if len(followed) != 1:
+        raise UnfollowedError('two leaves are multiplied with each other, or a leaf says where groups begin')
+    return PRODUCTS[equation.primitive.name](equation, operands, followed[0])
+
+
+def _dot_general(equation: core.JaxprEqn, operands: Sequence[Operand], kernel: int) -> Product:
+    contracted, batch = equation.params['dimension_numbers']
+    return _product(
+        operands[kernel].origin,
+        operands[1 - kernel].value,
+        shape_of(equation, 1 - kernel),
+        contracted=(contracted[kernel], contracted[1 - kernel]),
+        batch=(batch[kernel], batch[1 - kernel]),
+    )
+
+
+def _ragged_dot_general(equation: core.JaxprEqn, operands: Sequence[Operand], kernel: int) -> Product:
+    numbers = equation.params['ragged_dot_dimension_numbers']
+    contracted, batch = numbers.dot_dimension_numbers
+    if kernel != 1 or batch[0] or len(numbers.rhs_group_dimensions) != 1 or equation.params.get('group_offset'):
+        raise UnfollowedError('only a ragged product [tokens, inputs] x [experts, inputs, outputs] can be followed')
+    (experts,) = numbers.rhs_group_dimensions
+    return _product(
+        operands[1].origin,
+        operands[0].value,
+        shape_of(equation, 0),
+        contracted=(contracted[1], contracted[0]),
+        batch=((), ()),
+        group_axis=experts,
+        group_sizes=operands[2].value,
+    )
+
+
+def _conv_general_dilated(equation: core.JaxprEqn, operands: Sequence[Operand], kernel: int) -> Product:
+    params = equation.params
+    if kernel != 1 or params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
+        raise UnfollowedError('a convolution of several groups of channels has no single input')
+    numbers = params['dimension_numbers']
+    _, channels, *window = numbers.rhs_spec
+    shape = shape_of(equation, 1)
+
+    def patches(x):
+        # [batch, channels * window, *positions], channels first.
+        return jax.lax.conv_general_dilated_patches(
+            x,
+            filter_shape=[shape[axis] for axis in window],
+            window_strides=params['window_strides'],
+            padding=params['padding'],
+            lhs_dilation=params['lhs_dilation'],
+            rhs_dilation=params['rhs_dilation'],
+            dimension_numbers=jax.lax.ConvDimensionNumbers(
+                numbers.lhs_spec, numbers.rhs_spec, (0, 1, *range(2, len(shape)))
+            ),
+            precision=jax.lax.Precision.HIGHEST,  # the patches are copies of the image
+        )
+
+    image = operands[0].value
+    image_shape = jax.ShapeDtypeStruct(shape_of(equation, 0), equation.invars[0].aval.dtype)
+    patches_shape = jax.eval_shape(patches, image_shape).shape
+    contracted_sizes = [shape[axis] for axis in (channels, *window)]
+    split_shape = (patches_shape[0], *contracted_sizes, *patches_shape[2:])
+    return _product(
+        operands[1].origin,
+        None if image is None else patches(image).reshape(split_shape),
+        split_shape,
+        contracted=((channels, *window), tuple(range(1, 1 + len(contracted_sizes)))),
+        batch=((), ()),
+        source=image,
+    )
+
+
+PRODUCTS: dict[str, Callable[[core.JaxprEqn, Sequence[Operand], int], Product]] = {
+    'conv_general_dilated': _conv_general_dilated,
+    'dot_general': _dot_general,
+    'ragged_dot_general': _ragged_dot_general,
+}
+
+
+def _product(
+    origin: Origin,
+    x: Array | None,
+    x_shape: tuple[int, ...],
+    *,
+    contracted: tuple[Axes, Axes],
+    batch: tuple[Axes, Axes],
+    group_axis: int | None = None,
+    group_sizes: Array | None = None,
+    source: Any = None,
+) -> Product:
+    """Return a product.
+
+    Args:
+      origin: origin of the kernel.
+      x: the other operand.
+      x_shape: its shape.
+      contracted: contracted axes of the kernel, and of x in the same order.
+      batch: axes that both have, of the kernel and of x.
+      group_axis: axis of the kernel that numbers the experts of a ragged product.
+      group_sizes: number of rows of each expert.
+      source: see `Product`; None: x.
+    """
+    # A kernel that was broadcast over such an axis is the same for all of it: x has more tokens there.
+    layer_axes = [(mine, other) for mine, other in zip(*batch, strict=True) if origin.axes[mine]]
+    layer_parts = {other: origin.axes[mine] for mine, other in layer_axes}
+    input_parts = {other: origin.axes[mine] for mine, other in zip(*contracted, strict=True)}
+    groups = () if group_axis is None else origin.axes[group_axis]
+    axes = _roles(origin, [*layer_parts.values(), groups], list(input_parts.values()))
+    # Split the axes of x like those of the kernel, then bring the parts into the order of the leaf.
+    split_shape: list[int] = []
+    token_axes: list[int] = []
+    places: dict[Part, int] = {}
+    for axis, size in enumerate(x_shape):
+        parts = layer_parts.get(axis) or input_parts.get(axis)
+        if parts is None:
+            token_axes.append(len(split_shape))
+            split_shape.append(size)
+            continue
+        for part in parts:
+            places[part] = len(split_shape)
+            split_shape.append(part.size)
+    ordered_layers = _in_order([part for parts in layer_parts.values() for part in parts])
+    ordered_inputs = _in_order([part for parts in input_parts.values() for part in parts])
+    order = [places[part] for part in ordered_layers] + token_axes + [places[part] for part in ordered_inputs]
+    arrangement = Arrangement(
+        shape=tuple(split_shape),
+        order=tuple(order),
+        layers=math.prod(part.size for part in ordered_layers),
+        inputs=math.prod(part.size for part in ordered_inputs),
+    )
+    return Product(origin, axes, x, arrangement, group_sizes, x if source is None else source)
+
+
+def _roles(origin: Origin, layers: Sequence[Sequence[Part]], inputs: Sequence[Sequence[Part]]) -> KernelAxes:
+    """Return the roles of a leaf's axes.
+
+    Raises:
+      UnfollowedError: an axis has two roles, or only a part of its layers or inputs is read.
+    """
+    layer_parts = [part for parts in layers for part in parts]
+    input_parts = [part for parts in inputs for part in parts]
+    if not input_parts:
+        raise UnfollowedError('no axis of the leaf is contracted')
+    if any(not parts for parts in inputs):
+        raise UnfollowedError('the leaf was broadcast along a contracted axis')
+    output_axes = set(range(len(origin.shape))) - {part.axis for part in (*layer_parts, *input_parts)}
+    pinned = {pin.axis for pin in origin.pins}
+    # Parts of an axis that are not contracted would be outputs: the axis would have two roles.
+    for axis in {part.axis for part in (*layer_parts, *input_parts)}:
+        same_role = [part for part in (layer_parts + input_parts) if part.axis == axis]
+        is_in_both = axis in {part.axis for part in layer_parts} and axis in {part.axis for part in input_parts}
+        if is_in_both or len(same_role) != len(_parts_of(origin, axis)):
+            raise UnfollowedError(f'axis {axis} of the leaf is contracted only in part')
+        if math.prod(part.size for part in same_role) != origin.shape[axis]:
+            raise UnfollowedError(f'only some indices of axis {axis} of the leaf are read')
+    return KernelAxes(
+        layers=tuple(sorted(pinned | {part.axis for part in layer_parts})),
+        inputs=tuple(sorted({part.axis for part in input_parts})),
+        outputs=tuple(sorted(output_axes - pinned)),
+    )
+
+
+def _parts_of(origin: Origin, axis: int) -> list[Part]:
+    """Return the parts of one axis of the leaf, wherever in the value they are."""
+    return [part for parts in origin.axes for part in parts if part.axis == axis]
+
+
+def _in_order(parts: Sequence[Part]) -> list[Part]:
+    return sorted(parts, key=lambda part: (part.axis, -part.stride))

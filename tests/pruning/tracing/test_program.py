@@ -1,0 +1,279 @@
+"""Every way of writing a product gives the statistic of the same rows; what cannot be followed is named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparselora_jax as sl
+from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.calibrate import CalibrationError
+
+LAYERS = 4
+WIDTH = 8
+W = {'w': 0.5 * jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH))}
+X = jax.random.normal(jax.random.key(1), (2, 3, WIDTH))
+
+
+@jax.custom_vjp
+def product_with_its_own_gradient(x, w):
+    return x @ w
+
+
+product_with_its_own_gradient.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0]))
+
+
+@jax.custom_jvp
+def product_with_its_own_tangent(x, w):
+    return x @ w
+
+
+product_with_its_own_tangent.defjvp(lambda primals, tangents: (primals[0] @ primals[1], tangents[0] @ primals[1]))
+
+
+def scan(params, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params['w'])[0]
+
+
+def scan_backwards(params, x):
+    # The first layer that runs is the last of the stack.
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params['w'], reverse=True)[0]
+
+
+def scan_of_rematerialised(params, x):
+    block = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+    return jax.lax.scan(block, x, params['w'])[0]
+
+
+def loop(params, x):
+    return jax.lax.fori_loop(0, LAYERS, lambda i, x: jnp.tanh(x @ params['w'][i]), x)
+
+
+def loop_with_weights_in_its_carry(params, x):
+    def step(i, carry):
+        w, x = carry
+        return w, jnp.tanh(x @ w[i])
+
+    return jax.lax.fori_loop(0, LAYERS, step, (params['w'], x))[1]
+
+
+def loop_whose_end_is_data(params, x):
+    def step(state):
+        i, x = state
+        return i + 1, jnp.tanh(x @ jnp.take(params['w'], i, axis=0))
+
+    end = LAYERS + 0 * jnp.argmax(x)
+    return jax.lax.while_loop(lambda state: state[0] < end, step, (0, x))[1]
+
+
+def unrolled(params, x):
+    for i in range(LAYERS):
+        x = jnp.tanh(x @ params['w'][i])
+    return x
+
+
+def branches(params, x):
+    for i in range(LAYERS):
+        w = params['w'][i]
+        x = jnp.tanh(jax.lax.cond(x[0, 0, 0] > 0, lambda x, w: x @ w, lambda x, w: jnp.dot(x, w), x, w))
+    return x
+
+
+def transposed(params, x):
+    for w in params['w'].transpose(0, 2, 1):
+        x = jnp.tanh(jax.lax.dot_general(x, w, (((2,), (1,)), ((), ()))))
+    return x
+
+
+def kernel_first(params, x):
+    for i in range(LAYERS):
+        x = jnp.tanh(jnp.einsum('io,bti->bto', params['w'][i], x))
+    return x
+
+
+def jitted(params, x):
+    product = jax.jit(lambda x, w: jnp.tanh(x @ w))
+    for i in range(LAYERS):
+        x = product(x, params['w'][i])
+    return x
+
+
+def own_derivatives(params, x):
+    for i in range(LAYERS):
+        rule = product_with_its_own_gradient if i % 2 else product_with_its_own_tangent
+        x = jnp.tanh(rule(x, params['w'][i]))
+    return x
+
+
+def in_heads(params, x):
+    for i in range(LAYERS):
+        heads = params['w'][i].reshape(WIDTH, 2, WIDTH // 2)
+        x = jnp.tanh(jnp.einsum('bti,ihd->bthd', x, heads).reshape(x.shape))
+    return x
+
+
+def contracted_in_heads(params, x):
+    for i in range(LAYERS):
+        heads = params['w'][i].reshape(2, WIDTH // 2, WIDTH)
+        x = jnp.tanh(jnp.einsum('bhtd,hdo->bto', x.reshape(2, 3, 2, 4).transpose(0, 2, 1, 3), heads))
+    return x
+
+
+def sliced_outputs(params, x):
+    for i in range(LAYERS):
+        parts = jnp.split(params['w'][i], 2, axis=1)
+        x = jnp.tanh(jnp.concatenate([x @ part for part in parts], axis=-1))
+    return x
+
+
+def vmapped_rows(params, x):
+    for i in range(LAYERS):
+        x = jnp.tanh(jax.vmap(lambda row, w: row @ w, (0, None))(x, params['w'][i]))
+    return x
+
+
+def cast_masked_and_scaled(params, x):
+    for i in range(LAYERS):
+        w = jnp.where(jnp.ones((WIDTH, WIDTH), bool), params['w'][i], 0.0)
+        x = jnp.tanh(x @ jax.lax.stop_gradient(2.0 * w / 2.0).astype(jnp.float32))
+    return x
+
+
+FORMS = [
+    scan,
+    scan_of_rematerialised,
+    loop,
+    loop_with_weights_in_its_carry,
+    loop_whose_end_is_data,
+    unrolled,
+    branches,
+    transposed,
+    kernel_first,
+    jitted,
+    own_derivatives,
+    in_heads,
+    contracted_in_heads,
+    sliced_outputs,
+    vmapped_rows,
+    cast_masked_and_scaled,
+]
+
+
+@pytest.mark.parametrize('stat', [calibrate.squares, calibrate.hessian])
+@pytest.mark.parametrize('forward', FORMS, ids=lambda form: form.__name__)
+def test_statistics_equal_numpy(forward, stat):
+    statistic = sl.collect(forward, W, [X, 2 * X], stat=stat)['w']
+    for layer in range(LAYERS):
+        want = 0
+        for batch in (X, 2 * X):
+            x = np.asarray(batch, np.float64).reshape(-1, WIDTH)
+            for earlier in range(layer):
+                x = np.tanh(x @ np.asarray(W['w'][earlier], np.float64))
+            want = want + (np.sum(x**2, axis=0) if stat is calibrate.squares else x.T @ x)
+        np.testing.assert_allclose(statistic.total[layer], want, rtol=1e-4, atol=1e-4)
+    assert statistic.tokens.tolist() == [12] * LAYERS
+    assert statistic.axes.layers == (0,)
+
+
+def test_a_scan_backwards_numbers_layers_by_their_place():
+    reversed_stack = {'w': W['w'][::-1]}
+    backwards = sl.collect(scan_backwards, reversed_stack, [X])['w'].total
+    np.testing.assert_array_equal(backwards[::-1], sl.collect(scan, W, [X])['w'].total)
+
+
+def test_layers_may_be_stacked_along_any_axis():
+    params = {'w': jnp.moveaxis(W['w'], 0, 1)}
+    statistic = sl.collect(lambda p, x: scan({'w': jnp.moveaxis(p['w'], 1, 0)}, x), params, [X])['w']
+    assert statistic.axes.layers == (1,)
+    np.testing.assert_array_equal(statistic.total, sl.collect(scan, W, [X])['w'].total)
+
+
+def test_experts_have_a_statistic_each():
+    params = {'w': W['w'][:3]}
+    dispatched = jax.random.normal(jax.random.key(2), (3, 5, WIDTH))
+    statistic = sl.collect(lambda p, x: jnp.einsum('eti,eio->eto', x, p['w']), params, [dispatched])['w']
+    np.testing.assert_allclose(statistic.total, np.sum(np.square(dispatched), axis=1), rtol=1e-5)
+    assert statistic.tokens.tolist() == [5, 5, 5]
+    mapped = sl.collect(lambda p, x: jax.vmap(jnp.matmul)(x, p['w']), params, [dispatched])['w']
+    np.testing.assert_array_equal(mapped.total, statistic.total)
+
+
+def test_tokens_of_a_ragged_product_are_counted_per_expert():
+    params = {'w': W['w'][:3]}
+    rows = jax.random.normal(jax.random.key(2), (7, WIDTH))
+    sizes = jnp.array([4, 1, 2], jnp.int32)
+    statistic = sl.collect(lambda p, x: jax.lax.ragged_dot(x, p['w'], sizes), params, [rows])['w']
+    squares = np.square(np.asarray(rows))
+    want = [squares[:4].sum(0), squares[4:5].sum(0), squares[5:].sum(0)]
+    np.testing.assert_allclose(statistic.total, want, rtol=1e-5)
+    assert statistic.tokens.tolist() == [4, 1, 2]
+
+
+@pytest.mark.parametrize('stride', [2, 1])
+def test_a_patch_embedding_reads_patches(stride):
+    params = {'kernel': jax.random.normal(jax.random.key(0), (2, 2, 3, 5))}
+    images = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
+
+    def embed(p, images):
+        return jax.lax.conv_general_dilated(
+            images, p['kernel'], (stride, stride), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+
+    statistic = sl.collect(embed, params, [images], stat=calibrate.hessian)['kernel']
+    starts = range(0, 3, stride)
+    patches = [np.asarray(images)[:, i : i + 2, j : j + 2].reshape(2, -1) for i in starts for j in starts]
+    rows = np.concatenate(patches).astype(np.float64)
+    np.testing.assert_allclose(statistic.total, rows.T @ rows, rtol=1e-4, atol=1e-5)
+    assert int(statistic.tokens) == len(rows)
+    assert (statistic.axes.inputs, statistic.axes.outputs) == ((0, 1, 2), (3,))
+
+
+def test_a_tied_kernel_sums_over_its_uses_and_a_lookup_is_no_use():
+    params = {'embed': jax.random.normal(jax.random.key(0), (11, WIDTH)), 'w': W['w'][0]}
+
+    def forward(p, tokens):
+        x = jnp.tanh(p['embed'][tokens] @ p['w'])
+        return (x @ p['embed'].T), (2 * x) @ p['embed'].T
+
+    tokens = jnp.array([[1, 2, 3]])
+    statistics = sl.collect(forward, params, [tokens])
+    x = np.tanh(np.asarray(params['embed'])[tokens[0]] @ np.asarray(params['w']))
+    np.testing.assert_allclose(statistics['embed'].total, 5 * np.sum(x**2, axis=0), rtol=1e-5)
+    assert int(statistics['embed'].tokens) == 6
+    assert statistics['embed'].axes.inputs == (1,)
+
+
+def test_learned_queries_are_inputs_not_kernels():
+    params = {'queries': jnp.ones((3, WIDTH)), 'q': {'kernel': W['w'][0]}}
+    statistics = sl.collect(lambda p, x: (p['queries'] * 2) @ p['q']['kernel'] + x, params, [X[0]])
+    assert statistics['q/kernel'].total.tolist() == [12.0] * WIDTH
+
+
+UNFOLLOWED = {
+    'sort': (lambda p, x: x @ jnp.sort(p['kernel'], axis=0), r'sort \(.*test_program.py:\d+\): not a layout operation'),
+    'other kernel': (lambda p, x: x @ (p['kernel'] @ p['kernel']), 'two leaves are multiplied'),
+    'data': (lambda p, x: x @ (p['kernel'] * x[0, 0]), 'values that depend on the batch'),
+    'some inputs': (lambda p, x: x[..., :4] @ p['kernel'][:4], 'only some indices of axis 0'),
+    'strides': (lambda p, x: x[..., ::2] @ p['kernel'][::2], 'leaves out indices in between'),
+    'both axes': (lambda p, x: x @ p['kernel'] @ p['kernel'].T, 'contract different axes'),
+    'never': (lambda p, x: x, 'the forward never multiplies with it'),
+    'nothing': (lambda p, x: None, 'the forward never multiplies with it'),
+    'diagonal': (lambda p, x: jnp.sum(x * p['kernel'][0]), 'depend on the batch'),
+}
+
+
+@pytest.mark.parametrize('name', UNFOLLOWED)
+def test_what_cannot_be_followed_is_named(name):
+    forward, reason = UNFOLLOWED[name]
+    with pytest.raises(CalibrationError, match=f'^kernel: no product of the forward reads it: .*{reason}'):
+        sl.collect(forward, {'kernel': W['w'][0]}, [X])
+
+
+def test_a_layer_that_no_product_reads_is_named():
+    with pytest.raises(CalibrationError, match=r'^w, layer 2: no token reached it'):
+        sl.collect(lambda p, x: x @ p['w'][0] @ p['w'][1] @ p['w'][3], W, [X])
+
+
+def test_a_batch_of_another_shape_is_traced_again():
+    statistic = sl.collect(scan, W, [X, X[:1]])['w']
+    assert statistic.tokens.tolist() == [9] * LAYERS
