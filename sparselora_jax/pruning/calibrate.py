@@ -30,7 +30,7 @@ Statistic = Callable[[Array], Any]
 
 # The callables that `make_observer` takes: the forward, the rows of a kernel's input that count, and the statistic of
 # each path.
-Forward = Callable[[dict, Any], Any]
+Forward = Callable[[PyTree, Any], Any]
 ValidRows = Callable[[str, Any], Array | None]
 StatisticOf = Callable[[str], Statistic | None]
 
@@ -233,12 +233,12 @@ class Sums(NamedTuple):
       axes: {path: the roles of the kernel's axes}, filled like `leaders`.
     """
 
-    zeros: Callable[[dict, Any], dict]
-    add: Callable[[dict, dict, Any], dict]
+    zeros: Callable[[PyTree, Any], dict]
+    add: Callable[[dict, PyTree, Any], dict]
     leaders: dict[str, str]
     axes: dict[str, KernelAxes]
 
-    def total(self, params: dict, batches: Iterable[Any]) -> dict[str, tuple[PyTree, Array]]:
+    def total(self, params: PyTree, batches: Iterable[Any]) -> dict[str, tuple[PyTree, Array]]:
         """Return {leader: (sum, tokens)} over all batches, layers first.
 
         Raises:

@@ -118,7 +118,7 @@ def prune_tree(
     *,
     method: Methods,
     zeros: dict[str, np.ndarray] | None = None,
-) -> tuple[dict, dict]:
+) -> tuple[PyTree, dict]:
     """Prune any tree of kernels in one shot.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer, PyTree, Shaped
 
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern, spread
@@ -237,7 +237,7 @@ def check_masks(
             raise PatternError(f'{path}, layer {layer}: {count[tuple(layer)]} groups break pattern {pattern}')
 
 
-def check_sparse(params: dict, masks: dict) -> None:
+def check_sparse(params: PyTree, masks: dict) -> None:
     """Check that no weight is non-zero where its mask is False.
 
     Args:

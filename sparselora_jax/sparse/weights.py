@@ -223,7 +223,7 @@ def bind(
     return unflatten(flat)
 
 
-def merge(params: dict, masks: dict | None, lora: dict | None = None, *, dtype: DTypeLike | None = None) -> dict:
+def merge(params: PyTree, masks: dict | None, lora: dict | None = None, *, dtype: DTypeLike | None = None) -> PyTree:
     """Fold `lora` into `params` under the masks, as plain arrays with exact zeros where the mask is False.
 
     It is differentiable in `lora`, so it can train any JAX model: `loss(apply(merge(params, masks, lora)))`.
