@@ -51,6 +51,7 @@ from sparselora_jax.checkpoints.trees import load_safetensors, save_safetensors
 from sparselora_jax.evaluation.generate import GenerationError, generate
 from sparselora_jax.models.model import Model
 from sparselora_jax.pruning import (
+    ADMM,
     GPTQ,
     RIA,
     DSnoT,
@@ -78,6 +79,7 @@ from sparselora_jax.sparse.weights import Adapted, Lora, LoraSpec, Masked, bind,
 __version__ = '0.1.0'
 
 __all__ = [
+    'ADMM',
     'GPTQ',
     'RIA',
     'Adapted',

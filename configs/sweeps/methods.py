@@ -14,7 +14,14 @@ from configs.sweeps import grid
 from sparselora_jax.jobs.sweep import Point
 
 PATTERNS = {'50 %': '0.5', '2:4': '2:4', '70 %': '0.7'}
-PRUNERS = {'random': 'random', 'magnitude': 'magnitude', 'Wanda': 'wanda', 'SparseGPT': 'sparsegpt', 'DSnoT': 'dsnot'}
+PRUNERS = {
+    'random': 'random',
+    'magnitude': 'magnitude',
+    'Wanda': 'wanda',
+    'SparseGPT': 'sparsegpt',
+    'DSnoT': 'dsnot',
+    'ADMM': 'admm',
+}
 WANDA = {'prune.method': 'wanda'}
 MATRIX = {'prune.group.vision': 'matrix', 'prune.group.language': 'matrix'}
 ALLOCATIONS = {

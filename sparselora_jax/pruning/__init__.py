@@ -5,6 +5,7 @@ A method is a small dataclass of its options that maps (kernel, statistic, patte
 recipe may use.
 """
 
+from sparselora_jax.pruning.admm import ADMM
 from sparselora_jax.pruning.allocate import allocate, check_bound, kernel_sizes, uniform_zeros
 from sparselora_jax.pruning.allocation import ALLOCATIONS, Allocation, AllocationError, AllocationInputs, Uniform
 from sparselora_jax.pruning.dsnot import DSnoT
@@ -26,6 +27,7 @@ from sparselora_jax.pruning.targets import methods_of, patterns_of
 from sparselora_jax.pruning.wanda import Wanda
 
 __all__ = [
+    'ADMM',
     'ALLOCATIONS',
     'GPTQ',
     'METHODS',
@@ -68,6 +70,7 @@ METHODS.register('wanda', Wanda)
 METHODS.register('sparsegpt', SparseGPT)
 METHODS.register('dsnot', DSnoT)
 METHODS.register('ria', RIA)
+METHODS.register('admm', ADMM)
 
 # The first is the default of every recipe.
 ALLOCATIONS.register('uniform', Uniform)

@@ -18,7 +18,7 @@ from sparselora_jax.jobs.job import Job
 from sparselora_jax.recipe import ConfigError
 from sparselora_jax.sparse import rules
 
-METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt', 'dsnot')
+METHODS = ('random', 'magnitude', 'wanda', 'sparsegpt', 'admm', 'dsnot')
 
 
 @pytest.fixture(scope='module')

@@ -94,10 +94,10 @@ def one_kernel(scale, stat, batches=None):
     return params, stats
 
 
-METHODS = [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.DSnoT(threshold=0.0)]
+METHODS = [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.DSnoT(threshold=0.0), pruning.ADMM()]
 
 
-@pytest.mark.parametrize('method', METHODS, ids=['wanda', 'sparsegpt', 'dsnot'])
+@pytest.mark.parametrize('method', METHODS, ids=['wanda', 'sparsegpt', 'dsnot', 'admm'])
 @pytest.mark.parametrize('pattern', ['2:4', '0.5'])
 @pytest.mark.parametrize('scale', [1e-12, 1e-22, 1e-30])
 def test_activations_whose_squares_underflow_give_the_masks_of_ordinary_ones(method, pattern, scale):

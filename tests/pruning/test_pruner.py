@@ -135,6 +135,8 @@ def test_one_shot_prunes_any_tree():
     [
         pytest.param(pruning.Wanda(), '0.5', marks=pytest.mark.slow),
         (pruning.SparseGPT(block=8), '2:4'),
+        (pruning.ADMM(), '2:4'),
+        pytest.param(pruning.ADMM(), '0.5', marks=pytest.mark.slow),
         (OverOutputs(), '2:4'),
         pytest.param(OverOutputs(), '0.5', marks=pytest.mark.slow),
         (pruning.DSnoT(pruning.Random(3)), '0.5'),
@@ -278,6 +280,7 @@ def test_what_does_not_fit_is_named_before_any_work():
         (pruning.Wanda(), jnp.ones((8, 8)), 'expects the statistic squares of shape [8] and found hessian'),
         (pruning.RIA(), jnp.ones((8, 8)), 'expects the statistic squares of shape [8] and found hessian'),
         (pruning.SparseGPT(), jnp.ones(8), 'expects the statistic hessian of shape [8, 8] and found squares'),
+        (pruning.ADMM(), jnp.ones(8), 'expects the statistic hessian of shape [8, 8] and found squares'),
         (pruning.GPTQ(), jnp.ones(8), 'expects the statistic hessian of shape [8, 8] and found squares'),
         (pruning.DSnoT(), jnp.ones(8), 'and found squares of shape [8]'),
     ],

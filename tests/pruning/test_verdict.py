@@ -109,7 +109,7 @@ def test_a_method_may_return_arrays_of_numpy():
     assert isinstance(params['q']['kernel'], jax.Array)
 
 
-@pytest.mark.parametrize('method', [pruning.Wanda(), pruning.SparseGPT(), pruning.DSnoT()])
+@pytest.mark.parametrize('method', [pruning.Wanda(), pruning.SparseGPT(), pruning.DSnoT(), pruning.ADMM()])
 @pytest.mark.parametrize('value', [jnp.nan, jnp.inf])
 def test_a_weight_that_is_not_finite_is_named_with_its_layer(method, value):
     kernel = jnp.stack([KERNEL, KERNEL.at[3, 2].set(value)])

@@ -166,6 +166,20 @@ def test_dsnot_equals_one_device(data, fsdp, tensor, random_mlp, swapped_alone):
     jax.tree.map(np.testing.assert_array_equal, got, swapped_alone)  # nothing here is a near-tie
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(('data', 'fsdp', 'tensor'), MESHES)
+@pytest.mark.parametrize('pattern', ['0.5', '2:4'])
+def test_admm_equals_one_device(data, fsdp, tensor, pattern, random_mlp):
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    params, batch = random_mlp
+    knobs = {'method': sl.ADMM(), 'chunk': 2}
+    alone = sl.prune(mlp_tower, params, [batch], [('.*', pattern)], **knobs)
+    params, batch = sharding.shard(params, mesh), sharding.shard_batch(batch, mesh)
+    got = sl.prune(mlp_tower, params, [batch], [('.*', pattern)], **knobs)
+    jax.tree.map(np.testing.assert_array_equal, got.masks, alone.masks)  # nothing here is a near-tie
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got.params, alone.params)
+
+
 @pytest.fixture(scope='module')
 def scored_alone(random_mlp):
     return scored(*random_mlp)
