@@ -1,4 +1,4 @@
-"""What pruning costs: Wanda and SparseGPT, 2:4 and 50 %, over SmolLM2-135M, and the same by llm-compressor.
+"""What pruning costs: Wanda, SparseGPT and ADMM, 2:4 and 50 %, over SmolLM2-135M, and the first two by llm-compressor.
 
     python benchmarks/prune.py [--llmcompressor=/path/to/its/venv/bin/python]
 
@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from memory import PeakMemory
 
-CASES = [(method, pattern) for method in ('wanda', 'sparsegpt') for pattern in ('2:4', '0.5')]
-GOALS = {'wanda': 5.0, 'sparsegpt': 3.0}
+CASES = [(method, pattern) for method in ('wanda', 'sparsegpt', 'admm') for pattern in ('2:4', '0.5')]
+GOALS = {'wanda': 5.0, 'sparsegpt': 3.0}  # llm-compressor has no ADMM
 CHUNK = 8  # sequences a forward, of both
 BLOCK, DAMP = 128, 0.01
 THREADS = len(os.sched_getaffinity(0))
@@ -96,11 +96,11 @@ def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, 
 
     ids = jax.device_put(np.load(tokens))
     batch = {'input_ids': ids, 'attention_mask': jax.numpy.ones_like(ids)}
-    chosen = sl.Wanda() if method == 'wanda' else sl.SparseGPT(block=BLOCK, damp=DAMP)
+    methods = {'wanda': sl.Wanda(), 'sparsegpt': sl.SparseGPT(block=BLOCK, damp=DAMP), 'admm': sl.ADMM()}
     rules_of_blocks = [('language/blocks/.*', pattern), ('.*', 'dense')]
     jax.monitoring.register_event_duration_secs_listener(count)
     memory, started, cpu = PeakMemory(), time.monotonic(), time.process_time()
-    sl.prune(model.hidden, params, [batch], rules_of_blocks, method=chosen, chunk=CHUNK, keep=keep)
+    sl.prune(model.hidden, params, [batch], rules_of_blocks, method=methods[method], chunk=CHUNK, keep=keep)
     figures = {'seconds': time.monotonic() - started, 'cpu': time.process_time() - cpu}
     figures |= {'peak': memory.peak(), 'loaded': memory.loaded}
     write_model(out, model, params)
@@ -162,7 +162,7 @@ def main() -> None:
                 ours |= _apart(check, Path(out), pattern)
             compiled = f'; compiled {ours["compiled"]} programs in {ours["compiling"]:.1f} s'
             print(_row(method, pattern, 'ours', ours) + compiled, flush=True)
-            if not arguments.llmcompressor:
+            if not arguments.llmcompressor or method not in GOALS:
                 continue
             with tempfile.TemporaryDirectory() as out:
                 knobs = {'model': model, 'tokens': tokens, 'method': method, 'pattern': pattern, 'out': out}

@@ -42,7 +42,7 @@ def numpy_mask(scores, pattern, group, total, missing):
 def numpy_admm(kernel, hessian, pattern, method, total=None, mask=None):
     """W, Z and U as the paper has them, each iteration with a linear solve; `mask` is a given one."""
     norms = np.sqrt(np.diag(hessian))
-    gram = hessian / np.outer(norms, norms) + method.damp * np.eye(len(kernel))
+    gram = hessian / np.outer(norms, norms) + method.ridge * np.eye(len(kernel))
     w0 = kernel * norms[:, None]
     if total is None:
         total = pattern.zeros(kernel.size if method.group == 'matrix' and not pattern.structured else len(kernel))
@@ -67,7 +67,9 @@ def fp32(kernel, x):
 
 
 @pytest.mark.parametrize('pattern', ['2:4', '4:8', '1:3', '0.5', '0.7'])
-@pytest.mark.parametrize('options', [{}, {'group': 'matrix'}, {'damp': 0.01, 'rho': 0.3, 'iterations': 9, 'growth': 4}])
+@pytest.mark.parametrize(
+    'options', [{}, {'group': 'matrix'}, {'ridge': 0.01, 'rho': 0.3, 'iterations': 9, 'growth': 4}]
+)
 def test_equals_numpy_in_float64(pattern, options):
     pattern = parse_pattern(pattern)
     kernel, x = correlated(inputs=48)
@@ -122,7 +124,7 @@ def test_with_growth_of_one_the_mask_is_wandas():
 
 def test_a_given_mask_is_kept_and_its_weights_come_near_the_best_ones():
     kernel, x = correlated()
-    method = pruning.ADMM(damp=0.0, iterations=400)
+    method = pruning.ADMM(ridge=0.0, iterations=400)
     mask = np.random.default_rng(3).random(kernel.shape) < 0.6
     with jax.enable_x64(True):
         few = np.asarray(pruning.ADMM().refit(jnp.asarray(kernel), jnp.asarray(x.T @ x), jnp.asarray(mask)))
@@ -183,7 +185,7 @@ def test_without_data_of_any_input_all_weights_become_zero():
 
 def test_fewer_samples_than_inputs_are_enough():
     kernel, x = correlated(tokens=10)
-    ours, _ = pruning.ADMM(damp=0.0)(*fp32(kernel, x), parse_pattern('2:4'))
+    ours, _ = pruning.ADMM(ridge=0.0)(*fp32(kernel, x), parse_pattern('2:4'))
     assert np.isfinite(ours).all()
 
 
@@ -199,8 +201,8 @@ def test_a_hessian_that_cannot_be_factored_is_reported(pattern):
 @pytest.mark.parametrize(
     ('options', 'said'),
     [
-        ({'damp': -0.1}, 'ADMM damp -0.1: expected a finite number, 0 or more'),
-        ({'damp': float('nan')}, 'ADMM damp nan'),
+        ({'ridge': -0.1}, 'ADMM ridge -0.1: expected a finite number, 0 or more'),
+        ({'ridge': float('nan')}, 'ADMM ridge nan'),
         ({'rho': 0.0}, 'ADMM rho 0.0: expected a finite number above 0'),
         ({'rho': float('inf')}, 'ADMM rho inf'),
         ({'iterations': 0}, 'ADMM iterations 0: expected a whole number, 1 or more'),
