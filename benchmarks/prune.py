@@ -1,6 +1,7 @@
 """What pruning costs: Wanda, SparseGPT and ADMM, 2:4 and 50 %, over SmolLM2-135M, and the first two by llm-compressor.
 
     python benchmarks/prune.py [--llmcompressor=/path/to/its/venv/bin/python]
+    python benchmarks/prune.py --passes=4 [--text=FILE --rate=RATE --batch=SAMPLES --target=dense]
 
 Both prune SmolLM2's weights in fp32 (llm-compressor reads the Hugging Face directory that we wrote of them) on
 the same tokens: 128 sequences of 128 from the topics of Python's own help (`pydoc_data`, PSF licence). Every run is a
@@ -10,6 +11,8 @@ machine that other work shared. Peak memory is what was resident at most in that
 resident when it began (llm-compressor's weights are mapped files until they are touched: compare the peaks). Then both
 results are written as Hugging Face directories and read by our code: zeros of the blocks' kernels (`broken`: N:M groups
 with too few), and perplexity on `sparselora_jax/evaluation/heldout.txt` (public domain).
+
+With `--passes`, only Wanda 2:4 runs, without and with block-wise reconstruction. `--text` calibrates on another text.
 """
 
 import argparse
@@ -56,21 +59,24 @@ def write_model(folder: Path, model: Any, params: dict) -> None:
     write_new(folder, config, model, params, processor=tokenizer)
 
 
-def write_tokens(file: Path, sequences: int, length: int) -> None:
-    """Calibration tokens: the topics of Python's help, one after the other."""
+def write_tokens(file: Path, sequences: int, length: int, text: Path | None = None) -> None:
+    """Calibration tokens: those of a text, or of the topics of Python's help, one after the other."""
     from pydoc_data.topics import topics
 
     from sparselora_jax.checkpoints import embedded, gguf
 
     tokenizer = gguf.load_tokenizer(embedded.language_model_file())
-    tokens = np.asarray(tokenizer('\n\n'.join(topics[name] for name in sorted(topics)))['input_ids'], np.int32)
+    words = text.read_text() if text else '\n\n'.join(topics[name] for name in sorted(topics))
+    tokens = np.asarray(tokenizer(words)['input_ids'], np.int32)
     if tokens.size < sequences * length:
         raise SystemExit(f'{sequences} sequences of {length}: the text has only {tokens.size} tokens')
     np.save(file, tokens[: sequences * length].reshape(sequences, length))
 
 
-def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, Any]:
-    """Prune once, in this process, and writes the directory `out`.
+def prune_ours(
+    tokens: Path, method: str, pattern: str, out: Path, reconstruct: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Prune once, in this process, and writes the directory `out`; `reconstruct` has options of `sl.Reconstruct`.
 
     Returns:
       `seconds`, `cpu` (seconds of all threads), `peak` and `loaded` in bytes, `compiled` (programs) and `compiling`
@@ -100,7 +106,17 @@ def prune_ours(tokens: Path, method: str, pattern: str, out: Path) -> dict[str, 
     rules_of_blocks = [('language/blocks/.*', pattern), ('.*', 'dense')]
     jax.monitoring.register_event_duration_secs_listener(count)
     memory, started, cpu = PeakMemory(), time.monotonic(), time.process_time()
-    sl.prune(model.hidden, params, [batch], rules_of_blocks, method=methods[method], chunk=CHUNK, keep=keep)
+    options = sl.Reconstruct(**reconstruct) if reconstruct else None
+    sl.prune(
+        model.hidden,
+        params,
+        [batch],
+        rules_of_blocks,
+        method=methods[method],
+        chunk=CHUNK,
+        reconstruct=options,
+        keep=keep,
+    )
     figures = {'seconds': time.monotonic() - started, 'cpu': time.process_time() - cpu}
     figures |= {'peak': memory.peak(), 'loaded': memory.loaded}
     write_model(out, model, params)
@@ -135,6 +151,17 @@ def _apart(function: Any, *args: Any) -> Any:
         return pool.apply(function, args)
 
 
+def _measure(tokens: Path, method: str, pattern: str, reconstruct: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Prune by our code, check the result and print its row."""
+    with tempfile.TemporaryDirectory() as out:
+        ours = _apart(prune_ours, tokens, method, pattern, Path(out), reconstruct)
+        ours |= _apart(check, Path(out), pattern)
+    compiled = f'; compiled {ours["compiled"]} programs in {ours["compiling"]:.1f} s'
+    by = f'ours, {reconstruct["passes"]} passes' if reconstruct else 'ours'
+    print(_row(method, pattern, by, ours) + compiled, flush=True)
+    return ours
+
+
 def _row(method: str, pattern: str, by: str, got: dict[str, Any]) -> str:
     peak, above = (size / 2**20 for size in (got['peak'], got['peak'] - got['loaded']))
     broken = '' if got['broken'] is None else f', {got["broken"]} broken'
@@ -147,21 +174,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--sequences', type=int, default=128)
     parser.add_argument('--length', type=int, default=128)
+    parser.add_argument('--text', type=Path, help='a text to calibrate on')
+    parser.add_argument('--passes', type=int, help='of reconstruction')
+    parser.add_argument('--rate', type=float, default=1e-3)
+    parser.add_argument('--batch', type=int, default=4)
+    parser.add_argument('--target', default='dense')
     parser.add_argument('--llmcompressor', help='the Python of an environment that has llm-compressor')
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, tokens = Path(folder) / 'model', Path(folder) / 'tokens.npy'
         write_model(model, *smollm2())
-        write_tokens(tokens, arguments.sequences, arguments.length)
+        write_tokens(tokens, arguments.sequences, arguments.length, arguments.text)
         print(f'{arguments.sequences} sequences of {arguments.length} tokens, {THREADS} threads, fp32')
         print(f'dense model: perplexity {_apart(check, model, "dense")["perplexity"]:.1f}')
         print(f'{"method":10} {"pattern":7} {"by":22} {NUMBERS}', flush=True)
+        if arguments.passes:
+            options = {name: getattr(arguments, name) for name in ('passes', 'rate', 'batch', 'target')}
+            print(f'reconstruction: {options}')
+            _measure(tokens, 'wanda', '2:4')
+            _measure(tokens, 'wanda', '2:4', options)
+            return
         for method, pattern in CASES:
-            with tempfile.TemporaryDirectory() as out:
-                ours = _apart(prune_ours, tokens, method, pattern, Path(out))
-                ours |= _apart(check, Path(out), pattern)
-            compiled = f'; compiled {ours["compiled"]} programs in {ours["compiling"]:.1f} s'
-            print(_row(method, pattern, 'ours', ours) + compiled, flush=True)
+            ours = _measure(tokens, method, pattern)
             if not arguments.llmcompressor or method not in GOALS:
                 continue
             with tempfile.TemporaryDirectory() as out:

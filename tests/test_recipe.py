@@ -125,6 +125,17 @@ def test_an_override_that_cannot_be_is_named_in_one_line(name, value, said):
         ({'dtype': 'int8'}, "dtype 'int8': expected one of float32, bfloat16, float16"),
         ({'restore.accumulate': 3}, 'restore.accumulate 3: does not divide restore.batch, 8'),
         ({'evaluate.max_new_tokens': 1}, 'evaluate.max_new_tokens 1: answers of up to 2 tokens'),
+        ({'prune.reconstruct.passes': -1}, r'prune.reconstruct.passes -1: expected 0 \(off\) or more'),
+        ({'prune.reconstruct.rate': 0.0}, 'prune.reconstruct.rate 0.0: expected a positive number'),
+        ({'prune.reconstruct.target': 'sparse'}, "prune.reconstruct.target 'sparse': expected one of dense, pruned"),
+        (
+            {'prune.reconstruct.passes': 1, 'prune.reconstruct.batch': 64},
+            'prune.reconstruct.batch 64: expected at most 32, the samples that are processed at a time; lower it, or',
+        ),
+        (
+            {'prune.reconstruct.passes': 1, 'prune.method': 'magnitude', 'prune.samples': 0},
+            'prune.samples 0: expected 1 or more, because prune.reconstruct.passes 1 needs them',
+        ),
         ({'stream': True}, 'stream True: the embedded model is not read from disk'),
     ],
 )

@@ -41,6 +41,14 @@ calls = {
     'forward model': lambda: sl.prune('model', params, [{}], every, method=sl.Magnitude()),
     'one batch': lambda: sl.prune(lambda w, b, run: w, params, {'x': jnp.ones(3)}, every, method=sl.Magnitude()),
     'batches of arrays': lambda: sl.prune(lambda w, b, run: w, params, [jnp.ones(3)], every, method=sl.Magnitude()),
+    'reconstruct number': lambda: sl.prune(
+        lambda w, b, run: w, params, [{'x': jnp.ones(3)}], every, method=sl.Magnitude(), reconstruct=4
+    ),
+    'reconstruct class': lambda: sl.prune(
+        lambda w, b, run: w, params, [{'x': jnp.ones(3)}], every, method=sl.Magnitude(), reconstruct=sl.Reconstruct
+    ),
+    'reconstruct batch': lambda: sl.Reconstruct(batch=1.5),
+    'reconstruct rate': lambda: sl.Reconstruct(rate='fast'),
     'collect forward': lambda: sl.collect(params, params, [jnp.ones((2, 8))]),
     'collect one batch': lambda: sl.collect(lambda w, b: b, params, {'x': jnp.ones(3)}),
     'generate tuple': lambda: sl.generate(('model', params), params, {}),

@@ -127,6 +127,8 @@ def _pruning(job: Job) -> list[Row]:
     rows: list[Row] = [['method', ', '.join(methods)], ['zeros per layer', f'`{prune.allocation}`']]
     if prune.samples > 0:
         rows.append(['calibration', f'{prune.samples} training samples of {_last_part(job.config.data)}'])
+    if options := recipe.reconstruction(job.config):
+        rows.append(['reconstruction', f'`{options}`'])
     rows.append(['seed', job.config.seed])
     return rows
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.planning import disk, memory
-from sparselora_jax.recipe import ConfigError, allocation_of
+from sparselora_jax.recipe import ConfigError, allocation_of, reconstruction
 from sparselora_jax.runtime import machine
 from sparselora_jax.sparse import rules
 
@@ -180,11 +180,13 @@ def describe(job: Job, resources: Resources) -> str:
     config = job.config
     trees = memory.recipe(job.model.cfg, config)
     mesh = ', '.join(f'{axis}={size}' for axis, size in config.mesh.items())
+    options = reconstruction(config)
+    training = f', {options.passes} passes of reconstruction' if options else ''
     lines = [
         f'model: {config.model} ({job.model.family.name}), {config.dtype}, mesh {mesh}',
         f'data: {config.data}, {len(job.dataset.train.source):,} training and {len(job.dataset.test.source):,} test '
         'records',
-        f'prune: {_towers(trees.masks)} by {config.prune.method}, {config.prune.samples} samples',
+        f'prune: {_towers(trees.masks)} by {config.prune.method}, {config.prune.samples} samples{training}',
     ]
     lines += job.repeated_records(config.prune.samples)
     if 'restore' in resources.memory:

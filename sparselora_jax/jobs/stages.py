@@ -19,7 +19,15 @@ from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.names import ALL_MODELS, CONTROL, KERNELS, MASKS, MODELS, ROUNDED, TRAINING
 from sparselora_jax.jobs.restore import restore
 from sparselora_jax.pruning.allocate import run_allocation
-from sparselora_jax.recipe import allocation_of, prune_methods, prune_rules, rounded_format, rounded_rules
+from sparselora_jax.recipe import (
+    allocation_of,
+    edited_kernels,
+    prune_methods,
+    prune_rules,
+    reconstruction,
+    rounded_format,
+    rounded_rules,
+)
 from sparselora_jax.restoration.losses import answer_loss
 from sparselora_jax.restoration.restore import Frozen
 from sparselora_jax.runtime.progress import Progress
@@ -123,7 +131,7 @@ def allocate(job: Job) -> dict[str, np.ndarray] | None:
 
 
 def prune(job: Job) -> dict:
-    """Calibrate and prune; write `masks.safetensors`, and `kernels.safetensors` if the method edits kept weights.
+    """Calibrate and prune; write `masks.safetensors`, and `kernels.safetensors` if kept weights change.
 
     With `config.stream`, each block is read from disk just before it is pruned, and each pruned layer is written at
     once.
@@ -141,11 +149,9 @@ def prune(job: Job) -> dict:
         rules = prune_rules(config)
         flat = flatten(params)
         patterns = pruning.patterns_of(params, rules)
-        method_rules = prune_methods(config)
-        methods = pruning.methods_of(params, method_rules)
         mask_shapes = {path: jax.ShapeDtypeStruct(flat[path].shape, bool) for path in patterns}
         # Unchanged kept weights are not stored, since they can be read from the dense model.
-        edited = {path: flat[path] for path in patterns if methods[path].edits_kept_weights}
+        edited = {path: flat[path] for path in edited_kernels(config, patterns)}
         with ExitStack() as files:
             write_mask = files.enter_context(trees.layer_writer(job.stored.writes(MASKS), mask_shapes))
             if edited:
@@ -161,9 +167,10 @@ def prune(job: Job) -> dict:
                 params,
                 calibration,
                 rules,
-                method=method_rules,
+                method=prune_methods(config),
                 zeros=zeros,
                 chunk=config.prune.chunk,
+                reconstruct=reconstruction(config),
                 keep=keep,
                 progress=_by_layer('prune', params),
             )

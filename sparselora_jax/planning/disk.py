@@ -2,7 +2,7 @@
 
 from sparselora_jax.planning.memory import FLOAT, Recipe
 from sparselora_jax.planning.tracing import nbytes
-from sparselora_jax.recipe import prune_methods, reads_teacher, rounded_rules
+from sparselora_jax.recipe import edited_kernels, reads_teacher, rounded_rules
 from sparselora_jax.sparse import rules
 
 CHECKPOINTS = 3  # on the disk at the same time: the two newest, and the one that is being written
@@ -15,8 +15,7 @@ def prune(trees: Recipe) -> dict[str, int]:
       trees: trees of the recipe.
     """
     flat = rules.flatten(trees.params)
-    methods = prune_methods(trees.config)
-    edited = [path for path in trees.densities if rules.first_match(methods, path).edits_kept_weights]
+    edited = edited_kernels(trees.config, trees.densities)
     sizes = {'masks': nbytes(trees.masks), 'edited kernels': sum(nbytes(flat[path]) for path in edited)}
     sizes['pruned model'] = nbytes(trees.params)
     return sizes

@@ -22,7 +22,16 @@ from sparselora_jax.models.model import abstract_model, abstract_params
 from sparselora_jax.planning.tracing import ModelConfig, Stack, batch_of, nbytes, stacks
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.pruner import kernels_pruned_as_one
-from sparselora_jax.recipe import base_formats, lora_rules, prune_methods, prune_rules, rounded_rules, runs_teacher
+from sparselora_jax.recipe import (
+    base_formats,
+    edited_kernels,
+    lora_rules,
+    prune_methods,
+    prune_rules,
+    reconstruction,
+    rounded_rules,
+    runs_teacher,
+)
 from sparselora_jax.sparse import rules, sharding
 from sparselora_jax.sparse.packing import reduce_shapes
 from sparselora_jax.sparse.weights import init_lora
@@ -145,8 +154,7 @@ def base(trees: Recipe) -> tuple[dict, dict]:
 
 def holds_teacher(trees: Recipe) -> bool:
     """Return whether restoration holds dense params for the teacher besides those of the student."""
-    methods = prune_methods(trees.config)
-    edits = any(rules.first_match(methods, path).edits_kept_weights for path in trees.densities)
+    edits = bool(edited_kernels(trees.config, trees.densities))
     is_changed = edits or base_formats(trees.config) is not None
     return runs_teacher(trees.config) and bool(trees.masks) and is_changed
 
@@ -189,7 +197,37 @@ def prune(trees: Recipe) -> Stage:
     """
     rule_list = prune_methods(trees.config)
     methods = {path: rules.first_match(rule_list, path) for path in trees.densities}
-    return _walk(trees, methods, from_disk=trees.config.stream)
+    stage = _walk(trees, methods, from_disk=trees.config.stream)
+    options = reconstruction(trees.config)
+    if options is None:
+        return stage
+    samples = _calibration_samples(trees)
+    targets = max(stack.hidden for stack in _traced(trees, samples))
+    batches = _traced(trees, min(_samples_on_device(trees, options.batch), samples))
+    training = max((_training(trees, stack) for stack in batches), key=_sum)
+    return Stage(
+        stage.held | {'hidden states that blocks are trained to give': targets},
+        stage.moments | {'training a block': training},
+    )
+
+
+def _calibration_samples(trees: Recipe) -> int:
+    """Return the number of calibration samples on one device."""
+    # Without calibration samples a job runs one (`jobs.stages`).
+    return max(1, _samples_on_device(trees, trees.config.prune.samples))
+
+
+def _training(trees: Recipe, stack: Stack) -> dict[str, int]:
+    """Return the memory terms of reconstructing one block."""
+    kernels = rules.kernels(trees.params)
+    pruned = [path for path in trees.densities if _is_in(stack, path)]
+    copy = FLOAT * sum(math.prod(kernels[path].shape[-2:]) for path in pruned)
+    return {
+        'one block': _block(trees, stack),
+        # Each is held whole on each device; weights may be split along fsdp, which makes it less.
+        'kernels, two moments, gradient and the best kernels (float32)': 5 * copy,
+        "outputs of the block's linears and their gradients": 2 * stack.outputs + _working(stack),
+    }
 
 
 def round_base(trees: Recipe) -> Stage:
@@ -216,8 +254,7 @@ def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
       from_disk: whether blocks are read one at a time, so that only arrays outside the blocks are held.
     """
     config = trees.config
-    # Without calibration samples a job runs one (`jobs.stages`).
-    samples = max(1, _samples_on_device(trees, config.prune.samples))
+    samples = _calibration_samples(trees)
     # All samples pass through one block before any reaches the next, so the hidden states of all samples are held.
     held = {
         'params': _params_where(trees, lambda path: not (from_disk and rules.is_in_block(path))),
@@ -317,7 +354,8 @@ def _held_base(trees: Recipe) -> dict[str, int]:
     if masks:
         held[f'masks ({"1 byte" if kind == "dense" else "1 bit"} a weight)'] = on_device(masks, trees.mesh)
     if holds_teacher(trees):
-        why = f'{trees.config.prune.method} edits kept weights' if kind == 'dense' else f'the base is {kind}'
+        editor = 'reconstruction' if reconstruction(trees.config) else trees.config.prune.method
+        why = f'{editor} edits kept weights' if kind == 'dense' else f'the base is {kind}'
         # Arrays without a mask are shared with the student.
         held[f'kernels of the dense teacher ({why})'] = _params_where(trees, trees.densities.__contains__)
     return held

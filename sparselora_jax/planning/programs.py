@@ -109,8 +109,9 @@ class Pass(NamedTuple):
 def calibration(trees: memory.Recipe) -> list[Pass]:
     """Return the programs that calibrate a recipe's model, one for each stack of blocks.
 
-    Each device processes `prune.chunk` samples at a time. Two things are not counted: pruning the kernels, which
-    happens between these programs, and embedding images and words, which happens before them.
+    Each device processes `prune.chunk` samples at a time. Two things are not counted: pruning the kernels and
+    reconstructing the block, which happen between these programs, and embedding images and words, which happens before
+    them.
 
     Args:
       trees: trees of the recipe.

@@ -21,6 +21,7 @@ from sparselora_jax.pruning.magnitude import Magnitude, Random
 from sparselora_jax.pruning.method import METHODS, Method, MethodError
 from sparselora_jax.pruning.owl import OWL, outlier_shares, owl_zeros
 from sparselora_jax.pruning.pruner import PruneResult, prune, prune_tree
+from sparselora_jax.pruning.reconstruct import Reconstruct, ReconstructError
 from sparselora_jax.pruning.ria import RIA
 from sparselora_jax.pruning.sparsegpt import SparseGPT
 from sparselora_jax.pruning.targets import methods_of, patterns_of
@@ -45,6 +46,8 @@ __all__ = [
     'MethodError',
     'PruneResult',
     'Random',
+    'Reconstruct',
+    'ReconstructError',
     'SparseGPT',
     'Uniform',
     'Wanda',

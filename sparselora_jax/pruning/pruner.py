@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, PyTree
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.calibrate import CalibrationError, InputStatistic
 from sparselora_jax.pruning.method import Method, MethodError, check_statistic, prunes_jointly
+from sparselora_jax.pruning.reconstruct import Reconstruct, Targets, block_reconstructor, check_reconstruct
 from sparselora_jax.pruning.targets import (
     Methods,
     PatternRules,
@@ -222,6 +223,7 @@ def prune(
     method: Methods,
     zeros: dict[str, np.ndarray] | None = None,
     chunk: int = 8,
+    reconstruct: Reconstruct | None = None,
     keep: Callable[[str, int, Array, Array], None] | None = None,
     progress: Callable[[str, int, int], None] = lambda tower, layer, layers: None,
 ) -> PruneResult:
@@ -242,6 +244,8 @@ def prune(
       zeros: see `prune_tree`.
       chunk: number of samples processed at a time on each device that has its own samples (docs/scaling.md says what is
         then the same as on one device).
+      reconstruct: how the kept weights of each block are trained once it is pruned, to give the dense block's output;
+        None: they stay as the method returns them. Memory then holds twice the hidden states of all samples.
       keep: `keep(path, layer, kernel, mask)` is called with each layer as soon as it is pruned. The result then holds
         the unchanged `params` and no masks. It is for a model that does not fit into memory, or fits only once. A layer
         is read only once, before this call, so `keep` may overwrite a numpy array.
@@ -255,10 +259,13 @@ def prune(
       PatternError: see `prune_tree`.
       RuleError: see `prune_tree`; or a kernel that the forward does not run in a block.
       MethodError: see `prune_tree`.
+      ReconstructError: `reconstruct` is no `Reconstruct`, or its batch does not fit the chunks.
     """
     calibrate.check_forward(forward)
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
+    parts = sharding.row_parts(mesh)
+    check_reconstruct(reconstruct, chunk * parts, parts)
     patterns = patterns_of(params, rules)
     methods = methods_of(params, method)
     totals = pattern_zeros(flatten(params), patterns, methods, zeros)
@@ -281,6 +288,9 @@ def prune(
         # A method without a statistic gets squares, to count tokens and to find activations that are not finite.
         stats_of = {name: method.statistic or calibrate.squares for name, method in block_methods.items()}
         observe = block_observer(block, stats_of.get, mesh)
+        if reconstruct:
+            targets = Targets(block, mesh, reconstruct.target)
+            train = block_reconstructor(block, reconstruct, mesh)
 
         def visit(layer, layers, w, chunks):
             progress(tower, layer, layers)
@@ -294,6 +304,9 @@ def prune(
             stats = observe(unflatten(w), chunks, place)
             counts = {name: int(totals[path][layer]) for name, path in paths.items()}
             pruned, masks = _prune_block(w, stats, block_patterns, block_methods, counts)
+            if reconstruct:
+                wanted = targets.of_layer(w, chunks)
+                pruned = train(w, pruned, masks, chunks, wanted, f'{tower}/blocks, layer {layer}')
             for name, path in paths.items():
                 take(path, layer, pruned[name], masks[name])
                 tokens[path] = int(stats[name][1])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.pruning import calibrate
@@ -196,20 +196,29 @@ def in_chunks(x: Array, ctx: dict, chunk: int, mesh: Mesh | None = None) -> list
       mesh: mesh over which samples are split; a chunk then has `chunk` samples of each device.
     """
     batch = x.shape[0] // sharding.row_parts(mesh)
-    return [_part((x, ctx), first, size=min(chunk, batch - first), mesh=mesh) for first in range(0, batch, chunk)]
+    return [part((x, ctx), first, size=min(chunk, batch - first), mesh=mesh) for first in range(0, batch, chunk)]
 
 
 @functools.partial(jax.jit, static_argnames=('size', 'mesh'))
-def _part(arrays: Chunk, first: jax.typing.ArrayLike, *, size: int, mesh: Mesh | None) -> Chunk:
-    """Return `size` samples of each device, from index `first` on."""
+def part(
+    arrays: tuple[Array, PyTree], first: jax.typing.ArrayLike, *, size: int, mesh: Mesh | None
+) -> tuple[Array, PyTree]:
+    """Return `size` samples of each device, from index `first` on.
+
+    Args:
+      arrays: arrays that have the batch, or 1, as their leading axis; the first one has the batch.
+      first: index of the first sample on each device.
+      size: number of samples of each device.
+      mesh: mesh over which samples are split.
+    """
     batch = arrays[0].shape[0]
 
-    def part(leaf):
+    def cut(leaf):
         if leaf.shape[0] == 1 and batch > 1:  # the same for all samples
             return leaf
         return _by_row(jax.lax.dynamic_slice_in_dim(_by_device(leaf, mesh), first, size, axis=1), mesh)
 
-    return jax.tree.map(part, arrays)
+    return jax.tree.map(cut, arrays)
 
 
 @functools.partial(jax.jit, static_argnames='mesh')

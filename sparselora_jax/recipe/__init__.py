@@ -30,7 +30,15 @@ from sparselora_jax.recipe.kernel_rules import (
     split_alternatives,
     stores_masks,
 )
-from sparselora_jax.recipe.methods import add_options, allocation_of, check_allocation, option_fields, prune_methods
+from sparselora_jax.recipe.methods import (
+    add_options,
+    allocation_of,
+    check_allocation,
+    edited_kernels,
+    option_fields,
+    prune_methods,
+    reconstruction,
+)
 from sparselora_jax.recipe.questions import NO_DECODING, data_loader, decoding, metric, text_format
 from sparselora_jax.recipe.restoring import reads_teacher, restore_program, runs_teacher
 from sparselora_jax.recipe.saved import from_fields
@@ -74,6 +82,7 @@ __all__ = [
     'data_loader',
     'decoding',
     'default_config',
+    'edited_kernels',
     'field_names',
     'fields_page',
     'fields_text',
@@ -87,6 +96,7 @@ __all__ = [
     'prune_methods',
     'prune_rules',
     'reads_teacher',
+    'reconstruction',
     'refuse_other',
     'restore_program',
     'rounded_format',

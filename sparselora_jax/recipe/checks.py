@@ -8,10 +8,17 @@ from ml_collections import ConfigDict
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.models.config import FamilyConfig
 from sparselora_jax.models.family import other_family, use_recipe_of
+from sparselora_jax.pruning.reconstruct import ReconstructError, check_reconstruct
 from sparselora_jax.recipe.config import ConfigError, field_names, towers
 from sparselora_jax.recipe.fields import check_fields, check_names
 from sparselora_jax.recipe.kernel_rules import BASES, prune_rules, rounded_rules
-from sparselora_jax.recipe.methods import allocation_of, check_allocation_fields, option_fields, prune_methods
+from sparselora_jax.recipe.methods import (
+    allocation_of,
+    check_allocation_fields,
+    option_fields,
+    prune_methods,
+    reconstruction,
+)
 from sparselora_jax.recipe.questions import data_loader, metric, text_format
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.sparse.packing import PackingError, find_format
@@ -37,6 +44,7 @@ def check_values(config: ConfigDict) -> None:
     check_allocation_fields(config)
     _check_base(config)
     _check_samples(config)
+    _check_reconstruction(config)
     _check_lora(config)
     _check_trained_weights(config)
     _check_text(config)
@@ -91,8 +99,19 @@ def _check_samples(config: ConfigDict) -> None:
         users.append(f'prune.allocation {prune.allocation!r}')
     if rounded_rules(config):
         users.append(f'restore.base {config.restore.base!r}')
+    if reconstruction(config):
+        users.append(f'prune.reconstruct.passes {prune.reconstruct.passes}')
     if users:
         raise ConfigError(f'prune.samples {prune.samples}: expected 1 or more, because {users[0]} needs them')
+
+
+def _check_reconstruction(config: ConfigDict) -> None:
+    """Check the batch of reconstruction; `check_batches` checks that the mesh divides it."""
+    at_once = config.prune.chunk * config.mesh.data * config.mesh.fsdp
+    try:
+        check_reconstruct(reconstruction(config), at_once, 1)
+    except ReconstructError as error:
+        raise ConfigError(f'prune.{error}') from None
 
 
 def _check_lora(config: ConfigDict) -> None:
@@ -187,6 +206,8 @@ def check_batches(config: ConfigDict) -> None:
         'restore.batch / restore.accumulate': config.restore.batch // config.restore.accumulate,
         'prune.samples': config.prune.samples,
     }
+    if reconstruction(config):
+        counts['prune.reconstruct.batch'] = config.prune.reconstruct.batch
     # Some allocations compute the loss on their own batches.
     if allocation_of(config).uses_score_batches:
         counts['prune.score_batch'] = config.prune.score_batch

@@ -19,6 +19,7 @@ from sparselora_jax import pruning
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.data.loaders import is_folder
 from sparselora_jax.evaluation.metric import METRICS
+from sparselora_jax.pruning.reconstruct import TARGETS
 from sparselora_jax.recipe.config import ConfigError, value_of
 from sparselora_jax.recipe.kernel_rules import BASES
 from sparselora_jax.restoration import guard
@@ -317,6 +318,33 @@ FIELDS = (
         number(lambda value: value >= 0, '0 or more, per token'),
         "DSnoT: an output is finished once its expected error per token is below this. The public code's 0.1 "
         'is for a sample of 2048 tokens.',
+    ),
+    # Reconstruction of each block once it is pruned. The other defaults are those of the library.
+    Field(
+        'prune.reconstruct.passes',
+        0,
+        whole_number(0, note=' (off)'),
+        'Number of passes over the calibration samples in which the kept weights of each pruned block are trained to '
+        "give the dense block's output.",
+    ),
+    Field(
+        'prune.reconstruct.rate',
+        pruning.Reconstruct.rate,
+        POSITIVE,
+        'Highest learning rate of these passes; it falls to 0 along a cosine.',
+    ),
+    Field(
+        'prune.reconstruct.batch',
+        pruning.Reconstruct.batch,
+        COUNT,
+        'Number of samples in a step of these passes, in total over all devices; at most `prune.chunk` on each.',
+    ),
+    Field(
+        'prune.reconstruct.target',
+        pruning.Reconstruct.target,
+        one_of(TARGETS),
+        'Output that a block is trained to give. dense: that of the dense block on the outputs of the dense blocks '
+        'before it. pruned: that of the dense block on the outputs of the pruned blocks before it.',
     ),
     # LoRA. The scale of a tower's update is alpha / rank.
     Field(

@@ -1,7 +1,7 @@
 """Build the pruning methods and the allocation that a recipe names, with their options from `config.prune`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any
 
@@ -15,6 +15,7 @@ from sparselora_jax.recipe.kernel_rules import prune_rules
 from sparselora_jax.runtime.errors import calling
 from sparselora_jax.runtime.registry import Registry, UnknownNameError
 from sparselora_jax.sparse.patterns import PatternError, parse_pattern
+from sparselora_jax.sparse.rules import first_match
 
 
 def _options(kind: type, config: ConfigDict, group: str = 'output') -> dict[str, Any]:
@@ -238,6 +239,28 @@ def prune_methods(config: ConfigDict) -> list[tuple[str, pruning.Method]]:
             )
         methods.append((regex, method))
     return [*methods, ('.*', _method(kind, config, 'output'))]
+
+
+def reconstruction(config: ConfigDict) -> pruning.Reconstruct | None:
+    """Return the options of block-wise reconstruction in `config.prune.reconstruct`; None: it is off.
+
+    Args:
+      config: the recipe.
+    """
+    options = config.prune.reconstruct
+    return pruning.Reconstruct(**options) if options.passes else None
+
+
+def edited_kernels(config: ConfigDict, paths: Iterable[str]) -> list[str]:
+    """Return the paths of the kernels whose kept weights pruning changes, by the method or by reconstruction.
+
+    Args:
+      config: the recipe.
+      paths: paths of pruned kernels.
+    """
+    methods = prune_methods(config)
+    reconstructs = reconstruction(config) is not None
+    return [path for path in paths if reconstructs or first_match(methods, path).edits_kept_weights]
 
 
 def _starts_from_another(kind: type) -> bool:

@@ -107,3 +107,21 @@ def test_edits_are_kept_from_disk(pruned):
 def test_edits_are_kept_on_a_mesh(pruned):
     job, dense = pruned(**{'mesh.data': 2, 'mesh.tensor': 2})
     check_doubled(job.pruned(), dense, masks_of(job))
+
+
+@pytest.mark.parametrize('stream', [True, False])
+def test_kernels_that_reconstruction_trains_are_stored_and_exported(pruned, stream):
+    job, dense = pruned(
+        **{'prune.method': 'wanda', 'stream': stream},
+        **{'prune.reconstruct.passes': 2, 'prune.reconstruct.batch': 2, 'prune.reconstruct.rate': 1e-2},
+    )
+    masks = masks_of(job)
+    kernels = rules.flatten(trees.load_safetensors(job.workdir / 'kernels.safetensors')[0])
+    assert kernels.keys() == masks.keys()
+    for path, mask in masks.items():
+        assert not kernels[path][~mask].any(), path
+    assert any((kernels[path] != dense[path])[mask].any() for path, mask in masks.items())
+    export_pruned(job)
+    exported = rules.flatten(sl.load_model(job.workdir / 'pruned')[1])
+    for path, kernel in kernels.items():
+        np.testing.assert_array_equal(exported[path], kernel)

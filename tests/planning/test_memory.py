@@ -156,6 +156,9 @@ def test_more_of_a_knob_takes_what_it_should(config):
     assert total(memory.prune, **on_sparsegpt) > total(memory.prune, **on_wanda)
     assert total(memory.restore, **on_sparsegpt) == total(memory.restore)  # kept weights are as they came
     assert total(memory.prune, stream=True) < total(memory.prune)
+    reconstructing = {'prune__reconstruct__passes': 1}
+    assert total(memory.prune, **reconstructing) > total(memory.prune)
+    assert total(memory.restore, **reconstructing) == total(memory.restore, prune__method='sparsegpt')
     assert total(memory.prune, prune__samples=16) > total(memory.prune)
 
 
