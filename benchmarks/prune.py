@@ -176,9 +176,9 @@ def main() -> None:
     parser.add_argument('--length', type=int, default=128)
     parser.add_argument('--text', type=Path, help='a text to calibrate on')
     parser.add_argument('--passes', type=int, help='of reconstruction')
-    parser.add_argument('--rate', type=float, default=1e-3)
-    parser.add_argument('--batch', type=int, default=4)
-    parser.add_argument('--target', default='dense')
+    parser.add_argument('--rate', type=float, help='of reconstruction')
+    parser.add_argument('--batch', type=int, help='of reconstruction')
+    parser.add_argument('--target', help='of reconstruction: dense or pruned')
     parser.add_argument('--llmcompressor', help='the Python of an environment that has llm-compressor')
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +189,9 @@ def main() -> None:
         print(f'dense model: perplexity {_apart(check, model, "dense")["perplexity"]:.1f}')
         print(f'{"method":10} {"pattern":7} {"by":22} {NUMBERS}', flush=True)
         if arguments.passes:
-            options = {name: getattr(arguments, name) for name in ('passes', 'rate', 'batch', 'target')}
+            given = {name: getattr(arguments, name) for name in ('passes', 'rate', 'batch', 'target')}
+            # An option that is not given has the default of the library.
+            options = {name: value for name, value in given.items() if value is not None}
             print(f'reconstruction: {options}')
             _measure(tokens, 'wanda', '2:4')
             _measure(tokens, 'wanda', '2:4', options)

@@ -57,7 +57,7 @@ class Reconstruct:
     """
 
     passes: int = 4
-    rate: float = 1e-3
+    rate: float = 2e-3
     batch: int = 4
     target: str = 'dense'
 
@@ -290,9 +290,11 @@ def block_reconstructor(block: Block, options: Reconstruct, mesh: Mesh | None = 
             return sum(float(processes.on_host(error)) for error in errors)
 
         errors = [error_of(pruned)]
-        # Without an error there is nothing to train, and one that is not finite has no gradient.
-        if not 0 < errors[0] < math.inf:
-            _warn_if_diverged(errors, place)
+        if not math.isfinite(errors[0]):
+            _warn(place, f'not reconstructed: its squared error is {errors[0]} as pruned')
+            return pruned
+        # Nothing is wrong, so there is nothing to train.
+        if errors[0] == 0:
             return pruned
         best = pruned
         batches = _batches(samples, options.batch // parts, parts)
@@ -330,25 +332,26 @@ def _batches(samples: Sequence[Samples], size: int, parts: int) -> list[tuple[Sa
 
 
 def _warn_if_diverged(errors: list[float], place: str) -> None:
-    """Log one line if the error was above the initial one, or not finite, before or after a pass.
+    """Log one line if the error was above the initial one, or not finite, after a pass.
 
     Args:
       errors: errors before the first pass and after each pass.
       place: name of the block.
     """
-    # Written with `not`, so that it also holds for NaN.
-    bad = [index for index, error in enumerate(errors) if not (error <= errors[0] and math.isfinite(error))]
-    # All processes have the same errors, so only one of them logs.
-    if not bad or not processes.first():
-        return
     finite = {index: error for index, error in enumerate(errors) if math.isfinite(error)}
-    best = min(finite, key=finite.get, default=0)
-    logging.getLogger(__name__).warning(
-        '%s: reconstruction diverged: squared error %.3g before, %.3g after pass %d; its weights are %s; lower '
-        'reconstruct.rate',
+    bad = [index for index in range(len(errors)) if index not in finite or finite[index] > errors[0]]
+    if not bad:
+        return
+    best = min(finite, key=finite.get)
+    kept = f'those after pass {best}' if best else 'as pruned'
+    _warn(
         place,
-        errors[0],
-        errors[bad[0]],
-        bad[0],
-        f'those after pass {best}' if best else 'as pruned',
+        f'reconstruction diverged: squared error {errors[0]:.3g} as pruned, {errors[bad[0]]:.3g} after pass {bad[0]}; '
+        f'its weights are {kept}; lower reconstruct.rate',
     )
+
+
+def _warn(place: str, message: str) -> None:
+    # All processes have the same errors, so only one of them logs.
+    if processes.first():
+        logging.getLogger(__name__).warning('%s: %s', place, message)
