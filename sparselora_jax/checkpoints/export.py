@@ -25,6 +25,7 @@ from sparselora_jax.checkpoints.writing import (
     files_below,
     files_beside,
     placed,
+    text_paths,
     write_pieces,
     write_texts,
 )
@@ -66,6 +67,7 @@ def export_model(
         dtype.
       AssetError: the package of the embedded model's language model is not installed.
     """
+    texts_by_path = text_paths(texts)
     if model.source is None:
         embedded.save(folder, model, params, texts=texts)
         return
@@ -76,7 +78,6 @@ def export_model(
     check_shapes(folder, params, model.shapes())
     flat = rules.flatten(params)
     changed = _find_changed(flat, pieces) if changed is None else _check_paths(changed, flat)
-    texts_by_path = {Path(name): text for name, text in (texts or {}).items()}
     others = [name for name in files_beside(source.folder) if name not in texts_by_path]
     # Do not copy the index of shards that are not read: the export would lack those shards.
     others = [name for name in others if str(name) not in source.ignored]

@@ -41,6 +41,28 @@ def copy_beside(folder: Path, source: Path, names: Iterable[Path]) -> None:
             shutil.copyfileobj(old, new)
 
 
+def text_paths(texts: Mapping[str, str] | None) -> dict[Path, str]:
+    """Return texts to write beside a model by their paths, after a check.
+
+    Args:
+      texts: the texts by name; None: there are none.
+
+    Raises:
+      StorageError: a name leads outside the folder or is that of a file of the model, or a value is no text.
+    """
+    by_path = {}
+    for name, text in (texts or {}).items():
+        path = Path(name)
+        if path.is_absolute() or '..' in path.parts or not path.parts:
+            raise StorageError(f'text {name!r}: expected a name inside the folder of the model')
+        if path == Path(CONFIG) or path.name.endswith((*WEIGHTS, '.index.json')):
+            raise StorageError(f'text {name!r}: this is a file of the model itself; use another name')
+        if not isinstance(text, str):
+            raise StorageError(f'text {name!r} is a {type(text).__name__}, expected a string')
+        by_path[path] = text
+    return by_path
+
+
 def files_below(folder: Path) -> list[Path]:
     """List every file below a directory, relative to it; hidden directories (.cache, .git) are left out.
 
@@ -100,7 +122,12 @@ def write_pieces(new: BinaryIO, pieces: Iterable[Piece], params: dict, old: Bina
         start = piece.entry.start + piece.rows[0] * piece.entry.row_size
         if old is not None:
             copy_bytes(old, new, start - new.tell())
-        data = as_bytes(blocks.read(piece))
+        block = blocks.read(piece)
+        if not np.isfinite(block.astype(np.float32)).all():
+            raise StorageError(
+                f'{piece.path}: NaN or infinite weights cannot be written; the model would give no answer'
+            )
+        data = as_bytes(block)
         new.write(data)
         # Both files have the same length and layout, so their positions agree.
         if old is not None:

@@ -1,6 +1,7 @@
 """Record the scalars of a job: a JSONL file, and TensorBoard events."""
 
 import json
+import sys
 from pathlib import Path
 
 from sparselora_jax.runtime import processes
@@ -22,6 +23,10 @@ class Log:
             from tensorboardX import SummaryWriter
 
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            unreadable = sum(not _parse_record(line) for line in self._lines())
+            if unreadable:
+                note = f'note: {self.path}: damaged lines, which the curves of the report lack: {unreadable}'
+                print(note, file=sys.stderr)
             # If the disk was full, the last run may have ended in the middle of a line.
             if self.path.exists() and not self.path.read_bytes().endswith(b'\n'):
                 with self.path.open('a') as file:
@@ -53,15 +58,18 @@ class Log:
           stage: the stage of the job.
           name: the name of the scalar.
         """
-        # Undecodable bytes only spoil their own line.
-        lines = self.path.read_text(errors='replace').splitlines() if self.path.exists() else []
-        records = [_parse_record(line) for line in lines]
+        records = [_parse_record(line) for line in self._lines()]
         values = {
             record['step']: record[name]
             for record in records
             if record.get('stage') == stage and _is_number(record.get('step')) and _is_number(record.get(name))
         }
         return sorted(values.items())
+
+    def _lines(self) -> list[str]:
+        # Undecodable bytes only spoil their own line. An empty line ends one that was cut off.
+        lines = self.path.read_text(errors='replace').splitlines() if self.path.exists() else []
+        return [line for line in lines if line]
 
 
 def _parse_record(line: str) -> dict:

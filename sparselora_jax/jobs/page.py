@@ -336,6 +336,10 @@ def _curves(job: Job) -> str:
     axes.yaxis.set_minor_formatter('')
     axes.xaxis.get_major_locator().set_params(integer=True)  # no step 2.5
     axes.grid(alpha=0.3)
+    if not axes.lines:
+        # The log was deleted or damaged; `Log` says so.
+        axes.set_title('no records of the training', fontsize='small')
+        return _svg(figure)
     # Above the plot, where it hides no line.
     axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=len(LOSSES), fontsize='small', frameon=False)
     return _svg(figure)

@@ -20,7 +20,7 @@ GIB = 2**30
 # What lowers the memory of each stage.
 REMEDIES = {
     'load': 'use more devices (mesh.fsdp), or dtype bfloat16',
-    'prune': 'lower prune.samples or prune.chunk, or set stream',
+    'prune': 'lower prune.samples or prune.chunk; stream=True, if not set, keeps one block in memory',
     'round': 'lower prune.samples or prune.chunk',
     'restore': 'lower restore.batch, raise restore.accumulate, or set restore.remat',
     'merge and export': 'use more devices (mesh.fsdp), or dtype bfloat16',

@@ -6,6 +6,7 @@ hash of a JSON file covers the recipe of the run too, so a file of another run i
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,19 +28,24 @@ def owner_of(workdir: Path, config: ConfigDict) -> str:
 
     Args:
       workdir: the folder of the run. If the run has begun, its own recipe counts, whose paths may be written otherwise.
+        Of a path, its last part counts.
       config: the recipe. Fields that change no result do not count, nor do those that are None, as in a missing field.
 
     Raises:
       StorageError: the config in the workdir is damaged.
     """
     fields = {name: value for name, value in stored_fields(workdir, config).items() if name not in NO_RESULT}
-    return hashlib.sha256(json.dumps(_without_none(fields), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_comparable(fields), sort_keys=True).encode()).hexdigest()
 
 
-def _without_none(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {name: _without_none(part) for name, part in value.items() if part is not None}
+def _comparable(value: Any) -> Any:
+    """Return a value of a recipe without fields that are None and without the folders of its paths."""
+    if isinstance(value, dict):
+        return {name: _comparable(part) for name, part in value.items() if part is not None}
+    # A run may be moved together with its model and data. What these hold is compared by their digests.
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.basename(value)
+    return value
 
 
 def remedy(stage: str) -> str:

@@ -125,6 +125,8 @@ def can_be_scaled(stat: Statistic | None) -> bool:
 
 def name_of(stat: Statistic) -> str:
     """Return the name of a statistic for messages; a function's is its own name."""
+    if isinstance(stat, Mean):
+        return f'mean of {name_of(stat.stat)}'
     return getattr(stat, '__name__', repr(stat))
 
 

@@ -7,7 +7,9 @@ number of steps.
 The trained tree is LoRA or, for comparison, the pruned kernels themselves (masked full fine-tuning).
 """
 
+import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import jax
@@ -15,14 +17,26 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from sparselora_jax.restoration.losses import KD_TEMPERATURE, KD_WEIGHT, TopK, distillation_loss, token_weights
+from sparselora_jax.restoration.losses import (
+    KD_TEMPERATURE,
+    KD_WEIGHT,
+    KL_REDUCTIONS,
+    TopK,
+    distillation_loss,
+    token_weights,
+)
 from sparselora_jax.restoration.train import Step, make_step
+from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse.dense import unpack
 from sparselora_jax.sparse.packing import is_reduced, reduce_kernels
 from sparselora_jax.sparse.rules import flatten, unflatten, with_leaves
-from sparselora_jax.sparse.weights import bind, merge
+from sparselora_jax.sparse.weights import GRADIENTS, bind, merge
 
 TRAINED = ('lora', 'weights')
+
+
+class RestoreError(SparseloraError, ValueError):
+    """An option of an optimizer or a train step that has no meaning."""
 
 
 class Frozen(NamedTuple):
@@ -118,7 +132,16 @@ def paper_optimizer(
 
     Returns:
       An optax optimizer.
+
+    Raises:
+      RestoreError: a number is outside its range.
     """
+    _check_number('steps', steps, low=1, is_integer=True)
+    _check_number('warmup', warmup, low=0, is_integer=True)
+    for name, rate in (('peak', peak), ('start', start), ('end', end), ('weight_decay', weight_decay)):
+        _check_number(name, rate, low=0)
+    if clip is not None:
+        _check_number('clip', clip, low=0, excludes_low=True)
     # optax requires at least one step of decay after the warm-up.
     warmup_steps = min(warmup, max(steps - 1, 0))
     schedule = optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, steps, end)
@@ -157,10 +180,25 @@ def make_train_step(
       are `loss`, `ce`, `grad_norm`, and `kl` where there is a teacher.
 
     Raises:
-      ValueError: when the step is traced, if the params should be the teacher but are packed or quantised.
+      RestoreError: an option is unknown or outside its range; or, when the step is traced, the batch lacks `targets` or
+        `answer`, the params should be the teacher but are packed or quantised, or `accumulate` does not divide the
+        batch.
     """
+    _check_number('kd', kd, low=0, high=1)
+    _check_number('temperature', temperature, low=0, excludes_low=True)
+    _check_number('accumulate', accumulate, low=1, is_integer=True)
+    _check_number('parts', parts, low=1, is_integer=True)
+    _check_choice('kl_reduction', kl_reduction, KL_REDUCTIONS)
+    _check_choice('gradient', gradient, GRADIENTS)
+    _check_choice('trained', trained, TRAINED)
 
     def prepare(batch):
+        missing = [name for name in ('targets', 'answer') if name not in batch]
+        if missing:
+            raise RestoreError(f'the batch has no {missing[0]!r}: expected `targets` and `answer` of [batch, tokens]')
+        rows = batch['targets'].shape[0]
+        if rows % accumulate:
+            raise RestoreError(f'accumulate {accumulate} does not divide the batch of {rows}')
         # The weight of a token depends on how many answer tokens the whole batch has, so it is computed before the
         # batch is split into micro-batches.
         return batch | {'weights': token_weights(batch['answer'], kl_reduction=kl_reduction)}
@@ -187,17 +225,48 @@ def make_train_step(
     return make_step(loss, tx, accumulate=accumulate, prepare=prepare)
 
 
+def _check_number(
+    name: str,
+    value: object,
+    *,
+    low: int | float,
+    high: int | float = math.inf,
+    is_integer: bool = False,
+    excludes_low: bool = False,
+) -> None:
+    """Check that an option is a number of a range.
+
+    Raises:
+      RestoreError: it is not.
+    """
+    kind = Integral if is_integer else Real
+    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= value <= high or (excludes_low and value == low):
+        bound = f'above {low}' if excludes_low else f'from {low} to {high}' if high < math.inf else f'of at least {low}'
+        raise RestoreError(f'{name} {value!r}: expected {"an integer" if is_integer else "a number"} {bound}')
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check that an option is one of several words.
+
+    Raises:
+      RestoreError: it is not.
+    """
+    if value not in choices:
+        raise RestoreError(f'{name} {value!r}: expected one of {", ".join(choices)}')
+
+
 def _teacher_weights(frozen: Frozen) -> dict:
     """Return the params of the teacher.
 
     Raises:
-      ValueError: the teacher would be the params, but they no longer hold the dense weights.
+      RestoreError: the teacher would be the params, but they no longer hold the dense weights.
     """
     if frozen.teacher is not None:
         return frozen.teacher
     reduced = [path for path, leaf in flatten(frozen.params).items() if is_reduced(leaf)]
     if reduced:
-        raise ValueError(
+        raise RestoreError(
             f'{reduced[0]} is packed or quantised, so the params cannot be a dense teacher: '
             "give Frozen.teacher, or batch['teacher'], or kd=0"
         )

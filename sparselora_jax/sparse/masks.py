@@ -83,6 +83,8 @@ def keep_n_of_m(
       m: size of a group; must divide the number of inputs.
     """
     *layers, inputs, outputs = scores.shape
+    # NaN compares with nothing, so it would be kept or pruned beside the count: it counts as the lowest score.
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     groups = scores.reshape(*layers, inputs // m, m, outputs)
     # The rank of an entry is the number of entries pruned before it. For small m, m*m comparisons beat a sort.
     before = (
@@ -113,13 +115,17 @@ def mask_from_scores(
 
     Raises:
       PatternError: M does not divide the input axis, `num_zeros` with an N:M pattern, or it is no number of weights of
-        a group.
+        a group; or the group is unknown, or the scores have fewer than two axes.
 
     >>> scores = jnp.array([[1.0, 4.0], [2.0, 3.0], [3.0, 2.0], [4.0, 1.0]])
     >>> mask_from_scores(scores, '2:4').astype(int).tolist()
     [[0, 1], [0, 1], [1, 0], [1, 0]]
     """
     pattern = parse_pattern(pattern)
+    if np.ndim(scores) < 2:
+        raise PatternError(f'scores of shape {list(np.shape(scores))}: expected [*layers, inputs, outputs]')
+    if group not in ('output', 'matrix'):
+        raise PatternError(f"group {group!r}: expected 'output' or 'matrix'")
     *layers, inputs, outputs = scores.shape
     if pattern.structured:
         if num_zeros is not None:
@@ -129,11 +135,9 @@ def mask_from_scores(
     _check_num_zeros(num_zeros, inputs if group == 'output' else inputs * outputs)
     if group == 'output':
         return keep_largest(scores, pattern.zeros(inputs) if num_zeros is None else num_zeros, axis=-2)
-    if group == 'matrix':
-        # Ties are broken in the order of the stored kernel [in, out], row by row.
-        zeros = pattern.zeros(inputs * outputs) if num_zeros is None else num_zeros
-        return keep_largest(scores.reshape(*layers, inputs * outputs), zeros).reshape(scores.shape)
-    raise PatternError(f"group {group!r}: expected 'output' or 'matrix'")
+    # Ties are broken in the order of the stored kernel [in, out], row by row.
+    zeros = pattern.zeros(inputs * outputs) if num_zeros is None else num_zeros
+    return keep_largest(scores.reshape(*layers, inputs * outputs), zeros).reshape(scores.shape)
 
 
 def _check_num_zeros(num_zeros: object, size: int) -> None:
@@ -142,7 +146,8 @@ def _check_num_zeros(num_zeros: object, size: int) -> None:
         return
     values = np.asarray(num_zeros)
     if not np.issubdtype(values.dtype, np.integer) or (values.size and not 0 <= values.min() <= values.max() <= size):
-        raise PatternError(f'num_zeros {num_zeros!r}: expected integers from 0 to {size}, the weights of a group')
+        given = repr(num_zeros) if not values.shape else f'of {values.dtype} {list(values.shape)}'
+        raise PatternError(f'num_zeros {given}: expected integers from 0 to {size}, the weights of a group')
 
 
 def density(masks: dict) -> dict[str, float]:

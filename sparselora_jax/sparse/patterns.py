@@ -19,7 +19,7 @@ class Pattern:
     """A sparsity pattern: `dense`, an unstructured sparsity in (0, 1), or N:M.
 
     Attributes:
-      sparsity: the share of zeros; 0 for `dense`.
+      sparsity: the share of zeros; 0 for `dense`. That of N:M follows from N and M.
       n: number of kept weights in each group of `m` inputs; 0 unless N:M.
       m: size of a group along the input axis; 0 unless N:M.
     """
@@ -27,6 +27,25 @@ class Pattern:
     sparsity: float = 0.0
     n: int = 0
     m: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers, and set the sparsity of N:M.
+
+        Raises:
+          PatternError: they are no pattern.
+        """
+        if self.n or self.m:
+            is_integer = isinstance(self.n, int) and isinstance(self.m, int)
+            if not is_integer or not 0 < self.n < self.m:
+                raise PatternError(f"pattern '{self.n}:{self.m}': N:M needs 0 < N < M")
+            sparsity = 1 - self.n / self.m
+            if self.sparsity not in (0.0, sparsity):
+                raise PatternError(f"pattern '{self.n}:{self.m}' has the sparsity {sparsity:g}, not {self.sparsity!r}")
+            # The fields are frozen for everybody else.
+            object.__setattr__(self, 'sparsity', sparsity)
+        # NaN fails the comparison too. 1 is no pattern of a recipe, but the bound of an allocation.
+        elif not 0 <= self.sparsity <= 1:
+            raise PatternError(f'pattern {self.sparsity!r}: a sparsity must be in [0, 1)')
 
     @property
     def dense(self) -> bool:
@@ -89,9 +108,9 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
         return Pattern()
     if n_of_m := re.fullmatch(r'(\d+):(\d+)', text):
         n, m = map(int, n_of_m.groups())
-        if not 0 < n < m:
+        if not m:
             raise PatternError(f'pattern {text!r}: N:M needs 0 < N < M')
-        return Pattern(sparsity=1 - n / m, n=n, m=m)
+        return Pattern(n=n, m=m)
     # 'nan' parses as a float, but fails the range check below.
     try:
         sparsity = float(text)

@@ -5,6 +5,7 @@ and the merge call it, so a merged weight equals the trained one bit for bit.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -178,9 +179,16 @@ def init_lora(
         if spec is None:
             continue
         is_pair = isinstance(spec, tuple) and len(spec) == 2
-        if not is_pair or not isinstance(spec[0], Integral) or not isinstance(spec[1], Real):
+        if (
+            not is_pair
+            or isinstance(spec[0], bool)
+            or not isinstance(spec[0], Integral)
+            or not isinstance(spec[1], Real)
+        ):
             raise RuleError(f'{path}: LoRA {spec!r}: expected sl.LoraSpec(rank=8, alpha=16), or None for no factors')
         rank, alpha = spec
+        if not math.isfinite(alpha) or alpha <= 0:
+            raise RuleError(f'{path}: LoRA alpha {alpha!r}: expected a positive number')
         if rank < 1:
             raise RuleError(f'{path}: LoRA rank {rank} is below one; use None to leave a kernel alone')
         *layers, inputs, outputs = kernels_by_path[path].shape

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -273,3 +274,25 @@ def test_a_new_directory_does_not_mix_with_other_weights(random_params, tmp_path
     (tmp_path / 'model-00001-of-00002.safetensors').write_bytes(b'')
     with pytest.raises(sl.StorageError, match='holds other weights'):
         write_new(tmp_path, config, model, params)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_written(bad, saved, tmp_path):
+    model, params = load_model(saved('llama'))
+    path, kernel = next(iter(rules.kernels(params).items()))
+    wrong = rules.with_leaves(params, {path: kernel.at[0, 0].set(bad)})
+    with pytest.raises(sl.SparseloraError, match=path):
+        export_model(tmp_path / 'out', model, wrong)
+    assert not (tmp_path / 'out' / 'config.json').exists()
+
+
+WRONG_TEXTS = [{'../a.txt': 'x'}, {'/a.txt': 'x'}, {'config.json': 'x'}, {'model.safetensors': 'x'}, {'a.txt': 3}]
+
+
+@pytest.mark.parametrize('texts', WRONG_TEXTS, ids=str)
+def test_a_text_cannot_leave_the_folder_or_replace_a_file_of_the_model(texts, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+    model, params = load_model(saved('llama'))
+    with pytest.raises(sl.StorageError, match=r'^text '):
+        export_model(tmp_path / 'out', model, params, texts=texts)
+    assert not (tmp_path / 'out').exists()

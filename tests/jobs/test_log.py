@@ -29,3 +29,11 @@ def test_a_record_that_a_full_disk_cut_off_is_left_out(tmp_path):
         file.write('{"stage": "rest')
     Log(tmp_path).scalars('restore', 2, {'loss': 2.0})
     assert Log(tmp_path).curve('restore', 'loss') == [(1, 3.0), (2, 2.0)]
+
+
+def test_damaged_lines_are_counted_when_the_log_is_opened(tmp_path, capsys):
+    Log(tmp_path).scalars('restore', 1, {'loss': 3.0})
+    assert capsys.readouterr().err == ''
+    (tmp_path / 'log.jsonl').write_bytes(b'\xff\xfe\x00\n{"stage"\n')
+    assert Log(tmp_path).curve('restore', 'loss') == []
+    assert 'the curves of the report lack: 2' in capsys.readouterr().err

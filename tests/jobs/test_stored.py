@@ -145,3 +145,9 @@ def test_a_run_that_has_begun_owns_its_files_however_its_paths_are_written(tmp_p
     (tmp_path / 'link').symlink_to(tmp_path, target_is_directory=True)
     through_link = ConfigDict({'seed': 1, 'data': str(tmp_path / 'link' / 'photos')})
     assert owner_of(tmp_path, through_link) == owner
+
+
+def test_a_run_may_be_moved_together_with_its_model_and_data(tmp_path):
+    config = ConfigDict({'seed': 1, 'data': '/old/place/photos'})
+    assert owner_of(tmp_path, config) == owner_of(tmp_path, ConfigDict({'seed': 1, 'data': '/new/place/photos'}))
+    assert owner_of(tmp_path, config) != owner_of(tmp_path, ConfigDict({'seed': 1, 'data': '/old/place/others'}))

@@ -1,7 +1,10 @@
 """Contracts of the train step: it compiles once, leaves the base alone, restores, and merges exactly sparse."""
 
+import re
+
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -228,3 +231,48 @@ def test_paper_schedule():
     with jax.numpy_dtype_promotion('standard'):
         updates, _ = tx.update({'w': jnp.ones(3)}, tx.init(params), params)
     np.testing.assert_allclose(updates['w'], -1e-6 * (1 + 0.05), rtol=1e-3)
+
+
+WRONG_OPTIONS = [
+    ({'kd': 2.0}, 'kd 2.0: expected a number from 0 to 1'),
+    ({'kd': float('nan')}, 'kd nan: expected a number from 0 to 1'),
+    ({'temperature': 0}, 'temperature 0: expected a number above 0'),
+    ({'accumulate': 0}, 'accumulate 0: expected an integer of at least 1'),
+    ({'parts': 1.5}, 'parts 1.5: expected an integer of at least 1'),
+    ({'trained': 'x'}, "trained 'x': expected one of lora, weights"),
+    ({'kl_reduction': 'x'}, "kl_reduction 'x': expected one of token, sequence"),
+    ({'gradient': 'x'}, "gradient 'x': expected one of exact, straight_through, plain"),
+]
+
+
+@pytest.mark.parametrize(('options', 'message'), WRONG_OPTIONS, ids=lambda value: str(value)[:20])
+def test_options_of_a_step_that_have_no_meaning_are_refused(options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+    with pytest.raises(restore.RestoreError, match=re.escape(message)):
+        restore.make_train_step(forward, optax.sgd(0.1), **options)
+
+
+@pytest.mark.parametrize('name', ['peak', 'start', 'end', 'weight_decay', 'clip', 'warmup', 'steps'])
+@pytest.mark.parametrize('value', [-1, float('nan'), float('inf')])
+def test_options_of_the_optimizer_that_have_no_meaning_are_refused(name, value, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+    with pytest.raises(restore.RestoreError, match=f'{name} {value!r}: expected'):
+        restore.paper_optimizer(**({'steps': 10} | {name: value}))
+
+
+@pytest.mark.parametrize('name', ['targets', 'answer'])
+def test_a_batch_without_what_the_loss_needs_is_refused(name):
+    params, masks, lora, batch = setup()
+    tx = optax.sgd(0.1)
+    step = restore.make_train_step(forward, tx, kd=0.0)
+    del batch[name]
+    with pytest.raises(restore.RestoreError, match=f"the batch has no '{name}'"):
+        step(sl.init_state(lora, tx), sl.Frozen(params, masks), batch)
+
+
+def test_micro_batches_that_do_not_divide_the_batch_are_refused():
+    params, masks, lora, batch = setup()
+    tx = optax.sgd(0.1)
+    step = restore.make_train_step(forward, tx, kd=0.0, accumulate=3)
+    with pytest.raises(restore.RestoreError, match='accumulate 3 does not divide the batch of 4'):
+        step(sl.init_state(lora, tx), sl.Frozen(params, masks), batch)

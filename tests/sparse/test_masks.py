@@ -6,6 +6,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
+import sparselora_jax as sl
+from sparselora_jax import PatternError
 from sparselora_jax.sparse import masks as sparsity
 
 
@@ -105,3 +107,27 @@ def test_impossible_numbers_of_zeros_are_refused(num_zeros, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
     with pytest.raises(sparsity.PatternError, match='expected integers from 0 to 4'):
         sparsity.mask_from_scores(jnp.ones((4, 3)), 0.5, num_zeros=num_zeros)
+
+
+@pytest.mark.parametrize('pattern', ['2:4', 0.5])
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, -jnp.inf])
+def test_scores_that_are_not_finite_do_not_change_the_number_of_zeros(pattern, bad):
+    scores = jax.random.normal(jax.random.key(0), (8, 6))
+    for wrong in (scores.at[0, 0].set(bad), scores.at[:4, 1].set(bad), jnp.full_like(scores, bad)):
+        np.testing.assert_array_equal(jnp.sum(sl.mask_from_scores(wrong, pattern), axis=0), [4] * 6)
+
+
+def test_scores_need_two_axes_and_groups_a_known_name():
+    with pytest.raises(PatternError, match=r'scores of shape \[4\]: expected \[\*layers, inputs, outputs\]'):
+        sl.mask_from_scores(jnp.ones(4), '2:4')
+    for pattern in ('2:4', 0.5):
+        with pytest.raises(PatternError, match="group 'rows': expected 'output' or 'matrix'"):
+            sl.mask_from_scores(jnp.ones((4, 2)), pattern, group='rows')
+
+
+def test_a_pattern_is_checked_however_it_is_made():
+    assert sl.Pattern(n=2, m=4) == sl.parse_pattern('2:4')
+    wrong = [{'n': 3, 'm': 2}, {'n': 0, 'm': 4}, {'sparsity': 0.3, 'n': 2, 'm': 4}, {'sparsity': -1.0}]
+    for fields in [*wrong, {'sparsity': 2.0}, {'sparsity': float('nan')}]:
+        with pytest.raises(PatternError):
+            sl.Pattern(**fields)

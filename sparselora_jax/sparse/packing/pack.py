@@ -72,6 +72,9 @@ def reduce_kernels(params: dict, masks: dict, formats: Formats) -> tuple[dict, d
     masks_beside = {}
     for path, form in _formats_by_path(formats, flat_masks).items():
         mask = flat_masks[path]
+        if getattr(mask, 'dtype', None) != np.bool_:
+            kind = getattr(mask, 'dtype', type(mask).__name__)
+            raise PackingError(f'{path}: the mask is {kind}, expected an array of booleans: True where kept')
         if getattr(flat.get(path), 'shape', None) != mask.shape:
             raise PackingError(f'{path}: has a mask {mask.shape}, but no kernel of that shape')
         # Formats do not know paths, so the path is added to their errors here.
