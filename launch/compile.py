@@ -1,4 +1,4 @@
-"""Compile a recipe's programs for TPUs or GPUs that you do not have, and estimate memory, time and cost.
+r"""Compile a recipe's programs for TPUs or GPUs that you do not have, and estimate memory, time and cost.
 
 pip install -r requirements-tpu.txt  # or requirements-gpu.txt
 python launch/compile.py Salesforce/instructblip-vicuna-7b --topology=v5p:2x2x1 \

@@ -85,6 +85,8 @@ def choose_data() -> tuple[str, str]:
         return DATA.value, data_dir
     if flags.FLAGS.model is None:
         return 'easy_vqa', data_dir
+    if not Path(flags.FLAGS.model).exists() and flags.FLAGS.model.count('/') != 1:
+        raise StorageError(f'--model={flags.FLAGS.model}: no such directory')
     # A run writes its models into folders of its workdir.
     file = Path(flags.FLAGS.model).absolute().parent / CONFIG_FILE
     if not file.is_file():

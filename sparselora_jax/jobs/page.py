@@ -147,7 +147,7 @@ def _verdict(report: dict) -> str:
         return f'{sentence} The restored model is better than the dense one.'
     if high < 0:
         return f'{sentence} The restored model is still worse than the dense one.'
-    return f'{sentence} The restored and the dense model cannot be told apart.'
+    return f'{sentence} These questions are too few, or the models too alike, to say which of the two is better.'
 
 
 def _score_cards(report: dict) -> list[Card]:
