@@ -440,7 +440,7 @@ def test_lines_go_through_the_table_in_order(tmp_path):
 
 # The sweeps of the paper.
 
-SWEEPS = {'modality': 15, 'split': 16, 'restore': 15, 'methods': 23, 'rank': 12, 'steps': 10, 'base': 10}
+SWEEPS = {'modality': 15, 'split': 16, 'restore': 15, 'methods': 26, 'rank': 12, 'steps': 10, 'base': 10}
 
 
 @pytest.mark.parametrize('name', SWEEPS)
