@@ -464,6 +464,7 @@ def kernel_paths(params: PyTree) -> set[str]:
       params: any tree.
     """
     matrices = {path for path, leaf in rules.leaves_by_path(params).items() if getattr(leaf, 'ndim', 0) >= 2}
+    # In such a tree, embeddings and tables of positions have other names, and nobody means to prune them.
     named = {path for path in matrices if rules.named_kernel(path)}
     return named or matrices
 
@@ -477,6 +478,7 @@ def check_found(program: tracing.Program) -> None:
     Raises:
       CalibrationError: it does not; names the kernel and the operation that lost it.
     """
+    # A matrix under another name may be no kernel at all, but some leaf must be one.
     lost = {path: reason for path, reason in program.lost.items() if rules.named_kernel(path) or not program.axes}
     for path, reason in lost.items():
         raise CalibrationError(f'{path}: no product of the forward reads it: {reason}')

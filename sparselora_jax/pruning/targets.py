@@ -45,6 +45,7 @@ def kernels_of(params: PyTree, axes: Mapping[str, KernelAxes] | None = None) -> 
     if not axes:
         return kernels(params)
     leaves = paths_of(params)
+    # Kernels without statistics count too: a rule that prunes one must not be passed over.
     return {path: leaf for path, leaf in leaves.items() if path in axes or is_kernel(path, leaf)}
 
 

@@ -70,6 +70,7 @@ class KernelAxes:
           matrix: `[*layers, inputs, outputs]`.
           shape: shape of the kernel.
         """
+        # Undo the steps of `to_matrix` in the opposite order.
         ordered = matrix.reshape([shape[axis] for axis in self.order])
         inverse = sorted(range(len(shape)), key=self.order.__getitem__)
         return jnp.transpose(ordered, inverse)

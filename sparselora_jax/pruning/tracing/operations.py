@@ -93,6 +93,7 @@ def _elementwise(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[O
         raise UnfollowedError('it combines several parts of one leaf')
     if any(operand.varies for operand in operands):
         raise UnfollowedError('it combines the leaf with values that depend on the batch')
+    # JAX broadcasts explicitly, except for scalars, which have no axes to follow.
     whole = [index for index, operand in enumerate(operands) if operand.origin and shape_of(equation, index) == shape]
     if not whole:
         raise UnfollowedError('it broadcasts the leaf')
@@ -121,6 +122,7 @@ def _slice(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin 
     starts = equation.params['start_indices']
     ends = equation.params['limit_indices']
     strides = equation.params['strides'] or [1] * len(starts)
+    # A `Part` could hold a stride, but then one part of an axis would be an input and the rest would not.
     if any(stride != 1 for stride in strides):
         raise UnfollowedError('it leaves out indices in between')
     sizes = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -137,6 +139,7 @@ def _dynamic_slice(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list
 def _sliced(origin: Origin | None, shape: Sequence[int], starts: Sequence[Any], sizes: Sequence[int]) -> Origin | None:
     """Return the origin of a slice; a start may be traced where a single index is taken."""
     for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        # Along an axis that is taken whole, JAX clamps the start to 0, whatever it is.
         if origin is None or size == shape[axis]:
             continue
         if size == 1:

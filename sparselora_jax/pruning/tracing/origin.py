@@ -92,6 +92,7 @@ class Origin:
         rest = self.axes[:axis] + self.axes[axis + 1 :]
         if not parts:
             return replace(self, axes=rest)
+        # An index of a part alone fixes no index of the leaf's axis.
         if len(parts) > 1 or parts[0].stride != 1:
             return None
         (part,) = parts
@@ -106,6 +107,7 @@ class Origin:
           dimensions: axes of the value.
         """
         origin = self
+        # From the last axis on, so that the numbers of the earlier ones stay.
         for axis in sorted((axis % len(self.axes) for axis in dimensions), reverse=True):
             origin = origin and origin.pin(axis, 0)
         return origin
@@ -172,6 +174,7 @@ class Origin:
         Returns:
           The origin; None if an axis of the result mixes parts of axes, or a broadcast axis with a real one.
         """
+        # The elements of all axes in order, as factors that the new axes take from the front, whole or in part.
         factors = []
         for parts, size in zip(self.axes, old_shape, strict=True):
             # A broadcast axis is a factor without a part.
@@ -192,6 +195,7 @@ class Origin:
                     of_axis.append(factor)
                     missing //= factor_size
                     continue
+                # The new axis would end within a factor that cannot be split there.
                 if factor_size % missing:
                     return None
                 major, minor = _split(factor, missing)
@@ -233,6 +237,7 @@ def _joined(factors: Sequence[Part | int]) -> tuple[Part, ...] | None:
         if isinstance(factor, int):
             continue
         last = parts[-1] if parts else None
+        # Two parts that a reshape split before, side by side again.
         if last and last.axis == factor.axis and last.stride == factor.stride * factor.size:
             parts[-1] = Part(factor.axis, last.start + factor.start, factor.stride, last.size * factor.size)
         else:

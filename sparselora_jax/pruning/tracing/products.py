@@ -78,6 +78,7 @@ class Product:
 
     def layer_indices(self) -> Int[Array, ' at_once']:
         """Return the numbers of the layers that the product reads; layers are numbered over all their axes."""
+        # Layers are numbered like the elements of an array of all layer axes.
         indices = jnp.zeros(1, jnp.int32)
         pins = dict(self.origin.pins)
         for axis in self.axes.layers:
@@ -107,6 +108,7 @@ def find_product(equation: core.JaxprEqn, operands: Sequence[Operand]) -> Produc
       UnfollowedError: both operands are leaves, or the axes of the leaf have no clear roles.
     """
     followed = [index for index, operand in enumerate(operands[:2]) if operand.origin is not None]
+    # Of two weights neither is the input of the other: their product is a weight itself.
     if len(followed) != 1:
         raise UnfollowedError('two leaves are multiplied with each other, or a leaf says where groups begin')
     return PRODUCTS[equation.primitive.name](equation, operands, followed[0])
@@ -163,6 +165,7 @@ def _conv_general_dilated(equation: core.JaxprEqn, operands: Sequence[Operand], 
             precision=jax.lax.Precision.HIGHEST,  # the patches are copies of the image
         )
 
+    # A convolution is a product of its kernel with the patches of the image.
     image = operands[0].value
     image_shape = jax.ShapeDtypeStruct(shape_of(equation, 0), equation.invars[0].aval.dtype)
     patches_shape = jax.eval_shape(patches, image_shape).shape
@@ -251,6 +254,7 @@ def _roles(origin: Origin, layers: Sequence[Sequence[Part]], inputs: Sequence[Se
         raise UnfollowedError('no axis of the leaf is contracted')
     if any(not parts for parts in inputs):
         raise UnfollowedError('the leaf was broadcast along a contracted axis')
+    # What a slice left out of the outputs does not matter: each output has the same input.
     output_axes = set(range(len(origin.shape))) - {part.axis for part in (*layer_parts, *input_parts)}
     pinned = {pin.axis for pin in origin.pins}
     # Parts of an axis that are not contracted would be outputs: the axis would have two roles.

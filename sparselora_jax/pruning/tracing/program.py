@@ -83,6 +83,7 @@ def trace(
         # The program needs results to be a program; what is no array cannot be one of them.
         return [result for result in jax.tree.leaves(forward(*whole)) if is_array(result)]
 
+    # Shapes are enough: within `jit`, the arrays are tracers of the outer program.
     jaxpr = jax.make_jaxpr(run)(_arrays((params, batch)))
     origins = [
         Origin.of_leaf(path, leaf.shape) if is_kernel(path) else None
@@ -117,6 +118,7 @@ def _analysis(program: Program) -> dict[str, dict]:
         of_kernel = products.get(origin.path, [])
         if not of_kernel:
             lost[origin.path] = walk.lost.get(origin.path, 'the forward never multiplies with it')
+        # One statistic cannot serve a matrix and its transpose.
         elif len({product.axes for product in of_kernel}) > 1:
             lost[origin.path] = 'products contract different axes of it'
         else:
@@ -240,6 +242,7 @@ class Walk:
           after: arguments after the carry.
         """
         known = [Operand(None, operand.origin, operand.varies) for operand in carry]
+        # Each round can only lose origins, so this ends.
         while True:
             results = self._analyse(program, [*before, *known, *after])[: len(known)]
             weaker = [
@@ -265,6 +268,7 @@ class Walk:
                 reason = 'its layers are no axis of the leaf'
                 self.lost.setdefault(operand.origin.path, f'scan ({self._line_of(equation)}): {reason}')
         known = self._invariant(body, consts, carry, slices)
+        # The stacked results have no origin, but what varies in them is needed.
         results = self._analyse(body, [*consts, *known, *slices])
         if not self.has_values:
             self.run(body, [*_without_values(consts), *known, *slices])
@@ -335,6 +339,7 @@ class Walk:
                 self.run(branch, arguments)
             return known
 
+        # Operands are captured and not passed, so that they keep their origins.
         def runner(branch):
             return lambda: [operand.value for operand in self._run_body(branch, arguments)]
 
