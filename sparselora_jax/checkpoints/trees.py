@@ -72,7 +72,22 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
             save_file(arrays, partial, metadata=header)
+            _sort_metadata(partial)
     processes.wait(path.name)  # otherwise another process could look for the file too early
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the strings of a header, which safetensors writes in random order: equal trees give equal files."""
+    with path.open('r+b') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(size))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        data = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+        # The arrays begin at a fixed place, and the format allows spaces before them.
+        if len(data) > size:
+            raise StorageError(f'{path}: the header takes {len(data)} bytes, and safetensors wrote {size}')
+        file.seek(8)
+        file.write(data.ljust(size))
 
 
 def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:

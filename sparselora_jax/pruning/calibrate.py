@@ -333,7 +333,7 @@ class _Rest(NamedTuple):
 _ARRAY = object()  # stands where an array was taken out
 
 
-def _split_off_arrays(params: PyTree) -> tuple[list[Array], _Rest]:
+def _split_off_arrays(params: PyTree) -> tuple[list[Array | np.ndarray], _Rest]:
     leaves, structure = jax.tree.flatten(params)
     arrays = [leaf for leaf in leaves if tracing.is_array(leaf)]
     rest = _Rest(structure, tuple(_ARRAY if tracing.is_array(leaf) else leaf for leaf in leaves))

@@ -79,3 +79,11 @@ def test_where_there_is_no_room_the_old_file_stays(tmp_path):
     assert sl.load_safetensors(tree)[0]['a'].shape == (3,)
     assert text.read_text() == 'old'
     assert sorted(path.name for path in tmp_path.iterdir()) == ['text.json', 'w.safetensors']
+
+
+def test_equal_trees_give_equal_files(tmp_path):
+    metadata = {f'note {index}': 'ü' * index for index in range(6)}
+    for name in 'abcd':
+        trees.save_safetensors(tmp_path / name, {'w': jnp.ones((3, 2))}, metadata=metadata)
+    assert len({(tmp_path / name).read_bytes() for name in 'abcd'}) == 1
+    assert trees.load_safetensors(tmp_path / 'a')[1] == metadata

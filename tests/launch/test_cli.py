@@ -423,7 +423,7 @@ def test_a_model_is_scored_on_the_data_of_its_run_or_on_data_that_are_named(refu
     model.mkdir(parents=True)
     assert 'its data are not known; add --data=FOLDER' in refused('evaluate.py', f'--model={model}')
     (tmp_path / 'run/config.json').write_text('[]')
-    assert 'config.json: not the config of a run; add --data=' in refused('evaluate.py', f'--model={model}')
+    assert 'config.json: not a JSON object; add --data=' in refused('evaluate.py', f'--model={model}')
 
 
 def test_memory_that_runs_out_is_one_line(refused, tiny_model, monkeypatch):

@@ -229,7 +229,7 @@ def test_a_directorys_own_files_say_whether_the_head_is_tied(script, tmp_path):
         ([], 'expected a model: python launch/inspect.py MODEL'),
         (
             ['google/paligemma-3b-pt-224', '--config=configs/blip2_both.py'],
-            'use one of this family, such as configs/paligemma_lang_only.py',
+            'use a recipe of the same family, such as configs/paligemma_lang_only.py',
         ),
         (
             ['google/paligemma-3b-pt-224', '--config.restore.batch=2'],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sparselora_jax import pruning
+from sparselora_jax.pruning.calibrate import InputStatistic
 from sparselora_jax.sparse.masks import violations
 from sparselora_jax.sparse.patterns import PatternError, parse_pattern
 
@@ -193,7 +194,7 @@ def test_fewer_samples_than_inputs_are_enough():
 def test_a_hessian_that_cannot_be_factored_is_reported(pattern):
     hessian = jnp.eye(8) - 5 * jnp.ones((8, 8)) * (1 - jnp.eye(8))  # no sum of squares
     params = {'q': {'kernel': jnp.ones((8, 4))}}
-    stats = {'q/kernel': (hessian, jnp.int32(8))}
+    stats = {'q/kernel': InputStatistic(hessian, jnp.int32(8))}
     with pytest.raises(pruning.calibrate.CalibrationError, match=r'^q/kernel: pruned weights are not finite \(ADMM\)'):
         pruning.prune_tree(params, stats, [('.*', pattern)], method=pruning.ADMM())
 

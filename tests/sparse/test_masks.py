@@ -117,7 +117,8 @@ def test_scores_that_are_not_finite_do_not_change_the_number_of_zeros(pattern, b
         np.testing.assert_array_equal(jnp.sum(sl.mask_from_scores(wrong, pattern), axis=0), [4] * 6)
 
 
-def test_scores_need_two_axes_and_groups_a_known_name():
+def test_scores_need_two_axes_and_groups_a_known_name(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
     with pytest.raises(PatternError, match=r'scores of shape \[4\]: expected \[\*layers, inputs, outputs\]'):
         sl.mask_from_scores(jnp.ones(4), '2:4')
     for pattern in ('2:4', 0.5):
