@@ -268,11 +268,11 @@ class Walk:
                 reason = 'its layers are no axis of the leaf'
                 self.lost.setdefault(operand.origin.path, f'scan ({self._line_of(equation)}): {reason}')
         known = self._invariant(body, consts, carry, slices)
+        if not self.has_values:
+            results = self.run(body, [*consts, *known, *slices])
+            return [*known, *[Operand(None, None, result.varies) for result in results[num_carry:]]]
         # The stacked results have no origin, but what varies in them is needed.
         results = self._analyse(body, [*consts, *known, *slices])
-        if not self.has_values:
-            self.run(body, [*_without_values(consts), *known, *slices])
-            return [*known, *[Operand(None, None, result.varies) for result in results[num_carry:]]]
 
         def run_layer(state, values):
             index, carry_values = state
@@ -308,15 +308,14 @@ class Walk:
         body = params['body_jaxpr']
         known = self._invariant(body, body_consts, carry, [])
         if not self.has_values:
-            self.run(body, [*_without_values(body_consts), *known])
+            self.run(body, [*body_consts, *known])
             return known
 
         def run_condition(values):
-            # Its products decide only when to stop.
-            silent = Walk(lambda product: None, has_values=True)
-            plain = [Operand(value, None, True) for value in values]
-            (result,) = silent.run(params['cond_jaxpr'], [*[_plain(operand) for operand in cond_consts], *plain])
-            return result.value
+            # Its products decide only when to stop, so nothing is followed there.
+            constants = [operand.value for operand in cond_consts]
+            (goes_on,) = core.jaxpr_as_fun(params['cond_jaxpr'])(*constants, *values)
+            return goes_on
 
         def run_round(values):
             inner = [operand._replace(value=value) for operand, value in zip(known, values, strict=True)]
@@ -352,10 +351,6 @@ _CONTROL_FLOW = {'scan': Walk._scan, 'while': Walk._while, 'cond': Walk._cond}
 
 def _closed(program: core.ClosedJaxpr | core.Jaxpr) -> core.ClosedJaxpr:
     return program if isinstance(program, core.ClosedJaxpr) else core.ClosedJaxpr(program, ())
-
-
-def _plain(operand: Operand) -> Operand:
-    return operand._replace(origin=None)
 
 
 def _without_values(operands: Sequence[Operand]) -> list[Operand]:
