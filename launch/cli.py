@@ -424,10 +424,9 @@ def run(main: Callable[[list[str]], None], positional: str = '') -> NoReturn:
         first_line = str(error).splitlines()[0] if str(error) else 'MemoryError'
         _fail(OutOfMemoryError(f'out of memory ({first_line}); use smaller batches, fewer samples or fewer beams'))
     except KeyboardInterrupt:
-        has_stages = 'workdir' in flags.FLAGS
-        _fail(
-            Interrupted('finished stages are kept; run the same command to continue' if has_stages else 'by a signal')
-        )
+        leaves_stages = 'workdir' in flags.FLAGS and not ('dry_run' in flags.FLAGS and flags.FLAGS['dry_run'].value)
+        kept = 'finished stages are kept; run the same command to continue'
+        _fail(Interrupted(kept if leaves_stages else 'by a signal'))
     sys.exit(0)
 
 

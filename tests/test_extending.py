@@ -126,11 +126,13 @@ def read(job, name):
     return json.loads((job.workdir / f'{name}.json').read_text())
 
 
+@pytest.mark.slow
 def test_the_family_reads_the_model_and_the_loader_the_data(job, my_parts):
     assert job.model.family is my_parts.UNIT_LLAVA
     assert set(read(job, 'evaluate_dense')['true']) <= set(my_parts.COLOURS)
 
 
+@pytest.mark.slow
 def test_edits_of_kept_weights_reach_the_pruned_model(job):
     dense = rules.flatten(job.params)
     pruned = rules.flatten(job.pruned())
@@ -145,6 +147,7 @@ def test_edits_of_kept_weights_reach_the_pruned_model(job):
         np.testing.assert_allclose(np.linalg.norm(kernel, axis=-2), np.where(is_pruned_whole, 0, norms), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_late_layers_are_sparser_and_the_sum_is_that_of_uniform_pruning(job):
     for mask in rules.flatten(job.masks).values():
         kept = np.asarray(mask).mean(axis=(1, 2))
@@ -154,12 +157,14 @@ def test_late_layers_are_sparser_and_the_sum_is_that_of_uniform_pruning(job):
     assert 2 * sum(int(np.sum(mask)) for mask in masks) == sum(mask.size for mask in masks)
 
 
+@pytest.mark.slow
 def test_the_export_is_sparse_and_read_by_the_same_family(job, my_parts):
     model, params = sl.load_model(job.workdir / 'exported', family=PARTS['family'])
     assert model.family is my_parts.UNIT_LLAVA
     sl.check_sparse(params, job.masks)
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_metric(job):
     assert read(job, 'report')['metric'] == 'first letter right'
     assert 'First letter right' in (job.workdir / 'report.html').read_text()

@@ -84,14 +84,17 @@ def unused(files: Iterable[Path], requirements: Iterable[str]) -> set[str]:
     return declared(requirements) - used
 
 
+@pytest.mark.slow
 def test_the_library_imports_only_plain_requirements():
     assert not undeclared(library_files(), PLAIN), 'declare these as dependencies, or move the code to a train module'
 
 
+@pytest.mark.slow
 def test_recipes_import_only_plain_and_train_requirements():
     assert not undeclared(train_files(), PLAIN + EXTRAS['train']), 'add these to the extra `train`'
 
 
+@pytest.mark.slow
 def test_every_requirement_is_imported_or_says_why_it_is_not():
     not_imported = unused(library_files(), PLAIN) | unused(train_files(), EXTRAS['train'])
     assert not_imported == NOT_IMPORTED.keys()

@@ -16,6 +16,7 @@ from sparselora_jax.runtime.errors import SparseloraError
 params = {'q': {'kernel': jnp.ones((8, 4))}}
 every = [('.*', '2:4')]
 masks = {'q': {'kernel': jnp.ones((8, 4), bool)}}
+_, pruned = sl.prune_tree(params, None, every, method=sl.Magnitude())
 lora = sl.init_lora(jax.random.key(0), params, [('.*', (2, 4))])
 calls = {
     'method name': lambda: sl.prune_tree(params, None, every, method='wanda'),
@@ -57,6 +58,19 @@ calls = {
     'load none': lambda: sl.load_model(None),
     'save text': lambda: sl.save_safetensors('never.safetensors', {'a': 'text'}),
     'save list': lambda: sl.save_safetensors('never.safetensors', [jnp.ones(2)]),
+    'bound twice': lambda: sl.bind(sl.bind(params, masks, lora), masks, lora),
+    'factors array': lambda: sl.effective_weight(jnp.ones((8, 4)), None, jnp.ones((8, 4))),
+    'effective mask shape': lambda: sl.effective_weight(jnp.ones((8, 4)), jnp.ones((4, 4), bool)),
+    'load mesh': lambda: sl.load_model('embedded', mesh='x'),
+    'kernel none': lambda: sl.prune_tree({'q': {'kernel': None}}, None, every, method=sl.Magnitude()),
+    'format none': lambda: sl.pack(params, masks, [('.*', None)]),
+    'collect forward of one': lambda: sl.collect(lambda w: w, params, [jnp.ones((2, 8))]),
+    'prune forward of one': lambda: sl.prune(lambda w: w, params, [{'x': jnp.ones(3)}], every, method=sl.Wanda()),
+    'collect select': lambda: sl.collect(lambda w, b: b, params, [jnp.ones((2, 8))], select='q'),
+    'merge dtype': lambda: sl.merge(params, masks, lora, dtype='int8'),
+    'unpack dtype': lambda: sl.unpack(params, dtype='int8'),
+    'dtype name': lambda: sl.merge(params, masks, lora, dtype='half precision'),
+    'pack inf': lambda: sl.pack({'q': {'kernel': jnp.full((8, 4), jnp.inf)}}, pruned, 'packed24_int4'),
     'gradient': lambda: sl.bind(params, masks, lora, gradient='none'),
 }
 said = {}
@@ -79,7 +93,7 @@ SAID = {
     'rules text': 'expected a list of pairs',
     'lora number': 'expected sl.LoraSpec(rank=8, alpha=16)',
     'masks as lora': 'expected the tree of sl.init_lora',
-    'forward model': 'expected a function of (params, batch), such as model.hidden',
+    'forward model': 'expected a function of (params, batch, run), such as model.hidden',
     'one batch': 'expected a list of batches, such as [batch]',
     'generate tuple': 'expected model, params = sl.load_model(...)',
 }

@@ -20,6 +20,7 @@ from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import sharding
+from sparselora_jax.sparse.dense import check_floating
 
 # Files of a hub repository to download: models, tokenizers and processors, but no pickles (*.bin).
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
@@ -50,12 +51,14 @@ def load_model(
       StorageError, PackingError: files are missing, damaged, pickled, or do not fit their config.
       UnsupportedModelError: the kind of model, or a field of its config, is not supported; or a T5 is in float16.
       AssetError: the package of the embedded model's language model is not installed.
+      MeshError: `mesh` is no mesh.
     """
+    sharding.check_mesh(mesh)
+    check_floating(dtype, UnsupportedModelError)
     if dir_or_hub_id == embedded.NAME:
         _refuse_family(family)
         model, params = embedded.load(dtype=jnp.float32 if dtype is None else dtype)
         return model, params if mesh is None else sharding.shard(params, mesh)
-    _check_dtype(dtype)
     folder = find_directory(dir_or_hub_id)
     if (folder / packed.FILE).is_file():
         checkpoint_files.refuse_adapter(folder)  # the other branch does so where it opens the files
@@ -67,22 +70,6 @@ def load_model(
         return packed.load_packed(folder, model, dtype=dtype)
     model, pieces = open_model(folder, family)
     return model, streaming.read_params(model.shapes(), pieces, dtype, mesh)
-
-
-def _check_dtype(dtype: DTypeLike | None) -> None:
-    """Check that weights can have a dtype.
-
-    Raises:
-      UnsupportedModelError: it is no floating-point dtype.
-    """
-    if dtype is None:
-        return
-    try:
-        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:  # not a dtype at all
-        is_float = False
-    if not is_float:
-        raise UnsupportedModelError(f'dtype {dtype!r}: expected a floating-point dtype such as float32 or bfloat16')
 
 
 def load_processor(dir_or_hub_id: str | Path, *, family: str = '') -> processing.Processor:

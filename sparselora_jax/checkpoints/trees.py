@@ -210,7 +210,7 @@ def _checksums(arrays: Mapping[str, Any], header: Mapping[str, str]) -> dict[str
 def _checksum(array: Any) -> int:
     """Return the checksum of an array: of its dtype, its shape and its bytes.
 
-    A CRC of all bytes would take a third of the time of loading. So the array is cut into rows of 64-bit words, and the
+    A CRC of all bytes would take a sixth of the time of loading. So the array is cut into rows of 64-bit words, and the
     rows are summed, at the speed of memory; the CRC is that of the sums. A flipped bit always changes a sum, and damage
     within one row too.
     """

@@ -40,8 +40,10 @@ class Metric(Protocol):
 class ExactMatch:
     """Score 1 if the whole answers are equal, ignoring case.
 
-    >>> ExactMatch()('Yes', 'yes'), ExactMatch()('circles', 'circle')
-    (1.0, 0.0)
+    Punctuation counts: answer texts that end with a full stop need answers that do so too.
+
+    >>> ExactMatch()('Yes', 'yes'), ExactMatch()('circles', 'circle'), ExactMatch()('yes.', 'yes')
+    (1.0, 0.0, 0.0)
     """
 
     title: str = 'accuracy'

@@ -6,6 +6,7 @@ correctly under jit and scan.
 """
 
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -484,19 +485,26 @@ def check_found(program: tracing.Program) -> None:
         raise CalibrationError(f'{path}: no product of the forward reads it: {reason}')
 
 
-def check_forward(forward: object) -> None:
+def check_forward(forward: object, *arguments: str) -> None:
     """Check that an object is a function that runs a model.
 
     Args:
       forward: what a user gave as a forward.
+      *arguments: names of what it is called with, in order.
 
     Raises:
-      CalibrationError: it cannot be called.
+      CalibrationError: it cannot be called so.
     """
+    expected = f'expected a function of ({", ".join(arguments)}), such as model.hidden'
     if not callable(forward):
-        raise CalibrationError(
-            f'forward is a {type(forward).__name__}: expected a function of (params, batch), such as model.hidden'
-        )
+        raise CalibrationError(f'forward is a {type(forward).__name__}: {expected}')
+    try:
+        inspect.signature(forward).bind(*arguments)
+    except TypeError as error:
+        raise CalibrationError(f'forward: {error}: {expected}') from None
+    except ValueError:
+        # Some functions that are not written in Python have no signature; calling them will tell.
+        return
 
 
 def check_batches(batches: object) -> None:
@@ -550,7 +558,9 @@ def collect(
     >>> stats['q/kernel'].total.tolist(), int(stats['q/kernel'].tokens)
     ([10.0, 20.0], 2)
     """
-    check_forward(forward)
+    check_forward(forward, 'params', 'batch')
+    if not callable(select):
+        raise CalibrationError(f'select is a {type(select).__name__}: expected a function from a path to True or False')
     check_batches(batches)
 
     def valid_rows(path, batch):

@@ -261,7 +261,7 @@ def prune(
       MethodError: see `prune_tree`.
       ReconstructError: `reconstruct` is no `Reconstruct`, or its batch does not fit the chunks.
     """
-    calibrate.check_forward(forward)
+    calibrate.check_forward(forward, 'params', 'batch', 'run')
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
     parts = sharding.row_parts(mesh)

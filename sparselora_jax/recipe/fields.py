@@ -467,7 +467,12 @@ FIELDS = (
     # Evaluation on the test questions. The paper uses 5 beams, and length penalty -1 (short answers) or 1 (captions).
     Field('evaluate.questions', 1000, COUNT, 'Number of test questions; easy-VQA has 9,673.'),
     Field('evaluate.batch', 50, COUNT, 'Number of questions per batch.'),
-    Field('evaluate.metric', 'exact_match', one_of(list(METRICS), others=THIRD_PARTY), 'Metric of an answer.'),
+    Field(
+        'evaluate.metric',
+        'exact_match',
+        one_of(list(METRICS), others=THIRD_PARTY),
+        'Metric of an answer; exact_match ignores case, not punctuation.',
+    ),
     Field('evaluate.num_beams', 1, COUNT, 'Number of beams; 1 is greedy decoding.'),
     Field('evaluate.max_new_tokens', 4, COUNT, 'Maximum number of tokens in an answer.'),
     Field('evaluate.min_length', 0, whole_number(0), 'Minimum number of tokens, including those of the prompt.'),

@@ -61,6 +61,9 @@ class Registry(Generic[Part]):
         Raises:
           UnknownNameError: the name is not registered (the message suggests the nearest one), or the import fails.
         """
+        if not isinstance(name, str):
+            known = ', '.join(self._parts)
+            raise UnknownNameError(f'{self.kind} is a {type(name).__name__}: expected a name, one of {known}')
         if name in self._parts:
             return self._parts[name]
         module, colon, attribute = name.partition(':')

@@ -2,15 +2,17 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import qwix
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Num
 
+from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse.kernels.dense24 import dense24
 from sparselora_jax.sparse.packing import Packed24, PackedMask, is_packed, is_reduced, unpack_mask
 from sparselora_jax.sparse.packing.quantised import dequantise
-from sparselora_jax.sparse.rules import flatten, unflatten
+from sparselora_jax.sparse.rules import RuleError, flatten, unflatten
 
 
 def unpack(params: dict, dtype: DTypeLike | None = None) -> dict:
@@ -19,10 +21,34 @@ def unpack(params: dict, dtype: DTypeLike | None = None) -> dict:
     Args:
       params: the params tree.
       dtype: dtype of the plain kernels; default: the dtype before packing (for four bits, the dtype of the scales).
+
+    Raises:
+      RuleError: `dtype` holds no fractions.
     """
+    check_floating(dtype, RuleError)
     flat = flatten(params)
     plain = {path: dense_kernel(leaf, dtype) for path, leaf in flat.items() if is_reduced(leaf)}
     return unflatten(flat | plain)
+
+
+def check_floating(dtype: DTypeLike | None, error_type: type[SparseloraError]) -> None:
+    """Check that a dtype can hold weights.
+
+    Args:
+      dtype: the dtype of weights; None: that which they have.
+      error_type: type of the error to raise.
+
+    Raises:
+      SparseloraError: of that type: it holds no fractions, so that most weights would become 0.
+    """
+    if dtype is None:
+        return
+    try:
+        is_floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # not a dtype at all
+        is_floating = False
+    if not is_floating:
+        raise error_type(f'dtype {dtype!r}: expected a floating-point dtype such as float32 or bfloat16')
 
 
 @functools.singledispatch

@@ -162,7 +162,7 @@ def density(masks: dict) -> dict[str, float]:
     flat = flatten(masks)
     counts = {path: int(jnp.count_nonzero(mask)) for path, mask in flat.items()}
     size = sum(mask.size for mask in flat.values())
-    densities = {path: counts[path] / mask.size for path, mask in flat.items()}
+    densities = {path: counts[path] / mask.size if mask.size else 1.0 for path, mask in flat.items()}
     return densities | {'total': sum(counts.values()) / size if size else 1.0}
 
 

@@ -56,6 +56,19 @@ class MeshError(SparseloraError, ValueError):
     """A mesh that the devices cannot form."""
 
 
+def check_mesh(mesh: object) -> None:
+    """Check that an object is a mesh.
+
+    Args:
+      mesh: what a user gave as a mesh; None: none.
+
+    Raises:
+      MeshError: it is something else.
+    """
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise MeshError(f'mesh is a {type(mesh).__name__}: expected a mesh, such as that of sharding.make_mesh(data=2)')
+
+
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh with these axis sizes.
 

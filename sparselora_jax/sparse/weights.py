@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from qwix import QArray
 
 from sparselora_jax.runtime.errors import SparseloraError
-from sparselora_jax.sparse.dense import dense_kernel, dense_mask
+from sparselora_jax.sparse.dense import check_floating, dense_kernel, dense_mask
 from sparselora_jax.sparse.packing import PackedKernel, PackedMask
 from sparselora_jax.sparse.rules import (
     RuleError,
@@ -127,10 +127,14 @@ def effective_weight(
       lora: the low-rank update; None: no update.
       dtype: dtype of the result; default: the kernel's dtype.
 
+    Raises:
+      RuleError: the mask or the factors do not fit the kernel.
+
     >>> lora = Lora(a=jnp.ones((2, 1)), b=jnp.ones((1, 2)), scale=0.5)
     >>> effective_weight(jnp.ones((2, 2)), jnp.array([[True, False], [False, True]]), lora).tolist()
     [[1.5, 0.0], [0.0, 1.5]]
     """
+    _check_fit({'kernel': kernel}, {} if mask is None else {'kernel': mask}, {} if lora is None else {'kernel': lora})
     dtype = dtype or kernel.dtype
     if lora is None and mask is None:
         # This also covers packed kernels, which unpack with their zeros in place.
@@ -243,8 +247,9 @@ def merge(params: PyTree, masks: dict | None, lora: dict | None = None, *, dtype
       dtype: dtype of the merged kernels; default: each kernel's dtype.
 
     Raises:
-      RuleError: the path or shape of a mask or factor is not that of a kernel.
+      RuleError: the path or shape of a mask or factor is not that of a kernel, or `dtype` holds no fractions.
     """
+    check_floating(dtype, RuleError)
     leaves = paths_of(params)
     flat_masks = flatten(masks or {})
     flat_lora = flatten(lora or {})
@@ -271,6 +276,9 @@ def _merged(
 
 def _check_fit(params: Mapping[str, Any], masks: Mapping[str, Any], lora: Mapping[str, Lora]) -> None:
     """Check that masks and factors have the paths and shapes of kernels."""
+    for path in masks.keys() | lora.keys():
+        if isinstance(params.get(path), Masked | Adapted):
+            raise RuleError(f'{path}: has its mask or LoRA already: expected params as they were before `bind`')
     for path, mask in masks.items():
         if not hasattr(mask, 'shape'):
             raise RuleError(f'{path}: the mask is a {type(mask).__name__}, expected an array of booleans')

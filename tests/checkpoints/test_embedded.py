@@ -64,6 +64,7 @@ def test_a_directory_of_that_name_is_reached_by_its_path(tmp_path, monkeypatch):
         sl.load_model('./embedded')
 
 
+@pytest.mark.slow
 def test_the_tokenizer_knows_the_words_of_the_model(tokenizer):
     assert tokenizer.vocab_size == 49152
     assert tokenizer.eos_token_id == 2
@@ -95,6 +96,7 @@ def exported_bit_for_bit(folder, model, params):
     return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), read, params))
 
 
+@pytest.mark.slow
 def test_it_is_exported_as_a_directory_that_is_read_back(tiny_blip2, tmp_path):
     model, params = tiny_blip2
     rules_ = [('language/blocks/.*', '2:4'), ('.*', 'dense')]

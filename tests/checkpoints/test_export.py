@@ -51,7 +51,7 @@ def pruned(params):
     return sl.prune_tree(changed, None, [('.*/blocks/.*', '2:4'), ('.*', 'dense')], method=sl.Magnitude())
 
 
-OF_SEVERAL = 'blip2 opt', 'instructblip t5'  # whose towers others have too
+OF_SEVERAL = 'blip2 opt', 'blip2 t5', 'instructblip t5'  # whose towers others have too
 
 
 @pytest.mark.parametrize(
@@ -243,6 +243,7 @@ def new_models():
         yield cfg, hf_configs.blip2_config(cfg, GENERATION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(('cfg', 'config'), list(new_models()), ids=['llama', 'blip2', 'untied llama', 'untied blip2'])
 def test_a_model_without_a_directory_gets_one(cfg, config, dtype, random_params, tmp_path, tokenizer):

@@ -46,7 +46,13 @@ def random_lora(params):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.15, leaf.shape), jnp.float32), like)
 
 
-@pytest.fixture(params=['tied llama', pytest.param('blip2 opt', marks=pytest.mark.slow), 'instructblip t5', 'llava'])
+@pytest.fixture(
+    params=[
+        'tied llama',
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ('blip2 opt', 'instructblip t5')),
+        'llava',
+    ]
+)
 def adapted(request, perturbed, tmp_path):
     """(torch's module, our model, params, lora whose B is not zero)."""
     module = torch_models.build(request.param, perturbed)

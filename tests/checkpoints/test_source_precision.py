@@ -71,7 +71,7 @@ def write_layers(file, tree):
 
 @pytest.mark.parametrize('is_named', [True, False])
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('name', ['llama', 'instructblip t5'])
+@pytest.mark.parametrize('name', ['llama', pytest.param('instructblip t5', marks=pytest.mark.slow)])
 def test_what_nothing_touched_keeps_its_bytes_whatever_the_compute_dtype(name, dtype, is_named, saved, tmp_path):
     source = saved(name, dtype)
     model, params = load_model(source, dtype=jnp.bfloat16)

@@ -36,7 +36,7 @@ def texts(easy_vqa_builder):
     return easy_vqa.read_texts(easy_vqa_builder, 'test')
 
 
-@pytest.mark.parametrize(('split', 'count'), [('train', 38575), ('test', 9673)])
+@pytest.mark.parametrize(('split', 'count'), [pytest.param('train', 38575, marks=pytest.mark.slow), ('test', 9673)])
 def test_a_split_holds_every_question(easy_vqa_builder, split, count):
     assert len(easy_vqa_builder.as_data_source(split)) == count
     assert easy_vqa_builder.info.splits[split].num_examples == count
@@ -77,6 +77,7 @@ def test_preparing_again_reuses_the_records(easy_vqa_builder):
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_batch_is_read_without_tensorflow(easy_vqa_builder):
     folder = Path(easy_vqa_builder.data_dir).parents[1]
     command = [sys.executable, '-c', WITHOUT_TENSORFLOW, str(folder)]

@@ -289,6 +289,7 @@ assert not transformers.utils.is_torch_available() and 'torch' not in sys.module
 """
 
 
+@pytest.mark.slow
 def test_all_of_it_works_where_torch_is_not_installed(made):
     folder = made['blip2-opt'][0].parent
     run = subprocess.run([sys.executable, '-c', WITHOUT_TORCH, folder, *KINDS], capture_output=True, text=True)

@@ -98,6 +98,7 @@ def carried(compiled):
     return sum(BYTES[dtype] * np.prod([int(n) for n in shape.split(',') if n]) for dtype, shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('base', 'rows'),
     [

@@ -36,10 +36,24 @@ def test_an_interval_agrees_with_the_normal_approximation():
 
 def test_an_interval_is_paired_signed_and_repeatable():
     first, second = answers_with(0.9, 1), answers_with(0.9, 2)
-    assert intervals.paired_interval(first, first) == (0, 0)  # unpaired, chance would show
+    low, high = intervals.paired_interval(first, first)
+    assert low == -high
+    assert 0 < high < 0.026 / 5  # 1.96 standard errors of a difference that is not paired are 0.026
     low, high = intervals.paired_interval(first, second)
     np.testing.assert_allclose(intervals.paired_interval(second, first), (-high, -low), atol=1e-12)
     assert intervals.paired_interval(first, second) == (low, high)
+
+
+@pytest.mark.parametrize(
+    ('both', 'first_alone', 'second_alone', 'neither', 'want'),
+    [(36, 12, 2, 0, (0.0569, 0.3404)), (1000, 0, 0, 0, (-0.0038, 0.0038))],
+    ids=['published', 'all right'],
+)
+def test_an_interval_of_right_and_wrong_answers_is_newcombes(both, first_alone, second_alone, neither, want):
+    """The first row is the example of Newcombe (1998), table II; the second is that of two Wilson intervals at 1."""
+    first = np.repeat([1.0, 1.0, 0.0, 0.0], [both, first_alone, second_alone, neither])
+    second = np.repeat([1.0, 0.0, 1.0, 0.0], [both, first_alone, second_alone, neither])
+    np.testing.assert_allclose(intervals.paired_interval(first, second), want, atol=5e-5)
 
 
 def test_an_interval_of_one_question_is_its_difference():
@@ -143,6 +157,7 @@ def test_answers_do_not_depend_on_the_batch(evaluate):
     assert done == [2, 4, 5, 3, 5]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_cut_off_goes_on_after_its_last_whole_batch(evaluate, tmp_path):
     file = tmp_path / 'answers.jsonl'
     done = []

@@ -143,6 +143,7 @@ def test_pads_are_told_without_a_mask(cases):
     np.testing.assert_array_equal(case.ours({'input_ids': ids}, **options), case.theirs({'input_ids': ids}, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['blip-2 opt', 'blip-2 t5'])
 def test_an_image_alone(name, cases):
     """Without a prompt it is the image's tokens and BOS."""
@@ -152,6 +153,7 @@ def test_an_image_alone(name, cases):
     np.testing.assert_array_equal(got, case.theirs(batch, num_beams=2, max_new_tokens=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('first', 'options'), [(0, {}), (9, {'num_beams': 4})])
 def test_decoder_input_ids_begin_the_output(first, options, cases):
     """With the start token before them, which is added where all rows lack it."""

@@ -25,6 +25,9 @@ def make_job(folder, data, workdir, **fields):
     return Job(config, workdir)
 
 
+pytestmark = pytest.mark.slow  # in `make test` tests/checkpoints/test_source_precision.py has the export alone
+
+
 @pytest.fixture(params=[torch.float16, torch.float32], ids=['float16', 'float32'])
 def directories(request, tmp_path):
     """(the model's directory, the data's)."""
@@ -37,10 +40,7 @@ def directories(request, tmp_path):
 
 @pytest.mark.parametrize(
     ('stream', 'method'),
-    [
-        (True, 'magnitude'),
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 'magnitude'), (True, 'sparsegpt'))],
-    ],
+    [(True, 'magnitude'), (False, 'magnitude'), (True, 'sparsegpt')],
 )
 def test_an_export_changes_pruned_and_adapted_kernels_alone(directories, stream, method, tmp_path):
     folder, data = directories
@@ -96,7 +96,7 @@ def test_an_export_changes_pruned_and_adapted_kernels_alone(directories, stream,
         assert source[name].tobytes() == pruned[name].tobytes(), name
 
 
-@pytest.mark.parametrize('base', ['packed_int4', pytest.param('nf4', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('base', ['packed_int4', 'nf4'])
 def test_a_kernel_trained_on_a_rounded_base_is_merged_in_float32(directories, base, tmp_path):
     folder, data = directories
     job = make_job(folder, data, tmp_path / 'run', **{'restore.base': base, 'prune.method': 'magnitude'})

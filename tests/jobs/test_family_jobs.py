@@ -62,6 +62,7 @@ def test_the_main_job_ends_with_a_sparse_directory_that_torch_reads(directory, d
     check_torch_agrees(exported, folder, model, params, job.text)
 
 
+@pytest.mark.slow
 # A decoder alone, and an encoder-decoder.
 @pytest.mark.parametrize('kind', ['blip2-opt', pytest.param('instructblip-t5', marks=pytest.mark.slow)])
 def test_pruning_from_disk_equals_pruning_in_memory(directory, data, tmp_path, kind):

@@ -107,6 +107,7 @@ def job_on(tiny_blip2, tmp_path, monkeypatch):
     return build
 
 
+@pytest.mark.slow
 def test_a_resumed_run_refuses_other_records_and_other_weights_before_any_work(job_on, tmp_path):
     stages.prune(job_on())
     job_on().check()

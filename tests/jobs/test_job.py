@@ -114,6 +114,7 @@ def test_every_stage_leaves_its_file(wanda):
         assert (wanda / name).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['wanda', 'sparsegpt'])
 def test_every_file_that_a_stage_leaves_is_under_a_digest(name, request):
     workdir = request.getfixturevalue(name)
@@ -128,6 +129,7 @@ def test_every_file_that_a_stage_leaves_is_under_a_digest(name, request):
     assert {path for path in others if not path.startswith('events.')} == set()
 
 
+@pytest.mark.slow
 def test_pruning_alone_writes_the_embedded_model_for_torch(wanda, tmp_path):
     """In a finished run too, where the adapter waits for its base."""
     workdir = shutil.copytree(wanda, tmp_path / 'copy')
@@ -150,6 +152,7 @@ def test_pruning_alone_writes_the_embedded_model_for_torch(wanda, tmp_path):
     assert '| restored |' not in card  # the scores of this model and of the dense one alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('four_bits', [False, True])
 def test_a_packed_export_is_the_restored_model(wanda, four_bits, tmp_path):
     workdir = shutil.copytree(wanda, tmp_path / 'copy')
@@ -358,6 +361,7 @@ ALLOCATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'allocation',
     [

@@ -78,6 +78,7 @@ def masks_of(job):
     return rules.flatten(trees.load_safetensors(job.workdir / 'masks.safetensors')[0])
 
 
+@pytest.mark.slow
 def test_edits_are_kept_in_memory_and_in_the_export(pruned):
     job, dense = pruned()
     masks = masks_of(job)
@@ -109,6 +110,7 @@ def test_edits_are_kept_on_a_mesh(pruned):
     check_doubled(job.pruned(), dense, masks_of(job))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stream', [True, False])
 def test_kernels_that_reconstruction_trains_are_stored_and_exported(pruned, stream):
     job, dense = pruned(

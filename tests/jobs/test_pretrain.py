@@ -23,6 +23,7 @@ def images(count):
     return jax.random.normal(jax.random.key(1), (count, 3, 64, 64))
 
 
+@pytest.mark.slow
 def test_facts_that_the_questions_do_not_tell_do_not_count():
     params = pretrain.init(jax.random.key(0), CFG)
     facts = np.array([[3, 1], [-1, 2], [5, -1]])

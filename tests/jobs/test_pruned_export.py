@@ -96,6 +96,7 @@ def test_an_adapter_names_the_pruned_model_and_peft_computes_plain_lora_on_it(pr
     np.testing.assert_allclose(np.asarray(got)[:, answer], want[:, answer], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_was_there_before_is_given_its_base(directories, tmp_path):
     folder, data = directories
     job = Job(small_config('blip2-opt', folder, data, **{'prune.method': 'magnitude'}), tmp_path / 'run')

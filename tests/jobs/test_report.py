@@ -177,6 +177,7 @@ def test_the_page_says_what_computed_the_run_and_how_to_repeat_it(finished):
     assert f"python launch/train.py --config='{job.workdir}/config.json' --workdir=NEW_FOLDER" in text
 
 
+@pytest.mark.slow
 def test_a_broken_pattern_is_written_down_and_ends_the_script(finished, script):
     job = finished('run', ['yes', 'no', 'circle'], violations=7)
     job._inputs.store(job.stored)

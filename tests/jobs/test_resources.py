@@ -42,10 +42,18 @@ def job(tiny_blip2, easy_vqa_builder, tmp_path, monkeypatch):
             {'evaluate__num_beams': 100_000},
             'evaluate: takes at least .* GiB of memory, .*; lower evaluate.batch, evalua',
         ),
-        ({'evaluate__max_new_tokens': 10**9}, 'evaluate: takes at least .*; lower evaluate.batch'),
+        pytest.param(
+            {'evaluate__max_new_tokens': 10**9},
+            'evaluate: takes at least .*; lower evaluate.batch',
+            marks=pytest.mark.slow,
+        ),
         ({'prune__samples': 10**8}, 'prune: takes at least .*; lower prune.samples'),
-        ({'restore__batch': 10**8}, 'restore: takes at least .*; lower restore.batch'),
-        ({'text__prompt_tokens': 10**8}, '(prune|restore|evaluate): takes at least'),
+        pytest.param(
+            {'restore__batch': 10**8}, 'restore: takes at least .*; lower restore.batch', marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {'text__prompt_tokens': 10**8}, '(prune|restore|evaluate): takes at least', marks=pytest.mark.slow
+        ),
         (
             {
                 'prune__allocation': 'ecoflap_first',
@@ -63,6 +71,7 @@ def test_a_run_that_cannot_fit_is_refused_with_both_numbers_before_it_begins(job
     assert not run.workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_refused_with_both_numbers(job, monkeypatch):
     monkeypatch.setattr(machine, 'free_disk', lambda folder: 1000)
     with pytest.raises(ConfigError, match=r'run: the run writes about .* GiB .* free; make room'):
@@ -79,6 +88,7 @@ def test_a_run_that_fits_is_described_and_writes_nothing(job):
     assert not run.workdir.exists()
 
 
+@pytest.mark.slow
 def test_pruning_alone_needs_no_memory_for_training(job):
     run = job(restore__batch=10**8)
     taken = resources.check_job(run, resources.PRUNING_ALONE)
@@ -155,6 +165,7 @@ def test_a_workdir_that_cannot_be_made_is_named(job, tmp_path, kind, monkeypatch
         resources.check_job(run)
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_sweep_lists_its_runs_and_writes_nothing(script, job, tmp_path):
     job()  # the tiny model
     arguments = ['--config=configs/sweeps/steps.py', '--config.budget=tiny', f'--workdir={tmp_path / "sweep"}']
@@ -179,6 +190,7 @@ def test_a_dry_run_of_a_job_checks_and_writes_nothing(script, job, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_a_run_would_warn_of(job):
     small = job(prune__samples=100_000, restore__batch=8)
     description = resources.describe(small, resources.check_job(small, ('prune',)))

@@ -27,6 +27,7 @@ from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse.patterns import PatternError
 
 KINDS = {'yes/no': 0.0, 'shape': 0.1}
+LOAD_REAL = easy_vqa.load  # the fixture `tiny` replaces it in every test
 
 
 def sweep_config(*points, name='sweep', seeds=1, plot=None, base=None):
@@ -98,7 +99,7 @@ def test_a_real_sweep_shares_pruning_and_leaves_results_but_no_weights(
 ):
     processor = embedded.load_processor(tiny_blip2[0].cfg)
     monkeypatch.setattr(embedded, 'load_processor', lambda cfg: processor)
-    dataset = few(easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1]))
+    dataset = few(LOAD_REAL(Path(easy_vqa_builder.data_dir).parents[1]))
     monkeypatch.setattr(easy_vqa, 'load', lambda data_dir: dataset)
     points = point('exact', models=('restored',)), point('none', way='none', models=('pruned',), restore__kd=0.0)
     config = sweep_config(*points)
@@ -443,6 +444,7 @@ def test_lines_go_through_the_table_in_order(tmp_path):
 SWEEPS = {'modality': 15, 'split': 16, 'restore': 15, 'methods': 26, 'rank': 12, 'steps': 10, 'base': 10}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SWEEPS)
 @pytest.mark.parametrize('recipe', ['blip2_lang_only', 'llava_both'])
 def test_the_sweeps_fit_their_recipes(name, recipe):

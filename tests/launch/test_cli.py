@@ -53,6 +53,7 @@ def test_a_shell_sees_one_line_and_the_code(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_scripts_do_without_torch_and_leave_no_none_where_others_look_for_it():
     has = 'from transformers.utils import is_torch_available'
     check = "assert not is_torch_available() and 'torch' not in sys.modules"
@@ -363,6 +364,7 @@ def test_a_command_that_cannot_be_is_one_line(script, tmp_path, monkeypatch, arg
     assert out == ''
 
 
+@pytest.mark.slow
 def test_scripts_run_from_any_folder(tmp_path):
     command = [sys.executable, ROOT / 'launch/inspect.py', 'blip2_both']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -109,7 +109,7 @@ def test_its_shapes_are_those_that_the_processor_makes(directory, registered):
     assert {name: array.dtype for name, array in example.items()} == {n: s.dtype for n, s in like.items()}
 
 
-@pytest.mark.slow  # in `make test` tests/test_extending.py runs the main job with a family of its own
+@pytest.mark.slow
 @pytest.mark.parametrize('family', [NAMED, ''])
 def test_the_main_job_prunes_trains_and_exports_it(directory, registered, tmp_path, family):
     tiny_models.save_data(tmp_path, 12)

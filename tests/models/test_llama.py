@@ -47,6 +47,7 @@ def test_logits_equal_torch(model, oracle):
     np.testing.assert_allclose(logits(w, tokens), want, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_greedy_generation_equals_torch(model, oracle):
     cfg, w = model
     ids, mask = (np.pad(array, ((0, 0), (3, 0))) for array in (PROMPTS, np.ones_like(PROMPTS)))  # change nothing

@@ -97,6 +97,7 @@ def test_every_parameter_is_known(model):
     assert sum(sizes) == sum(parameter.numel() for parameter in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('run', [scan_blocks, unrolled_blocks])
 def test_tokens_one_by_one_are_as_all_at_once(model, run):
     cfg, w, _ = model

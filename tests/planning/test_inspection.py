@@ -182,6 +182,7 @@ def test_the_script_says_which_towers_are_pruned_and_which_are_trained(script, o
     assert line in out.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['configs/blip2_lang_only.py', 'blip2_lang_only', 'embedded'])
 def test_the_script_takes_a_config_with_its_own_model(script, name):
     code, out, err = script('inspect.py', name)
@@ -246,6 +247,7 @@ def test_wrong_names_give_one_line(script, monkeypatch, arguments, message):
     assert message in err, err
 
 
+@pytest.mark.slow
 def test_scripts_beside_it_get_pythons_own_inspect():
     command = [sys.executable, 'launch/inspect.py', 'no/such/model/at/all']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -39,6 +39,7 @@ def on_first_device(tree):
     return sum(shard.data.nbytes for shard in shards if shard.device == first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'axes', [(1, 1, 1), (1, 2, 2), *(pytest.param(a, marks=pytest.mark.slow) for a in ((1, 4, 1), (4, 1, 1)))]
 )
@@ -162,6 +163,7 @@ def test_more_of_a_knob_takes_what_it_should(config):
     assert total(memory.prune, prune__samples=16) > total(memory.prune)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('base', ['packed', 'packed_int4', 'int4', 'nf4'])
 def test_a_base_in_fewer_bytes_is_counted_as_it_is_held(config, base):
     config.dtype, config.restore.base, config.restore.teacher = 'bfloat16', base, 'top_k'

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from test_memory import CFG, config
 
 from sparselora_jax.planning import chips, memory, meshes
@@ -15,6 +16,7 @@ def axes(config, chip=CHIP):
     return [tuple(one.axes.values()) for one in meshes.candidates(ODD, config, chip, 4, memory.load)]
 
 
+@pytest.mark.slow
 def test_a_base_is_gathered_only_where_it_does_not_fit_whole(config):
     whole = memory.load(memory.recipe(ODD, config)).total
     assert axes(config, CHIP._replace(memory=whole - 1)) == [(2, 2, 1), (1, 4, 1)]

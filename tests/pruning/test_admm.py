@@ -113,6 +113,7 @@ def test_a_growing_mask_is_better_than_wandas():
         assert error(grown, kernel, x) < error(at_once, kernel, x)
 
 
+@pytest.mark.slow
 def test_with_growth_of_one_the_mask_is_wandas():
     kernel, x = correlated()
     for pattern in map(parse_pattern, ('2:4', '0.5')):

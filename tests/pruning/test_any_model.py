@@ -179,7 +179,9 @@ def plain():
 MODELS = {'linen': linen, 'nnx': nnx_model, 'equinox': equinox_model, 'plain': plain}
 
 
-@pytest.mark.parametrize('method', [sl.Wanda(), sl.SparseGPT(block=8)], ids=['wanda', 'sparsegpt'])
+@pytest.mark.parametrize(
+    'method', [sl.Wanda(), pytest.param(sl.SparseGPT(block=8), marks=pytest.mark.slow)], ids=['wanda', 'sparsegpt']
+)
 @pytest.mark.parametrize('library', MODELS)
 def test_masks_equal_those_of_our_layout(library, method):
     forward, params, names = MODELS[library]()

@@ -97,6 +97,7 @@ def one_kernel(scale, stat, batches=None):
 METHODS = [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.DSnoT(threshold=0.0), pruning.ADMM()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', METHODS, ids=['wanda', 'sparsegpt', 'dsnot', 'admm'])
 @pytest.mark.parametrize('pattern', ['2:4', '0.5'])
 @pytest.mark.parametrize('scale', [1e-12, 1e-22, 1e-30])

@@ -39,6 +39,7 @@ def numpy_share(kernels, squares, threshold):
     return sum(score > threshold * mean for score in scores) / len(scores)
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_the_dense_models_wanda_scores():
     params, batch = setup()
     paths = list(pruning.patterns_of(params, RULES))

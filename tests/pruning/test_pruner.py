@@ -135,11 +135,11 @@ def test_one_shot_prunes_any_tree():
     [
         pytest.param(pruning.Wanda(), '0.5', marks=pytest.mark.slow),
         (pruning.SparseGPT(block=8), '2:4'),
-        (pruning.ADMM(), '2:4'),
+        pytest.param(pruning.ADMM(), '2:4', marks=pytest.mark.slow),
         pytest.param(pruning.ADMM(), '0.5', marks=pytest.mark.slow),
         (OverOutputs(), '2:4'),
         pytest.param(OverOutputs(), '0.5', marks=pytest.mark.slow),
-        (pruning.DSnoT(pruning.Random(3)), '0.5'),
+        pytest.param(pruning.DSnoT(pruning.Random(3)), '0.5', marks=pytest.mark.slow),
         pytest.param(pruning.SparseGPT(block=8, group='block'), '0.5', marks=pytest.mark.slow),
         pytest.param(pruning.Wanda(), '2:4', marks=pytest.mark.slow),
         pytest.param(pruning.SparseGPT(block=8), '0.5', marks=pytest.mark.slow),

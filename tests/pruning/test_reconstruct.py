@@ -226,6 +226,7 @@ def test_kernels_in_bfloat16_are_trained_in_float32_and_returned_in_bfloat16():
     assert error(params, better.params, batch) < 0.9 * error(params, plain.params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axes', [{'data': 4}, {'data': 2, 'fsdp': 2}])
 def test_four_devices_agree_with_one_device(axes):
     params, batch = setup()

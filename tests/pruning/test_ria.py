@@ -59,6 +59,7 @@ def test_equals_numpy(pattern, group):
     assert np.mean(np.asarray(mask) == want) >= 0.995
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pattern', ['2:4', '0.5'])
 def test_kernels_of_a_model_that_share_an_input_are_pruned_each_for_itself(pattern):
     params = {'language': init_params(jax.random.key(0), llama.shapes(CFG))}

@@ -130,6 +130,7 @@ def test_pruned_kernels_of_bfloat16_are_trained_in_float32_and_merged_back():
     assert jax.tree.all(jax.tree.map(np.array_equal, merged, sl.merge(params, masks)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kl_reduction', ['token', pytest.param('sequence', marks=pytest.mark.slow)])
 def test_micro_batches_change_nothing_beyond_rounding(kl_reduction):
     params, masks, lora, batch = setup()
@@ -184,6 +185,7 @@ def test_teacher_of_its_own_is_used():
     assert abs(float(metrics['kl'])) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('base', ['packed24', *(pytest.param(b, marks=pytest.mark.slow) for b in ('bitmask', 'nf4'))])
 def test_a_base_in_fewer_bytes_trains_as_the_kernels_that_it_holds(base):
     params, masks, lora, batch = setup()

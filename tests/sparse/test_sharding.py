@@ -40,7 +40,7 @@ def setup():
 
 
 AXES = {'data': 4}, {'fsdp': 4}, {'data': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}
-QUICK = ({'data': 4}, False), ({'fsdp': 2, 'tensor': 2}, True)
+QUICK = [({'fsdp': 2, 'tensor': 2}, True)]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,7 @@ def test_lora_begins_alike_on_a_mesh():
     jax.tree.map(np.testing.assert_array_equal, *made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('base', ['packed24', pytest.param('int4', marks=pytest.mark.slow)])
 def test_a_base_in_fewer_bytes_is_split_too(base):
     params, masks, lora, batch = setup()
@@ -204,6 +205,7 @@ def scored(params, batch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('data', 'fsdp', 'tensor'), MESHES)
 def test_allocations_decide_as_on_one_device(data, fsdp, tensor, random_mlp, scored_alone):
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import qwix
 
@@ -94,6 +95,9 @@ def _pack_checked(form: PackedFormat, kernel: Any, mask: Any) -> Any:
       PackingError: the format cannot store the mask, fails, or stores something else.
     """
     name = f'format {type(form).__name__}'
+    # One such value would make the scale of its whole block infinite, and with it all of its values NaN.
+    if form.levels is not None and not jnp.isfinite(jnp.where(mask, kernel, 0)).all():
+        raise PackingError('has infinite values or NaN, which cannot be rounded to a few levels')
     with calling(name, PackingError):
         packed = form.pack(kernel, mask)
     # The formats of the package have tests of their own.
