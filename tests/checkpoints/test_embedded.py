@@ -44,6 +44,7 @@ def test_params_have_the_dtype_and_the_mesh_that_were_asked_for(monkeypatch, tin
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(on_mesh)} == {mesh}
 
 
+@pytest.mark.slow
 def test_the_name_stands_for_the_processor_too():
     processor = sl.load_processor('embedded')
     batch = processor.prompt([np.zeros((64, 64, 3), np.uint8)], ['Question: what is it? Short answer:'])

@@ -51,7 +51,7 @@ def pruned(params):
     return sl.prune_tree(changed, None, [('.*/blocks/.*', '2:4'), ('.*', 'dense')], method=sl.Magnitude())
 
 
-OF_SEVERAL = 'blip2 opt', 'blip2 t5', 'instructblip t5'  # whose towers others have too
+OF_SEVERAL = 'blip2 opt', 'blip2 t5', 'instructblip llama', 'instructblip t5'  # whose towers others have too
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_missing_file_is_named(tmp_path):
         gguf.load_llama(tmp_path / 'absent.gguf')
 
 
+@pytest.mark.slow
 def test_truncated_file_is_named(tmp_path, smollm2_file):
     path = tmp_path / 'cut.gguf'
     with smollm2_file.open('rb') as source:

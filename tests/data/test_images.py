@@ -121,6 +121,7 @@ def test_an_orientation_of_the_wrong_type_is_ignored(tmp_path, kind):
     assert images.read_image(tmp_path / 'a.jpg').shape == (20, 30, 3)
 
 
+@pytest.mark.slow
 def test_a_pipe_or_a_device_is_left_out_and_named_without_opening_it(tmp_path):
     os.mkfifo(tmp_path / 'pipe.png')
     Image.new('L', (2, 2)).save(tmp_path / 'a.png')

@@ -20,6 +20,7 @@ def processor(tiny_blip2):
     return embedded.load_processor(tiny_blip2[0].cfg)
 
 
+@pytest.mark.slow
 def test_every_question_and_answer_of_the_data_fits(processor, easy_vqa_builder):
     pairs = {(q, a) for split in ('train', 'test') for q, a, _ in easy_vqa.read_texts(easy_vqa_builder, split)}
     assert len(pairs) > 200

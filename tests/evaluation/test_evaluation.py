@@ -177,6 +177,7 @@ def test_shuffled_images_are_those_of_the_questions_half_the_list_on(evaluate):
     assert evaluate(INDICES, batch=3, shuffle_images=True) == evaluate(range(5), moved, batch=3)
 
 
+@pytest.mark.slow
 def test_beams_answer_too(evaluate):
     assert len(evaluate(INDICES[:2], batch=2, num_beams=3, length_penalty=-1.0).predicted) == 2
 

@@ -96,6 +96,7 @@ def test_pruning_from_disk_on_a_mesh_is_pruning_in_memory_on_one_device(director
         assert (jobs[0].workdir / name).read_bytes() == (jobs[1].workdir / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_directory_whose_files_change_is_refused_on_resume(directory, data, tmp_path):
     folder = shutil.copytree(directory('blip2-opt'), tmp_path / 'model')
 

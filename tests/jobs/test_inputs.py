@@ -133,6 +133,7 @@ def flip(file):
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_damaged_files_of_a_stage_are_named_with_the_remedy(job_on, tmp_path):
     job = job_on()
     stages.prune(job)

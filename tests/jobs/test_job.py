@@ -382,6 +382,7 @@ def test_allocated_zeros_sum_to_those_of_uniform_pruning(world, tmp_path, tiny_b
     assert read(tmp_path, 'zeros')['zeros'] == {path: zeros.tolist() for path, zeros in found.items()}
 
 
+@pytest.mark.slow
 def test_masks_have_the_zeros_that_were_allocated(world, tmp_path):
     stages.prune(Job(tiny_config(**ALLOCATED, **{'prune.allocation': 'global_magnitude'}), tmp_path))
     masks = rules.flatten(trees.load_safetensors(tmp_path / 'masks.safetensors')[0])

@@ -98,6 +98,7 @@ def test_a_method_that_chooses_no_mask_is_refused_before_any_work(pruned, tmp_pa
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_edits_are_kept_from_disk(pruned):
     job, dense = pruned(stream=True)
     export_pruned(job)

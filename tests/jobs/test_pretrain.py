@@ -44,6 +44,7 @@ def test_a_caption_names_colour_and_shape_and_fills_every_query(tokenizer):
     assert tokenizer.decode(words).strip() == 'This image shows a blue circle.'
 
 
+@pytest.mark.slow
 def test_queries_that_are_words_have_no_regression_loss(random_params):
     params = random_params(CFG.family.shapes(CFG), std=1.0)
     frozen = {'vision': params['vision'], 'language': params['language']}

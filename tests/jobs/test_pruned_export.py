@@ -79,6 +79,7 @@ def test_the_result_counts_what_was_written(pruned):
     assert result['bytes']['dense'] == result['bytes']['pruned']
 
 
+@pytest.mark.slow
 def test_an_adapter_names_the_pruned_model_and_peft_computes_plain_lora_on_it(pruned):
     lora = save_factors(pruned)
     stages.export(pruned)

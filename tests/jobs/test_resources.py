@@ -35,6 +35,7 @@ def job(tiny_blip2, easy_vqa_builder, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('fields', 'said'),
     [
@@ -42,18 +43,10 @@ def job(tiny_blip2, easy_vqa_builder, tmp_path, monkeypatch):
             {'evaluate__num_beams': 100_000},
             'evaluate: takes at least .* GiB of memory, .*; lower evaluate.batch, evalua',
         ),
-        pytest.param(
-            {'evaluate__max_new_tokens': 10**9},
-            'evaluate: takes at least .*; lower evaluate.batch',
-            marks=pytest.mark.slow,
-        ),
+        ({'evaluate__max_new_tokens': 10**9}, 'evaluate: takes at least .*; lower evaluate.batch'),
         ({'prune__samples': 10**8}, 'prune: takes at least .*; lower prune.samples'),
-        pytest.param(
-            {'restore__batch': 10**8}, 'restore: takes at least .*; lower restore.batch', marks=pytest.mark.slow
-        ),
-        pytest.param(
-            {'text__prompt_tokens': 10**8}, '(prune|restore|evaluate): takes at least', marks=pytest.mark.slow
-        ),
+        ({'restore__batch': 10**8}, 'restore: takes at least .*; lower restore.batch'),
+        ({'text__prompt_tokens': 10**8}, '(prune|restore|evaluate): takes at least'),
         (
             {
                 'prune__allocation': 'ecoflap_first',
@@ -78,6 +71,7 @@ def test_a_disk_without_room_is_refused_with_both_numbers(job, monkeypatch):
         resources.check_job(job())
 
 
+@pytest.mark.slow
 def test_a_run_that_fits_is_described_and_writes_nothing(job):
     run = job()
     taken = resources.check_job(run)
@@ -177,6 +171,7 @@ def test_a_dry_run_of_a_sweep_lists_its_runs_and_writes_nothing(script, job, tmp
     assert not (tmp_path / 'sweep').exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_job_checks_and_writes_nothing(script, job, tmp_path):
     data_dir = job().config.data_dir
     workdir = tmp_path / 'new'

@@ -68,6 +68,7 @@ def batch_of(processor):
     return processor.prompt([picture], [processor.spec.text.write('is it red?')])
 
 
+@pytest.mark.slow
 def test_a_family_named_in_full_needs_no_registration(directory):
     model, params = sl.load_model(directory, family=NAMED)
     assert model.family is their_family.FAMILY

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import sparselora_jax as sl
 from sparselora_jax.models import layers, llama, runners
@@ -36,6 +37,7 @@ def test_unrolled_blocks_have_the_output_of_scan():
     assert caches == (None,) * CFG.depth
 
 
+@pytest.mark.slow
 def test_packed_kernels_are_copied_out_of_their_stack_on_cpus_alone():
     _, masks = sl.prune_tree(PARAMS, None, [('.*', '2:4')], method=sl.Magnitude())
     traced = jax.jit(lambda w: llama.forward(w, CFG, X, VALID)).trace(sl.pack(PARAMS, masks))

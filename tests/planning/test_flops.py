@@ -102,6 +102,7 @@ def made():
     return memory.recipe(cfg, config)
 
 
+@pytest.mark.slow
 def test_an_answer_counts_pruned_kernels_at_their_density(made):
     text, params = made.config.text, made.params
     dense, same = flops.answer(made.cfg, text, params, {})

@@ -202,6 +202,7 @@ def test_the_script_takes_a_directory(script, tmp_path):
     assert 'holds no config.json' in err
 
 
+@pytest.mark.slow
 def test_a_directorys_own_files_say_whether_the_head_is_tied(script, tmp_path):
     """T5 1.1 is saved with a head of its own, or with none: transformers' config says the same of both."""
     vision = {'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 2}
@@ -256,6 +257,7 @@ def test_scripts_beside_it_get_pythons_own_inspect():
     assert done.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_a_13b_model_takes_seconds_at_most():
     _, cfg = loaded('llava-hf/llava-1.5-13b-hf')
     made = memory.recipe(cfg, importlib.import_module('configs.llava_both').get_config('hardware=8gpu'))

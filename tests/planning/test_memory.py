@@ -74,6 +74,7 @@ def test_a_step_is_estimated_close_to_the_compilers_count(optimised, config, rem
     assert 0.85 < found.temp_size_in_bytes / (stage.total - resident) < 1.2
 
 
+@pytest.mark.slow
 def test_statistics_are_those_that_calibration_gathers(config):
     made = memory.recipe(CFG, config)
     params, _, _ = arrays(made)
@@ -133,6 +134,7 @@ def test_a_frozen_tower_before_the_first_lora_keeps_nothing(config):
     assert [whole - without, without - language, language] == [stack.depth * stack.outputs for stack in stacks]
 
 
+@pytest.mark.slow
 def test_a_block_is_pruned_with_whole_kernels_where_fsdp_keeps_parts(config):
     moments = {}
     for fsdp in (1, 4):

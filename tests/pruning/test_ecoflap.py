@@ -101,6 +101,7 @@ def test_zeroth_order_scores_are_numpys_with_the_same_noise():
                 assert got[path][layer] == pytest.approx(np.mean(estimates), rel=1e-7), (path, layer)
 
 
+@pytest.mark.slow
 def test_the_zeroth_order_estimates_the_gradient_along_the_noise():
     params, batches = setup()
     path, key = PATHS[2], jax.random.key(3)

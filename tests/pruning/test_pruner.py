@@ -106,6 +106,7 @@ def test_pads_change_nothing():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, runs[0].masks, runs[1].masks))
 
 
+@pytest.mark.slow
 def test_weights_in_numpy_arrays_may_be_written_over_as_they_are_pruned():
     params, batch = setup()
     want = pruning.prune(forward, params, [batch], RULES, method=pruning.SparseGPT(block=8))

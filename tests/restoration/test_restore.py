@@ -217,6 +217,7 @@ def test_what_was_kept_of_a_teacher_stands_in_for_it():
     assert other['ce'] == pytest.approx(float(metrics['ce']), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_packed_base_is_no_dense_teacher():
     params, masks, lora, batch = setup()
     packed, tx = restore.reduce_base(restore.Frozen(params, masks), 'packed24'), optax.sgd(1e-1)

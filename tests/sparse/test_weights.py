@@ -80,6 +80,7 @@ def test_straight_through_is_masked_forward_with_the_backward_of_a_full_mask():
     assert jnp.allclose(grads.b, factors.scale * factors.a.T @ x.T @ g, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_backward_does_not_hold_the_combined_weights_of_all_layers():
     """The compiler's own count: temporary memory grows with layers by less than a kernel a layer."""
 

@@ -183,6 +183,7 @@ def test_few_rows_are_multiplied_as_packed(rows, inputs, dtype, four_bits):
         check(cpu.matmul(x, one), x, packed24.unpack24(one, jnp.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_few_rows_make_neither_kernels_nor_wider_values(dtype):
     packed, x, _ = packed_and_x(1, 256, 256, dtype, False)
