@@ -87,6 +87,7 @@ def test_zeros_are_zeros_in_the_file_and_nothing_else_is(name, dtype, saved, tmp
     assert len(checked) >= 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('name', ['blip2 t5', 'instructblip llama', 'llava'])
 def test_what_was_not_changed_is_the_same_to_the_byte(name, dtype, saved, tmp_path, monkeypatch):

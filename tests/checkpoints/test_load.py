@@ -61,6 +61,7 @@ def check(module, folder):
     return model, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', torch_models.CONFIGS)
 def test_logits_of_every_family_equal_torch(name, saved):
     module, folder = saved(name)

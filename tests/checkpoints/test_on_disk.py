@@ -39,6 +39,7 @@ def pruned(tmp_path):
     return rules.with_leaves(dense, rules.flatten(last)), masks, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('base', ['nf4', [('a/.*', 'packed24_int4'), ('b/.*', 'bitmask')], *SLOW])
 def test_by_layer_is_at_once(pruned, base):
     params, masks, found = pruned

@@ -165,6 +165,7 @@ def test_decoder_input_ids_begin_the_output(first, options, cases):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_bound_weights(cases):
     """A masked and adapted model writes what the merged one writes."""
     case = cases('llama')

@@ -55,6 +55,7 @@ def save_factors(job):
     return rules.unflatten(lora)
 
 
+@pytest.mark.slow
 def test_torch_loads_the_pruned_model_with_our_logits_and_its_zeros(pruned, directories):
     folder = pruned.workdir / 'pruned'
     model, params = sl.load_model(folder)

@@ -331,6 +331,7 @@ def test_the_table_holds_means_and_intervals_of_the_seeds(done):
     assert rows[1]['perplexity'] == ''
 
 
+@pytest.mark.slow
 def test_pruning_costs_what_its_allocation_costs_too(done):
     config, workdir = done
     for run in sweep.runs(config):

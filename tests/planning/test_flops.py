@@ -63,6 +63,7 @@ def test_a_forward():
     assert flops.matmul_flops(forward(cfg), shapes_of(cfg)[0], batch()) == base + attention + head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('gradient', ['exact', 'straight_through', 'weights'])
 def test_a_train_step(gradient):
     """Teacher and student forward; dx, with attention's own forward once more; what the gradient needs."""

@@ -117,6 +117,7 @@ def sparsegpt_fits(inputs, pattern, method):
     jax.eval_shape(lambda kernel, hessian: method(kernel, hessian, pattern), kernel, hessian)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pruned', ['lang_only', 'vision_only', 'both'])
 @pytest.mark.parametrize('name', MULTIMODAL)
 def test_every_recipe_fits_the_real_shapes_of_its_family(name, pruned):
@@ -166,6 +167,7 @@ def test_the_script_prints_towers_rules_and_memory(script):
         assert re.search(f'^{line}$', out, re.M), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('overrides', 'line'),
     [

@@ -13,6 +13,7 @@ from sparselora_jax.sparse import rules, sharding
 assert config  # a fixture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'fields',
     [

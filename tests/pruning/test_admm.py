@@ -93,6 +93,7 @@ def test_in_fp32_it_agrees_with_float64():
         assert abs(error(ours, kernel, x) - error(want, kernel, x)) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pattern', ['2:4', '0.5', '0.7'])
 @pytest.mark.parametrize('seed', [0, 1])
 def test_the_error_is_below_that_of_wanda_and_of_sparsegpt(pattern, seed):

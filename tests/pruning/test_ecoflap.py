@@ -34,6 +34,7 @@ def setup(cfg=CFG, tokens=6):
     return params, batches
 
 
+@pytest.mark.slow
 def test_first_order_scores_are_those_of_whole_gradients():
     params, batches = setup()
     got = pruning.first_order_scores(loss, params, batches, PATHS)

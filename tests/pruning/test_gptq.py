@@ -71,6 +71,7 @@ def through(held, weights, mask):
     return sl.unpack(reduced, jnp.float32)['kernel']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('held', ['packed24_int4', 'nf4', pytest.param('int4', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('dtype', [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_four_bits_hold_the_values_and_outputs_are_nearer_than_by_rounding_to_the_nearest(dtype, held):

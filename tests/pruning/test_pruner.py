@@ -293,6 +293,7 @@ def test_a_method_called_by_itself_refuses_the_statistic_of_another(method, stat
         method(jnp.ones((8, 8)), statistic, sparsity.parse_pattern('2:4'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.DSnoT()])
 def test_inputs_that_are_zero_on_every_token_are_counted(method, caplog):
     params, batch = setup()

@@ -175,6 +175,7 @@ def test_fewer_samples_than_inputs_need_only_damping(pattern):
     np.testing.assert_allclose(ours, want, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['wanda', 'sparsegpt'])
 def test_weights_and_calibration_in_bf16_are_scored_in_fp32(name):
     pattern = sparsity.parse_pattern('2:4')

@@ -60,6 +60,7 @@ def test_steps_restore_compile_once_and_leave_the_base_alone(gradient):
     assert jnp.allclose(bound, forward(merged, batch), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_the_pruned_kernels_keeps_every_zero_and_moves_nothing_else():
     params, masks, _, batch = setup()
     masks['blocks']['mlp'].pop('up')  # stays dense, so it is not trained

@@ -28,6 +28,7 @@ def held_by_another(folder):
         holder.kill()
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_hold_a_folder(tmp_path):
     with held_by_another(tmp_path) as holder:
         message = rf'another run is in it \(process {holder.pid} on .*\); use another'
@@ -38,6 +39,7 @@ def test_two_processes_cannot_hold_a_folder(tmp_path):
     files.hold(tmp_path)  # a process may hold it twice
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_process_holds_is_left_as_it_is(tmp_path):
     config = ConfigDict({'seed': 0, 'mesh': {'data': 2}})
     with held_by_another(tmp_path):

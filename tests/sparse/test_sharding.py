@@ -271,6 +271,7 @@ def test_the_pruner_equals_one_device(data, fsdp, tensor, pruned_alone):
     assert max((c.size * c.times for c in every), default=0) <= bytes_of([(64, 64)])[0]  # no stack of kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('data', 'fsdp', 'tensor'),
     [pytest.param(4, 1, 1, marks=pytest.mark.slow), (2, 1, 2), pytest.param(1, 4, 1, marks=pytest.mark.slow)],

@@ -24,6 +24,7 @@ def packed_kernel(inputs, four_bits):
     return quantise24(packed) if four_bits else packed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('four_bits', [False, True])
 @pytest.mark.parametrize(
     ('inputs', 'split', 'sent'),

@@ -96,11 +96,12 @@ def test_the_gpu_kernels_are_the_product(rows, inputs, outputs, dtype, four_bits
 
 
 FEW_ROWS = [
-    pytest.param(*shape, *kind, marks=[] if (shape, kind) == ((3, 132, 34), KINDS[3]) else pytest.mark.slow)
+    (*shape, *kind)
     for shape, kind in [*itertools.product([(3, 132, 34)], KINDS), ((1, 8, 2), KINDS[0]), ((4, 384, 64), KINDS[1])]
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('rows', 'inputs', 'outputs', 'dtype', 'four_bits'), FEW_ROWS)
 def test_the_gpu_kernels_for_few_rows_and_for_weights(rows, inputs, outputs, dtype, four_bits):
     packed, x, _ = packed_and_x(rows, inputs, outputs, dtype, four_bits)
@@ -261,13 +262,17 @@ def checked(monkeypatch):
     return outside
 
 
-QUICK_ODD = [((17, 132, 34), KINDS[3])]
 ODD = [
-    pytest.param(*shape, *kind, marks=[] if (shape, kind) in QUICK_ODD else pytest.mark.slow)
-    for shape, kind in [*QUICK_ODD, ((3, 20, 6), KINDS[1]), *itertools.product([(5, 300, 30)], KINDS)]
+    (*shape, *kind)
+    for shape, kind in [
+        ((17, 132, 34), KINDS[3]),
+        ((3, 20, 6), KINDS[1]),
+        *itertools.product([(5, 300, 30)], KINDS),
+    ]
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('rows', 'inputs', 'outputs', 'dtype', 'four_bits'), ODD)
 def test_the_gpu_kernels_stay_within_their_arrays(monkeypatch, rows, inputs, outputs, dtype, four_bits):
     packed, x, g = packed_and_x(rows, inputs, outputs, dtype, four_bits)
