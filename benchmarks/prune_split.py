@@ -22,7 +22,7 @@ from timing import matmul_runs, seconds
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import embedded, gguf
 from sparselora_jax.models import layers, llama
-from sparselora_jax.pruning import calibrate, pruner, sparsegpt, walk
+from sparselora_jax.pruning import calibrate, sparsegpt, walk
 from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.masks import parse_pattern
 
@@ -68,7 +68,7 @@ def main() -> None:
         flat = rules.flatten(blocks)
         zeros = {path: patterns[pattern][path].zeros(leaf.shape[0]) * leaf.shape[1] for path, leaf in kernels.items()}
         of_block = dict.fromkeys(kernels, methods[method])
-        return lambda: pruner._prune_block(flat, stats[method], patterns[pattern], of_block, zeros)
+        return lambda: kernels.prune_matrices(flat, stats[method], patterns[pattern], of_block, zeros)
 
     rows, width, kv = SEQUENCES * LENGTH, cfg.width, cfg.kv_heads * cfg.head_dim
     attention = 2 * 2 * rows * LENGTH * width

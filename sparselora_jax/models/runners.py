@@ -185,7 +185,7 @@ def unstack(tree: PyTree) -> tuple[PyTree, ...]:
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(layers))
 
 
-def valid_rows(name: str, ctx: dict) -> Bool[Array, 'batch rows'] | None:
+def valid_rows(name: str, ctx: dict) -> Bool[Array, '*devices batch rows'] | None:
     """Return which rows of a kernel's input are not pads.
 
     `ctx['valid']` describes the block's own rows. Keys and values of cross-attention read other rows (`cross_valid`).
@@ -194,7 +194,7 @@ def valid_rows(name: str, ctx: dict) -> Bool[Array, 'batch rows'] | None:
 
     Args:
       name: the kernel's path within a block.
-      ctx: the block's `ctx`, see `Block`.
+      ctx: the block's `ctx`, see `Block`; its arrays may have an axis of devices in front.
 
     Returns:
       A mask over the rows; None: all of them count.

@@ -21,7 +21,7 @@ from sparselora_jax.evaluation import decode
 from sparselora_jax.models.model import abstract_model, abstract_params
 from sparselora_jax.planning.tracing import ModelConfig, Stack, batch_of, nbytes, stacks
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.pruner import kernels_pruned_as_one
+from sparselora_jax.pruning.kernels import kernels_pruned_as_one
 from sparselora_jax.recipe import (
     base_formats,
     edited_kernels,

@@ -17,10 +17,11 @@ from sparselora_jax.pruning.ecoflap import (
 )
 from sparselora_jax.pruning.global_magnitude import GlobalMagnitude, global_magnitude_zeros
 from sparselora_jax.pruning.gptq import GPTQ
+from sparselora_jax.pruning.kernels import prune_tree
 from sparselora_jax.pruning.magnitude import Magnitude, Random
 from sparselora_jax.pruning.method import METHODS, Method, MethodError
 from sparselora_jax.pruning.owl import OWL, outlier_shares, owl_zeros
-from sparselora_jax.pruning.pruner import PruneResult, prune, prune_tree
+from sparselora_jax.pruning.pruner import PruneResult, prune
 from sparselora_jax.pruning.reconstruct import Reconstruct, ReconstructError
 from sparselora_jax.pruning.ria import RIA
 from sparselora_jax.pruning.sparsegpt import SparseGPT

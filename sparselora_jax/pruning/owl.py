@@ -21,7 +21,7 @@ from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.allocate import check_left, round_zeros, total
 from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
 from sparselora_jax.pruning.targets import in_blocks
-from sparselora_jax.pruning.walk import block_observer, joined, walk
+from sparselora_jax.pruning.walk import block_observer, joined, naming, walk
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.patterns import PatternError
 from sparselora_jax.sparse.rules import RuleError, block_path, stack_of, unflatten
@@ -83,18 +83,19 @@ def outlier_shares(
         def visit(layer, layers, w, chunks):
             progress(tower, layer, layers)
             if not names:
-                return w
+                return w, None
 
             def place(name, _layer):
                 return f'{block_path(tower, name)}, layer {layer}'
 
-            stats = observe(unflatten(w), chunks, place)
+            with naming(tower, layer):
+                stats = observe(unflatten(w), chunks, place)
             # The number of weights in a block may not fit into 32 bits, so counts are added up on the host.
             counts = _outliers([w[name] for name in names], [stats[name][0] for name in names], threshold)
             size = sum(w[name].size for name in names)
             shares.setdefault(tower, []).append(int(np.asarray(counts).sum(dtype=np.int64)) / size)
             # Weights stay unchanged: shares are those of the dense model.
-            return w
+            return w, None
 
         return visit
 

@@ -1,21 +1,19 @@
-"""Prune every kernel of a model: a method prunes one kernel, the functions here apply it to all layers."""
+"""Prune a model kernel by kernel: each kernel is calibrated on what the pruned kernels before it compute."""
 
-import contextlib
-import functools
-import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.calibrate import CalibrationError, InputStatistic
-from sparselora_jax.pruning.method import Method, MethodError, check_statistic, prunes_jointly
+from sparselora_jax.pruning.kernels import prune_matrices, prune_targets
+from sparselora_jax.pruning.one_pass import Chunk, Level, OnePass, Place, Target
 from sparselora_jax.pruning.reconstruct import Reconstruct, Targets, block_reconstructor, check_reconstruct
 from sparselora_jax.pruning.targets import (
     Methods,
@@ -25,231 +23,70 @@ from sparselora_jax.pruning.targets import (
     methods_of,
     pattern_zeros,
     patterns_of,
-    per_group,
 )
-from sparselora_jax.pruning.verdict import call_method, explain, is_right
-from sparselora_jax.pruning.walk import block_observer, joined, walk
+from sparselora_jax.pruning.tracing import program as tracing
+from sparselora_jax.pruning.tracing.schedule import make_schedule
+from sparselora_jax.pruning.walk import BlockPass, block_observer, joined, naming, walk
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.axes import KernelAxes
-from sparselora_jax.sparse.patterns import Pattern
-from sparselora_jax.sparse.rules import RuleError, block_path, flatten, paths_of, unflatten, with_leaves
+from sparselora_jax.sparse.rules import RuleError, block_path, flatten, name_in_block, paths_of, unflatten, with_leaves
 
 
 class PruneResult(NamedTuple):
     """Pruned params (zeros in place), their masks, and the tokens that each pruned kernel was calibrated on."""
 
-    params: dict
+    params: PyTree
     masks: dict
     tokens: dict[str, int]
 
 
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Add the path of a kernel to the errors of its method, which does not know it."""
-    try:
-        yield
-    except (CalibrationError, MethodError) as error:
-        raise type(error)(f'{path}: {error}') from error
-
-
-@functools.partial(jax.jit, static_argnames=('method', 'pattern'))
-def _prune_kernel(
-    kernel: Array, statistic: PyTree, zeros: ArrayLike | None, *, method: Method, pattern: Pattern
-) -> tuple[Array, Array, Bool[Array, '']]:
-    """Prune one kernel or a stack of them, and return (pruned, mask, whether they are right)."""
-    if kernel.ndim == 2:
-        pruned, mask = call_method(method, kernel, statistic, pattern, zeros)
-    else:
-        # One layer at a time: all at once would need memory for the scores of all layers.
-        pruned, mask = jax.lax.map(
-            lambda layer: call_method(method, layer[0], layer[1], pattern, layer[2]), (kernel, statistic, zeros)
-        )
-    # Statistics that a caller brings were not checked when they were summed.
-    has_finite_statistic = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(statistic)]).all()
-    return pruned, mask, has_finite_statistic & is_right(method, pattern, kernel, pruned, mask, zeros)
-
-
-@functools.partial(jax.jit, static_argnames=('method', 'pattern', 'places'))
-def _prune_joined(
-    kernels: tuple[Array, ...],
-    statistic: PyTree,
-    zeros: ArrayLike | None,
-    *,
-    method: Method,
-    pattern: Pattern,
-    places: tuple[NamedSharding, ...] | None,
-) -> tuple[list[Array], list[Array], Bool[Array, '']]:
-    """Prune kernels that share a statistic as one wide kernel, and return (pruned kernels, masks, whether right).
-
-    Args:
-      kernels: `[inputs, outputs]` each.
-      statistic: statistic of the input that they share.
-      zeros: number of zeros of each comparison group, for all kernels in order.
-      method: method of all kernels.
-      pattern: pattern of all kernels.
-      places: sharding of each kernel on a mesh. A method walks along inputs, so each device prunes some outputs with
-        all their inputs, and no comparison group is split.
-    """
-    # [inputs, outputs of all kernels]: a method sees one wide kernel.
-    kernel = jnp.concatenate(kernels, axis=-1)
-    constrain = jax.lax.with_sharding_constraint
-    if places is not None:
-        mesh = places[0].mesh
-        outputs = sharding.fitting(mesh, PartitionSpec(None, ('fsdp', 'tensor')), kernel.shape)
-        # Every device needs the whole statistic: each output is pruned along all inputs.
-        statistic = jax.tree.map(lambda leaf: constrain(leaf, NamedSharding(mesh, PartitionSpec())), statistic)
-        kernel = constrain(kernel, outputs)
-    pruned, mask = call_method(method, kernel, statistic, pattern, zeros)
-    if places is not None:
-        pruned, mask = constrain((pruned, mask), outputs)
-    # Split into the original kernels.
-    ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1].tolist()
-    results = (jnp.split(pruned, ends, axis=-1), jnp.split(mask, ends, axis=-1))
-    if places is not None:
-        # Back to the kernels' own shardings, where the next block expects them.
-        results = constrain(results, (list(places), list(places)))
-    return *results, is_right(method, pattern, kernel, pruned, mask, zeros)
-
-
-def prune_tree(
-    params: PyTree,
-    stats: Mapping[str, InputStatistic] | None,
-    rules: PatternRules,
-    *,
-    method: Methods,
-    zeros: dict[str, np.ndarray] | None = None,
-) -> tuple[PyTree, dict]:
-    """Prune any tree of kernels in one shot.
-
-    Args:
-      params: any tree. Statistics tell which of its leaves are kernels, and the roles of their axes. Without them,
-        kernels are leaves called `kernel` of nested dicts: `[inputs, outputs]` or, within a dict called `blocks`,
-        stacks `[layers, inputs, outputs]`.
-      stats: what `collect` returned; None for a method without a statistic.
-      rules: `(regex, pattern)` in order; every kernel must match.
-      method: `Magnitude()`, `Random()`, `Wanda()`, `SparseGPT()`, `DSnoT()`, or rules `(regex, method)` if towers use
-        different methods.
-      zeros: path -> number of zeros of each layer's kernel (a scalar if the kernel is not stacked). It replaces the
-        number that the pattern implies (see `pruning.allocate`).
-
-    Returns:
-      (params with zeros in place, masks). Masks are a nested dict with the paths of the pruned kernels.
-
-    Raises:
-      PatternError: a pattern does not fit its kernel.
-      RuleError: see `rules.match`.
-      CalibrationError: a kernel lacks the statistic that its method needs, or has another one; or a weight or a
-        statistic is not finite.
-      MethodError: an object is not a pruning method; or a method fails, or does not do what it promises (`Method`).
-
-    >>> from sparselora_jax.pruning import Magnitude
-    >>> params = {'q': {'kernel': jnp.array([[1.0], [-2.0]])}}
-    >>> pruned, masks = prune_tree(params, None, [('.*', 0.5)], method=Magnitude())
-    >>> pruned['q']['kernel'].tolist()
-    [[0.0], [-2.0]]
-    """
-    leaves = paths_of(params)
-    axes = {path: axes for path, (_, _, axes) in (stats or {}).items() if path in leaves and axes is not None}
-    methods = methods_of(params, method, axes)
-    patterns = patterns_of(params, rules, axes)
-    shapes = {path: matrix_shape(leaves[path].shape, axes.get(path)) for path in patterns}
-    totals = pattern_zeros(
-        {path: jax.ShapeDtypeStruct(shape, leaves[path].dtype) for path, shape in shapes.items()},
-        patterns,
-        methods,
-        zeros,
-    )
-    # Check all statistics before the first kernel is pruned.
-    statistics = {path: _statistic_for(path, methods[path], shapes[path], stats or {}) for path in patterns}
-    masks = {}
-    for path, pattern in patterns.items():
-        of_kernel = methods[path]
-        *layers, inputs, outputs = shapes[path]
-        # One axis of layers, whatever the kernel has.
-        stack = [math.prod(layers)] if layers else []
-        counts = None
-        if not pattern.structured:
-            # [layers, groups], or [groups] for a kernel that is not stacked.
-            per_layer = [per_group(of_kernel, pattern, outputs, int(total)) for total in totals[path].reshape(-1)]
-            counts = np.stack(per_layer) if layers else per_layer[0]
-        statistic = _with_layers(statistics[path], len(layers), stack)
-        roles = axes.get(path) or KernelAxes.of_stack(len(shapes[path]))
-        dense = roles.to_matrix(jnp.asarray(leaves[path])).reshape(*stack, inputs, outputs)
-        # `pattern.kind` drops the sparsity, which is in the counts, so one program serves every sparsity.
-        with _naming(path):
-            pruned, mask, right = _prune_kernel(dense, statistic, counts, method=of_kernel, pattern=pattern.kind)
-        if not right:
-            raise explain(path, of_kernel, pattern, dense, statistic, pruned, mask, counts)
-        shape = tuple(leaves[path].shape)
-        leaves[path] = roles.from_matrix(pruned, shape)
-        masks[path] = roles.from_matrix(mask, shape)
-    return with_leaves(params, {path: leaves[path] for path in masks}), unflatten(masks)
-
-
-def _with_layers(statistic: PyTree, num_axes: int, stack: Sequence[int]) -> PyTree:
-    """Return a statistic whose first axes, those of the kernel's layers, are joined to one."""
-    return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[num_axes:]), statistic)
-
-
-def _statistic_for(path: str, method: Method, shape: tuple[int, ...], stats: Mapping[str, InputStatistic]) -> PyTree:
-    """Return the statistic of a kernel that its method needs; None: it needs none.
-
-    Args:
-      path: path of the kernel.
-      method: method of the kernel.
-      shape: shape of the kernel, `[*layers, inputs, outputs]`.
-      stats: what `collect` returned.
-
-    Raises:
-      CalibrationError: it is missing, or its shape is that of another statistic.
-    """
-    if method.statistic is None:
-        return None
-    if path not in stats:
-        raise CalibrationError(f'{path}: no statistic; run collect with a forward that uses it')
-    statistic = stats[path].total
-    *layers, inputs, _outputs = shape
-    check_statistic(method, statistic, inputs, layers=layers, path=path)
-    return statistic
+SEQUENTIAL = ('kernel', 'layer')
 
 
 def prune(
     forward: Callable[..., Any],
-    params: dict,
-    batches: Iterable[dict],
+    params: PyTree,
+    batches: Iterable[Any],
     rules: PatternRules,
     *,
     method: Methods,
     zeros: dict[str, np.ndarray] | None = None,
+    sequential: str = 'kernel',
     chunk: int = 8,
     reconstruct: Reconstruct | None = None,
     keep: Callable[[str, int, Array, Array], None] | None = None,
     progress: Callable[[str, int, int], None] = lambda tower, layer, layers: None,
 ) -> PruneResult:
-    """Prune a model block by block; each block is calibrated on the outputs of the pruned blocks before it.
+    """Prune a model; each kernel is calibrated on what the pruned kernels before it compute.
 
-    `forward` runs once over the whole calibration set. This function runs its stacks of blocks, `chunk` samples at a
-    time. So memory holds the hidden states of all samples and the statistics of one block. A block is compiled once for
-    all its layers, or twice if `chunk` does not divide the number of samples.
+    Any forward that JAX can trace will do. Its program is cut at its kernels (`tracing.schedule`), and each product
+    runs once. Each batch is a chunk that runs at once.
+
+    The models of this package, and others that take a runner (`models.runners`), can do more: they are split over a
+    mesh, weights may lie on disk, and blocks may be reconstructed. This function then runs their stacks of blocks,
+    `chunk` samples at a time. So memory holds the hidden states of all samples and the statistics of one block. A block
+    is compiled once for all its layers, or twice if `chunk` does not divide the number of samples.
 
     Args:
-      forward: `forward(weights, batch, run)`, which passes its blocks to `run` (see `models.runners`).
-      params: a tree whose stacked blocks are at `<tower>/blocks`, where `<tower>` is the name that `forward` passes to
-        `run`. The leaves of blocks may be weights on disk: any object with a shape whose `leaf[layer]` is a layer's
-        array.
-      batches: dicts of arrays of one shape, samples first.
-      rules: `(regex, pattern)`; only kernels inside blocks can be pruned.
+      forward: `forward(params, batch)`, or `forward(params, batch, run)`, which passes its blocks to `run`.
+      params: any tree of arrays. With `run`, a tree whose stacked blocks are at `<tower>/blocks`, where `<tower>` is
+        the name that `forward` passes to `run`. The leaves of blocks may be weights on disk: any object with a shape
+        whose `leaf[layer]` is a layer's array.
+      batches: what `forward` takes. With `run`, dicts of arrays, samples first.
+      rules: `(regex, pattern)`; with `run`, only kernels inside blocks can be pruned.
       method: see `prune_tree`.
       zeros: see `prune_tree`.
-      chunk: number of samples processed at a time on each device that has its own samples (docs/scaling.md says what is
-        then the same as on one device).
+      sequential: `'kernel'`: as above. `'layer'`: all kernels of a block are calibrated on the block before any of them
+        is pruned, as the code of Wanda and SparseGPT does; the block then runs twice. It needs a forward with `run`.
+      chunk: with `run`, number of samples processed at a time on each device that has its own samples (docs/scaling.md
+        says what is then the same as on one device).
       reconstruct: how the kept weights of each block are trained once it is pruned, to give the dense block's output;
         None: they stay as the method returns them. Memory then holds twice the hidden states of all samples.
       keep: `keep(path, layer, kernel, mask)` is called with each layer as soon as it is pruned. The result then holds
         the unchanged `params` and no masks. It is for a model that does not fit into memory, or fits only once. A layer
         is read only once, before this call, so `keep` may overwrite a numpy array.
-      progress: called before each block with (tower, layer, layers).
+      progress: called before each block with (tower, layer, layers); without `run`, before each cut of the program
+        with (path, pruned kernels, kernels), where each layer of a stack counts.
 
     Returns:
       The pruned params and masks, unless `keep` takes them, and the number of tokens of each pruned kernel.
@@ -261,7 +98,13 @@ def prune(
       MethodError: see `prune_tree`.
       ReconstructError: `reconstruct` is no `Reconstruct`, or its batch does not fit the chunks.
     """
-    calibrate.check_forward(forward, 'params', 'batch', 'run')
+    if sequential not in SEQUENTIAL:
+        raise CalibrationError(f'sequential {sequential!r}: expected one of {", ".join(SEQUENTIAL)}')
+    if not _takes_runner(forward):
+        asked = {"sequential='layer'": sequential == 'layer', 'reconstruct': reconstruct, 'keep': keep}
+        for name in (name for name, is_asked in asked.items() if is_asked):
+            raise CalibrationError(f'{name} needs a forward with blocks: forward(params, batch, run), models.runners')
+        return _prune_program(forward, params, batches, rules, method=method, zeros=zeros, progress=progress)
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
     parts = sharding.row_parts(mesh)
@@ -287,7 +130,9 @@ def prune(
         block_methods = {name: methods[path] for name, path in paths.items()}
         # A method without a statistic gets squares, to count tokens and to find activations that are not finite.
         stats_of = {name: method.statistic or calibrate.squares for name, method in block_methods.items()}
+        one_pass = OnePass(methods.__getitem__, mesh)
         observe = block_observer(block, stats_of.get, mesh)
+        blocks = BlockPass(block, paths, mesh)
         if reconstruct:
             targets = Targets(block, mesh, reconstruct.target)
             train = block_reconstructor(block, reconstruct, mesh)
@@ -295,26 +140,46 @@ def prune(
         def visit(layer, layers, w, chunks):
             progress(tower, layer, layers)
             if not paths:  # the tower stays dense
-                return w
+                return w, None
 
-            def place(name, _layer):
+            def place(name, _layer=None):
                 return f'{block_path(tower, name)}, layer {layer}'
 
-            # The inputs of this block come from the pruned blocks before it.
-            stats = observe(unflatten(w), chunks, place)
             counts = {name: int(totals[path][layer]) for name, path in paths.items()}
-            pruned, masks = _prune_block(w, stats, block_patterns, block_methods, counts)
+            pruned: dict[str, Array] = {}
+            masks: dict[str, Array] = {}
+            stats: dict[str, InputStatistic] = {}
+            outputs = None
+            # The inputs of this block come from the pruned blocks before it.
+            if sequential == 'layer':
+                with naming(tower, layer):
+                    stats = observe(unflatten(w), chunks, place)
+                    pruned, masks = prune_matrices(w, stats, block_patterns, block_methods, counts)
+            else:
+
+                def prune_cut(targets):
+                    zeros_of = {place: totals[target.path][layer] for place, target in targets.items()}
+                    new_kernels, new_masks = prune_targets(targets, patterns, methods, zeros_of)
+                    for place, target in targets.items():
+                        name = name_in_block(target.path)
+                        pruned[name] = new_kernels[place]
+                        masks[name] = new_masks[place]
+                        stats[name] = target.statistic
+                    return new_kernels
+
+                one_pass.prune = prune_cut
+                outputs = blocks.run(layer, w, chunks, one_pass)
             if reconstruct:
                 wanted = targets.of_layer(w, chunks)
                 pruned = train(w, pruned, masks, chunks, wanted, f'{tower}/blocks, layer {layer}')
+                outputs = None  # those of the kernels as they were pruned
             for name, path in paths.items():
                 take(path, layer, pruned[name], masks[name])
                 tokens[path] = int(stats[name][1])
                 if methods[path].statistic is not None:
                     count = calibrate.count_dead_inputs(methods[path].statistic, stats[name][0])
                     dead_inputs.setdefault(path, []).append(count)
-            # The walk then runs the samples through the pruned block.
-            return w | pruned
+            return w | pruned, outputs
 
         return visit
 
@@ -333,77 +198,131 @@ def prune(
     return PruneResult(unflatten(flat), unflatten(masks), tokens)
 
 
-def kernels_pruned_as_one(
-    patterns: Mapping[str, Pattern], methods: Mapping[str, Method], inputs: Mapping[str, Hashable]
-) -> list[list[str]]:
-    """Group the names of a block's kernels: each group is pruned together.
+def _takes_runner(forward: object) -> bool:
+    """Return whether a forward has a third argument, which runs its blocks.
 
-    Args:
-      patterns: pattern of each kernel to prune, by name.
-      methods: method of each of these kernels, by name.
-      inputs: identity of each kernel's input; kernels may be joined if these values are equal.
+    Raises:
+      CalibrationError: it is no function of params and a batch.
     """
-    groups: dict[Hashable, list[str]] = {}
-    for name, pattern in patterns.items():
-        method = methods[name]
-        is_joint = prunes_jointly(method, pattern)
-        # Methods with the same options are equal, so kernels of different rules can still be joined.
-        group = (inputs[name], method, pattern.kind) if is_joint else name
-        groups.setdefault(group, []).append(name)
-    return list(groups.values())
+    try:
+        calibrate.check_forward(forward, 'params', 'batch', 'run')
+    except CalibrationError:
+        calibrate.check_forward(forward, 'params', 'batch')
+        return False
+    return True
 
 
-def _prune_block(
-    w: dict[str, Array],
-    stats: dict[str, InputStatistic],
-    patterns: dict[str, Pattern],
-    methods: dict[str, Method],
-    zeros: dict[str, int],
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Prune the kernels of one block, and return (pruned kernels, masks).
+def _prune_program(
+    forward: Callable[[PyTree, Any], Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    rules: PatternRules,
+    *,
+    method: Methods,
+    zeros: dict[str, np.ndarray] | None,
+    progress: Callable[[str, int, int], None],
+) -> PruneResult:
+    """Prune the kernels of any forward; see `prune`."""
+    calibrate.check_batches(batches)
+    batches = list(batches)
+    if not batches:
+        raise CalibrationError('the calibration set is empty: no batch arrived')
+    followed = calibrate.kernel_paths(params)
+    programs: dict[Any, tracing.Program] = {}
+    keys = []
+    for batch in batches:
+        leaves, structure = jax.tree.flatten(batch)
+        keys.append((structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)))
+        if keys[-1] not in programs:
+            programs[keys[-1]] = tracing.trace(forward, params, batch, followed.__contains__)
+            calibrate.check_found(programs[keys[-1]])
+    axes = programs[keys[0]].axes
+    leaves = paths_of(params)
+    patterns = patterns_of(params, rules, axes)
+    methods = methods_of(params, method, axes)
+    shapes = {path: matrix_shape(leaves[path].shape, axes[path]) for path in patterns}
+    dtypes = {path: jax.ShapeDtypeStruct(shape, leaves[path].dtype) for path, shape in shapes.items()}
+    totals = pattern_zeros(dtypes, patterns, methods, zeros)
+    num_kernels = sum(total.size for total in totals.values())
+    parts: dict[str, list[_Pruned]] = {path: [] for path in patterns}
 
-    Kernels that share their statistic (q, k and v) are pruned together if that does not change the result. Then one
-    Hessian is inverted for them, and one loop runs over their inputs.
+    def prune_cut(targets: dict[str, Target]) -> dict[str, Array]:
+        first = next(iter(targets.values()))
+        progress(first.path, sum(map(len, parts.values())), num_kernels)
+        of_layers = {}
+        for name, target in targets.items():
+            index = tuple(target.place.index.get(axis, slice(None)) for axis in axes[target.path].layers)
+            of_layers[name] = totals[target.path][index]
+        kernels, masks = prune_targets(targets, patterns, methods, of_layers)
+        for name, target in targets.items():
+            part = _Pruned(target, target.place.to_leaf(kernels[name]), target.place.to_leaf(masks[name]))
+            parts[target.path].append(part)
+        return kernels
 
-    Args:
-      w: the block's weights, by name.
-      stats: statistic of each kernel to prune, by name.
-      patterns: pattern of each kernel to prune, by name.
-      methods: method of each kernel to prune, by name.
-      zeros: number of zeros of each of these kernels.
+    arrays = tracing.arrays_of(params)
+    numbers = {key: number for number, key in enumerate(programs)}
+    levels = [
+        Level.of_arguments(make_schedule(program, is_pruned=patterns.__contains__), arrays)
+        for program in programs.values()
+    ]
+    chunks = [
+        Chunk(numbers[key], levels[numbers[key]].values_of_chunk(tracing.arrays_of(batch)))
+        for key, batch in zip(keys, batches, strict=True)
+    ]
+    places = {path: Place(path, {}, tuple(range(len(leaves[path].shape)))) for path in patterns}
+    one_pass = OnePass(methods.__getitem__)
+    one_pass.prune = prune_cut
+    one_pass.run(levels, chunks, places)
+    kernels = {path: _joined(path, leaves[path].shape, parts[path]) for path in patterns}
+    _warn_about_dead_inputs(parts, methods, {path: shape[-2] for path, shape in shapes.items()})
+    return PruneResult(
+        with_leaves(params, {path: kernel for path, (kernel, _) in kernels.items()}),
+        unflatten({path: mask for path, (_, mask) in kernels.items()}),
+        {path: int(parts[path][-1].target.statistic.tokens.min()) for path in patterns},
+    )
+
+
+class _Pruned(NamedTuple):
+    """A kernel that was pruned, or a layer of a stack: its kernel and mask in the layout of the leaf."""
+
+    target: Target
+    kernel: Array
+    mask: Array
+
+
+def _warn_about_dead_inputs(
+    parts: Mapping[str, Sequence[_Pruned]], methods: Mapping[str, Any], inputs: Mapping[str, int]
+) -> None:
+    counts = {}
+    for path, of_path in parts.items():
+        statistic = methods[path].statistic
+        if statistic is not None:
+            dead = [calibrate.count_dead_inputs(statistic, part.target.statistic.total) for part in of_path]
+            counts[path] = np.stack([processes.on_host(count) for count in dead])
+    calibrate.warn_about_dead_inputs(counts, inputs)
+
+
+def _joined(path: str, shape: Sequence[int], parts: Sequence[_Pruned]) -> tuple[Array, Array]:
+    """Return (kernel, mask) of a leaf from its layers.
+
+    Raises:
+      CalibrationError: a layer is missing.
     """
-    # `calibrate` gives kernels that read the same array the very same statistic.
-    inputs = {name: (id(stats[name][0]), w[name].dtype) for name in patterns}
-    pruned: dict[str, Array] = {}
-    masks: dict[str, Array] = {}
-    for names in kernels_pruned_as_one(patterns, methods, inputs):
-        method = methods[names[0]]
-        pattern = patterns[names[0]]
-        statistic = stats[names[0]][0] if method.statistic else None
-        counts = [per_group(method, patterns[name], w[name].shape[-1], zeros[name]) for name in names]
-        # N:M has no counts: each entry is None.
-        if len(names) == 1 or pattern.structured:
-            joined_counts = counts[0]
-        else:
-            joined_counts = np.concatenate(counts)
-        kernels = tuple(w[name] for name in names)
-        places = tuple(map(sharding.on_mesh, kernels))
-        with _naming(names[0]):
-            new_kernels, new_masks, right = _prune_joined(
-                kernels,
-                statistic,
-                joined_counts,
-                method=method,
-                pattern=pattern.kind,
-                places=None if None in places else places,
-            )
-        if not right:
-            results = zip(names, kernels, new_kernels, new_masks, counts, strict=True)
-            errors = [
-                explain(name, method, pattern, kernel, statistic, new_kernel, new_mask, zeros_of_kernel)
-                for name, kernel, new_kernel, new_mask, zeros_of_kernel in results
-            ]
-            raise next(filter(None, errors))
-        pruned.update(zip(names, new_kernels, strict=True))
-        masks.update(zip(names, new_masks, strict=True))
-    return pruned, masks
+    by_index = {tuple(sorted(part.target.place.index.items())): part for part in parts}
+    axes = sorted(parts[0].target.place.index) if parts else []
+    wanted = [tuple(zip(axes, index, strict=True)) for index in itertools.product(*[range(shape[a]) for a in axes])]
+    missing = [index for index in wanted if index not in by_index]
+    if missing:
+        layer = f', layer {", ".join(str(number) for _, number in missing[0])}' if axes else ''
+        raise CalibrationError(f'{path}{layer}: no product of the forward reads it in a way that can be followed')
+    ordered = [by_index[index] for index in wanted]
+    if not axes:
+        return ordered[0].kernel, ordered[0].mask
+    sizes = [shape[axis] for axis in axes]
+
+    def stack(arrays):
+        # Layers are in front of the axes that are left; each goes back to its own place.
+        stacked = jnp.stack(arrays)
+        return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(axes)), axes)
+
+    return stack([part.kernel for part in ordered]), stack([part.mask for part in ordered])

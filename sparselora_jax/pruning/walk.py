@@ -1,7 +1,8 @@
 """Run a model's blocks layer by layer over the calibration samples, so that each layer can be observed or changed."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -14,6 +15,10 @@ from jaxtyping import Array, PyTree
 from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.method import MethodError
+from sparselora_jax.pruning.one_pass import Chunk as OnePassChunk
+from sparselora_jax.pruning.one_pass import Level, OnePass, Place
+from sparselora_jax.pruning.tracing import program as tracing
+from sparselora_jax.pruning.tracing.schedule import Schedule, make_schedule
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.rules import block_path, flatten, unflatten
 
@@ -21,8 +26,8 @@ from sparselora_jax.sparse.rules import block_path, flatten, unflatten
 Block = Callable[..., Any]
 # Hidden states of a chunk of samples, and what a block only reads.
 Chunk = tuple[Array, dict]
-# `visit(layer, layers, w, chunks) -> w`: see `walk`.
-Visit = Callable[[int, int, dict, list[Chunk]], dict]
+# `visit(layer, layers, w, chunks) -> (w, outputs)`: see `walk`.
+Visit = Callable[[int, int, dict, list[Chunk]], tuple[dict, list[Array] | None]]
 
 
 def joined(batches: Iterable[dict], chunk: int) -> dict:
@@ -139,6 +144,106 @@ def block_step(block: Block, mesh: Mesh | AbstractMesh | None) -> Callable[..., 
     return jax.jit(sharding.on_own_rows(run_block, mesh))
 
 
+@contextlib.contextmanager
+def naming(tower: str, layer: int) -> Iterator[None]:
+    """Add the tower and the layer to errors that begin with the name of a kernel within a block.
+
+    Args:
+      tower: path of the tower.
+      layer: number of the layer.
+    """
+    try:
+        yield
+    except (calibrate.CalibrationError, MethodError) as error:
+        name, colon, message = str(error).partition(':')
+        raise type(error)(f'{block_path(tower, name)}, layer {layer}{colon}{message}') from None
+
+
+class BlockPass:
+    """Runs the chunks through the layers of a tower in one pass: kernels are pruned within the block (`one_pass`)."""
+
+    def __init__(self, block: Block, paths: Mapping[str, str], mesh: Mesh | None):
+        """Create the pass of a tower, before its first layer.
+
+        Args:
+          block: block function of the tower.
+          paths: {name within the block: path} of the kernels to prune.
+          mesh: mesh over which samples are split; None: one device.
+        """
+        self._forward = _forward_of(block)
+        self._paths = paths
+        self._mesh = mesh
+        self._schedules: dict[Any, Schedule] = {}
+
+    def run(self, layer: int, w: dict[str, Array], chunks: Sequence[Chunk], one_pass: OnePass) -> list[Array]:
+        """Prune one layer, and return its outputs for all chunks.
+
+        Args:
+          layer: number of the layer.
+          w: its weights, by name.
+          chunks: its inputs.
+          one_pass: prunes the kernels. It keeps compiled programs, so use one for all layers.
+        """
+        levels: list[Level] = []
+        number_of: dict[int, int] = {}
+        samples = []
+        for x, ctx in chunks:
+            inputs = _of_devices((x, ctx), mesh=self._mesh)
+            schedule = self._schedule(w, inputs)
+            if id(schedule) not in number_of:
+                number_of[id(schedule)] = len(levels)
+                levels.append(Level.of_arguments(schedule, tracing.arrays_of(w)))
+            number = number_of[id(schedule)]
+            values = levels[number].values_of_chunk(tracing.arrays_of(inputs))
+            samples.append(OnePassChunk(number, values, functools.partial(valid_rows, ctx=inputs[1])))
+        # In the stack of all layers, the axes of a layer's kernel come after that of the layers.
+        places = {name: Place(path, {0: layer}, (1, 2)) for name, path in self._paths.items()}
+        one_pass.run(levels, samples, places)
+        outputs = [levels[chunk.level].schedule.program.jaxpr.outvars[0] for chunk in samples]
+        return [_of_rows(chunk.values[output], mesh=self._mesh) for chunk, output in zip(samples, outputs, strict=True)]
+
+    def _output(self, w: dict[str, Array], inputs: Chunk) -> Array:
+        return self._forward(unflatten(w), inputs)[0]
+
+    def _schedule(self, w: dict[str, Array], inputs: Chunk) -> Schedule:
+        """Return the schedule of the block for inputs of these shapes."""
+        leaves, structure = jax.tree.flatten(inputs)
+        key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in self._schedules:
+            # On a mesh each device runs the program on its own entry.
+            of_device = inputs if self._mesh is None else jax.tree.map(_shape_of_entry, inputs)
+            program = tracing.trace(self._output, w, of_device, self._paths.__contains__)
+            calibrate.check_found(program)
+            self._schedules[key] = make_schedule(program, needs_results=True)
+        return self._schedules[key]
+
+
+def _shape_of_entry(leaf: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+
+@functools.partial(jax.jit, static_argnames='mesh')
+def _of_devices(inputs: Chunk, *, mesh: Mesh | None) -> Chunk:
+    """Return a chunk with an axis of devices in front of each array; without a mesh, the chunk itself."""
+    if mesh is None:
+        return inputs
+    parts = sharding.row_parts(mesh)
+    rows = inputs[0].shape[0]
+
+    def split(leaf):
+        if leaf.shape[:1] == (rows,):
+            return sharding.split_rows(_by_device(leaf, mesh), mesh)
+        return sharding.split_rows(jnp.broadcast_to(leaf, (parts, *leaf.shape)), mesh)
+
+    return jax.tree.map(split, inputs)
+
+
+@functools.partial(jax.jit, static_argnames='mesh')
+def _of_rows(outputs: Array, *, mesh: Mesh | None) -> Array:
+    """Return the samples of all devices without their axis; see `_of_devices`."""
+    return outputs if mesh is None else _by_row(outputs, mesh)
+
+
 def walk(
     forward: Callable[..., Any],
     params: dict,
@@ -157,11 +262,9 @@ def walk(
       samples: one batch of all samples.
       enter: `enter(tower, block)` is called at each stack of blocks and returns `visit(layer, layers, w, chunks)`.
         `visit` takes a layer's weights by path and its inputs, `[(x, ctx), ...]`. It returns the weights that the layer
-        then runs with.
+        then runs with, and the outputs of all chunks, or None to have them computed with these weights.
       chunk: number of samples processed at a time on each device.
 
-    Raises:
-      CalibrationError, MethodError: raised by `visit`; the message gets the tower and the layer added.
     """
     mesh = sharding.mesh_of_rows(samples)
 
@@ -175,12 +278,9 @@ def walk(
             # Weights on disk are read here.
             w = jax.tree.map(lambda leaf, layer=layer: jnp.asarray(leaf[layer]), weights)
             w = flatten(w if mesh is None else sharding.everywhere(w, mesh))
-            try:
-                w = visit(layer, layers, w, chunks)
-            except (calibrate.CalibrationError, MethodError) as error:
-                raise type(error)(f'{block_path(tower, str(error))} (layer {layer})') from None
+            w, outputs = visit(layer, layers, w, chunks)
             for i, (x, ctx) in enumerate(chunks):  # one by one: memory never holds two sets of hidden states
-                chunks[i] = (step(unflatten(w), (x, ctx)), ctx)
+                chunks[i] = (outputs[i] if outputs else step(unflatten(w), (x, ctx)), ctx)
         return _whole([x for x, _ in chunks], mesh=mesh), cache
 
     forward(params, samples, run)

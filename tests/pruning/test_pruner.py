@@ -58,13 +58,14 @@ class SecretDoubling(pruning.Wanda):
 
 
 @pytest.mark.parametrize('method', [pruning.Wanda(), pruning.SparseGPT(block=8), pruning.Magnitude()])
-def test_sequential_pruning_gives_the_pattern_and_one_trace_a_block(method, monkeypatch):
+@pytest.mark.parametrize(('sequential', 'blocks'), [('kernel', 1), pytest.param('layer', 2, marks=pytest.mark.slow)])
+def test_sequential_pruning_gives_the_pattern_and_one_trace_a_block(method, sequential, blocks, monkeypatch):
     params, batch = setup()
     traces = []
     block = llama.block
     monkeypatch.setattr(llama, 'block', lambda *args: traces.append(1) or block(*args))
-    result = pruning.prune(forward, params, [batch], RULES, method=method, chunk=2)
-    assert len(traces) == 2  # the observing block and the pruned one, whatever the number of layers
+    result = pruning.prune(forward, params, [batch], RULES, method=method, sequential=sequential, chunk=2)
+    assert len(traces) == blocks  # `layer` has an observing block and the pruned one, whatever the number of layers
     sparsity.check_masks(result.masks, RULES)
     sparsity.check_sparse(result.params, result.masks)
     assert set(result.tokens.values()) == {18}
@@ -150,7 +151,7 @@ def test_one_shot_prunes_any_tree():
 def test_kernels_that_share_an_input_are_pruned_as_if_alone(method, pattern):
     params, batch = setup()
     rules_of_first = [('language/blocks/.*', pattern)]
-    together = pruning.prune(forward, params, [batch], rules_of_first, method=method)
+    together = pruning.prune(forward, params, [batch], rules_of_first, method=method, sequential='layer')
     first = jax.tree.map(lambda leaf: leaf[0], params['language']['blocks'])
     x, ctx = llama.embed({}, CFG, batch['x'], layers.causal_view(batch['valid']))
     stats = calibrate.collect(
@@ -208,16 +209,17 @@ def test_activations_that_are_not_finite_name_path_and_layer():
     params, batch = setup()
     down = params['language']['blocks']['mlp']['down']
     down['kernel'] = down['kernel'].at[0].set(jnp.nan)
-    with pytest.raises(
-        calibrate.CalibrationError, match=r'language/blocks/attn/[qkv]/kernel: .* not finite .* \(layer 1\)'
-    ):
+    with pytest.raises(calibrate.CalibrationError, match=r'language/blocks/attn/[qkv]/kernel, layer 1: .* not finite'):
         pruning.prune(forward, params, [batch], [('.*/attn/.*', '2:4'), ('.*', 'dense')], method=pruning.Wanda())
 
 
 def test_edits_of_a_method_that_hides_them_are_an_error():
     params, batch = setup()
     match = 'kernel: SecretDoubling changed weights that its mask keeps, but says edits_kept_weights = False'
-    with pytest.raises(pruning.MethodError, match=rf'language/blocks/attn/[qkv]/{match}.* \(layer 0\)'):
+    with pytest.raises(
+        pruning.MethodError,
+        match=r'language/blocks/attn/[qkv]/kernel, layer 0: SecretDoubling changed weights that its mask',
+    ):
         pruning.prune(forward, params, [batch], RULES, method=SecretDoubling())
     stats = {'fc/kernel': calibrate.InputStatistic(jnp.ones(8), jnp.ones((), jnp.int32))}
     with pytest.raises(pruning.MethodError, match=f'fc/{match}'):

@@ -69,7 +69,7 @@ def test_kernels_of_a_model_that_share_an_input_are_pruned_each_for_itself(patte
         return llama.forward(w['language'], CFG, batch['x'], batch['valid'], run)
 
     pattern_rules = [('language/blocks/.*', pattern)]
-    in_model = pruning.prune(forward, params, [batch], pattern_rules, method=pruning.RIA())
+    in_model = pruning.prune(forward, params, [batch], pattern_rules, method=pruning.RIA(), sequential='layer')
     check_masks(in_model.masks, pattern_rules)
     first = jax.tree.map(lambda leaf: leaf[0], params['language']['blocks'])
     x, ctx = llama.embed({}, CFG, batch['x'], layers.causal_view(batch['valid']))

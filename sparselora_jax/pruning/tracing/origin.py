@@ -59,6 +59,25 @@ class Origin:
         # Traced indices have no value to compare, only an identity.
         return pins[0].keys() == pins[1].keys() and all(pins[0][axis] is pins[1][axis] for axis in pins[0])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the value holds every index of the axes that are not pinned."""
+        pinned = {pin.axis for pin in self.pins}
+        size = math.prod(size for axis, size in enumerate(self.shape) if axis not in pinned)
+        return math.prod(part.size for parts in self.axes for part in parts) == size
+
+    def to_leaf(self, array: Any) -> Any:
+        """Return an array of the value's layout in the layout of the leaf, without the pinned axes.
+
+        Args:
+          array: an array of the value's shape, which must be whole.
+        """
+        parts = [part for parts in self.axes for part in parts]
+        order = sorted(range(len(parts)), key=lambda index: (parts[index].axis, -parts[index].stride))
+        pinned = {pin.axis for pin in self.pins}
+        shape = [size for axis, size in enumerate(self.shape) if axis not in pinned]
+        return array.reshape([part.size for part in parts]).transpose(order).reshape(shape)
+
     @classmethod
     def of_leaf(cls, path: str, shape: Sequence[int]) -> 'Origin':
         """Return the origin of a leaf itself.

@@ -55,7 +55,7 @@ class Program(NamedTuple):
           visit: called with each product of a kernel that `axes` holds.
         """
         walk = Walk(lambda product: visit(product) if product.path in self.axes else None, has_values=True)
-        walk.run(self.jaxpr, self._arguments(_arrays((params, batch))))
+        walk.run(self.jaxpr, self._arguments(arrays_of((params, batch))))
 
     def _arguments(self, values: Sequence[Any]) -> list[Operand]:
         return [
@@ -84,14 +84,14 @@ def trace(
         return [result for result in jax.tree.leaves(forward(*whole)) if is_array(result)]
 
     # Shapes are enough: within `jit`, the arrays are tracers of the outer program.
-    jaxpr = jax.make_jaxpr(run)(_arrays((params, batch)))
+    jaxpr = jax.make_jaxpr(run)(arrays_of((params, batch)))
     origins = [
         Origin.of_leaf(path, leaf.shape) if is_kernel(path) else None
         for path, leaf in leaves_by_path(params).items()
         if is_array(leaf)
     ]
     num_params = len(origins)
-    origins += [None] * len(_arrays(batch))
+    origins += [None] * len(arrays_of(batch))
     program = Program(jaxpr, origins, num_params, {}, {})
     return program._replace(**_analysis(program))
 
@@ -101,7 +101,12 @@ def is_array(leaf: object) -> bool:
     return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
 
 
-def _arrays(tree: PyTree) -> list[Any]:
+def arrays_of(tree: PyTree) -> list[Any]:
+    """Return the leaves of a tree that are arrays, in order: the arguments of a traced program.
+
+    Args:
+      tree: params, or a batch.
+    """
     return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
 
 
@@ -172,7 +177,7 @@ class Walk:
         name = equation.primitive.name
         if followed and name in CALLS:
             self._callers.append(equation)
-            results = self.run(_closed(equation.params[CALLS[name]]), operands)
+            results = self.run(closed(equation.params[CALLS[name]]), operands)
             self._callers.pop()
             return results
         if followed and name in _CONTROL_FLOW:
@@ -349,7 +354,12 @@ class Walk:
 _CONTROL_FLOW = {'scan': Walk._scan, 'while': Walk._while, 'cond': Walk._cond}
 
 
-def _closed(program: core.ClosedJaxpr | core.Jaxpr) -> core.ClosedJaxpr:
+def closed(program: core.ClosedJaxpr | core.Jaxpr) -> core.ClosedJaxpr:
+    """Return a program that is called by an operation as one with its constants.
+
+    Args:
+      program: the program, as `CALLS` names it.
+    """
     return program if isinstance(program, core.ClosedJaxpr) else core.ClosedJaxpr(program, ())
 
 

@@ -1,0 +1,435 @@
+"""Run samples through a program and prune its kernels on the way, so that each product runs once.
+
+The program is cut at its kernels (`tracing.schedule`). All chunks of samples run up to a cut, the statistics of its
+kernels are then complete, the kernels are pruned, and the chunks go on through them. Kernels that read the same array
+(q, k and v) share a cut. GPTQ calls this order true sequential.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.calibrate import CalibrationError, InputStatistic
+from sparselora_jax.pruning.method import Method, MethodError
+from sparselora_jax.pruning.tracing.origin import Origin
+from sparselora_jax.pruning.tracing.schedule import Cut, Loop, Schedule, Segment, Unit, free_variables, function_of
+from sparselora_jax.sparse import sharding
+
+# The values of a program: those that all chunks share, or those of one chunk.
+Values = dict[core.Var, Any]
+
+
+class Place(NamedTuple):
+    """Where a kernel of a program, or of the body of a loop, lies in a leaf.
+
+    Attributes:
+      path: path of the leaf.
+      index: {axis of the leaf: index} of the axes that the kernel is one index of.
+      axes: the other axes of the leaf, in order.
+      layouts: origins that lead back to the leaf, from the inside out.
+    """
+
+    path: str
+    index: dict[int, int]
+    axes: tuple[int, ...]
+    layouts: tuple[Origin, ...] = ()
+
+    def of_part(self, origin: Origin) -> 'Place':
+        """Return the place of a value within the kernel.
+
+        Args:
+          origin: origin of the value, whose leaf is the kernel.
+        """
+        index = dict(self.index)
+        for axis, position in origin.pins:
+            index[self.axes[axis]] = int(position)
+        pinned = {pin.axis for pin in origin.pins}
+        axes = tuple(axis for number, axis in enumerate(self.axes) if number not in pinned)
+        return Place(self.path, index, axes, (origin, *self.layouts))
+
+    def to_leaf(self, array: Array) -> Array:
+        """Return an array of the kernel's layout in that of the leaf, without the axes of `index`.
+
+        Args:
+          array: the kernel, or its mask.
+        """
+        for origin in self.layouts:
+            array = origin.to_leaf(array)
+        return array
+
+    def __str__(self) -> str:
+        layers = ', '.join(str(self.index[axis]) for axis in sorted(self.index))
+        return f'{self.path}, layer {layers}' if layers else self.path
+
+
+class Level(NamedTuple):
+    """A program at one shape of the chunks.
+
+    Attributes:
+      schedule: its schedule.
+      shared: values that all chunks of this shape share; pruned kernels are added to them.
+    """
+
+    schedule: Schedule
+    shared: Values
+
+    @classmethod
+    def of_arguments(cls, schedule: Schedule, params: Sequence[Any]) -> 'Level':
+        """Return a program with its params.
+
+        Args:
+          schedule: the schedule of the program.
+          params: its first arguments.
+        """
+        shared = _constants(schedule.program)
+        # The batch comes after the params.
+        return cls(schedule, shared | dict(zip(schedule.program.jaxpr.invars, params, strict=False)))
+
+    def values_of_chunk(self, batch: Sequence[Any]) -> Values:
+        """Return a chunk's arguments of the program.
+
+        Args:
+          batch: arrays of the batch: the last arguments.
+        """
+        arguments = self.schedule.program.jaxpr.invars
+        return dict(zip(arguments[len(arguments) - len(batch) :], batch, strict=True))
+
+    def value(self, atom: Any, jitted: Callable[[core.ClosedJaxpr], Callable[..., Any]]) -> Any:
+        """Return a value that all chunks share, and compute it if it is not known yet.
+
+        Args:
+          atom: the value.
+          jitted: compiles a program.
+        """
+        if isinstance(atom, core.Literal):
+            return atom.val
+        if atom in self.shared:
+            return self.shared[atom]
+        equations = self.schedule.needed([atom], self.shared)
+        inputs = free_variables(equations)
+        program = function_of(equations, inputs, [atom], self.schedule.program)
+        return jitted(program)(*[self.shared[variable] for variable in inputs])[0]
+
+
+@dataclass
+class Chunk:
+    """A chunk of samples on its way through a program.
+
+    Attributes:
+      level: number of the level whose shape it has.
+      values: its values that are still needed. On a mesh each has an axis of devices in front.
+      rows: path of a kernel -> which rows of its input count; None: all.
+    """
+
+    level: int
+    values: Values
+    rows: Callable[[str], Array | None] = lambda path: None
+
+
+class Target(NamedTuple):
+    """A kernel to prune.
+
+    Attributes:
+      path: path of the leaf that it is, or that it is a layer of.
+      place: where it lies.
+      kernel: its weights, in the layout in which the program holds them.
+      statistic: the statistic of its input.
+    """
+
+    path: str
+    place: Place
+    kernel: Array
+    statistic: InputStatistic
+
+
+# Prunes the kernels of one cut, and returns them by name, in the layout of `Target.kernel`.
+Prune = Callable[[dict[str, Target]], dict[str, Array]]
+
+
+@dataclass
+class OnePass:
+    """Runs chunks of samples through programs whose kernels it prunes.
+
+    Attributes:
+      method_of: path of a kernel -> its method.
+      mesh: mesh over which samples are split; None: one device.
+      prune: prunes the kernels of one cut; may change between two runs.
+    """
+
+    method_of: Callable[[str], Method]
+    mesh: Mesh | None = None
+    prune: Prune | None = None
+    _compiled: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    _observers: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+
+    def run(self, levels: Sequence[Level], chunks: Sequence[Chunk], places: Mapping[str, Place]) -> None:
+        """Run all chunks through a program, and prune its kernels on the way.
+
+        Args:
+          levels: the program, at each shape of the chunks.
+          chunks: the chunks; their values are replaced by those that are needed after the program.
+          places: place of each kernel argument, by the path that it has in the program.
+
+        Raises:
+          CalibrationError, MethodError: from statistics or `prune`; names the kernel.
+        """
+        schedules = [level.schedule for level in levels]
+        if len({tuple(type(step) for step in schedule.steps) for schedule in schedules}) > 1:
+            raise CalibrationError(
+                'the forward is another program for batches of another size: use batches of one size'
+            )
+        for number, steps in enumerate(zip(*[schedule.steps for schedule in schedules], strict=True)):
+            if isinstance(steps[0], Segment):
+                for chunk in chunks:
+                    self._run_segment(levels[chunk.level], steps[chunk.level], chunk, number)
+            elif isinstance(steps[0], Cut):
+                self._prune(levels, steps, chunks, places)
+            else:
+                self._run_loop(levels, steps, chunks, places)
+            for chunk in chunks:
+                live = schedules[chunk.level].live[number]
+                chunk.values = {variable: value for variable, value in chunk.values.items() if variable in live}
+
+    def _run_segment(self, level: Level, segment: Segment, chunk: Chunk, number: int) -> None:
+        # Nothing reads what comes after the last kernel.
+        if not segment.outputs:
+            return
+        inputs = segment.inputs
+        program = function_of(segment.equations, inputs, segment.outputs, level.schedule.program)
+        own = [variable for variable in inputs if variable in chunk.values]
+        others = [variable for variable in inputs if variable not in chunk.values]
+        results = self._on_own_rows(program, inputs, others)(
+            [level.shared[variable] for variable in others], [chunk.values[variable] for variable in own]
+        )
+        chunk.values.update(zip(segment.outputs, results, strict=True))
+        # The inputs of one chunk are let go before the next one runs.
+        live = level.schedule.live[number]
+        chunk.values = {variable: value for variable, value in chunk.values.items() if variable in live}
+
+    def _on_own_rows(
+        self, program: core.ClosedJaxpr, inputs: Sequence[core.Var], shared: Sequence[core.Var]
+    ) -> Callable[..., Any]:
+        """Return `(shared values, values of a chunk) -> results`, compiled; equal programs share one."""
+        # The text of a program names its values in order, so that equal programs have equal texts.
+        is_shared = tuple(variable in shared for variable in inputs)
+        key = f'{is_shared} {program.jaxpr}'
+        if key not in self._compiled:
+
+            def run_segment(of_all, of_chunk):
+                of_all = iter(of_all)
+                of_chunk = iter(self._of_device(of_chunk))
+                arguments = [next(of_all) if shared else next(of_chunk) for shared in is_shared]
+                return self._of_all_devices(core.jaxpr_as_fun(program)(*arguments))
+
+            self._compiled[key] = jax.jit(sharding.on_own_rows(run_segment, self.mesh))
+        return self._compiled[key]
+
+    def _of_device(self, values: PyTree) -> PyTree:
+        """Return a chunk's values without the axis of devices, of which each device sees its own entry."""
+        return values if self.mesh is None else jax.tree.map(lambda leaf: leaf[0], values)
+
+    def _of_all_devices(self, values: PyTree) -> PyTree:
+        return values if self.mesh is None else jax.tree.map(lambda leaf: leaf[None], values)
+
+    def _jitted(self, program: core.ClosedJaxpr) -> Callable[..., Any]:
+        """Return a compiled program of shared values."""
+        key = str(program.jaxpr)
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(core.jaxpr_as_fun(program))
+        return self._compiled[key]
+
+    def _prune(
+        self, levels: Sequence[Level], cuts: Sequence[Cut], chunks: Sequence[Chunk], places: Mapping[str, Place]
+    ) -> None:
+        """Prune the kernels of a cut."""
+        # Short names, so that cuts of equal structure have equal programs.
+        names = {unit: f'kernel{number}' for number, unit in enumerate(sorted(cuts[0].kernels))}
+        place_of = {name: places[unit.path].of_part(cuts[0].origins[unit]) for unit, name in names.items()}
+        kernels = {
+            name: jnp.asarray(levels[0].value(cuts[0].kernels[unit], self._jitted)) for unit, name in names.items()
+        }
+        batches = [self._batch(levels[chunk.level], cuts[chunk.level], chunk, place_of) for chunk in chunks]
+        with _naming(place_of):
+            observe = self._observer(levels, cuts, names, place_of)
+            statistics = observe(kernels, batches, lambda name, layer: str(place_of[name]))
+        targets = {
+            str(place): Target(place.path, place, kernels[name], statistics[name]) for name, place in place_of.items()
+        }
+        pruned = self.prune(targets)
+        for level, cut in zip(levels, cuts, strict=True):
+            for unit, name in names.items():
+                kernel = pruned[str(place_of[name])]
+                level.shared[cut.kernels[unit]] = kernel
+                for copy in cut.copies.get(unit, []):
+                    level.shared[copy] = kernel.reshape(copy.aval.shape)
+
+    def _batch(
+        self, level: Level, cut: Cut, chunk: Chunk, place_of: Mapping[str, Place]
+    ) -> tuple[list[Any], dict[str, Array]]:
+        """Return what the products of a cut read, and which rows of each kernel's input count."""
+        inputs = [
+            chunk.values[variable]
+            if variable in chunk.values
+            else self._for_each_device(level.value(variable, self._jitted))
+            for variable in cut.inputs
+        ]
+        rows = {name: chunk.rows(place.path) for name, place in place_of.items()}
+        return inputs, {name: counted for name, counted in rows.items() if counted is not None}
+
+    def _for_each_device(self, value: Any) -> Any:
+        """Return a value with an axis of devices, each of which gets the same."""
+        if self.mesh is None:
+            return value
+        return jnp.broadcast_to(value, (sharding.row_parts(self.mesh), *np.shape(value)))
+
+    def _observer(
+        self, levels: Sequence[Level], cuts: Sequence[Cut], names: Mapping[Unit, str], place_of: Mapping[str, Place]
+    ) -> Callable[..., dict[str, InputStatistic]]:
+        """Return `(kernels, batches, place) -> statistics` of the products of a cut."""
+        stats = {
+            # A method without a statistic gets squares, to count tokens and to find activations that are not finite.
+            name: self.method_of(place.path).statistic or calibrate.squares
+            for name, place in place_of.items()
+        }
+        programs = {}
+        for level, cut in zip(levels, cuts, strict=True):
+            held = [(variable, names[unit]) for unit, variable in cut.kernels.items()]
+            held += [(copy, names[unit]) for unit, copies in cut.copies.items() for copy in copies]
+            results = [variable for equation in cut.equations for variable in equation.outvars]
+            arguments = [*[variable for variable, _ in held], *cut.inputs]
+            program = function_of(cut.equations, arguments, results, level.schedule.program)
+            shapes = tuple((variable.aval.shape, variable.aval.dtype) for variable in cut.inputs)
+            programs[shapes] = program, [(variable.aval.shape, name) for variable, name in held]
+        texts = tuple((str(program.jaxpr), str(held)) for program, held in programs.values())
+        key = texts, tuple(stats.items())
+        if key not in self._observers:
+
+            def forward(kernels, batch):
+                inputs, _ = self._of_device(batch)
+                program, held = programs[tuple((np.shape(leaf), leaf.dtype) for leaf in inputs)]
+                return core.jaxpr_as_fun(program)(*[kernels[name].reshape(shape) for shape, name in held], *inputs)
+
+            def valid(name, batch):
+                return self._of_device(batch)[1].get(name)
+
+            self._observers[key] = calibrate.make_observer(forward, stats=stats.get, valid=valid, mesh=self.mesh)
+        return self._observers[key]
+
+    def _run_loop(
+        self, levels: Sequence[Level], loops: Sequence[Loop], chunks: Sequence[Chunk], places: Mapping[str, Place]
+    ) -> None:
+        """Run a scan layer by layer."""
+        params = loops[0].equation.params
+        num_consts = params['num_consts']
+        num_outer = num_consts + params['num_carry']
+        layers = range(params['length'])
+        if params['reverse']:
+            layers = reversed(layers)
+        outer_values = [_own_arguments(loops[chunk.level].equation, chunk) for chunk in chunks]
+        of_all = [self._shared_arguments(level, loop.equation) for level, loop in zip(levels, loops, strict=True)]
+        carries = [
+            [
+                own[i] if i in own else self._for_each_device(of_all[chunk.level][i])
+                for i in range(num_consts, num_outer)
+            ]
+            for chunk, own in zip(chunks, outer_values, strict=True)
+        ]
+        stacks: list[list[list[Any]]] = [[] for _ in chunks]
+        for layer in layers:
+            inner_levels = [
+                Level(loop.body, _constants(loop.body.program) | _of_layer(loop, values, num_consts, num_outer, layer))
+                for loop, values in zip(loops, of_all, strict=True)
+            ]
+            inner_chunks = []
+            for chunk, own, carry in zip(chunks, outer_values, carries, strict=True):
+                loop = loops[chunk.level]
+                axis = 0 if self.mesh is None else 1  # behind the axis of devices
+                values = _of_layer(loop, own, num_consts, num_outer, layer, axis)
+                values.update(zip(loop.body.program.jaxpr.invars[num_consts:num_outer], carry, strict=True))
+                inner_chunks.append(Chunk(chunk.level, values, chunk.rows))
+            inner_places = {
+                name: places[origin.path].of_part(origin.pin(0, layer)) for name, origin in loops[0].kernels.items()
+            }
+            self.run(inner_levels, inner_chunks, inner_places)
+            for index, chunk in enumerate(inner_chunks):
+                level = inner_levels[chunk.level]
+                results = [
+                    chunk.values[atom]
+                    if not isinstance(atom, core.Literal) and atom in chunk.values
+                    else self._for_each_device(level.value(atom, self._jitted))
+                    for atom in level.schedule.program.jaxpr.outvars
+                ]
+                carries[index] = results[: params['num_carry']]
+                stacks[index].append(results[params['num_carry'] :])
+        for chunk, carry, stack in zip(chunks, carries, stacks, strict=True):
+            ordered = stack[::-1] if params['reverse'] else stack
+            axis = 0 if self.mesh is None else 1
+            results = [*carry, *[jnp.stack(of_layers, axis) for of_layers in zip(*ordered, strict=True)]]
+            chunk.values.update(zip(loops[chunk.level].equation.outvars, results, strict=True))
+
+    def _shared_arguments(self, level: Level, equation: core.JaxprEqn) -> dict[int, Any]:
+        """Return the arguments of a loop that all chunks share, by number."""
+        varying = level.schedule.varying
+        return {
+            index: level.value(atom, self._jitted)
+            for index, atom in enumerate(equation.invars)
+            if isinstance(atom, core.Literal) or atom not in varying
+        }
+
+
+def _own_arguments(equation: core.JaxprEqn, chunk: Chunk) -> dict[int, Any]:
+    """Return the arguments of a loop that are a chunk's own, by number."""
+    return {
+        index: chunk.values[atom]
+        for index, atom in enumerate(equation.invars)
+        if not isinstance(atom, core.Literal) and atom in chunk.values
+    }
+
+
+def _constants(program: core.ClosedJaxpr) -> Values:
+    return dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+
+
+def _of_layer(
+    loop: Loop, arguments: Mapping[int, Any], num_consts: int, num_outer: int, layer: int, axis: int = 0
+) -> Values:
+    """Return the arguments of a loop's body for one layer, apart from the carry.
+
+    Args:
+      loop: the loop.
+      arguments: arguments of the loop, by number.
+      num_consts: number of arguments that are the same for all layers.
+      num_outer: number of arguments before the stacks of all layers.
+      layer: number of the layer.
+      axis: axis of the layers in a stack.
+    """
+    values = {}
+    for index, value in arguments.items():
+        variable = loop.body.program.jaxpr.invars[index]
+        if index < num_consts:
+            values[variable] = value
+        elif index >= num_outer:
+            # Layers of weights on disk are read here.
+            values[variable] = jnp.asarray(value[layer] if axis == 0 else value[:, layer])
+    return values
+
+
+@contextmanager
+def _naming(place_of: Mapping[str, Place]) -> Iterator[None]:
+    """Replace the name of a kernel at the start of an error by its place."""
+    try:
+        yield
+    except (CalibrationError, MethodError) as error:
+        name, colon, message = str(error).partition(':')
+        if name not in place_of:
+            raise
+        raise type(error)(f'{place_of[name]}{colon}{message}') from None

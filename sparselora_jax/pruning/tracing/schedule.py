@@ -1,0 +1,484 @@
+"""Cut a program at its kernels: which operations can run before which kernels are pruned.
+
+A schedule is a list of steps. A `Segment` runs operations. A `Cut` names products whose inputs are now known, so that
+their kernels can be pruned; the products themselves belong to a later segment, which reads the pruned kernels. A `Loop`
+is a scan over layers, whose body has a schedule of its own. So every product runs once, on pruned inputs.
+
+Operations on weights alone belong to no segment: each segment computes them from the weights of its time.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+from sparselora_jax.pruning.tracing.operations import Operand, UnfollowedError, origins_after
+from sparselora_jax.pruning.tracing.origin import Origin
+from sparselora_jax.pruning.tracing.products import PRODUCTS, Product, find_product
+from sparselora_jax.pruning.tracing.program import CALLS, Program, Walk, closed
+
+
+class Unit(NamedTuple):
+    """A kernel, or the layer of a stack, that is pruned at one cut.
+
+    Attributes:
+      path: path of the leaf; within a loop, that of the stack whose layer it is.
+      pins: (axis of the argument, index) of each axis along which the program took one index.
+    """
+
+    path: str
+    pins: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Operations that run together for each chunk of samples.
+
+    Attributes:
+      equations: the operations, in order.
+      inputs: values that it reads.
+      outputs: values that it computes and that later steps read.
+    """
+
+    equations: list[core.JaxprEqn]
+    inputs: list[core.Var]
+    outputs: list[core.Var]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Products whose kernels are pruned now.
+
+    Attributes:
+      equations: the products, or loops and branches that contain them, and what leads from the kernels to them.
+      kernels: {unit: the value that holds it}.
+      origins: {unit: the origin of that value}.
+      copies: other values that hold the same unit.
+      inputs: values that the equations read apart from the kernels.
+    """
+
+    equations: list[core.JaxprEqn]
+    kernels: dict[Unit, core.Var]
+    origins: dict[Unit, Origin]
+    copies: dict[Unit, list[core.Var]]
+    inputs: list[core.Var]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A scan over layers, each of which is pruned in turn.
+
+    Attributes:
+      equation: the scan.
+      body: schedule of one layer.
+      kernels: {path in the body: origin of the stack that it is a layer of}.
+    """
+
+    equation: core.JaxprEqn
+    body: 'Schedule'
+    kernels: dict[str, Origin]
+
+
+Step = Segment | Cut | Loop
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a program, or of the body of a loop.
+
+    Attributes:
+      program: the program, without calls.
+      steps: what happens, in order.
+      live: for each step, the values that later steps read.
+      varying: values that depend on the samples.
+      weight_operations: {value: the operation that computes it from weights alone}.
+    """
+
+    program: core.ClosedJaxpr
+    steps: list[Step]
+    live: list[set[core.Var]]
+    varying: set[core.Var]
+    weight_operations: dict[core.Var, core.JaxprEqn]
+
+    def needed(self, values: Iterable[core.Var], known: Iterable[core.Var]) -> list[core.JaxprEqn]:
+        """Return the operations on weights that lead to these values, in order.
+
+        Args:
+          values: values to compute.
+          known: values that need no computation.
+        """
+        missing = [value for value in values if value in self.weight_operations]
+        found: set[int] = set()
+        stop = set(known)
+        while missing:
+            value = missing.pop()
+            equation = self.weight_operations.get(value)
+            if value in stop or equation is None or id(equation) in found:
+                continue
+            found.add(id(equation))
+            missing += _variables(equation.invars)
+        # A program defines each value before it is read, so its own order is a valid one.
+        return [equation for equation in self.program.jaxpr.eqns if id(equation) in found]
+
+
+def without_calls(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Return a program in which every call of another program is replaced by the operations of that program.
+
+    Args:
+      program: the program.
+    """
+    equations: list[core.JaxprEqn] = []
+    constants: dict[core.Var, Any] = {}
+
+    def inline(called: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
+        values: dict[core.Var, Any] = dict(zip(called.jaxpr.invars, arguments, strict=True))
+        for variable, constant in zip(called.jaxpr.constvars, called.consts, strict=True):
+            values[variable] = core.Var(variable.aval)
+            constants[values[variable]] = constant
+
+        def read(atom):
+            return atom if isinstance(atom, core.Literal) else values[atom]
+
+        for equation in called.jaxpr.eqns:
+            operands = [read(atom) for atom in equation.invars]
+            name = equation.primitive.name
+            if name in CALLS:
+                results = inline(closed(equation.params[CALLS[name]]), operands)
+            else:
+                # A program may be called twice, so each call needs variables of its own.
+                results = [core.Var(variable.aval) for variable in equation.outvars]
+                equations.append(equation.replace(invars=operands, outvars=results))
+            values.update(zip(equation.outvars, results, strict=True))
+        return [read(atom) for atom in called.jaxpr.outvars]
+
+    arguments = [core.Var(variable.aval) for variable in program.jaxpr.invars]
+    results = inline(program, arguments)
+    jaxpr = core.Jaxpr(list(constants), arguments, results, equations, program.jaxpr.effects, program.jaxpr.debug_info)
+    return core.ClosedJaxpr(jaxpr, list(constants.values()))
+
+
+def make_schedule(
+    program: Program, *, is_pruned: Callable[[str], bool] = lambda path: True, needs_results: bool = False
+) -> Schedule:
+    """Return the schedule of a traced forward.
+
+    Args:
+      program: the forward.
+      is_pruned: path of a kernel -> whether it is pruned; kernels that stay dense are values like others.
+      needs_results: whether the results of the forward are needed.
+    """
+    flat = without_calls(program.jaxpr)
+    origins = [origin if origin and is_pruned(origin.path) else None for origin in program.origins]
+    varies = [index >= program.num_params for index in range(len(origins))]
+    results = _variables(flat.jaxpr.outvars) if needs_results else []
+    return _Scheduler(flat, origins, varies, results=results).schedule()
+
+
+@dataclass
+class _Use:
+    """How an operation uses kernels that are to be pruned."""
+
+    units: dict[Unit, core.Var] = field(default_factory=dict)
+    copies: dict[Unit, list[core.Var]] = field(default_factory=dict)
+    loop: Loop | None = None
+
+
+class _Scheduler:
+    """Builds the schedule of one program without calls."""
+
+    def __init__(
+        self,
+        flat: core.ClosedJaxpr,
+        origins: Sequence[Origin | None],
+        varies: Sequence[bool],
+        *,
+        results: Sequence[core.Var],
+    ):
+        """Analyse a program.
+
+        Args:
+          flat: the program, without calls.
+          origins: see `make_schedule`.
+          varies: see `make_schedule`.
+          results: values that are needed in the end.
+        """
+        self.flat = flat
+        self.results = set(results)
+        jaxpr = flat.jaxpr
+        self.known: dict[core.Var, Operand] = {}
+        for variable, origin, varying in zip(jaxpr.invars, origins, varies, strict=True):
+            self.known[variable] = Operand(None, origin, varying)
+        for variable, constant in zip(jaxpr.constvars, flat.consts, strict=True):
+            self.known[variable] = Operand(constant, None, False)
+        self.producer: dict[core.Var, core.JaxprEqn] = {}
+        self.weight_operations: dict[core.Var, core.JaxprEqn] = {}
+        self.ordinary: list[core.JaxprEqn] = []
+        self.uses: dict[int, _Use] = {}
+        for equation in jaxpr.eqns:
+            self._analyse(equation)
+
+    def _operand(self, atom: Any) -> Operand:
+        return Operand(atom.val, None, False) if isinstance(atom, core.Literal) else self.known[atom]
+
+    def _analyse(self, equation: core.JaxprEqn) -> None:
+        """Find out which kernels an operation uses, and what its results are."""
+        operands = [self._operand(atom) for atom in equation.invars]
+        results: list[Origin | None] = [None] * len(equation.outvars)
+        use = _Use()
+        if any(operand.origin for operand in operands):
+            name = equation.primitive.name
+            if name in PRODUCTS:
+                use = self._use_of_product(equation, operands)
+            elif name == 'scan' and (loop := self._loop(equation, operands)):
+                use = _Use(loop=loop)
+            elif name in ('scan', 'while', 'cond'):
+                use = self._use_of_control_flow(equation, operands)
+            else:
+                # `trace` reported a kernel that is lost here, if it has no other product.
+                with contextlib.suppress(UnfollowedError):
+                    results = origins_after(equation, operands)
+        is_used = bool(use.units) or use.loop is not None
+        # What comes out of a product changes when its kernel is pruned, like what depends on the samples.
+        varies = is_used or any(operand.varies for operand in operands)
+        for variable, origin in zip(equation.outvars, results, strict=True):
+            self.known[variable] = Operand(None, origin, varies)
+            self.producer[variable] = equation
+            if not varies:
+                self.weight_operations[variable] = equation
+        if varies:
+            self.ordinary.append(equation)
+        if is_used:
+            self.uses[id(equation)] = use
+
+    def _use_of_product(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> _Use:
+        use = _Use()
+        try:
+            product = find_product(equation, operands)
+        except UnfollowedError:
+            return use
+        index = next(index for index, operand in enumerate(operands) if operand.origin is product.origin)
+        self._add(use, equation.invars[index])
+        return use
+
+    def _use_of_control_flow(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> _Use:
+        """Find the kernels inside a loop or a branch: all of them are pruned together, before it runs."""
+        products: list[Product] = []
+        variables = list(dict.fromkeys(_variables(equation.invars)))
+        Walk(products.append, has_values=False).run(
+            self._alone(equation), [self._operand(variable) for variable in variables]
+        )
+        paths = {product.path for product in products}
+        use = _Use()
+        for variable in variables:
+            origin = self.known[variable].origin
+            if origin is not None and origin.path in paths:
+                self._add(use, variable)
+        return use
+
+    def _alone(self, equation: core.JaxprEqn) -> core.ClosedJaxpr:
+        """Return a program of one operation."""
+        unique = list(dict.fromkeys(_variables(equation.invars)))
+        jaxpr = self.flat.jaxpr
+        return core.ClosedJaxpr(
+            core.Jaxpr((), unique, equation.outvars, [equation], equation.effects, jaxpr.debug_info), ()
+        )
+
+    def _add(self, use: _Use, variable: core.Var) -> None:
+        """Add the kernel that a value is a layout of."""
+        origin = self.known[variable].origin
+        # Go back to the value that holds just this layer, before it was transposed or cast.
+        while variable in self.producer:
+            equation = self.producer[variable]
+            before = next(
+                (
+                    atom
+                    for atom in _variables(equation.invars)
+                    if self.known[atom].origin is not None and self.known[atom].origin.path == origin.path
+                ),
+                None,
+            )
+            if before is None:
+                break
+            is_known = all(pin.index is not None for pin in self.known[variable].origin.pins)
+            if is_known and len(self.known[before].origin.pins) != len(origin.pins):
+                break
+            variable = before
+            origin = self.known[variable].origin
+        unit = Unit(origin.path, tuple(sorted((pin.axis, int(pin.index)) for pin in origin.pins)))
+        if unit not in use.units:
+            use.units[unit] = variable
+        elif use.units[unit] is not variable:
+            use.copies.setdefault(unit, []).append(variable)
+
+    def _loop(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> Loop | None:
+        """Return a scan as a loop over layers; None: it reads kernels in another way, or none."""
+        params = equation.params
+        num_outer = params['num_consts'] + params['num_carry']
+        if any(operand.origin for operand in operands[:num_outer]):
+            return None
+        body = without_calls(params['jaxpr'])
+        origins: list[Origin | None] = [None] * num_outer
+        kernels: dict[str, Origin] = {}
+        for operand, variable in zip(operands[num_outer:], body.jaxpr.invars[num_outer:], strict=True):
+            origin = operand.origin
+            of_layer = origin and origin.pin(0, None)
+            # A layer that is pruned must be put back into the leaf.
+            if origin and not (of_layer and of_layer.is_whole):
+                return None
+            # In the body, a layer is a kernel of its own. A second name keeps two parts of one leaf apart.
+            name = origin and f'{origin.path}#{len(kernels)}'
+            origins.append(origin and Origin.of_leaf(name, variable.aval.shape))
+            if origin:
+                kernels[name] = origin
+        varies = [operand.varies for operand in operands]
+        # The carry varies if any round makes it vary; to call it varying is always right.
+        first_carry = params['num_consts']
+        varies[first_carry:num_outer] = [True] * params['num_carry']
+        schedule = _Scheduler(body, origins, varies, results=_variables(body.jaxpr.outvars)).schedule()
+        if not any(isinstance(step, Cut | Loop) for step in schedule.steps):
+            return None
+        return Loop(equation, schedule, kernels)
+
+    def schedule(self) -> Schedule:
+        """Return the schedule."""
+        pruned: set[Unit] = set()
+        steps: list[Step] = []
+        remaining = self.ordinary
+        while remaining:
+            group, remaining = self._next_group(remaining, pruned)
+            steps += group
+        self._complete(steps)
+        return Schedule(
+            self.flat,
+            steps,
+            self._live_after(steps),
+            {variable for variable, operand in self.known.items() if operand.varies},
+            self.weight_operations,
+        )
+
+    def _next_group(self, equations: list[core.JaxprEqn], pruned: set[Unit]) -> tuple[list[Step], list[core.JaxprEqn]]:
+        """Return the next steps, and the operations that come after them.
+
+        Args:
+          equations: operations that are not in a step yet, in order.
+          pruned: units that are pruned already; those of these steps are added.
+        """
+        now: list[core.JaxprEqn] = []
+        later: list[core.JaxprEqn] = []
+        products: list[core.JaxprEqn] = []
+        blocked: set[core.Var] = set()
+        for index, equation in enumerate(equations):
+            use = self.uses.get(id(equation), _Use())
+            is_blocked = any(variable in blocked for variable in _variables(equation.invars))
+            has_new_kernels = bool(use.units.keys() - pruned)
+            # Program order is kept from here on: to go further would hold the inputs of far layers in memory.
+            if (is_blocked and has_new_kernels) or (use.loop and (now or products or is_blocked)):
+                later += equations[index:]
+                break
+            if use.loop:
+                return [use.loop], equations[index + 1 :]
+            if has_new_kernels:
+                products.append(equation)
+            if has_new_kernels or is_blocked:
+                later.append(equation)
+                blocked.update(equation.outvars)
+            else:
+                now.append(equation)
+        steps: list[Step] = []
+        if now:
+            steps.append(Segment(now, [], []))
+        if products:
+            cut = Cut(products, {}, {}, {}, [])
+            for equation in products:
+                use = self.uses[id(equation)]
+                for unit, variable in use.units.items():
+                    if unit in pruned:
+                        continue
+                    if cut.kernels.setdefault(unit, variable) is not variable:
+                        cut.copies.setdefault(unit, []).append(variable)
+                    cut.copies.setdefault(unit, []).extend(use.copies.get(unit, []))
+            cut.origins.update({unit: self.known[variable].origin for unit, variable in cut.kernels.items()})
+            pruned.update(cut.kernels)
+            steps.append(cut)
+        return steps, later
+
+    def _complete(self, steps: list[Step]) -> None:
+        """Fill in what each step reads and computes."""
+        schedule = Schedule(self.flat, steps, [], set(), self.weight_operations)
+        holders: set[core.Var] = set()
+        for step in steps:
+            if isinstance(step, Loop):
+                continue
+            if isinstance(step, Cut):
+                holders_of_step = {*step.kernels.values(), *(v for copies in step.copies.values() for v in copies)}
+                stop = holders | holders_of_step
+            else:
+                stop = holders
+            read = [variable for equation in step.equations for variable in _variables(equation.invars)]
+            needed = schedule.needed(read, stop)
+            step.equations[:0] = needed
+            step.inputs[:] = free_variables(step.equations)
+            if isinstance(step, Cut):
+                holders |= holders_of_step
+                step.inputs[:] = [variable for variable in step.inputs if variable not in holders_of_step]
+        read_later = set(self.results)
+        for step in reversed(steps):
+            if isinstance(step, Segment):
+                computed = [variable for equation in step.equations for variable in equation.outvars]
+                step.outputs[:] = [
+                    variable for variable in computed if variable in read_later and self.known[variable].varies
+                ]
+            read_later |= self._read_by(step)
+
+    def _read_by(self, step: Step) -> set[core.Var]:
+        if isinstance(step, Loop):
+            return set(_variables(step.equation.invars))
+        return set(step.inputs)
+
+    def _live_after(self, steps: Sequence[Step]) -> list[set[core.Var]]:
+        """Return for each step the values that are read after it."""
+        live: list[set[core.Var]] = []
+        read = set(self.results)
+        for step in reversed(steps):
+            live.append(set(read))
+            read |= self._read_by(step)
+        return live[::-1]
+
+
+def _variables(atoms: Sequence[Any]) -> list[core.Var]:
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+
+def free_variables(equations: Sequence[core.JaxprEqn]) -> list[core.Var]:
+    """Return the values that operations read and do not compute, in the order in which they are read.
+
+    Args:
+      equations: the operations.
+    """
+    computed: set[core.Var] = set()
+    free: dict[core.Var, None] = {}
+    for equation in equations:
+        free.update((variable, None) for variable in _variables(equation.invars) if variable not in computed)
+        computed.update(equation.outvars)
+    return list(free)
+
+
+def function_of(
+    equations: Sequence[core.JaxprEqn],
+    inputs: Sequence[core.Var],
+    outputs: Sequence[core.Var],
+    whole: core.ClosedJaxpr,
+) -> core.ClosedJaxpr:
+    """Return operations as a program of their own.
+
+    Args:
+      equations: the operations.
+      inputs: its arguments.
+      outputs: its results.
+      whole: the program that the operations are from.
+    """
+    effects = frozenset().union(*[equation.effects for equation in equations])
+    jaxpr = core.Jaxpr((), list(inputs), list(outputs), list(equations), effects, whole.jaxpr.debug_info)
+    return core.ClosedJaxpr(jaxpr, ())

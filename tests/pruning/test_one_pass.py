@@ -1,0 +1,197 @@
+"""One pass gives the kernels of the definition: each is pruned on the inputs that the pruned kernels before it make."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_any_model import MODELS, X, plain
+
+import sparselora_jax as sl
+from sparselora_jax.pruning.calibrate import CalibrationError
+from sparselora_jax.sparse.rules import paths_of, with_leaves
+
+PATTERN = [('.*', 0.5)]
+
+
+def prune_group_by_group(forward, params, batches, order, method):
+    """The definition: collect on the whole forward, prune the next group of kernels, and begin again."""
+    masks = {}
+    for group in order:
+        stats = sl.collect(forward, params, batches, stat=method.statistic, select=group.__contains__)
+        rules = [('|'.join(group), 0.5), ('.*', 'dense')]
+        pruned, of_group = sl.prune_tree(params, stats, rules, method=method)
+        params = with_leaves(params, {path: paths_of(pruned)[path] for path in group})
+        masks |= paths_of(of_group)
+    return params, masks
+
+
+def two_layers(seed=0):
+    """(forward, params, the groups of kernels in order): gate and up share an input, and `w` is read transposed."""
+    shapes = {'gate': (16, 24), 'up': (16, 24), 'down': (24, 16), 'w': (8, 16)}
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    params = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+    def forward(params, x):
+        x = x + (jax.nn.silu(x @ params['gate']) * (x @ params['up'])) @ params['down']
+        return jnp.tanh(x) @ params['w'].T
+
+    return forward, params, [('gate', 'up'), ('down',), ('w',)]
+
+
+@pytest.mark.parametrize('method', [sl.Wanda(), sl.SparseGPT(block=8)], ids=['wanda', 'sparsegpt'])
+def test_kernels_are_those_of_pruning_group_by_group(method):
+    forward, params, order = two_layers()
+    batches = [jax.random.normal(jax.random.key(i), (4, 5, 16)) for i in range(3)]
+    want, masks = prune_group_by_group(forward, params, batches, order, method)
+    got = sl.prune(forward, params, batches, PATTERN, method=method)
+    assert got.masks.keys() == masks.keys()
+    for path, mask in masks.items():
+        np.testing.assert_array_equal(got.masks[path], mask)
+        np.testing.assert_allclose(got.params[path], want[path], rtol=1e-4, atol=1e-5)
+    assert got.tokens == dict.fromkeys(params, 3 * 4 * 5)
+
+
+@pytest.mark.parametrize(
+    'library', [name if name == 'plain' else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
+def test_models_of_any_library_have_the_masks_of_the_same_weights_in_plain_jax(library):
+    forward, params, _ = MODELS[library]()
+    want = sl.prune(plain()[0], plain()[1], [X], PATTERN, method=sl.Wanda())
+    got = sl.prune(forward, params, [X], PATTERN, method=sl.Wanda())
+    sl.check_sparse(got.params, got.masks)
+    error = [
+        float(jnp.linalg.norm(f(p, X) - forward(params, X)))
+        for f, p in ((forward, got.params), (plain()[0], want.params))
+    ]
+    np.testing.assert_allclose(*error, rtol=1e-3)
+
+
+def test_a_scan_is_walked_layer_by_layer_like_a_loop_in_python():
+    layers = jax.random.normal(jax.random.key(0), (3, 16, 16)) / 4
+
+    def scanned(params, x):
+        return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, params['w'])[0]
+
+    def unrolled(params, x):
+        for layer in range(3):
+            x = x + jnp.tanh(x @ params['w'][layer])
+        return x
+
+    batches = [jax.random.normal(jax.random.key(i), (6, 16)) for i in range(2)]
+    params = {'w': layers}
+    one, other = (
+        sl.prune(f, params, batches, [('.*', '2:4')], method=sl.SparseGPT(block=8)) for f in (scanned, unrolled)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one.masks, other.masks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one.params, other.params)
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_a_scan_has_its_outputs_and_its_order(reverse):
+    """The stacked outputs of a loop, and a loop from the last layer to the first, feed the kernel behind it."""
+    params = {
+        'w': jax.random.normal(jax.random.key(0), (3, 16, 16)) / 4,
+        'z': jax.random.normal(jax.random.key(1), (48, 8)),
+    }
+
+    def scanned(params, x):
+        def body(x, w):
+            x = x + jnp.tanh(x @ w)
+            return x, x
+
+        _, every = jax.lax.scan(body, x, params['w'], reverse=reverse)
+        return every.transpose(1, 0, 2).reshape(len(x), -1) @ params['z']
+
+    def unrolled(params, x):
+        every = [None] * 3
+        for layer in reversed(range(3)) if reverse else range(3):
+            x = x + jnp.tanh(x @ params['w'][layer])
+            every[layer] = x
+        return jnp.concatenate(every, axis=-1) @ params['z']
+
+    batches = [jax.random.normal(jax.random.key(i), (6, 16)) for i in range(2)]
+    one, other = (sl.prune(f, params, batches, PATTERN, method=sl.Wanda()) for f in (scanned, unrolled))
+    jax.tree.map(np.testing.assert_array_equal, one.masks, other.masks)
+
+
+def test_a_kernel_that_a_loop_reads_again_and_again_is_pruned_before_the_loop():
+    params = {'w': jax.random.normal(jax.random.key(0), (16, 16)) / 4}
+
+    def forward(params, x):
+        return jax.lax.fori_loop(0, 3, lambda _, x: x + jnp.tanh(x @ params['w']), x)
+
+    batches = [jax.random.normal(jax.random.key(1), (6, 16))]
+    got = sl.prune(forward, params, batches, PATTERN, method=sl.Wanda())
+    _, want = sl.prune_tree(params, sl.collect(forward, params, batches), PATTERN, method=sl.Wanda())
+    np.testing.assert_array_equal(got.masks['w'], want['w'])
+    assert got.tokens == {'w': 18}
+
+
+def test_experts_are_pruned_one_by_one():
+    params = {
+        'w': jax.random.normal(jax.random.key(0), (4, 8, 16)),
+        'o': jax.random.normal(jax.random.key(1), (4, 16, 8)),
+    }
+
+    def forward(params, x):  # [experts, tokens, inputs]
+        x = jax.nn.relu(jnp.einsum('eti,eio->eto', x, params['w']))
+        return jnp.einsum('eti,eio->eto', x, params['o'])
+
+    batches = [jax.random.normal(jax.random.key(2), (4, 10, 8))]
+    want, masks = prune_group_by_group(forward, params, batches, [('w',), ('o',)], sl.SparseGPT(block=8))
+    got = sl.prune(forward, params, batches, PATTERN, method=sl.SparseGPT(block=8))
+    jax.tree.map(np.testing.assert_array_equal, got.masks, masks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got.params, want)
+
+
+def test_batches_of_other_sizes_are_chunks_too():
+    forward, params, _ = two_layers()
+    x = jax.random.normal(jax.random.key(0), (7, 5, 16))
+    whole = sl.prune(forward, params, [x], PATTERN, method=sl.Wanda())
+    parts = sl.prune(forward, params, [x[:3], x[3:6], x[6:]], PATTERN, method=sl.Wanda())
+    jax.tree.map(np.testing.assert_array_equal, whole.masks, parts.masks)
+
+
+def test_blocks_of_equal_structure_are_compiled_once():
+    compiled = []
+
+    def count(event, seconds, **_):
+        if event == '/jax/core/compile/backend_compile_duration':
+            compiled.append(event)
+
+    def forward(params, x):
+        for name in sorted(params):
+            x = x + jnp.tanh(x @ params[name])
+        return x
+
+    def number(layers):
+        params = {f'w{i}': jax.random.normal(jax.random.key(i), (16, 16)) / 4 for i in range(layers)}
+        before = len(compiled)
+        sl.prune(forward, params, [jnp.ones((4, 16))], PATTERN, method=sl.Wanda())
+        return len(compiled) - before
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    few = number(3)
+    jax.clear_caches()
+    assert number(3) == number(9) or few >= number(9)
+
+
+def test_what_a_program_cannot_do_is_said():
+    forward, params, _ = two_layers()
+    for options, said in (
+        ({'sequential': 'layer'}, "sequential='layer' needs a forward with blocks"),
+        ({'reconstruct': sl.Reconstruct()}, 'reconstruct needs a forward with blocks'),
+        ({'sequential': 'block'}, "sequential 'block': expected one of kernel, layer"),
+    ):
+        with pytest.raises(CalibrationError, match=said):
+            sl.prune(forward, params, [jnp.ones((4, 16))], PATTERN, method=sl.Wanda(), **options)
+
+
+def test_nan_names_the_kernel_and_its_layer():
+    def forward(params, x):
+        return jax.lax.scan(lambda x, w: (x @ w[0] + w[1], None), x, (params['w'], params['bias']))[0]
+
+    params = {'w': jnp.ones((3, 16, 16)), 'bias': jnp.zeros((3, 16)).at[1, 0].set(jnp.nan)}
+    rules = [('w', 0.5), ('.*', 'dense')]
+    with pytest.raises(CalibrationError, match='w, layer 2: activations are not finite'):
+        sl.prune(forward, params, [jnp.ones((4, 16))], rules, method=sl.Wanda())
