@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.calibrate import CalibrationError, InputStatistic
+from sparselora_jax.pruning.calibration_inputs import check_forward
 from sparselora_jax.pruning.method import Method, MethodError, check_statistic, prunes_jointly
 from sparselora_jax.pruning.reconstruct import Reconstruct, Targets, block_reconstructor, check_reconstruct
 from sparselora_jax.pruning.targets import (
@@ -261,7 +262,7 @@ def prune(
       MethodError: see `prune_tree`.
       ReconstructError: `reconstruct` is no `Reconstruct`, or its batch does not fit the chunks.
     """
-    calibrate.check_forward(forward, 'params', 'batch', 'run')
+    check_forward(forward, 'params', 'batch', 'run')
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
     parts = sharding.row_parts(mesh)

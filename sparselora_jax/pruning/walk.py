@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.calibration_inputs import check_batches
 from sparselora_jax.pruning.method import MethodError
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.rules import block_path, flatten, unflatten
@@ -38,7 +39,7 @@ def joined(batches: Iterable[dict], chunk: int) -> dict:
     Raises:
       CalibrationError: no batch, the batches are no list of dicts or differ in their arrays, or `chunk` is below one.
     """
-    calibrate.check_batches(batches)
+    check_batches(batches)
     if not isinstance(chunk, Integral) or chunk < 1:
         raise calibrate.CalibrationError(f'chunk {chunk!r}: expected a number of samples, 1 or more')
     batches = list(batches)
@@ -100,7 +101,12 @@ def block_observer(
       one_scale: see `calibrate.make_observer`.
     """
     return calibrate.make_observer(
-        _forward_of(block), stats=stats, valid=_valid_rows_of_chunk, mesh=mesh, one_scale=one_scale
+        _forward_of(block),
+        stats=stats,
+        token_weights=_valid_rows_of_chunk,
+        mesh=mesh,
+        one_scale=one_scale,
+        name_of_batch='chunk',
     )
 
 
@@ -112,7 +118,7 @@ def block_sums(block: Block, stats: calibrate.StatisticOf, mesh: Mesh | Abstract
       stats: see `block_observer`.
       mesh: see `block_observer`; an abstract mesh is enough for tracing.
     """
-    return calibrate.make_sums(_forward_of(block), stats=stats, valid=_valid_rows_of_chunk, mesh=mesh)
+    return calibrate.make_sums(_forward_of(block), stats=stats, token_weights=_valid_rows_of_chunk, mesh=mesh)
 
 
 def _forward_of(block: Block) -> calibrate.Forward:
