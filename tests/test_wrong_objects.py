@@ -67,6 +67,7 @@ calls = {
     'collect forward of one': lambda: sl.collect(lambda w: w, params, [jnp.ones((2, 8))]),
     'prune forward of one': lambda: sl.prune(lambda w: w, params, [{'x': jnp.ones(3)}], every, method=sl.Wanda()),
     'collect select': lambda: sl.collect(lambda w, b: b, params, [jnp.ones((2, 8))], select='q'),
+    'collect weights': lambda: sl.collect(lambda w, b: b, params, [jnp.ones((2, 8))], weights=jnp.ones(2)),
     'merge dtype': lambda: sl.merge(params, masks, lora, dtype='int8'),
     'unpack dtype': lambda: sl.unpack(params, dtype='int8'),
     'dtype name': lambda: sl.merge(params, masks, lora, dtype='half precision'),
@@ -93,8 +94,9 @@ SAID = {
     'rules text': 'expected a list of pairs',
     'lora number': 'expected sl.LoraSpec(rank=8, alpha=16)',
     'masks as lora': 'expected the tree of sl.init_lora',
-    'forward model': 'expected a function of (params, batch, run), such as model.hidden',
+    'forward model': 'expected a function of (params, batch), such as model.hidden',
     'one batch': 'expected a list of batches, such as [batch]',
+    'collect weights': "expected the name of an entry of each batch, such as 'attention_mask'",
     'generate tuple': 'expected model, params = sl.load_model(...)',
 }
 

@@ -6,7 +6,6 @@ correctly under jit and scan.
 """
 
 import functools
-import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,22 +16,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from sparselora_jax.pruning.calibration_inputs import (
+    CalibrationError,
+    CheckedBatches,
+    TokenWeights,
+    check_batches,
+    check_forward,
+    check_params,
+    check_weights,
+    naming_lines,
+)
 from sparselora_jax.pruning.tracing import program as tracing
 from sparselora_jax.pruning.tracing.products import Product
 from sparselora_jax.runtime import processes
-from sparselora_jax.runtime.errors import SparseloraError, calling
+from sparselora_jax.runtime.errors import calling
 from sparselora_jax.sparse import rules, sharding
 from sparselora_jax.sparse.axes import KernelAxes
 
 # `[tokens, inputs]` -> arrays that are sums over tokens. The statistics of two batches are added.
 Statistic = Callable[[Array], Any]
 
-# The callables that `make_observer` takes: the forward, the rows of a kernel's input that count, and the statistic of
-# each path.
+# The callables that `make_observer` takes: the forward, the weights of the tokens that a kernel reads, and the
+# statistic of each path.
 Forward = Callable[[PyTree, Any], Any]
-ValidRows = Callable[[str, Any], Array | None]
+WeightsOf = Callable[[str, Any], Array | None]
 StatisticOf = Callable[[str], Statistic | None]
 
 # Squares of activations below 1e-19 are not normal float32 numbers. A statistic may consist of several arrays. If one
@@ -53,10 +62,6 @@ UNREPEATABLE = (
     'activations are zero, or too small for float32 squares; give the calibration batches as a list, so that they can '
     'be read a second time'
 )
-
-
-class CalibrationError(SparseloraError, ValueError):
-    """An empty calibration set, values that are not finite, or a statistic that is missing or of the wrong kind."""
 
 
 def squares(x: Float[Array, 'tokens inputs']) -> Float[Array, ' inputs']:
@@ -80,6 +85,10 @@ class Mean:
         """Return the sum over the tokens of one call; `_finish` divides it by their number."""
         return self.stat(x)
 
+    def weighted(self, x: Float[Array, 'tokens inputs'], weights: Float[Array, ' tokens']) -> PyTree:
+        """Return the weighted sum over the tokens of one call; `_finish` divides it by the sum of their weights."""
+        return statistic_of(self.stat, x, weights)
+
 
 @dataclass(frozen=True)
 class _Scaled:
@@ -89,6 +98,35 @@ class _Scaled:
 
     def __call__(self, x: Float[Array, 'tokens inputs']) -> PyTree:
         return self.stat(x.astype(jnp.float32) * jnp.float32(SCALE))
+
+    def weighted(self, x: Float[Array, 'tokens inputs'], weights: Float[Array, ' tokens']) -> PyTree:
+        return statistic_of(self.stat, x.astype(jnp.float32) * jnp.float32(SCALE), weights)
+
+
+def statistic_of(
+    stat: Statistic, x: Float[Array, 'tokens inputs'], weights: Float[Array, ' tokens'] | None = None
+) -> PyTree:
+    """Return the statistic of tokens, each of which counts as often as its weight says.
+
+    Args:
+      stat: the statistic.
+      x: the tokens.
+      weights: their weights; None: each token counts once.
+
+    Raises:
+      CalibrationError: there are weights, and the statistic cannot take them.
+    """
+    if weights is None:
+        return stat(x)
+    if stat in (squares, hessian):
+        # Both are quadratic in a token. A root of 1 is 1, so such a token keeps its bits.
+        return stat(x.astype(jnp.float32) * jnp.sqrt(weights)[:, None])
+    if not hasattr(stat, 'weighted'):
+        raise CalibrationError(
+            f'statistic {name_of(stat)} cannot weigh tokens by numbers: give weights of True and False, or give it a '
+            'method weighted(x, weights)'
+        )
+    return stat.weighted(x, weights)
 
 
 def statistic_shapes(stat: Statistic, inputs: int) -> PyTree:
@@ -104,10 +142,10 @@ def statistic_shapes(stat: Statistic, inputs: int) -> PyTree:
     return _shapes_of(stat, jax.ShapeDtypeStruct((1, inputs), jnp.float32))
 
 
-def _shapes_of(stat: Statistic, rows: jax.ShapeDtypeStruct) -> PyTree:
+def _shapes_of(stat: Statistic, rows: jax.ShapeDtypeStruct, weights: jax.ShapeDtypeStruct | None = None) -> PyTree:
     """Return the shapes of the statistic of some rows."""
     with calling(f'statistic {name_of(stat)}', CalibrationError):
-        return jax.eval_shape(stat, rows)
+        return jax.eval_shape(functools.partial(statistic_of, stat), rows, weights)
 
 
 def can_be_scaled(stat: Statistic | None) -> bool:
@@ -136,7 +174,7 @@ class InputStatistic(NamedTuple):
 
     Attributes:
       total: the statistic over all tokens, with the kernel's layer axes in front.
-      tokens: number of tokens, of each layer.
+      tokens: number of tokens that count (those of a weight above 0), of each layer.
       axes: the roles of the kernel's axes; None: they are `[*layers, inputs, outputs]`.
     """
 
@@ -145,26 +183,44 @@ class InputStatistic(NamedTuple):
     axes: KernelAxes | None = None
 
 
+class KernelSums(NamedTuple):
+    """The sums of one kernel, with one axis of layers in front.
+
+    Attributes:
+      total: the statistic.
+      tokens: number of tokens of a weight above 0.
+      extra_weight: sum of the weights of tokens, less their number: exactly 0 if weights are True and False.
+    """
+
+    total: PyTree
+    tokens: Int[Array, '...']
+    extra_weight: Float[Array, '...']
+
+
 class Recorder:
     """Accumulators of one kernel (all its layers) while a program runs; compared by identity."""
 
-    def __init__(self, stat: Statistic, layers: int, inputs: int, valid: Bool[Array, '*tokens'] | None):
+    def __init__(self, stat: Statistic, layers: int, inputs: int, weights: Shaped[Array, '*tokens'] | None):
         """Create accumulators of zeros.
 
         Args:
           stat: the statistic to accumulate.
           layers: number of layers of the kernel; 1 if it has no axis of layers.
           inputs: number of inputs.
-          valid: True for the rows of the flattened input that are not padding; None: all rows count.
+          weights: weight of each token, True and False or numbers; None: all count once.
         """
         self.stat = stat
-        self.valid = valid
+        self.weights = weights
+        # What the tokens are whose axes are not those of the weights.
+        self.other_rows: str | None = None
         # Stored so that `_leaders` can tell which kernels read the same array.
         self.products: list[Product] = []
-        self.total = jax.tree.map(
-            lambda leaf: jax.new_ref(jnp.zeros((layers, *leaf.shape), jnp.float32)), statistic_shapes(stat, inputs)
+        zeros = KernelSums(
+            jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), jnp.float32), statistic_shapes(stat, inputs)),
+            tokens=jnp.zeros(layers, jnp.int32),
+            extra_weight=jnp.zeros(layers, jnp.float32),
         )
-        self.tokens = jax.new_ref(jnp.zeros(layers, jnp.int32))
+        self.sums = jax.tree.map(jax.new_ref, zeros)
 
     def add(self, product: Product) -> None:
         """Add the statistic of one product's input, without padding."""
@@ -173,57 +229,69 @@ class Recorder:
         self.products.append(product)
         if is_counted:
             return
-        rows = product.arrangement.rows(product.x)
-        statistics, counts = self._statistics(rows, product.group_sizes)
+        new_sums = self._sums_of(product)
         layers = product.layer_indices()
         if len(layers) == 1:
             # A plain index is updated in place; under scan the update lands in the layer's own row.
             layers = layers[0]
-            statistics, counts = jax.tree.map(lambda leaf: leaf[0], (statistics, counts))
-        for total, new in zip(jax.tree.leaves(self.total), jax.tree.leaves(statistics), strict=True):
+            new_sums = jax.tree.map(lambda leaf: leaf[0], new_sums)
+        for total, new in zip(jax.tree.leaves(self.sums), jax.tree.leaves(new_sums), strict=True):
             total[layers] += new
-        self.tokens[layers] += counts
 
-    def _statistics(
-        self, rows: Float[Array, 'at_once tokens inputs'], group_sizes: Int[Array, ' experts'] | None
-    ) -> tuple[PyTree, Int[Array, ' layers']]:
-        """Return the statistic and the number of rows of each layer that a product reads."""
-        if group_sizes is None and len(rows) == 1:
+    def _sums_of(self, product: Product) -> KernelSums:
+        """Return the sums over the rows of each layer that a product reads."""
+        rows = product.arrangement.rows(product.x)
+        weights = self._weights_of_rows(product)
+        if product.group_sizes is None and len(rows) == 1:
             # Without a loop, whose program would differ from that of a plain kernel.
-            return jax.tree.map(lambda leaf: leaf[None], self._statistic(rows[0]))
-        if group_sizes is None:
-            return jax.lax.map(self._statistic, rows)
+            return jax.tree.map(lambda leaf: leaf[None], self._sum(rows[0], weights))
+        if product.group_sizes is None:
+            return jax.lax.map(lambda of_layer: self._sum(of_layer, weights), rows)
         # Rows are sorted by expert: each expert sees zeros in place of the rows of the others.
-        ends = jnp.cumsum(group_sizes)
+        ends = jnp.cumsum(product.group_sizes)
         positions = jnp.arange(rows.shape[1])
 
         def of_expert(bounds):
             start, end = bounds
-            return self._statistic(rows[0], (positions >= start) & (positions < end))
+            return self._sum(rows[0], (positions >= start) & (positions < end))
 
-        return jax.lax.map(of_expert, (ends - group_sizes, ends))
+        return jax.lax.map(of_expert, (ends - product.group_sizes, ends))
 
-    def _statistic(
-        self, rows: Float[Array, 'tokens inputs'], counted: Bool[Array, ' tokens'] | None = None
-    ) -> tuple[PyTree, Int[Array, '']]:
-        """Return the statistic and the number of the rows that count."""
-        count = jnp.asarray(rows.shape[0], jnp.int32)
-        valid = self.valid if self.valid is None else self.valid.reshape(-1)
-        if counted is not None:
-            valid = counted if valid is None else valid & counted
-        if valid is not None:
+    def _weights_of_rows(self, product: Product) -> Shaped[Array, ' tokens'] | None:
+        """Return the weights of the rows that a product reads; None: all count once."""
+        if self.weights is None:
+            return None
+        is_sorted = product.group_sizes is not None
+        # Sorted rows are in another order than the tokens, even if they are as many.
+        weights = None if is_sorted else product.arrangement.weights_of_rows(self.weights)
+        if weights is None:
+            self.other_rows = f'{list(product.arrangement.tokens)}{" sorted by expert" if is_sorted else ""}'
+        return weights
+
+    def _sum(self, rows: Float[Array, 'tokens inputs'], weights: Shaped[Array, ' tokens'] | None) -> KernelSums:
+        """Return the sums over some rows."""
+        tokens = jnp.asarray(rows.shape[0], jnp.int32)
+        extra_weight = jnp.zeros((), jnp.float32)
+        if weights is not None:
+            # A mask needs no products, and every statistic can take one.
+            is_mask = weights.dtype == jnp.bool_
+            counts = weights if is_mask else weights > 0
             # Rows of zeros add nothing to any sum; leaving rows out would make shapes depend on data.
-            rows = jnp.where(valid.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
-            count = jnp.sum(valid, dtype=jnp.int32)
+            rows = jnp.where(counts.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
+            tokens = jnp.sum(counts, dtype=jnp.int32)
+            weights = None if is_mask else weights.astype(jnp.float32)
+            if not is_mask:
+                extra_weight = jnp.sum(weights - counts.astype(jnp.float32))
         # The accumulator has the shape of one token's statistic. Anything but a sum would not fit, or be broadcast.
         for_one = statistic_shapes(self.stat, rows.shape[1])
-        for_all = _shapes_of(self.stat, jax.ShapeDtypeStruct(rows.shape, rows.dtype))
+        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (rows, weights))
+        for_all = _shapes_of(self.stat, *shapes)
         if jax.tree.map(jnp.shape, for_one) != jax.tree.map(jnp.shape, for_all):
             raise CalibrationError(
                 f'statistic {name_of(self.stat)} of {len(rows)} tokens has other shapes than of one token: expected a '
                 'sum over the tokens'
             )
-        return self.stat(rows), count
+        return KernelSums(statistic_of(self.stat, rows, weights), tokens, extra_weight)
 
 
 class Sums(NamedTuple):
@@ -233,66 +301,88 @@ class Sums(NamedTuple):
       zeros: `zeros(params, batch)` returns the initial sums.
       add: `add(sums, params, batch)` adds a batch to the sums; it is jitted, and the sums are donated.
       leaders: {path: path under which its sum is stored}, filled when `zeros` or `add` is traced.
-      axes: {path: the roles of the kernel's axes}, filled like `leaders`.
+      axes: {path: the roles of the kernel's axes}, filled like `leaders`, in the order in which the program reads them.
+      other_rows: {path: what it reads} of the kernels that read no tokens that have weights, filled like `leaders`.
     """
 
     zeros: Callable[[PyTree, Any], dict]
     add: Callable[[dict, PyTree, Any], dict]
     leaders: dict[str, str]
     axes: dict[str, KernelAxes]
+    other_rows: dict[str, str]
 
-    def total(self, params: PyTree, batches: Iterable[Any]) -> dict[str, tuple[PyTree, Array]]:
-        """Return {leader: (sum, tokens)} over all batches, layers first.
+    def total(self, params: PyTree, batches: Iterable[Any]) -> dict[str, KernelSums]:
+        """Return {leader: its sums} over all batches.
 
         Raises:
-          CalibrationError: no batch.
+          CalibrationError: no batch, or one that the forward does not take.
         """
         sums = None
-        for batch in batches:
+        for number, batch in enumerate(batches):
             # The shapes of the sums come from tracing, which needs a batch.
-            sums = self.zeros(params, batch) if sums is None else sums
-            sums = self.add(sums, params, batch)
+            if sums is None:
+                first_shapes = jax.tree.map(np.shape, batch)
+                sums = self.zeros(params, batch)
+            try:
+                sums = self.add(sums, params, batch)
+            except CalibrationError as error:
+                # What failed for no batch before may have to do with what is new in this one.
+                shapes = jax.tree.map(np.shape, batch)
+                raise CalibrationError(
+                    f'{error} (batch {number} of shapes {shapes}, batch 0 of {first_shapes})'
+                ) from error
         if sums is None:
             raise CalibrationError('the calibration set is empty: no batch arrived')
         return sums
 
 
-def _all_rows(path: str, batch: Any) -> None:
-    """Return None: every row of a kernel's input counts."""
+def _no_weights(path: str, batch: Any) -> None:
+    """Return None: every row of a kernel's input counts once."""
 
 
 def make_sums(
     forward: Forward,
     *,
     stats: StatisticOf,
-    valid: ValidRows = _all_rows,
+    token_weights: WeightsOf = _no_weights,
     mesh: Mesh | AbstractMesh | None = None,
+    is_required: Callable[[str], bool] = rules.named_kernel,
+    may_fit_none: bool = False,
 ) -> Sums:
     """Return the programs that `make_observer` runs.
 
     Args:
       forward: see `make_observer`.
       stats: see `make_observer`.
-      valid: see `make_observer`.
+      token_weights: see `make_observer`.
       mesh: see `make_observer`; an abstract mesh is enough for tracing.
+      is_required: see `make_observer`.
+      may_fit_none: see `make_observer`.
     """
     leaders: dict[str, str] = {}
     axes: dict[str, KernelAxes] = {}
+    other_rows: dict[str, str] = {}
 
     def observe(params, batch):
         followed = kernel_paths(params)
         program = tracing.trace(forward, params, batch, lambda path: path in followed and stats(path) is not None)
-        check_found(program)
-        leaves = rules.leaves_by_path(params)
+        check_found(program, is_required)
         recorders = {}
-        for path, of_kernel in program.axes.items():
-            layer_sizes, inputs, _ = of_kernel.sizes(leaves[path].shape)
-            recorders[path] = Recorder(stats(path), math.prod(layer_sizes), inputs, valid(path, batch))
+        for path, leaf in rules.leaves_by_path(params).items():
+            if path in program.axes:
+                layer_sizes, inputs, _ = program.axes[path].sizes(leaf.shape)
+                recorders[path] = Recorder(stats(path), math.prod(layer_sizes), inputs, token_weights(path, batch))
         program.run(params, batch, lambda product: recorders[product.path].add(product))
         # A side effect of tracing: which kernels share an input is known only now.
-        leaders.update(_leaders(recorders))
+        new_leaders = _leaders(recorders)
+        # The program is traced once for each shape of a batch, and all of them add to the same sums.
+        if leaders:
+            _check_same(leaders, new_leaders)
+            _check_same(axes, program.axes)
+        leaders.update(new_leaders)
         axes.update(program.axes)
-        own = {path: (r.total, r.tokens) for path, r in recorders.items() if leaders[path] == path}
+        other_rows.update(_other_rows(recorders, may_fit_none))
+        own = {path: recorder.sums for path, recorder in recorders.items() if leaders[path] == path}
         # Each device runs this on its own rows; the new leading axis has one entry for each device.
         return jax.tree.map(lambda ref: ref[...][None], own)
 
@@ -316,7 +406,39 @@ def make_sums(
         arrays, rest = _split_off_arrays(params)
         return programs(rest)[1](sums, arrays, batch)
 
-    return Sums(zeros, add, leaders, axes)
+    return Sums(zeros, add, leaders, axes, other_rows)
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a batch uses kernels as the batches before it did: else their statistics could not be added.
+
+    Raises:
+      CalibrationError: it does not; names a kernel.
+    """
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) != now.get(path):
+            raise CalibrationError(f'{path}: the forward reads it in another way than for the batches before')
+
+
+def _other_rows(recorders: Mapping[str, Recorder], may_fit_none: bool) -> dict[str, str]:
+    """Return {path: what it reads} of the kernels that read no tokens that have weights.
+
+    Raises:
+      CalibrationError: these are all kernels, so the weights are wrong.
+    """
+    weighted = {path: recorder for path, recorder in recorders.items() if recorder.weights is not None}
+    other = {path: recorder.other_rows for path, recorder in weighted.items() if recorder.other_rows}
+    if other and len(other) == len(weighted) and not may_fit_none:
+        shape = list(next(iter(weighted.values())).weights.shape)
+        rows = _listed(f'{path} {rows}' for path, rows in other.items())
+        raise CalibrationError(f'weights of tokens {shape} fit the rows of no kernel: {rows}')
+    return other
+
+
+def _listed(texts: Iterable[str]) -> str:
+    texts = list(texts)
+    more = len(texts) - rules.SHOWN
+    return '; '.join(texts[: rules.SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
 class _Rest(NamedTuple):
@@ -337,13 +459,7 @@ _ARRAY = object()  # stands where an array was taken out
 def _split_off_arrays(params: PyTree) -> tuple[list[Array | np.ndarray], _Rest]:
     leaves, structure = jax.tree.flatten(params)
     arrays = [leaf for leaf in leaves if tracing.is_array(leaf)]
-    rest = _Rest(structure, tuple(_ARRAY if tracing.is_array(leaf) else leaf for leaf in leaves))
-    try:
-        hash(rest)
-    except TypeError:
-        kinds = ', '.join(sorted({type(leaf).__name__ for leaf in rest.leaves if leaf is not _ARRAY}))
-        raise CalibrationError(f'params hold leaves that are neither arrays nor hashable: {kinds}') from None
-    return arrays, rest
+    return arrays, _Rest(structure, tuple(_ARRAY if tracing.is_array(leaf) else leaf for leaf in leaves))
 
 
 def _place_in_params(path: str, layer: int | None) -> str:
@@ -355,9 +471,12 @@ def make_observer(
     forward: Forward,
     *,
     stats: StatisticOf,
-    valid: ValidRows = _all_rows,
+    token_weights: WeightsOf = _no_weights,
     mesh: Mesh | None = None,
     one_scale: bool = False,
+    is_required: Callable[[str], bool] = rules.named_kernel,
+    name_of_batch: str = 'batch',
+    may_fit_none: bool = False,
 ) -> Callable[..., dict[str, InputStatistic]]:
     """Return `(params, batches) -> {path: InputStatistic}`, compiled once for batches of one shape.
 
@@ -372,18 +491,29 @@ def make_observer(
     Args:
       forward: `forward(weights, batch)`; its kernels are used through `sl.linear`. Its result is discarded.
       stats: path -> the statistic of that kernel, or None for a kernel that is not observed.
-      valid: (path, batch) -> True for the rows of that kernel's input that count, or None (all do).
+      token_weights: (path, batch) -> the weights of the tokens that the kernel reads, True and False or numbers of 0 or
+        more; None: all count once. They are applied where the axes of the weights are the first axes of the tokens
+        (`Arrangement.weights_of_rows`). A warning names, once, the kernels where they are not: all their rows count.
       mesh: mesh over which the rows of all batches are split (`sharding.mesh_of_rows`). Each device runs `forward` on
         its own rows with whole weights. The sums are added in the order of the devices. So the result equals, bit for
         bit, that of one device that reads the same rows as consecutive batches.
       one_scale: scale either all kernels or none, for callers that compare the statistics of different kernels.
+      is_required: path -> whether it is an error if no product reads that leaf. Other leaves may be no kernels.
+      name_of_batch: what errors call a batch.
+      may_fit_none: whether it is no error if the weights of tokens fit no kernel.
 
     Returns:
       A function of params, batches and optionally `place(path, layer)`, which names a kernel in warnings. The batches
       are a sequence, so that they can be read twice. The function raises `CalibrationError` if there is no batch, if
-      the forward never used a kernel, or if activations are not finite.
+      the forward never used a kernel, if the weights fit no kernel, or if activations are not finite.
     """
-    programs = make_sums(forward, stats=stats, valid=valid, mesh=mesh)
+    options = {
+        'token_weights': token_weights,
+        'mesh': mesh,
+        'is_required': is_required,
+        'may_fit_none': may_fit_none,
+    }
+    programs = make_sums(forward, stats=stats, **options)
 
     def scaled_stats(path):
         stat = stats(path)
@@ -392,16 +522,30 @@ def make_observer(
     # A second set of programs, so that scaling does not change the programs of ordinary models.
     @functools.cache  # compiled for the first kernel that needs it, and for none in ordinary models
     def scaled_programs():
-        return make_sums(forward, stats=scaled_stats, valid=valid, mesh=mesh)
+        return make_sums(forward, stats=scaled_stats, **options)
+
+    named: set[str] = set()  # kernels without weights that a warning has named
 
     def observe(params, batches, place=_place_in_params):
         sums = programs.total(params, batches)
+        unnamed = {path: rows for path, rows in programs.other_rows.items() if path not in named}
+        _warn_about_rows({place(path, None): rows for path, rows in unnamed.items()})
+        named.update(unnamed)
         leaves = rules.leaves_by_path(params)
         sizes = {path: programs.axes[path].sizes(leaves[path].shape) for path in sums}
         stacked = {path: bool(layers) for path, (layers, _, _) in sizes.items()}
-        tiny = {path: _check_sums(path, stacked[path], *value) for path, value in sums.items()}
-        for path in tiny:
-            tiny[path] &= can_be_scaled(stats(path))
+        _check_tokens(sums, stacked)
+
+        def first_bad(largest):
+            return _first_not_finite(largest, programs.axes, stacked)
+
+        largest = _largest_by_path(sums)
+        bad = first_bad(largest)
+        if bad is not None:
+            # Finding the batch takes a second run, which only bad activations pay for.
+            of_batches = (first_bad(_largest_by_path(programs.total(params, [batch]))) for batch in batches)
+            raise _not_finite_error(bad, of_batches, isinstance(batches, Iterator), name_of_batch)
+        tiny = {path: _is_tiny(largest[path]) & can_be_scaled(stats(path)) for path in sums}
         # Kernels are compared with each other: beside ordinary statistics, tiny ones count as 0 and stay unscaled.
         if one_scale and not all(layers.all() for layers in tiny.values()):
             tiny = {path: np.zeros_like(layers) for path, layers in tiny.items()}
@@ -412,10 +556,10 @@ def make_observer(
             else:
                 scaled = scaled_programs().total(params, batches)
                 sums = {path: _choose(tiny[path], scaled[path], value) for path, value in sums.items()}
-                dead = {path: tiny[path] & ~_largest_on_host(scaled[path][0]).any(axis=0) for path in sums}
+                dead = {path: tiny[path] & ~values.any(axis=0) for path, values in _largest_by_path(scaled).items()}
                 messages = {path: DEAD.format(inputs=inputs) for path, (_, inputs, _) in sizes.items()}
                 _warn_about(dead, stacked, readers, place, messages)
-        finished = {path: _finish(sizes[path][0], stats(path), *value) for path, value in sums.items()}
+        finished = {path: _finish(sizes[path][0], stats(path), value) for path, value in sums.items()}
         return {path: InputStatistic(*finished[first], programs.axes[path]) for path, first in programs.leaders.items()}
 
     return observe
@@ -470,55 +614,22 @@ def kernel_paths(params: PyTree) -> set[str]:
     return named or matrices
 
 
-def check_found(program: tracing.Program) -> None:
-    """Check that the program multiplies with each kernel whose name says that it is one.
+def check_found(program: tracing.Program, is_required: Callable[[str], bool] = rules.named_kernel) -> None:
+    """Check that the program multiplies with each leaf that has to be a kernel, and with some leaf.
 
     Args:
       program: a traced forward.
+      is_required: path -> whether that leaf has to be one.
 
     Raises:
       CalibrationError: it does not; names the kernel and the operation that lost it.
     """
     # A matrix under another name may be no kernel at all, but some leaf must be one.
-    lost = {path: reason for path, reason in program.lost.items() if rules.named_kernel(path) or not program.axes}
+    lost = {path: reason for path, reason in program.lost.items() if is_required(path) or not program.axes}
     for path, reason in lost.items():
-        raise CalibrationError(f'{path}: no product of the forward reads it: {reason}')
-
-
-def check_forward(forward: object, *arguments: str) -> None:
-    """Check that an object is a function that runs a model.
-
-    Args:
-      forward: what a user gave as a forward.
-      *arguments: names of what it is called with, in order.
-
-    Raises:
-      CalibrationError: it cannot be called so.
-    """
-    expected = f'expected a function of ({", ".join(arguments)}), such as model.hidden'
-    if not callable(forward):
-        raise CalibrationError(f'forward is a {type(forward).__name__}: {expected}')
-    try:
-        inspect.signature(forward).bind(*arguments)
-    except TypeError as error:
-        raise CalibrationError(f'forward: {error}: {expected}') from None
-    except ValueError:
-        # Some functions that are not written in Python have no signature; calling them will tell.
-        return
-
-
-def check_batches(batches: object) -> None:
-    """Check that an object can hold calibration batches.
-
-    Args:
-      batches: what a user gave as batches.
-
-    Raises:
-      CalibrationError: it is one batch, or cannot be iterated.
-    """
-    # A dict can be iterated too, over its keys.
-    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
-        raise CalibrationError(f'batches is a {type(batches).__name__}: expected a list of batches, such as [batch]')
+        is_selected = program.axes and not rules.named_kernel(path)
+        remedy = '; leave it out of select' if is_selected else ''
+        raise CalibrationError(f'{path}: no product of the forward reads it: {reason}{remedy}')
 
 
 def collect(
@@ -527,8 +638,8 @@ def collect(
     batches: Iterable[Any],
     *,
     stat: Statistic = squares,
-    valid: Callable[[Any], Array | None] | None = None,
-    select: Callable[[str], bool] = lambda path: True,
+    weights: TokenWeights = None,
+    select: Callable[[str], bool] | None = None,
 ) -> dict[str, InputStatistic]:
     """Run `forward` over the batches and sum up the statistic of every kernel's input.
 
@@ -540,18 +651,25 @@ def collect(
       forward: `forward(params, batch)`. Its result is discarded.
       params: any tree of arrays: nested dicts, lists, the state of an NNX model, an Equinox module. If some matrices
         are called `kernel`, those are the kernels; else all matrices that a product reads.
-      batches: what `forward` takes, of one shape.
+      batches: what `forward` takes. Each new shape is compiled once more.
       stat: `squares` or `hessian`, or any sum over tokens `[tokens, in] -> arrays`; `Mean` of one gives the mean.
-      valid: batch -> True for the tokens that count, or None (all do); every kernel must see these tokens.
-      select: path -> whether to observe that kernel; Hessians of all kernels may not fit into memory.
+      weights: a weight for each token: the name of an entry of each batch, such as `'attention_mask'`, or a function
+        batch -> array, or None (all tokens count once). Weights are True and False, or numbers of 0 or more; a token of
+        weight 2 counts as two tokens do. They have the leading axes of the batch, such as `[batch, tokens]`, and are
+        applied to the kernels whose rows have these axes first (`[batch, tokens, ...]`, or joined to one axis). Other
+        kernels, such as those that read pooled tokens, or tokens that are sorted by expert, count every row once. One
+        line of the log names them. `squares`, `hessian` and the statistics of the library's methods take numbers.
+      select: path -> whether to observe that kernel; Hessians of all kernels may not fit into memory. A product must
+        read each matrix that it picks. None: all kernels.
 
     Returns:
       {path: (total, tokens, axes)}, an `InputStatistic` each. If the squares of activations underflow in float32, the
       statistic is that of the activations times 2**64 (`make_observer`).
 
     Raises:
-      CalibrationError: no batch, a kernel that the forward never used or that cannot be followed, or non-finite
-        activations.
+      CalibrationError: an argument is of the wrong kind; no batch; the forward fails, or reads the values of arrays; a
+        kernel that it never used or that cannot be followed; a batch that it does not take; weights that are negative,
+        not finite, or fit no kernel; activations that are not finite, of which batch, kernel and layer are named.
 
     >>> params = {'q': {'kernel': jnp.ones((2, 3))}}
     >>> stats = collect(lambda w, x: x @ w['q']['kernel'], params, [jnp.array([[1.0, 2.0], [3.0, 4.0]])])
@@ -559,37 +677,106 @@ def collect(
     ([10.0, 20.0], 2)
     """
     check_forward(forward, 'params', 'batch')
-    if not callable(select):
-        raise CalibrationError(f'select is a {type(select).__name__}: expected a function from a path to True or False')
     check_batches(batches)
-
-    def valid_rows(path, batch):
-        return None if valid is None else valid(batch)
-
-    observe = make_observer(forward, stats=lambda path: stat if select(path) else None, valid=valid_rows)
-    statistics = observe(params, batches)
+    check_params(params)
+    check_weights(weights)
+    selected = _selected(params, select)
+    checked = CheckedBatches(batches, weights)
+    run = naming_lines(forward)
+    # With weights, what the program gets as its batch is a `WeightedBatch`.
+    observe = make_observer(
+        run if weights is None else lambda params, weighted: run(params, weighted.batch),
+        stats=lambda path: stat if path in selected else None,
+        token_weights=_no_weights if weights is None else lambda path, weighted: weighted.weights,
+        is_required=rules.named_kernel if select is None else selected.__contains__,
+    )
+    # Batches that can be read only once stay so.
+    statistics = observe(params, iter(checked) if isinstance(batches, Iterator) else checked)
     dead = {path: processes.on_host(count_dead_inputs(stat, value.total)) for path, value in statistics.items()}
     leaves = rules.leaves_by_path(params)
     warn_about_dead_inputs(dead, {path: value.axes.sizes(leaves[path].shape)[1] for path, value in statistics.items()})
     return statistics
 
 
-def _check_sums(path: str, stacked: bool, total: PyTree, tokens: Int[Array, ' layers']) -> Bool[np.ndarray, ' layers']:
-    """Check one kernel's sums, and return for which layers they are too small for float32.
+def _selected(params: PyTree, select: object) -> set[str]:
+    """Return the paths of the matrices to observe.
 
     Raises:
-      CalibrationError: no token reached the kernel, or its inputs were not finite.
+      CalibrationError: there are none, or `select` is no function or fails.
     """
-    is_unread = processes.on_host(tokens) == 0
-    if is_unread.any():
-        place = _place_in_params(path, int(is_unread.argmax()) if stacked else None)
-        raise CalibrationError(f'{place}: no token reached it during calibration')
-    # Only one number per leaf and layer is copied to the host: a maximum keeps NaN and infinity.
-    largest = _largest_on_host(total)
-    bad = ~np.isfinite(largest).all(axis=0)
-    if bad.any():
-        layer = f', layer {int(bad.argmax())}' if stacked else ''
-        raise CalibrationError(f'{path}{layer}: activations are not finite during calibration')
+    matrices = sorted(kernel_paths(params))
+    if not matrices:
+        raise CalibrationError('params hold no array of two or more axes, so no kernel')
+    if select is None:
+        return set(matrices)
+    if not callable(select):
+        raise CalibrationError(f'select is a {type(select).__name__}: expected a function from a path to True or False')
+    with calling('function select', CalibrationError):
+        selected = {path for path in matrices if select(path)}
+    if not selected:
+        raise CalibrationError(f'select picks none of {len(matrices)} matrices, such as {matrices[0]}')
+    return selected
+
+
+def _check_tokens(sums: Mapping[str, KernelSums], stacked: Mapping[str, bool]) -> None:
+    """Check that every kernel was read.
+
+    Raises:
+      CalibrationError: no token reached a kernel.
+    """
+    for path, sums_of_kernel in sums.items():
+        is_unread = processes.on_host(sums_of_kernel.tokens) == 0
+        if is_unread.any():
+            place = _place_in_params(path, int(is_unread.argmax()) if stacked[path] else None)
+            raise CalibrationError(f'{place}: no token reached it during calibration (one of weight 0 does not count)')
+
+
+def _first_not_finite(
+    largest: Mapping[str, Float[np.ndarray, 'leaves layers']], order: Iterable[str], stacked: Mapping[str, bool]
+) -> str | None:
+    """Return the name of the first kernel and layer whose sums are not finite; None: all are.
+
+    Args:
+      largest: the largest number of each leaf and layer, by path.
+      order: paths, in the order in which the program reads the kernels.
+      stacked: whether a kernel has layers, by path.
+    """
+    # Kernels that share a sum with an earlier one have none of their own.
+    for path in (path for path in order if path in largest):
+        bad = ~np.isfinite(largest[path]).all(axis=0)
+        if bad.any():
+            return _place_in_params(path, int(bad.argmax()) if stacked[path] else None)
+    return None
+
+
+def _not_finite_error(
+    place: str, of_batches: Iterable[str | None], is_used_up: bool, name_of_batch: str
+) -> CalibrationError:
+    """Return an error that says in which batch activations are not finite.
+
+    Args:
+      place: the first kernel and layer in which the sums over all batches are not finite.
+      of_batches: the same of each batch, or None where its sums are finite.
+      is_used_up: whether the batches cannot be read again.
+      name_of_batch: see `make_observer`.
+    """
+    if is_used_up:
+        return CalibrationError(
+            f'{place}: activations are not finite during calibration; give the batches as a list, to learn which one'
+        )
+    for number, of_batch in enumerate(of_batches):
+        if of_batch:
+            return CalibrationError(
+                f'{of_batch}: activations are not finite or too large to be squared in calibration {name_of_batch} '
+                f'{number}'
+            )
+    return CalibrationError(
+        f'{place}: activations are finite in each {name_of_batch}, but their sum is too large for float32'
+    )
+
+
+def _is_tiny(largest: Float[np.ndarray, 'leaves layers']) -> Bool[np.ndarray, ' layers']:
+    """Return for which layers the sums of a kernel are too small for float32."""
     return (largest.min(axis=0) < TINY) & (largest.max(axis=0) < SAFE)
 
 
@@ -645,11 +832,12 @@ def _largest(total: PyTree) -> Float[Array, 'leaves layers']:
     return jnp.stack([jnp.max(jnp.abs(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in leaves])
 
 
-def _largest_on_host(total: PyTree) -> Float[np.ndarray, 'leaves layers']:
-    return processes.on_host(_largest(total))
+def _largest_by_path(sums: Mapping[str, KernelSums]) -> dict[str, Float[np.ndarray, 'leaves layers']]:
+    # Only one number per leaf and layer is copied to the host: a maximum keeps NaN and infinity.
+    return {path: processes.on_host(_largest(sums_of_kernel.total)) for path, sums_of_kernel in sums.items()}
 
 
-def _choose(tiny: Bool[np.ndarray, ' layers'], scaled: PyTree, plain: PyTree) -> PyTree:
+def _choose(tiny: Bool[np.ndarray, ' layers'], scaled: KernelSums, plain: KernelSums) -> KernelSums:
     """Return the scaled sums of the layers that are tiny, and the plain sums of the others."""
     return jax.tree.map(
         lambda new, old: jnp.where(tiny.reshape(-1, *[1] * (old.ndim - 1)), new, old),
@@ -658,12 +846,28 @@ def _choose(tiny: Bool[np.ndarray, ' layers'], scaled: PyTree, plain: PyTree) ->
     )
 
 
-def _finish(layer_sizes: tuple[int, ...], stat: Statistic, total: PyTree, tokens: Array) -> tuple[PyTree, Array]:
+def _finish(layer_sizes: tuple[int, ...], stat: Statistic, sums: KernelSums) -> tuple[PyTree, Array]:
     """Return (sum or mean, tokens) of one kernel, with the layer axes that the kernel has."""
+    total, tokens, extra_weight = sums
     if isinstance(stat, Mean):
-        total = jax.tree.map(lambda leaf: leaf / tokens.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1)), total)
+        # The number of tokens is exact as an integer; only numbers as weights add to it.
+        weight = tokens.astype(extra_weight.dtype) + extra_weight
+        total = jax.tree.map(lambda leaf: leaf / weight.reshape(-1, *[1] * (leaf.ndim - 1)), total)
     # Accumulators always have one axis of layers.
     return jax.tree.map(lambda leaf: leaf.reshape(*layer_sizes, *leaf.shape[1:]), (total, tokens))
+
+
+def _warn_about_rows(rows: Mapping[str, str]) -> None:
+    """Log one line that names the kernels that read no tokens that have weights.
+
+    Args:
+      rows: what each of them reads.
+    """
+    if rows and processes.first():
+        names = '; '.join(f'{name} {of_kernel}' for name, of_kernel in rows.items())
+        logging.getLogger(__name__).warning(
+            'weights of tokens do not fit the rows of %s: each of these rows counts once', names
+        )
 
 
 def _warn_about(

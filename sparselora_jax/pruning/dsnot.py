@@ -55,6 +55,17 @@ class SumsOfMoments:
         first = jnp.sum(x.astype(jnp.float32), axis=0)
         return Moments(first, calibrate.squares(x), self.initial and self.initial(x))
 
+    def weighted(self, x: Float[Array, 'tokens inputs'], weights: Float[Array, ' tokens']) -> Moments:
+        """Return the sums over the tokens of one call, each of which counts as often as its weight says.
+
+        Args:
+          x: the tokens.
+          weights: their weights.
+        """
+        first = jnp.sum(x.astype(jnp.float32) * weights[:, None], axis=0)
+        second = calibrate.statistic_of(calibrate.squares, x, weights)
+        return Moments(first, second, self.initial and calibrate.statistic_of(self.initial, x, weights))
+
 
 @dataclass(frozen=True)
 class DSnoT(Method):

@@ -127,12 +127,12 @@ class Chunk:
     Attributes:
       level: number of the level whose shape it has.
       values: its values that are still needed. On a mesh each has an axis of devices in front.
-      rows: path of a kernel -> which rows of its input count; None: all.
+      weights: path of a kernel -> the weights of the tokens; None: all rows of its input count once.
     """
 
     level: int
     values: Values
-    rows: Callable[[str], Array | None] = lambda path: None
+    weights: Callable[[str], Array | None] = lambda path: None
 
 
 class Target(NamedTuple):
@@ -275,15 +275,15 @@ class OnePass:
     def _batch(
         self, level: Level, cut: Cut, chunk: Chunk, place_of: Mapping[str, Place]
     ) -> tuple[list[Any], dict[str, Array]]:
-        """Return what the products of a cut read, and which rows of each kernel's input count."""
+        """Return what the products of a cut read, and the weights of the tokens for each kernel."""
         inputs = [
             chunk.values[variable]
             if variable in chunk.values
             else self._for_each_device(level.value(variable, self._jitted))
             for variable in cut.inputs
         ]
-        rows = {name: chunk.rows(place.path) for name, place in place_of.items()}
-        return inputs, {name: counted for name, counted in rows.items() if counted is not None}
+        weights = {name: chunk.weights(place.path) for name, place in place_of.items()}
+        return inputs, {name: of_kernel for name, of_kernel in weights.items() if of_kernel is not None}
 
     def _for_each_device(self, value: Any) -> Any:
         """Return a value with an axis of devices, each of which gets the same."""
@@ -318,10 +318,17 @@ class OnePass:
                 program, held = programs[tuple((np.shape(leaf), leaf.dtype) for leaf in inputs)]
                 return core.jaxpr_as_fun(program)(*[kernels[name].reshape(shape) for shape, name in held], *inputs)
 
-            def valid(name, batch):
+            def token_weights(name, batch):
                 return self._of_device(batch)[1].get(name)
 
-            self._observers[key] = calibrate.make_observer(forward, stats=stats.get, valid=valid, mesh=self.mesh)
+            self._observers[key] = calibrate.make_observer(
+                forward,
+                stats=stats.get,
+                token_weights=token_weights,
+                mesh=self.mesh,
+                name_of_batch='chunk',
+                may_fit_none=True,  # weights are those of the whole forward, of which this is a part
+            )
         return self._observers[key]
 
     def _run_loop(
@@ -355,7 +362,7 @@ class OnePass:
                 axis = 0 if self.mesh is None else 1  # behind the axis of devices
                 values = _of_layer(loop, own, num_consts, num_outer, layer, axis)
                 values.update(zip(loop.body.program.jaxpr.invars[num_consts:num_outer], carry, strict=True))
-                inner_chunks.append(Chunk(chunk.level, values, chunk.rows))
+                inner_chunks.append(Chunk(chunk.level, values, chunk.weights))
             inner_places = {
                 name: places[origin.path].of_part(origin.pin(0, layer)) for name, origin in loops[0].kernels.items()
             }

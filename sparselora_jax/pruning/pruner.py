@@ -11,7 +11,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.calibrate import CalibrationError, InputStatistic
+from sparselora_jax.pruning.calibrate import InputStatistic
+from sparselora_jax.pruning.calibration_inputs import (
+    CalibrationError,
+    CheckedBatches,
+    TokenWeights,
+    WeightedBatch,
+    check_batches,
+    check_forward,
+    check_params,
+    check_weights,
+    naming_lines,
+)
 from sparselora_jax.pruning.kernels import prune_matrices, prune_targets
 from sparselora_jax.pruning.one_pass import Chunk, Level, OnePass, Place, Target
 from sparselora_jax.pruning.reconstruct import Reconstruct, Targets, block_reconstructor, check_reconstruct
@@ -51,6 +62,7 @@ def prune(
     *,
     method: Methods,
     zeros: dict[str, np.ndarray] | None = None,
+    weights: TokenWeights = None,
     sequential: str = 'kernel',
     chunk: int = 8,
     reconstruct: Reconstruct | None = None,
@@ -76,6 +88,7 @@ def prune(
       rules: `(regex, pattern)`; with `run`, only kernels inside blocks can be pruned.
       method: see `prune_tree`.
       zeros: see `prune_tree`.
+      weights: a weight for each token, see `collect`. Models of this package know their pads.
       sequential: `'kernel'`: as above. `'layer'`: all kernels of a block are calibrated on the block before any of them
         is pruned, as the code of Wanda and SparseGPT does; the block then runs twice. It needs a forward with `run`.
       chunk: with `run`, number of samples processed at a time on each device that has its own samples (docs/scaling.md
@@ -104,7 +117,11 @@ def prune(
         asked = {"sequential='layer'": sequential == 'layer', 'reconstruct': reconstruct, 'keep': keep}
         for name in (name for name, is_asked in asked.items() if is_asked):
             raise CalibrationError(f'{name} needs a forward with blocks: forward(params, batch, run), models.runners')
-        return _prune_program(forward, params, batches, rules, method=method, zeros=zeros, progress=progress)
+        return _prune_program(
+            forward, params, batches, rules, method=method, zeros=zeros, weights=weights, progress=progress
+        )
+    if weights is not None:
+        raise CalibrationError('weights: expected a forward without blocks; a block says in ctx which rows are pads')
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
     parts = sharding.row_parts(mesh)
@@ -205,9 +222,9 @@ def _takes_runner(forward: object) -> bool:
       CalibrationError: it is no function of params and a batch.
     """
     try:
-        calibrate.check_forward(forward, 'params', 'batch', 'run')
+        check_forward(forward, 'params', 'batch', 'run')
     except CalibrationError:
-        calibrate.check_forward(forward, 'params', 'batch')
+        check_forward(forward, 'params', 'batch')
         return False
     return True
 
@@ -220,13 +237,19 @@ def _prune_program(
     *,
     method: Methods,
     zeros: dict[str, np.ndarray] | None,
+    weights: TokenWeights,
     progress: Callable[[str, int, int], None],
 ) -> PruneResult:
     """Prune the kernels of any forward; see `prune`."""
-    calibrate.check_batches(batches)
-    batches = list(batches)
-    if not batches:
+    check_batches(batches)
+    check_params(params)
+    check_weights(weights)
+    forward = naming_lines(forward)
+    checked = list(CheckedBatches(batches, weights))
+    if not checked:
         raise CalibrationError('the calibration set is empty: no batch arrived')
+    weighted = [batch if weights is not None else WeightedBatch(batch, None) for batch in checked]
+    batches = [batch for batch, _ in weighted]
     followed = calibrate.kernel_paths(params)
     programs: dict[Any, tracing.Program] = {}
     keys = []
@@ -265,10 +288,10 @@ def _prune_program(
         Level.of_arguments(make_schedule(program, is_pruned=patterns.__contains__), arrays)
         for program in programs.values()
     ]
-    chunks = [
-        Chunk(numbers[key], levels[numbers[key]].values_of_chunk(tracing.arrays_of(batch)))
-        for key, batch in zip(keys, batches, strict=True)
-    ]
+    chunks = []
+    for key, (batch, of_tokens) in zip(keys, weighted, strict=True):
+        values = levels[numbers[key]].values_of_chunk(tracing.arrays_of(batch))
+        chunks.append(Chunk(numbers[key], values, lambda path, of_tokens=of_tokens: of_tokens))
     places = {path: Place(path, {}, tuple(range(len(leaves[path].shape)))) for path in patterns}
     one_pass = OnePass(methods.__getitem__)
     one_pass.prune = prune_cut

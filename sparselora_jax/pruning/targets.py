@@ -1,5 +1,6 @@
 """Find the pattern, the method and the number of zeros of each kernel, from ordered rules."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparselora_jax.sparse.rules import (
     KERNEL,
     RuleError,
     check_layout,
+    check_rules,
     first_match,
     flatten,
     hidden_matrices,
@@ -65,6 +67,8 @@ def patterns_of(
     """
     axes = axes or {}
     all_kernels = kernels_of(params, axes)
+    if axes:
+        _check_read(rules, all_kernels, params)
     patterns = {path: parse_pattern(text) for path, text in match(rules, all_kernels).items()}
     patterns = {path: pattern for path, pattern in patterns.items() if not pattern.dense}
     # Calibration knows the roles of axes; without it, they follow from names and shapes.
@@ -85,6 +89,24 @@ def patterns_of(
         except PatternError as error:
             raise PatternError(f'{path}: {error}') from None
     return patterns
+
+
+def _check_read(rules: PatternRules, all_kernels: Mapping[str, Any], params: PyTree) -> None:
+    """Check that no rule is meant for a matrix that calibration found to be no kernel.
+
+    Raises:
+      RuleError: a rule matches only such a matrix; or see `rules.check_rules`.
+    """
+    check_rules(rules)
+    matrices = [path for path, leaf in paths_of(params).items() if getattr(leaf, 'ndim', 0) >= 2]
+    for regex, _ in rules:
+        # Rules that match nothing at all are typos, which `rules.match` names.
+        matched = [path for path in matrices if re.fullmatch(regex, path)]
+        if matched and not all_kernels.keys() & set(matched):
+            raise RuleError(
+                f'rule {regex!r} matches {matched[0]}, which has no statistic: no product of the forward that '
+                '`collect` ran reads it'
+            )
 
 
 def matrix_shape(shape: tuple[int, ...], axes: KernelAxes | None) -> tuple[int, ...]:

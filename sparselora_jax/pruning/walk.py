@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.pruning import calibrate
+from sparselora_jax.pruning.calibration_inputs import check_batches
 from sparselora_jax.pruning.method import MethodError
 from sparselora_jax.pruning.one_pass import Chunk as OnePassChunk
 from sparselora_jax.pruning.one_pass import Level, OnePass, Place
@@ -43,7 +44,7 @@ def joined(batches: Iterable[dict], chunk: int) -> dict:
     Raises:
       CalibrationError: no batch, the batches are no list of dicts or differ in their arrays, or `chunk` is below one.
     """
-    calibrate.check_batches(batches)
+    check_batches(batches)
     if not isinstance(chunk, Integral) or chunk < 1:
         raise calibrate.CalibrationError(f'chunk {chunk!r}: expected a number of samples, 1 or more')
     batches = list(batches)
@@ -105,7 +106,12 @@ def block_observer(
       one_scale: see `calibrate.make_observer`.
     """
     return calibrate.make_observer(
-        _forward_of(block), stats=stats, valid=_valid_rows_of_chunk, mesh=mesh, one_scale=one_scale
+        _forward_of(block),
+        stats=stats,
+        token_weights=_valid_rows_of_chunk,
+        mesh=mesh,
+        one_scale=one_scale,
+        name_of_batch='chunk',
     )
 
 
@@ -117,7 +123,7 @@ def block_sums(block: Block, stats: calibrate.StatisticOf, mesh: Mesh | Abstract
       stats: see `block_observer`.
       mesh: see `block_observer`; an abstract mesh is enough for tracing.
     """
-    return calibrate.make_sums(_forward_of(block), stats=stats, valid=_valid_rows_of_chunk, mesh=mesh)
+    return calibrate.make_sums(_forward_of(block), stats=stats, token_weights=_valid_rows_of_chunk, mesh=mesh)
 
 
 def _forward_of(block: Block) -> calibrate.Forward:

@@ -299,7 +299,7 @@ def check_rules(rules: object) -> None:
       rules: what a user gave as rules.
 
     Raises:
-      RuleError: it is not; the message shows how to write it.
+      RuleError: it is not, and the message shows how to write it; or a regex does not compile.
     """
     expected = "expected a list of pairs (regex, value) in order, such as [('.*/q/kernel', '2:4'), ('.*', 'dense')]"
     if isinstance(rules, str | Mapping) or not isinstance(rules, Sequence):
@@ -307,6 +307,10 @@ def check_rules(rules: object) -> None:
     for rule in rules:
         if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2 or not isinstance(rule[0], str):
             raise RuleError(f'rule {rule!r}: {expected}')
+        try:
+            re.compile(rule[0])
+        except re.error as error:
+            raise RuleError(f'rule {rule[0]!r} is not a regular expression: {error}') from None
 
 
 def match(rules: Sequence[tuple[str, Value]], paths: Iterable[str]) -> dict[str, Value]:
@@ -326,12 +330,8 @@ def match(rules: Sequence[tuple[str, Value]], paths: Iterable[str]) -> dict[str,
     paths = list(paths)
     check_rules(rules)
     for pattern, _ in rules:
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise RuleError(f'rule {pattern!r} is not a regular expression: {error}') from None
         # A catch-all may be left without paths; any other rule without a path is a typo.
-        if pattern != '.*' and not any(regex.fullmatch(path) for path in paths):
+        if pattern != '.*' and not any(re.fullmatch(pattern, path) for path in paths):
             raise RuleError(f'rule {pattern!r} matches none of the {len(paths)} kernels, e.g. {paths[:3]}')
     return {path: first_match(rules, path) for path in paths}
 

@@ -64,7 +64,7 @@ def test_a_calibration_pass_runs_each_block_on_each_chunk(config):
     lm, (batch, tokens, width) = CFG.language, passes['language'].arguments[3].shape
     assert batch == 4
     assert not passes['vision'].arguments[0]
-    assert sorted(total.shape[-1] for total, _ in sums.values()) == [
+    assert sorted(of_kernel.total.shape[-1] for of_kernel in sums.values()) == [
         width,
         width,
         width,

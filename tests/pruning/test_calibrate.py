@@ -37,7 +37,7 @@ def test_statistics_under_scan_equal_numpy(stat):
 def test_pads_do_not_count():
     batch = batches(1)[0] | {'valid': jnp.arange(5)[None] >= jnp.array([2, 0])[:, None]}
     other = batch | {'x': jnp.where(batch['valid'][..., None], batch['x'], 99.0)}
-    runs = [calibrate.collect(forward, PARAMS, [b], valid=lambda b: b['valid']) for b in (batch, other)]
+    runs = [calibrate.collect(forward, PARAMS, [b], weights='valid') for b in (batch, other)]
     (total, tokens, _), (same, *_) = (run['blocks/fc/kernel'] for run in runs)
     assert tokens.tolist() == [8, 8, 8]
     assert jnp.array_equal(total, same)
@@ -48,9 +48,7 @@ def test_a_tower_of_ours_needs_no_hook():
     params = init_params(jax.random.key(0), llama.shapes(cfg))
     valid = jnp.arange(6)[None] >= jnp.array([0, 3])[:, None]
     batch = {'x': jax.random.normal(jax.random.key(1), (2, 6, 16)), 'valid': valid}
-    stats = calibrate.collect(
-        lambda w, b: llama.forward(w, cfg, b['x'], b['valid']), params, [batch], valid=lambda b: b['valid']
-    )
+    stats = calibrate.collect(lambda w, b: llama.forward(w, cfg, b['x'], b['valid']), params, [batch], weights='valid')
     assert set(stats) == {f'blocks/attn/{n}/kernel' for n in 'qkvo'} | {
         f'blocks/mlp/{n}/kernel' for n in ('gate', 'up', 'down')
     }

@@ -299,7 +299,7 @@ def test_calibration_hands_on_means_over_valid_tokens():
         def language(w, b):
             return llama.forward(w['language'], CFG, b['x'], b['valid'])
 
-        return calibrate.collect(language, params, [batch, batch], stat=stat, valid=lambda b: b['valid'])
+        return calibrate.collect(language, params, [batch, batch], stat=stat, weights='valid')
 
     stats, hessians = collect(stat), collect(calibrate.hessian)
     q, k = (f'language/blocks/attn/{name}/kernel' for name in 'qk')

@@ -195,3 +195,28 @@ def test_nan_names_the_kernel_and_its_layer():
     rules = [('w', 0.5), ('.*', 'dense')]
     with pytest.raises(CalibrationError, match='w, layer 2: activations are not finite'):
         sl.prune(forward, params, [jnp.ones((4, 16))], rules, method=sl.Wanda())
+
+
+def test_pads_weigh_nothing_wherever_rows_are_tokens():
+    forward, params, _ = two_layers()
+    x = jax.random.normal(jax.random.key(0), (3, 5, 16))
+    batch = {'x': x, 'mask': jnp.arange(5) < jnp.array([[5], [3], [4]])}
+    other = batch | {'x': jnp.where(batch['mask'][..., None], x, 100.0)}
+    results = [
+        sl.prune(lambda p, b: forward(p, b['x']), params, [b], PATTERN, method=sl.Wanda(), weights='mask')
+        for b in (batch, other)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *[result.masks for result in results])
+    assert results[0].tokens == dict.fromkeys(params, 12)
+
+
+def test_tokens_that_are_pooled_count_every_row(caplog):
+    params = {'a': jax.random.normal(jax.random.key(0), (16, 16)), 'b': jax.random.normal(jax.random.key(1), (16, 8))}
+
+    def forward(params, batch):
+        return jnp.mean(jnp.tanh(batch['x'] @ params['a']), axis=1) @ params['b']
+
+    batch = {'x': jnp.ones((3, 5, 16)), 'mask': jnp.ones((3, 5), bool)}
+    result = sl.prune(forward, params, [batch], PATTERN, method=sl.Magnitude(), weights='mask')
+    assert result.tokens == {'a': 15, 'b': 3}
+    assert [line for line in caplog.messages if line.startswith('weights of tokens do not fit the rows of b')]

@@ -48,7 +48,7 @@ def test_shares_are_those_of_the_dense_models_wanda_scores():
         lambda w, b: llama.forward(w['language'], CFG, b['x'], b['valid']),
         params,
         [batch],
-        valid=lambda b: b['valid'],
+        weights='valid',
         select=lambda path: path in paths,
     )
     flat = rules.flatten(params)

@@ -81,7 +81,7 @@ def test_a_block_is_calibrated_on_the_output_of_the_pruned_ones():
             lambda w, b: llama.forward(w['language'], CFG, b['x'], b['valid']),
             params,
             [batch],
-            valid=lambda b: b['valid'],
+            weights='valid',
         )
 
     # Pruning the last block's kernels again, on the statistics of the finished model's earlier blocks, changes nothing.
@@ -159,7 +159,7 @@ def test_kernels_that_share_an_input_are_pruned_as_if_alone(method, pattern):
         first,
         [x],
         stat=method.statistic,
-        valid=lambda x: batch['valid'],
+        weights=lambda x: batch['valid'],
     )
     alone, masks = pruning.prune_tree(first, stats, [('.*', pattern)], method=method)
     for path, mask in rules.flatten(masks).items():
@@ -211,6 +211,16 @@ def test_activations_that_are_not_finite_name_path_and_layer():
     down['kernel'] = down['kernel'].at[0].set(jnp.nan)
     with pytest.raises(calibrate.CalibrationError, match=r'language/blocks/attn/[qkv]/kernel, layer 1: .* not finite'):
         pruning.prune(forward, params, [batch], [('.*/attn/.*', '2:4'), ('.*', 'dense')], method=pruning.Wanda())
+
+
+def test_a_chunk_whose_activations_are_not_finite_is_named():
+    params, batch = setup()
+    batch['x'] = batch['x'].at[3, 5].set(jnp.nan)
+    with pytest.raises(
+        calibrate.CalibrationError,
+        match=r'^language/blocks/attn/[qkv]/kernel, layer 0: activations are not finite .* in calibration chunk 1',
+    ):
+        pruning.prune(forward, params, [batch], RULES, method=pruning.Wanda(), chunk=2)
 
 
 def test_edits_of_a_method_that_hides_them_are_an_error():

@@ -132,7 +132,7 @@ def pruned_alone():
     mlp = params['language']['blocks']['mlp']
     for name in ('o', 'fc1'):  # in the order in which they run
         path = f'language/blocks/mlp/{name}/kernel'
-        found = calibrate.collect(mlp_tower, params, [batch], valid=lambda b: b['valid'], select=path.__eq__)
+        found = calibrate.collect(mlp_tower, params, [batch], weights='valid', select=path.__eq__)
         kernel, norms = mlp[name]['kernel'][0], np.sqrt(np.asarray(found[path][0][0]))[:, None]
         kernel[:, ::2] = np.repeat(kernel[::4, ::2], 4, axis=0) / norms
         scores[name] = np.abs(kernel) * norms

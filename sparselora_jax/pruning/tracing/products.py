@@ -1,14 +1,17 @@
 """What a product says about a kernel: the roles of its axes, and the rows of its input."""
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from sparselora_jax.pruning.tracing.operations import Operand, UnfollowedError, shape_of
 from sparselora_jax.pruning.tracing.origin import Origin, Part
@@ -26,12 +29,14 @@ class Arrangement:
       shape: the operand's shape after its axes are split into parts of the kernel's axes.
       order: the order of these axes: layers, tokens, inputs.
       layers: number of layers that are read at once (experts).
+      tokens: sizes of the axes of tokens, in the operand's order.
       inputs: number of inputs.
     """
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
     layers: int
+    tokens: tuple[int, ...]
     inputs: int
 
     def rows(self, x: Array) -> Float[Array, 'layers tokens inputs']:
@@ -41,6 +46,25 @@ class Arrangement:
           x: the other operand of the product.
         """
         return x.reshape(self.shape).transpose(self.order).reshape(self.layers, -1, self.inputs)
+
+    def weights_of_rows(self, weights: Shaped[Array, '...']) -> Shaped[Array, ' tokens'] | None:
+        """Return the weight of each row, if the axes of the weights are the first axes of the tokens.
+
+        Neighbours of these axes may be joined: rows `[batch * tokens]` have weights `[batch, tokens]`. Further axes,
+        such as heads, share the weight of their token.
+
+        Args:
+          weights: a weight for each token, whatever its axes.
+
+        Returns:
+          The weights, or None if the tokens have other axes.
+        """
+        # Products of the first 1, 2, ... sizes. Joined axes leave some out, and nothing else does.
+        ends = [end for end in itertools.accumulate(self.tokens, operator.mul) if end <= weights.size]
+        ends_of_weights = {1, *itertools.accumulate(weights.shape, operator.mul)}
+        if weights.size not in ends or not ends_of_weights.issuperset(ends):
+            return None
+        return jnp.repeat(weights.reshape(-1), math.prod(self.tokens) // max(weights.size, 1))
 
 
 @dataclass(frozen=True)
@@ -61,7 +85,7 @@ class Product:
     axes: KernelAxes
     x: Array | None
     arrangement: Arrangement
-    group_sizes: Int[Array, ' layers'] | None
+    group_sizes: Int[Array | np.ndarray, ' layers'] | None
     source: Any
     scope: object = None
 
@@ -196,7 +220,7 @@ def _product(
     contracted: tuple[Axes, Axes],
     batch: tuple[Axes, Axes],
     group_axis: int | None = None,
-    group_sizes: Array | None = None,
+    group_sizes: Array | np.ndarray | None = None,
     source: Any = None,
 ) -> Product:
     """Return a product.
@@ -237,6 +261,7 @@ def _product(
         shape=tuple(split_shape),
         order=tuple(order),
         layers=math.prod(part.size for part in ordered_layers),
+        tokens=tuple(split_shape[axis] for axis in token_axes),
         inputs=math.prod(part.size for part in ordered_inputs),
     )
     return Product(origin, axes, x, arrangement, group_sizes, x if source is None else source)

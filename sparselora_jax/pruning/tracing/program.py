@@ -28,6 +28,10 @@ CALLS = {
     'remat2': 'jaxpr',
 }
 
+NEVER_READ = (
+    'the forward never multiplies with it, as part of its first argument; params from outside the function do not count'
+)
+
 
 class Program(NamedTuple):
     """A traced forward.
@@ -36,7 +40,7 @@ class Program(NamedTuple):
       jaxpr: the program; its arguments are the arrays of params, then those of the batch.
       origins: the origin of each argument; None: it is no kernel, or belongs to the batch.
       num_params: number of arguments that belong to params.
-      axes: {path: the roles of its axes} of all kernels that a product reads.
+      axes: {path: the roles of its axes} of all kernels that a product reads, in the order in which the program does.
       lost: {path: why}, of the other kernels.
     """
 
@@ -115,19 +119,15 @@ def _analysis(program: Program) -> dict[str, dict]:
     products: dict[str, list[Product]] = {}
     walk = Walk(lambda product: products.setdefault(product.path, []).append(product), has_values=False)
     walk.run(program.jaxpr, program._arguments([None] * len(program.origins)))
+    kernels = [origin.path for origin in program.origins if origin is not None]
+    lost = {path: walk.lost.get(path, NEVER_READ) for path in kernels if path not in products}
     axes = {}
-    lost = {}
-    for origin in program.origins:
-        if origin is None:
-            continue
-        of_kernel = products.get(origin.path, [])
-        if not of_kernel:
-            lost[origin.path] = walk.lost.get(origin.path, 'the forward never multiplies with it')
+    for path, of_kernel in products.items():
         # One statistic cannot serve a matrix and its transpose.
-        elif len({product.axes for product in of_kernel}) > 1:
-            lost[origin.path] = 'products contract different axes of it'
+        if len({product.axes for product in of_kernel}) > 1:
+            lost[path] = 'products contract different axes of it'
         else:
-            axes[origin.path] = of_kernel[0].axes
+            axes[path] = of_kernel[0].axes
     return {'axes': axes, 'lost': lost}
 
 
