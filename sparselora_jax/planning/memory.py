@@ -265,6 +265,10 @@ def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
             3 * stack.hidden + 2 * nbytes(stack.ctx) for stack in _traced(trees, samples)
         ),
     }
+    if config.prune.sequential == 'kernel':
+        # All samples wait inside the block until the kernels that read this array are pruned.
+        inputs = [nbytes(array) for stack in _traced(trees, samples) for array in stack.inputs.values()]
+        held['input of a kernel for the calibration set'] = max(inputs, default=0)
     # A block processes one chunk at a time, so its inner arrays have the size of one chunk.
     chunks = _traced(trees, min(config.prune.chunk, samples))
     observing = [_observing(trees, stack, methods) for stack in chunks]

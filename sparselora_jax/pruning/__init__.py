@@ -21,7 +21,7 @@ from sparselora_jax.pruning.kernels import prune_tree
 from sparselora_jax.pruning.magnitude import Magnitude, Random
 from sparselora_jax.pruning.method import METHODS, Method, MethodError
 from sparselora_jax.pruning.owl import OWL, outlier_shares, owl_zeros
-from sparselora_jax.pruning.pruner import PruneResult, prune
+from sparselora_jax.pruning.pruner import SEQUENTIAL, PruneResult, prune
 from sparselora_jax.pruning.reconstruct import Reconstruct, ReconstructError
 from sparselora_jax.pruning.ria import RIA
 from sparselora_jax.pruning.sparsegpt import SparseGPT
@@ -35,6 +35,7 @@ __all__ = [
     'METHODS',
     'OWL',
     'RIA',
+    'SEQUENTIAL',
     'Allocation',
     'AllocationError',
     'AllocationInputs',

@@ -189,12 +189,12 @@ class KernelSums(NamedTuple):
     Attributes:
       total: the statistic.
       tokens: number of tokens of a weight above 0.
-      extra_weight: sum of the weights of tokens, less their number: exactly 0 if weights are True and False.
+      extra_weight: sum of the weights of tokens, less their number; None: weights are no numbers.
     """
 
     total: PyTree
     tokens: Int[Array, '...']
-    extra_weight: Float[Array, '...']
+    extra_weight: Float[Array, '...'] | None
 
 
 class Recorder:
@@ -215,10 +215,12 @@ class Recorder:
         self.other_rows: str | None = None
         # Stored so that `_leaders` can tell which kernels read the same array.
         self.products: list[Product] = []
+        # Masks need no such sum; on a mesh each sum is sent.
+        self.has_numbers = weights is not None and weights.dtype != jnp.bool_
         zeros = KernelSums(
             jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), jnp.float32), statistic_shapes(stat, inputs)),
             tokens=jnp.zeros(layers, jnp.int32),
-            extra_weight=jnp.zeros(layers, jnp.float32),
+            extra_weight=jnp.zeros(layers, jnp.float32) if self.has_numbers else None,
         )
         self.sums = jax.tree.map(jax.new_ref, zeros)
 
@@ -271,7 +273,7 @@ class Recorder:
     def _sum(self, rows: Float[Array, 'tokens inputs'], weights: Shaped[Array, ' tokens'] | None) -> KernelSums:
         """Return the sums over some rows."""
         tokens = jnp.asarray(rows.shape[0], jnp.int32)
-        extra_weight = jnp.zeros((), jnp.float32)
+        extra_weight = jnp.zeros((), jnp.float32) if self.has_numbers else None
         if weights is not None:
             # A mask needs no products, and every statistic can take one.
             is_mask = weights.dtype == jnp.bool_
@@ -851,7 +853,9 @@ def _finish(layer_sizes: tuple[int, ...], stat: Statistic, sums: KernelSums) -> 
     total, tokens, extra_weight = sums
     if isinstance(stat, Mean):
         # The number of tokens is exact as an integer; only numbers as weights add to it.
-        weight = tokens.astype(extra_weight.dtype) + extra_weight
+        weight = tokens.astype(jnp.float32)
+        if extra_weight is not None:
+            weight += extra_weight
         total = jax.tree.map(lambda leaf: leaf / weight.reshape(-1, *[1] * (leaf.ndim - 1)), total)
     # Accumulators always have one axis of layers.
     return jax.tree.map(lambda leaf: leaf.reshape(*layer_sizes, *leaf.shape[1:]), (total, tokens))

@@ -21,7 +21,16 @@ from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.calibrate import CalibrationError, InputStatistic
 from sparselora_jax.pruning.method import Method, MethodError
 from sparselora_jax.pruning.tracing.origin import Origin
-from sparselora_jax.pruning.tracing.schedule import Cut, Loop, Schedule, Segment, Unit, free_variables, function_of
+from sparselora_jax.pruning.tracing.schedule import (
+    Cut,
+    Loop,
+    Schedule,
+    Segment,
+    Unit,
+    free_variables,
+    function_of,
+    identity,
+)
 from sparselora_jax.sparse import sharding
 
 # The values of a program: those that all chunks share, or those of one chunk.
@@ -168,8 +177,10 @@ class OnePass:
     method_of: Callable[[str], Method]
     mesh: Mesh | None = None
     prune: Prune | None = None
-    _compiled: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    _of_segment: dict[int, tuple[Segment, Callable[..., Any]]] = field(default_factory=dict)
     _observers: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    _of_cut: dict[int, tuple[Cut, Callable[..., Any]]] = field(default_factory=dict)
 
     def run(self, levels: Sequence[Level], chunks: Sequence[Chunk], places: Mapping[str, Place]) -> None:
         """Run all chunks through a program, and prune its kernels on the way.
@@ -203,25 +214,23 @@ class OnePass:
         # Nothing reads what comes after the last kernel.
         if not segment.outputs:
             return
-        inputs = segment.inputs
-        program = function_of(segment.equations, inputs, segment.outputs, level.schedule.program)
-        own = [variable for variable in inputs if variable in chunk.values]
-        others = [variable for variable in inputs if variable not in chunk.values]
-        results = self._on_own_rows(program, inputs, others)(
-            [level.shared[variable] for variable in others], [chunk.values[variable] for variable in own]
-        )
+        # The same segment runs for every chunk, and for every layer of a loop. Its program is built once.
+        if id(segment) not in self._of_segment:
+            self._of_segment[id(segment)] = segment, self._on_own_rows(level.schedule, segment)
+        _, run = self._of_segment[id(segment)]
+        own = [chunk.values[variable] for variable in segment.inputs if variable in level.schedule.varying]
+        shared = [level.shared[variable] for variable in segment.inputs if variable not in level.schedule.varying]
+        results = run(shared, own)
         chunk.values.update(zip(segment.outputs, results, strict=True))
         # The inputs of one chunk are let go before the next one runs.
         live = level.schedule.live[number]
         chunk.values = {variable: value for variable, value in chunk.values.items() if variable in live}
 
-    def _on_own_rows(
-        self, program: core.ClosedJaxpr, inputs: Sequence[core.Var], shared: Sequence[core.Var]
-    ) -> Callable[..., Any]:
-        """Return `(shared values, values of a chunk) -> results`, compiled; equal programs share one."""
-        # The text of a program names its values in order, so that equal programs have equal texts.
-        is_shared = tuple(variable in shared for variable in inputs)
-        key = f'{is_shared} {program.jaxpr}'
+    def _on_own_rows(self, schedule: Schedule, segment: Segment) -> Callable[..., Any]:
+        """Return `(shared values, values of a chunk) -> results`, compiled; segments of equal structure share one."""
+        program = function_of(segment.equations, segment.inputs, segment.outputs, schedule.program)
+        is_shared = tuple(variable not in schedule.varying for variable in segment.inputs)
+        key = is_shared, identity(program)
         if key not in self._compiled:
 
             def run_segment(of_all, of_chunk):
@@ -242,7 +251,7 @@ class OnePass:
 
     def _jitted(self, program: core.ClosedJaxpr) -> Callable[..., Any]:
         """Return a compiled program of shared values."""
-        key = str(program.jaxpr)
+        key = identity(program)
         if key not in self._compiled:
             self._compiled[key] = jax.jit(core.jaxpr_as_fun(program))
         return self._compiled[key]
@@ -259,7 +268,10 @@ class OnePass:
         }
         batches = [self._batch(levels[chunk.level], cuts[chunk.level], chunk, place_of) for chunk in chunks]
         with _naming(place_of):
-            observe = self._observer(levels, cuts, names, place_of)
+            # As of a segment, the programs of a cut are built once for all layers of a loop.
+            if id(cuts[0]) not in self._of_cut:
+                self._of_cut[id(cuts[0])] = cuts[0], self._observer(levels, cuts, names, place_of)
+            _, observe = self._of_cut[id(cuts[0])]
             statistics = observe(kernels, batches, lambda name, layer: str(place_of[name]))
         targets = {
             str(place): Target(place.path, place, kernels[name], statistics[name]) for name, place in place_of.items()
@@ -309,8 +321,8 @@ class OnePass:
             program = function_of(cut.equations, arguments, results, level.schedule.program)
             shapes = tuple((variable.aval.shape, variable.aval.dtype) for variable in cut.inputs)
             programs[shapes] = program, [(variable.aval.shape, name) for variable, name in held]
-        texts = tuple((str(program.jaxpr), str(held)) for program, held in programs.values())
-        key = texts, tuple(stats.items())
+        programs_as_keys = tuple((identity(program), str(held)) for program, held in programs.values())
+        key = programs_as_keys, tuple(stats.items())
         if key not in self._observers:
 
             def forward(kernels, batch):

@@ -255,6 +255,14 @@ FIELDS = (
         'Number of calibration samples that each device runs at a time; a higher number takes more memory.',
     ),
     Field(
+        'prune.sequential',
+        'layer',
+        one_of(pruning.SEQUENTIAL),
+        'What a kernel is calibrated on. layer: on its block before any kernel of the block is pruned, as the code of '
+        'Wanda and SparseGPT does; each block runs twice. kernel: on the pruned kernels before it too; each '
+        'product runs once, and more activations are in memory.',
+    ),
+    Field(
         'prune.allocation',
         'uniform',
         one_of(list(pruning.ALLOCATIONS), others=THIRD_PARTY),

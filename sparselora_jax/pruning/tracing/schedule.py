@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 
 from sparselora_jax.pruning.tracing.operations import Operand, UnfollowedError, origins_after
@@ -463,6 +464,24 @@ def free_variables(equations: Sequence[core.JaxprEqn]) -> list[core.Var]:
         free.update((variable, None) for variable in _variables(equation.invars) if variable not in computed)
         computed.update(equation.outvars)
     return list(free)
+
+
+def identity(program: core.ClosedJaxpr) -> tuple[str, tuple[int, ...]]:
+    """Return a key that is equal for two programs which do the same.
+
+    Args:
+      program: a program without constants of its own.
+    """
+    # The text names values in the order in which they appear, so it does not depend on their identity. It leaves out
+    # the constants of programs within programs, such as the branches of a `cond`.
+    constants = []
+    inner = [value for equation in program.jaxpr.eqns for value in jax.tree.leaves(equation.params)]
+    while inner:
+        value = inner.pop()
+        if isinstance(value, core.ClosedJaxpr):
+            constants += map(id, value.consts)
+            inner += [leaf for equation in value.jaxpr.eqns for leaf in jax.tree.leaves(equation.params)]
+    return str(program.jaxpr), tuple(constants)
 
 
 def function_of(
