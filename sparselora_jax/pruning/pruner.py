@@ -331,6 +331,9 @@ def _joined(path: str, shape: Sequence[int], parts: Sequence[_Pruned]) -> tuple[
     Raises:
       CalibrationError: a layer is missing.
     """
+    # Products may read a stack as a whole and a layer of it alone, which would prune it twice.
+    if len({tuple(sorted(part.target.place.index)) for part in parts}) > 1:
+        raise CalibrationError(f'{path}: some products read all of its layers and others a single one; make it dense')
     by_index = {tuple(sorted(part.target.place.index.items())): part for part in parts}
     axes = sorted(parts[0].target.place.index) if parts else []
     wanted = [tuple(zip(axes, index, strict=True)) for index in itertools.product(*[range(shape[a]) for a in axes])]

@@ -220,3 +220,30 @@ def test_tokens_that_are_pooled_count_every_row(caplog):
     result = sl.prune(forward, params, [batch], PATTERN, method=sl.Magnitude(), weights='mask')
     assert result.tokens == {'a': 15, 'b': 3}
     assert [line for line in caplog.messages if line.startswith('weights of tokens do not fit the rows of b')]
+
+
+def test_a_layer_that_is_sliced_out_again_later_is_the_pruned_one():
+    params = {'w': jax.random.normal(jax.random.key(0), (2, 16, 16)) / 4, 'z': jnp.eye(16)}
+
+    def forward(params, x):
+        for layer in (0, 1, 0):  # the first layer is used twice
+            x = x + jnp.tanh(x @ params['w'][layer])
+        return x @ params['z']
+
+    batch = jax.random.normal(jax.random.key(1), (40, 16))
+    rules = [('w', '2:4'), ('z', 0.5)]
+    got = sl.prune(forward, params, [batch], rules, method=sl.Wanda())
+    # The last kernel is calibrated on the outputs of pruned layers alone.
+    stats = sl.collect(forward, got.params | {'z': params['z']}, [batch], select='z'.__eq__)
+    _, want = sl.prune_tree(params, stats, [('z', 0.5), ('.*', 'dense')], method=sl.Wanda())
+    np.testing.assert_array_equal(got.masks['z'], want['z'])
+
+
+def test_a_stack_that_is_read_as_a_whole_and_by_layer_is_named():
+    params = {'w': jnp.ones((2, 16, 16))}
+
+    def forward(params, x):
+        return jnp.einsum('lti,lio->lto', x, params['w'])[0] @ params['w'][0]
+
+    with pytest.raises(CalibrationError, match='w: .*make it dense'):
+        sl.prune(forward, params, [jnp.ones((2, 4, 16))], PATTERN, method=sl.Wanda())

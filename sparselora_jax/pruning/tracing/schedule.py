@@ -110,6 +110,7 @@ class Schedule:
           values: values to compute.
           known: values that need no computation.
         """
+        # Go back from the values to what they are computed from, until everything is known or an argument.
         missing = [value for value in values if value in self.weight_operations]
         found: set[int] = set()
         stop = set(known)
@@ -135,6 +136,7 @@ def without_calls(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
     def inline(called: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
         values: dict[core.Var, Any] = dict(zip(called.jaxpr.invars, arguments, strict=True))
+        # Constants of the called program become constants of the whole.
         for variable, constant in zip(called.jaxpr.constvars, called.consts, strict=True):
             values[variable] = core.Var(variable.aval)
             constants[values[variable]] = constant
@@ -173,16 +175,21 @@ def make_schedule(
     flat = without_calls(program.jaxpr)
     origins = [origin if origin and is_pruned(origin.path) else None for origin in program.origins]
     varies = [index >= program.num_params for index in range(len(origins))]
+    # What follows the last kernel, such as a head that stays dense, is not run for results that nobody reads.
     results = _variables(flat.jaxpr.outvars) if needs_results else []
     return _Scheduler(flat, origins, varies, results=results).schedule()
 
 
 @dataclass
 class _Use:
-    """How an operation uses kernels that are to be pruned."""
+    """How an operation uses kernels that are to be pruned.
 
-    units: dict[Unit, core.Var] = field(default_factory=dict)
-    copies: dict[Unit, list[core.Var]] = field(default_factory=dict)
+    Attributes:
+      units: the kernels that it multiplies with, or that operations inside it do.
+      loop: the loop over layers that it is; None: it is none.
+    """
+
+    units: set[Unit] = field(default_factory=set)
     loop: Loop | None = None
 
 
@@ -213,10 +220,13 @@ class _Scheduler:
             self.known[variable] = Operand(None, origin, varying)
         for variable, constant in zip(jaxpr.constvars, flat.consts, strict=True):
             self.known[variable] = Operand(constant, None, False)
+        # Literal indices stay known, so that the layer of `w[3]` is.
         self.producer: dict[core.Var, core.JaxprEqn] = {}
         self.weight_operations: dict[core.Var, core.JaxprEqn] = {}
         self.ordinary: list[core.JaxprEqn] = []
         self.uses: dict[int, _Use] = {}
+        # A program may slice the same layer out of its stack several times.
+        self.holders: dict[Unit, list[core.Var]] = {}
         for equation in jaxpr.eqns:
             self._analyse(equation)
 
@@ -228,10 +238,12 @@ class _Scheduler:
         operands = [self._operand(atom) for atom in equation.invars]
         results: list[Origin | None] = [None] * len(equation.outvars)
         use = _Use()
+        # Without an origin nothing leads to a kernel that is pruned.
         if any(operand.origin for operand in operands):
             name = equation.primitive.name
             if name in PRODUCTS:
                 use = self._use_of_product(equation, operands)
+            # A scan over stacked layers is walked; other loops run as a whole.
             elif name == 'scan' and (loop := self._loop(equation, operands)):
                 use = _Use(loop=loop)
             elif name in ('scan', 'while', 'cond'):
@@ -246,6 +258,7 @@ class _Scheduler:
         for variable, origin in zip(equation.outvars, results, strict=True):
             self.known[variable] = Operand(None, origin, varies)
             self.producer[variable] = equation
+            # Computed anew where it is needed: a value that was kept would be that of an unpruned kernel.
             if not varies:
                 self.weight_operations[variable] = equation
         if varies:
@@ -254,29 +267,24 @@ class _Scheduler:
             self.uses[id(equation)] = use
 
     def _use_of_product(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> _Use:
-        use = _Use()
         try:
             product = find_product(equation, operands)
         except UnfollowedError:
-            return use
+            return _Use()
         index = next(index for index, operand in enumerate(operands) if operand.origin is product.origin)
-        self._add(use, equation.invars[index])
-        return use
+        return _Use({self._unit(equation.invars[index])})
 
     def _use_of_control_flow(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> _Use:
         """Find the kernels inside a loop or a branch: all of them are pruned together, before it runs."""
         products: list[Product] = []
+        # The walk sees the operation alone, with what is known of its operands.
         variables = list(dict.fromkeys(_variables(equation.invars)))
         Walk(products.append, has_values=False).run(
             self._alone(equation), [self._operand(variable) for variable in variables]
         )
         paths = {product.path for product in products}
-        use = _Use()
-        for variable in variables:
-            origin = self.known[variable].origin
-            if origin is not None and origin.path in paths:
-                self._add(use, variable)
-        return use
+        followed = [variable for variable in variables if self.known[variable].origin is not None]
+        return _Use({self._unit(variable) for variable in followed if self.known[variable].origin.path in paths})
 
     def _alone(self, equation: core.JaxprEqn) -> core.ClosedJaxpr:
         """Return a program of one operation."""
@@ -286,8 +294,8 @@ class _Scheduler:
             core.Jaxpr((), unique, equation.outvars, [equation], equation.effects, jaxpr.debug_info), ()
         )
 
-    def _add(self, use: _Use, variable: core.Var) -> None:
-        """Add the kernel that a value is a layout of."""
+    def _unit(self, variable: core.Var) -> Unit:
+        """Return the kernel that a value is a layout of, and note which value holds it."""
         origin = self.known[variable].origin
         # Go back to the value that holds just this layer, before it was transposed or cast.
         while variable in self.producer:
@@ -302,21 +310,23 @@ class _Scheduler:
             )
             if before is None:
                 break
+            # An index that only the running program knows says nothing here; then the whole stack is the kernel.
             is_known = all(pin.index is not None for pin in self.known[variable].origin.pins)
             if is_known and len(self.known[before].origin.pins) != len(origin.pins):
                 break
             variable = before
             origin = self.known[variable].origin
         unit = Unit(origin.path, tuple(sorted((pin.axis, int(pin.index)) for pin in origin.pins)))
-        if unit not in use.units:
-            use.units[unit] = variable
-        elif use.units[unit] is not variable:
-            use.copies.setdefault(unit, []).append(variable)
+        held_by = self.holders.setdefault(unit, [])
+        if variable not in held_by:
+            held_by.append(variable)
+        return unit
 
     def _loop(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> Loop | None:
         """Return a scan as a loop over layers; None: it reads kernels in another way, or none."""
         params = equation.params
         num_outer = params['num_consts'] + params['num_carry']
+        # A kernel that every round reads is no layer. All rounds must have run before it can be pruned.
         if any(operand.origin for operand in operands[:num_outer]):
             return None
         body = without_calls(params['jaxpr'])
@@ -338,6 +348,7 @@ class _Scheduler:
         first_carry = params['num_consts']
         varies[first_carry:num_outer] = [True] * params['num_carry']
         schedule = _Scheduler(body, origins, varies, results=_variables(body.jaxpr.outvars)).schedule()
+        # A loop without a kernel to prune runs as a whole.
         if not any(isinstance(step, Cut | Loop) for step in schedule.steps):
             return None
         return Loop(equation, schedule, kernels)
@@ -373,13 +384,14 @@ class _Scheduler:
         for index, equation in enumerate(equations):
             use = self.uses.get(id(equation), _Use())
             is_blocked = any(variable in blocked for variable in _variables(equation.invars))
-            has_new_kernels = bool(use.units.keys() - pruned)
+            has_new_kernels = bool(use.units - pruned)
             # Program order is kept from here on: to go further would hold the inputs of far layers in memory.
             if (is_blocked and has_new_kernels) or (use.loop and (now or products or is_blocked)):
                 later += equations[index:]
                 break
             if use.loop:
                 return [use.loop], equations[index + 1 :]
+            # Kernels that read values known by now share this cut: q, k and v, or gate and up.
             if has_new_kernels:
                 products.append(equation)
             if has_new_kernels or is_blocked:
@@ -391,27 +403,26 @@ class _Scheduler:
         if now:
             steps.append(Segment(now, [], []))
         if products:
+            units = {unit for equation in products for unit in self.uses[id(equation)].units} - pruned
             cut = Cut(products, {}, {}, {}, [])
-            for equation in products:
-                use = self.uses[id(equation)]
-                for unit, variable in use.units.items():
-                    if unit in pruned:
-                        continue
-                    if cut.kernels.setdefault(unit, variable) is not variable:
-                        cut.copies.setdefault(unit, []).append(variable)
-                    cut.copies.setdefault(unit, []).extend(use.copies.get(unit, []))
-            cut.origins.update({unit: self.known[variable].origin for unit, variable in cut.kernels.items()})
-            pruned.update(cut.kernels)
+            for unit in sorted(units):
+                # Values that hold the same kernel, also those that later operations read, become the pruned one.
+                cut.kernels[unit], *cut.copies[unit] = self.holders[unit]
+                cut.origins[unit] = self.known[cut.kernels[unit]].origin
+            pruned.update(units)
             steps.append(cut)
         return steps, later
 
     def _complete(self, steps: list[Step]) -> None:
         """Fill in what each step reads and computes."""
+        # Only `needed` is used of it.
         schedule = Schedule(self.flat, steps, [], set(), self.weight_operations)
+        # Values that hold pruned kernels: to compute them again would bring the unpruned ones back.
         holders: set[core.Var] = set()
         for step in steps:
             if isinstance(step, Loop):
                 continue
+            # The products of a cut begin at its kernels, which the caller brings.
             if isinstance(step, Cut):
                 holders_of_step = {*step.kernels.values(), *(v for copies in step.copies.values() for v in copies)}
                 stop = holders | holders_of_step
@@ -424,6 +435,7 @@ class _Scheduler:
             if isinstance(step, Cut):
                 holders |= holders_of_step
                 step.inputs[:] = [variable for variable in step.inputs if variable not in holders_of_step]
+        # From the end: what later steps read is what a segment has to return.
         read_later = set(self.results)
         for step in reversed(steps):
             if isinstance(step, Segment):
