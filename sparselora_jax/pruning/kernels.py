@@ -306,6 +306,7 @@ def prune_targets(
     for name, target in single.items():
         pruned[name] = _from_matrix(new_kernels[name], target)
         masks[name] = _from_matrix(new_masks[name], target)
+    # `prune_tree` knows how to go through layers.
     for name in targets.keys() - single.keys():
         target = targets[name]
         pattern = patterns[target.path]

@@ -71,6 +71,7 @@ class Place(NamedTuple):
         Args:
           array: the kernel, or its mask.
         """
+        # A layer of a layer was cut out in two steps, which are undone one after the other.
         for origin in self.layouts:
             array = origin.to_leaf(array)
         return array
@@ -262,11 +263,13 @@ class OnePass:
         """Prune the kernels of a cut."""
         # Short names, so that cuts of equal structure have equal programs.
         names = {unit: f'kernel{number}' for number, unit in enumerate(sorted(cuts[0].kernels))}
+        # All levels have the same kernels, so the first one stands for them.
         place_of = {name: places[unit.path].of_part(cuts[0].origins[unit]) for unit, name in names.items()}
         kernels = {
             name: jnp.asarray(levels[0].value(cuts[0].kernels[unit], self._jitted)) for unit, name in names.items()
         }
         batches = [self._batch(levels[chunk.level], cuts[chunk.level], chunk, place_of) for chunk in chunks]
+        # Statistics know the short names, and their errors should not.
         with _naming(place_of):
             # As of a segment, the programs of a cut are built once for all layers of a loop.
             if id(cuts[0]) not in self._of_cut:
@@ -277,6 +280,7 @@ class OnePass:
             str(place): Target(place.path, place, kernels[name], statistics[name]) for name, place in place_of.items()
         }
         pruned = self.prune(targets)
+        # From here on, what reads a kernel reads the pruned one.
         for level, cut in zip(levels, cuts, strict=True):
             for unit, name in names.items():
                 kernel = pruned[str(place_of[name])]
@@ -299,6 +303,7 @@ class OnePass:
 
     def _for_each_device(self, value: Any) -> Any:
         """Return a value with an axis of devices, each of which gets the same."""
+        # Without a mesh values have no such axis.
         if self.mesh is None:
             return value
         return jnp.broadcast_to(value, (sharding.row_parts(self.mesh), *np.shape(value)))
@@ -312,6 +317,7 @@ class OnePass:
             name: self.method_of(place.path).statistic or calibrate.squares
             for name, place in place_of.items()
         }
+        # The observer gets the inputs of a chunk and finds its program by their shapes.
         programs = {}
         for level, cut in zip(levels, cuts, strict=True):
             held = [(variable, names[unit]) for unit, variable in cut.kernels.items()]
@@ -324,7 +330,7 @@ class OnePass:
         programs_as_keys = tuple((identity(program), str(held)) for program, held in programs.values())
         key = programs_as_keys, tuple(stats.items())
         if key not in self._observers:
-
+            # The products need not run: only their inputs are observed, and the compiler drops the rest.
             def forward(kernels, batch):
                 inputs, _ = self._of_device(batch)
                 program, held = programs[tuple((np.shape(leaf), leaf.dtype) for leaf in inputs)]
@@ -350,6 +356,7 @@ class OnePass:
         params = loops[0].equation.params
         num_consts = params['num_consts']
         num_outer = num_consts + params['num_carry']
+        # As the scan itself would, from the last layer to the first if it says so.
         layers = range(params['length'])
         if params['reverse']:
             layers = reversed(layers)
@@ -362,8 +369,10 @@ class OnePass:
             ]
             for chunk, own in zip(chunks, outer_values, strict=True)
         ]
+        # For each chunk, what each layer adds to the stacked outputs.
         stacks: list[list[list[Any]]] = [[] for _ in chunks]
         for layer in layers:
+            # The programs of a layer are those of every layer; only the values differ.
             inner_levels = [
                 Level(loop.body, _constants(loop.body.program) | _of_layer(loop, values, num_consts, num_outer, layer))
                 for loop, values in zip(loops, of_all, strict=True)
@@ -379,6 +388,7 @@ class OnePass:
                 name: places[origin.path].of_part(origin.pin(0, layer)) for name, origin in loops[0].kernels.items()
             }
             self.run(inner_levels, inner_chunks, inner_places)
+            # An output of the body may be one of its constants or weights, which chunks share.
             for index, chunk in enumerate(inner_chunks):
                 level = inner_levels[chunk.level]
                 results = [
@@ -449,6 +459,7 @@ def _naming(place_of: Mapping[str, Place]) -> Iterator[None]:
         yield
     except (CalibrationError, MethodError) as error:
         name, colon, message = str(error).partition(':')
+        # Not every message begins with a kernel.
         if name not in place_of:
             raise
         raise type(error)(f'{place_of[name]}{colon}{message}') from None

@@ -173,7 +173,7 @@ def prune(
                     stats = observe(unflatten(w), chunks, place)
                     pruned, masks = prune_matrices(w, stats, block_patterns, block_methods, counts)
             else:
-
+                # Called for each group of kernels that read the same activations.
                 def prune_cut(targets):
                     zeros_of = {place: totals[target.path][layer] for place, target in targets.items()}
                     new_kernels, new_masks = prune_targets(targets, patterns, methods, zeros_of)
@@ -221,6 +221,7 @@ def _takes_runner(forward: object) -> bool:
     Raises:
       CalibrationError: it is no function of params and a batch.
     """
+    # The signature tells: a runner is the third argument.
     try:
         check_forward(forward, 'params', 'batch', 'run')
     except CalibrationError:
@@ -251,6 +252,7 @@ def _prune_program(
     weighted = [batch if weights is not None else WeightedBatch(batch, None) for batch in checked]
     batches = [batch for batch, _ in weighted]
     followed = calibrate.kernel_paths(params)
+    # A traced program has fixed shapes, so batches of another size have a program of their own.
     programs: dict[Any, tracing.Program] = {}
     keys = []
     for batch in batches:
@@ -267,6 +269,7 @@ def _prune_program(
     dtypes = {path: jax.ShapeDtypeStruct(shape, leaves[path].dtype) for path, shape in shapes.items()}
     totals = pattern_zeros(dtypes, patterns, methods, zeros)
     num_kernels = sum(total.size for total in totals.values())
+    # The layers of a stack are pruned one by one, and joined at the end.
     parts: dict[str, list[_Pruned]] = {path: [] for path in patterns}
 
     def prune_cut(targets: dict[str, Target]) -> dict[str, Array]:
@@ -274,6 +277,7 @@ def _prune_program(
         progress(first.path, sum(map(len, parts.values())), num_kernels)
         of_layers = {}
         for name, target in targets.items():
+            # Experts that one product reads are still together; the layers of a scan are not.
             index = tuple(target.place.index.get(axis, slice(None)) for axis in axes[target.path].layers)
             of_layers[name] = totals[target.path][index]
         kernels, masks = prune_targets(targets, patterns, methods, of_layers)
@@ -342,6 +346,7 @@ def _joined(path: str, shape: Sequence[int], parts: Sequence[_Pruned]) -> tuple[
         layer = f', layer {", ".join(str(number) for _, number in missing[0])}' if axes else ''
         raise CalibrationError(f'{path}{layer}: no product of the forward reads it in a way that can be followed')
     ordered = [by_index[index] for index in wanted]
+    # A leaf that is one kernel.
     if not axes:
         return ordered[0].kernel, ordered[0].mask
     sizes = [shape[axis] for axis in axes]

@@ -190,6 +190,7 @@ class BlockPass:
           chunks: its inputs.
           one_pass: prunes the kernels. It keeps compiled programs, so use one for all layers.
         """
+        # The last chunk may be smaller than the others, and then has a schedule of its own.
         levels: list[Level] = []
         number_of: dict[int, int] = {}
         samples = []
@@ -236,6 +237,7 @@ def _of_devices(inputs: Chunk, *, mesh: Mesh | None) -> Chunk:
     parts = sharding.row_parts(mesh)
     rows = inputs[0].shape[0]
 
+    # What a block only reads may be the same for all samples.
     def split(leaf):
         if leaf.shape[:1] == (rows,):
             return sharding.split_rows(_by_device(leaf, mesh), mesh)

@@ -245,5 +245,5 @@ def test_a_stack_that_is_read_as_a_whole_and_by_layer_is_named():
     def forward(params, x):
         return jnp.einsum('lti,lio->lto', x, params['w'])[0] @ params['w'][0]
 
-    with pytest.raises(CalibrationError, match='w: .*make it dense'):
+    with pytest.raises(CalibrationError, match=r'w: .*make it dense'):
         sl.prune(forward, params, [jnp.ones((2, 4, 16))], PATTERN, method=sl.Wanda())
