@@ -8,7 +8,7 @@ the same tokens: 128 sequences of 128 from the topics of Python's own help (`pyd
 process of its own. The clock runs from the model and the tokens in memory to the pruned weights in memory, compilation
 included; both write over the weights that they read. Ours prunes in one pass (`by kernel`), and in the order of the
 sources' code, where each block runs twice (`by layer`). `cpu` is the seconds of all threads: it says what a run took on
-a machine that other work shared. Peak memory is what was resident at most in that time, and `above` is that over what was
+a machine that other work shared. Peak memory is what was resident at most in that time, `above` is that over what was
 resident when it began (llm-compressor's weights are mapped files until they are touched: compare the peaks). Then both
 results are written as Hugging Face directories and read by our code: zeros of the blocks' kernels (`broken`: N:M groups
 with too few), and perplexity on `sparselora_jax/evaluation/heldout.txt` (public domain).
