@@ -69,6 +69,7 @@ from sparselora_jax.restoration.restore import Frozen, make_train_step, paper_op
 from sparselora_jax.restoration.train import State, init_state, make_step
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.files import StorageError
+from sparselora_jax.sparse.axes import KernelAxes
 from sparselora_jax.sparse.dense import unpack
 from sparselora_jax.sparse.linear import linear
 from sparselora_jax.sparse.masks import check_masks, check_sparse, density, mask_from_scores
@@ -90,6 +91,7 @@ __all__ = [
     'Frozen',
     'GenerationError',
     'InputStatistic',
+    'KernelAxes',
     'Lora',
     'LoraSpec',
     'Magnitude',

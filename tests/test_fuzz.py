@@ -87,7 +87,11 @@ def tensors_file(folder):
         'b': np.ones((2, 2), bool),
         'c': np.zeros((), np.int32),
     }
-    lora = {'q': {'kernel': sl.Lora(jnp.ones((8, 2)), jnp.ones((2, 4)), 2.0)}}
+    axes = sl.KernelAxes(layers=(), inputs=(0,), outputs=(1, 2))
+    lora = {
+        'q': {'kernel': sl.Lora(jnp.ones((8, 2)), jnp.ones((2, 4)), 2.0)},
+        'heads': sl.Lora(jnp.ones((8, 2)), jnp.ones((2, 4)), 2.0, axes),
+    }
     trees.save_safetensors(folder / 'plain', tree | lora, metadata={'config': '{}'})
     return without_checksums(folder / 'plain')
 

@@ -17,7 +17,8 @@ from sparselora_jax.checkpoints.safetensors_format import make_header
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError, whole
 from sparselora_jax.sparse import rules
-from sparselora_jax.sparse.packing import Stored, is_packed, stored
+from sparselora_jax.sparse.axes import KernelAxes
+from sparselora_jax.sparse.packing import ReducedMatrix, Stored, is_packed, stored
 from sparselora_jax.sparse.weights import Adapted, Lora
 
 # The entry of a header with a checksum of each array, and of the other entries under ''.
@@ -47,12 +48,17 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     arrays: dict[str, Any] = {}
     # Metadata in the header for leaves that consist of several arrays, by the leaf's path.
     scales: dict[str, float] = {}
+    axes: dict[str, list[tuple[int, ...]]] = {}
     packed: dict[str, Any] = {}
     for name, leaf in _leaves(tree):
         if isinstance(leaf, Lora):
             arrays[f'{name}/a'] = leaf.a
             arrays[f'{name}/b'] = leaf.b
             scales[name] = leaf.scale
+            if leaf.axes is not None:
+                axes[name] = [leaf.axes.layers, leaf.axes.inputs, leaf.axes.outputs]
+        elif isinstance(leaf, ReducedMatrix):
+            raise StorageError(f'{path}: {name} is packed with several axes, for memory only; save sl.unpack(params)')
         elif isinstance(leaf, Stored):
             packed[name] = stored.header_of(leaf)
             arrays |= {f'{name}/{part}': array for part, array in leaf.to_arrays().items()}
@@ -65,6 +71,8 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     header = dict(metadata or {})
     if scales:
         header['lora_scales'] = json.dumps(scales)
+    if axes:
+        header['lora_axes'] = json.dumps(axes)
     if packed:
         header['packed'] = json.dumps(packed)
     if processes.first():
@@ -188,8 +196,11 @@ def load_safetensors(path: str | Path) -> tuple[dict, dict[str, str]]:
         metadata = dict(file.metadata() or {})
     if CHECKSUMS in metadata:  # `layer_writer` writes none
         _check_checksums(path, flat, metadata)
+    axes = _parse_entry(path, metadata, 'lora_axes')
     for name, scale in _parse_entry(path, metadata, 'lora_scales').items():
-        flat[name] = _take_factors(f'{path}: {name}', flat.pop(f'{name}/a', None), flat.pop(f'{name}/b', None), scale)
+        a = flat.pop(f'{name}/a', None)
+        b = flat.pop(f'{name}/b', None)
+        flat[name] = _take_factors(f'{path}: {name}', a, b, scale, axes.get(name))
     # After the factors, because a packed kernel and its factors have the same path.
     for name, said in _parse_entry(path, metadata, 'packed').items():
         parts = [part for part in sorted(stored.array_names()) if f'{name}/{part}' in flat]
@@ -254,11 +265,11 @@ def _parse_entry(path: str | Path, metadata: dict[str, str], entry: str) -> dict
     return values
 
 
-def _take_factors(name: str, a: Array | None, b: Array | None, scale: object) -> Lora:
+def _take_factors(name: str, a: Array | None, b: Array | None, scale: object, axes: object) -> Lora:
     """Return the LoRA factors of a kernel from a file.
 
     Raises:
-      StorageError: a factor or the scale is missing, or they contradict each other.
+      StorageError: a factor or the scale is missing, or they contradict each other or the roles of axes.
     """
     if a is None or b is None or isinstance(scale, bool) or not isinstance(scale, int | float):
         raise StorageError(f'{name}: expected factors a and b and a number as their scale; the file is damaged')
@@ -266,7 +277,22 @@ def _take_factors(name: str, a: Array | None, b: Array | None, scale: object) ->
     is_pair = a.ndim >= 2 and b.ndim >= 2 and b.shape[:-1] == (*a.shape[:-2], a.shape[-1])
     if not is_pair or not math.isfinite(scale):
         raise StorageError(f'{name}: factors {a.shape} x {b.shape} with scale {scale} do not fit; the file is damaged')
-    return Lora(a, b, scale)
+    return Lora(a, b, scale, None if axes is None else _read_axes(name, axes, a.ndim - 2))
+
+
+def _read_axes(name: str, axes: object, num_layers: int) -> KernelAxes:
+    """Return the roles of a kernel's axes from a file: lists of the axes of layers, inputs and outputs.
+
+    Raises:
+      StorageError: they are no roles, or the factors have another number of layer axes.
+    """
+    is_triple = isinstance(axes, list) and len(axes) == 3 and all(isinstance(role, list) for role in axes)
+    order = [axis for role in axes for axis in role] if is_triple else []
+    is_whole = all(type(axis) is int for axis in order) and sorted(order) == list(range(len(order)))
+    if not order or not is_whole or len(axes[0]) != num_layers:
+        raise StorageError(f'{name}: {axes!r} are no roles of its axes; the file is damaged')
+    layers, inputs, outputs = map(tuple, axes)
+    return KernelAxes(layers, inputs, outputs)
 
 
 def _check_paths(path: str | Path, flat: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from sparselora_jax.sparse import rules
 from sparselora_jax.sparse.dense import dense_kernel
 from sparselora_jax.sparse.masks import violations
 from sparselora_jax.sparse.patterns import parse_pattern
+from sparselora_jax.sparse.weights import effective_weight
 
 
 @runtime_checkable
@@ -123,7 +124,7 @@ def plain_lora_density(params: dict, masks: dict, lora: dict) -> float:
         # In fp32, so that a small product of the factors is not lost when it is added to a weight.
         kernel = jnp.where(mask, dense_kernel(kernels[path], jnp.float32), 0.0)
         if path in factors:  # the other pruned kernels keep the density of their masks
-            kernel = kernel + factors[path].scale * jnp.matmul(factors[path].a, factors[path].b)
+            kernel = effective_weight(kernel, None, factors[path])
         nonzero += int(jnp.count_nonzero(kernel))
         size += kernel.size
     return nonzero / size if size else 1.0

@@ -18,7 +18,6 @@ from sparselora_jax.pruning.one_pass import Target
 from sparselora_jax.pruning.targets import (
     Methods,
     PatternRules,
-    matrix_shape,
     methods_of,
     pattern_zeros,
     patterns_of,
@@ -26,7 +25,7 @@ from sparselora_jax.pruning.targets import (
 )
 from sparselora_jax.pruning.verdict import call_method, explain, is_right
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.axes import KernelAxes
+from sparselora_jax.sparse.axes import KernelAxes, matrix_shape
 from sparselora_jax.sparse.patterns import Pattern
 from sparselora_jax.sparse.rules import flatten, paths_of, unflatten, with_leaves
 

@@ -30,7 +30,6 @@ from sparselora_jax.pruning.targets import (
     Methods,
     PatternRules,
     in_blocks,
-    matrix_shape,
     methods_of,
     pattern_zeros,
     patterns_of,
@@ -40,15 +39,25 @@ from sparselora_jax.pruning.tracing.schedule import make_schedule
 from sparselora_jax.pruning.walk import BlockPass, block_observer, joined, naming, walk
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse import sharding
+from sparselora_jax.sparse.axes import KernelAxes, matrix_shape
 from sparselora_jax.sparse.rules import RuleError, block_path, flatten, name_in_block, paths_of, unflatten, with_leaves
 
 
 class PruneResult(NamedTuple):
-    """Pruned params (zeros in place), their masks, and the tokens that each pruned kernel was calibrated on."""
+    """The result of `prune`.
+
+    Attributes:
+      params: the pruned params, with zeros in place.
+      masks: the masks of the pruned kernels.
+      tokens: number of tokens that each pruned kernel was calibrated on.
+      axes: the roles of the axes of the kernels of any forward, for `init_lora` and others; empty for a model whose
+        blocks were run: its kernels are `[layers, inputs, outputs]`.
+    """
 
     params: PyTree
     masks: dict
     tokens: dict[str, int]
+    axes: dict[str, KernelAxes]
 
 
 SEQUENTIAL = ('kernel', 'layer')
@@ -102,7 +111,8 @@ def prune(
         with (path, pruned kernels, kernels), where each layer of a stack counts.
 
     Returns:
-      The pruned params and masks, unless `keep` takes them, and the number of tokens of each pruned kernel.
+      The pruned params and masks, unless `keep` takes them, the number of tokens of each pruned kernel, and the roles
+      of the axes of kernels.
 
     Raises:
       CalibrationError: there is no batch, activations or weights are not finite, or `forward` is no function.
@@ -212,7 +222,7 @@ def prune(
     for path in list(pruned_layers):  # popped, so that at most one stack exists twice
         flat[path] = jnp.stack(pruned_layers.pop(path))
         masks[path] = jnp.stack(mask_layers.pop(path))
-    return PruneResult(unflatten(flat), unflatten(masks), tokens)
+    return PruneResult(unflatten(flat), unflatten(masks), tokens, {})
 
 
 def _takes_runner(forward: object) -> bool:
@@ -306,6 +316,7 @@ def _prune_program(
         with_leaves(params, {path: kernel for path, (kernel, _) in kernels.items()}),
         unflatten({path: mask for path, (_, mask) in kernels.items()}),
         {path: int(parts[path][-1].target.statistic.tokens.min()) for path in patterns},
+        dict(axes),
     )
 
 

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from sparselora_jax.pruning.method import Method, MethodError, check_method
 from sparselora_jax.runtime.errors import calling
-from sparselora_jax.sparse.axes import KernelAxes
+from sparselora_jax.sparse.axes import KernelAxes, kernels_of, matrix_shape
 from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern, spread
 from sparselora_jax.sparse.rules import (
     KERNEL,
@@ -20,8 +20,6 @@ from sparselora_jax.sparse.rules import (
     flatten,
     hidden_matrices,
     is_in_block,
-    is_kernel,
-    kernels,
     match,
     name_in_block,
     paths_of,
@@ -32,23 +30,6 @@ from sparselora_jax.sparse.rules import (
 Methods = Method | Sequence[tuple[str, Method]]
 # Ordered rules `(regex, pattern)`, each pattern parsed or as `parse_pattern` reads it.
 PatternRules = Sequence[tuple[str, Pattern | str | float]]
-
-
-def kernels_of(params: PyTree, axes: Mapping[str, KernelAxes] | None = None) -> dict[str, Any]:
-    """Return the leaves that rules apply to, by path.
-
-    Args:
-      params: anything with the shapes of a params tree.
-      axes: the roles of the axes of kernels that calibration found. Without them, kernels are found by their names.
-
-    Raises:
-      RuleError: see `rules.kernels`.
-    """
-    if not axes:
-        return kernels(params)
-    leaves = paths_of(params)
-    # Kernels without statistics count too: a rule that prunes one must not be passed over.
-    return {path: leaf for path, leaf in leaves.items() if path in axes or is_kernel(path, leaf)}
 
 
 def patterns_of(
@@ -107,19 +88,6 @@ def _check_read(rules: PatternRules, all_kernels: Mapping[str, Any], params: PyT
                 f'rule {regex!r} matches {matched[0]}, which has no statistic: no product of the forward that '
                 '`collect` ran reads it'
             )
-
-
-def matrix_shape(shape: tuple[int, ...], axes: KernelAxes | None) -> tuple[int, ...]:
-    """Return the shape of a kernel as `[*layers, inputs, outputs]`.
-
-    Args:
-      shape: shape of the kernel.
-      axes: the roles of its axes; None: it has this form.
-    """
-    if axes is None:
-        return tuple(shape)
-    layers, inputs, outputs = axes.sizes(tuple(shape))
-    return (*layers, inputs, outputs)
 
 
 def in_blocks(paths: Iterable[str], tower: str) -> dict[str, str]:

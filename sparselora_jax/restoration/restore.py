@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from sparselora_jax.restoration.losses import (
     KD_TEMPERATURE,
@@ -27,12 +27,14 @@ from sparselora_jax.restoration.losses import (
 )
 from sparselora_jax.restoration.train import Step, make_step
 from sparselora_jax.runtime.errors import SparseloraError
+from sparselora_jax.sparse.axes import AxesByPath
 from sparselora_jax.sparse.dense import unpack
 from sparselora_jax.sparse.packing import is_reduced, reduce_kernels
-from sparselora_jax.sparse.rules import flatten, unflatten, with_leaves
+from sparselora_jax.sparse.rules import flatten, paths_of, unflatten, with_leaves
 from sparselora_jax.sparse.weights import GRADIENTS, bind, merge
 
 TRAINED = ('lora', 'weights')
+COMBINED = ('bind', 'merge')
 
 
 class RestoreError(SparseloraError, ValueError):
@@ -43,39 +45,40 @@ class Frozen(NamedTuple):
     """Trees that a step only reads.
 
     Attributes:
-      params: base weights. Kernels may be packed, with their masks, or quantised.
+      params: base weights, any tree of arrays. Kernels may be packed, with their masks, or quantised.
       masks: masks of the kernels that are not packed; None if there are none.
       teacher: params of the teacher. None: the unmasked `params`, which takes no memory of its own.
     """
 
-    params: dict
+    params: PyTree
     masks: dict | None
-    teacher: dict | None = None
+    teacher: PyTree | None = None
 
 
-def pruned_kernels(params: dict, masks: dict, *, dtype: jax.typing.DTypeLike = jnp.float32) -> dict:
+def pruned_kernels(params: PyTree, masks: dict, *, dtype: jax.typing.DTypeLike = jnp.float32) -> dict:
     """Copy the kernels that have a mask, with zeros in place: the start of masked full fine-tuning.
 
     The zeros have no gradient and so no moments, and weight decay only scales them: AdamW leaves them exactly zero.
 
     Args:
-      params: base weights.
+      params: base weights, any tree.
       masks: the pruning masks.
       dtype: dtype of the copies; half precision would lose small updates.
 
     Returns:
       A tree with the paths of `masks`.
     """
-    flat = flatten(params)
+    flat = paths_of(params)
     return unflatten({path: jnp.where(mask, flat[path], 0).astype(dtype) for path, mask in flatten(masks).items()})
 
 
-def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen:
+def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]], *, axes: AxesByPath | None = None) -> Frozen:
     """Return the same trees in fewer bytes: masked kernels are packed, or stored in four bits with a one-bit mask.
 
     Args:
       frozen: params and masks after pruning.
       base: one format, or a list of (regex, format), see `packing.reduce_kernels`.
+      axes: see `packing.pack`.
 
     Returns:
       The reduced params and the masks that are still needed; the teacher is passed on.
@@ -83,11 +86,11 @@ def reduce_base(frozen: Frozen, base: str | Sequence[tuple[str, str]]) -> Frozen
     Raises:
       PackingError: see `packing.pack`.
     """
-    params, masks = reduce_kernels(frozen.params, frozen.masks, base)
+    params, masks = reduce_kernels(frozen.params, frozen.masks, base, axes=axes)
     return Frozen(params, masks, frozen.teacher)
 
 
-def merge_trained(frozen: Frozen, trained: dict, kind: str, *, dtype: jax.typing.DTypeLike | None = None) -> dict:
+def merge_trained(frozen: Frozen, trained: dict, kind: str, *, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
     """Return the restored model as plain arrays with exact zeros.
 
     A quantised base is dequantised first and LoRA is added in float32, so the merged weights are not quantised again.
@@ -104,7 +107,7 @@ def merge_trained(frozen: Frozen, trained: dict, kind: str, *, dtype: jax.typing
     if kind == 'lora':
         return unpack(merge(frozen.params, frozen.masks, trained, dtype=dtype), dtype)
     # Trained kernels are always float32: cast them to the model's dtype.
-    flat = flatten(frozen.params)
+    flat = paths_of(frozen.params)
     kernels = {path: kernel.astype(flat[path].dtype) for path, kernel in flatten(trained).items()}
     return merge(with_leaves(frozen.params, kernels), frozen.masks)
 
@@ -159,9 +162,12 @@ def make_train_step(
     gradient: str = 'exact',
     accumulate: int = 1,
     trained: str = 'lora',
+    combine: str = 'bind',
     parts: int = 1,
 ) -> Step:
     """Return the jitted step of SparseLoRA (arXiv 2404.02424), `(state, frozen, batch) -> (state, metrics)`.
+
+    For a forward without logits, or for another loss, see `make_step`.
 
     Args:
       forward: `forward(weights, batch)` returns logits `[batch, tokens, vocab]` that predict `batch['targets']`.
@@ -172,6 +178,10 @@ def make_train_step(
       gradient: `'exact'` or `'straight_through'`, see `weights.Adapted`.
       accumulate: micro-batches of a step; must divide the batch. It changes nothing beyond rounding.
       trained: `'lora'`, or `'weights'` for the tree of `pruned_kernels`. The teacher reads `frozen` in both cases.
+      combine: `'bind'`: `forward` reads the result of `bind`, so it must multiply by `sl.linear`. If it scans its
+        layers, memory holds the combined weights of one layer. `'merge'`: `forward` reads plain arrays, the result of
+        `merge`, so any model will do. If it scans its layers, memory holds the merged kernels of all layers, and their
+        gradients.
       parts: row blocks of the gradient's products, see `weights.Adapted`.
 
     Returns:
@@ -180,9 +190,9 @@ def make_train_step(
       are `loss`, `ce`, `grad_norm`, and `kl` where there is a teacher.
 
     Raises:
-      RestoreError: an option is unknown or outside its range; or, when the step is traced, the batch lacks `targets` or
-        `answer`, the params should be the teacher but are packed or quantised, or `accumulate` does not divide the
-        batch.
+      RestoreError: an option is unknown or outside its range, or has no meaning for `combine='merge'`; or, when the
+        step is traced, the batch lacks `targets` or `answer`, the params should be the teacher but are packed or
+        quantised, or `accumulate` does not divide the batch.
     """
     _check_number('kd', kd, low=0, high=1)
     _check_number('temperature', temperature, low=0, excludes_low=True)
@@ -191,6 +201,9 @@ def make_train_step(
     _check_choice('kl_reduction', kl_reduction, KL_REDUCTIONS)
     _check_choice('gradient', gradient, GRADIENTS)
     _check_choice('trained', trained, TRAINED)
+    _check_choice('combine', combine, COMBINED)
+    if combine == 'merge' and (gradient != 'exact' or parts != 1):
+        raise RestoreError("gradient and parts are options of linear, which combine='merge' does not use: leave them")
 
     def prepare(batch):
         missing = [name for name in ('targets', 'answer') if name not in batch]
@@ -204,9 +217,13 @@ def make_train_step(
         return batch | {'weights': token_weights(batch['answer'], kl_reduction=kl_reduction)}
 
     def student_weights(tree, frozen):
-        if trained == 'weights':
-            return bind(with_leaves(frozen.params, flatten(tree)), frozen.masks)
-        return bind(frozen.params, frozen.masks, tree, gradient=gradient, parts=parts)
+        is_lora = trained == 'lora'
+        params = frozen.params if is_lora else with_leaves(frozen.params, flatten(tree))
+        lora = tree if is_lora else None
+        if combine == 'merge':
+            # Packed kernels without factors stay packed in a merge.
+            return unpack(merge(params, frozen.masks, lora))
+        return bind(params, frozen.masks, lora, gradient=gradient, parts=parts)
 
     def teacher_logits(frozen: Frozen, batch: dict, inputs: dict) -> Array | TopK | None:
         if not kd:
@@ -256,7 +273,7 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise RestoreError(f'{name} {value!r}: expected one of {", ".join(choices)}')
 
 
-def _teacher_weights(frozen: Frozen) -> dict:
+def _teacher_weights(frozen: Frozen) -> PyTree:
     """Return the params of the teacher.
 
     Raises:
@@ -264,7 +281,7 @@ def _teacher_weights(frozen: Frozen) -> dict:
     """
     if frozen.teacher is not None:
         return frozen.teacher
-    reduced = [path for path, leaf in flatten(frozen.params).items() if is_reduced(leaf)]
+    reduced = [path for path, leaf in paths_of(frozen.params).items() if is_reduced(leaf)]
     if reduced:
         raise RestoreError(
             f'{reduced[0]} is packed or quantised, so the params cannot be a dense teacher: '

@@ -87,6 +87,9 @@ def make_step(
 ) -> Step:
     """Return the jitted step, `(state, frozen, batch) -> (state, metrics)`.
 
+    It trains LoRA under the masks of any model whose loss merges it (see the example). The unmerged `frozen.params` can
+    be a teacher there.
+
     Args:
       loss: `loss(trained, frozen, batch) -> (loss, metrics)`, differentiated in `trained`.
       tx: the optimizer. Under `guard.skip_bad_steps` the metrics have the number of bad steps in a row as `skipped`.
@@ -97,7 +100,22 @@ def make_step(
 
     Returns:
       The step. `state` is donated: its buffers are gone after the call. `frozen` is an argument rather than a constant
-      of the program, so that another base needs no new compilation. Metrics include `grad_norm`.
+      of the program, so that another base needs no new compilation; all its leaves are arrays. Metrics include `loss`
+      and `grad_norm`.
+
+    >>> from sparselora_jax.restoration.restore import Frozen
+    >>> from sparselora_jax.sparse.weights import init_lora, merge
+    >>> params = {'kernel': jnp.ones((4, 2))}
+    >>> masks = {'kernel': jnp.array([[True, False]] * 4)}
+    >>> lora = init_lora(jax.random.key(0), params, [('.*', (2, 4))])
+    >>> def loss(lora, frozen, x):
+    ...     restored = merge(frozen.params, frozen.masks, lora)
+    ...     return jnp.mean((x @ restored['kernel'] - 1.0) ** 2), {}
+    >>> tx = optax.sgd(0.1)
+    >>> step = make_step(loss, tx)
+    >>> state, metrics = step(init_state(lora, tx), Frozen(params, masks), jnp.ones((1, 4)))
+    >>> float(metrics['loss'])
+    5.0
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -125,7 +143,7 @@ def make_step(
         (value, metrics), grads = accumulated(state.trained, frozen, prepare(batch))
         with jax.numpy_dtype_promotion('standard'):  # optax's Adam multiplies its integer counter with floats
             updates, optimizer = tx.update(grads, state.optimizer, state.trained, value=value)
-        metrics['grad_norm'] = optax.tree.norm(grads)
+        metrics = {'loss': value} | metrics | {'grad_norm': optax.tree.norm(grads)}
         if (skipped := guard.skipped(optimizer)) is not None:
             metrics['skipped'] = skipped
         return State(optax.apply_updates(state.trained, updates), optimizer, state.step + 1), metrics

@@ -5,10 +5,14 @@ The library's own models have kernels `[layers, inputs, outputs]`. Others do not
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
+
+from sparselora_jax.sparse.rules import RuleError, is_kernel, kernels, paths_of
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,97 @@ class KernelAxes:
         ordered = matrix.reshape([shape[axis] for axis in self.order])
         inverse = sorted(range(len(shape)), key=self.order.__getitem__)
         return jnp.transpose(ordered, inverse)
+
+
+@runtime_checkable
+class KnowsAxes(Protocol):
+    """An object that knows the roles of a kernel's axes, such as what `collect` returns for each kernel."""
+
+    @property
+    def axes(self) -> KernelAxes | None:
+        """Return the roles; None: the kernel is `[*layers, inputs, outputs]`."""
+        ...
+
+
+# The roles of the axes of kernels, by path: what `collect` returned, or the roles themselves.
+AxesByPath = Mapping[str, KernelAxes | KnowsAxes]
+
+
+def roles_by_path(axes: AxesByPath | None) -> dict[str, KernelAxes]:
+    """Return the roles of the axes of kernels, by path.
+
+    Args:
+      axes: what `collect` returned, or `{path: KernelAxes}`; None: nothing is known.
+
+    Raises:
+      RuleError: it is something else.
+    """
+    expected = 'expected what sl.collect returned, or {path: sl.KernelAxes(layers, inputs, outputs)}'
+    if axes is None:
+        return {}
+    if not isinstance(axes, Mapping):
+        raise RuleError(f'axes is a {type(axes).__name__}: {expected}')
+    roles = {}
+    for path, value in axes.items():
+        of_kernel = value if isinstance(value, KernelAxes) else getattr(value, 'axes', value)
+        if isinstance(of_kernel, KernelAxes):
+            roles[path] = of_kernel
+        elif of_kernel is not None:
+            raise RuleError(f'{path}: its axes are a {type(of_kernel).__name__}: {expected}')
+    return roles
+
+
+def unusual_roles(leaves: Mapping[str, Any], axes: AxesByPath | None) -> dict[str, KernelAxes]:
+    """Return the roles of those kernels that are not `[*layers, inputs, outputs]`, and check all roles.
+
+    Args:
+      leaves: the leaves of the tree, by path.
+      axes: see `roles_by_path`.
+
+    Raises:
+      RuleError: see `roles_by_path`; or the tree has no such kernel, or the roles do not name each of its axes once.
+    """
+    roles = roles_by_path(axes)
+    unusual = {}
+    for path, of_kernel in roles.items():
+        if path not in leaves:
+            raise RuleError(
+                f'{path}: its axes are given, but the tree has no such path, e.g. {next(iter(leaves), "none")}: '
+                'expected the tree for which sl.collect was called'
+            )
+        shape = tuple(getattr(leaves[path], 'shape', ()))
+        if sorted(of_kernel.order) != list(range(len(shape))):
+            raise RuleError(f'{path} {list(shape)}: {of_kernel} does not give each of its {len(shape)} axes one role')
+        if of_kernel != KernelAxes.of_stack(len(shape)):
+            unusual[path] = of_kernel
+    return unusual
+
+
+def matrix_shape(shape: tuple[int, ...], axes: KernelAxes | None) -> tuple[int, ...]:
+    """Return the shape of a kernel as `[*layers, inputs, outputs]`.
+
+    Args:
+      shape: shape of the kernel.
+      axes: the roles of its axes; None: it has this form.
+    """
+    if axes is None:
+        return tuple(shape)
+    layers, inputs, outputs = axes.sizes(tuple(shape))
+    return (*layers, inputs, outputs)
+
+
+def kernels_of(params: PyTree, axes: Mapping[str, KernelAxes] | None = None) -> dict[str, Any]:
+    """Return the leaves that rules apply to, by path.
+
+    Args:
+      params: anything with the shapes of a params tree.
+      axes: the roles of the axes of kernels that calibration found. Without them, kernels are found by their names.
+
+    Raises:
+      RuleError: see `rules.kernels`.
+    """
+    if not axes:
+        return kernels(params)
+    leaves = paths_of(params)
+    # Kernels without statistics count too: a rule that prunes one must not be passed over.
+    return {path: leaf for path, leaf in leaves.items() if path in axes or is_kernel(path, leaf)}

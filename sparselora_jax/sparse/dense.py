@@ -6,29 +6,28 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Num
+from jaxtyping import Array, Bool, Num, PyTree
 
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse.kernels.dense24 import dense24
-from sparselora_jax.sparse.packing import Packed24, PackedMask, is_packed, is_reduced, unpack_mask
+from sparselora_jax.sparse.packing import Packed24, PackedMask, ReducedMatrix, is_packed, is_reduced, unpack_mask
 from sparselora_jax.sparse.packing.quantised import dequantise
-from sparselora_jax.sparse.rules import RuleError, flatten, unflatten
+from sparselora_jax.sparse.rules import RuleError, paths_of, with_leaves
 
 
-def unpack(params: dict, dtype: DTypeLike | None = None) -> dict:
+def unpack(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Return params in which packed and quantised kernels are plain arrays.
 
     Args:
-      params: the params tree.
+      params: the params, any tree.
       dtype: dtype of the plain kernels; default: the dtype before packing (for four bits, the dtype of the scales).
 
     Raises:
       RuleError: `dtype` holds no fractions.
     """
     check_floating(dtype, RuleError)
-    flat = flatten(params)
-    plain = {path: dense_kernel(leaf, dtype) for path, leaf in flat.items() if is_reduced(leaf)}
-    return unflatten(flat | plain)
+    plain = {path: dense_kernel(leaf, dtype) for path, leaf in paths_of(params).items() if is_reduced(leaf)}
+    return with_leaves(params, plain)
 
 
 def check_floating(dtype: DTypeLike | None, error_type: type[SparseloraError]) -> None:
@@ -78,6 +77,11 @@ def _dense_four_bits(kernel: qwix.QArray, dtype: DTypeLike | None = None) -> Num
     return dequantise(kernel).astype(dtype or kernel.dtype)
 
 
+@dense_kernel.register(ReducedMatrix)
+def _dense_reduced_matrix(kernel: ReducedMatrix, dtype: DTypeLike | None = None) -> Num[Array, '...']:
+    return kernel.axes.from_matrix(dense_kernel(kernel.matrix, dtype), kernel.shape)
+
+
 def dense_mask(
     mask: Bool[Array, '*layers inputs outputs'] | PackedMask | None, kernel: object
 ) -> Bool[Array, '*layers inputs outputs'] | None:
@@ -90,6 +94,6 @@ def dense_mask(
     if isinstance(mask, PackedMask):
         return unpack_mask(mask)
     # A given mask takes precedence: it may keep fewer weights than the packed kernel's mask.
-    if mask is None and is_packed(kernel):
+    if mask is None and (is_packed(kernel) or isinstance(kernel, ReducedMatrix)):
         return kernel.unpack_mask()
     return mask

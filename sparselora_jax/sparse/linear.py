@@ -1,5 +1,6 @@
 """The one matmul that every model calls; it dispatches on the kind of kernel."""
 
+import dataclasses
 import functools
 
 import jax
@@ -147,7 +148,7 @@ def _adapted_backward(gradient, parts, saved, g):
         db = _contract_rows(xa, rows_g)
         if gradient == 'plain':
             dx = dx + lora.scale * (gb @ a.astype(gb.dtype).T).reshape(dx.shape)
-    grads = Lora((lora.scale * da).astype(a.dtype), (lora.scale * db).astype(b.dtype), lora.scale)
+    grads = dataclasses.replace(lora, a=(lora.scale * da).astype(a.dtype), b=(lora.scale * db).astype(b.dtype))
     return dx, None, None, grads  # no gradients for the base and the mask
 
 

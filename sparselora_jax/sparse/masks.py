@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PyTree, Shaped
 
 from sparselora_jax.runtime import processes
+from sparselora_jax.sparse.axes import AxesByPath, roles_by_path, unusual_roles
 from sparselora_jax.sparse.patterns import Pattern, PatternError, parse_pattern, spread
 from sparselora_jax.sparse.rules import first_match, flatten, paths_of
 
@@ -221,6 +222,7 @@ def check_masks(
     *,
     group: str = 'output',
     zeros: Mapping[str, Integer[np.ndarray, '...']] | None = None,
+    axes: AxesByPath | None = None,
 ) -> None:
     """Check that every mask has exactly its pattern's zeros in every comparison group.
 
@@ -229,13 +231,29 @@ def check_masks(
       rules: `(regex, pattern)` pairs, as given to `prune`.
       group: the comparison group, see `mask_from_scores`.
       zeros: path -> number of zeros of each layer's kernel, as given to `prune`.
+      axes: the roles of the axes of kernels that are not `[*layers, inputs, outputs]`: what `collect` returned, the
+        `axes` of a `PruneResult`, or `{path: KernelAxes}`.
 
     Raises:
       PatternError: a mask breaks its pattern; names the path, the first wrong layer and its number of wrong groups.
+      RuleError: the axes do not fit a mask.
+
+    >>> from sparselora_jax.sparse.axes import KernelAxes
+    >>> masks = {'q': jnp.array([[True, False], [True, False]])}  # [outputs, inputs]
+    >>> check_masks(masks, [('q', '1:2')], axes={'q': KernelAxes(layers=(), inputs=(1,), outputs=(0,))})
     """
-    for path, mask in flatten(masks).items():
+    flat = flatten(masks)
+    # Dense kernels have axes too, but no mask.
+    roles = unusual_roles(flat, {path: roles for path, roles in roles_by_path(axes).items() if path in flat})
+    for path, mask in flat.items():
         # Unlike in `match`, rules may match kernels that have no mask.
         pattern = parse_pattern(first_match([*rules, ('.*', 'dense')], path))
+        if path in roles:
+            mask = roles[path].to_matrix(mask)
+        try:
+            pattern.zeros(mask.shape[-2])
+        except PatternError as error:
+            raise PatternError(f'{path}: {error}') from None
         count = np.atleast_1d(violations(mask, pattern, group, (zeros or {}).get(path)))
         if count.any():
             layer = np.argwhere(count)[0].tolist()

@@ -9,12 +9,13 @@ the stack `language`. A tower may hold two stacks: T5 has `language/encoder` and
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 from flax import traverse_util
 from jaxtyping import PyTree
+from qwix import QArray
 
 from sparselora_jax.runtime.errors import SparseloraError
 
@@ -63,7 +64,7 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 _EXPECTED = f'expected nested dicts with string keys, whose matrices are called {KERNEL!r}'
 
 
-def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+def leaves_by_path(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Return the leaves of any tree by path, in the tree's own order.
 
     For nested dicts the paths are those of `flatten`. The `value` of a box around an array, such as a variable of NNX,
@@ -71,6 +72,7 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
 
     Args:
       tree: any pytree: dicts, lists, dataclasses, modules.
+      is_leaf: tells for a part of the tree whether it is a leaf; None: only arrays are.
 
     Raises:
       RuleError: two leaves have the same path.
@@ -78,7 +80,7 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
     >>> leaves_by_path({'layers': [{'w': 1.0}, {'w': 2.0}]})
     {'layers/0/w': 1.0, 'layers/1/w': 2.0}
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     by_path = {}
     for keys, leaf in leaves:
         is_boxed = len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == 'value'
@@ -92,10 +94,12 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
 def paths_of(tree: PyTree) -> dict[str, Any]:
     """Return the leaves of any tree by path: of nested dicts by `flatten`, of other trees by `leaves_by_path`.
 
+    A packed or four-bit kernel is one leaf.
+
     Args:
       tree: any pytree.
     """
-    return flatten(tree) if _is_nested_dict(tree) else leaves_by_path(tree)
+    return flatten(tree) if _is_nested_dict(tree) else leaves_by_path(tree, _is_reduced)
 
 
 def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
@@ -107,8 +111,14 @@ def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """
     if _is_nested_dict(tree):
         return unflatten(flatten(tree) | dict(leaves))
-    structure = jax.tree.structure(tree)
-    return structure.unflatten([leaves.get(path, leaf) for path, leaf in leaves_by_path(tree).items()])
+    structure = jax.tree.structure(tree, is_leaf=_is_reduced)
+    return structure.unflatten([leaves.get(path, leaf) for path, leaf in paths_of(tree).items()])
+
+
+def _is_reduced(node: object) -> bool:
+    """Return whether a part of a tree is a packed or four-bit kernel, which is a tree of arrays itself."""
+    # On the class: a box of NNX seems to have all attributes of what is in it.
+    return isinstance(node, QArray) or hasattr(type(node), 'unpack_mask')
 
 
 def _is_nested_dict(tree: PyTree) -> bool:

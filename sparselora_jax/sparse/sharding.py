@@ -1,5 +1,6 @@
 """Sharding of arrays: a mesh with the axes data, fsdp and tensor, and ordered rules path -> PartitionSpec."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -13,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from sparselora_jax.runtime.errors import SparseloraError
+from sparselora_jax.sparse.axes import KernelAxes
 from sparselora_jax.sparse.rules import (
     SHOWN,
     block_path,
@@ -130,10 +132,14 @@ def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULE
         if not isinstance(part, Lora):
             return fitting(mesh, spec, part.shape)
         # A is [*layers, in, rank] and B [*layers, rank, out]: each is split along its kernel's axis only.
-        *layers, inputs, outputs = [*spec, *[None] * (part.a.ndim - len(spec))]
+        axes = part.axes or KernelAxes.of_stack(part.a.ndim)
+        of_axes = [*spec, *[None] * (len(axes.order) - len(spec))]
+        layers = [of_axes[axis] for axis in axes.layers]
+        # Several axes of inputs are one axis of A, which is split like the first of them.
+        inputs, outputs = (of_axes[role[0]] if role else None for role in (axes.inputs, axes.outputs))
         a = fitting(mesh, PartitionSpec(*layers, inputs, None), part.a.shape)
         b = fitting(mesh, PartitionSpec(*layers, None, outputs), part.b.shape)
-        return Lora(a, b, part.scale)
+        return dataclasses.replace(part, a=a, b=b)
 
     def shard_leaf(path: str, leaf: Any) -> PyTree:
         spec = first_match(rules, path)

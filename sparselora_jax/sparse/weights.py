@@ -4,9 +4,10 @@
 and the merge call it, so a merged weight equals the trained one bit for bit.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple, NoReturn
@@ -18,13 +19,13 @@ from jaxtyping import Array, Bool, Float, PyTree
 from qwix import QArray
 
 from sparselora_jax.runtime.errors import SparseloraError
+from sparselora_jax.sparse.axes import AxesByPath, KernelAxes, kernels_of, matrix_shape, roles_by_path, unusual_roles
 from sparselora_jax.sparse.dense import check_floating, dense_kernel, dense_mask
-from sparselora_jax.sparse.packing import PackedKernel, PackedMask
+from sparselora_jax.sparse.packing import PackedKernel, PackedMask, ReducedMatrix, is_reduced
 from sparselora_jax.sparse.rules import (
     RuleError,
     check_layout,
     flatten,
-    kernels,
     match,
     paths_of,
     unflatten,
@@ -33,7 +34,7 @@ from sparselora_jax.sparse.rules import (
 
 GRADIENTS = ('exact', 'straight_through', 'plain')
 
-Kernel = Float[Array, '*layers inputs outputs'] | PackedKernel | QArray
+Kernel = Float[Array, '*layers inputs outputs'] | PackedKernel | QArray | ReducedMatrix
 Mask = Bool[Array, '*layers inputs outputs'] | PackedMask
 
 
@@ -47,11 +48,20 @@ class LoraSpec(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lora:
-    """A low-rank update `scale * a @ b`. The scale is stored here, so that `bind` and `merge` use the same one."""
+    """A low-rank update `scale * a @ b`. The scale is stored here, so that `bind` and `merge` use the same one.
 
-    a: Any  # [*layers, in, rank]; JAX unflattens placeholders into the fields, so they carry no shape check
-    b: Any  # [*layers, rank, out]
+    Attributes:
+      a: `[*layers, inputs, rank]`.
+      b: `[*layers, rank, outputs]`.
+      scale: factor of the product.
+      axes: the roles of the kernel's axes, if they are not `[*layers, inputs, outputs]`. Several axes of inputs are one
+        axis of `a`, and several axes of outputs are one axis of `b`.
+    """
+
+    a: Any  # JAX unflattens placeholders into the fields, so they carry no shape check
+    b: Any
     scale: float = field(metadata={'static': True})
+    axes: KernelAxes | None = field(default=None, metadata={'static': True})
 
 
 class KernelError(SparseloraError, TypeError):
@@ -135,6 +145,8 @@ def effective_weight(
     [[1.5, 0.0], [0.0, 1.5]]
     """
     _check_fit({'kernel': kernel}, {} if mask is None else {'kernel': mask}, {} if lora is None else {'kernel': lora})
+    if _axes_of(kernel, lora) is not None:
+        return _through_matrices(effective_weight, kernel, mask, lora, dtype)
     dtype = dtype or kernel.dtype
     if lora is None and mask is None:
         # This also covers packed kernels, which unpack with their zeros in place.
@@ -151,97 +163,136 @@ def effective_weight(
     return weight.astype(dtype)
 
 
+def _axes_of(kernel: object, lora: Lora | None) -> KernelAxes | None:
+    """Return the roles of a kernel's axes; None: it is `[*layers, inputs, outputs]`, or no factors depend on them."""
+    if isinstance(kernel, ReducedMatrix):
+        return kernel.axes
+    return None if lora is None else lora.axes
+
+
+def _through_matrices(
+    combine: Callable[..., Array], kernel: Kernel, mask: Mask | None, lora: Lora | None, dtype: DTypeLike | None
+) -> Float[Array, '...']:
+    """Return `combine(kernel, mask, lora, dtype=dtype)` of the matrix form, in the kernel's own layout."""
+    axes = _axes_of(kernel, lora)
+    matrix = kernel.matrix if isinstance(kernel, ReducedMatrix) else axes.to_matrix(dense_kernel(kernel))
+    if mask is not None:
+        mask = axes.to_matrix(dense_mask(mask, kernel))
+    if lora is not None:
+        lora = dataclasses.replace(lora, axes=None)
+    return axes.from_matrix(combine(matrix, mask, lora, dtype=dtype), tuple(kernel.shape))
+
+
 def init_lora(
     key: Array,
     params: PyTree,
     rules: Sequence[tuple[str, LoraSpec | tuple[int, int | float] | None]],
     *,
+    axes: AxesByPath | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> dict:
     """Return LoRA factors for the kernels that rules select: A uniform as in LoRA's reference code, B zero.
 
     Args:
       key: a PRNG key; the n-th kernel by path draws from `fold_in(key, n)`.
-      params: the params tree, or its shapes.
+      params: any tree, or its shapes. Without `axes`, kernels are the leaves called `kernel` of nested dicts.
       rules: `(regex, LoraSpec or (rank, alpha) or None)`, in order; every kernel must match.
+      axes: which leaves are kernels, and the roles of their axes: what `collect` returned, the `axes` of a
+        `PruneResult`, or `{path: KernelAxes}`. The factors keep them for `merge`.
       dtype: dtype of the factors.
 
     Raises:
       RuleError: no rule matches a kernel, a rule matches no kernel, the tree has no kernels, the axes of a kernel are
-        unknown (see `rules.check_layout`), or a rank is below one.
+        unknown (see `rules.check_layout`) or do not fit it, or a rank is below one.
 
     >>> lora = init_lora(jax.random.key(0), {'q': {'kernel': jnp.ones((8, 4))}}, [('.*', LoraSpec(2, 4))])
     >>> lora['q']['kernel'].a.shape, lora['q']['kernel'].b.shape, lora['q']['kernel'].scale
     ((8, 2), (2, 4), 2.0)
     """
-    kernels_by_path = kernels(params)
+    roles = roles_by_path(axes)
+    kernels_by_path = kernels_of(params, roles)
+    unusual = unusual_roles(paths_of(params), roles) if roles else {}
     specs = match(rules, kernels_by_path)
-    check_layout(params, [path for path, spec in specs.items() if spec is not None])
+    unknown = [path for path, spec in specs.items() if spec is not None and path not in roles]
+    if unknown:
+        check_layout(params, unknown)
     lora = {}
     # Kernels without factors are counted too. So a kernel draws the same numbers, whichever others are adapted.
-    for index, (path, spec) in enumerate(specs.items()):
+    for index, (path, spec) in enumerate(sorted(specs.items())):
         if spec is None:
             continue
-        is_pair = isinstance(spec, tuple) and len(spec) == 2
-        if (
-            not is_pair
-            or isinstance(spec[0], bool)
-            or not isinstance(spec[0], Integral)
-            or not isinstance(spec[1], Real)
-        ):
-            raise RuleError(f'{path}: LoRA {spec!r}: expected sl.LoraSpec(rank=8, alpha=16), or None for no factors')
-        rank, alpha = spec
-        if not math.isfinite(alpha) or alpha <= 0:
-            raise RuleError(f'{path}: LoRA alpha {alpha!r}: expected a positive number')
-        if rank < 1:
-            raise RuleError(f'{path}: LoRA rank {rank} is below one; use None to leave a kernel alone')
-        *layers, inputs, outputs = kernels_by_path[path].shape
+        rank, alpha = _checked_spec(path, spec)
+        *layers, inputs, outputs = matrix_shape(kernels_by_path[path].shape, unusual.get(path))
         # LoRA's reference draws A by kaiming_uniform_(a=sqrt(5)), whose bound is 1 / sqrt(inputs).
         bound = inputs**-0.5
         a = jax.random.uniform(jax.random.fold_in(key, index), (*layers, inputs, rank), dtype, -bound, bound)
-        lora[path] = Lora(a=a, b=jnp.zeros((*layers, rank, outputs), dtype), scale=alpha / rank)
+        b = jnp.zeros((*layers, rank, outputs), dtype)
+        lora[path] = Lora(a=a, b=b, scale=alpha / rank, axes=unusual.get(path))
     return unflatten(lora)
 
 
+def _checked_spec(path: str, spec: object) -> tuple[int, int | float]:
+    """Return (rank, alpha) that a rule gives to a kernel.
+
+    Raises:
+      RuleError: it is something else, or out of range.
+    """
+    is_pair = isinstance(spec, tuple) and len(spec) == 2
+    if not is_pair or isinstance(spec[0], bool) or not isinstance(spec[0], Integral) or not isinstance(spec[1], Real):
+        raise RuleError(f'{path}: LoRA {spec!r}: expected sl.LoraSpec(rank=8, alpha=16), or None for no factors')
+    rank, alpha = spec
+    if not math.isfinite(alpha) or alpha <= 0:
+        raise RuleError(f'{path}: LoRA alpha {alpha!r}: expected a positive number')
+    if rank < 1:
+        raise RuleError(f'{path}: LoRA rank {rank} is below one; use None to leave a kernel alone')
+    return rank, alpha
+
+
 def bind(
-    params: dict, masks: dict | None = None, lora: dict | None = None, *, gradient: str = 'exact', parts: int = 1
-) -> dict[str, Any]:
+    params: PyTree, masks: dict | None = None, lora: dict | None = None, *, gradient: str = 'exact', parts: int = 1
+) -> PyTree:
     """Return the weights that a model reads: params in which kernels with a mask or LoRA are `Masked` or `Adapted`.
 
     Nothing is computed here. `linear` combines a layer's weight where it is used, so only one layer's combined weight
-    is in memory at a time.
+    is in memory at a time. Kernels must be `[*layers, inputs, outputs]`; others can only be merged.
 
     Args:
-      params: the params tree; kernels may be packed or four-bit.
+      params: the params, any tree; kernels may be packed or four-bit.
       masks: the masks tree; None: nothing is pruned, or packed kernels store their masks.
       lora: the lora tree; None: nothing is adapted.
       gradient: see `Adapted`.
       parts: see `Adapted`.
 
     Raises:
-      RuleError: the path or shape of a mask or factor is not that of a kernel, or `gradient` is unknown.
+      RuleError: the path or shape of a mask or factor is not that of a kernel, a kernel is not `[*layers, inputs,
+        outputs]`, or `gradient` is unknown.
     """
     if gradient not in GRADIENTS:
         raise RuleError(f'gradient {gradient!r}: expected one of {", ".join(GRADIENTS)}')
-    flat = flatten(params)
+    leaves = paths_of(params)
     flat_masks = flatten(masks or {})
     flat_lora = flatten(lora or {})
-    _check_fit(flat, flat_masks, flat_lora)
+    _check_fit(leaves, flat_masks, flat_lora)
+    for path, leaf in leaves.items():
+        if _axes_of(leaf, flat_lora.get(path)) is not None:
+            raise RuleError(f'{path} {list(leaf.shape)}: linear reads [inputs, outputs] only; use sl.merge for it')
+    bound = {}
     # A kernel with both a mask and LoRA becomes one `Adapted`, which holds the mask.
     for path in flat_masks.keys() - flat_lora.keys():
-        flat[path] = Masked(flat[path], flat_masks[path])
+        bound[path] = Masked(leaves[path], flat_masks[path])
     for path, factors in flat_lora.items():
-        flat[path] = Adapted(flat[path], flat_masks.get(path), factors, gradient, parts)
-    return unflatten(flat)
+        bound[path] = Adapted(leaves[path], flat_masks.get(path), factors, gradient, parts)
+    return with_leaves(params, bound)
 
 
 def merge(params: PyTree, masks: dict | None, lora: dict | None = None, *, dtype: DTypeLike | None = None) -> PyTree:
     """Fold `lora` into `params` under the masks, as plain arrays with exact zeros where the mask is False.
 
-    It is differentiable in `lora`, so it can train any JAX model: `loss(apply(merge(params, masks, lora)))`.
+    It is differentiable in `lora`, so it can train any JAX model: `loss(apply(merge(params, masks, lora)))`. Kernels
+    keep their own layout: the factors know the roles of their axes.
 
     Args:
-      params: the params tree; kernels may be packed or four-bit.
+      params: the params, any tree; kernels may be packed or four-bit.
       masks: the masks tree; None: nothing is pruned, or packed kernels store their masks.
       lora: the lora tree; None: nothing is adapted.
       dtype: dtype of the merged kernels; default: each kernel's dtype.
@@ -269,7 +320,10 @@ def _merged(
 
     The fp32 sum of a whole stack would need several times the model's memory.
     """
-    if kernel.ndim == 2:
+    if _axes_of(kernel, lora) is not None:
+        return _through_matrices(_merged, kernel, mask, lora, dtype)
+    # Nothing is summed without factors, and the first axis is that of layers only where there are any.
+    if kernel.ndim == 2 or (lora is None and not is_reduced(kernel)):
         return effective_weight(kernel, mask, lora, dtype=dtype)
     return jax.lax.map(lambda layer: effective_weight(*layer, dtype=dtype), (kernel, mask, lora))
 
@@ -294,6 +348,20 @@ def _check_fit(params: Mapping[str, Any], masks: Mapping[str, Any], lora: Mappin
             raise RuleError(f'{path}: has LoRA factors but no kernel')
         if not isinstance(factors, Lora):
             raise RuleError(f'{path}: the factors are a {type(factors).__name__}, expected the tree of sl.init_lora')
-        shape = params[path].shape
-        if (*factors.a.shape[:-1], factors.b.shape[-1]) != shape or factors.a.shape[-1] != factors.b.shape[-2]:
-            raise RuleError(f'{path}: LoRA factors {factors.a.shape} x {factors.b.shape} for a kernel of shape {shape}')
+        if not _fits(params[path], factors):
+            of_axes = '' if factors.axes is None else f' and {factors.axes}'
+            given = f'LoRA factors {factors.a.shape} x {factors.b.shape}{of_axes}'
+            raise RuleError(f'{path}: {given} for a kernel of shape {params[path].shape}')
+
+
+def _fits(kernel: Kernel, factors: Lora) -> bool:
+    """Return whether factors have the shapes and the roles of axes of a kernel."""
+    shape = tuple(kernel.shape)
+    axes = factors.axes or KernelAxes.of_stack(len(shape))
+    if sorted(axes.order) != list(range(len(shape))):
+        return False
+    if isinstance(kernel, ReducedMatrix) and kernel.axes != axes:
+        return False
+    *layers, inputs, outputs = matrix_shape(shape, axes)
+    rank = factors.a.shape[-1]
+    return factors.a.shape == (*layers, inputs, rank) and factors.b.shape == (*layers, rank, outputs)

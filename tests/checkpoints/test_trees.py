@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from safetensors.flax import save_file
 from small_disk import files_of_at_most
 
 import sparselora_jax as sl
@@ -52,6 +53,24 @@ def test_factors_of_another_shape_are_refused(tmp_path):
     sl.save_safetensors(tmp_path / 'w.safetensors', tree)
     with pytest.raises(sl.StorageError, match=r'q/kernel: factors \(8, 2\) x \(2, 5\) beside a kernel \(8, 3\)'):
         sl.load_safetensors(tmp_path / 'w.safetensors')
+
+
+def test_factors_keep_the_roles_of_axes_in_a_file(tmp_path):
+    file = tmp_path / 'w.safetensors'
+    axes = {'q': sl.KernelAxes(layers=(2,), inputs=(0,), outputs=(1, 3))}
+    params = {'q': jnp.ones((8, 2, 3, 5)), 'o': {'kernel': jnp.ones((4, 6))}}
+    lora = sl.init_lora(jax.random.key(0), params, [('.*', (2, 4))], axes=axes)
+    sl.save_safetensors(file, lora)
+    back, metadata = sl.load_safetensors(file)
+    assert metadata == {}
+    assert jax.tree.structure(back) == jax.tree.structure(lora)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, back, lora))
+    # Other roles than those of a kernel are damage, which a file of another program may have.
+    arrays = {'q/a': lora['q'].a, 'q/b': lora['q'].b}
+    for wrong in ('[[2], [0], [1, 1]]', '[[], [0], [1]]', '[[2], [0]]', '"0"', '[[2.0], [0], [1, 3]]'):
+        save_file(arrays, file, metadata={'lora_scales': '{"q": 2.0}', 'lora_axes': f'{{"q": {wrong}}}'})
+        with pytest.raises(sl.StorageError, match=r'q: .* are no roles of its axes; the file is damaged'):
+            sl.load_safetensors(file)
 
 
 def test_what_no_file_holds_is_named(tmp_path):

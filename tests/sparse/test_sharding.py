@@ -341,6 +341,23 @@ def test_an_untied_head_is_split_over_both_axes():
     assert {shard.data.shape for shard in placed.addressable_shards} == {(CFG.width // 2, CFG.vocab // 2)}
 
 
+def test_factors_of_several_axes_are_split_like_the_first_axis_of_each_role():
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    axes = {
+        'q': sl.KernelAxes(layers=(0,), inputs=(1,), outputs=(2, 3)),
+        'o': sl.KernelAxes(layers=(), inputs=(0, 1), outputs=(2,)),
+    }
+    params = {'q': jnp.ones((3, 16, 4, 2)), 'o': jnp.ones((4, 2, 16))}
+    lora = sl.init_lora(jax.random.key(0), params, [('.*', (2, 4))], axes=axes)
+    split = {'q': PartitionSpec(None, 'fsdp', 'tensor'), 'o': PartitionSpec('tensor', None, 'fsdp')}
+    placed = sharding.shardings(lora, mesh, list(split.items()))
+    assert jax.tree.structure(placed) == jax.tree.structure(lora)
+    assert placed['q'].a.spec == PartitionSpec(None, 'fsdp', None)
+    assert placed['q'].b.spec == PartitionSpec(None, None, 'tensor')
+    assert placed['o'].a.spec == PartitionSpec('tensor', None)
+    assert placed['o'].b.spec == PartitionSpec(None, 'fsdp')
+
+
 def test_a_dimension_over_two_axes_is_split_by_both_or_by_none():
     mesh = sharding.make_mesh(data=2, tensor=2)
     rules = [('.*', jax.sharding.PartitionSpec(None, ('data', 'tensor')))]

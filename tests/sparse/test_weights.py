@@ -107,6 +107,23 @@ def test_rules_select_what_is_adapted():
     assert not lora['a']['kernel'].b.any()
 
 
+def test_any_tree_whose_model_calls_linear_is_bound():
+    keys = jax.random.split(jax.random.key(0))
+    params = [jax.random.normal(key, (8, 8)) for key in keys]
+    masks = {str(layer): sl.mask_from_scores(jnp.abs(kernel), '2:4') for layer, kernel in enumerate(params)}
+    axes = {'0': sl.KernelAxes.of_stack(2)}
+    lora = sl.init_lora(keys[0], params, [('.*', (2, 4))], axes=axes)
+    lora = jax.tree.map(lambda leaf: leaf + 0.1, lora)
+
+    def forward(kernels):
+        return sl.linear(jnp.tanh(sl.linear(jnp.eye(8), kernels[0])), kernels[1])
+
+    assert list(lora) == ['0']  # the other leaf is no kernel
+    bound = sl.bind(params, masks, lora)
+    assert [type(kernel) for kernel in bound] == [sl.Adapted, sl.Masked]
+    assert jnp.allclose(forward(bound), forward(sl.merge(params, masks, lora)), atol=1e-5)
+
+
 @pytest.mark.parametrize('tree', ['masks', 'lora'])
 def test_tree_that_does_not_fit_is_refused_by_path(tree):
     params, masks, lora = make()

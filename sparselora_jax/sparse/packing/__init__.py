@@ -1,5 +1,6 @@
 """Compact kernel formats: sparse kernels without their zeros (docs/formats.md), or dense kernels in four bits."""
 
+from sparselora_jax.sparse.packing.as_matrix import ReducedMatrix
 from sparselora_jax.sparse.packing.bitmask import (
     Bitmask,
     BitmaskFormat,
@@ -48,6 +49,7 @@ __all__ = [
     'PackedKernel',
     'PackedMask',
     'PackingError',
+    'ReducedMatrix',
     'RoundingFormat',
     'Stored',
     'find_format',

@@ -7,29 +7,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qwix
+from jaxtyping import PyTree
 
 from sparselora_jax.runtime.errors import calling
+from sparselora_jax.sparse.axes import AxesByPath, unusual_roles
+from sparselora_jax.sparse.packing.as_matrix import ReducedMatrix
 from sparselora_jax.sparse.packing.bitmask import mask_shapes, pack_mask
 from sparselora_jax.sparse.packing.format import FORMATS, PackedFormat, PackingError, find_format, is_packed
-from sparselora_jax.sparse.rules import flatten, match, unflatten
+from sparselora_jax.sparse.rules import flatten, match, paths_of, unflatten, with_leaves
 
 Formats = str | Sequence[tuple[str, str]]  # the name of one format, or ordered rules (regex, name)
 
 
-def pack(params: dict, masks: dict, formats: Formats = 'packed24') -> dict:
+def pack(params: PyTree, masks: dict, formats: Formats = 'packed24', *, axes: AxesByPath | None = None) -> PyTree:
     """Pack every kernel that has a mask; the packed kernels store their masks.
 
     Args:
-      params: the params tree, plain arrays.
+      params: the params, any tree of plain arrays.
       masks: the masks tree.
       formats: one of `FORMATS`, or ordered rules `(regex, format)`. `packed24` stores two of each four inputs, without
         loss; `packed24_int4` rounds its values to four bits; `bitmask` stores any mask, without loss. A custom format
         is named as `package.module:Name`.
+      axes: the roles of the axes of kernels that are not `[*layers, inputs, outputs]`: what `collect` returned, the
+        `axes` of a `PruneResult`, or `{path: KernelAxes}`. Their packed kernels can be unpacked and merged, but neither
+        saved nor read by `linear`.
 
     Raises:
       PackingError: a format cannot store a mask (names path, layer and first group), is unknown, or does not store
         masks in its kernels.
-      RuleError: the rules do not fit the masks.
+      RuleError: the rules do not fit the masks, or the axes do not fit a kernel.
 
     >>> from sparselora_jax.sparse.dense import unpack
     >>> kernel = jnp.array([[1.0], [0.0], [2.0], [0.0]])
@@ -38,7 +44,7 @@ def pack(params: dict, masks: dict, formats: Formats = 'packed24') -> dict:
     ((4, 1), True)
     """
     # A kernel without its mask would be used as if all its weights were kept.
-    packed, masks_beside = reduce_kernels(params, masks, formats)
+    packed, masks_beside = reduce_kernels(params, masks, formats, axes=axes)
     if masks_beside is not None:
         path = next(iter(flatten(masks_beside)))
         raise PackingError(f'{path}: its format does not store the mask; use `reduce_kernels`, which returns masks too')
@@ -54,38 +60,50 @@ def pack_masks(masks: dict) -> dict:
     return unflatten({path: pack_mask(mask) for path, mask in flatten(masks).items()})
 
 
-def reduce_kernels(params: dict, masks: dict, formats: Formats) -> tuple[dict, dict | None]:
+def reduce_kernels(
+    params: PyTree, masks: dict, formats: Formats, *, axes: AxesByPath | None = None
+) -> tuple[PyTree, dict | None]:
     """Store masked kernels in fewer bytes: packed, or in four bits with a separate mask of one bit per weight.
 
     Args:
-      params: the params tree, plain arrays.
+      params: the params, any tree of plain arrays.
       masks: the masks tree; its paths select the kernels.
       formats: one of `FORMATS`, or ordered rules `(regex, format)`, see `pack`; also `int4` and `nf4`.
+      axes: see `pack`.
 
     Returns:
       (params, masks). The masks are those of kernels that do not store their own; None: all kernels store theirs.
 
     Raises:
       PackingError: a format cannot store a mask, or is unknown; names the path.
+      RuleError: see `pack`.
     """
-    flat = flatten(params)
+    leaves = paths_of(params)
     flat_masks = flatten(masks)
+    roles = unusual_roles(leaves, axes)
+    reduced = {}
     masks_beside = {}
     for path, form in _formats_by_path(formats, flat_masks).items():
         mask = flat_masks[path]
         if getattr(mask, 'dtype', None) != np.bool_:
             kind = getattr(mask, 'dtype', type(mask).__name__)
             raise PackingError(f'{path}: the mask is {kind}, expected an array of booleans: True where kept')
-        if getattr(flat.get(path), 'shape', None) != mask.shape:
+        kernel = leaves.get(path)
+        if getattr(kernel, 'shape', None) != mask.shape:
             raise PackingError(f'{path}: has a mask {mask.shape}, but no kernel of that shape')
+        of_kernel = roles.get(path)
         # Formats do not know paths, so the path is added to their errors here.
         try:
-            flat[path] = _pack_checked(form, flat[path], mask)
+            if of_kernel is None:
+                reduced[path] = _pack_checked(form, kernel, mask)
+            else:
+                matrix = _pack_checked(form, of_kernel.to_matrix(kernel), of_kernel.to_matrix(mask))
+                reduced[path] = ReducedMatrix(matrix, of_kernel, tuple(kernel.shape))
         except PackingError as error:
             raise PackingError(f'{path}: {error}') from None
         if not form.brings_mask:
             masks_beside[path] = pack_mask(mask)  # one bit per weight instead of one byte
-    return unflatten(flat), unflatten(masks_beside) if masks_beside else None
+    return with_leaves(params, reduced), unflatten(masks_beside) if masks_beside else None
 
 
 def _pack_checked(form: PackedFormat, kernel: Any, mask: Any) -> Any:
@@ -162,4 +180,4 @@ def stack(layers: Sequence[Any]) -> Any:
 
 def is_reduced(kernel: object) -> bool:
     """Return whether a kernel is packed or four-bit, and so is not a plain array."""
-    return is_packed(kernel) or isinstance(kernel, qwix.QArray)
+    return is_packed(kernel) or isinstance(kernel, qwix.QArray | ReducedMatrix)

@@ -77,7 +77,7 @@ def quantise(kernel: Float[Array, '*layers inputs outputs'], kind: str) -> qwix.
     if kernel.ndim == 2:
         return _quantise_matrix(kernel, kind)
     # One layer at a time, to save memory: NF4 compares each weight with 16 levels.
-    return jax.lax.map(lambda layer: _quantise_matrix(layer, kind), kernel)
+    return jax.lax.map(lambda layer: quantise(layer, kind), kernel)
 
 
 @functools.partial(jax.jit, static_argnames='kind')
