@@ -55,6 +55,7 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
             arrays[f'{name}/a'] = leaf.a
             arrays[f'{name}/b'] = leaf.b
             scales[name] = leaf.scale
+            # Only where they matter, so that files of ordinary factors are as other programs expect them.
             if leaf.axes is not None:
                 axes[name] = [leaf.axes.layers, leaf.axes.inputs, leaf.axes.outputs]
         elif isinstance(leaf, ReducedMatrix):
@@ -288,6 +289,7 @@ def _read_axes(name: str, axes: object, num_layers: int) -> KernelAxes:
     """
     is_triple = isinstance(axes, list) and len(axes) == 3 and all(isinstance(role, list) for role in axes)
     order = [axis for role in axes for axis in role] if is_triple else []
+    # `type`, since JSON's true is an integer in Python too.
     is_whole = all(type(axis) is int for axis in order) and sorted(order) == list(range(len(order)))
     if not order or not is_whole or len(axes[0]) != num_layers:
         raise StorageError(f'{name}: {axes!r} are no roles of its axes; the file is damaged')

@@ -202,6 +202,7 @@ def make_train_step(
     _check_choice('gradient', gradient, GRADIENTS)
     _check_choice('trained', trained, TRAINED)
     _check_choice('combine', combine, COMBINED)
+    # A merge is differentiated as it is: its gradient is the exact one, and the compiler splits its products.
     if combine == 'merge' and (gradient != 'exact' or parts != 1):
         raise RestoreError("gradient and parts are options of linear, which combine='merge' does not use: leave them")
 
@@ -217,6 +218,7 @@ def make_train_step(
         return batch | {'weights': token_weights(batch['answer'], kl_reduction=kl_reduction)}
 
     def student_weights(tree, frozen):
+        # Trained kernels take the place of those of the base, and have no factors.
         is_lora = trained == 'lora'
         params = frozen.params if is_lora else with_leaves(frozen.params, flatten(tree))
         lora = tree if is_lora else None

@@ -143,6 +143,7 @@ def make_step(
         (value, metrics), grads = accumulated(state.trained, frozen, prepare(batch))
         with jax.numpy_dtype_promotion('standard'):  # optax's Adam multiplies its integer counter with floats
             updates, optimizer = tx.update(grads, state.optimizer, state.trained, value=value)
+        # A loss of parts may report its sum itself.
         metrics = {'loss': value} | metrics | {'grad_norm': optax.tree.norm(grads)}
         if (skipped := guard.skipped(optimizer)) is not None:
             metrics['skipped'] = skipped

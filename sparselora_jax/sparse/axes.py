@@ -110,6 +110,7 @@ def roles_by_path(axes: AxesByPath | None) -> dict[str, KernelAxes]:
         raise RuleError(f'axes is a {type(axes).__name__}: {expected}')
     roles = {}
     for path, value in axes.items():
+        # A statistic has the roles beside its sum; None there stands for an ordinary kernel.
         of_kernel = value if isinstance(value, KernelAxes) else getattr(value, 'axes', value)
         if isinstance(of_kernel, KernelAxes):
             roles[path] = of_kernel
@@ -131,14 +132,17 @@ def unusual_roles(leaves: Mapping[str, Any], axes: AxesByPath | None) -> dict[st
     roles = roles_by_path(axes)
     unusual = {}
     for path, of_kernel in roles.items():
+        # Without this check, the kernel that was meant would be taken for an ordinary one.
         if path not in leaves:
             raise RuleError(
                 f'{path}: its axes are given, but the tree has no such path, e.g. {next(iter(leaves), "none")}: '
                 'expected the tree for which sl.collect was called'
             )
+        # Leaves of modules may be functions, which have no shape.
         shape = tuple(getattr(leaves[path], 'shape', ()))
         if sorted(of_kernel.order) != list(range(len(shape))):
             raise RuleError(f'{path} {list(shape)}: {of_kernel} does not give each of its {len(shape)} axes one role')
+        # Ordinary kernels stay without roles, so that their factors, files and programs are those of nested dicts.
         if of_kernel != KernelAxes.of_stack(len(shape)):
             unusual[path] = of_kernel
     return unusual

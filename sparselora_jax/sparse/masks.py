@@ -250,6 +250,7 @@ def check_masks(
         pattern = parse_pattern(first_match([*rules, ('.*', 'dense')], path))
         if path in roles:
             mask = roles[path].to_matrix(mask)
+        # Groups of M inputs could not be formed at all.
         try:
             pattern.zeros(mask.shape[-2])
         except PatternError as error:

@@ -175,10 +175,12 @@ def _through_matrices(
 ) -> Float[Array, '...']:
     """Return `combine(kernel, mask, lora, dtype=dtype)` of the matrix form, in the kernel's own layout."""
     axes = _axes_of(kernel, lora)
+    # A packed kernel was packed in its matrix form. Anything else is brought into it first.
     matrix = kernel.matrix if isinstance(kernel, ReducedMatrix) else axes.to_matrix(dense_kernel(kernel))
     if mask is not None:
         mask = axes.to_matrix(dense_mask(mask, kernel))
     if lora is not None:
+        # The factors are those of the matrix form already.
         lora = dataclasses.replace(lora, axes=None)
     return axes.from_matrix(combine(matrix, mask, lora, dtype=dtype), tuple(kernel.shape))
 
@@ -214,10 +216,12 @@ def init_lora(
     unusual = unusual_roles(paths_of(params), roles) if roles else {}
     specs = match(rules, kernels_by_path)
     unknown = [path for path, spec in specs.items() if spec is not None and path not in roles]
+    # Leaves called `kernel` that the forward never multiplied with: their axes must follow from their names.
     if unknown:
         check_layout(params, unknown)
     lora = {}
-    # Kernels without factors are counted too. So a kernel draws the same numbers, whichever others are adapted.
+    # Kernels without factors are counted too. So a kernel draws the same numbers, whichever others are adapted. Only
+    # nested dicts are sorted by path already.
     for index, (path, spec) in enumerate(sorted(specs.items())):
         if spec is None:
             continue
@@ -237,6 +241,7 @@ def _checked_spec(path: str, spec: object) -> tuple[int, int | float]:
     Raises:
       RuleError: it is something else, or out of range.
     """
+    # Type by type, since True is an integer and a string of two letters is a pair.
     is_pair = isinstance(spec, tuple) and len(spec) == 2
     if not is_pair or isinstance(spec[0], bool) or not isinstance(spec[0], Integral) or not isinstance(spec[1], Real):
         raise RuleError(f'{path}: LoRA {spec!r}: expected sl.LoraSpec(rank=8, alpha=16), or None for no factors')
@@ -273,6 +278,7 @@ def bind(
     flat_masks = flatten(masks or {})
     flat_lora = flatten(lora or {})
     _check_fit(leaves, flat_masks, flat_lora)
+    # `linear` multiplies the last axis of its input by [inputs, outputs]. It would contract a wrong axis of these.
     for path, leaf in leaves.items():
         if _axes_of(leaf, flat_lora.get(path)) is not None:
             raise RuleError(f'{path} {list(leaf.shape)}: linear reads [inputs, outputs] only; use sl.merge for it')
@@ -358,8 +364,10 @@ def _fits(kernel: Kernel, factors: Lora) -> bool:
     """Return whether factors have the shapes and the roles of axes of a kernel."""
     shape = tuple(kernel.shape)
     axes = factors.axes or KernelAxes.of_stack(len(shape))
+    # Checked first: other roles would point outside the shape.
     if sorted(axes.order) != list(range(len(shape))):
         return False
+    # Factors of other roles may have a fitting size by chance.
     if isinstance(kernel, ReducedMatrix) and kernel.axes != axes:
         return False
     *layers, inputs, outputs = matrix_shape(shape, axes)

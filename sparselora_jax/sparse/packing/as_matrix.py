@@ -38,6 +38,7 @@ class ReducedMatrix:
         """Return the dtype of the kernel when it is unpacked."""
         return self.matrix.dtype
 
+    # Counted like that of packed kernels: the roles take no memory.
     @property
     def nbytes(self) -> int:
         """Return the number of bytes of all arrays."""
@@ -45,4 +46,5 @@ class ReducedMatrix:
 
     def unpack_mask(self) -> Bool[Array, '...'] | None:
         """Return the mask in the kernel's layout; None: the format does not store it."""
+        # Four-bit kernels of qwix store their zeros, and their masks lie beside them.
         return self.axes.from_matrix(self.matrix.unpack_mask(), self.shape) if is_packed(self.matrix) else None

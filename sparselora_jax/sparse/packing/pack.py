@@ -94,6 +94,7 @@ def reduce_kernels(
         of_kernel = roles.get(path)
         # Formats do not know paths, so the path is added to their errors here.
         try:
+            # Ordinary kernels stay what `linear` can read.
             if of_kernel is None:
                 reduced[path] = _pack_checked(form, kernel, mask)
             else:

@@ -76,7 +76,7 @@ def quantise(kernel: Float[Array, '*layers inputs outputs'], kind: str) -> qwix.
     """
     if kernel.ndim == 2:
         return _quantise_matrix(kernel, kind)
-    # One layer at a time, to save memory: NF4 compares each weight with 16 levels.
+    # One layer at a time, to save memory: NF4 compares each weight with 16 levels. Experts are a second axis of layers.
     return jax.lax.map(lambda layer: quantise(layer, kind), kernel)
 
 
