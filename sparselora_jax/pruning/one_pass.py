@@ -59,8 +59,8 @@ class Place(NamedTuple):
           origin: origin of the value, whose leaf is the kernel.
         """
         index = dict(self.index)
-        for axis, position in origin.pins:
-            index[self.axes[axis]] = int(position)
+        for pin in origin.pins:
+            index[self.axes[pin.axis]] = int(pin.index)
         pinned = {pin.axis for pin in origin.pins}
         axes = tuple(axis for number, axis in enumerate(self.axes) if number not in pinned)
         return Place(self.path, index, axes, (origin, *self.layouts))
