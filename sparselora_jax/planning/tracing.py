@@ -128,7 +128,7 @@ def _trace_stack(tower: str, block: Callable, stacked: dict, x: Array, ctx: dict
 
     def run(weights, inputs):
         # If a kernel is used twice (a tied one), its first input counts.
-        program.run(weights, inputs, lambda product: read.setdefault(product.path, product))
+        program.run(weights, inputs, lambda product, sums: read.setdefault(product.path, product))
 
     jax.eval_shape(run, weights, (x_shape, ctx_shapes))
     sizes = [nbytes(output.aval) for equation in program.jaxpr.eqns for output in equation.outvars]

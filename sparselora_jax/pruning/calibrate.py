@@ -224,21 +224,26 @@ class Recorder:
         )
         self.sums = jax.tree.map(jax.new_ref, zeros)
 
-    def add(self, product: Product) -> None:
-        """Add the statistic of one product's input, without padding."""
+    def add(self, product: Product, sums: PyTree) -> None:
+        """Add the statistic of one product's input, without padding.
+
+        Args:
+          product: the product.
+          sums: `self.sums`, as they are seen at the place of the product.
+        """
         # Slices of one kernel (the q, k and v of a joined one) read the same rows, which count once.
         is_counted = any(product.share_key() == other.share_key() for other in self.products)
         self.products.append(product)
         if is_counted:
             return
-        new_sums = self._sums_of(product)
-        layers = product.layer_indices()
+        new_sums, layers = product.placement.combine(self._sums_of(product), product.layer_indices())
         if len(layers) == 1:
             # A plain index is updated in place; under scan the update lands in the layer's own row.
             layers = layers[0]
             new_sums = jax.tree.map(lambda leaf: leaf[0], new_sums)
-        for total, new in zip(jax.tree.leaves(self.sums), jax.tree.leaves(new_sums), strict=True):
-            total[layers] += new
+        for old, new in zip(jax.tree.leaves(sums), jax.tree.leaves(new_sums), strict=True):
+            # Devices may have read the same layer, which `old[layers] += new` would change once.
+            jax.ref.addupdate(old, layers, new)
 
     def _sums_of(self, product: Product) -> KernelSums:
         """Return the sums over the rows of each layer that a product reads."""
@@ -263,10 +268,9 @@ class Recorder:
         """Return the weights of the rows that a product reads; None: all count once."""
         if self.weights is None:
             return None
-        is_sorted = product.group_sizes is not None
-        # Sorted rows are in another order than the tokens, even if they are as many.
-        weights = None if is_sorted else product.arrangement.weights_of_rows(self.weights)
+        weights = product.weights_of_rows(self.weights)
         if weights is None:
+            is_sorted = product.group_sizes is not None
             self.other_rows = f'{list(product.arrangement.tokens)}{" sorted by expert" if is_sorted else ""}'
         return weights
 
@@ -305,6 +309,7 @@ class Sums(NamedTuple):
       leaders: {path: path under which its sum is stored}, filled when `zeros` or `add` is traced.
       axes: {path: the roles of the kernel's axes}, filled like `leaders`, in the order in which the program reads them.
       other_rows: {path: what it reads} of the kernels that read no tokens that have weights, filled like `leaders`.
+      unfollowed: {path: why} of arrays that the forward multiplies in ways that cannot be followed, filled likewise.
     """
 
     zeros: Callable[[PyTree, Any], dict]
@@ -312,6 +317,7 @@ class Sums(NamedTuple):
     leaders: dict[str, str]
     axes: dict[str, KernelAxes]
     other_rows: dict[str, str]
+    unfollowed: dict[str, str]
 
     def total(self, params: PyTree, batches: Iterable[Any]) -> dict[str, KernelSums]:
         """Return {leader: its sums} over all batches.
@@ -364,6 +370,7 @@ def make_sums(
     leaders: dict[str, str] = {}
     axes: dict[str, KernelAxes] = {}
     other_rows: dict[str, str] = {}
+    unfollowed: dict[str, str] = {}
 
     def observe(params, batch):
         followed = kernel_paths(params)
@@ -374,7 +381,8 @@ def make_sums(
             if path in program.axes:
                 layer_sizes, inputs, _ = program.axes[path].sizes(leaf.shape)
                 recorders[path] = Recorder(stats(path), math.prod(layer_sizes), inputs, token_weights(path, batch))
-        program.run(params, batch, lambda product: recorders[product.path].add(product))
+        sums = {path: recorder.sums for path, recorder in recorders.items()}
+        program.run(params, batch, lambda product, sums: recorders[product.path].add(product, sums[product.path]), sums)
         # A side effect of tracing: which kernels share an input is known only now.
         new_leaders = _leaders(recorders)
         # The program is traced once for each shape of a batch, and all of them add to the same sums.
@@ -384,7 +392,8 @@ def make_sums(
         leaders.update(new_leaders)
         axes.update(program.axes)
         other_rows.update(_other_rows(recorders, may_fit_none))
-        own = {path: recorder.sums for path, recorder in recorders.items() if leaders[path] == path}
+        unfollowed.update(program.unfollowed)
+        own = {path: of_kernel for path, of_kernel in sums.items() if leaders[path] == path}
         # Each device runs this on its own rows; the new leading axis has one entry for each device.
         return jax.tree.map(lambda ref: ref[...][None], own)
 
@@ -408,7 +417,7 @@ def make_sums(
         arrays, rest = _split_off_arrays(params)
         return programs(rest)[1](sums, arrays, batch)
 
-    return Sums(zeros, add, leaders, axes, other_rows)
+    return Sums(zeros, add, leaders, axes, other_rows, unfollowed)
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -526,13 +535,16 @@ def make_observer(
     def scaled_programs():
         return make_sums(forward, stats=scaled_stats, **options)
 
-    named: set[str] = set()  # kernels without weights that a warning has named
+    named: set[str] = set()  # kernels without weights, and without a statistic, that a warning has named
 
     def observe(params, batches, place=_place_in_params):
         sums = programs.total(params, batches)
         unnamed = {path: rows for path, rows in programs.other_rows.items() if path not in named}
         _warn_about_rows({place(path, None): rows for path, rows in unnamed.items()})
         named.update(unnamed)
+        unfollowed = {path: reason for path, reason in programs.unfollowed.items() if path not in named}
+        _warn_about_unfollowed({place(path, None): reason for path, reason in unfollowed.items()})
+        named.update(unfollowed)
         leaves = rules.leaves_by_path(params)
         sizes = {path: programs.axes[path].sizes(leaves[path].shape) for path in sums}
         stacked = {path: bool(layers) for path, (layers, _, _) in sizes.items()}
@@ -629,8 +641,7 @@ def check_found(program: tracing.Program, is_required: Callable[[str], bool] = r
     # A matrix under another name may be no kernel at all, but some leaf must be one.
     lost = {path: reason for path, reason in program.lost.items() if is_required(path) or not program.axes}
     for path, reason in lost.items():
-        is_selected = program.axes and not rules.named_kernel(path)
-        remedy = '; leave it out of select' if is_selected else ''
+        remedy = '; leave it out of select' if program.axes else ''
         raise CalibrationError(f'{path}: no product of the forward reads it: {reason}{remedy}')
 
 
@@ -859,6 +870,17 @@ def _finish(layer_sizes: tuple[int, ...], stat: Statistic, sums: KernelSums) -> 
         total = jax.tree.map(lambda leaf: leaf / weight.reshape(-1, *[1] * (leaf.ndim - 1)), total)
     # Accumulators always have one axis of layers.
     return jax.tree.map(lambda leaf: leaf.reshape(*layer_sizes, *leaf.shape[1:]), (total, tokens))
+
+
+def _warn_about_unfollowed(reasons: Mapping[str, str]) -> None:
+    """Log one line that names the arrays that a forward multiplies, and that get no statistic.
+
+    Args:
+      reasons: why each of them gets none.
+    """
+    if reasons and processes.first():
+        names = _listed(f'{name}: {reason}' for name, reason in reasons.items())
+        logging.getLogger(__name__).warning('arrays that are multiplied, but get no statistic: %s', names)
 
 
 def _warn_about_rows(rows: Mapping[str, str]) -> None:

@@ -59,8 +59,8 @@ class Place(NamedTuple):
           origin: origin of the value, whose leaf is the kernel.
         """
         index = dict(self.index)
-        for axis, position in origin.pins:
-            index[self.axes[axis]] = int(position)
+        for pin in origin.pins:
+            index[self.axes[pin.axis]] = int(pin.index)
         pinned = {pin.axis for pin in origin.pins}
         axes = tuple(axis for number, axis in enumerate(self.axes) if number not in pinned)
         return Place(self.path, index, axes, (origin, *self.layouts))
@@ -195,11 +195,13 @@ class OnePass:
           CalibrationError, MethodError: from statistics or `prune`; names the kernel.
         """
         schedules = [level.schedule for level in levels]
+        # A forward may look at sizes: what it does with a small batch need not be what it does with a large one.
         if len({tuple(type(step) for step in schedule.steps) for schedule in schedules}) > 1:
             raise CalibrationError(
                 'the forward is another program for batches of another size: use batches of one size'
             )
         for number, steps in enumerate(zip(*[schedule.steps for schedule in schedules], strict=True)):
+            # Chunks run one after the other; at a cut all of them have arrived.
             if isinstance(steps[0], Segment):
                 for chunk in chunks:
                     self._run_segment(levels[chunk.level], steps[chunk.level], chunk, number)

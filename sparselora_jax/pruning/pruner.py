@@ -121,6 +121,7 @@ def prune(
       MethodError: see `prune_tree`.
       ReconstructError: `reconstruct` is no `Reconstruct`, or its batch does not fit the chunks.
     """
+    # Checked before the forward is looked at, since a misspelt word says nothing about it.
     if sequential not in SEQUENTIAL:
         raise CalibrationError(f'sequential {sequential!r}: expected one of {", ".join(SEQUENTIAL)}')
     if not _takes_runner(forward):

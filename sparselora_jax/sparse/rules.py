@@ -123,7 +123,8 @@ def _is_reduced(node: object) -> bool:
 
 def _is_nested_dict(tree: PyTree) -> bool:
     """Return whether `flatten` reaches all arrays of a tree: it takes what is no dict for a leaf."""
-    if not isinstance(tree, dict):
+    # Haiku's keys are paths themselves.
+    if not isinstance(tree, dict) or any(isinstance(key, str) and '/' in key for key in tree):
         return False
     return all(
         _is_nested_dict(child) if isinstance(child, dict) else not _is_container(child) for child in tree.values()

@@ -213,3 +213,20 @@ def test_a_pruned_model_runs_and_merges(library):
     merged = sl.merge(params, masks)
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b) if eqx.is_array(a) else True, merged, pruned))
     assert np.isfinite(forward(pruned, X)).all()
+
+
+def test_keys_may_be_paths_themselves():
+    # Haiku's params: two levels of dicts.
+    params = {'block/~/up': {'w': W['up'][0]}, 'block/~/down': {'w': W['down'][0]}}
+    nested = {'block': {'~': {'up': {'w': W['up'][0]}, 'down': {'w': W['down'][0]}}}}
+
+    def forward(params, x):
+        up, down = params['block/~/up'], params['block/~/down']
+        return jax.nn.gelu(x @ up['w']) @ down['w']
+
+    pruned, masks = sl.prune_tree(params, sl.collect(forward, params, [X]), RULES, method=sl.Wanda())
+    assert jax.tree.structure(pruned) == jax.tree.structure(params)
+    assert jax.tree.structure(masks) == jax.tree.structure(nested)
+    merged = sl.merge(params, masks)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, merged, pruned))
+    sl.check_sparse(pruned, masks)

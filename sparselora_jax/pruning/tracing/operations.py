@@ -1,12 +1,17 @@
 """What each layout operation of a program does to the origin of its operand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend import core
 
+from sparselora_jax.pruning.tracing.devices import mesh_axes_of
 from sparselora_jax.pruning.tracing.origin import Origin
+
+# What a value may vary with, beside the axes of a mesh.
+BATCH = object()
+OF_BATCH = frozenset({BATCH})
 
 
 class Operand(NamedTuple):
@@ -15,12 +20,13 @@ class Operand(NamedTuple):
     Attributes:
       value: the array; None while the program is only analysed.
       origin: where it comes from, if it is a leaf of params in another layout.
-      varies: whether it depends on the batch.
+      varies: what it varies with: `BATCH` if it depends on the batch, and within `shard_map` the axes of the mesh along
+        which devices may have different values.
     """
 
     value: Any
-    origin: Origin | None
-    varies: bool
+    origin: Origin | None = None
+    varies: frozenset[Hashable] = frozenset()
 
 
 class UnfollowedError(Exception):
@@ -45,6 +51,7 @@ ELEMENTWISE = (
     'optimization_barrier',
     'pvary',
     'reduce_precision',
+    'reshard',
     'select_n',
     'sharding_constraint',
     'stop_gradient',
@@ -81,6 +88,11 @@ def shape_of(equation: core.JaxprEqn, index: int) -> tuple[int, ...]:
     return tuple(equation.invars[index].aval.shape)
 
 
+def _integers(equation: core.JaxprEqn, name: str) -> tuple[int, ...]:
+    """Return a parameter of an operation; a program may hold integers of NumPy."""
+    return tuple(map(int, equation.params[name]))
+
+
 def _elementwise(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
     # These take several values and return each of them.
     if len(equation.outvars) == len(operands) > 1:
@@ -91,7 +103,7 @@ def _elementwise(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[O
         raise UnfollowedError(f'it combines {followed[0].path} and {followed[1].path}')
     if len({(origin.axes, len(origin.pins)) for origin in followed}) > 1:
         raise UnfollowedError('it combines several parts of one leaf')
-    if any(operand.varies for operand in operands):
+    if any(BATCH in operand.varies for operand in operands):
         raise UnfollowedError('it combines the leaf with values that depend on the batch')
     # JAX broadcasts explicitly, except for scalars, which have no axes to follow.
     whole = [index for index, operand in enumerate(operands) if operand.origin and shape_of(equation, index) == shape]
@@ -101,51 +113,52 @@ def _elementwise(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[O
 
 
 def _transpose(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
-    return [operands[0].origin.transpose(equation.params['permutation'])]
+    return [operands[0].origin.transpose(_integers(equation, 'permutation'))]
 
 
 def _squeeze(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
-    return [operands[0].origin.squeeze(equation.params['dimensions'])]
+    return [operands[0].origin.squeeze(_integers(equation, 'dimensions'))]
 
 
 def _reshape(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
-    return [operands[0].origin.reshape(shape_of(equation, 0), equation.params['new_sizes'])]
+    return [operands[0].origin.reshape(shape_of(equation, 0), _integers(equation, 'new_sizes'))]
 
 
 def _broadcast_in_dim(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
-    shape = equation.params['shape']
-    dimensions = equation.params['broadcast_dimensions']
+    shape = _integers(equation, 'shape')
+    dimensions = _integers(equation, 'broadcast_dimensions')
     return [operands[0].origin.broadcast(shape_of(equation, 0), shape, dimensions)]
 
 
 def _slice(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
-    starts = equation.params['start_indices']
-    ends = equation.params['limit_indices']
+    starts = _integers(equation, 'start_indices')
+    ends = _integers(equation, 'limit_indices')
     strides = equation.params['strides'] or [1] * len(starts)
     # A `Part` could hold a stride, but then one part of an axis would be an input and the rest would not.
     if any(stride != 1 for stride in strides):
         raise UnfollowedError('it leaves out indices in between')
     sizes = [end - start for start, end in zip(starts, ends, strict=True)]
-    return [_sliced(operands[0].origin, shape_of(equation, 0), starts, sizes)]
+    return [_sliced(operands[0].origin, shape_of(equation, 0), [Operand(start) for start in starts], sizes)]
 
 
 def _dynamic_slice(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
     if operands[0].origin is None:
         raise UnfollowedError('the leaf is used as an index')
-    starts = [operand.value for operand in operands[1:]]
-    return [_sliced(operands[0].origin, shape_of(equation, 0), starts, equation.params['slice_sizes'])]
+    return [_sliced(operands[0].origin, shape_of(equation, 0), operands[1:], equation.params['slice_sizes'])]
 
 
-def _sliced(origin: Origin | None, shape: Sequence[int], starts: Sequence[Any], sizes: Sequence[int]) -> Origin | None:
+def _sliced(
+    origin: Origin | None, shape: Sequence[int], starts: Sequence[Operand], sizes: Sequence[int]
+) -> Origin | None:
     """Return the origin of a slice; a start may be traced where a single index is taken."""
     for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         # Along an axis that is taken whole, JAX clamps the start to 0, whatever it is.
         if origin is None or size == shape[axis]:
             continue
         if size == 1:
-            origin = origin.slice_one(axis, start)
-        elif isinstance(start, int | np.integer | np.ndarray):
-            origin = origin.slice(axis, int(start), size)
+            origin = origin.slice_one(axis, start.value, start.varies - {BATCH})
+        elif isinstance(start.value, int | np.integer | np.ndarray):
+            origin = origin.slice(axis, int(start.value), size)
         else:
             raise UnfollowedError('it takes a range of indices from a place that is known only when it runs')
     return origin
@@ -161,8 +174,8 @@ def _gather(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin
     is_whole = all(size == length for i, (size, length) in enumerate(zip(sizes, shape, strict=True)) if i != axis)
     if operands[0].origin is None or not is_one_index or not is_whole:
         raise UnfollowedError('it looks up several rows (an embedding?)')
-    index = operands[1].value
-    return [operands[0].origin.pin(axis, None if index is None else index[0])]
+    index, _, varies = operands[1]
+    return [operands[0].origin.pin(axis, None if index is None else index[0], varies - {BATCH})]
 
 
 def _split(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
@@ -174,13 +187,29 @@ def _split(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin 
         starts = [0] * len(sizes)
         starts[axis] = start
         sizes[axis] = size
-        origins.append(_sliced(operands[0].origin, shape_of(equation, 0), starts, sizes))
+        origins.append(_sliced(operands[0].origin, shape_of(equation, 0), [Operand(i) for i in starts], sizes))
         start += size
     return origins
 
 
+def _all_gather(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
+    params = equation.params
+    if params['axis_index_groups'] is not None:
+        raise UnfollowedError('it gathers groups of devices')
+    origin = operands[0].origin
+    shape = shape_of(equation, 0)
+    axis = params['all_gather_dimension']
+    mesh_axes = mesh_axes_of(equation)
+    if params['tiled']:
+        return [origin.concatenate_shards(mesh_axes, params['axis_size'], axis, shape)]
+    stacked = origin.stack_shards(mesh_axes)
+    order = [*range(1, axis + 1), 0, *range(axis + 1, len(shape) + 1)]
+    return [stacked and stacked.transpose(order)]
+
+
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(('all_gather', 'all_gather_invariant'), _all_gather),
     'broadcast_in_dim': _broadcast_in_dim,
     'dynamic_slice': _dynamic_slice,
     'gather': _gather,

@@ -5,7 +5,7 @@ into heads, or casts. An `Origin` says for each axis of such a value which axis 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,10 +25,24 @@ class Pin(NamedTuple):
     Attributes:
       axis: axis of the leaf.
       index: an integer, or a traced one; None while a program is only analysed.
+      mesh_axes: axes of a mesh along which devices take different indices.
     """
 
     axis: int
     index: Any
+    mesh_axes: frozenset[Hashable] = frozenset()
+
+
+class Shard(NamedTuple):
+    """Parts of a leaf whose indices lie on different devices: each device along an axis of a mesh holds one index.
+
+    Attributes:
+      mesh_axis: name of the axis of the mesh.
+      parts: the parts, major to minor; none if what the devices divide was broadcast.
+    """
+
+    mesh_axis: Hashable
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -39,13 +53,16 @@ class Origin:
       path: path of the leaf.
       shape: shape of the leaf.
       axes: for each axis of the value its parts of the leaf, major to minor. An axis without parts was broadcast.
-      pins: axes of the leaf of which the value holds one index.
+      pins: axes of the leaf of which the value holds one index. On a device that holds a part of such an axis, it is
+        the index within that part.
+      shards: within `shard_map`, what the devices have divided among them.
     """
 
     path: str
     shape: tuple[int, ...]
     axes: tuple[tuple[Part, ...], ...]
     pins: tuple[Pin, ...] = ()
+    shards: tuple[Shard, ...] = ()
 
     def is_same_as(self, other: 'Origin | None') -> bool:
         """Return whether a value with another origin holds the same weights in the same layout.
@@ -53,9 +70,9 @@ class Origin:
         Args:
           other: the other origin.
         """
-        if other is None or (self.path, self.axes) != (other.path, other.axes):
+        if other is None or (self.path, self.axes, self.shards) != (other.path, other.axes, other.shards):
             return False
-        pins = [dict(self.pins), dict(other.pins)]
+        pins = [{pin.axis: pin.index for pin in origin.pins} for origin in (self, other)]
         # Traced indices have no value to compare, only an identity.
         return pins[0].keys() == pins[1].keys() and all(pins[0][axis] is pins[1][axis] for axis in pins[0])
 
@@ -97,12 +114,13 @@ class Origin:
         """
         return replace(self, axes=tuple(self.axes[axis] for axis in permutation))
 
-    def pin(self, axis: int, index: Any) -> 'Origin | None':
+    def pin(self, axis: int, index: Any, mesh_axes: frozenset[Hashable] = frozenset()) -> 'Origin | None':
         """Return the origin after one index of an axis was taken; the axis is gone.
 
         Args:
           axis: axis of the value.
           index: index along it, an integer or traced; None while a program is only analysed.
+          mesh_axes: axes of a mesh along which devices take different indices.
 
         Returns:
           The origin; None if the axis is only a part of an axis of the leaf.
@@ -117,7 +135,7 @@ class Origin:
         (part,) = parts
         # Literal indices stay integers, so that a message can name them.
         position = index if index is None or part.start == 0 else index + part.start
-        return replace(self, axes=rest, pins=(*self.pins, Pin(part.axis, position)))
+        return replace(self, axes=rest, pins=(*self.pins, Pin(part.axis, position, mesh_axes)))
 
     def squeeze(self, dimensions: Sequence[int]) -> 'Origin | None':
         """Return the origin after axes of length 1 were dropped.
@@ -151,14 +169,15 @@ class Origin:
         sliced = part._replace(start=part.start + start * part.stride, size=size)
         return self._with_axis(axis, (sliced,))
 
-    def slice_one(self, axis: int, index: Any) -> 'Origin | None':
+    def slice_one(self, axis: int, index: Any, mesh_axes: frozenset[Hashable] = frozenset()) -> 'Origin | None':
         """Return the origin of a slice of length 1 along one axis.
 
         Args:
           axis: axis of the value.
           index: see `pin`.
+          mesh_axes: see `pin`.
         """
-        pinned = self.pin(axis, index)
+        pinned = self.pin(axis, index, mesh_axes)
         if pinned is None:
             return None
         return replace(pinned, axes=(*pinned.axes[:axis], (), *pinned.axes[axis:]))
@@ -207,8 +226,7 @@ class Origin:
                 factor = factors.pop(0)
                 factor_size = _size(factor)
                 if factor_size == 1:
-                    # Length 1 carries no data; what is left of the leaf's axis is one index.
-                    origin = replace(origin, pins=(*origin.pins, Pin(factor.axis, factor.start)))
+                    origin = origin._without_part(factor)
                     continue
                 if missing % factor_size == 0:
                     of_axis.append(factor)
@@ -229,8 +247,93 @@ class Origin:
                 return None
             axes.append(joined)
         for factor in factors:
-            origin = replace(origin, pins=(*origin.pins, Pin(factor.axis, factor.start)))
+            origin = origin._without_part(factor)
         return replace(origin, axes=tuple(axes))
+
+    def shard(self, axis: int, mesh_axis: Hashable, devices: int) -> 'Origin | None':
+        """Return the origin of what a device holds after the devices along an axis of a mesh have divided the value.
+
+        Args:
+          axis: axis of the value that is divided, each device in turn taking neighbouring indices.
+          mesh_axis: name of the axis of the mesh.
+          devices: number of devices along it.
+
+        Returns:
+          The origin; None if the indices of a device are no parts of the leaf.
+        """
+        mine = list(self.axes[axis])
+        divided: list[Part] = []
+        missing = devices
+        while mine and missing > 1:
+            part = mine.pop(0)
+            if part.size % missing == 0:
+                # The last part stays, even with one index: it tells the role of its axis.
+                major, minor = _split(part, missing)
+                divided.append(major)
+                mine.insert(0, minor)
+                missing = 1
+            elif missing % part.size == 0:
+                divided.append(part)
+                missing //= part.size
+            else:
+                return None
+        shard = Shard(mesh_axis, tuple(divided))
+        return replace(self._with_axis(axis, tuple(mine)), shards=(*self.shards, shard))
+
+    def stack_shards(self, mesh_axes: Sequence[Hashable]) -> 'Origin | None':
+        """Return the origin after the values of all devices were stacked along a new first axis.
+
+        Args:
+          mesh_axes: axes of a mesh, major to minor, along which devices are gathered.
+
+        Returns:
+          The origin; None if the devices along one of these axes hold the same, or took indices that are traced.
+        """
+        by_axis = {shard.mesh_axis: shard for shard in self.shards}
+        if not by_axis.keys() >= set(mesh_axes):
+            return None
+        parts = [part for mesh_axis in mesh_axes for part in by_axis[mesh_axis].parts]
+        pins = list(self.pins)
+        for pin in self.pins:
+            index = next((i for i, part in enumerate(parts) if part.axis == pin.axis), None)
+            if index is None:
+                continue
+            # Each device took one index of its own part: together they are no longer one index of the leaf's axis.
+            if not isinstance(pin.index, int):
+                return None
+            parts[index] = parts[index]._replace(start=parts[index].start + pin.index)
+            pins.remove(pin)
+        rest = tuple(shard for shard in self.shards if shard.mesh_axis not in mesh_axes)
+        return replace(self, axes=(tuple(parts), *self.axes), pins=tuple(pins), shards=rest)
+
+    def concatenate_shards(
+        self, mesh_axes: Sequence[Hashable], devices: int, axis: int, shape: Sequence[int]
+    ) -> 'Origin | None':
+        """Return the origin after the values of all devices were concatenated along one of their axes.
+
+        Args:
+          mesh_axes: see `stack_shards`.
+          devices: number of devices along these axes.
+          axis: axis of the value.
+          shape: shape of the value on one device.
+        """
+        stacked = self.stack_shards(mesh_axes)
+        if stacked is None:
+            return None
+        ahead = range(1, axis + 1)
+        behind = range(axis + 1, len(shape) + 1)
+        moved = stacked.transpose([*ahead, 0, *behind])
+        moved_shape = [*shape[:axis], devices, *shape[axis:]]
+        joined_shape = [*shape[:axis], devices * shape[axis], *shape[axis + 1 :]]
+        return moved.reshape(moved_shape, joined_shape)
+
+    def _without_part(self, part: Part) -> 'Origin':
+        """Return the origin after a part of length 1 was dropped; its axes are replaced afterwards."""
+        # The one index of a part that was divided says nothing about the leaf's axis: another part has its indices.
+        if any(other.axis == part.axis and other != part for parts in self.axes for other in parts):
+            return self
+        # Length 1 carries no data; what is left of the leaf's axis is one index.
+        return replace(self, pins=(*self.pins, Pin(part.axis, part.start)))
 
     def _with_axis(self, axis: int, parts: tuple[Part, ...]) -> 'Origin':
         return replace(self, axes=(*self.axes[:axis], parts, *self.axes[axis + 1 :]))

@@ -3,18 +3,20 @@
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from sparselora_jax.pruning.tracing.devices import ONE_DEVICE, Placement
 from sparselora_jax.pruning.tracing.operations import Operand, UnfollowedError, shape_of
-from sparselora_jax.pruning.tracing.origin import Origin, Part
+from sparselora_jax.pruning.tracing.origin import Origin, Part, Shard
 from sparselora_jax.sparse.axes import KernelAxes
 
 # For each operand of a product: the axes that are contracted, and those that both operands have (layers, experts).
@@ -45,6 +47,9 @@ class Arrangement:
         Args:
           x: the other operand of the product.
         """
+        # Where shardings are explicit, JAX reshapes no array whose axes are divided.
+        if any(jax.typeof(x).sharding.spec):
+            x = jax.sharding.reshard(x, PartitionSpec())
         return x.reshape(self.shape).transpose(self.order).reshape(self.layers, -1, self.inputs)
 
     def weights_of_rows(self, weights: Shaped[Array, '...']) -> Shaped[Array, ' tokens'] | None:
@@ -79,6 +84,7 @@ class Product:
       group_sizes: number of rows of each expert of a ragged product; None: every layer reads its own rows.
       source: the array that the input was read from; patches are new arrays.
       scope: the body of a loop or the branch that the product is in; None: the program itself.
+      placement: which devices have rows and layers of their own.
     """
 
     origin: Origin
@@ -88,45 +94,74 @@ class Product:
     group_sizes: Int[Array | np.ndarray, ' layers'] | None
     source: Any
     scope: object = None
+    placement: Placement = ONE_DEVICE
 
     @property
     def path(self) -> str:
         """The path of the leaf."""
         return self.origin.path
 
-    @property
-    def reads_all_outputs(self) -> bool:
-        """Whether no output was sliced away."""
-        sizes = [math.prod(part.size for part in _parts_of(self.origin, axis)) for axis in self.axes.outputs]
-        return sizes == [self.origin.shape[axis] for axis in self.axes.outputs]
-
     def layer_indices(self) -> Int[Array, ' at_once']:
         """Return the numbers of the layers that the product reads; layers are numbered over all their axes."""
         # Layers are numbered like the elements of an array of all layer axes.
         indices = jnp.zeros(1, jnp.int32)
-        pins = dict(self.origin.pins)
         for axis in self.axes.layers:
-            size = self.origin.shape[axis]
-            if axis in pins:
-                indices = indices * size + jnp.asarray(pins[axis], jnp.int32)
-            else:
-                indices = (indices[:, None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(-1)
+            along_axis = self._indices(axis)
+            indices = (indices[:, None] * self.origin.shape[axis] + along_axis).reshape(-1)
         return indices
+
+    def _indices(self, axis: int) -> Int[Array, ' at_once']:
+        """Return the indices of one axis of the leaf that are read: the sum of those of its parts."""
+        indices = jnp.zeros(1, jnp.int32)
+        for pin in self.origin.pins:
+            if pin.axis == axis:
+                indices = indices + jnp.asarray(pin.index, jnp.int32)
+        for part in _in_order(_parts_of(self.origin, axis)):
+            of_part = part.start + part.stride * jnp.arange(part.size, dtype=jnp.int32)
+            indices = (indices[:, None] + of_part).reshape(-1)
+        for shard in self.origin.shards:
+            # The device's number, major to minor over the parts of the shard.
+            rest = math.prod(part.size for part in shard.parts)
+            for part in shard.parts:
+                size_before, rest = rest, rest // part.size
+                if part.axis == axis:
+                    number = jax.lax.axis_index(shard.mesh_axis) % size_before // rest
+                    indices = indices + part.start + part.stride * number
+        return indices
+
+    def weights_of_rows(self, weights: Shaped[Array, '...']) -> Shaped[Array, ' tokens'] | None:
+        """Return the weight of each row that a device reads; None: the rows are no tokens with weights.
+
+        Args:
+          weights: a weight for each token of the whole batch.
+        """
+        # Sorted rows are in another order than the tokens, even if they are as many.
+        if self.group_sizes is not None:
+            return None
+        own = self.placement.own_part(weights, self.arrangement.tokens)
+        return None if own is None else self.arrangement.weights_of_rows(own)
 
     def share_key(self) -> tuple:
         """Return a key that is equal for two products that read the same rows for the same layers."""
-        pins = tuple((axis, index if isinstance(index, int) else id(index)) for axis, index in self.origin.pins)
+        layers = self.axes.layers
+        pins = tuple(
+            (pin.axis, pin.index if isinstance(pin.index, int) else id(pin.index))
+            for pin in self.origin.pins
+            if pin.axis in layers
+        )
+        shards = tuple(shard for shard in self.origin.shards if _is_along(shard, layers))
         sizes = self.axes.sizes(self.origin.shape)[0]
         groups = None if self.group_sizes is None else id(self.group_sizes)
-        return id(self.source), id(self.scope), self.arrangement, pins, sizes, groups
+        return id(self.source), id(self.scope), self.arrangement, pins, shards, self.placement, sizes, groups
 
 
-def find_product(equation: core.JaxprEqn, operands: Sequence[Operand]) -> Product:
+def find_product(equation: core.JaxprEqn, operands: Sequence[Operand], mesh_axes: tuple[Hashable, ...] = ()) -> Product:
     """Return what a product says about the one of its operands that is a leaf.
 
     Args:
       equation: a `dot_general`, `ragged_dot_general` or `conv_general_dilated`.
       operands: its operands.
+      mesh_axes: within `shard_map`, the axes of the mesh whose devices run the product.
 
     Raises:
       UnfollowedError: both operands are leaves, or the axes of the leaf have no clear roles.
@@ -135,7 +170,28 @@ def find_product(equation: core.JaxprEqn, operands: Sequence[Operand]) -> Produc
     # Of two weights neither is the input of the other: their product is a weight itself.
     if len(followed) != 1:
         raise UnfollowedError('two leaves are multiplied with each other, or a leaf says where groups begin')
-    return PRODUCTS[equation.primitive.name](equation, operands, followed[0])
+    (kernel,) = followed
+    product = PRODUCTS[equation.primitive.name](equation, operands, kernel)
+    of_rows = operands[1 - kernel].varies.intersection(mesh_axes)
+    of_layers = _mesh_axes_of_layers(product)
+    gathered = {shard.mesh_axis for shard in operands[kernel].origin.shards} - {
+        shard.mesh_axis for shard in product.origin.shards
+    }
+    placement = Placement(mesh_axes, rows=of_rows - of_layers - gathered, layers=of_layers)
+    return replace(product, placement=placement)
+
+
+def _mesh_axes_of_layers(product: Product) -> frozenset[Hashable]:
+    """Return the axes of a mesh along which devices have other layers."""
+    layers = product.axes.layers
+    pinned = [pin.mesh_axes for pin in product.origin.pins if pin.axis in layers]
+    divided = {shard.mesh_axis for shard in product.origin.shards if _is_along(shard, layers)}
+    return frozenset(divided).union(*pinned)
+
+
+def _is_along(shard: Shard, axes: Collection[int]) -> bool:
+    """Return whether devices divide one of these axes of the leaf."""
+    return any(part.axis in axes for part in shard.parts)
 
 
 def _dot_general(equation: core.JaxprEqn, operands: Sequence[Operand], kernel: int) -> Product:
@@ -225,6 +281,8 @@ def _product(
 ) -> Product:
     """Return a product.
 
+    Where devices divide the inputs of the kernel, each gathers the inputs of all.
+
     Args:
       origin: origin of the kernel.
       x: the other operand.
@@ -235,6 +293,18 @@ def _product(
       group_sizes: number of rows of each expert.
       source: see `Product`; None: x.
     """
+    source = x if source is None else source
+    input_axes = {part.axis for axis in contracted[0] for part in origin.axes[axis]}
+    for shard in [shard for shard in origin.shards if _is_along(shard, input_axes)]:
+        # The devices become a new first axis of both operands, which is contracted too.
+        origin = origin.stack_shards([shard.mesh_axis])
+        if origin is None:
+            raise UnfollowedError('devices read indices of it that are known only when it runs')
+        x = x if x is None else jax.lax.all_gather(x, shard.mesh_axis)
+        x_shape = (math.prod(part.size for part in shard.parts), *x_shape)
+        contracted = tuple((0, *[axis + 1 for axis in axes]) for axes in contracted)
+        batch = tuple(tuple(axis + 1 for axis in axes) for axes in batch)
+        group_axis = None if group_axis is None else group_axis + 1
     # A kernel that was broadcast over such an axis is the same for all of it: x has more tokens there.
     layer_axes = [(mine, other) for mine, other in zip(*batch, strict=True) if origin.axes[mine]]
     layer_parts = {other: origin.axes[mine] for mine, other in layer_axes}
@@ -264,7 +334,7 @@ def _product(
         tokens=tuple(split_shape[axis] for axis in token_axes),
         inputs=math.prod(part.size for part in ordered_inputs),
     )
-    return Product(origin, axes, x, arrangement, group_sizes, x if source is None else source)
+    return Product(origin, axes, x, arrangement, group_sizes, source)
 
 
 def _roles(origin: Origin, layers: Sequence[Sequence[Part]], inputs: Sequence[Sequence[Part]]) -> KernelAxes:
@@ -281,14 +351,17 @@ def _roles(origin: Origin, layers: Sequence[Sequence[Part]], inputs: Sequence[Se
         raise UnfollowedError('the leaf was broadcast along a contracted axis')
     # What a slice left out of the outputs does not matter: each output has the same input.
     output_axes = set(range(len(origin.shape))) - {part.axis for part in (*layer_parts, *input_parts)}
-    pinned = {pin.axis for pin in origin.pins}
+    # An axis of outputs of which one part is indexed and another is there was sliced, too.
+    sliced = {axis for axis in output_axes if _parts_of(origin, axis)}
+    pinned = {pin.axis for pin in origin.pins} - sliced
     # Parts of an axis that are not contracted would be outputs: the axis would have two roles.
     for axis in {part.axis for part in (*layer_parts, *input_parts)}:
         same_role = [part for part in (layer_parts + input_parts) if part.axis == axis]
         is_in_both = axis in {part.axis for part in layer_parts} and axis in {part.axis for part in input_parts}
         if is_in_both or len(same_role) != len(_parts_of(origin, axis)):
             raise UnfollowedError(f'axis {axis} of the leaf is contracted only in part')
-        if math.prod(part.size for part in same_role) != origin.shape[axis]:
+        divided = [part for shard in origin.shards for part in shard.parts if part.axis == axis]
+        if math.prod(part.size for part in (*same_role, *divided)) != origin.shape[axis]:
             raise UnfollowedError(f'only some indices of axis {axis} of the leaf are read')
     return KernelAxes(
         layers=tuple(sorted(pinned | {part.axis for part in layer_parts})),

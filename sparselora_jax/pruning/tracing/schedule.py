@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from sparselora_jax.pruning.tracing.operations import Operand, UnfollowedError, origins_after
+from sparselora_jax.pruning.tracing.operations import OF_BATCH, Operand, UnfollowedError, origins_after
 from sparselora_jax.pruning.tracing.origin import Origin
 from sparselora_jax.pruning.tracing.products import PRODUCTS, Product, find_product
-from sparselora_jax.pruning.tracing.program import CALLS, Program, Walk, closed
+from sparselora_jax.pruning.tracing.program import Program
+from sparselora_jax.pruning.tracing.walk import CALLS, Walk, closed
 
 
 class Unit(NamedTuple):
@@ -217,9 +218,9 @@ class _Scheduler:
         jaxpr = flat.jaxpr
         self.known: dict[core.Var, Operand] = {}
         for variable, origin, varying in zip(jaxpr.invars, origins, varies, strict=True):
-            self.known[variable] = Operand(None, origin, varying)
+            self.known[variable] = Operand(None, origin, OF_BATCH if varying else frozenset())
         for variable, constant in zip(jaxpr.constvars, flat.consts, strict=True):
-            self.known[variable] = Operand(constant, None, False)
+            self.known[variable] = Operand(constant)
         # Literal indices stay known, so that the layer of `w[3]` is.
         self.producer: dict[core.Var, core.JaxprEqn] = {}
         self.weight_operations: dict[core.Var, core.JaxprEqn] = {}
@@ -231,7 +232,7 @@ class _Scheduler:
             self._analyse(equation)
 
     def _operand(self, atom: Any) -> Operand:
-        return Operand(atom.val, None, False) if isinstance(atom, core.Literal) else self.known[atom]
+        return Operand(atom.val) if isinstance(atom, core.Literal) else self.known[atom]
 
     def _analyse(self, equation: core.JaxprEqn) -> None:
         """Find out which kernels an operation uses, and what its results are."""
@@ -246,8 +247,8 @@ class _Scheduler:
             # A scan over stacked layers is walked; other loops run as a whole.
             elif name == 'scan' and (loop := self._loop(equation, operands)):
                 use = _Use(loop=loop)
-            elif name in ('scan', 'while', 'cond'):
-                use = self._use_of_control_flow(equation, operands)
+            elif name in ('scan', 'while', 'cond', 'shard_map'):
+                use, results = self._use_of_control_flow(equation)
             else:
                 # `trace` reported a kernel that is lost here, if it has no other product.
                 with contextlib.suppress(UnfollowedError):
@@ -256,7 +257,7 @@ class _Scheduler:
         # What comes out of a product changes when its kernel is pruned, like what depends on the samples.
         varies = is_used or any(operand.varies for operand in operands)
         for variable, origin in zip(equation.outvars, results, strict=True):
-            self.known[variable] = Operand(None, origin, varies)
+            self.known[variable] = Operand(None, origin, OF_BATCH if varies else frozenset())
             self.producer[variable] = equation
             # Computed anew where it is needed: a value that was kept would be that of an unpruned kernel.
             if not varies:
@@ -274,17 +275,21 @@ class _Scheduler:
         index = next(index for index, operand in enumerate(operands) if operand.origin is product.origin)
         return _Use({self._unit(equation.invars[index])})
 
-    def _use_of_control_flow(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> _Use:
-        """Find the kernels inside a loop or a branch: all of them are pruned together, before it runs."""
+    def _use_of_control_flow(self, equation: core.JaxprEqn) -> tuple[_Use, list[Origin | None]]:
+        """Find the kernels inside a loop or a branch: all of them are pruned together, before it runs.
+
+        Returns:
+          (the kernels, the origins of the results: a loop, or a `shard_map`, may only gather or split weights).
+        """
         products: list[Product] = []
         # The walk sees the operation alone, with what is known of its operands.
         variables = list(dict.fromkeys(_variables(equation.invars)))
-        Walk(products.append, has_values=False).run(
-            self._alone(equation), [self._operand(variable) for variable in variables]
-        )
+        walk = Walk(lambda product, sums: products.append(product), has_values=False)
+        results = walk.run(self._alone(equation), [self._operand(variable) for variable in variables])
         paths = {product.path for product in products}
         followed = [variable for variable in variables if self.known[variable].origin is not None]
-        return _Use({self._unit(variable) for variable in followed if self.known[variable].origin.path in paths})
+        use = _Use({self._unit(variable) for variable in followed if self.known[variable].origin.path in paths})
+        return use, [None if use.units else result.origin for result in results]
 
     def _alone(self, equation: core.JaxprEqn) -> core.ClosedJaxpr:
         """Return a program of one operation."""
@@ -343,7 +348,7 @@ class _Scheduler:
             origins.append(origin and Origin.of_leaf(name, variable.aval.shape))
             if origin:
                 kernels[name] = origin
-        varies = [operand.varies for operand in operands]
+        varies = [bool(operand.varies) for operand in operands]
         # The carry varies if any round makes it vary; to call it varying is always right.
         first_carry = params['num_consts']
         varies[first_carry:num_outer] = [True] * params['num_carry']
@@ -415,7 +420,7 @@ class _Scheduler:
 
     def _complete(self, steps: list[Step]) -> None:
         """Fill in what each step reads and computes."""
-        # Only `needed` is used of it.
+        # A schedule without order, of which only `needed` is used.
         schedule = Schedule(self.flat, steps, [], set(), self.weight_operations)
         # Values that hold pruned kernels: to compute them again would bring the unpruned ones back.
         holders: set[core.Var] = set()
@@ -490,9 +495,10 @@ def identity(program: core.ClosedJaxpr) -> tuple[str, tuple[int, ...]]:
     inner = [value for equation in program.jaxpr.eqns for value in jax.tree.leaves(equation.params)]
     while inner:
         value = inner.pop()
-        if isinstance(value, core.ClosedJaxpr):
-            constants += map(id, value.consts)
-            inner += [leaf for equation in value.jaxpr.eqns for leaf in jax.tree.leaves(equation.params)]
+        if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
+            program_within = closed(value)
+            constants += map(id, program_within.consts)
+            inner += [leaf for equation in program_within.jaxpr.eqns for leaf in jax.tree.leaves(equation.params)]
     return str(program.jaxpr), tuple(constants)
 
 

@@ -10,12 +10,16 @@ from sparselora_jax.pruning.tracing.origin import Origin
 SHAPE = (4, 6, 8)
 
 
-def elements(origin, shape):
-    """The flat indices of the leaf that a value of this shape holds, according to its origin."""
+def elements(origin, shape, device=0):
+    """The flat indices of the leaf that a value of this shape holds on a device, according to its origin."""
     strides = np.cumprod((*origin.shape[1:], 1)[::-1])[::-1]
     indices = np.zeros(shape, int)
     for pin in origin.pins:
         indices = indices + pin.index * strides[pin.axis]
+    for shard in origin.shards:
+        numbers = np.unravel_index(device, [part.size for part in shard.parts])
+        for part, number in zip(shard.parts, numbers, strict=True):
+            indices = indices + (part.start + part.stride * number) * strides[part.axis]
     for axis, parts in enumerate(origin.axes):
         positions = np.zeros(1, int)
         for part in parts:
@@ -125,3 +129,41 @@ def test_traced_indices_are_compared_by_identity():
     indices = [object(), object()]
     for first, second in itertools.product(indices, indices):
         assert origin.pin(0, first).is_same_as(origin.pin(0, second)) == (first is second)
+
+
+DIVIDED = [
+    ([], 0, 4),
+    ([], 1, 3),
+    ([reshaped((24, 8))], 0, 8),
+    ([reshaped((24, 8))], 0, 24),
+    ([transposed(2, 0, 1), sliced(0, 2, 4)], 0, 2),
+    ([picked(1, 5)], 1, 8),
+]
+
+
+@pytest.mark.parametrize(('operations', 'axis', 'devices'), DIVIDED)
+def test_devices_divide_an_axis_and_join_it_again(operations, axis, devices):
+    whole = np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    origin = Origin.of_leaf('w', SHAPE)
+    for operation in operations:
+        origin, whole = operation(origin, whole)
+    divided = origin.shard(axis, 'd', devices)
+    parts = np.split(whole, devices, axis)
+    for device, part in enumerate(parts):
+        np.testing.assert_array_equal(elements(divided, part.shape, device), part)
+    stacked = divided.stack_shards(['d'])
+    np.testing.assert_array_equal(elements(stacked, (devices, *parts[0].shape)), np.stack(parts))
+    joined = divided.concatenate_shards(['d'], devices, axis, parts[0].shape)
+    np.testing.assert_array_equal(elements(joined, whole.shape), whole)
+    # Whatever a device does to its part, the parts can be stacked.
+    picked_parts = [part.take(0, axis) for part in parts]
+    np.testing.assert_array_equal(
+        elements(divided.pin(axis, 0).stack_shards(['d']), (devices, *picked_parts[0].shape)), np.stack(picked_parts)
+    )
+
+
+def test_what_devices_cannot_divide_or_join_is_given_up():
+    origin = Origin.of_leaf('w', (6, 8))
+    assert origin.reshape((6, 8), (48,)).shard(0, 'd', 4) is None
+    assert origin.stack_shards(['d']) is None
+    assert origin.shard(1, 'd', 4).pin(1, object()).stack_shards(['d']) is None

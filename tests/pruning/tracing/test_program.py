@@ -126,6 +126,22 @@ def sliced_outputs(params, x):
     return x
 
 
+def interleaved_outputs(params, x):
+    for i in range(LAYERS):
+        pairs = params['w'][i].reshape(WIDTH, WIDTH // 2, 2)
+        x = jnp.tanh(jnp.stack([x @ pairs[..., 0], x @ pairs[..., 1]], axis=-1).reshape(x.shape))
+    return x
+
+
+def with_integers_of_numpy(params, x):
+    width = np.int64(WIDTH)
+    for i in np.arange(LAYERS):
+        w = jax.lax.slice(params['w'], (i, np.int64(0), np.int64(0)), (i + 1, width, width)).reshape(width, width)
+        w = jax.lax.broadcast_in_dim(w, (1, width, width), np.arange(1, 3))
+        x = jnp.tanh(x @ jax.lax.squeeze(w, np.arange(1)))
+    return x
+
+
 def vmapped_rows(params, x):
     for i in range(LAYERS):
         x = jnp.tanh(jax.vmap(lambda row, w: row @ w, (0, None))(x, params['w'][i]))
@@ -154,6 +170,8 @@ FORMS = [
     in_heads,
     contracted_in_heads,
     sliced_outputs,
+    interleaved_outputs,
+    with_integers_of_numpy,
     vmapped_rows,
     cast_masked_and_scaled,
 ]
@@ -267,6 +285,30 @@ def test_what_cannot_be_followed_is_named(name):
     forward, reason = UNFOLLOWED[name]
     with pytest.raises(CalibrationError, match=f'^kernel: no product of the forward reads it: .*{reason}'):
         sl.collect(forward, {'kernel': W['w'][0]}, [X])
+
+
+def test_an_index_that_a_branch_computes_is_named():
+    def forward(params, x):
+        index = jnp.argmax(x) % LAYERS
+        return x @ jax.lax.cond(x[0, 0, 0] > 0, lambda: params['w'][index], lambda: params['w'][index])
+
+    with pytest.raises(CalibrationError, match=r'^w: no product .*: cond \(.*: its branches return different parts'):
+        sl.collect(forward, W, [X])
+
+
+def test_an_array_that_is_multiplied_but_not_followed_is_logged(caplog):
+    params = {'depthwise': jnp.ones((3, 1, WIDTH)), 'w': W['w'][0], 'scale': jnp.ones((1, WIDTH))}
+
+    def forward(params, x):
+        x = jax.lax.conv_general_dilated(
+            x, params['depthwise'], (1,), 'SAME', dimension_numbers=('NWC', 'WIO', 'NWC'), feature_group_count=WIDTH
+        )
+        return (x * params['scale']) @ params['w']
+
+    assert set(sl.collect(forward, params, [X])) == {'w'}
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith('arrays that are multiplied, but get no statistic: depthwise: conv_general_dilated (')
+    assert line.endswith('a convolution of several groups of channels has no single input')
 
 
 def test_a_layer_that_no_product_reads_is_named():
