@@ -66,6 +66,7 @@ def divide(origin: Origin | None, spec: PartitionSpec, mesh: Mesh | AbstractMesh
       mesh: the mesh of the devices.
     """
     for axis, names in mesh_axes_by_axis(spec).items():
+        # The first axis of the mesh divides first.
         for name in names:
             origin = origin and origin.shard(axis, name, mesh.shape[name])
     return origin
@@ -130,6 +131,7 @@ class Placement:
             return None
         (mesh_axis,) = self.rows
         devices = jax.lax.axis_size(mesh_axis)
+        # The devices divide the axis along which the array is longer than the rows, by their number.
         for axis, size in enumerate(rows[: array.ndim]):
             whole = (*rows[:axis], size * devices, *rows[axis + 1 :])
             if array.shape == whole[: array.ndim]:

@@ -198,6 +198,7 @@ def _all_gather(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Or
         raise UnfollowedError('it gathers groups of devices')
     origin = operands[0].origin
     shape = shape_of(equation, 0)
+    # Tiled: devices are joined along this axis; else they become it.
     axis = params['all_gather_dimension']
     mesh_axes = mesh_axes_of(equation)
     if params['tiled']:

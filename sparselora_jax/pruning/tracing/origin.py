@@ -295,6 +295,7 @@ class Origin:
         parts = [part for mesh_axis in mesh_axes for part in by_axis[mesh_axis].parts]
         pins = list(self.pins)
         for pin in self.pins:
+            # The first part is the most major one, whose start the others count from.
             index = next((i for i, part in enumerate(parts) if part.axis == pin.axis), None)
             if index is None:
                 continue
@@ -320,6 +321,7 @@ class Origin:
         stacked = self.stack_shards(mesh_axes)
         if stacked is None:
             return None
+        # Bring the devices in front of the axis that they divide, and join the two.
         ahead = range(1, axis + 1)
         behind = range(axis + 1, len(shape) + 1)
         moved = stacked.transpose([*ahead, 0, *behind])

@@ -113,6 +113,7 @@ class Product:
     def _indices(self, axis: int) -> Int[Array, ' at_once']:
         """Return the indices of one axis of the leaf that are read: the sum of those of its parts."""
         indices = jnp.zeros(1, jnp.int32)
+        # On a device that holds a part of the axis, an index that was taken counts from the beginning of that part.
         for pin in self.origin.pins:
             if pin.axis == axis:
                 indices = indices + jnp.asarray(pin.index, jnp.int32)
@@ -144,6 +145,7 @@ class Product:
     def share_key(self) -> tuple:
         """Return a key that is equal for two products that read the same rows for the same layers."""
         layers = self.axes.layers
+        # Which outputs a product reads does not matter: its rows are those of the other outputs.
         pins = tuple(
             (pin.axis, pin.index if isinstance(pin.index, int) else id(pin.index))
             for pin in self.origin.pins
@@ -172,8 +174,10 @@ def find_product(equation: core.JaxprEqn, operands: Sequence[Operand], mesh_axes
         raise UnfollowedError('two leaves are multiplied with each other, or a leaf says where groups begin')
     (kernel,) = followed
     product = PRODUCTS[equation.primitive.name](equation, operands, kernel)
+    # Along these axes devices hold rows of their own, unless they read other layers or inputs of the kernel there.
     of_rows = operands[1 - kernel].varies.intersection(mesh_axes)
     of_layers = _mesh_axes_of_layers(product)
+    # `_product` has joined the inputs that devices divide.
     gathered = {shard.mesh_axis for shard in operands[kernel].origin.shards} - {
         shard.mesh_axis for shard in product.origin.shards
     }

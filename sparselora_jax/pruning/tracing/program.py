@@ -116,12 +116,14 @@ def _analysis(program: Program) -> dict[str, dict]:
     def visit(product, sums):
         products.setdefault(product.path, []).append(product)
 
+    # Without values nothing is computed: shapes and origins are enough.
     walk = Walk(visit, has_values=False)
     walk.run(program.jaxpr, program._arguments([None] * len(program.origins)))
     kernels = [origin.path for origin in program.origins if origin is not None]
     lost = {path: walk.lost.get(path, NEVER_READ) for path in kernels if path not in products}
     axes = {}
     for path, of_kernel in products.items():
+        # Products that need different statistics cannot share one.
         conflict = _conflict(of_kernel)
         if conflict:
             lost[path] = conflict

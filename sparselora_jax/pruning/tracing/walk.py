@@ -82,6 +82,7 @@ class Walk:
         return [read(atom) for atom in program.jaxpr.outvars]
 
     def _run_equation(self, equation: core.JaxprEqn, operands: list[Operand]) -> list[Operand]:
+        # An operation on other values runs as it is.
         origins: list[Origin | None] = [None] * len(equation.outvars)
         followed = [operand.origin for operand in operands if operand.origin is not None]
         name = equation.primitive.name
@@ -103,6 +104,7 @@ class Walk:
             except UnfollowedError as reason:
                 place = f'{name} ({self._line_of(equation)})'
                 for origin in followed:
+                    # The first operation that lost a leaf is the one to name.
                     self.lost.setdefault(origin.path, f'{place}: {reason}')
                     if name in PRODUCTS:
                         self.unfollowed.setdefault(origin.path, f'{place}: {reason}')
@@ -304,6 +306,7 @@ class Walk:
         body = closed(params['jaxpr'])
         on_device = []
         for operand, spec in zip(operands, params['in_specs'], strict=True):
+            # What is divided differs from device to device; what is replicated does not.
             varies = operand.varies.union(*mesh_axes_by_axis(spec).values())
             divided = self._followed(equation, operand, divide(operand.origin, spec, mesh))
             on_device.append(divided._replace(varies=varies))
@@ -313,6 +316,7 @@ class Walk:
         def run_on_device(sums, values):
             nonlocal results
             outer = self._sums, self._mesh_axes
+            # Within one `shard_map` there may be another, along further axes of the mesh.
             self._sums = sums
             self._mesh_axes += tuple(axis for axis in mesh.axis_names if axis in own_axes)
             inner = [operand._replace(value=value) for operand, value in zip(on_device, values, strict=True)]
