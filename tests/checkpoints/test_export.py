@@ -69,6 +69,7 @@ def test_torch_reads_the_same_model(name, saved, tmp_path):
         np.testing.assert_allclose(LOGITS(model, params, given), torch_models.logits(module, given), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('name', ['llama', 'blip2 opt'])
 def test_zeros_are_zeros_in_the_file_and_nothing_else_is(name, dtype, saved, tmp_path):

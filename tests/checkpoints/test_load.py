@@ -70,6 +70,7 @@ def test_logits_of_every_family_equal_torch(name, saved):
     assert model.source == str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['llama', 'blip2 opt', 'llava', 'paligemma'])
 def test_shards_and_rows_change_nothing(name, saved, monkeypatch):
     whole = load_model(saved(name)[1])[1]

@@ -195,6 +195,7 @@ def test_a_dry_run_says_what_a_run_would_warn_of(job):
     assert not small.repeated_records(8)
 
 
+@pytest.mark.slow
 def test_a_dry_run_refuses_a_workdir_that_another_run_uses(script, job, tmp_path):
     data_dir = job().config.data_dir
     workdir = tmp_path / 'run'

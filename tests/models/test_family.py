@@ -87,6 +87,7 @@ def test_without_a_name_it_is_unknown_until_it_is_registered(directory):
         sl.load_model(directory)
 
 
+@pytest.mark.slow
 def test_a_registered_family_is_found_by_its_model_type(directory, registered):
     model, params = sl.load_model(directory)
     assert model.family is registered

@@ -95,6 +95,7 @@ def test_statistics_are_those_that_calibration_gathers(config):
     assert sum(total.nbytes for total in gathered.values()) == sum(hessians.values())
 
 
+@pytest.mark.slow
 def test_rounding_a_base_takes_what_sparsegpt_takes_from_disk_and_nothing_where_nothing_is_rounded(config):
     assert memory.round_base(memory.recipe(CFG, config)).total == 0
     config.restore.base, config.prune.method, config.stream = 'nf4', 'sparsegpt', True

@@ -114,6 +114,7 @@ def test_the_zeroth_order_estimates_the_gradient_along_the_noise():
         assert got[layer] == pytest.approx(along, rel=0.02, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_kernels_and_layers():
     params, batches = setup()
     step = ecoflap.make_zeroth_order(loss, tuple(PATHS), eps=1e-3)

@@ -38,7 +38,7 @@ def two_layers(seed=0):
     return forward, params, [('gate', 'up'), ('down',), ('w',)]
 
 
-@pytest.mark.parametrize('method', [sl.Wanda(), sl.SparseGPT(block=8)], ids=['wanda', 'sparsegpt'])
+@pytest.mark.parametrize('method', [sl.Wanda(), pytest.param(sl.SparseGPT(block=8), marks=pytest.mark.slow)])
 def test_kernels_are_those_of_pruning_group_by_group(method):
     forward, params, order = two_layers()
     batches = [jax.random.normal(jax.random.key(i), (4, 5, 16)) for i in range(3)]
@@ -152,6 +152,7 @@ def test_batches_of_other_sizes_are_chunks_too():
     jax.tree.map(np.testing.assert_array_equal, whole.masks, parts.masks)
 
 
+@pytest.mark.slow
 def test_blocks_of_equal_structure_are_compiled_once():
     compiled = []
 

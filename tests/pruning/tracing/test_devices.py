@@ -195,6 +195,7 @@ def test_shardings_may_be_explicit():
         assert int(statistics[path].tokens) == int(want[path].tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', [sl.Wanda(), sl.SparseGPT(block=8)], ids=['wanda', 'sparsegpt'])
 @pytest.mark.parametrize('form', ['batch split', 'inputs split', 'outputs, inputs, batch'])
 def test_masks_equal_those_of_a_plain_forward(form, method):
