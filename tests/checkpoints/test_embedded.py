@@ -72,6 +72,7 @@ def test_the_tokenizer_knows_the_words_of_the_model(tokenizer):
     assert tokenizer.decode(tokenizer(' teal')['input_ids']) == ' teal'
 
 
+@pytest.mark.slow
 def test_the_processor_puts_the_image_first_and_scales_pixels_from_minus_one_to_one(tiny_blip2):
     cfg = tiny_blip2[0].cfg
     pixels = np.zeros((64, 64, 3), np.uint8)

@@ -70,6 +70,7 @@ def test_torch_loads_the_pruned_model_with_our_logits_and_its_zeros(pruned, dire
         np.testing.assert_array_equal(weights[name].numpy(), want)
 
 
+@pytest.mark.slow
 def test_the_result_counts_what_was_written(pruned):
     result = json.loads((pruned.workdir / 'export_pruned.json').read_text())
     assert {tower: counts['density'] for tower, counts in result['sparsity'].items()} == {

@@ -102,6 +102,7 @@ def test_the_suffix_is_causal(oracle):
     np.testing.assert_array_equal(got[:, :-1], want[:, :-1])
 
 
+@pytest.mark.slow
 def test_an_image_token_beyond_the_vocabulary(perturbed, from_torch):
     module, model, params = build(45, perturbed, from_torch)
     given = batch(45)

@@ -51,9 +51,8 @@ def test_kernels_are_those_of_pruning_group_by_group(method):
     assert got.tokens == dict.fromkeys(params, 3 * 4 * 5)
 
 
-@pytest.mark.parametrize(
-    'library', [name if name == 'plain' else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('library', MODELS)
 def test_models_of_any_library_have_the_masks_of_the_same_weights_in_plain_jax(library):
     forward, params, _ = MODELS[library]()
     want = sl.prune(plain()[0], plain()[1], [X], PATTERN, method=sl.Wanda())
@@ -127,6 +126,7 @@ def test_a_kernel_that_a_loop_reads_again_and_again_is_pruned_before_the_loop():
     assert got.tokens == {'w': 18}
 
 
+@pytest.mark.slow
 def test_experts_are_pruned_one_by_one():
     params = {
         'w': jax.random.normal(jax.random.key(0), (4, 8, 16)),

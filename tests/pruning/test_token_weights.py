@@ -60,6 +60,7 @@ def test_means_are_weighted_means():
     np.testing.assert_allclose(moments.first, first / weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stat', [*KINDS.values(), pruning.DSnoT().statistic], ids=[*KINDS, 'moments'])
 def test_masks_of_booleans_integers_and_floats_give_the_same_bits(stat):
     masks = [batch['importance'] > 0 for batch in batches()]

@@ -213,6 +213,7 @@ AXES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('trained', ['lora', pytest.param('weights', marks=pytest.mark.slow)])
 def test_the_step_of_the_paper_trains_a_forward_that_reads_plain_arrays(trained):
     forward, params, batch = language_model()

@@ -163,9 +163,13 @@ SAME_SUMS = {
     'weights split before',
 }
 
+QUICK = 'outputs split', 'inputs split', 'batch split', 'weights gathered'
+
 
 @pytest.mark.parametrize('stat', STATISTICS)
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize(
+    'form', [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_statistics_equal_those_of_a_plain_forward(form, stat):
     np.testing.assert_allclose(FORMS[form](W, X), plain(W, X), atol=1e-5)
     want = sl.collect(plain, W, BATCHES, stat=stat)
@@ -181,6 +185,7 @@ def test_statistics_equal_those_of_a_plain_forward(form, stat):
         np.testing.assert_array_equal(statistics['up'].total, want['up'].total)
 
 
+@pytest.mark.slow
 def test_shardings_may_be_explicit():
     def forward(params, x):
         split = {path: jax.sharding.reshard(params[path], spec) for path, spec in SPLIT_HIDDEN.items()}
@@ -207,6 +212,7 @@ def test_masks_equal_those_of_a_plain_forward(form, method):
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), pruned, want[0])
 
 
+@pytest.mark.slow
 def test_one_pass_prunes_products_of_their_own_regions_one_after_the_other():
     want = sl.prune(plain, W, BATCHES, [('.*', '2:4')], method=sl.Wanda())
     got = sl.prune(FORMS['inputs split'], W, BATCHES, [('.*', '2:4')], method=sl.Wanda())
@@ -276,6 +282,7 @@ def within_scan(params, x):
 STACKED_FORMS = [scan_within, loop_within, loop_whose_end_is_data, branches_within, within_scan]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stat', STATISTICS)
 @pytest.mark.parametrize('forward', STACKED_FORMS, ids=lambda form: form.__name__)
 def test_layers_of_a_stack(forward, stat):
@@ -369,6 +376,7 @@ def test_a_mean_counts_the_tokens_of_all_devices():
     np.testing.assert_allclose(statistic.total, 2.5 * np.mean(np.square(X), axis=(0, 1)), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['inputs split', 'batch split', 'outputs, inputs, batch', 'sequence split'])
 def test_tokens_have_weights(form):
     weights = jnp.arange(8) < jnp.array([[8], [3], [1], [5]])
