@@ -5,7 +5,7 @@ kernels are then complete, the kernels are pruned, and the chunks go on through 
 (q, k and v) share a cut. GPTQ calls this order true sequential.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -144,6 +144,14 @@ class Chunk:
     values: Values
     weights: Callable[[str], Array | None] = lambda path: None
 
+    def keep(self, live: Collection[core.Var]) -> None:
+        """Let go of the values that are not needed any more.
+
+        Args:
+          live: the others.
+        """
+        self.values = {variable: value for variable, value in self.values.items() if variable in live}
+
 
 class Target(NamedTuple):
     """A kernel to prune.
@@ -204,16 +212,18 @@ class OnePass:
             # Chunks run one after the other; at a cut all of them have arrived.
             if isinstance(steps[0], Segment):
                 for chunk in chunks:
-                    self._run_segment(levels[chunk.level], steps[chunk.level], chunk, number)
-            elif isinstance(steps[0], Cut):
+                    self._run_segment(levels[chunk.level], steps[chunk.level], chunk)
+                    # Its inputs are let go before the next chunk runs.
+                    chunk.keep(schedules[chunk.level].live[number])
+                continue
+            if isinstance(steps[0], Cut):
                 self._prune(levels, steps, chunks, places)
             else:
                 self._run_loop(levels, steps, chunks, places)
             for chunk in chunks:
-                live = schedules[chunk.level].live[number]
-                chunk.values = {variable: value for variable, value in chunk.values.items() if variable in live}
+                chunk.keep(schedules[chunk.level].live[number])
 
-    def _run_segment(self, level: Level, segment: Segment, chunk: Chunk, number: int) -> None:
+    def _run_segment(self, level: Level, segment: Segment, chunk: Chunk) -> None:
         # Nothing reads what comes after the last kernel.
         if not segment.outputs:
             return
@@ -225,9 +235,6 @@ class OnePass:
         shared = [level.shared[variable] for variable in segment.inputs if variable not in level.schedule.varying]
         results = run(shared, own)
         chunk.values.update(zip(segment.outputs, results, strict=True))
-        # The inputs of one chunk are let go before the next one runs.
-        live = level.schedule.live[number]
-        chunk.values = {variable: value for variable, value in chunk.values.items() if variable in live}
 
     def _on_own_rows(self, schedule: Schedule, segment: Segment) -> Callable[..., Any]:
         """Return `(shared values, values of a chunk) -> results`, compiled; segments of equal structure share one."""

@@ -272,7 +272,6 @@ def walk(
         `visit` takes a layer's weights by path and its inputs, `[(x, ctx), ...]`. It returns the weights that the layer
         then runs with, and the outputs of all chunks, or None to have them computed with these weights.
       chunk: number of samples processed at a time on each device.
-
     """
     mesh = sharding.mesh_of_rows(samples)
 

@@ -391,6 +391,18 @@ def test_masks_have_the_zeros_that_were_allocated(world, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_recipe_chooses_the_order_in_which_kernels_are_calibrated(world, tmp_path):
+    masks = {}
+    for order in ('layer', 'kernel'):
+        stages.prune(Job(tiny_config(**{'prune.sequential': order}), tmp_path / order))
+        masks[order] = rules.flatten(trees.load_safetensors(tmp_path / order / 'masks.safetensors')[0])
+    first = [of_order['language/blocks/attn/q/kernel'][0] for of_order in masks.values()]
+    np.testing.assert_array_equal(*first)  # no pruned kernel comes before it
+    last = [of_order['language/blocks/mlp/down/kernel'][-1] for of_order in masks.values()]
+    assert (last[0] != last[1]).any()
+
+
+@pytest.mark.slow
 def test_the_report_believes_the_zeros_that_were_allocated(world, tmp_path):
     got = read(run(tmp_path, **ALLOCATED, **{'prune.allocation': 'owl'}), 'report')
     assert [got['sparsity'][tower]['violations'] for tower in ('vision', 'qformer', 'language')] == [0, 0, 0]

@@ -181,3 +181,15 @@ def test_a_base_in_fewer_bytes_is_counted_as_it_is_held(config, base):
     config.restore.teacher = 'model'
     with_teacher = memory.restore(memory.recipe(CFG, config)).held
     assert with_teacher[f'kernels of the dense teacher (the base is {base})'] == 2 * weights
+
+
+def test_one_pass_holds_an_input_of_all_samples_beside_the_hidden_states(config):
+    name = 'input of a kernel for the calibration set'
+    by_layer = memory.prune(memory.recipe(CFG, config)).held
+    assert name not in by_layer
+    config.prune.sequential = 'kernel'
+    held = memory.prune(memory.recipe(CFG, config)).held
+    assert {term: size for term, size in held.items() if term != name} == by_layer
+    # The widest is that of the language tower's `down`, in float32: of the queries and the text without its last token.
+    tokens = QFORMER.queries + config.text.prompt_tokens + config.text.answer_tokens - 1
+    assert held[name] == config.prune.samples * tokens * LLAMA.mlp_width * 4
