@@ -53,6 +53,9 @@ SCALE = 2.0**64
 # must fit into float32. This matters for `Mean` of first and second moments, one of which may be 0 by chance.
 SAFE = 2.0**-16
 
+# A Hessian of this many inputs or more is computed in blocks. Smaller products run at a lower rate, on a CPU at least.
+HALVED = 256
+
 DEAD = 'all {inputs} inputs are zero on every calibration token; nothing says which of its weights matter'
 SOME_DEAD = (
     '{dead} of {inputs} inputs are zero on every calibration token, or too small for float32 squares; nothing says '
@@ -70,9 +73,26 @@ def squares(x: Float[Array, 'tokens inputs']) -> Float[Array, ' inputs']:
 
 
 def hessian(x: Float[Array, 'tokens inputs']) -> Float[Array, 'inputs inputs']:
-    """Return SparseGPT's statistic: `x^T x`, in fp32."""
-    x = x.astype(jnp.float32)
-    return jnp.matmul(x.T, x, precision='highest')
+    """Return SparseGPT's statistic: `x^T x`, in fp32; exactly symmetric from `HALVED` inputs on.
+
+    Of a symmetric matrix only the blocks on and below the diagonal are computed, and the others copied. From
+    2 * `HALVED` inputs on, this saves 37.5 % to 50 % of the operations.
+    """
+    return _gram(x.astype(jnp.float32))
+
+
+def _gram(x: Float[Array, 'tokens inputs']) -> Float[Array, 'inputs inputs']:
+    """Return `x^T x` of float32 numbers."""
+    inputs = x.shape[1]
+    if inputs < HALVED:
+        return jnp.matmul(x.T, x, precision='highest')
+    # Halving again and again keeps products large: of all blocks below the diagonal, most are in the first product.
+    first = x[:, : inputs // 2]
+    second = x[:, inputs // 2 :]
+    below = jnp.matmul(second.T, first, precision='highest')
+    upper_rows = jnp.concatenate([_gram(first), below.T], axis=1)
+    lower_rows = jnp.concatenate([below, _gram(second)], axis=1)
+    return jnp.concatenate([upper_rows, lower_rows])
 
 
 @dataclass(frozen=True)

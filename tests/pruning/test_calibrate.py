@@ -8,6 +8,7 @@ import pytest
 from sparselora_jax import pruning
 from sparselora_jax.models import llama
 from sparselora_jax.models.init import init_params
+from sparselora_jax.planning.flops import matmul_flops
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.sparse.linear import linear
 
@@ -32,6 +33,21 @@ def test_statistics_under_scan_equal_numpy(stat):
         np.testing.assert_allclose(total[layer], want, rtol=1e-4, atol=1e-4)
         x = np.tanh(x @ np.asarray(PARAMS['blocks']['fc']['kernel'][layer], np.float64))
     assert tokens.tolist() == [30, 30, 30]
+
+
+@pytest.mark.parametrize('inputs', [256, 515])
+def test_a_hessian_in_blocks_equals_numpy_and_is_symmetric(inputs):
+    x = jax.random.normal(jax.random.key(0), (40, inputs))
+    found = jax.jit(calibrate.hessian)(x)
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(found, exact.T @ exact, rtol=1e-5, atol=1e-4)
+    assert jnp.array_equal(found, found.T)
+
+
+@pytest.mark.parametrize('inputs', [512, 576, 1536, 4096])
+def test_a_hessian_takes_at_most_65_percent_of_the_operations(inputs):
+    x = jax.ShapeDtypeStruct((1024, inputs), jnp.float32)
+    assert matmul_flops(calibrate.hessian, x) <= 0.65 * 2 * 1024 * inputs**2
 
 
 def test_pads_do_not_count():
