@@ -20,13 +20,17 @@ PRUNERS = {
     'Wanda': 'wanda',
     'SparseGPT': 'sparsegpt',
     'DSnoT': 'dsnot',
+    'RIA': 'ria',
     'ADMM': 'admm',
 }
+# Reconstruction follows any method, so it is a row of its own at every pattern.
+RECONSTRUCTED = {'Wanda, reconstructed': {'prune.method': 'wanda', 'prune.reconstruct.passes': 4}}
 WANDA = {'prune.method': 'wanda'}
 MATRIX = {'prune.group.vision': 'matrix', 'prune.group.language': 'matrix'}
 ALLOCATIONS = {
     'global magnitude': {'prune.method': 'magnitude', 'prune.allocation': 'global_magnitude', 'prune.highest': 0.9}
     | MATRIX,
+    'DAS': WANDA | {'prune.allocation': 'das'},
     'OWL': WANDA | {'prune.allocation': 'owl'},
     'ECoFLaP, first order': WANDA | {'prune.allocation': 'ecoflap_first'},
     'ECoFLaP, zeroth order': WANDA | {'prune.allocation': 'ecoflap_zeroth'},
@@ -36,7 +40,7 @@ ALLOCATIONS = {
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the sweep; see `grid.py` for `arg`."""
     towers = tuple(grid.base(arg).prune.pattern)
-    pruners = {label: {'prune.method': name} for label, name in PRUNERS.items()}
+    pruners = {label: {'prune.method': name} for label, name in PRUNERS.items()} | RECONSTRUCTED
     points = []
     for label, pattern in PATTERNS.items():
         structured = ':' in pattern

@@ -121,6 +121,7 @@ def allocate(job: Job) -> dict[str, np.ndarray] | None:
             loss=loss,
             calibration=lambda: _calibration(job),
             score_batches=lambda samples, batch: _score_batches(job, samples, batch),
+            is_image=model.is_image,
             key=jax.random.key(config.seed),
             progress=lambda name, count: Progress(name, count, interval=5),
         )

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.models import prompts
 from sparselora_jax.models.config import FamilyConfig, HfConfig
@@ -103,6 +103,15 @@ class Model:
         batch = _to_jax(batch)
         batch.setdefault('attention_mask', jnp.ones_like(batch['input_ids']))
         return self.family.prompt(weights, self.cfg, batch, run)
+
+    def is_image(self, batch: dict) -> Bool[Array, 'batch tokens'] | None:
+        """Return which tokens of `input_ids` stand for an image; None: the model takes no images.
+
+        Args:
+          batch: see the module docstring.
+        """
+        image_token = getattr(self.cfg, 'image_token', None)
+        return None if image_token is None else jnp.asarray(batch['input_ids']) == image_token
 
     def hidden(self, weights: dict, batch: dict, run: Runner = scan_blocks) -> Float[Array, 'batch tokens dim']:
         """Return the hidden states before the head, of every token (for an encoder-decoder, of the decoder's tokens).

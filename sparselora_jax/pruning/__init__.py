@@ -8,6 +8,7 @@ recipe may use.
 from sparselora_jax.pruning.admm import ADMM
 from sparselora_jax.pruning.allocate import allocate, check_bound, kernel_sizes, uniform_zeros
 from sparselora_jax.pruning.allocation import ALLOCATIONS, Allocation, AllocationError, AllocationInputs, Uniform
+from sparselora_jax.pruning.das import DAS, das_zeros, diversity_scores
 from sparselora_jax.pruning.dsnot import DSnoT
 from sparselora_jax.pruning.ecoflap import (
     EcoflapFirst,
@@ -31,6 +32,7 @@ from sparselora_jax.pruning.wanda import Wanda
 __all__ = [
     'ADMM',
     'ALLOCATIONS',
+    'DAS',
     'GPTQ',
     'METHODS',
     'OWL',
@@ -55,6 +57,8 @@ __all__ = [
     'Wanda',
     'allocate',
     'check_bound',
+    'das_zeros',
+    'diversity_scores',
     'first_order_scores',
     'global_magnitude_zeros',
     'kernel_sizes',
@@ -81,5 +85,6 @@ METHODS.register('admm', ADMM)
 ALLOCATIONS.register('uniform', Uniform)
 ALLOCATIONS.register('global_magnitude', GlobalMagnitude)
 ALLOCATIONS.register('owl', OWL)
+ALLOCATIONS.register('das', DAS)
 ALLOCATIONS.register('ecoflap_first', EcoflapFirst)
 ALLOCATIONS.register('ecoflap_zeroth', EcoflapZeroth)

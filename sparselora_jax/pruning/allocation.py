@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.runtime.registry import Registry
@@ -48,6 +48,8 @@ class AllocationInputs:
       loss: `loss(weights, batch, run)` -> a scalar: the mean over the batch.
       calibration: `calibration()` -> the batches that pruning is calibrated on.
       score_batches: `score_batches(samples, batch)` -> `samples` training samples in batches of `batch`.
+      is_image: `is_image(batch)` -> which tokens of `input_ids` belong to the image, `[batch, tokens]`; None: the model
+        has no images.
       key: key of the random numbers.
       progress: `progress(name, total)` -> `report(done, note)`.
     """
@@ -59,6 +61,7 @@ class AllocationInputs:
     loss: Callable[..., Any]
     calibration: Callable[[], list[dict]]
     score_batches: Callable[[int, int], list[dict]]
+    is_image: Callable[[dict], Bool[Array, 'batch tokens'] | None]
     key: Array
     progress: Callable[[str, int], Callable[[int, str], None]]
 

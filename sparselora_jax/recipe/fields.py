@@ -299,6 +299,12 @@ FIELDS = (
         "OWL: the sparsities of the layers differ by at most twice this (the paper's lambda).",
     ),
     Field(
+        'prune.margin',
+        0.1,
+        number(lambda value: 0 < value < 1, 'more than 0 and less than 1'),
+        "DAS: a layer's sparsity exceeds the largest of its tower by at most this.",
+    ),
+    Field(
         'prune.damp',
         0.01,
         POSITIVE,
@@ -326,6 +332,22 @@ FIELDS = (
         number(lambda value: value >= 0, '0 or more, per token'),
         "DSnoT: an output is finished once its expected error per token is below this. The public code's 0.1 "
         'is for a sample of 2048 tokens.',
+    ),
+    # No damp, since that has SparseGPT's default: of a Hessian whose diagonal is 1, ADMM needs more.
+    Field(
+        'prune.ridge',
+        0.1,
+        number(lambda value: value >= 0, '0 or more'),
+        "ADMM: value added to the normalised Hessian's diagonal, which is 1; it keeps weights near the dense ones.",
+    ),
+    Field('prune.rho', 1.0, POSITIVE, 'ADMM: penalty; smaller values move weights further in each iteration.'),
+    Field('prune.iterations', 20, COUNT, 'ADMM: number of updates of the weights.'),
+    Field(
+        'prune.growth',
+        15,
+        COUNT,
+        'ADMM: number of iterations in which the mask grows, at most prune.iterations; with 1, the mask is that of '
+        'Wanda.',
     ),
     # Reconstruction of each block once it is pruned. The other defaults are those of the library.
     Field(

@@ -367,8 +367,9 @@ ALLOCATED = {
     [
         'global_magnitude',
         'ecoflap_first',
-        pytest.param('owl', marks=pytest.mark.slow),
-        pytest.param('ecoflap_zeroth', marks=pytest.mark.slow),
+        'owl',
+        'das',
+        'ecoflap_zeroth',
     ],
 )
 def test_allocated_zeros_sum_to_those_of_uniform_pruning(world, tmp_path, tiny_blip2, allocation):

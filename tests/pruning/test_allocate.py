@@ -202,6 +202,7 @@ def inputs_of(uniform, sizes):
         loss=unused,
         calibration=unused,
         score_batches=unused,
+        is_image=unused,
         key=jax.random.key(0),
         progress=unused,
     )

@@ -145,6 +145,7 @@ def test_every_registered_method_says_all_that_a_method_must_say(name):
         ({'allocation': 'ecoflap_zeroth', 'noise': 0.0}, 'prune.noise 0.0: expected more than 0'),
         ({'allocation': 'owl', 'outlier': 0.0}, 'prune.outlier 0.0: expected more than 0'),
         ({'allocation': 'owl', 'spread': -0.1}, 'prune.spread -0.1: expected more than 0'),
+        ({'allocation': 'das', 'margin': 0.0}, 'prune.margin 0.0: expected more than 0 and less than 1'),
         ({'allocation': 'evenly'}, "prune.allocation 'evenly': expected one of uniform, global_magnitude, owl"),
         ({'allocation': 'test_method:Own'}, "'test_method:Own': expected a subclass of .*Allocation"),
     ],
