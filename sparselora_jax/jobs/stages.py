@@ -172,6 +172,7 @@ def prune(job: Job) -> dict:
                 zeros=zeros,
                 sequential=config.prune.sequential,
                 chunk=config.prune.chunk,
+                offload=config.prune.offload,
                 reconstruct=reconstruction(config),
                 keep=keep,
                 progress=_by_layer('prune', params),
@@ -221,6 +222,7 @@ def round_base(job: Job) -> None:
                 method=method,
                 sequential=config.prune.sequential,
                 chunk=config.prune.chunk,
+                offload=config.prune.offload,
                 keep=lambda path, layer, kernel, mask: write(path, layer, kernel),
                 progress=_by_layer('round', params),
             )

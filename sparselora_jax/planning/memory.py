@@ -202,7 +202,7 @@ def prune(trees: Recipe) -> Stage:
     if options is None:
         return stage
     samples = _calibration_samples(trees)
-    targets = max(stack.hidden for stack in _traced(trees, samples))
+    targets = 0 if trees.config.prune.offload else max(stack.hidden for stack in _traced(trees, samples))
     batches = _traced(trees, min(_samples_on_device(trees, options.batch), samples))
     training = max((_training(trees, stack) for stack in batches), key=_sum)
     return Stage(
@@ -259,13 +259,11 @@ def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
     held = {
         'params': _params_where(trees, lambda path: not (from_disk and rules.is_in_block(path))),
         'calibration batch': nbytes(batch_of(trees.cfg, config.text, samples)),
-        # Three copies of x: the input of the stack, the outputs of the last block, and those of this block. Two of what
-        # blocks only read: the whole and its chunks.
         'hidden states of the calibration set': max(
-            3 * stack.hidden + 2 * nbytes(stack.ctx) for stack in _traced(trees, samples)
+            _waiting(stack, offload=config.prune.offload) for stack in _traced(trees, samples)
         ),
     }
-    if config.prune.sequential == 'kernel':
+    if config.prune.sequential == 'kernel' and not config.prune.offload:
         # All samples wait inside the block until the kernels that read this array are pruned.
         inputs = [nbytes(array) for stack in _traced(trees, samples) for array in stack.inputs.values()]
         held['input of a kernel for the calibration set'] = max(inputs, default=0)
@@ -275,6 +273,16 @@ def _walk(trees: Recipe, methods: dict[str, Any], *, from_disk: bool) -> Stage:
     cutting = [_cutting(trees, stack, methods) for stack in chunks]
     moments = {'observing a block': max(observing, key=_sum), 'pruning a block': max(cutting, key=_sum)}
     return Stage(held, moments)
+
+
+def _waiting(stack: Stack, *, offload: bool) -> int:
+    """Return the bytes of hidden states, and of what blocks only read, that a device holds between two programs."""
+    if offload:
+        # Only what the forward itself holds: the input of the stack, and what its blocks read.
+        return stack.hidden + nbytes(stack.ctx)
+    # Three copies of x: the input of the stack, the outputs of the last block, and those of this block. Two of what
+    # blocks only read: the whole and its chunks.
+    return 3 * stack.hidden + 2 * nbytes(stack.ctx)
 
 
 def _is_in(stack: Stack, path: str) -> bool:

@@ -5,6 +5,7 @@ kernels are then complete, the kernels are pruned, and the chunks go on through 
 (q, k and v) share a cut. GPTQ calls this order true sequential.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from jaxtyping import Array, PyTree
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.calibrate import CalibrationError, InputStatistic
 from sparselora_jax.pruning.method import Method, MethodError
+from sparselora_jax.pruning.offload import to_device, to_host
 from sparselora_jax.pruning.tracing.origin import Origin
 from sparselora_jax.pruning.tracing.schedule import (
     Cut,
@@ -180,11 +182,13 @@ class OnePass:
     Attributes:
       method_of: path of a kernel -> its method.
       mesh: mesh over which samples are split; None: one device.
+      offload: whether the values of a chunk wait on the host while other chunks run.
       prune: prunes the kernels of one cut; may change between two runs.
     """
 
     method_of: Callable[[str], Method]
     mesh: Mesh | None = None
+    offload: bool = False
     prune: Prune | None = None
     _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     _of_segment: dict[int, tuple[Segment, Callable[..., Any]]] = field(default_factory=dict)
@@ -231,10 +235,26 @@ class OnePass:
         if id(segment) not in self._of_segment:
             self._of_segment[id(segment)] = segment, self._on_own_rows(level.schedule, segment)
         _, run = self._of_segment[id(segment)]
-        own = [chunk.values[variable] for variable in segment.inputs if variable in level.schedule.varying]
+        own = self.on_device([chunk.values[var] for var in segment.inputs if var in level.schedule.varying])
         shared = [level.shared[variable] for variable in segment.inputs if variable not in level.schedule.varying]
-        results = run(shared, own)
+        results = self.kept(run(shared, own))
         chunk.values.update(zip(segment.outputs, results, strict=True))
+
+    def on_device(self, values: PyTree) -> PyTree:
+        """Return values of a chunk where programs can read them.
+
+        Args:
+          values: values as a chunk holds them.
+        """
+        return to_device(values) if self.offload else values
+
+    def kept(self, values: PyTree) -> PyTree:
+        """Return values of a chunk where they are to wait.
+
+        Args:
+          values: values as a program returned them.
+        """
+        return to_host(values) if self.offload else values
 
     def _on_own_rows(self, schedule: Schedule, segment: Segment) -> Callable[..., Any]:
         """Return `(shared values, values of a chunk) -> results`, compiled; segments of equal structure share one."""
@@ -277,7 +297,12 @@ class OnePass:
         kernels = {
             name: jnp.asarray(levels[0].value(cuts[0].kernels[unit], self._jitted)) for unit, name in names.items()
         }
-        batches = [self._batch(levels[chunk.level], cuts[chunk.level], chunk, place_of) for chunk in chunks]
+        batches = _OneByOne(
+            [
+                functools.partial(self._batch, levels[chunk.level], cuts[chunk.level], chunk, place_of)
+                for chunk in chunks
+            ]
+        )
         # Statistics know the short names, and their errors should not.
         with _naming(place_of):
             # As of a segment, the programs of a cut are built once for all layers of a loop.
@@ -302,12 +327,12 @@ class OnePass:
     ) -> tuple[list[Any], dict[str, Array]]:
         """Return what the products of a cut read, and the weights of the tokens for each kernel."""
         inputs = [
-            chunk.values[variable]
+            self.on_device(chunk.values[variable])
             if variable in chunk.values
             else self._for_each_device(level.value(variable, self._jitted))
             for variable in cut.inputs
         ]
-        weights = {name: chunk.weights(place.path) for name, place in place_of.items()}
+        weights = self.on_device({name: chunk.weights(place.path) for name, place in place_of.items()})
         return inputs, {name: of_kernel for name, of_kernel in weights.items() if of_kernel is not None}
 
     def _for_each_device(self, value: Any) -> Any:
@@ -369,15 +394,16 @@ class OnePass:
         layers = range(params['length'])
         if params['reverse']:
             layers = reversed(layers)
-        outer_values = [_own_arguments(loops[chunk.level].equation, chunk) for chunk in chunks]
         of_all = [self._shared_arguments(level, loop.equation) for level, loop in zip(levels, loops, strict=True)]
-        carries = [
-            [
-                own[i] if i in own else self._for_each_device(of_all[chunk.level][i])
-                for i in range(num_consts, num_outer)
-            ]
-            for chunk, own in zip(chunks, outer_values, strict=True)
-        ]
+        carries = []
+        for chunk in chunks:
+            own = _own_arguments(loops[chunk.level].equation, chunk)
+            carries.append(
+                [
+                    own[i] if i in own else self._for_each_device(of_all[chunk.level][i])
+                    for i in range(num_consts, num_outer)
+                ]
+            )
         # For each chunk, what each layer adds to the stacked outputs.
         stacks: list[list[list[Any]]] = [[] for _ in chunks]
         for layer in layers:
@@ -387,10 +413,11 @@ class OnePass:
                 for loop, values in zip(loops, of_all, strict=True)
             ]
             inner_chunks = []
-            for chunk, own, carry in zip(chunks, outer_values, carries, strict=True):
+            for chunk, carry in zip(chunks, carries, strict=True):
                 loop = loops[chunk.level]
                 axis = 0 if self.mesh is None else 1  # behind the axis of devices
-                values = _of_layer(loop, own, num_consts, num_outer, layer, axis)
+                own = self.on_device(_own_arguments(loop.equation, chunk))
+                values = self.kept(_of_layer(loop, own, num_consts, num_outer, layer, axis))
                 values.update(zip(loop.body.program.jaxpr.invars[num_consts:num_outer], carry, strict=True))
                 inner_chunks.append(Chunk(chunk.level, values, chunk.weights))
             inner_places = {
@@ -411,7 +438,8 @@ class OnePass:
         for chunk, carry, stack in zip(chunks, carries, stacks, strict=True):
             ordered = stack[::-1] if params['reverse'] else stack
             axis = 0 if self.mesh is None else 1
-            results = [*carry, *[jnp.stack(of_layers, axis) for of_layers in zip(*ordered, strict=True)]]
+            of_layers = [jnp.stack(self.on_device(outputs), axis) for outputs in zip(*ordered, strict=True)]
+            results = [*carry, *self.kept(of_layers)]
             chunk.values.update(zip(loops[chunk.level].equation.outvars, results, strict=True))
 
     def _shared_arguments(self, level: Level, equation: core.JaxprEqn) -> dict[int, Any]:
@@ -422,6 +450,19 @@ class OnePass:
             for index, atom in enumerate(equation.invars)
             if isinstance(atom, core.Literal) or atom not in varying
         }
+
+
+class _OneByOne(Sequence):
+    """A sequence whose items are made when they are read, so that no two of them need memory at once."""
+
+    def __init__(self, makers: Sequence[Callable[[], Any]]):
+        self._makers = makers
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._makers[index]()
 
 
 def _own_arguments(equation: core.JaxprEqn, chunk: Chunk) -> dict[int, Any]:

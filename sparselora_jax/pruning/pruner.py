@@ -75,6 +75,7 @@ def prune(
     sequential: str = 'kernel',
     chunk: int = 8,
     reconstruct: Reconstruct | None = None,
+    offload: bool = False,
     keep: Callable[[str, int, Array, Array], None] | None = None,
     progress: Callable[[str, int, int], None] = lambda tower, layer, layers: None,
 ) -> PruneResult:
@@ -104,6 +105,9 @@ def prune(
         says what is then the same as on one device).
       reconstruct: how the kept weights of each block are trained once it is pruned, to give the dense block's output;
         None: they stay as the method returns them. Memory then holds twice the hidden states of all samples.
+      offload: whether activations wait in the memory of the host while no program reads them. Device memory then holds
+        those of one chunk, besides the statistics and the weights of one block. Copying takes time. Without `run`, give
+        the batches as arrays of NumPy.
       keep: `keep(path, layer, kernel, mask)` is called with each layer as soon as it is pruned. The result then holds
         the unchanged `params` and no masks. It is for a model that does not fit into memory, or fits only once. A layer
         is read only once, before this call, so `keep` may overwrite a numpy array.
@@ -129,7 +133,15 @@ def prune(
         for name in (name for name, is_asked in asked.items() if is_asked):
             raise CalibrationError(f'{name} needs a forward with blocks: forward(params, batch, run), models.runners')
         return _prune_program(
-            forward, params, batches, rules, method=method, zeros=zeros, weights=weights, progress=progress
+            forward,
+            params,
+            batches,
+            rules,
+            method=method,
+            zeros=zeros,
+            weights=weights,
+            offload=offload,
+            progress=progress,
         )
     if weights is not None:
         raise CalibrationError('weights: expected a forward without blocks; a block says in ctx which rows are pads')
@@ -158,11 +170,11 @@ def prune(
         block_methods = {name: methods[path] for name, path in paths.items()}
         # A method without a statistic gets squares, to count tokens and to find activations that are not finite.
         stats_of = {name: method.statistic or calibrate.squares for name, method in block_methods.items()}
-        one_pass = OnePass(methods.__getitem__, mesh)
+        one_pass = OnePass(methods.__getitem__, mesh, offload)
         observe = block_observer(block, stats_of.get, mesh)
         blocks = BlockPass(block, paths, mesh)
         if reconstruct:
-            targets = Targets(block, mesh, reconstruct.target)
+            targets = Targets(block, mesh, reconstruct.target, offload=offload)
             train = block_reconstructor(block, reconstruct, mesh)
 
         def visit(layer, layers, w, chunks):
@@ -211,7 +223,7 @@ def prune(
 
         return visit
 
-    walk(forward, params, samples, enter, chunk=chunk)
+    walk(forward, params, samples, enter, chunk=chunk, offload=offload)
     # Kernels outside the blocks were never visited. To leave them dense without an error would break the pattern.
     missed = sorted(patterns.keys() - tokens.keys())
     if missed:
@@ -250,6 +262,7 @@ def _prune_program(
     method: Methods,
     zeros: dict[str, np.ndarray] | None,
     weights: TokenWeights,
+    offload: bool,
     progress: Callable[[str, int, int], None],
 ) -> PruneResult:
     """Prune the kernels of any forward; see `prune`."""
@@ -308,7 +321,7 @@ def _prune_program(
         values = levels[numbers[key]].values_of_chunk(tracing.arrays_of(batch))
         chunks.append(Chunk(numbers[key], values, lambda path, of_tokens=of_tokens: of_tokens))
     places = {path: Place(path, {}, tuple(range(len(leaves[path].shape)))) for path in patterns}
-    one_pass = OnePass(methods.__getitem__)
+    one_pass = OnePass(methods.__getitem__, offload=offload)
     one_pass.prune = prune_cut
     one_pass.run(levels, chunks, places)
     kernels = {path: _joined(path, leaves[path].shape, parts[path]) for path in patterns}

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sparselora_jax.models.runners import valid_rows
+from sparselora_jax.pruning.offload import held
 from sparselora_jax.pruning.walk import Block, Chunk, block_step, part
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.errors import SparseloraError
@@ -130,19 +131,21 @@ class Targets:
     kept from one block to the next, since the targets of a block are the dense inputs of the next block.
     """
 
-    def __init__(self, block: Block, mesh: Mesh | None, target: str):
+    def __init__(self, block: Block, mesh: Mesh | None, target: str, *, offload: bool = False):
         """Create the targets of a tower, before its first block.
 
         Args:
           block: block function of the tower.
           mesh: mesh over which samples are split; None: one device.
           target: see `Reconstruct`.
+          offload: whether the targets wait on the host.
         """
+        self._offload = offload
         self._step = block_step(block, mesh)
         self._target = target
-        self._outputs: list[Array] = []
+        self._outputs: Sequence[Array] = []
 
-    def of_layer(self, w: dict[str, Array], chunks: Sequence[Chunk]) -> list[Array]:
+    def of_layer(self, w: dict[str, Array], chunks: Sequence[Chunk]) -> Sequence[Array]:
         """Return the targets of a layer; layers are called in order, each once.
 
         Args:
@@ -154,7 +157,7 @@ class Targets:
         """
         # The inputs of a tower's first block are the same for both targets.
         if self._target == 'pruned' or not self._outputs:
-            self._outputs = [x for x, _ in chunks]
+            self._outputs = held((x for x, _ in chunks), offload=self._offload)
         weights = unflatten(w)
         for index, (_, ctx) in enumerate(chunks):  # one by one, as in `walk`
             self._outputs[index] = self._step(weights, (self._outputs[index], ctx))
@@ -281,12 +284,16 @@ def block_reconstructor(block: Block, options: Reconstruct, mesh: Mesh | None = 
     def reconstruct(
         w: Weights, pruned: Weights, masks: Weights, chunks: Sequence[Chunk], targets: Sequence[Array], place: str
     ) -> Weights:
-        samples = [(x, (ctx, target)) for (x, ctx), target in zip(chunks, targets, strict=True)]
+        # Read one by one: what waits on the host need not all fit on a device.
+        def samples_of(index: int) -> Samples:
+            x, ctx = chunks[index]
+            return x, (ctx, targets[index])
+
         layer = _Layer({name: leaf for name, leaf in w.items() if name not in pruned}, masks)
         like = {name: _Like(kernel.dtype, sharding.on_mesh(kernel)) for name, kernel in pruned.items()}
 
         def error_of(kernels: Weights) -> float:
-            errors = [programs.error(layer.fixed | kernels, chunk) for chunk in samples]
+            errors = [programs.error(layer.fixed | kernels, samples_of(index)) for index in range(len(chunks))]
             return sum(float(processes.on_host(error)) for error in errors)
 
         errors = [error_of(pruned)]
@@ -297,16 +304,18 @@ def block_reconstructor(block: Block, options: Reconstruct, mesh: Mesh | None = 
         if errors[0] == 0:
             return pruned
         best = pruned
-        batches = _batches(samples, options.batch // parts, parts)
+        rows = [samples_of(index)[0].shape[0] // parts for index in range(len(chunks))]
+        batches = _batches(rows, options.batch // parts)
         steps = options.passes * len(batches)
         # The loss of a step is then about 1 at first, whatever the size of hidden states: Adam's epsilon is absolute.
         scale = np.float32(len(batches) / errors[0])
         kernels = _copied(pruned, jnp.float32)
         trained = _Trained(kernels, _ADAM.init(kernels))
         for done in range(steps):
-            chunk, first, size = batches[done % len(batches)]
+            index, first, size = batches[done % len(batches)]
             rate = np.float32(options.rate * (1 + math.cos(math.pi * done / steps)) / 2)
-            trained = programs.step(trained, layer, chunk, first, scale, rate, size=size, like=tuple(like.items()))
+            samples = samples_of(index)
+            trained = programs.step(trained, layer, samples, first, scale, rate, size=size, like=tuple(like.items()))
             if (done + 1) % len(batches):
                 continue
             # The end of a pass. The error is that of the kernels in the dtype in which they are returned.
@@ -322,12 +331,16 @@ def block_reconstructor(block: Block, options: Reconstruct, mesh: Mesh | None = 
     return reconstruct
 
 
-def _batches(samples: Sequence[Samples], size: int, parts: int) -> list[tuple[Samples, int, int]]:
-    """Return the batches of one pass: (chunk, first sample on each device, number of samples of each device)."""
+def _batches(rows: Sequence[int], size: int) -> list[tuple[int, int, int]]:
+    """Return the batches of one pass: (number of the chunk, first sample on each device, samples of each device).
+
+    Args:
+      rows: number of samples of each chunk on each device.
+      size: number of samples of a batch on each device.
+    """
     batches = []
-    for chunk in samples:
-        rows = chunk[0].shape[0] // parts
-        batches += [(chunk, first, min(size, rows - first)) for first in range(0, rows, size)]
+    for index, of_chunk in enumerate(rows):
+        batches += [(index, first, min(size, of_chunk - first)) for first in range(0, of_chunk, size)]
     return batches
 
 

@@ -16,6 +16,7 @@ from sparselora_jax.models.runners import valid_rows
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.calibration_inputs import check_batches
 from sparselora_jax.pruning.method import MethodError
+from sparselora_jax.pruning.offload import held
 from sparselora_jax.pruning.one_pass import Chunk as OnePassChunk
 from sparselora_jax.pruning.one_pass import Level, OnePass, Place
 from sparselora_jax.pruning.tracing import program as tracing
@@ -181,7 +182,7 @@ class BlockPass:
         self._mesh = mesh
         self._schedules: dict[Any, Schedule] = {}
 
-    def run(self, layer: int, w: dict[str, Array], chunks: Sequence[Chunk], one_pass: OnePass) -> list[Array]:
+    def run(self, layer: int, w: dict[str, Array], chunks: Sequence[Chunk], one_pass: OnePass) -> Sequence[Array]:
         """Prune one layer, and return its outputs for all chunks.
 
         Args:
@@ -201,13 +202,18 @@ class BlockPass:
                 number_of[id(schedule)] = len(levels)
                 levels.append(Level.of_arguments(schedule, tracing.arrays_of(w)))
             number = number_of[id(schedule)]
+            inputs = one_pass.kept(inputs)
             values = levels[number].values_of_chunk(tracing.arrays_of(inputs))
             samples.append(OnePassChunk(number, values, functools.partial(valid_rows, ctx=inputs[1])))
         # In the stack of all layers, the axes of a layer's kernel come after that of the layers.
         places = {name: Place(path, {0: layer}, (1, 2)) for name, path in self._paths.items()}
         one_pass.run(levels, samples, places)
         outputs = [levels[chunk.level].schedule.program.jaxpr.outvars[0] for chunk in samples]
-        return [_of_rows(chunk.values[output], mesh=self._mesh) for chunk, output in zip(samples, outputs, strict=True)]
+        results = (
+            _of_rows(one_pass.on_device(chunk.values[output]), mesh=self._mesh)
+            for chunk, output in zip(samples, outputs, strict=True)
+        )
+        return held(results, offload=one_pass.offload)
 
     def _output(self, w: dict[str, Array], inputs: Chunk) -> Array:
         return self._forward(unflatten(w), inputs)[0]
@@ -259,6 +265,7 @@ def walk(
     enter: Callable[[str, Block], Visit],
     *,
     chunk: int,
+    offload: bool = False,
 ) -> None:
     """Run `forward` over all samples, block by block, `chunk` samples at a time; see `prune`.
 
@@ -272,6 +279,7 @@ def walk(
         `visit` takes a layer's weights by path and its inputs, `[(x, ctx), ...]`. It returns the weights that the layer
         then runs with, and the outputs of all chunks, or None to have them computed with these weights.
       chunk: number of samples processed at a time on each device.
+      offload: whether the chunks wait on the host while others run.
     """
     mesh = sharding.mesh_of_rows(samples)
 
@@ -279,7 +287,7 @@ def walk(
         visit = enter(tower, block)
         # Compiled once for all layers of the tower.
         step = block_step(block, mesh)
-        chunks = in_chunks(x, ctx, chunk, mesh)
+        chunks = held(in_chunks(x, ctx, chunk, mesh), offload=offload)
         layers = jax.tree.leaves(weights)[0].shape[0]
         for layer in range(layers):
             # Weights on disk are read here.

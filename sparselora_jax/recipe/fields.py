@@ -263,6 +263,13 @@ FIELDS = (
         'product runs once, and more activations are in memory.',
     ),
     Field(
+        'prune.offload',
+        False,
+        SWITCH,
+        'Whether the activations of the calibration samples wait in the memory of the host. Device memory then holds '
+        'those of one chunk; copying takes time.',
+    ),
+    Field(
         'prune.allocation',
         'uniform',
         one_of(list(pruning.ALLOCATIONS), others=THIRD_PARTY),

@@ -193,3 +193,19 @@ def test_one_pass_holds_an_input_of_all_samples_beside_the_hidden_states(config)
     # The widest is that of the language tower's `down`, in float32: of the queries and the text without its last token.
     tokens = QFORMER.queries + config.text.prompt_tokens + config.text.answer_tokens - 1
     assert held[name] == config.prune.samples * tokens * LLAMA.mlp_width * 4
+
+
+def test_activations_that_wait_on_the_host_do_not_count(config):
+    config.prune.sequential = 'kernel'
+    config.prune.reconstruct.passes = 1
+    config.prune.reconstruct.batch = 1
+    here = memory.prune(memory.recipe(CFG, config)).held
+    config.prune.offload = True
+    offloaded = memory.prune(memory.recipe(CFG, config)).held
+    name = 'hidden states of the calibration set'
+    assert offloaded[name] < here[name] / 2
+    assert (
+        sum(size for term, size in offloaded.items() if 'hidden' not in term)
+        == here['params'] + here['calibration batch']
+    )
+    assert not offloaded['hidden states that blocks are trained to give']
