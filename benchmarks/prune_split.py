@@ -1,16 +1,20 @@
-"""Where `benchmarks/prune.py`'s time goes: the parts of pruning one block of SmolLM2-135M, times the number of blocks.
+"""Where the time of `benchmarks/prune.py` goes: parts of pruning one block of SmolLM2-135M in one pass, times 30.
 
-    python benchmarks/prune_split.py
+    python benchmarks/prune_split.py [--rounds=3]
 
-Each part is called once before it is timed, so compilation is left out; a figure is the fastest of `--rounds`. FLOPs
-are counted analytically (of the products; masks have none), and a share is of the better of the matmul rates printed,
-taken in the same run.
+Every case runs once before it is timed, so compilation is left out; a figure is that of the fastest of `--rounds`
+rounds. Each part waits for its results, which a run without a stopwatch does not. The bound is what the products alone
+would take, those of one forward and of the Hessians, at the better of the two matmul rates printed, taken in the same
+run. FLOPs are counted from the programs (`planning.flops`).
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,77 +26,103 @@ from timing import matmul_runs, seconds
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import embedded, gguf
 from sparselora_jax.models import layers, llama
-from sparselora_jax.pruning import calibrate, sparsegpt, walk
+from sparselora_jax.planning.flops import matmul_flops
+from sparselora_jax.pruning import calibrate, walk
+from sparselora_jax.pruning.kernels import prune_targets
+from sparselora_jax.pruning.one_pass import OnePass, Target
 from sparselora_jax.sparse import rules
-from sparselora_jax.sparse.masks import parse_pattern
+from sparselora_jax.sparse.patterns import parse_pattern
 
-SEQUENCES, LENGTH = 128, 128
+SEQUENCES = 128
+LENGTH = 128
+METHODS = {'Wanda': sl.Wanda(), 'SparseGPT': sl.SparseGPT(block=BLOCK, damp=DAMP), 'ADMM': sl.ADMM()}
+
+
+@dataclass
+class TimedPass(OnePass):
+    """A pass that measures its parts, in seconds."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def _run_segment(self, level: Any, segment: Any, chunk: Any) -> None:
+        started = time.perf_counter()
+        super()._run_segment(level, segment, chunk)
+        jax.block_until_ready(list(chunk.values.values()))
+        self._add('forward', time.perf_counter() - started)
+
+    def _prune(self, *arguments: Any) -> None:
+        started = time.perf_counter()
+        before = self.seconds.get('masks and updates', 0.0)
+        super()._prune(*arguments)
+        took = time.perf_counter() - started
+        # What is not the method's own time went into the statistics.
+        self._add('statistics', took - (self.seconds['masks and updates'] - before))
+
+    def _add(self, part: str, took: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + took
 
 
 def main() -> None:
-    """Print a row a part."""
+    """Print a row a case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--rounds', type=int, default=3)
     rounds = parser.parse_args().rounds
 
-    def fastest(run: Callable[[], object]) -> float:
-        jax.block_until_ready(run())
-        return min(seconds(lambda: jax.block_until_ready(run())) for _ in range(rounds))
-
     shapes = [(2048, 2048, 2048), (CHUNK * LENGTH, 576, 1536)]
-    rates = [flops / fastest(run) for run, flops in (matmul_runs(shape)['jax'] for shape in shapes)]
+    rates = []
+    for shape in shapes:
+        run, flops = matmul_runs(shape)['jax']
+        jax.block_until_ready(run())
+        rates.append(flops / min(seconds(lambda run=run: jax.block_until_ready(run())) for _ in range(rounds)))
     print(', '.join(f'{rate / 1e9:.0f} GFLOP/s at {shape}' for rate, shape in zip(rates, shapes, strict=True)))
 
     cfg, language = gguf.load_llama(embedded.language_model_file())
-    blocks = jax.tree.map(lambda leaf: leaf[0], language['blocks'])
+    w = rules.flatten(jax.tree.map(lambda leaf: leaf[0], language['blocks']))
+    kernels = rules.kernels(rules.unflatten(w))
     tokens = jax.random.randint(jax.random.key(0), (SEQUENCES, LENGTH), 0, cfg.vocab)
     valid = jnp.ones(tokens.shape, bool)
     x, ctx = llama.embed(language, cfg, llama.embed_tokens(language, cfg, tokens), layers.causal_view(valid))
     chunks = walk.in_chunks(x, ctx | {'valid': valid}, CHUNK)
-    kernels = rules.kernels(blocks)
-    patterns = {pattern: dict.fromkeys(kernels, parse_pattern(pattern)) for pattern in ('2:4', '0.5')}
-    methods = {'wanda': sl.Wanda(), 'sparsegpt': sl.SparseGPT(block=BLOCK, damp=DAMP)}
-    step = jax.jit(lambda w, x, ctx: llama.block(w, cfg, x, ctx, None)[0])
-    observers = {
-        name: calibrate.make_observer(
-            lambda w, inputs: llama.block(w, cfg, *inputs, None),
-            stats=lambda path, stat=method.statistic: stat if path in kernels else None,
-        )
-        for name, method in methods.items()
-    }
-    stats = {name: observe(blocks, chunks) for name, observe in observers.items()}
-    invert = jax.jit(lambda h: sparsegpt.inverse_factor(h, DAMP))
-    hessians = list({id(total): total for total, _ in stats['sparsegpt'].values()}.values())
 
-    def prune(method: str, pattern: str) -> Callable[[], object]:
-        flat = rules.flatten(blocks)
-        zeros = {path: patterns[pattern][path].zeros(leaf.shape[0]) * leaf.shape[1] for path, leaf in kernels.items()}
-        of_block = dict.fromkeys(kernels, methods[method])
-        return lambda: kernels.prune_matrices(flat, stats[method], patterns[pattern], of_block, zeros)
+    def block(w, x, ctx, cache):
+        return llama.block(w, cfg, x, ctx, cache)
 
-    rows, width, kv = SEQUENCES * LENGTH, cfg.width, cfg.kv_heads * cfg.head_dim
-    attention = 2 * 2 * rows * LENGTH * width
-    captured = 2 * rows * width * (2 * width + 2 * kv + 2 * cfg.mlp_width) + attention
-    gram = sum(2 * rows * h.shape[0] ** 2 for h in hessians)
-    # A Cholesky factor and the inverse of a triangle take n^3 / 3 each.
-    inverse = sum(2 * h.shape[0] ** 3 / 3 for h in hessians)
-    updates = sum(leaf.shape[0] ** 2 * leaf.shape[1] for leaf in kernels.values())
-    capture = {name: fastest(lambda name=name: observers[name](blocks, chunks)) for name in methods}
-    inverting = fastest(lambda: [invert(h) for h in hessians])
-    forward = captured + 2 * rows * width * cfg.mlp_width
-    parts = [
-        ('forward on', fastest(lambda: [step(blocks, *chunk) for chunk in chunks]), forward),
-        ('capture, squares', capture['wanda'], captured),
-        ('capture, Hessian: what is added', capture['sparsegpt'] - capture['wanda'], gram),
-        ('inverse', inverting, inverse),
-    ]
-    for pattern in patterns:
-        parts.append((f'Wanda {pattern}: masks', fastest(prune('wanda', pattern)), 0))
-        parts.append((f'SparseGPT {pattern}: columns', fastest(prune('sparsegpt', pattern)) - inverting, updates))
-    print(f'{"part, all " + str(cfg.depth) + " blocks":34} {"seconds":>8} {"GFLOP":>8} {"GFLOP/s":>8} {"share":>6}')
-    for name, took, flops in parts:
-        rate = f'{flops / took / 1e9:8.0f} {flops / took / max(rates):6.0%}' if flops else ''
-        print(f'{name:34} {cfg.depth * took:8.2f} {cfg.depth * flops / 1e9:8.0f} {rate}')
+    forward = len(chunks) * matmul_flops(lambda w, chunk: block(w, *chunk, None), rules.unflatten(w), chunks[0])
+    # q, k and v read one array, and so do gate and up.
+    inputs = [w[name].shape[0] for name in ('attn/q/kernel', 'attn/o/kernel', 'mlp/up/kernel', 'mlp/down/kernel')]
+    rows = SEQUENCES * LENGTH
+    hessians = sum(matmul_flops(calibrate.hessian, jax.ShapeDtypeStruct((rows, n), jnp.float32)) for n in inputs)
+
+    def split(method: sl.pruning.Method, pattern: str) -> dict[str, float]:
+        passes = TimedPass(dict.fromkeys(kernels, method).__getitem__)
+        patterns = dict.fromkeys(kernels, parse_pattern(pattern))
+
+        def prune(targets: Mapping[str, Target]) -> dict[str, jax.Array]:
+            started = time.perf_counter()
+            zeros = {name: patterns[target.path].zeros(target.kernel.size) for name, target in targets.items()}
+            pruned, _ = prune_targets(targets, patterns, dict.fromkeys(kernels, method), zeros)
+            jax.block_until_ready(pruned)
+            passes._add('masks and updates', time.perf_counter() - started)
+            return pruned
+
+        passes.prune = prune
+        blocks = walk.BlockPass(block, {name: name for name in kernels}, None)
+        runs = []
+        for _ in range(rounds + 1):
+            passes.seconds = {}
+            started = time.perf_counter()
+            jax.block_until_ready(list(blocks.run(0, w, chunks, passes)))
+            runs.append(passes.seconds | {'whole': time.perf_counter() - started})
+        return min(runs[1:], key=lambda run: run['whole'])
+
+    parts = ('forward', 'statistics', 'masks and updates', 'whole')
+    print(f'{"seconds, all " + str(cfg.depth) + " blocks":22}' + ''.join(f'{part:>19}' for part in (*parts, 'bound')))
+    for name, method in METHODS.items():
+        bound = (forward + (hessians if method.statistic is calibrate.hessian else 0)) / max(rates)
+        for pattern in ('2:4', '0.5'):
+            took = split(method, pattern)
+            row = ''.join(f'{cfg.depth * took[part]:19.2f}' for part in parts)
+            print(f'{name + " " + pattern:22}{row}{cfg.depth * bound:19.2f} ({bound / took["whole"]:.0%})', flush=True)
 
 
 if __name__ == '__main__':
