@@ -84,8 +84,11 @@ def prune(
     Any forward that JAX can trace will do. Its program is cut at its kernels (`tracing.schedule`), and each product
     runs once. Each batch is a chunk that runs at once.
 
-    The models of this package, and others that take a runner (`models.runners`), can do more: they are split over a
-    mesh, weights may lie on disk, and blocks may be reconstructed. This function then runs their stacks of blocks,
+    On a mesh, the compiler divides the work as the shardings of `params` and `batches` say. Masks then differ from
+    those of one device in near-ties at most.
+
+    The models of this package, and others that take a runner (`models.runners`), can do more: masks on a mesh are those
+    of one device (docs/scaling.md), and blocks may be reconstructed. This function then runs their stacks of blocks,
     `chunk` samples at a time. So memory holds the hidden states of all samples and the statistics of one block. A block
     is compiled once for all its layers, or twice if `chunk` does not divide the number of samples.
 
@@ -110,7 +113,9 @@ def prune(
         the batches as arrays of NumPy.
       keep: `keep(path, layer, kernel, mask)` is called with each layer as soon as it is pruned. The result then holds
         the unchanged `params` and no masks. It is for a model that does not fit into memory, or fits only once. A layer
-        is read only once, before this call, so `keep` may overwrite a numpy array.
+        is read only once, before this call, so `keep` may overwrite a numpy array. Without `run`, layers are counted
+        over all axes of layers, and kernel and mask have the layout of the leaf; experts that one product reads come
+        together, under the number of the first.
       progress: called before each block with (tower, layer, layers); without `run`, before each cut of the program
         with (path, pruned kernels, kernels), where each layer of a stack counts.
 
@@ -129,7 +134,7 @@ def prune(
     if sequential not in SEQUENTIAL:
         raise CalibrationError(f'sequential {sequential!r}: expected one of {", ".join(SEQUENTIAL)}')
     if not _takes_runner(forward):
-        asked = {"sequential='layer'": sequential == 'layer', 'reconstruct': reconstruct, 'keep': keep}
+        asked = {"sequential='layer'": sequential == 'layer', 'reconstruct': reconstruct}
         for name in (name for name, is_asked in asked.items() if is_asked):
             raise CalibrationError(f'{name} needs a forward with blocks: forward(params, batch, run), models.runners')
         return _prune_program(
@@ -141,6 +146,7 @@ def prune(
             zeros=zeros,
             weights=weights,
             offload=offload,
+            keep=keep,
             progress=progress,
         )
     if weights is not None:
@@ -263,6 +269,7 @@ def _prune_program(
     zeros: dict[str, np.ndarray] | None,
     weights: TokenWeights,
     offload: bool,
+    keep: Callable[[str, int, Array, Array], None] | None,
     progress: Callable[[str, int, int], None],
 ) -> PruneResult:
     """Prune the kernels of any forward; see `prune`."""
@@ -293,8 +300,9 @@ def _prune_program(
     dtypes = {path: jax.ShapeDtypeStruct(shape, leaves[path].dtype) for path, shape in shapes.items()}
     totals = pattern_zeros(dtypes, patterns, methods, zeros)
     num_kernels = sum(total.size for total in totals.values())
-    # The layers of a stack are pruned one by one, and joined at the end.
+    # The layers of a stack are pruned one by one, and joined at the end unless `keep` takes them.
     parts: dict[str, list[_Pruned]] = {path: [] for path in patterns}
+    layer_sizes = {path: axes[path].sizes(leaves[path].shape)[0] for path in patterns}
 
     def prune_cut(targets: dict[str, Target]) -> dict[str, Array]:
         first = next(iter(targets.values()))
@@ -307,6 +315,9 @@ def _prune_program(
         kernels, masks = prune_targets(targets, patterns, methods, of_layers)
         for name, target in targets.items():
             part = _Pruned(target, target.place.to_leaf(kernels[name]), target.place.to_leaf(masks[name]))
+            if keep is not None:
+                keep(target.path, _layer_number(target, axes[target.path], layer_sizes[target.path]), *part[1:])
+                part = _Pruned(target, None, None)
             parts[target.path].append(part)
         return kernels
 
@@ -324,22 +335,36 @@ def _prune_program(
     one_pass = OnePass(methods.__getitem__, offload=offload)
     one_pass.prune = prune_cut
     one_pass.run(levels, chunks, places)
-    kernels = {path: _joined(path, leaves[path].shape, parts[path]) for path in patterns}
+    for path in patterns:
+        _check_layers(path, leaves[path].shape, parts[path])
+    kernels = {} if keep else {path: _joined(leaves[path].shape, parts[path]) for path in patterns}
     _warn_about_dead_inputs(parts, methods, {path: shape[-2] for path, shape in shapes.items()})
     return PruneResult(
         with_leaves(params, {path: kernel for path, (kernel, _) in kernels.items()}),
-        unflatten({path: mask for path, (_, mask) in kernels.items()}),
+        unflatten({path: mask for path, (_, mask) in kernels.items()}),  # empty if `keep` took the masks
         {path: int(parts[path][-1].target.statistic.tokens.min()) for path in patterns},
         dict(axes),
     )
 
 
 class _Pruned(NamedTuple):
-    """A kernel that was pruned, or a layer of a stack: its kernel and mask in the layout of the leaf."""
+    """A kernel that was pruned, or a layer of a stack: its kernel and mask in the layout of the leaf.
+
+    Both are None once `keep` has taken them.
+    """
 
     target: Target
-    kernel: Array
-    mask: Array
+    kernel: Array | None
+    mask: Array | None
+
+
+def _layer_number(target: Target, axes: KernelAxes, sizes: Sequence[int]) -> int:
+    """Return the number of the first layer that a target holds, counted over all axes of layers; 0 without layers."""
+    number = 0
+    for axis, size in zip(axes.layers, sizes, strict=True):
+        # Experts that one product reads are still together; the first of them stands for all.
+        number = number * size + target.place.index.get(axis, 0)
+    return number
 
 
 def _warn_about_dead_inputs(
@@ -354,23 +379,33 @@ def _warn_about_dead_inputs(
     calibrate.warn_about_dead_inputs(counts, inputs)
 
 
-def _joined(path: str, shape: Sequence[int], parts: Sequence[_Pruned]) -> tuple[Array, Array]:
-    """Return (kernel, mask) of a leaf from its layers.
+def _check_layers(path: str, shape: Sequence[int], parts: Sequence[_Pruned]) -> None:
+    """Check that every layer of a leaf was pruned, and none twice.
 
     Raises:
-      CalibrationError: a layer is missing.
+      CalibrationError: a layer is missing, or was pruned alone and with the others.
     """
     # Products may read a stack as a whole and a layer of it alone, which would prune it twice.
     if len({tuple(sorted(part.target.place.index)) for part in parts}) > 1:
         raise CalibrationError(f'{path}: some products read all of its layers and others a single one; make it dense')
-    by_index = {tuple(sorted(part.target.place.index.items())): part for part in parts}
-    axes = sorted(parts[0].target.place.index) if parts else []
-    wanted = [tuple(zip(axes, index, strict=True)) for index in itertools.product(*[range(shape[a]) for a in axes])]
-    missing = [index for index in wanted if index not in by_index]
+    pruned = {tuple(sorted(part.target.place.index.items())) for part in parts}
+    missing = [index for index in _indices(shape, parts) if index not in pruned]
     if missing:
-        layer = f', layer {", ".join(str(number) for _, number in missing[0])}' if axes else ''
+        layer = f', layer {", ".join(str(number) for _, number in missing[0])}' if missing[0] else ''
         raise CalibrationError(f'{path}{layer}: no product of the forward reads it in a way that can be followed')
-    ordered = [by_index[index] for index in wanted]
+
+
+def _indices(shape: Sequence[int], parts: Sequence[_Pruned]) -> list[tuple[tuple[int, int], ...]]:
+    """Return the index of each part of a leaf, in order, as ((axis, index), ...); of a leaf that is one kernel, ()."""
+    axes = sorted(parts[0].target.place.index) if parts else []
+    return [tuple(zip(axes, index, strict=True)) for index in itertools.product(*[range(shape[a]) for a in axes])]
+
+
+def _joined(shape: Sequence[int], parts: Sequence[_Pruned]) -> tuple[Array, Array]:
+    """Return (kernel, mask) of a leaf from its layers, all of which are there."""
+    by_index = {tuple(sorted(part.target.place.index.items())): part for part in parts}
+    ordered = [by_index[index] for index in _indices(shape, parts)]
+    axes = sorted(parts[0].target.place.index)
     # A leaf that is one kernel.
     if not axes:
         return ordered[0].kernel, ordered[0].mask

@@ -8,6 +8,7 @@ from test_any_model import MODELS, X, plain
 
 import sparselora_jax as sl
 from sparselora_jax.pruning.calibrate import CalibrationError
+from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.rules import paths_of, with_leaves
 
 PATTERN = [('.*', 0.5)]
@@ -175,6 +176,68 @@ def test_blocks_of_equal_structure_are_compiled_once():
     few = number(3)
     jax.clear_caches()
     assert number(3) == number(9) or few >= number(9)
+
+
+def stacked():
+    """(forward, params): three layers in a scan, two experts that one product reads, and a kernel alone."""
+    params = {
+        'w': jax.random.normal(jax.random.key(0), (3, 16, 16)) / 4,
+        'experts': jax.random.normal(jax.random.key(1), (2, 16, 16)) / 4,
+        'z': jax.random.normal(jax.random.key(2), (16, 8)),
+    }
+
+    def forward(params, x):
+        x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, params['w'])
+        x = x + jnp.einsum('bi,eio->beo', x, params['experts']).sum(axis=1)
+        return x @ params['z']
+
+    return forward, params
+
+
+def test_layers_may_be_taken_as_soon_as_they_are_pruned():
+    forward, params = stacked()
+    batches = [jax.random.normal(jax.random.key(i), (6, 16)) for i in range(2)]
+    want = sl.prune(forward, params, batches, PATTERN, method=sl.Wanda())
+    taken = {}
+
+    def keep(path, layer, kernel, mask):
+        taken[path, layer] = kernel, mask
+
+    got = sl.prune(forward, params, batches, PATTERN, method=sl.Wanda(), keep=keep)
+    assert got.masks == {}
+    assert all(got.params[name] is leaf for name, leaf in params.items())
+    assert got.tokens == want.tokens
+    assert taken.keys() == {('w', 0), ('w', 1), ('w', 2), ('experts', 0), ('z', 0)}
+    for (path, layer), (kernel, mask) in taken.items():
+        place = layer if path == 'w' else ...
+        np.testing.assert_array_equal(kernel, want.params[path][place])
+        np.testing.assert_array_equal(mask, want.masks[path][place])
+
+
+def test_layers_of_arrays_of_numpy_may_be_overwritten_as_they_are_pruned():
+    forward, params = stacked()
+    batches = [jax.random.normal(jax.random.key(0), (6, 16))]
+    want = sl.prune(forward, params, batches, PATTERN, method=sl.Wanda())
+    stack = np.array(params['w'])
+
+    def keep(path, layer, kernel, mask):
+        if path == 'w':
+            stack[layer] = kernel
+
+    sl.prune(forward, params | {'w': stack}, batches, PATTERN, method=sl.Wanda(), keep=keep)
+    np.testing.assert_array_equal(stack, want.params['w'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', [sl.Wanda(), sl.SparseGPT(block=8)])
+def test_a_program_on_a_mesh_differs_in_near_ties_at_most(method):
+    forward, params = stacked()
+    batches = [jax.random.normal(jax.random.key(i), (8, 16)) for i in range(2)]
+    mesh = sharding.make_mesh(data=2, fsdp=2)
+    split = [sharding.shard_batch({'x': batch}, mesh)['x'] for batch in batches]
+    one, other = (sl.prune(forward, params, rows, PATTERN, method=method) for rows in (batches, split))
+    masks = [np.concatenate([np.ravel(mask) for mask in jax.tree.leaves(result.masks)]) for result in (one, other)]
+    assert np.mean(masks[0] != masks[1]) <= 1e-3
 
 
 def test_what_a_program_cannot_do_is_said():
