@@ -76,7 +76,7 @@ CONFIG_HELP = 'Python file with a get_config, optionally with :ARGUMENTS; config
 ABSL_FLAGS = ('flagfile', 'undefok')
 
 # Arguments of `generate` for a model that has no text_format.json.
-DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0}
+DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0, 'repetition_penalty': 1.0}
 
 
 class LoadedModel(NamedTuple):
@@ -289,6 +289,9 @@ def define_model() -> None:
     flags.DEFINE_integer('max_new_tokens', None, f'maximum number of tokens in an answer; {own} 10', lower_bound=1)
     flags.DEFINE_integer('min_length', None, f'minimum number of tokens, prompt included; {own} 0', lower_bound=0)
     flags.DEFINE_float('length_penalty', None, f'for beams; a value above 0 favours long answers; {own} 1')
+    flags.DEFINE_float(
+        'repetition_penalty', None, f'above 1, tokens that were there before are less likely; {own} 1', lower_bound=1e-6
+    )
 
 
 def load_model() -> LoadedModel:

@@ -57,11 +57,14 @@ def _check_decoding(name: str, value: Any) -> None:
     if name == 'length_penalty':
         is_legal = isinstance(value, int | float) and math.isfinite(value)
         expected = 'a number'
+    elif name == 'repetition_penalty':
+        is_legal = isinstance(value, int | float) and 0 < value < math.inf
+        expected = 'a number above 0'
     elif name in _LOWEST:
         is_legal = isinstance(value, int) and not isinstance(value, bool) and value >= _LOWEST[name]
         expected = f'{_LOWEST[name]} or more'
     else:
-        raise DataError(f'decoding {name!r}: expected length_penalty, {", ".join(_LOWEST)}')
+        raise DataError(f'decoding {name!r}: expected length_penalty, repetition_penalty, {", ".join(_LOWEST)}')
     if not is_legal:
         raise DataError(f'decoding {name} {value!r}: expected {expected}')
 

@@ -83,8 +83,9 @@ def decode(
     first_logits = logits(x[:, -1:])
     rows, _, vocab = first_logits.shape
     first_logits = jnp.broadcast_to(first_logits, (rows, beams, vocab))  # all beams start from the same prompt
+    read = None if settings.repetition_penalty is None else _tokens_of_prompt(model, batch, vocab)
     state = search.step(
-        settings, search.start(settings, rows, beams), jnp.zeros((), jnp.int32), first_logits, mesh=mesh
+        settings, search.start(settings, rows, beams), jnp.zeros((), jnp.int32), first_logits, read=read, mesh=mesh
     )
 
     def advance(carry):
@@ -94,7 +95,7 @@ def decode(
         tokens = jax.lax.dynamic_index_in_dim(state.tokens, index - 1, axis=2, keepdims=False)
         view = _beam_view(start.view.positions, start.valid, state.ancestry, index)
         x, caches = run(unrolled_blocks, blocks, language.embed_tokens(w, cfg, tokens), view, caches)
-        return index + 1, caches, search.step(settings, state, index, logits(x), mesh=mesh)
+        return index + 1, caches, search.step(settings, state, index, logits(x), read=read, mesh=mesh)
 
     # Without a barrier XLA moves the operation that makes a cache (T5's cross-attention: a transpose) into the loop
     # that reads the cache, and repeats it for every token.
@@ -105,6 +106,18 @@ def decode(
     # Finished beams are sorted, best first.
     best = state.finished[:, 0], jnp.max(state.lengths[:, 0])
     return sharding.split_rows(best, mesh, PartitionSpec())
+
+
+def _tokens_of_prompt(model: Model, batch: dict, vocab: int) -> Bool[Array, 'batch vocab']:
+    """Return which tokens each prompt has; as in transformers, only pads before all words do not count."""
+    prefix = 'decoder_' if model.is_encoder_decoder else ''
+    tokens = batch[f'{prefix}input_ids']
+    mask = batch[f'{prefix}attention_mask']
+    first_word = jnp.argmax(mask != 0, axis=1, keepdims=True)
+    # An image token may be outside the vocabulary; like a pad, it is dropped.
+    tokens = jnp.where(jnp.arange(tokens.shape[1]) < first_word, vocab, tokens)
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].set(True, mode='drop')
 
 
 def cache_shapes(model: Model, weights: dict, batch: dict, *, slots: int) -> PyTree:

@@ -1,6 +1,7 @@
 """Greedy and beam search that give the same tokens as transformers 5.23's `generate`: arguments, defaults, prompts."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,7 +37,6 @@ UNSUPPORTED = {
     'guidance_scale': (1.0,),
     'remove_invalid_values': (False,),
     'renormalize_logits': (False,),
-    'repetition_penalty': (1.0,),
     'sequence_bias': ((),),
     'watermarking_config': ((),),
     # Ask for another kind of search, or for several results:
@@ -94,12 +94,15 @@ def generate(
     min_length: int | None = None,
     length_penalty: float | None = None,
     early_stopping: bool | str | None = None,
+    repetition_penalty: float | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> np.ndarray:
     """Return the most likely continuation of each prompt, by greedy search (one beam) or beam search.
 
     Nothing is sampled. An argument that is None takes the value of the model's generation_config.json, otherwise
-    transformers' default: one beam, 20 new tokens, no minimum, length_penalty 1, early_stopping False. The program is
-    compiled once per shape of `batch`, number of beams and number of new tokens.
+    transformers' default: one beam, 20 new tokens, no minimum, length_penalty 1, early_stopping False, no
+    repetition_penalty. The program is compiled once per shape of `batch`, number of beams and number of new tokens, and
+    once more with a repetition penalty.
 
     Args:
       model: the model.
@@ -113,6 +116,10 @@ def generate(
       length_penalty: a beam's score is its summed log-probabilities / length ** length_penalty.
       early_stopping: True: stop when there are `num_beams` finished beams. False: stop when the best running beam
         scores less than all of them at its current length. 'never': the same, but at its best possible length.
+      repetition_penalty: number above 0 that divides the scores of tokens which the prompt or the beam has already
+        (CTRL, arXiv 1909.05858); above 1 it makes them less likely. The prompt of an encoder-decoder is the decoder's.
+      eos_token_id: tokens that end a text; None: those of the model. A model whose answers end with the line needs the
+        token of a newline.
 
     Returns:
       Token ids `[batch, tokens]`, as wide as the longest row: prompt and continuation (of an encoder-decoder: start
@@ -142,6 +149,8 @@ def generate(
         'min_length': min_length,
         'length_penalty': length_penalty,
         'early_stopping': early_stopping,
+        'repetition_penalty': repetition_penalty,
+        'eos_token_id': eos_token_id,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
     prompt = np.asarray(batch['decoder_input_ids' if model.is_encoder_decoder else 'input_ids'])
@@ -161,7 +170,13 @@ def _settings(model: Model, arguments: dict, prompt_length: int) -> tuple[int, s
     """
     check_options(model)
     own_options = {name: value for name, value in model.generation.options if value is not None}
-    defaults = {'num_beams': 1, 'min_length': 0, 'length_penalty': 1.0, 'early_stopping': False}
+    defaults = {
+        'num_beams': 1,
+        'min_length': 0,
+        'length_penalty': 1.0,
+        'early_stopping': False,
+        'repetition_penalty': 1.0,
+    }
     options = defaults | own_options | arguments
 
     new = options.get('max_new_tokens')
@@ -180,7 +195,12 @@ def _settings(model: Model, arguments: dict, prompt_length: int) -> tuple[int, s
     if options['early_stopping'] not in (True, False, 'never'):
         raise GenerationError(f"early_stopping {options['early_stopping']!r}: expected True, False or 'never'")
 
+    if not 0 < options['repetition_penalty'] < math.inf:
+        raise GenerationError(f'repetition_penalty {options["repetition_penalty"]}: expected a finite number above 0')
+
     eos = model.generation.eos
+    if 'eos_token_id' in arguments:
+        eos = _end_tokens(arguments['eos_token_id'], model.cfg.language.vocab)
     pad = model.generation.pad
     if options['num_beams'] > 1:
         # transformers' beam search writes `pad_token_id or eos_token_id[0]`, so a pad of 0 counts as none.
@@ -194,7 +214,21 @@ def _settings(model: Model, arguments: dict, prompt_length: int) -> tuple[int, s
         min_new=min_new,
         eos=eos,
         pad=pad,
+        repetition_penalty=float(options['repetition_penalty']),
     )
+
+
+def _end_tokens(given: int | Sequence[int], vocab: int) -> tuple[int, ...]:
+    """Return the tokens of `eos_token_id`.
+
+    Raises:
+      GenerationError: they are no tokens of the vocabulary.
+    """
+    tokens = (given,) if isinstance(given, int | np.integer) else tuple(given)
+    for token in tokens:
+        if not isinstance(token, int | np.integer) or not 0 <= token < vocab:
+            raise GenerationError(f'eos_token_id {given!r}: expected tokens of the vocabulary, 0 to {vocab - 1}')
+    return tuple(int(token) for token in tokens)
 
 
 def _add_prompt(model: Model, batch: dict) -> dict:

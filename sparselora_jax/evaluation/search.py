@@ -31,6 +31,7 @@ class Settings(NamedTuple):
       min_new: minimum number of new tokens before a sequence may end.
       eos: tokens that finish a sequence.
       pad: token that fills the output after the end of a sequence.
+      repetition_penalty: makes the tokens that a beam has read or written less likely; None: it does not.
     """
 
     finished_divisors: Float[Array | np.ndarray, ' new']
@@ -39,6 +40,8 @@ class Settings(NamedTuple):
     min_new: Int[Array | np.ndarray, '']
     eos: Int[Array | np.ndarray, ' ends']
     pad: Int[Array | np.ndarray, '']
+    # None is no array, so a search without a penalty is another program, which does not look for repeated tokens.
+    repetition_penalty: Float[Array | np.ndarray, ''] | None = None
 
 
 class Search(NamedTuple):
@@ -66,7 +69,14 @@ class Search(NamedTuple):
 
 
 def make_settings(
-    new: int, *, length_penalty: float, early_stopping: bool | str, min_new: int, eos: tuple[int, ...], pad: int
+    new: int,
+    *,
+    length_penalty: float,
+    early_stopping: bool | str,
+    min_new: int,
+    eos: tuple[int, ...],
+    pad: int,
+    repetition_penalty: float = 1.0,
 ) -> Settings:
     """Build the settings for at most `new` tokens from `generate`'s arguments.
 
@@ -77,6 +87,7 @@ def make_settings(
       min_new: minimum number of tokens to generate.
       eos: tokens that finish a sequence.
       pad: token after the end.
+      repetition_penalty: see `generate`.
 
     >>> settings = make_settings(3, length_penalty=-1.0, early_stopping=False, min_new=0, eos=(2,), pad=1)
     >>> settings.finished_divisors.round(2).tolist()
@@ -94,6 +105,7 @@ def make_settings(
         min_new=np.asarray(np.int32(min_new)),
         eos=np.asarray(eos, np.int32).reshape(-1),  # without end tokens, an empty vector
         pad=np.asarray(np.int32(pad)),
+        repetition_penalty=None if repetition_penalty == 1 else np.asarray(np.float32(repetition_penalty)),
     )
 
 
@@ -127,6 +139,7 @@ def step(
     index: Int[Array, ''],
     logits: Float[Array, 'batch beams vocab'],
     *,
+    read: Bool[Array, 'batch vocab'] | None = None,
     mesh: Mesh | None = None,
 ) -> Search:
     """Choose the next token of every beam; with one beam, greedily.
@@ -136,16 +149,46 @@ def step(
       state: the state before this token.
       index: number of the token, from 0.
       logits: logits of the token, in fp32.
+      read: which tokens the prompt has; only a repetition penalty needs it.
       mesh: the mesh of `decode`.
     """
     is_greedy = logits.shape[1] == 1
     is_end = jnp.zeros(logits.shape[-1], bool).at[settings.eos].set(True)
     # As in transformers, probabilities are normalised before any token is forbidden.
     scores = logits if is_greedy else jax.nn.log_softmax(logits, axis=-1)
+    if settings.repetition_penalty is not None:
+        scores = _penalise_repetition(settings.repetition_penalty, state, index, scores, read)
     scores = jnp.where(is_end & (index < settings.min_new), -jnp.inf, scores)
     if is_greedy:
         return _greedy_step(settings, state, index, scores, is_end)
     return _beam_step(settings, state, index, scores, is_end, functools.partial(sharding.top_k, mesh=mesh))
+
+
+def _penalise_repetition(
+    penalty: Float[Array, ''],
+    state: Search,
+    index: Int[Array, ''],
+    scores: Float[Array, 'batch beams vocab'],
+    read: Bool[Array, 'batch vocab'],
+) -> Float[Array, 'batch beams vocab']:
+    """Return scores in which those of tokens that a beam has read or written are worse (CTRL, arXiv 1909.05858).
+
+    Args:
+      penalty: what a score is divided by; a score below 0 is multiplied, since division would make it better.
+      state: the state before this token.
+      index: number of the token, from 0.
+      scores: logits in greedy search, log-probabilities otherwise, as in transformers.
+      read: which tokens the prompt has.
+    """
+    batch, beams, vocab = scores.shape
+    is_written = jnp.arange(state.tokens.shape[-1]) < index
+    # Places that hold no token yet get a number outside the vocabulary, which is dropped.
+    tokens = jnp.where(is_written, state.tokens, vocab)
+    rows = jnp.arange(batch)[:, None, None]
+    columns = jnp.arange(beams)[:, None]
+    repeats = jnp.zeros(scores.shape, bool).at[rows, columns, tokens].set(True, mode='drop') | read[:, None]
+    worse = jnp.where(scores < 0, scores * penalty, scores / penalty)
+    return jnp.where(repeats, worse, scores)
 
 
 def _greedy_step(

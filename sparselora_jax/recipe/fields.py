@@ -520,6 +520,13 @@ FIELDS = (
         "A beam's score is its log-probability / length ** length_penalty. A value above 0 favours long "
         'answers, below 0 short ones.',
     ),
+    Field(
+        'evaluate.repetition_penalty',
+        1.0,
+        POSITIVE,
+        'Above 1, tokens that the prompt or the answer has already are less likely. The paper uses 1.5 for the answers '
+        'of InstructBLIP.',
+    ),
 )
 
 

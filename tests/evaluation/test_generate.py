@@ -92,6 +92,25 @@ def test_tokens_equal_transformers(name, cases):
     assert len(different) >= 7  # the settings matter
 
 
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
+)
+def test_repeated_tokens_and_other_ends_equal_transformers(name, cases):
+    case = cases(name)
+    end = case.model.generation.eos[0]
+    plain = {}
+    for beams in (1, 3):
+        options = {'num_beams': beams, 'max_new_tokens': NEW}
+        plain[beams] = case.ours(**options)
+        options |= {'repetition_penalty': 1.5, 'eos_token_id': end}
+        ours = case.ours(**options)
+        theirs = case.theirs(**options)
+        assert ours.shape == theirs.shape
+        # Penalised scores are further apart than those of beams, so only exact ties could differ.
+        assert (ours != theirs).any(axis=1).mean() < 0.02
+        assert ours.shape != plain[beams].shape or (ours != plain[beams]).any(axis=1).mean() > 0.05
+
+
 def test_scores_are_those_of_transformers(cases):
     """What `assert_equal_but_for_ties` goes by."""
     case = cases('llama')
@@ -190,6 +209,8 @@ def test_bound_weights(cases):
         ({'max_new_tokens': 0}, 'leaves room for 0'),
         ({'num_beams': 0}, 'num_beams 0: expected 1 or more'),
         ({'early_stopping': 'often'}, "early_stopping 'often': expected True, False or 'never'"),
+        ({'repetition_penalty': 0.0}, 'repetition_penalty 0.0: expected a finite number above 0'),
+        ({'eos_token_id': [3, 60]}, r'eos_token_id \[3, 60\]: expected tokens of the vocabulary, 0 to 59'),
     ],
 )
 def test_refused_arguments(options, message, cases):
@@ -199,8 +220,8 @@ def test_refused_arguments(options, message, cases):
 
 def test_refused_options_and_batches(cases):
     case = cases('llama')
-    strange = replace(case.model.generation, options=(('repetition_penalty', 1.5),))
-    with pytest.raises(GenerationError, match=r'repetition_penalty = 1.5 is not supported'):
+    strange = replace(case.model.generation, options=(('no_repeat_ngram_size', 2),))
+    with pytest.raises(GenerationError, match=r'no_repeat_ngram_size = 2 is not supported'):
         case._replace(model=replace(case.model, generation=strange)).ours()
     with pytest.raises(GenerationError, match='no input_ids'):
         generate(case.model, case.params, {'attention_mask': case.batch['attention_mask']})

@@ -266,7 +266,7 @@ def test_help_lists_the_scripts_own_flags_and_nothing_else(script, name):
     assert own == [flag for flag in listed if flag in own]
     own += ['distributed', 'coordinator', 'num_processes', 'process_id', 'workdir', 'config', 'config.NAME', 'dry_run']
     own += ['help_config', 'version', 'help', 'model', 'family', 'prompt', 'prompt_tokens', 'dtype']
-    assert set(listed) <= {*own, 'num_beams', 'max_new_tokens', 'min_length', 'length_penalty'}
+    assert set(listed) <= {*own, 'num_beams', 'max_new_tokens', 'min_length', 'length_penalty', 'repetition_penalty'}
     assert f'usage: python launch/{name}' in out
     assert f'python launch/{name}' in out.partition('usage:')[0], 'an example'
 
