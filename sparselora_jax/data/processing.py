@@ -167,26 +167,42 @@ class Processor:
           answer_tokens: number of tokens that each answer is padded to; None: answers need not fit.
         """
         try:
-            text = self._with_image(prompt)
+            texts = self._words_of_prompt(prompt, prompt_tokens)
         except DataError as error:
             return str(error)
+        # An answer that is only compared as text may have any length, and is not read by the model.
+        if answer_tokens is not None:
+            target = [*self._answer_tokens(prompt, answer), self.end]
+            texts.append(_Words('answer', target, answer_tokens, self.vocab))
+        return _first_misfit(texts)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Return the number of tokens of a prompt without image tokens: the least `prompt_tokens` that `example` takes.
+
+        Args:
+          prompt: the text before the answer.
+
+        Raises:
+          DataError: the prompt has the wrong number of '<image>'.
+        """
+        return max(len(words.tokens) for words in self._words_of_prompt(prompt, 0))
+
+    def _words_of_prompt(self, prompt: str, prompt_tokens: int) -> list['_Words']:
+        """Return the tokens of a prompt as the language model reads it and, where there is one, the Q-Former."""
+        text = self._with_image(prompt)
         tokenizer = self.hf.tokenizer
         if self.spec.prompt_template:
             # The processor writes the template itself, special tokens included.
             text = text.removeprefix(str(self.hf.image_token))
             text = self.spec.prompt_template.format(bos=tokenizer.bos_token, text=text)
-            words = tokenizer(text, add_special_tokens=False)['input_ids']
+            tokens = tokenizer(text, add_special_tokens=False)['input_ids']
         else:
-            words = tokenizer(text)['input_ids']
-        texts = [_Words('prompt', self._without_image(words), prompt_tokens, self.vocab)]
-        # An answer that is only compared as text may have any length, and is not read by the model.
-        if answer_tokens is not None:
-            target = [*self._answer_tokens(prompt, answer), self.end]
-            texts.append(_Words('answer', target, answer_tokens, self.vocab))
+            tokens = tokenizer(text)['input_ids']
+        words = [_Words('prompt', self._without_image(tokens), prompt_tokens, self.vocab)]
         if self.spec.has_instruction:
             instruction = self.hf.qformer_tokenizer(text)['input_ids']
-            texts.append(_Words(_QFORMER_PROMPT, instruction, prompt_tokens, self.qformer_vocab))
-        return _first_misfit(texts)
+            words.append(_Words(_QFORMER_PROMPT, instruction, prompt_tokens, self.qformer_vocab))
+        return words
 
     def decode(self, ids: Integer[np.ndarray, 'batch tokens'] | Sequence[Sequence[int]]) -> list[str]:
         """Return generated tokens as texts, without special tokens and surrounding spaces.

@@ -12,7 +12,7 @@ from sparselora_jax.runtime.files import read_json
 
 FILE = 'text_format.json'
 # The lowest values of the arguments of `generate` that are counts.
-_LOWEST = {'num_beams': 1, 'max_new_tokens': 1, 'min_length': 0}
+_LOWEST = {'num_beams': 1, 'max_new_tokens': 1, 'min_length': 0, 'min_new_tokens': 0, 'eos_token_id': 0}
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ def generate(
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     min_length: int | None = None,
+    min_new_tokens: int | None = None,
     length_penalty: float | None = None,
     early_stopping: bool | str | None = None,
     repetition_penalty: float | None = None,
@@ -113,6 +114,7 @@ def generate(
       max_length: maximum number of tokens, including the prompt's (or those of `decoder_input_ids`).
       max_new_tokens: maximum number of tokens after the prompt; overrides `max_length`.
       min_length: minimum number of tokens, including the prompt's.
+      min_new_tokens: minimum number of tokens after the prompt; overrides `min_length`.
       length_penalty: a beam's score is its summed log-probabilities / length ** length_penalty.
       early_stopping: True: stop when there are `num_beams` finished beams. False: stop when the best running beam
         scores less than all of them at its current length. 'never': the same, but at its best possible length.
@@ -147,6 +149,7 @@ def generate(
         'max_length': max_length,
         'max_new_tokens': max_new_tokens,
         'min_length': min_length,
+        'min_new_tokens': min_new_tokens,
         'length_penalty': length_penalty,
         'early_stopping': early_stopping,
         'repetition_penalty': repetition_penalty,

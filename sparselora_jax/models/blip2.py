@@ -4,13 +4,14 @@ InstructBLIP (arXiv 2305.06500) is the same, except that its Q-Former reads the 
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Array, Float
 
 from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
+from sparselora_jax.data.task_format import TaskFormat, TaskKind, clean_question
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.models import key_table, layers, qformer, towers
+from sparselora_jax.models import key_table, layers, opt, qformer, towers
 from sparselora_jax.models.config import HfConfig, LanguageConfig, VisionConfig
 from sparselora_jax.models.family import Family, ImageFamily, register_family
 from sparselora_jax.models.key_table import Keys
@@ -19,6 +20,13 @@ from sparselora_jax.runtime.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     import transformers
+
+
+OPT_NEWLINE = 50118  # token of a newline in OPT's tokenizer: an answer of BLIP-2 with OPT ends with its line
+PROMPTS = {
+    'answer': 'Question: {} Short answer:',
+    'choice': 'Question: {}\nAnswer with the letter of the right choice. Short answer:',
+}
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,39 @@ class Blip2Family(ImageFamily):
         image = cfg.vision.tower.forward(w['vision'], cfg.vision, batch['pixel_values'], run)
         return bridge(w, cfg, image, batch, run)
 
+    def task_format(self, cfg: Blip2Config, kind: TaskKind) -> TaskFormat:
+        """Return BLIP-2's prompt for short answers, or none for captions; five beams, as in the paper's scripts.
+
+        Args:
+          cfg: the family's config.
+          kind: kind of task.
+        """
+        if kind == 'caption':
+            return TaskFormat(TextFormat('{}', prompt_tokens=8, decoding=self._caption_decoding(cfg)))
+        template = PROMPTS.get(kind, PROMPTS['answer'])
+        text = TextFormat(template, prompt_tokens=32, answer_tokens=8, decoding=self._answer_decoding(cfg))
+        return TaskFormat(text, clean=clean_question)
+
+    def _answer_decoding(self, cfg: Blip2Config) -> dict[str, Any]:
+        """Return the arguments of `generate` for short answers."""
+        decoding: dict[str, Any] = {'num_beams': 5, 'max_new_tokens': 10}
+        if cfg.language.tower.is_encoder_decoder:
+            return decoding | {'length_penalty': -1.0}
+        # The paper's code never passes its length penalty to these models, whose default is 0.
+        decoding['length_penalty'] = 0.0
+        # A smaller vocabulary is that of another tokenizer.
+        if isinstance(cfg.language, opt.OptConfig) and cfg.language.vocab > OPT_NEWLINE:
+            decoding['eos_token_id'] = OPT_NEWLINE
+        return decoding
+
+    def _caption_decoding(self, cfg: Blip2Config) -> dict[str, Any]:
+        """Return the arguments of `generate` for captions."""
+        decoding: dict[str, Any] = {'num_beams': 5, 'length_penalty': 1.0}
+        if cfg.language.tower.is_encoder_decoder:
+            return decoding | {'max_new_tokens': 30, 'min_length': 8}
+        # Lengths of 30 and 8 count the first token, which stands for the embeddings of the prompt.
+        return decoding | {'max_new_tokens': 29, 'min_new_tokens': 7}
+
     def shapes(self, cfg: Blip2Config) -> dict:
         """Return the shape of every parameter, as a params tree of tuples.
 
@@ -191,6 +232,23 @@ class InstructBlipFamily(Blip2Family):
         text=TextFormat('{}', prompt_tokens=32, answer_tokens=8),
         has_instruction=True,
     )
+
+    def task_format(self, cfg: Blip2Config, kind: TaskKind) -> TaskFormat:
+        """Return the prompts of the paper's scripts, with a penalty on repeated tokens.
+
+        Args:
+          cfg: the family's config.
+          kind: kind of task.
+        """
+        asked = super().task_format(cfg, kind)
+        decoding = asked.text.decoding | {'repetition_penalty': 1.5}
+        if cfg.language.tower.is_encoder_decoder:
+            return replace(asked, text=replace(asked.text, decoding=decoding))
+        if kind != 'caption':
+            # A length of 10 counts the first token, see `_caption_decoding`.
+            return replace(asked, text=replace(asked.text, decoding=decoding | {'max_new_tokens': 9}))
+        decoding |= {'max_new_tokens': 79, 'min_new_tokens': 9}
+        return replace(asked, text=replace(asked.text, decoding=decoding), instruction='A short image caption.')
 
     def vocabularies(self, cfg: Blip2Config) -> dict[str, int]:
         """Return the batch arrays that contain tokens, with their vocabulary sizes.

@@ -17,6 +17,7 @@ of one image token.
 
 import abc
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparselora_jax.data.processor_spec import PROCESSORS, ProcessorSpec
+from sparselora_jax.data.task_format import TaskFormat, TaskKind
 from sparselora_jax.models import prompts
 from sparselora_jax.models.config import FamilyConfig, HfConfig, ImageConfig
 from sparselora_jax.models.key_table import Keys
@@ -140,6 +142,24 @@ class Family(Protocol):
         if self.processor is not None and self.processor.has_instruction:
             lengths |= dict.fromkeys(('qformer_input_ids', 'qformer_attention_mask'), prompt_tokens)
         return arrays | {name: jax.ShapeDtypeStruct((size, length), jnp.int32) for name, length in lengths.items()}
+
+    def task_format(self, cfg: FamilyConfig, kind: TaskKind) -> TaskFormat:
+        """Return how models of this family are asked in a kind of task.
+
+        The default is the family's prompt for questions, and its bare prompt with a short instruction for captions.
+
+        Args:
+          cfg: the family's config.
+          kind: kind of task.
+
+        Raises:
+          UnsupportedModelError: the family reads no images.
+        """
+        del cfg
+        if self.processor is None:
+            raise UnsupportedModelError(f'{self.name} models read no images, so they have no task of images')
+        decoding = {'num_beams': 1, 'max_new_tokens': 64 if kind == 'caption' else 16}
+        return TaskFormat(replace(self.processor.text, decoding=decoding), instruction='Describe the image briefly.')
 
     def unread(self, hf: HfConfig, cfg: FamilyConfig) -> dict[str, int]:
         """Return the numbers of parameters in a published file that no code here reads, by description.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Array, Float
 
 from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
+from sparselora_jax.data.task_format import TaskFormat, TaskKind
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.models import key_table, layers, towers
 from sparselora_jax.models.config import HfConfig, LanguageConfig, VisionConfig
@@ -26,6 +27,17 @@ RENAMES = (
     (r'^(model\.)?vision_tower\.(vision_model\.)?', 'model.vision_tower.'),
     (r'^(model\.)?multi_modal_projector\.', 'model.multi_modal_projector.'),
 )
+
+
+# The conversation in which LLaVA-1.5 was trained.
+SYSTEM = (
+    'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, '
+    "and polite answers to the user's questions."
+)
+ENDINGS = {
+    'answer': 'Answer the question using a single word or phrase.',
+    'choice': "Answer with the option's letter from the given choices directly.",
+}
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,22 @@ class LlavaFamily(ImageFamily):
         image = cfg.vision.tower.forward(w['vision'], cfg.vision, batch['pixel_values'], run)
         hidden = layers.ACTIVATIONS[cfg.activation](layers.dense(w['projector']['fc1'], image))
         return layers.dense(w['projector']['fc2'], hidden)
+
+    def task_format(self, cfg: LlavaConfig, kind: TaskKind) -> TaskFormat:
+        """Return LLaVA-1.5's conversation, with its own line for short answers or for letters; greedy decoding.
+
+        Args:
+          cfg: the family's config.
+          kind: kind of task.
+        """
+        del cfg
+        ending = '' if kind == 'caption' else f'\n{ENDINGS.get(kind, ENDINGS["answer"])}'
+        # LLaVA's own evaluation allows 128 tokens; an answer that ends earlier is the same.
+        decoding = {'num_beams': 1, 'max_new_tokens': 64 if kind == 'caption' else 16}
+        text = TextFormat(
+            f'{SYSTEM} USER: <image>\n{{}}{ending} ASSISTANT:', prompt_tokens=96, answer_tokens=8, decoding=decoding
+        )
+        return TaskFormat(text, instruction='Provide a one-sentence caption for the provided image.')
 
     def shapes(self, cfg: LlavaConfig) -> dict:
         """Return the shape of every parameter, as a params tree of tuples.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Array, Float
 
 from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
+from sparselora_jax.data.task_format import TaskFormat, TaskKind
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.models import key_table, layers, llava, towers
 from sparselora_jax.models.config import HfConfig, LanguageConfig, VisionConfig
@@ -87,6 +88,19 @@ class PaliGemmaFamily(ImageFamily):
             language=replace(towers.language_from_hf(hf.text_config), tied=hf.tie_word_embeddings),
             image_token=hf.image_token_id,
         )
+
+    def task_format(self, cfg: PaliGemmaConfig, kind: TaskKind) -> TaskFormat:
+        """Return the prefixes that PaliGemma was trained with (arXiv 2407.07726), and big_vision's decoding.
+
+        Args:
+          cfg: the family's config.
+          kind: kind of task.
+        """
+        del cfg
+        is_caption = kind == 'caption'
+        decoding = {'num_beams': 2 if is_caption else 1, 'max_new_tokens': 32}
+        text = replace(self.processor.text, prompt='{}' if is_caption else 'answer en {}', decoding=decoding)
+        return TaskFormat(text, instruction='caption en')
 
     def soft_words(
         self, w: dict, cfg: PaliGemmaConfig, batch: dict, run: Runner = scan_blocks

@@ -1,0 +1,66 @@
+"""How a family of models is asked: the prompt and the decoding of each kind of task."""
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sparselora_jax.data.text_format import TextFormat
+
+# Free text about an image, a description of it, the letter of a choice, yes or no.
+TaskKind = Literal['answer', 'caption', 'choice', 'yes_no']
+
+# Characters that LAVIS's processors of BLIP-2 remove from a question; '?' and ',' stay.
+_REMOVED = str.maketrans('', '', '.!"()*#:;~')
+LAVIS_WORDS = 50  # words of a question that LAVIS keeps
+
+
+def _unchanged(question: str) -> str:
+    return question
+
+
+def clean_question(question: str) -> str:
+    """Return a question as LAVIS prepares it for BLIP-2 (`blip_question`): lower case, less punctuation, 50 words.
+
+    Args:
+      question: the question of a data set.
+
+    >>> clean_question('What is *this*?  A cat.')
+    'what is this?  a cat'
+    """
+    cleaned = question.lower().translate(_REMOVED).rstrip(' ')
+    words = cleaned.split(' ')
+    return cleaned if len(words) <= LAVIS_WORDS else ' '.join(words[:LAVIS_WORDS])
+
+
+@dataclass(frozen=True)
+class TaskFormat:
+    """How a family is asked in one kind of task.
+
+    Attributes:
+      text: the prompt and the arguments of `generate`. Prompts that are longer than its limit raise the limit.
+      instruction: what stands in the place of the question where a task has none: captions.
+      clean: prepares a question.
+    """
+
+    text: TextFormat
+    instruction: str = ''
+    clean: Callable[[str], str] = _unchanged
+
+    def question(self, question: str | None, choices: Sequence[str] = (), context: str = '') -> str:
+        """Return what stands in the place of the question: with its context before, and its choices after it.
+
+        Args:
+          question: the question; None: the instruction.
+          choices: texts to choose from; each gets a letter.
+          context: text that belongs to the question.
+
+        >>> TaskFormat(TextFormat()).question('Which one melts?', ['ice', 'stone']).splitlines()
+        ['Which one melts?', 'A. ice', 'B. stone']
+        """
+        if question is None:
+            return self.instruction
+        lines = [context] if context else []
+        lines.append(self.clean(question))
+        lines += [f'{letter}. {choice}' for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
+        return '\n'.join(lines)
