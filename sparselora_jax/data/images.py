@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +37,41 @@ _TURNS = {
 _RANGES = (2**8 - 1, 2**12 - 1, 2**16 - 1, 2**31 - 1)
 
 
-def read_image(path: str | Path) -> UInt8[np.ndarray, 'height width 3']:
+def read_image(path: str | Path, *, is_benchmark: bool = False) -> UInt8[np.ndarray, 'height width 3']:
     """Read an image file as RGB: apply its EXIF orientation, and put transparent pixels on white.
 
     Args:
       path: a file of any format that Pillow decodes by itself.
+      is_benchmark: see `to_rgb`.
 
     Raises:
       DataError: the file is missing or not an image, or has too many pixels.
     """
     try:
         with open_image(path) as image:
-            return to_rgb(image)
+            return to_rgb(image, is_benchmark=is_benchmark)
     except FileNotFoundError:
         raise DataError(f'{path}: no such file') from None
     except DataError as error:
         raise DataError(f'{path}: not a readable image ({error})') from None
+
+
+def decode_image(data: bytes, name: str, *, is_benchmark: bool = False) -> UInt8[np.ndarray, 'height width 3']:
+    """Decode an image that is in memory; see `read_image`.
+
+    Args:
+      data: the bytes of an image file.
+      name: where they come from, for messages.
+      is_benchmark: see `to_rgb`.
+
+    Raises:
+      DataError: the bytes are not an image, or it has too many pixels.
+    """
+    try:
+        with _open(BytesIO(data)) as image:
+            return to_rgb(image, is_benchmark=is_benchmark)
+    except DataError as error:
+        raise DataError(f'{name}: not a readable image ({error})') from None
 
 
 def fingerprint(path: Path) -> str:
@@ -93,7 +113,19 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         # Opening a FIFO waits for a writer, and a device may never end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise DataError('a folder, pipe or device, not a file')
-        with Image.open(path) as image:
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise DataError(_reason(error)) from None
+    with _open(path) as image:
+        yield image
+
+
+@contextmanager
+def _open(source: str | Path | BytesIO) -> Iterator[Image.Image]:
+    """Open an image; errors of Pillow while it is used become a DataError."""
+    try:
+        with Image.open(source) as image:
             _check_size(image)
             yield image
     except (DataError, FileNotFoundError):
@@ -126,16 +158,20 @@ def _reason(error: Exception) -> str:
     return (text.splitlines() or [''])[0] or type(error).__name__
 
 
-def to_rgb(image: Image.Image) -> UInt8[np.ndarray, 'height width 3']:
+def to_rgb(image: Image.Image, *, is_benchmark: bool = False) -> UInt8[np.ndarray, 'height width 3']:
     """Return the pixels of an image as RGB, upright and on white.
 
     Args:
       image: an image of any mode; it is decoded here.
+      is_benchmark: leave EXIF orientation and alpha alone. The public evaluation code of benchmarks only calls
+        `convert('RGB')`, so its scores are those of images that are neither turned nor put on white.
 
     Raises:
       DataError: a float is not finite.
     """
     image.load()
+    if is_benchmark and not is_deep(image):
+        return np.asarray(image.convert('RGB'))
     upright = _upright(image)
     if is_deep(upright):
         grey = scale_to_8_bits(np.asarray(upright))
