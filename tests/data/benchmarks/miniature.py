@@ -456,7 +456,8 @@ def science_qa(root: Path, subset: str = 'test', *, has_splits: bool = True) -> 
     expected = []
     problems = {}
     splits = {'train': [], 'val': [], 'test': [], 'trainval': [], 'minival': [], 'minitest': []}
-    for number, (split, has_image) in enumerate([(subset, True), (subset, False), ('train', True), (subset, True)]):
+    kinds = [(subset, True), (subset, False), ('train', True), (subset, True), ('val', False)]
+    for number, (split, has_image) in enumerate(kinds):
         identifier = str(11 + number)
         data = image(number, '.png')
         if has_image:
@@ -489,6 +490,9 @@ def science_qa(root: Path, subset: str = 'test', *, has_splits: bool = True) -> 
                     groups,
                 )
             )
+    splits['trainval'] = splits['train'] + splits['val']
+    splits['minival'] = splits['val'][:1]
+    splits['minitest'] = splits['test'][:1]
     write(root / 'problems.json', problems)
     if has_splits:
         write(root / 'pid_splits.json', splits)
