@@ -14,8 +14,11 @@ from jaxtyping import Float, Int
 
 from sparselora_jax.runtime.errors import DataError
 
-
 # A Protocol and not a base class: POPE's values are not means, so the results share no code.
+RESAMPLES = 1000  # of a bootstrap
+SEED = 0
+
+
 @runtime_checkable
 class Scored(Protocol):
     """The result of a metric.
@@ -156,6 +159,35 @@ def check_texts(texts: Sequence[object], name: str, items: int | None = None) ->
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f'{name} {index} is {text!r}: expected a text')
+
+
+def standard_errors(scored: Scored, *, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, float]:
+    """Return the standard error of each value, by the bootstrap.
+
+    It is the standard deviation of the values of data sets drawn with replacement (Efron and Tibshirani, An
+    Introduction to the Bootstrap, 1993, algorithm 6.1).
+
+    Args:
+      scored: the result of a metric.
+      resamples: number of data sets that are drawn, at least 2.
+      seed: of the draws. The same seed gives the same standard errors.
+
+    Returns:
+      Standard errors by the names of the values, in their unit.
+
+    Raises:
+      DataError: there are no items, or fewer than two resamples.
+    """
+    count = len(scored.per_item)
+    if count < 1:
+        raise DataError('a standard error needs at least one item: there is none')
+    if resamples < 2:
+        raise DataError(f'a standard error needs at least two resamples, not {resamples}')
+    rng = np.random.default_rng(seed)
+    # All values of one resample belong together, so items are drawn once for all of them.
+    draws = [scored.aggregate(rng.integers(count, size=count)) for _ in range(resamples)]
+    # A group that a resample misses has no value there.
+    return {name: float(np.nanstd([draw[name] for draw in draws], ddof=1)) for name in draws[0]}
 
 
 def select(array: np.ndarray, indices: Int[np.ndarray, ' sample'] | None) -> np.ndarray:
