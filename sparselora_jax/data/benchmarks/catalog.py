@@ -47,6 +47,8 @@ BENCHMARKS: Registry[Benchmark] = Registry('benchmark')
 _VAL = ('validation', 'val')
 _VQAV2_QUESTIONS = 'v2_OpenEnded_mscoco_{}_questions.json'
 
+# The published files come first: scores of the benchmark's server are about them. LAVIS's lists lack the types of
+# questions and answers, and a parquet file copies its images.
 BENCHMARKS.register(
     'vqav2_val',
     Benchmark(
@@ -61,6 +63,7 @@ BENCHMARKS.register(
         ),
     ),
 )
+# Nobody but the server has the answers of the test splits.
 BENCHMARKS.register(
     'vqav2_test',
     Benchmark(
@@ -75,6 +78,7 @@ BENCHMARKS.register(
         ),
     ),
 )
+# A part of the test split, whose images it shares.
 BENCHMARKS.register(
     'vqav2_testdev',
     Benchmark(
@@ -88,6 +92,7 @@ BENCHMARKS.register(
         ),
     ),
 )
+# OK-VQA has no test split; papers report this one.
 BENCHMARKS.register(
     'ok_vqa_val2014',
     Benchmark(
@@ -102,6 +107,7 @@ BENCHMARKS.register(
         ),
     ),
 )
+# The split that papers call GQA: answers of `testdev` are public.
 BENCHMARKS.register(
     'gqa',
     Benchmark(
@@ -122,6 +128,7 @@ BENCHMARKS.register(
         (gqa.GqaQuestions('val'), ParquetTables(parquet_forms.GQA, _VAL)),
     ),
 )
+# Domains say whether COCO's classes are in the image. Parquet files leave them out.
 BENCHMARKS.register(
     'nocaps_val',
     Benchmark(
@@ -135,6 +142,7 @@ BENCHMARKS.register(
         ),
     ),
 )
+# Karpathy and Fei-Fei (arXiv 1412.2306) divided COCO's validation images of 2014; captioning papers use their splits.
 for _subset, _splits in (('test', ('test',)), ('val', _VAL)):
     BENCHMARKS.register(
         f'coco_karpathy_{_subset}',
@@ -150,6 +158,7 @@ for _subset, _splits in (('test', ('test',)), ('val', _VAL)):
             ),
         ),
     )
+# The release of 2017 moved most of these images to training, so the two splits are not comparable.
 for _year, _count in (('2014', 40_504), ('2017', 5_000)):
     BENCHMARKS.register(
         f'coco{_year}_cap_val',
@@ -178,6 +187,7 @@ BENCHMARKS.register(
         ),
     ),
 )
+# The answers of TextVQA's test split are not public.
 BENCHMARKS.register(
     'textvqa_val',
     Benchmark(
@@ -198,6 +208,7 @@ BENCHMARKS.register(
         (vizwiz.VizWiz('val'), ParquetTables(parquet_forms.VIZWIZ, _VAL)),
     ),
 )
+# Half of ScienceQA's questions have no image and say nothing about a vision tower.
 BENCHMARKS.register(
     'scienceqa_img',
     Benchmark(
@@ -208,6 +219,7 @@ BENCHMARKS.register(
         (science_qa.ScienceQa('test'), ParquetTables(parquet_forms.SCIENCE_QA, ('test',))),
     ),
 )
+# Three files of 3,000 questions about the same 500 images.
 BENCHMARKS.register(
     'pope',
     Benchmark(

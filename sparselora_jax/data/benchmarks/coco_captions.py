@@ -93,6 +93,7 @@ class CocoCaptions:
         Raises:
           DataError: several files could be meant.
         """
+        # A folder may hold the files of all splits, which look alike.
         marks = {'subset': self.subset}
         if self.kind == NOCAPS:
             # The splits also have files without captions, for those who only need the images.
@@ -129,6 +130,7 @@ def fill(builder: ItemsBuilder, path: Path) -> None:
             captions.setdefault(image_id, []).append(records.text(entry.value, 'caption'))
 
     for_each(entries(path), path, read)
+    # Files of two releases have the same form, and mixed they would lose captions without a word.
     strangers = captions.keys() - images.keys()
     if strangers:
         which = f'{len(strangers):,} images that are not in the file, such as {min(strangers)}'
@@ -195,6 +197,7 @@ def fill_karpathy(builder: ItemsBuilder, path: Path, subset: str) -> None:
         if subset_of_image != subset:
             return
         name = records.text(entry.value, 'filename')
+        # Flickr30k has no ids but the numbers in its file names.
         is_coco = 'cocoid' in entry.value
         folder = records.optional_text(entry.value, 'filepath')
         identifier = records.integer(entry.value, 'cocoid') if is_coco else id_of_image(name)

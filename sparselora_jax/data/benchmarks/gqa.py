@@ -59,8 +59,7 @@ def _subset(path: Path, image: str, image_key: str) -> str:
 
 def _balance(path: Path, questions: list[object]) -> str:
     """Return 'balanced' or 'all'; '' if it cannot be told."""
-    flags = {question.get('isBalanced') for question in questions if isinstance(question, dict)}
-    if False in flags:
+    if any(isinstance(question, dict) and question.get('isBalanced') is False for question in questions):
         return 'all'
     # A file with all questions may begin with some balanced ones.
     return subset_in_name(path, ('balanced', 'all'))

@@ -178,8 +178,9 @@ class _Window:
                 raise self.broken('brackets are nested too deeply') from None
             except ValueError:  # Python refuses to convert thousands of digits
                 raise self.broken('a number has too many digits') from None
-            # A number at the end of the window may go on behind it.
-            if end == len(self.text) and self.grow():
+            # A number at the end of the window may go on behind it: of '1.5e+3', '1.5e+' may have been read, which is
+            # decoded as 1.5 and leaves two characters.
+            if len(self.text) - end <= 2 and self.grow():
                 continue
             self.position = end
             return value

@@ -49,6 +49,7 @@ def load(name: str, data: str | Path | Discovery, *, tolerance: float = 0.0, nee
     file = None if name in BENCHMARKS else user_jsonl.find_file(name)
     if file is not None:
         return load_user_file(file, tolerance=tolerance, needs_images=needs_images)
+    # An unknown name is found before the folder is searched, which may take minutes.
     benchmark = find_benchmark(name)
     discovery = data if isinstance(data, Discovery) else discover(data)
     source = find_source(name, benchmark, discovery)
@@ -57,6 +58,7 @@ def load(name: str, data: str | Path | Discovery, *, tolerance: float = 0.0, nee
     places = ', '.join(str(path) for path in source.paths[:2])
     if not len(builder):
         raise DataError(f'{name}: no items in {places}; download the files again')
+    # A part of a benchmark can be scored, but its user should know that it is one.
     if len(builder) != benchmark.count:
         difference = f'{len(builder):,} items in {places}, but the benchmark has {benchmark.count:,}'
         builder.notes.append(f'{difference}: scores are not comparable with published ones')
@@ -155,6 +157,7 @@ def summary(discovery: Discovery) -> list[str]:
     Args:
       discovery: the files that are there.
     """
+    # All names, so that a user sees what could be there.
     lines = []
     for name in BENCHMARKS:
         try:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from sparselora_jax.data.benchmarks.gqa import IMAGE_FOLDERS as GQA_FOLDERS
 from sparselora_jax.data.benchmarks.items import ItemsBuilder, Picture
 from sparselora_jax.data.benchmarks.parquet_forms import COCO, FORMS, GQA, IMAGE, Form
-from sparselora_jax.data.benchmarks.parquet_pictures import list_pictures, open_file, rows_without_image
+from sparselora_jax.data.benchmarks.parquet_pictures import damage_named, list_pictures, open_file, rows_without_image
 from sparselora_jax.data.benchmarks.sniff import FileFacts, facts
 from sparselora_jax.data.benchmarks.source import Source
 from sparselora_jax.runtime.errors import DataError
@@ -43,11 +43,10 @@ def recognise(paths: Sequence[Path]) -> tuple[list[FileFacts], list[str]]:
     problems = []
     for path in paths:
         try:
-            file = open_file(path)
+            columns = set(column_names(path))
         except DataError as error:
             problems.append(str(error))
             continue
-        columns = set(file.schema_arrow.names)
         kind = _kind_of(columns)
         if not kind:
             names = ', '.join(sorted(columns)[:12])
@@ -62,7 +61,12 @@ def recognise(paths: Sequence[Path]) -> tuple[list[FileFacts], list[str]]:
     found = []
     for (kind, folder, split), shards in sets.items():
         first, *more = sorted(shards)
-        marks = facts(first, kind, split=split, folder=folder.name, subset=_coco_subset(first, kind)).marks
+        try:
+            subset = _coco_subset(first, kind)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        marks = facts(first, kind, split=split, folder=folder.name, subset=subset).marks
         found.append(FileFacts(first, kind, marks, tuple(more)))
     return found, problems
 
@@ -86,6 +90,19 @@ def _coco_subset(path: Path, kind: str) -> str:
     return ''
 
 
+def column_names(path: Path) -> list[str]:
+    """Return the names of a file's columns.
+
+    Args:
+      path: the file.
+
+    Raises:
+      DataError: the file is damaged, or not a parquet file.
+    """
+    with damage_named(str(path)):
+        return open_file(path).schema_arrow.names
+
+
 def read_rows(path: Path, columns: Iterable[str]) -> Iterator[dict[str, object]]:
     """Yield the rows of a file.
 
@@ -97,16 +114,12 @@ def read_rows(path: Path, columns: Iterable[str]) -> Iterator[dict[str, object]]
     Raises:
       DataError: the file is damaged.
     """
-    file = open_file(path)
-    names = [name for name in file.schema_arrow.names if name in set(columns)]
-    try:
-        for batch in file.iter_batches(ROWS_AT_A_TIME, columns=names):
+    names = [name for name in column_names(path) if name in set(columns)]
+    with damage_named(str(path)):
+        for batch in open_file(path).iter_batches(ROWS_AT_A_TIME, columns=names):
             lists = [_values(batch.column(name)) for name in names]
             for values in zip(*lists, strict=True):
                 yield dict(zip(names, values, strict=True))
-    # Arrow raises OSError for damaged pages, without the number of an error of the operating system.
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f'{path}: damaged; download it again ({str(error).splitlines()[0]})') from None
 
 
 def _values(column: pa.Array) -> list:
@@ -222,10 +235,10 @@ def fill(
     """
     number = 0  # of the row in all files together
     for path in paths:
-        file = open_file(path)
-        missing = sorted(form.columns - set(file.schema_arrow.names))
+        columns = column_names(path)
+        missing = sorted(form.columns - set(columns))
         if missing:
-            known = ', '.join(file.schema_arrow.names)
+            known = ', '.join(columns)
             raise DataError(f'{path}: no column {", ".join(missing)}; its columns are {known}')
         empty = frozenset(rows_without_image(path, IMAGE).tolist()) if form.has_images else frozenset()
         first = number

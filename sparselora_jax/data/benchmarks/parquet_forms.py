@@ -88,6 +88,7 @@ def _add_vizwiz(builder: ItemsBuilder, row: Row, number: int) -> None:
     )
 
 
+# The rows have no ids, so a question is known by its place in the file.
 def _add_science_qa(builder: ItemsBuilder, row: Row, number: int) -> None:
     builder.image_ids.append(number)
     choices = _texts(row, 'choices')
@@ -102,6 +103,7 @@ def _add_science_qa(builder: ItemsBuilder, row: Row, number: int) -> None:
     )
 
 
+# Questions of the three categories have the same ids.
 def _add_pope(builder: ItemsBuilder, row: Row, number: int) -> None:
     category = records.text(row, 'category')
     builder.image_ids.append(id_of_image(records.text(row, 'image_source')))
@@ -126,6 +128,7 @@ def _add_coco(builder: ItemsBuilder, row: Row, number: int) -> None:
     builder.add(image_id, number, references=_texts(row, 'answer'))
 
 
+# These rows name their images, whose files lie beside; the others hold them.
 def _add_karpathy(builder: ItemsBuilder, row: Row, number: int) -> None:
     image_id = records.integer(row, 'cocoid')
     name = f'{records.text(row, "filepath")}/{records.text(row, "filename")}'
@@ -156,6 +159,7 @@ def _form(
     return Form(kind, frozenset(columns.split()), add, frozenset(optional.split()), frozenset(without.split()))
 
 
+# Columns that are in all versions of a data set; more may be there. What tells two forms apart stands in `without`.
 VQAV2 = _form(
     'parquet_vqav2',
     'question_id image question answers question_type answer_type multiple_choice_answer image_id',
@@ -167,6 +171,7 @@ OK_VQA = _form(
     _add_ok_vqa,
     without='multiple_choice_answer',
 )
+# Older versions have no words of an OCR system.
 TEXT_VQA = _form(
     'parquet_text_vqa',
     'image_id question_id question image answers set_name',
@@ -184,5 +189,6 @@ NOCAPS = _form('parquet_nocaps', 'image image_id image_open_images_id annotation
 COCO = _form('parquet_coco', 'image question answer id file_name coco_url', _add_coco)
 KARPATHY = _form('parquet_karpathy', 'filepath filename cocoid split sentences', _add_karpathy, without='image')
 FLICKR30K = _form('parquet_flickr30k', 'image caption filename', _add_flickr30k, optional='split')
+# Its images lie in a data set of their own.
 GQA = _form('parquet_gqa', 'id imageId question', _add_gqa, optional='answer types')
 FORMS = (VQAV2, OK_VQA, TEXT_VQA, VIZWIZ, SCIENCE_QA, POPE, NOCAPS, COCO, KARPATHY, FLICKR30K, GQA)

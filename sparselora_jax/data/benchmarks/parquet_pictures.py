@@ -4,6 +4,7 @@ Files of Hugging Face data sets have gigabytes. Only the rows between the start 
 are read, and reading goes on from there if the next rows are asked for.
 """
 
+import contextlib
 import functools
 import threading
 from collections.abc import Iterator, Sequence
@@ -32,14 +33,30 @@ def open_file(path: Path) -> pq.ParquetFile:
     Raises:
       DataError: it cannot be read, or is not a parquet file.
     """
-    try:
+    with damage_named(str(path)):
         # Mapped, so that a column of gigabytes takes no memory of its own.
         return pq.ParquetFile(path, memory_map=True)
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f'{path}: not a parquet file, or cut off; download it again ({reason})') from None
-    except OSError as error:
-        raise DataError(os_errors.describe(error)) from None
+
+
+@contextlib.contextmanager
+def damage_named(place: str) -> Iterator[None]:
+    """Turn errors of a damaged file into one line that names it.
+
+    Args:
+      place: the file, and possibly a part of it.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+    try:
+        yield
+    # Arrow raises OSError for damaged pages, without the number of an error of the operating system. It decodes names
+    # of columns, and texts, when they are asked for.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(os_errors.describe(error)) from None
+        reason = (str(error).splitlines() or [''])[0]
+        raise DataError(f'{place}: not a parquet file, or damaged; download it again ({reason})') from None
 
 
 @dataclass(frozen=True)
@@ -141,9 +158,11 @@ def rows_without_image(path: Path, column: str) -> Int64[np.ndarray, ' rows']:
     missing = []
     start = 0
     for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
+        with damage_named(str(path)):
+            group = file.metadata.row_group(number)
+            count = _count_missing(group, column)
         # The footer counts the missing values, so the bytes are read only where some are missing.
-        if _count_missing(group, column) != 0:
+        if count != 0:
             row = start
             for chunk in _read_bytes(file, path, number, column):
                 missing += [row + place for place, data in enumerate(chunk) if data is None]
@@ -196,15 +215,21 @@ class _GroupReader:
             return self.chunk[row - self.first]
 
 
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Return whether a column is of bytes, or of structs with a field `bytes`."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index('bytes') >= 0 and _holds_bytes(kind.field('bytes').type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
 def _read_bytes(file: pq.ParquetFile, path: Path, group: int, column: str) -> Iterator[list[bytes | None]]:
     """Yield the bytes of the images of a row group, some rows at a time."""
-    is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
-    name = f'{column}.bytes' if is_struct else column
-    try:
+    with damage_named(f'{path}, row group {group}'):
+        kind = file.schema_arrow.field(column).type
+        is_struct = pa.types.is_struct(kind)
+        if not _holds_bytes(kind):
+            raise DataError(f'{path}: the column {column!r} holds {kind}, expected the bytes of images')
+        name = f'{column}.bytes' if is_struct else column
         for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=[name]):
             values = batch.column(0)
             yield [value and value['bytes'] for value in values.to_pylist()] if is_struct else values.to_pylist()
-    # Arrow raises OSError for damaged pages, without the number of an error of the operating system.
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f'{path}, row group {group}: damaged; download it again ({reason})') from None

@@ -29,9 +29,11 @@ def recognise(head: Head) -> FileFacts | None:
     """
     if head.form != 'object' or not head.members:
         return None
+    # All members of either file are alike, so the first says what they are.
     name, first = next(iter(head.members.items()))
     if isinstance(first.value, dict) and {'question', 'choices', 'answer', 'hint'} <= first.value.keys():
         return facts(head.path, PROBLEMS, first=name)
+    # Other data sets have splits too, but none with these names.
     if {'minival', 'minitest'} & head.members.keys() and first.is_list and isinstance(first.value, str):
         return facts(head.path, SPLITS, first=name)
     return None
@@ -90,7 +92,9 @@ def fill(builder: ItemsBuilder, problems: Path, subset: str, splits: Path | None
     def add(entry: Entry) -> None:
         if entry.index is not None:
             raise DataError('a list, expected a problem')
+        # Some copies of the problems say the split themselves.
         is_member = entry.key in members if splits else records.text(entry.value, 'split') == subset
+        # What is left at the end names problems that are not there.
         members.pop(entry.key, None)
         image = records.field(entry.value, 'image')
         if not is_member or image is None:
@@ -130,6 +134,7 @@ def letter_of(record: object, choices: Sequence[str]) -> str:
     >>> letter_of({'answer': 1}, ['iron', 'gold'])
     'B'
     """
+    # A negative index would silently count from the end.
     answer = records.integer(record, 'answer')
     if not 0 <= answer < min(len(choices), len(LETTERS)):
         raise DataError(f'answer is {answer}, but there are {len(choices)} choices')

@@ -24,6 +24,7 @@ from sparselora_jax.data.benchmarks.json_stream import Entry, for_each, lines
 from sparselora_jax.runtime.errors import DataError
 
 FILE = 'data.jsonl'
+# A folder that a recipe trains on has `prompt` and `answer`; it can be evaluated as it is.
 _QUESTIONS = ('question', 'prompt')
 _REFERENCES = ('references', 'answers', 'answer')
 

@@ -135,6 +135,7 @@ class VqaPair:
             annotations = choose(
                 with_marks(files, ANNOTATIONS, subset=self.subset, data_set=self.data_set), f'annotations of {what}'
             )
+            # Without answers the split could be asked, but not scored, so another format is looked for.
             if annotations is None:
                 return None
             # VQA of 2015 has files of questions that look like those of OK-VQA.
@@ -182,6 +183,7 @@ def fill(builder: ItemsBuilder, questions: Path, annotations: Path | None = None
             return
         question_id = records.integer(entry.value, 'question_id')
         image_id = records.integer(entry.value, 'image_id')
+        # Taken out, so that what is left has no question, and memory falls as questions are added.
         annotation = answers.pop(question_id, None)
         if annotation is None and annotations is not None and question_id not in builder:
             without.append(question_id)
@@ -198,6 +200,7 @@ def fill(builder: ItemsBuilder, questions: Path, annotations: Path | None = None
     for_each(entries(questions), questions, add)
     if annotations is None:
         return
+    # All differences in one message: one alone may mislead about which file is the wrong one.
     differences = []
     if subset_of_questions and subset_of_annotations and subset_of_questions != subset_of_annotations:
         differences.append(f'data_subtype is {subset_of_questions!r} and {subset_of_annotations!r}')
@@ -251,6 +254,7 @@ def _read_annotations(path: Path, answers: dict[int, _Annotation]) -> str:
             return
         record = entry.value
         question_id = records.integer(record, 'question_id')
+        # JSON allows it, and the later one would win without a word.
         if question_id in answers:
             raise DataError(f'question {question_id} has a second annotation')
         types = (records.optional_text(record, 'question_type'), records.optional_text(record, 'answer_type'))

@@ -5,7 +5,7 @@ import os
 import random
 import re
 
-import miniature as mini
+import miniature_benchmarks as mini
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -322,7 +322,7 @@ class TestParquet:
         path.write_bytes(path.read_bytes()[:-100])
         assert_refused('val: 1 of 2 files are missing, such as number 1', 'vizwiz_vqa_val', vizwiz)
         self.shard(vizwiz, 0).write_bytes(b'PAR1')
-        assert_refused('00000-of-00002.parquet: not a parquet file, or cut off', 'vizwiz_vqa_val', vizwiz)
+        assert_refused('00000-of-00002.parquet: not a parquet file, or damaged', 'vizwiz_vqa_val', vizwiz)
         assert any('00001-of-00002.parquet: not a parquet' in line for line in summary(discover(vizwiz)))
 
     def test_a_row_without_text(self, vizwiz):
@@ -347,6 +347,14 @@ class TestParquet:
         with pytest.raises(DataError, match='row group 0, row 1: not a readable image'):
             load('vizwiz_vqa_val', vizwiz)[1].image.read()
 
+    @pytest.mark.parametrize('kind', [pa.string(), pa.struct([('path', pa.string())]), pa.int64()])
+    def test_a_column_of_images_without_bytes(self, vizwiz, kind):
+        for number in (0, 1):
+            table = pq.read_table(self.shard(vizwiz, number)).drop_columns('image')
+            table = table.append_column('image', pa.nulls(len(table), kind))
+            pq.write_table(table, self.shard(vizwiz, number))
+        assert_refused("the column 'image' holds .*, expected the bytes of images", 'vizwiz_vqa_val', vizwiz)
+
     def test_images_of_gqa_are_missing(self, tmp_path, tmp_path_factory):
         mini.parquet_gqa(tmp_path, mini.gqa(tmp_path_factory.mktemp('source')))
         images = sorted((tmp_path / 'testdev_balanced_images').iterdir())
@@ -364,7 +372,7 @@ class TestNames:
         mine = Benchmark('GQA, training', 'answer', 4, 'train_balanced_questions.json', (GqaQuestions('train'),))
         monkeypatch.setattr(mini, 'MINE', mine, raising=False)
         expected = mini.gqa(tmp_path, 'train')
-        items = load('miniature:MINE', tmp_path)
+        items = load('miniature_benchmarks:MINE', tmp_path)
         assert [item.id for item in items] == [item.id for item in expected]
         assert items.notes == ()
 

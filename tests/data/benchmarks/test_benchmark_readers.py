@@ -4,7 +4,7 @@ import json
 import pickle
 from dataclasses import replace
 
-import miniature as mini
+import miniature_benchmarks as mini
 import numpy as np
 import pytest
 
