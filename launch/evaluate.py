@@ -1,8 +1,12 @@
-"""Score a model on the visual questions of easy-VQA or of a folder.
+"""Score a model on the visual questions of easy-VQA or of a folder, or on tasks.
 
 python launch/evaluate.py --model=runs/demo/exported [--questions=1000] [--data=FOLDER] [--shuffle_images]
+python launch/evaluate.py --model=DIR --tasks=vqav2_val,gqa --data_root=DIR --output=DIR [--limit=500]
+python launch/evaluate.py --tasks=list --data_root=DIR
 
 Without --data, a model in the workdir of a run is scored on the data of this run, and the embedded model on easy-VQA.
+A task is a benchmark whose official files lie under --data_root. Its scores, answers and the file for the server of the
+data set are written to --output. The same command continues a run that was stopped.
 """
 
 import json
@@ -35,11 +39,22 @@ DATA = flags.DEFINE_string(
 DATA_DIR = flags.DEFINE_string(
     'data_dir', None, "folder that easy-VQA is prepared in; default: that of the model's run, otherwise runs/data"
 )
+TASKS = flags.DEFINE_list('tasks', None, 'names of tasks, or a folder with a data.jsonl; list: print what is there')
+DATA_ROOT = flags.DEFINE_string('data_root', None, 'folder under which the files of the tasks lie')
+OUTPUT = flags.DEFINE_string('output', None, 'folder for the results of tasks')
+LIMIT = flags.DEFINE_integer('limit', None, 'maximum number of items of each task; default: all', lower_bound=1)
+OFFSET = flags.DEFINE_integer('offset', 0, 'number of items of each task to leave out at first', lower_bound=0)
+TOLERANCE = flags.DEFINE_float(
+    'tolerance', 0.0, 'largest share of images that may be missing', lower_bound=0.0, upper_bound=1.0
+)
 
 
 def main(argv: list[str]) -> None:
     """Print the accuracy, and the floor: the best accuracy of a model that never sees an image."""
     del argv
+    if TASKS.value is not None:
+        score_tasks(TASKS.value)
+        return
     data, data_dir = choose_data()
     loaded = cli.load_model()
     model, params, processor, text = loaded
@@ -69,6 +84,48 @@ def main(argv: list[str]) -> None:
     means = {name: score.accuracy(dataset.kind_of) for name, score in scores.items()}
     # The data may have fewer questions than were asked for.
     print(json.dumps({'questions': len(indices)} | means, indent=1))
+
+
+def score_tasks(names: list[str]) -> None:
+    """Score the model on tasks, and print a table.
+
+    Args:
+      names: names of tasks; 'list' prints those that are known.
+
+    Raises:
+      ConfigError: a folder is not given.
+    """
+    # Imported here, because scripts without jobs do not need it.
+    from sparselora_jax.evaluation.tasks import find_task
+    from sparselora_jax.jobs import evaluate_tasks
+
+    if DATA_ROOT.value is None:
+        raise ConfigError('--tasks needs the folder of their files: add --data_root=DIR')
+    data_root = Path(DATA_ROOT.value)
+    if names == ['list']:
+        print('\n'.join(evaluate_tasks.list_tasks(data_root)))
+        return
+    if OUTPUT.value is None:
+        raise ConfigError('--tasks needs a folder for the results: add --output=DIR')
+    headlines = {name: find_task(name).headline for name in names}
+    loaded = cli.load_model()
+    cli.print_header(f'tasks {", ".join(names)}')
+    values = flags.FLAGS
+    request = evaluate_tasks.TaskRequest(
+        tasks=tuple(names),
+        data_root=data_root,
+        output=Path(OUTPUT.value),
+        batch=BATCH.value,
+        limit=LIMIT.value,
+        offset=OFFSET.value,
+        tolerance=TOLERANCE.value,
+        overrides={name: values[name].value for name in cli.DECODING if values[name].value is not None},
+        prompt=values.prompt,
+    )
+    results = evaluate_tasks.evaluate_tasks(
+        request, loaded.model, loaded.params, loaded.processor, name=values.model or 'embedded'
+    )
+    print('\n'.join(evaluate_tasks.table(results, headlines)))
 
 
 def choose_data() -> tuple[str, str]:

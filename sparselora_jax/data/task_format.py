@@ -29,6 +29,7 @@ def clean_question(question: str) -> str:
     'what is this?  a cat'
     """
     cleaned = question.lower().translate(_REMOVED).rstrip(' ')
+    # Two spaces enclose an empty word, which counts, as in LAVIS.
     words = cleaned.split(' ')
     return cleaned if len(words) <= LAVIS_WORDS else ' '.join(words[:LAVIS_WORDS])
 

@@ -202,6 +202,7 @@ def _settings(model: Model, arguments: dict, prompt_length: int) -> tuple[int, s
         raise GenerationError(f'repetition_penalty {options["repetition_penalty"]}: expected a finite number above 0')
 
     eos = model.generation.eos
+    # That of generation_config.json is in `model.generation` already.
     if 'eos_token_id' in arguments:
         eos = _end_tokens(arguments['eos_token_id'], model.cfg.language.vocab)
     pad = model.generation.pad

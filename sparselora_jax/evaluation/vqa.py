@@ -125,7 +125,9 @@ def evaluate(
     source = split.source
     # All processes must continue from the same batch, so they use what the first process reads.
     predicted = processes.agreed(lambda: _read_answers(answers_file, batch, answers_owner))
-    true = [source[index]['answer'] for index in indices[: len(predicted)]]
+    # The images of answered questions need not be read again, only their answers.
+    texts = split.read_texts() if predicted else []
+    true = [texts[index][1] for index in indices[: len(predicted)]]
     for first in range(len(predicted), len(indices), batch):
         records = [source[index] for index in indices[first : first + batch]]
         true += [record['answer'] for record in records]

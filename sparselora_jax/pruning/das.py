@@ -62,10 +62,12 @@ def diversities(
     y = y.astype(jnp.float32)
     norms = jnp.linalg.norm(y, axis=-1, keepdims=True)
     # An output of zeros has no direction; its cosines count as 0.
+    # The inner where keeps the division finite, which the outer one alone would not.
     units = jnp.where(norms > 0, y / jnp.where(norms > 0, norms, 1.0), 0.0)
     sums = []
     within = []
     counts = []
+    # Pads belong to neither modality.
     for belongs in (is_image & valid, ~is_image & valid):
         of_modality = jnp.where(belongs[..., None], units, 0.0)
         sums.append(of_modality.sum(axis=1))
@@ -117,6 +119,7 @@ def diversity_scores(
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
     paths = set(paths)
+    # In the order of the samples, which `joined` may have dealt to devices.
     image = is_image(samples)
     scores: dict[str, list[float]] = {}
 
@@ -128,6 +131,7 @@ def diversity_scores(
             progress(tower, layer, layers)
             if not names:
                 return w, None
+            # A vision tower, a Q-Former and a decoder's answer have tokens of one modality.
             images = _images_of(chunks, image if tower in READS_PROMPT else None, chunk, mesh)
             found = [measure(unflatten(w), inputs) for inputs in zip(chunks, images, strict=True)]
             for name, path in names.items():
@@ -181,6 +185,7 @@ def _of_product(
 ) -> Float[Array, 'samples 3']:
     samples, *others = product.arrangement.tokens
     rows = product.arrangement.rows(product.x)[0].reshape(samples, math.prod(others), -1)
+    # The block computes this product too; the compiler runs it once.
     outputs = jnp.matmul(rows, kernel.astype(rows.dtype))
     valid = valid_rows(product.path, inputs[1])
     # Keys and values of an encoder's output read other rows than the block's own, all of one modality.
@@ -279,6 +284,7 @@ def das_zeros(scores: dict[str, np.ndarray], uniform: Zeros, sizes: dict[str, in
     for tower in dict.fromkeys(map(stack_of, uniform)):
         own = {path: of_layers for path, of_layers in uniform.items() if stack_of(path) == tower}
         ratio = max(of_layers.max() / sizes[path] for path, of_layers in own.items())
+        # `allocate` shares weights out by score alone, so a large kernel needs a larger one.
         weighted = {path: scores[path] * sizes[path] for path in own}
         zeros |= allocate(weighted, {path: sizes[path] for path in own}, total(own), highest=min(1.0, ratio + margin))
     check_left(zeros, sizes)

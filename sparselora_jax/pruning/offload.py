@@ -9,6 +9,7 @@ from collections.abc import Iterable, MutableSequence
 import jax
 from jaxtyping import PyTree
 
+# Page-locked memory: devices copy from it without a second copy on the host.
 HOST = 'pinned_host'
 
 

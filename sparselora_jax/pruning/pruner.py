@@ -315,6 +315,7 @@ def _prune_program(
         kernels, masks = prune_targets(targets, patterns, methods, of_layers)
         for name, target in targets.items():
             part = _Pruned(target, target.place.to_leaf(kernels[name]), target.place.to_leaf(masks[name]))
+            # Only the statistic's counts are needed once the layer is taken.
             if keep is not None:
                 keep(target.path, _layer_number(target, axes[target.path], layer_sizes[target.path]), *part[1:])
                 part = _Pruned(target, None, None)

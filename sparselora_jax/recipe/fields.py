@@ -157,6 +157,7 @@ def _is_directory(model: str) -> bool:
 
 
 FIELDS = (
+    # What is pruned, on which data, and on which devices.
     Field(
         'model',
         embedded.NAME,
@@ -197,9 +198,11 @@ FIELDS = (
         one_of(DTYPES),
         'Type of the base weights. LoRA, optimizer and statistics are always float32.',
     ),
+    # Together these are the number of devices; data and fsdp together split a batch.
     Field('mesh.data', 1, COUNT, 'Number of devices along the mesh axis that splits batches.'),
     Field('mesh.fsdp', 1, COUNT, 'Number of devices along the mesh axis that splits batches and weights.'),
     Field('mesh.tensor', 1, COUNT, 'Number of devices along the mesh axis that splits heads and MLPs.'),
+    # The first two steps compile, so they would hide the others.
     Field(
         'profile',
         False,
@@ -228,6 +231,7 @@ FIELDS = (
     ),
     # Pruning.
     Field('prune.method', 'wanda', one_of(list(pruning.METHODS), others=THIRD_PARTY), 'Pruning method.'),
+    # The paper's settings differ in which towers are pruned; these are those of its language-only runs.
     Field(
         'prune.pattern',
         {'vision': 'dense', 'qformer': 'dense', 'language': '2:4'},
@@ -242,6 +246,7 @@ FIELDS = (
         "(the paper's choice for the ViT). SparseGPT prunes a matrix in blocks of inputs; 'matrix' then means "
         'one such block.',
     ),
+    # As many as the paper uses, and SparseGPT and Wanda before it.
     Field(
         'prune.samples',
         128,
@@ -254,6 +259,7 @@ FIELDS = (
         COUNT,
         'Number of calibration samples that each device runs at a time; a higher number takes more memory.',
     ),
+    # `layer` is the order in which the committed results were measured.
     Field(
         'prune.sequential',
         'layer',
@@ -384,6 +390,7 @@ FIELDS = (
         'before it. pruned: that of the dense block on the outputs of the pruned blocks before it.',
     ),
     # LoRA. The scale of a tower's update is alpha / rank.
+    # The paper's ranks. Its alpha is 16 in every tower; here the scale is 2 in every tower.
     Field(
         'lora.rank',
         {'vision': 4, 'qformer': 2, 'language': 8},
@@ -411,6 +418,7 @@ FIELDS = (
         SHARES,
         "Shares of easy-VQA's kinds of answers in a batch: yes/no, shape, colour. (): draw without regard to kind.",
     ),
+    # The paper trains longer, at 1e-4. The demo's task needs more for its 100 steps.
     Field('restore.peak', 1e-3, POSITIVE, 'Learning rate after the warm-up; it then falls along a cosine.'),
     Field(
         'restore.warmup',
@@ -430,7 +438,9 @@ FIELDS = (
         number(lambda value: 0 <= value <= 1, 'a number from 0 to 1'),
         'Weight of distillation in the loss (1 - kd) * CE + kd * KL; with 0, no teacher runs.',
     ),
+    # The paper's task class has 2, but its training script passes 1.
     Field('restore.temperature', 2.0, POSITIVE, 'Temperature of the softmax in KL, for teacher and student.'),
+    # The paper's code sums over the tokens of an answer, its pads included.
     Field(
         'restore.kl_reduction',
         'token',
@@ -472,6 +482,7 @@ FIELDS = (
         COUNT,
         'Number of tokens that the teacher top_k stores for each position; below the size of the vocabulary.',
     ),
+    # Both trade time for memory, and change no result but for rounding.
     Field('restore.accumulate', 1, COUNT, 'Number of micro-batches in a step; it must divide the batch.'),
     Field(
         'restore.remat',

@@ -1,0 +1,227 @@
+"""Tasks: a benchmark, how its answers are scored, and what its server wants to read.
+
+Names are those of lmms-eval. How a model is asked is known by its family (`Family.task_format`). To add a task, write a
+`Task` and register it, or name it as `package.module:Name`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sparselora_jax.data.benchmarks.catalog import BENCHMARKS, find_benchmark
+from sparselora_jax.data.benchmarks.items import Item, Items
+from sparselora_jax.data.task_format import TaskKind
+from sparselora_jax.evaluation.metrics.captions import ENTIRE, CaptionScores, score_captions, score_nocaps
+from sparselora_jax.evaluation.metrics.gqa import gqa_accuracy
+from sparselora_jax.evaluation.metrics.pope import pope
+from sparselora_jax.evaluation.metrics.science_qa import science_qa_accuracy
+from sparselora_jax.evaluation.metrics.scored import Scored
+from sparselora_jax.evaluation.metrics.vqa_accuracy import vqa_accuracy
+from sparselora_jax.runtime.errors import DataError
+from sparselora_jax.runtime.registry import Registry, UnknownNameError
+
+# Scores predictions of items whose references are known.
+Score = Callable[[Sequence[str], Items], Scored]
+# One entry of the file for the data set's server.
+Entry = Callable[[Item, str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A way to score models.
+
+    Attributes:
+      benchmark: name of its items, see `data.benchmarks`.
+      kind: how models are asked.
+      headline: the value that tables show.
+      score: scores predictions.
+      entry: an item's entry of the file for the server; None: there is no server.
+      version: raised whenever a score may change, so that scores of two versions are not compared.
+    """
+
+    benchmark: str
+    kind: TaskKind
+    headline: str
+    score: Score
+    entry: Entry | None = None
+    version: int = 1
+
+
+TASKS: Registry[Task] = Registry('task')
+
+
+def references_of(items: Items) -> list[tuple[str, ...]]:
+    """Return the references of all items.
+
+    Args:
+      items: the items.
+    """
+    # Without an `Item` for each, which would read more columns than references.
+    return [tuple(items.texts[code] for code in items.references[int(row)]) for row in items.rows]
+
+
+def groups_of(items: Items, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the groups of all items, of the kinds that they have; an item without a group is in 'none'.
+
+    Args:
+      items: the items.
+      names: kinds of groups.
+    """
+    groups = {}
+    # Formats of the same benchmark differ in what they say about a question.
+    for name in names:
+        if name in items.groups:
+            codes = items.groups[name][items.rows]
+            groups[name] = [items.texts[code] if code >= 0 else 'none' for code in codes]
+    return groups
+
+
+def _vqa(rule: str = 'official', *, lemmatise: bool = False) -> Score:
+    def score(predictions: Sequence[str], items: Items) -> Scored:
+        groups = groups_of(items, ('answer_type', 'question_type'))
+        return vqa_accuracy(predictions, references_of(items), rule=rule, groups=groups, lemmatise=lemmatise)
+
+    return score
+
+
+def _gqa(predictions: Sequence[str], items: Items) -> Scored:
+    # GQA has one answer to a question.
+    answers = [references[0] for references in references_of(items)]
+    return gqa_accuracy(predictions, answers, groups=groups_of(items, ('question_type',)))
+
+
+def _science_qa(predictions: Sequence[str], items: Items) -> Scored:
+    # The reader gives the letter of the right choice; the metric wants its index.
+    letters = [ord(references[0]) - ord('A') for references in references_of(items)]
+    choices = items.choices.lengths[items.rows].tolist()
+    return science_qa_accuracy(predictions, letters, choices, [True] * len(items))
+
+
+def _pope(predictions: Sequence[str], items: Items) -> Scored:
+    labels = [references[0] for references in references_of(items)]
+    return pope(predictions, labels, groups_of(items, ('category',)).get('category'))
+
+
+def _captions(predictions: Sequence[str], items: Items) -> Scored:
+    return score_captions(predictions, references_of(items))
+
+
+@dataclass(frozen=True)
+class _NoCapsScored:
+    """The scores of nocaps: of each domain, and of all images.
+
+    Attributes:
+      entire: scores of all images.
+      of_domains: scores of the images of each domain, in the order of `rows`.
+      rows: for each domain, the place of each image among those of the domain; -1: the image is of another domain.
+    """
+
+    entire: CaptionScores
+    of_domains: Mapping[str, CaptionScores]
+    rows: Mapping[str, Int[np.ndarray, ' images']]
+
+    @property
+    def per_item(self) -> Float[np.ndarray, ' images']:
+        """Return CIDEr of each image, with the document frequencies of all images."""
+        return self.entire.per_item
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return nothing: the scores are those of the benchmark."""
+        return ()
+
+    def aggregate(self, indices: Int[np.ndarray, ' sample'] | None = None) -> dict[str, float]:
+        """Return the scores of all images, and of each domain as 'domain/name'; see `Scored`.
+
+        Args:
+          indices: the images; None: all.
+        """
+        # One draw of images serves all domains, so a domain has more images in some resamples than in others.
+        values = self.entire.aggregate(indices)
+        for domain, scores in self.of_domains.items():
+            rows = self.rows[domain] if indices is None else self.rows[domain][indices]
+            rows = rows[rows >= 0]
+            of_domain = scores.aggregate(rows) if rows.size else dict.fromkeys(values, math.nan)
+            values |= {f'{domain}/{name}': value for name, value in of_domain.items()}
+        return values
+
+
+def _nocaps(predictions: Sequence[str], items: Items) -> Scored:
+    domains = groups_of(items, ('domain',)).get('domain')
+    # Some releases do not say to which domain an image belongs.
+    if domains is None:
+        return score_captions(predictions, references_of(items))
+    scores = score_nocaps(predictions, references_of(items), domains)
+    rows = {}
+    for domain in scores.keys() - {ENTIRE}:
+        is_in = np.array([of_image == domain for of_image in domains])
+        rows[domain] = np.where(is_in, np.cumsum(is_in) - 1, -1)
+    return _NoCapsScored(scores[ENTIRE], {name: scores[name] for name in sorted(rows)}, rows)
+
+
+def _answer_entry(item: Item, prediction: str) -> dict[str, Any]:
+    return {'question_id': item.id, 'answer': prediction}
+
+
+# GQA's evaluator compares ids as texts.
+def _gqa_entry(item: Item, prediction: str) -> dict[str, Any]:
+    return {'questionId': str(item.id), 'prediction': prediction}
+
+
+def _vizwiz_entry(item: Item, prediction: str) -> dict[str, Any]:
+    return {'image': str(item.image_id), 'answer': prediction}
+
+
+def _caption_entry(item: Item, prediction: str) -> dict[str, Any]:
+    return {'image_id': item.image_id, 'caption': prediction}
+
+
+for _name in ('vqav2_val', 'vqav2_testdev', 'vqav2_test'):
+    TASKS.register(_name, Task(_name, 'answer', 'accuracy', _vqa(), _answer_entry))
+# The paper lemmatises the answers of OK-VQA only.
+TASKS.register('ok_vqa_val2014', Task('ok_vqa_val2014', 'answer', 'accuracy', _vqa(lemmatise=True), _answer_entry))
+TASKS.register('textvqa_val', Task('textvqa_val', 'answer', 'accuracy', _vqa('evalai'), _answer_entry))
+TASKS.register('vizwiz_vqa_val', Task('vizwiz_vqa_val', 'answer', 'accuracy', _vqa('evalai'), _vizwiz_entry))
+for _name in ('gqa', 'gqa_val'):
+    TASKS.register(_name, Task(_name, 'answer', 'accuracy', _gqa, _gqa_entry))
+# Letters and yes or no are scored here; their benchmarks have no server.
+TASKS.register('scienceqa_img', Task('scienceqa_img', 'choice', 'accuracy', _science_qa))
+TASKS.register('pope', Task('pope', 'yes_no', 'mean_f1', _pope))
+# CIDEr is what captioning papers compare.
+for _name in ('coco_karpathy_test', 'coco_karpathy_val', 'coco2014_cap_val', 'coco2017_cap_val', 'flickr30k_test'):
+    TASKS.register(_name, Task(_name, 'caption', 'CIDEr', _captions, _caption_entry))
+TASKS.register('nocaps_val', Task('nocaps_val', 'caption', 'CIDEr', _nocaps, _caption_entry))
+
+
+def find_task(name: str) -> Task:
+    """Return a task by its name.
+
+    Args:
+      name: a registered name, or `package.module:Name`.
+
+    Raises:
+      DataError: there is no such task; the message suggests the nearest name.
+
+    >>> find_task('gqa').headline
+    'accuracy'
+    """
+    try:
+        task = TASKS.find(name)
+    except UnknownNameError as error:
+        raise DataError(str(error)) from None
+    if not isinstance(task, Task):
+        raise DataError(f'task {name!r}: expected a tasks.Task, not a {type(task).__name__}')
+    return task
+
+
+def expected_items(task: Task) -> int | None:
+    """Return the number of items that published scores are about; None: not known.
+
+    Args:
+      task: the task.
+    """
+    return find_benchmark(task.benchmark).count if task.benchmark in BENCHMARKS else None

@@ -1,0 +1,159 @@
+"""Tasks end to end: official files, a tiny random model, scores, the files that others read, resuming."""
+
+import json
+
+import miniature_benchmarks as miniature
+import numpy as np
+import pytest
+import tiny_models
+
+import sparselora_jax as sl
+from sparselora_jax.evaluation.tasks import TASKS, find_task
+from sparselora_jax.jobs import evaluate_tasks
+from sparselora_jax.jobs.evaluate_tasks import TaskRequest
+from sparselora_jax.runtime.errors import DataError
+from sparselora_jax.runtime.files import StorageError
+
+
+@pytest.fixture(scope='module')
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('model')
+    tiny_models.save('blip2-t5', folder)  # without a table of positions, which the longest prompts do not fit
+    return folder
+
+
+@pytest.fixture(scope='module')
+def loaded(model_dir):
+    model, params = sl.load_model(model_dir, dtype='float32')
+    return model, params, sl.load_processor(model_dir)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    return folder, miniature.everything(folder)
+
+
+DECODING = {'num_beams': 1, 'max_new_tokens': 3}
+
+
+def request(root, output, tasks, **options):
+    return TaskRequest(tasks=tasks, data_root=root[0], output=output, batch=2, overrides=DECODING, **options)
+
+
+def run(root, output, tasks, loaded, **options):
+    return evaluate_tasks.evaluate_tasks(request(root, output, tasks, **options), *loaded, name='tiny')
+
+
+def samples_of(folder, task):
+    return [json.loads(line) for line in (folder / f'samples_{task}.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_every_task_runs_on_its_official_files(root, tmp_path, loaded):
+    tasks = tuple(name for name in TASKS)
+    results = run(root, tmp_path, tasks, loaded)
+    written = json.loads((tmp_path / 'results.json').read_text())
+    for name in tasks:
+        expected = root[1][name]
+        has_references = all(item.references for item in expected)
+        samples = samples_of(tmp_path, name)
+        assert [sample['id'] for sample in samples] == [item.id for item in expected]
+        assert [tuple(sample['references']) for sample in samples] == [item.references for item in expected]
+        assert (find_task(name).headline in written['results'][name]) == has_references
+        assert written['n'][name]['scored'] == (len(expected) if has_references else 0)
+        assert written['n'][name]['expected'] > len(expected)
+        assert any('but the benchmark has' in note for note in results[name].notes)
+        if find_task(name).entry is not None:
+            submitted = json.loads((tmp_path / f'submission_{name}.json').read_text())
+            assert len(submitted) == len(expected)
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_samples_and_the_answers_fit_the_server(root, tmp_path, loaded):
+    results = run(root, tmp_path, ('vqav2_val',), loaded)
+    samples = samples_of(tmp_path, 'vqav2_val')
+    mean = 100 * np.mean([sample['score'] for sample in samples])
+    assert results['vqav2_val'].values['accuracy'] == pytest.approx(mean)
+    assert json.loads((tmp_path / 'results.json').read_text())['results']['vqav2_val']['accuracy'] == round(mean, 2)
+    submitted = json.loads((tmp_path / 'submission_vqav2_val.json').read_text())
+    assert submitted == [{'question_id': s['id'], 'answer': s['prediction']} for s in samples]
+    assert all(sample['prompt'].startswith('Question: ') for sample in samples)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_continues_and_gives_the_same(root, tmp_path, loaded, monkeypatch):
+    whole = tmp_path / 'whole'
+    run(root, whole, ('gqa',), loaded)
+    stopped = tmp_path / 'stopped'
+    stopped.mkdir()
+    first = (whole / 'answers_gqa.jsonl').read_text().splitlines(keepends=True)[:2]
+    # Half a line, as a kill leaves it.
+    (stopped / 'answers_gqa.jsonl').write_text(''.join(first) + '["ye')
+    asked = []
+    monkeypatch.setattr(
+        'sparselora_jax.evaluation.vqa.generate_answers',
+        lambda model, weights, processor, text, images, questions, **options: asked.extend(questions) or ['x'] * 2,
+    )
+    run(root, stopped, ('gqa',), loaded)
+    assert len(asked) == len(root[1]['gqa']) - 2
+    assert [s['prediction'] for s in samples_of(stopped, 'gqa')][:2] == [
+        s['prediction'] for s in samples_of(whole, 'gqa')
+    ][:2]
+    # Answers to another prompt are no answers to this one.
+    with pytest.raises(StorageError, match='answer of another run'):
+        run(root, whole, ('gqa',), loaded, prompt='{}?')
+
+
+@pytest.mark.slow
+def test_a_limit_and_an_offset_choose_items_in_their_order(root, tmp_path, loaded):
+    run(root, tmp_path, ('gqa',), loaded, limit=2, offset=1)
+    assert [s['id'] for s in samples_of(tmp_path, 'gqa')] == [item.id for item in root[1]['gqa'][1:3]]
+    with pytest.raises(DataError, match='offset 99 leaves none of'):
+        run(root, tmp_path / 'none', ('gqa',), loaded, offset=99)
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_named_with_the_nearest_before_anything_is_read(tmp_path, loaded):
+    wanted = TaskRequest(tasks=('vqav2_vall',), data_root=tmp_path / 'absent', output=tmp_path / 'out')
+    with pytest.raises(DataError, match='vqav2_val'):
+        evaluate_tasks.evaluate_tasks(wanted, *loaded, name='tiny')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.slow
+def test_a_prompt_that_the_model_cannot_read_is_named_before_any_question(root, tmp_path):
+    tiny_models.save('blip2-opt', tmp_path / 'model')
+    model, params = sl.load_model(tmp_path / 'model', dtype='float32')
+    short = model, params, sl.load_processor(tmp_path / 'model')
+    with pytest.raises(DataError, match=r'scienceqa_img: \d+ tokens and 3 more: the model reads at most 128'):
+        run(root, tmp_path / 'out', ('gqa', 'scienceqa_img'), short)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.slow
+def test_the_script_prints_a_table(root, tmp_path, model_dir, script):
+    options = [f'--{name}={value}' for name, value in {'num_beams': 1, 'max_new_tokens': 3}.items()]
+    code, out, err = script(
+        'evaluate.py',
+        f'--model={model_dir}',
+        '--tasks=pope',
+        f'--data_root={root[0]}',
+        f'--output={tmp_path}',
+        *options,
+    )
+    assert code == 0, err
+    assert 'mean_f1' in out
+    assert (tmp_path / 'results.json').is_file()
+    code, out, err = script('evaluate.py', '--tasks=list', f'--data_root={root[0]}')
+    assert code == 0, err
+    assert all(f'{name}: ' in out for name in TASKS)
+
+
+def test_the_script_asks_for_the_folders(script):
+    code, _, err = script('evaluate.py', '--tasks=gqa')
+    assert code == 1
+    assert 'add --data_root=DIR' in err
+    code, _, err = script('evaluate.py', '--tasks=gqa', '--data_root=.')
+    assert code == 1
+    assert 'add --output=DIR' in err
