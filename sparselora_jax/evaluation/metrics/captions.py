@@ -1,7 +1,7 @@
 """Score generated captions as COCO's and nocaps' evaluation code does: CIDEr, BLEU and ROUGE-L.
 
-METEOR is apart (`meteor.meteor`), because it needs Java. SPICE is left out: its Java program downloads a parser of
-300 MB when it starts, and it fails on Java 16 and later.
+METEOR is apart (`meteor.meteor`), because it needs Java. SPICE is left out: its package downloads Stanford CoreNLP when
+it is first used, and its Java program fails on Java 16 and later, which hide the fields that it reads.
 """
 
 from collections.abc import Sequence

@@ -44,7 +44,9 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> M
       DataError: a caption has a line feed or '|||'.
     """
     if shutil.which('java') is None:
-        raise MetricError('METEOR needs Java, and there is no program java: install a Java runtime of version 8 to 17')
+        raise MetricError(
+            'METEOR needs Java, and there is no program java: install a Java runtime, such as default-jre-headless'
+        )
     if importlib.util.find_spec('pycocoevalcap') is None:
         raise MetricError(f'METEOR needs the package pycocoevalcap, which is not installed; run: {INSTALL}')
     for image, captions in enumerate(references):
