@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from sparselora_jax.data.processor_spec import ImagePlace, ProcessorSpec
 from sparselora_jax.data.task_format import TaskFormat, TaskKind, clean_question
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.models import key_table, layers, opt, qformer, towers
+from sparselora_jax.models import key_table, layers, qformer, towers
 from sparselora_jax.models.config import HfConfig, LanguageConfig, VisionConfig
 from sparselora_jax.models.family import Family, ImageFamily, register_family
 from sparselora_jax.models.key_table import Keys
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import transformers
 
 
-OPT_NEWLINE = 50118  # token of a newline in OPT's tokenizer: an answer of BLIP-2 with OPT ends with its line
 PROMPTS = {
     'answer': 'Question: {} Short answer:',
     'choice': 'Question: {}\nAnswer with the letter of the right choice. Short answer:',
@@ -188,9 +187,10 @@ class Blip2Family(ImageFamily):
             return decoding | {'length_penalty': -1.0}
         # The paper's code never passes its length penalty to these models, whose default is 0.
         decoding['length_penalty'] = 0.0
-        # A smaller vocabulary is that of another tokenizer.
-        if isinstance(cfg.language, opt.OptConfig) and cfg.language.vocab > OPT_NEWLINE:
-            decoding['eos_token_id'] = OPT_NEWLINE
+        # Only OPT goes on after its answer, in a new line.
+        newline = getattr(cfg.language, 'newline', None)
+        if newline is not None:
+            decoding['eos_token_id'] = newline
         return decoding
 
     def _caption_decoding(self, cfg: Blip2Config) -> dict[str, Any]:

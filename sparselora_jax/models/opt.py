@@ -17,6 +17,7 @@ is_encoder_decoder = False
 overflows_in_float16 = ()
 
 OFFSET = 2  # the first two rows of the position table are not used by any valid token
+NEWLINE = 50118
 NORM_EPS = 1e-5  # torch's default, which no field of the config changes
 
 
@@ -66,6 +67,11 @@ class OptConfig:
     def longest(self) -> int:
         """Return the maximum number of tokens in a text, since every position needs a row in the table."""
         return self.max_positions
+
+    @property
+    def newline(self) -> int | None:
+        """Return the token of a newline in the published tokenizer; None: this is the vocabulary of another one."""
+        return NEWLINE if self.vocab > NEWLINE else None
 
     @property
     def tower(self) -> LanguageTower:

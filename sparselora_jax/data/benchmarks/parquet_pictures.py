@@ -55,7 +55,8 @@ def damage_named(place: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(os_errors.describe(error)) from None
-        reason = (str(error).splitlines() or [''])[0]
+        # Arrow's messages have several sentences, of which the first says what is wrong.
+        reason = (str(error).splitlines() or [''])[0].partition('. ')[0]
         raise DataError(f'{place}: not a parquet file, or damaged; download it again ({reason})') from None
 
 
