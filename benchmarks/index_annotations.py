@@ -16,9 +16,8 @@ FIGURES
 
 import argparse
 import json
-import multiprocessing
-import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -108,7 +107,9 @@ def fill_images(folder: Path) -> None:
 
 def peak() -> int:
     """Return the peak memory of this process, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not `getrusage`, whose figure a new process takes over from the one that starts it.
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('VmHWM'))
 
 
 def decode(folder: Path) -> dict[str, float]:
@@ -141,13 +142,16 @@ def index(folder: Path) -> dict[str, float]:
     }
 
 
+STEPS = {'decode': decode, 'index': index}
+
+
 def measure(folder: Path) -> dict[str, dict[str, float]]:
     """Run each step in a process of its own, which shares no memory with the others."""
-    context = multiprocessing.get_context('spawn')
     results = {}
-    for step in (decode, index):
-        with context.Pool(1) as pool:
-            results[step.__name__] = pool.apply(step, (folder,))
+    for step in STEPS:
+        command = [sys.executable, __file__, f'--folder={folder}', f'--step={step}']
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        results[step] = json.loads(output)
     return results
 
 
@@ -155,7 +159,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--folder', help='where to make up the files')
     parser.add_argument('--scale', type=float, default=1.0, help='share of the questions and images')
+    parser.add_argument('--step', choices=STEPS, help='measure this step in this process; for the script itself')
     arguments = parser.parse_args()
+    if arguments.step:
+        print(json.dumps(STEPS[arguments.step](Path(arguments.folder))))
+        return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         questions, size = write(folder, arguments.scale)
