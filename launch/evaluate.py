@@ -93,15 +93,18 @@ def score_tasks(names: list[str]) -> None:
       names: names of tasks; 'list' prints those that are known.
 
     Raises:
-      ConfigError: a folder is not given.
+      ConfigError: no task or no folder is given.
     """
     # Imported here, because scripts without jobs do not need it.
     from sparselora_jax.evaluation.tasks import find_task
     from sparselora_jax.jobs import evaluate_tasks
 
-    if DATA_ROOT.value is None:
+    if not names:
+        raise ConfigError('--tasks has no value: expected names of tasks, or list')
+    # Folders of a user's own need no other files.
+    if DATA_ROOT.value is None and not all(Path(name).is_dir() for name in names):
         raise ConfigError('--tasks needs the folder of their files: add --data_root=DIR')
-    data_root = Path(DATA_ROOT.value)
+    data_root = Path(DATA_ROOT.value or names[0])
     if names == ['list']:
         print('\n'.join(evaluate_tasks.list_tasks(data_root)))
         return

@@ -7,19 +7,23 @@ Names are those of lmms-eval. How a model is asked is known by its family (`Fami
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from sparselora_jax.data.benchmarks import load, user_jsonl
 from sparselora_jax.data.benchmarks.catalog import BENCHMARKS, find_benchmark
 from sparselora_jax.data.benchmarks.items import Item, Items
 from sparselora_jax.data.task_format import TaskKind
+from sparselora_jax.evaluation.metric import EXACT_MATCH
+from sparselora_jax.evaluation.metric import score as score_answer
 from sparselora_jax.evaluation.metrics.captions import ENTIRE, CaptionScores, score_captions, score_nocaps
 from sparselora_jax.evaluation.metrics.gqa import gqa_accuracy
 from sparselora_jax.evaluation.metrics.pope import pope
 from sparselora_jax.evaluation.metrics.science_qa import science_qa_accuracy
-from sparselora_jax.evaluation.metrics.scored import Scored
+from sparselora_jax.evaluation.metrics.scored import Scored, grouped_means
 from sparselora_jax.evaluation.metrics.vqa_accuracy import vqa_accuracy
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.registry import Registry, UnknownNameError
@@ -197,11 +201,44 @@ for _name in ('coco_karpathy_test', 'coco_karpathy_val', 'coco2014_cap_val', 'co
 TASKS.register('nocaps_val', Task('nocaps_val', 'caption', 'CIDEr', _nocaps, _caption_entry))
 
 
+def _exact_match(predictions: Sequence[str], items: Items) -> Scored:
+    # Right if it is one of the references.
+    scores = [
+        max(score_answer(EXACT_MATCH, prediction, reference) for reference in references)
+        for prediction, references in zip(predictions, references_of(items), strict=True)
+    ]
+    return grouped_means(np.array(scores, np.float64), groups_of(items, tuple(items.groups)))
+
+
+# What the `metric` of a user's own data may be: the kind of task, the value that tables show, and the scores.
+USER_METRICS: dict[str, tuple[TaskKind, str, Score]] = {
+    'exact_match': ('answer', 'accuracy', _exact_match),
+    'vqa': ('answer', 'accuracy', _vqa()),
+    'vqa_lavis': ('answer', 'accuracy', _vqa('lavis')),
+    'vqa_evalai': ('answer', 'accuracy', _vqa('evalai')),
+    'captions': ('caption', 'CIDEr', _captions),
+}
+
+
+def _user_task(file: Path) -> Task:
+    """Return the task of a user's own data, scored by the metric that they name.
+
+    Raises:
+      DataError: the file is broken, or names no metric that is known.
+    """
+    # Images are found later, with the tolerance that the user gives.
+    metric = load.load_user_file(file, needs_images=False).metric or 'exact_match'
+    if metric not in USER_METRICS:
+        raise DataError(f'{file}: metric {metric!r}: expected one of {", ".join(USER_METRICS)}')
+    kind, headline, score_of_metric = USER_METRICS[metric]
+    return Task(str(file), kind, headline, score_of_metric)
+
+
 def find_task(name: str) -> Task:
     """Return a task by its name.
 
     Args:
-      name: a registered name, or `package.module:Name`.
+      name: a registered name, `package.module:Name`, or a folder with a `data.jsonl`.
 
     Raises:
       DataError: there is no such task; the message suggests the nearest name.
@@ -209,6 +246,9 @@ def find_task(name: str) -> Task:
     >>> find_task('gqa').headline
     'accuracy'
     """
+    file = None if name in TASKS else user_jsonl.find_file(name)
+    if file is not None:
+        return _user_task(file)
     try:
         task = TASKS.find(name)
     except UnknownNameError as error:

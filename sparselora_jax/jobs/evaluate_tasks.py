@@ -107,19 +107,28 @@ def evaluate_tasks(
             items,
             asked,
             batch=request.batch,
-            answers_file=request.output / f'answers_{task_name}.jsonl',
+            answers_file=request.output / f'answers_{_label(task_name)}.jsonl',
             owner=_owner(request, name, task_name, task, asked),
             progress=Progress(task_name, len(items)),
         )
         results[task_name], scored = task_runs.score(task, predictions, items)
         # All processes hold the same answers.
         if processes.first():
-            task_runs.write_samples(request.output / f'samples_{task_name}.jsonl', items, prompts, predictions, scored)
-            task_runs.write_submission(request.output / f'submission_{task_name}.json', task, items, predictions)
+            task_runs.write_samples(
+                request.output / f'samples_{_label(task_name)}.jsonl', items, prompts, predictions, scored
+            )
+            task_runs.write_submission(
+                request.output / f'submission_{_label(task_name)}.json', task, items, predictions
+            )
             formats = {done: asdict(prepared[done].asked.text) for done in results}
             content = task_runs.results_json(results, config=_config(request, name, formats), versions=_versions(tasks))
             write_text(request.output / RESULTS, json.dumps(content, indent=1))
     return results
+
+
+def _label(task_name: str) -> str:
+    """Return a task's name as part of a file name: of a folder of a user's own, its last part."""
+    return Path(task_name).resolve().name if Path(task_name).exists() else task_name
 
 
 class _Prepared(NamedTuple):

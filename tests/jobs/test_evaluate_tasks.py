@@ -122,6 +122,28 @@ def test_an_unknown_task_is_named_with_the_nearest_before_anything_is_read(tmp_p
 
 
 @pytest.mark.slow
+def test_a_folder_of_ones_own_is_scored_by_the_metric_that_it_names(root, tmp_path, loaded, monkeypatch):
+    folder = tmp_path / 'cats'
+    lines = [
+        {'image': '0.png', 'question': 'Is it asleep?', 'references': ['Yes', 'yeah'], 'groups': {'kind': 'yes/no'}},
+        {'image': '0.png', 'question': 'What colour is it?', 'references': ['teal'], 'groups': {'kind': 'colour'}},
+    ]
+    miniature.write(folder / '0.png', miniature.image(0, '.png'))
+    miniature.write(folder / 'data.jsonl', lines)
+    monkeypatch.setattr('sparselora_jax.evaluation.vqa.generate_answers', lambda *args, **options: ['yeah', 'blue'])
+    results = run(root, tmp_path / 'out', (str(folder),), loaded)
+    values = results[str(folder)].values
+    assert values == {'accuracy': 50.0, 'accuracy/kind/yes/no': 100.0, 'accuracy/kind/colour': 0.0}
+    assert [s['score'] for s in samples_of(tmp_path / 'out', 'cats')] == [1.0, 0.0]
+    miniature.write(folder / 'data.jsonl', [lines[0] | {'metric': 'vqa'}, lines[1] | {'metric': 'beauty'}])
+    with pytest.raises(DataError, match='metric'):
+        find_task(str(folder))
+    miniature.write(folder / 'data.jsonl', [lines[0] | {'metric': 'beauty'}])
+    with pytest.raises(DataError, match="metric 'beauty': expected one of exact_match, vqa"):
+        find_task(str(folder))
+
+
+@pytest.mark.slow
 def test_a_prompt_that_the_model_cannot_read_is_named_before_any_question(root, tmp_path):
     tiny_models.save('blip2-opt', tmp_path / 'model')
     model, params = sl.load_model(tmp_path / 'model', dtype='float32')
