@@ -11,7 +11,8 @@ Each step runs in a process of its own:
 
 Memory is the peak of the process beyond what it had before the step.
 
-FIGURES
+Two slow CPU cores, shared with other jobs: `json.load` 24.1 s and 1,112 MB, `index` 42.1 s and 155 MB, `first batch`
+1.1 s.
 """
 
 import argparse

@@ -44,11 +44,13 @@ class Benchmark:
 
 BENCHMARKS: Registry[Benchmark] = Registry('benchmark')
 
+# Counts are those of the published files. Several readers also state them: the evaluators of LAVIS and the tables of
+# the Hugging Face data sets.
+# Parquet files call the split either way.
 _VAL = ('validation', 'val')
 _VQAV2_QUESTIONS = 'v2_OpenEnded_mscoco_{}_questions.json'
 
-# The published files come first: scores of the benchmark's server are about them. LAVIS's lists lack the types of
-# questions and answers, and a parquet file copies its images.
+# The published files come first: LAVIS's list has no groups, and parquet files repeat the image for each question.
 BENCHMARKS.register(
     'vqav2_val',
     Benchmark(
@@ -63,7 +65,8 @@ BENCHMARKS.register(
         ),
     ),
 )
-# Nobody but the server has the answers of the test splits.
+# The answers of both test splits are secret: a server scores them. Test-dev is a part of the test split, and its images
+# are in the same folder, test2015.
 BENCHMARKS.register(
     'vqav2_test',
     Benchmark(
@@ -92,7 +95,7 @@ BENCHMARKS.register(
         ),
     ),
 )
-# OK-VQA has no test split; papers report this one.
+# The answers of OK-VQA are stemmed, so evaluators lemmatise what a model says. Papers report this split as a test set.
 BENCHMARKS.register(
     'ok_vqa_val2014',
     Benchmark(
@@ -107,7 +110,8 @@ BENCHMARKS.register(
         ),
     ),
 )
-# The split that papers call GQA: answers of `testdev` are public.
+# Published figures of GQA are those of testdev, unless they say otherwise. The file with all questions, `testdev_all`,
+# has 172,174; in the balanced one, no answer of a type dominates.
 BENCHMARKS.register(
     'gqa',
     Benchmark(
@@ -128,7 +132,8 @@ BENCHMARKS.register(
         (gqa.GqaQuestions('val'), ParquetTables(parquet_forms.GQA, _VAL)),
     ),
 )
-# Domains say whether COCO's classes are in the image. Parquet files leave them out.
+# The test split of NoCaps has no public captions. Those of the validation split are scored by domain too, which the
+# parquet files do not tell.
 BENCHMARKS.register(
     'nocaps_val',
     Benchmark(
@@ -142,7 +147,7 @@ BENCHMARKS.register(
         ),
     ),
 )
-# Karpathy and Fei-Fei (arXiv 1412.2306) divided COCO's validation images of 2014; captioning papers use their splits.
+# Karpathy drew both splits from the images of val2014; the rest of val2014 ("restval") is used for training.
 for _subset, _splits in (('test', ('test',)), ('val', _VAL)):
     BENCHMARKS.register(
         f'coco_karpathy_{_subset}',
@@ -158,7 +163,7 @@ for _subset, _splits in (('test', ('test',)), ('val', _VAL)):
             ),
         ),
     )
-# The release of 2017 moved most of these images to training, so the two splits are not comparable.
+# In 2017, the 5,000 images of the new validation split were drawn from those of val2014, with the same captions.
 for _year, _count in (('2014', 40_504), ('2017', 5_000)):
     BENCHMARKS.register(
         f'coco{_year}_cap_val',
@@ -173,6 +178,7 @@ for _year, _count in (('2014', 40_504), ('2017', 5_000)):
             ),
         ),
     )
+# lmms-eval scores all 31,783 images under this name; papers report the 1,000 of Karpathy's test split.
 BENCHMARKS.register(
     'flickr30k_test',
     Benchmark(
@@ -187,7 +193,7 @@ BENCHMARKS.register(
         ),
     ),
 )
-# The answers of TextVQA's test split are not public.
+# The answers of the test split are secret, so papers report the validation split.
 BENCHMARKS.register(
     'textvqa_val',
     Benchmark(
@@ -198,6 +204,7 @@ BENCHMARKS.register(
         (text_vqa.TextVqa('val'), ParquetTables(parquet_forms.TEXT_VQA, _VAL)),
     ),
 )
+# Many of these questions cannot be answered from the image; the groups tell them apart.
 BENCHMARKS.register(
     'vizwiz_vqa_val',
     Benchmark(
@@ -208,7 +215,7 @@ BENCHMARKS.register(
         (vizwiz.VizWiz('val'), ParquetTables(parquet_forms.VIZWIZ, _VAL)),
     ),
 )
-# Half of ScienceQA's questions have no image and say nothing about a vision tower.
+# The test split has 4,241 questions; those without an image say nothing about a vision-language model.
 BENCHMARKS.register(
     'scienceqa_img',
     Benchmark(
@@ -219,7 +226,7 @@ BENCHMARKS.register(
         (science_qa.ScienceQa('test'), ParquetTables(parquet_forms.SCIENCE_QA, ('test',))),
     ),
 )
-# Three files of 3,000 questions about the same 500 images.
+# Three categories of 3,000 questions. An older release of the random file, which LLaVA's evaluation names, has 2,910.
 BENCHMARKS.register(
     'pope',
     Benchmark(

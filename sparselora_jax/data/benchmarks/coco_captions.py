@@ -19,11 +19,13 @@ from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, facts, subset_
 from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
 from sparselora_jax.runtime.errors import DataError
 
+# Kinds of files, see `sniff.FileFacts`.
 COCO = 'coco_captions'
 NOCAPS = 'nocaps'
 KARPATHY = 'karpathy'
 
 _SUBSETS = ('train2014', 'val2014', 'test2014', 'test2015', 'train2017', 'val2017', 'test2017')
+# Users unpack the images of NoCaps by many names, since the release only lists their addresses.
 _IMAGE_FOLDERS = {
     'val2014': ('val2014',),
     'val2017': ('val2017',),
@@ -45,8 +47,10 @@ def recognise(head: Head) -> FileFacts | None:
     if not isinstance(image, dict):
         return None
     if {'sentences', 'split', 'filename'} <= image.keys():
+        # The name of the data set stands at the end of the file, behind megabytes of captions.
         data_set = 'coco' if 'cocoid' in image else head.text('dataset')
         return facts(head.path, KARPATHY, data_set=data_set, first=str(image['filename']))
+    # Behind the images, and so usually behind the head.
     annotation = head.first('annotations')
     has_captions = isinstance(annotation, dict) and {'image_id', 'caption'} <= annotation.keys()
     if 'open_images_id' in image:
@@ -115,6 +119,7 @@ def fill(builder: ItemsBuilder, path: Path) -> None:
     Raises:
       DataError: the file is broken, or a caption belongs to none of its images.
     """
+    # Images and captions may come in either order, so both are read before the first item is added.
     images: dict[int, tuple[str, str]] = {}  # id -> file name, domain
     captions: dict[int, list[str]] = {}
 
@@ -136,6 +141,7 @@ def fill(builder: ItemsBuilder, path: Path) -> None:
         which = f'{len(strangers):,} images that are not in the file, such as {min(strangers)}'
         raise DataError(f'{path}: images and annotations do not belong together: captions of {which}')
     for image_id, (file_name, domain) in images.items():
+        # An image without captions has no references, as in a test split.
         # Popped, so that a caption is not stored twice at any time.
         builder.add(
             image_id,
@@ -193,13 +199,14 @@ def fill_karpathy(builder: ItemsBuilder, path: Path, subset: str) -> None:
         if entry.key != 'images':
             return
         subset_of_image = records.text(entry.value, 'split')
-        subsets[subset_of_image] = None
+        subsets[subset_of_image] = None  # as a dict, which keeps the order for the message
         if subset_of_image != subset:
             return
         name = records.text(entry.value, 'filename')
         # Flickr30k has no ids but the numbers in its file names.
         is_coco = 'cocoid' in entry.value
         folder = records.optional_text(entry.value, 'filepath')
+        # `imgid` only counts the images of this file.
         identifier = records.integer(entry.value, 'cocoid') if is_coco else id_of_image(name)
         builder.add(
             identifier,

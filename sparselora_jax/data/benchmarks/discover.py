@@ -19,6 +19,7 @@ from sparselora_jax.data.benchmarks.sniff import FileFacts, read_head
 from sparselora_jax.runtime.errors import DataError
 
 # Each returns the facts of a file, or None if its records have another form. The first that knows a file counts.
+# Records of a list with an image and a question are the least distinct, so their recognisers come last.
 RECOGNISERS = (
     vqa_pair.recognise,
     coco_captions.recognise,
@@ -75,6 +76,7 @@ def discover(root: str | Path) -> Discovery:
             unknown.append(path)
         else:
             files.append(facts)
+    # Shards are sets of files, so parquet files are recognised together.
     facts_of_tables, problems_of_tables = parquet.recognise(tables)
     return Discovery(tree, (*files, *facts_of_tables), tuple(unknown), (*problems, *problems_of_tables))
 
@@ -93,6 +95,7 @@ def recognise(path: Path) -> FileFacts | None:
         facts = recogniser(head)
         if facts is not None:
             return facts
+    # Perhaps the fault hides the keys that would tell.
     if head.fault is not None:
         raise head.fault
     return None

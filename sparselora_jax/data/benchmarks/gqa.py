@@ -12,9 +12,11 @@ from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, count_bytes, f
 from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
 
 KIND = 'gqa_questions'
+# Many data sets have a folder `images`, so one of GQA's own is preferred.
 IMAGE_FOLDERS = ('gqa/images', 'images')
 
-# Number of questions of the balanced files.
+# Number of questions of the balanced files. Images of the training and validation splits have the same kind of ids, so
+# without a telling name only the counts tell these splits apart.
 _SUBSETS = {943_000: 'train', 132_062: 'val', 12_578: 'testdev'}
 _TYPES = ('structural', 'semantic', 'detailed')
 
@@ -25,6 +27,7 @@ def recognise(head: Head) -> FileFacts | None:
     Args:
       head: the beginning of the file.
     """
+    # A list is LAVIS's.
     if head.form == 'object':
         questions = [member.value for member in head.members.values()]
         needed = {'question', 'imageId'}
@@ -113,6 +116,7 @@ def fill(builder: ItemsBuilder, path: Path) -> None:
         else:
             question_id = str(records.number_or_text(record, 'question_id'))
             image = records.text(record, 'image')
+            # The published files call the image by this part of its name.
             image_id = image.rpartition('/')[2].removesuffix('.jpg')
         # The test and challenge splits have no answers.
         answer = records.optional_text(record, 'answer')

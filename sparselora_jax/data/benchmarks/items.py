@@ -69,13 +69,14 @@ class TextLists:
     codes: Int32[np.ndarray, ' texts']
     ends: Int64[np.ndarray, ' items']
 
+    # Ends, and not starts and lengths: one number for each item is enough.
     def __getitem__(self, index: int) -> Int32[np.ndarray, ' texts_of_item']:
         start = self.ends[index - 1] if index else 0
         return self.codes[start : self.ends[index]]
 
     @property
     def lengths(self) -> Int64[np.ndarray, ' items']:
-        """The number of texts of each item."""
+        """Count the texts of each item."""
         return np.diff(self.ends, prepend=0)
 
 
@@ -128,8 +129,10 @@ class Items:
         Raises:
           IndexError: there is no such item.
         """
+        # numpy raises IndexError, by which a loop over the items ends.
         row = int(self.rows[operator.index(index)])
         image = int(self.images[row])
+        # numpy's integers cannot be written as JSON, in which results are reported.
         identifier = self.ids[row]
         return Item(
             id=identifier if isinstance(identifier, str) else int(identifier),
@@ -142,6 +145,7 @@ class Items:
             groups={name: self.texts[codes[row]] for name, codes in self.groups.items() if codes[row] != ABSENT},
         )
 
+    # Columns are not copied, so items without a few images cost no memory.
     def take(self, indices: Sequence[int] | Int[np.ndarray, ' chosen']) -> 'Items':
         """Return some of the items, which share the columns.
 
@@ -152,7 +156,7 @@ class Items:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the columns, without the texts."""
+        """Count the bytes of the columns, without the texts."""
         columns = [self.rows, self.images, self.questions, self.contexts, *self.groups.values()]
         lists = [self.references.codes, self.references.ends, self.choices.codes, self.choices.ends]
         return sum(column.nbytes for column in columns + lists)
@@ -193,6 +197,7 @@ class ItemsBuilder:
         self._image_numbers: dict[str, int] = {}  # file name -> number of the image
         self._codes = Codes()
         self._ids: dict[int | str, None] = {}  # as a dict, which finds duplicates and keeps the order
+        # Arrays of the standard library grow like lists, and a number takes four bytes.
         self._images = array('i')
         self._questions = array('i')
         self._contexts = array('i')
@@ -208,7 +213,7 @@ class ItemsBuilder:
 
     @property
     def image_names(self) -> list[str]:
-        """File names of the images, in the order of their numbers; empty if the images are not files."""
+        """Return the file names of the images, in the order of their numbers; empty if the images are not files."""
         return list(self._image_numbers)
 
     def image_file(self, name: str, image_id: int | str) -> int:
@@ -264,6 +269,7 @@ class ItemsBuilder:
         reference_codes = [codes[reference] for reference in references]
         choice_codes = [codes[choice] for choice in choices]
         group_codes = {name: codes[group] for name, group in (groups or {}).items() if group}
+        # From here on nothing can fail.
         row = len(self._ids)
         self._ids[identifier] = None
         self._images.append(image)
@@ -272,6 +278,7 @@ class ItemsBuilder:
         self._references.append(reference_codes)
         self._choices.append(choice_codes)
         for name, code in group_codes.items():
+            # A kind of group may appear late: the items before it do not have it.
             column = self._groups.setdefault(name, array('i'))
             _pad(column, row)
             column.append(code)
@@ -286,6 +293,7 @@ class ItemsBuilder:
         for column in self._groups.values():
             _pad(column, count)
         ids: Int64[np.ndarray, ' rows'] | list = list(self._ids)
+        # Ids that are all numbers are stored as such; one text among them makes all of them objects.
         if all(isinstance(identifier, int) for identifier in ids):
             ids = np.array(ids, np.int64)
         return Items(

@@ -15,11 +15,13 @@ from typing import NamedTuple
 from sparselora_jax.runtime import os_errors
 from sparselora_jax.runtime.errors import DataError
 
+# A megabyte holds hundreds of records, and only the last one is decoded twice.
 WINDOW = 2**20  # bytes that are read at a time
 LARGEST_RECORD = 2**26  # bytes; a broken record must not make the reader swallow the rest of the file
 BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 
 _BLANKS = re.compile(r'[ \t\n\r]*')
+# Decodes the value that begins at a place in a text, and says where it ends: the decoder in C that `json.load` uses.
 _decode_value = json.JSONDecoder().raw_decode
 
 
@@ -40,7 +42,7 @@ class Entry(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The place of the record for messages, such as 'questions[17]' or 'line 3'."""
+        """Say where the record is, for messages: 'questions[17]', 'line 3'."""
         if self.is_line:
             return f'line {self.index}'
         if self.index is None:
@@ -49,7 +51,7 @@ class Entry(NamedTuple):
 
 
 class CutError(Exception):
-    """The text that may be read has ended before the value; only where a limit of bytes was given."""
+    """Raised where a limit of bytes was given, and the text up to it ends before the value does."""
 
 
 def entries(path: Path, *, most_bytes: int | None = None) -> Iterator[Entry]:
@@ -91,6 +93,7 @@ def entries(path: Path, *, most_bytes: int | None = None) -> Iterator[Entry]:
 
 
 def _members(window: '_Window') -> Iterator[Entry]:
+    """Read an object, and yield the elements of members that are lists, and the other members."""
     window.advance()
     if window.peek() == '}':
         window.advance()
@@ -102,6 +105,7 @@ def _members(window: '_Window') -> Iterator[Entry]:
         if window.peek() != ':':
             raise window.broken("expected ':'")
         window.advance()
+        # Only lists are long. An object is decoded whole: it is a question of GQA, or the header of a file.
         if window.peek() == '[':
             yield from _elements(window, key)
         else:
@@ -111,6 +115,7 @@ def _members(window: '_Window') -> Iterator[Entry]:
 
 
 def _elements(window: '_Window', key: str) -> Iterator[Entry]:
+    """Read a list, and yield its elements."""
     window.advance()
     if window.peek() == ']':
         window.advance()
@@ -159,6 +164,7 @@ class _Window:
     def separator(self, closing: str) -> bool:
         """Move behind a comma or the closing bracket, and return whether it was the bracket."""
         character = self.peek()
+        # `''` is the end of the file.
         if character not in (',', closing) or not character:
             raise self.broken(f"expected ',' or '{closing}'")
         self.advance()
@@ -170,7 +176,8 @@ class _Window:
             try:
                 value, end = _decode_value(self.text, self.position)
             except json.JSONDecodeError as error:
-                # The value may only be incomplete in the window.
+                # The value may only be incomplete in the window. The decoder cannot tell that from a fault, so a fault
+                # is reported after some more of the file was read in vain.
                 if len(self.text) - self.position < LARGEST_RECORD and self.grow():
                     continue
                 raise self.broken(error.msg, error.pos) from None
@@ -200,8 +207,10 @@ class _Window:
             size = min(size, self.bytes_left)
             self.bytes_left -= size
         chunk = self.file.read(size)
+        # At the limit nothing more is read, but the file goes on: this is not its end.
         if not chunk and self.bytes_left == 0 and self.file.peek(1):
             raise CutError
+        # Bytes of a character whose rest is in this chunk; the error counts from them.
         undecoded = len(self.decoder.getstate()[0])
         try:
             more = self.decoder.decode(chunk, final=not chunk)
@@ -213,6 +222,7 @@ class _Window:
             self.has_ended = True
             return False
         self.bytes_read += len(chunk)
+        # Characters have one to four bytes, so the place in the file is counted while the text is still there.
         self.bytes_before += len(self.text[: self.position].encode())
         self.text = self.text[self.position :] + more
         self.position = 0
@@ -222,6 +232,7 @@ class _Window:
         """Return the error of a file that is not JSON; the message names the byte."""
         position = self.position if position is None else position
         byte = self.bytes_before + len(self.text[:position].encode())
+        # The most frequent fault is a download that was interrupted.
         if self.has_ended and not self.text[position:].strip():
             return DataError(f'{self.path}: the file is cut off: it ends at byte {byte:,}; download it again')
         return DataError(f'{self.path}: broken JSON at byte {byte:,}: {reason}')
@@ -242,6 +253,7 @@ def lines(path: Path) -> Iterator[Entry]:
     try:
         with path.open('rb') as file:
             start = 0  # byte of the file at which the line begins
+            # Lines are cut at a length, so that a file without line breaks does not fill the memory.
             for number, line in enumerate(iter(lambda: file.readline(LARGEST_RECORD), b''), start=1):
                 content = line
                 skipped = 0

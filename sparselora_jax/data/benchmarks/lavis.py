@@ -19,6 +19,7 @@ from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
 from sparselora_jax.data.benchmarks.vqa_pair import factor_of
 from sparselora_jax.runtime.errors import DataError
 
+# Kinds of files, see `sniff.FileFacts`.
 QUESTIONS = 'lavis_questions'
 CAPTIONS = 'lavis_captions'
 
@@ -27,6 +28,7 @@ _KARPATHY_DIGESTS = {
     'b273847456ef5580e33713b1f7de52a0': 'val',
     '3ff34b0ef2db02d01c37399f6a2a6cd1': 'test',
 }
+# How ids of questions follow from ids of images, see `vqa_pair.factor_of`.
 _FACTORS = {'vqav2': '1000', 'ok_vqa': '10'}
 
 
@@ -58,6 +60,7 @@ def recognise(head: Head) -> FileFacts | None:
         return None
     image = record['image']
     folder = PurePosixPath(image).parent.name
+    # The answer of GQA is one text, see `gqa.py`.
     if {'question_id', 'question'} <= record.keys() and not isinstance(record.get('answer'), str):
         return facts(
             head.path,
@@ -67,6 +70,7 @@ def recognise(head: Head) -> FileFacts | None:
             first=str(record['question_id']),
         )
     if 'caption' in record and 'question' not in record:
+        # Names of Flickr30k are numbers.
         data_set = 'coco' if image.rpartition('/')[2].startswith('COCO_') else 'flickr30k'
         # The lists of training data have one caption per record.
         subset = _captions_subset(head.path) if isinstance(record['caption'], list) else 'train'
@@ -81,6 +85,7 @@ def _subset_of_name(image: str) -> str:
 
 
 def _captions_subset(path: Path) -> str:
+    # The file has two megabytes, and reading it is the only certain way.
     with path.open('rb') as file:
         digest = hashlib.file_digest(file, 'md5').hexdigest()
     return _KARPATHY_DIGESTS.get(digest) or subset_in_name(path, ('train', 'val', 'test'))
@@ -131,6 +136,7 @@ def fill_questions(builder: ItemsBuilder, path: Path) -> None:
 
     def add(entry: Entry) -> None:
         image = records.text(entry.value, 'image')
+        # The list of the test split has no answers.
         has_answers = entry.value.get('answer') is not None
         builder.add(
             records.whole_number(entry.value, 'question_id'),

@@ -46,6 +46,7 @@ def load(name: str, data: str | Path | Discovery, *, tolerance: float = 0.0, nee
     Raises:
       DataError: there is no such benchmark, its files are missing or broken, or too many images are missing.
     """
+    # A folder that happens to have the name of a benchmark does not hide it.
     file = None if name in BENCHMARKS else user_jsonl.find_file(name)
     if file is not None:
         return load_user_file(file, tolerance=tolerance, needs_images=needs_images)
@@ -58,7 +59,7 @@ def load(name: str, data: str | Path | Discovery, *, tolerance: float = 0.0, nee
     places = ', '.join(str(path) for path in source.paths[:2])
     if not len(builder):
         raise DataError(f'{name}: no items in {places}; download the files again')
-    # A part of a benchmark can be scored, but its user should know that it is one.
+    # Not an error: a part of a benchmark is useful while one tries things out.
     if len(builder) != benchmark.count:
         difference = f'{len(builder):,} items in {places}, but the benchmark has {benchmark.count:,}'
         builder.notes.append(f'{difference}: scores are not comparable with published ones')
@@ -90,6 +91,7 @@ def load_user_file(file: str | Path, *, tolerance: float = 0.0, needs_images: bo
     user_jsonl.fill(builder, file)
     if not needs_images:
         return _logged(builder.build(not_located(file.parent, builder.image_names)))
+    # Paths count from the folder of the file and nowhere else: users may have several images of the same name.
     pictures = locate_by_path(list_files(file.parent), builder.image_names, base='')
     return _logged(_without_missing(builder.build(pictures), tolerance, ()))
 
@@ -113,6 +115,7 @@ def _without_missing(items: Items, tolerance: float, folders: Sequence[str]) -> 
     lost = f'{len(items) - len(with_image):,} of {len(items):,} items'
     if len(missing) > tolerance * len(pictures):
         place = f' in a folder {folders[0]}' if folders else ''
+        # Rounded up, so that the tolerance that the message names is enough.
         share = math.ceil(1000 * len(missing) / len(pictures)) / 1000
         raise DataError(f'{items.name}: {images}; put them there{place}, or leave out {lost} by tolerance={share}')
     if not len(with_image):
@@ -139,6 +142,7 @@ def find_source(name: str, benchmark: Benchmark, discovery: Discovery) -> Source
     Raises:
       DataError: they are not there, or several could be meant.
     """
+    # In their order: the first format that is there wins, even if its images are missing.
     for finder in benchmark.finders:
         source = finder.find(discovery.files)
         if source is not None:

@@ -21,6 +21,7 @@ from sparselora_jax.runtime.errors import DataError
 
 ROWS_AT_A_TIME = 4096
 
+# Schemas do not say which split a file belongs to, so that is the one thing that names tell here.
 # A shard of a split: 'validation-00003-of-00068.parquet'.
 _SHARD = re.compile(r'(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parquet')
 # A shard that the server has converted: 'validation/0003.parquet'.
@@ -52,6 +53,7 @@ def recognise(paths: Sequence[Path]) -> tuple[list[FileFacts], list[str]]:
             names = ', '.join(sorted(columns)[:12])
             problems.append(f'{path}: a parquet with other columns than those of any known data set: {names}')
             continue
+        # Shards of one split in one folder belong together; a file of another name is a set of its own.
         shard = _SHARD.fullmatch(path.name)
         if shard:
             split = shard['split']
@@ -164,6 +166,7 @@ class ParquetTables:
             return None
         paths = (chosen.path, *chosen.more)
         _check_shards(paths)
+        # Without files of images, images are looked for in folders.
         image_set = self._of_split(images) if self.form is GQA else None
         image_paths = (image_set.path, *image_set.more) if image_set else ()
         _check_shards(image_paths)
@@ -184,6 +187,7 @@ class ParquetTables:
         return candidates[0] if candidates else None
 
 
+# A single set with one of these names is not taken for another split.
 _ALL_SPLITS = ('train', 'validation', 'val', 'val2014', 'val2017', 'test', 'testdev', 'challenge', 'submission')
 
 
@@ -204,6 +208,7 @@ def _check_shards(paths: Sequence[Path]) -> None:
     shards = [shard for path in paths if (shard := _SHARD.fullmatch(path.name))]
     if not shards:
         return
+    # A missing shard would only be noticed as a smaller number of items.
     count = int(shards[0]['count'])
     missing = sorted(set(range(count)) - {int(shard['number']) for shard in shards})
     if missing:
@@ -240,6 +245,7 @@ def fill(
         if missing:
             known = ', '.join(columns)
             raise DataError(f'{path}: no column {", ".join(missing)}; its columns are {known}')
+        # As a set of numbers: there are few or none.
         empty = frozenset(rows_without_image(path, IMAGE).tolist()) if form.has_images else frozenset()
         first = number
         for row in read_rows(path, (form.columns | form.optional | {'split'}) - {IMAGE}):
@@ -264,6 +270,7 @@ def _join_images(builder: ItemsBuilder, paths: Sequence[Path]) -> Sequence[Pictu
     """Return the images of the builder's items, found by their ids in files of images."""
     pictures = list_pictures(paths, IMAGE)
     rows = {}
+    # Only the column of ids is read here.
     for path in paths:
         for row in read_rows(path, ['id']):
             rows[row['id']] = len(rows)

@@ -9,6 +9,7 @@ from sparselora_jax.data.benchmarks.lavis import id_of_image
 
 IMAGE = 'image'  # the column of images
 
+# Columns that a file lacks are absent from its rows.
 Row = Mapping[str, object]
 
 
@@ -32,13 +33,17 @@ class Form:
 
     @property
     def has_images(self) -> bool:
-        """Whether the rows hold images; otherwise they hold their names."""
+        """Return whether the rows hold images; otherwise they hold their names."""
         return IMAGE in self.columns
 
 
 def _texts(row: Row, name: str) -> tuple[str, ...]:
     """Return a column of lists of texts; () where it is null, as in test splits, or missing."""
     return () if row.get(name) is None else records.texts(row, name)
+
+
+# Each of these functions adds one row. Where rows hold images, it also appends the id of the image, whose number is the
+# row's: the questions about one image have copies of it.
 
 
 def _add_vqav2(builder: ItemsBuilder, row: Row, number: int) -> None:
@@ -53,8 +58,10 @@ def _add_vqav2(builder: ItemsBuilder, row: Row, number: int) -> None:
 
 
 def _add_ok_vqa(builder: ItemsBuilder, row: Row, number: int) -> None:
+    # The column holds texts, but the published files, and so the evaluators, have integers.
     question_id = records.whole_number(row, 'question_id')
-    builder.image_ids.append(question_id // 10)  # ids of OK-VQA are made that way
+    # There is no column of the image's id; a question's id is that of its image and one more digit.
+    builder.image_ids.append(question_id // 10)
     builder.add(
         question_id,
         number,
@@ -90,6 +97,7 @@ def _add_vizwiz(builder: ItemsBuilder, row: Row, number: int) -> None:
 
 # The rows have no ids, so a question is known by its place in the file.
 def _add_science_qa(builder: ItemsBuilder, row: Row, number: int) -> None:
+    # There is no column of ids. The number of the row among all questions of the split takes their place.
     builder.image_ids.append(number)
     choices = _texts(row, 'choices')
     builder.add(
@@ -105,6 +113,7 @@ def _add_science_qa(builder: ItemsBuilder, row: Row, number: int) -> None:
 
 # Questions of the three categories have the same ids.
 def _add_pope(builder: ItemsBuilder, row: Row, number: int) -> None:
+    # The names of the images have no suffix here; `id_of_image` does not mind.
     category = records.text(row, 'category')
     builder.image_ids.append(id_of_image(records.text(row, 'image_source')))
     builder.add(
@@ -117,12 +126,14 @@ def _add_pope(builder: ItemsBuilder, row: Row, number: int) -> None:
 
 
 def _add_nocaps(builder: ItemsBuilder, row: Row, number: int) -> None:
+    # There is no column of domains, so scores by domain need the published file.
     image_id = records.integer(row, 'image_id')
     builder.image_ids.append(image_id)
     builder.add(image_id, number, references=_texts(row, 'annotations_captions'))
 
 
 def _add_coco(builder: ItemsBuilder, row: Row, number: int) -> None:
+    # The column `question` repeats one prompt in every row. It is no part of the benchmark.
     image_id = records.integer(row, 'id')
     builder.image_ids.append(image_id)
     builder.add(image_id, number, references=_texts(row, 'answer'))
@@ -130,18 +141,21 @@ def _add_coco(builder: ItemsBuilder, row: Row, number: int) -> None:
 
 # These rows name their images, whose files lie beside; the others hold them.
 def _add_karpathy(builder: ItemsBuilder, row: Row, number: int) -> None:
+    # Rows hold addresses of the images, not the images, so these must lie in a folder.
     image_id = records.integer(row, 'cocoid')
     name = f'{records.text(row, "filepath")}/{records.text(row, "filename")}'
     builder.add(image_id, builder.image_file(name, image_id), references=_texts(row, 'sentences'))
 
 
 def _add_flickr30k(builder: ItemsBuilder, row: Row, number: int) -> None:
+    # The ids in the columns number the rows of one release; the name of the file is the same in all releases.
     image_id = id_of_image(records.text(row, 'filename'))
     builder.image_ids.append(image_id)
     builder.add(image_id, number, references=_texts(row, 'caption'))
 
 
 def _add_gqa(builder: ItemsBuilder, row: Row, number: int) -> None:
+    # The image is a file, or a row of other parquet files; either is found later, by its id.
     image_id = records.text(row, 'imageId')
     answer = records.optional_text(row, 'answer')
     builder.add(
@@ -159,7 +173,8 @@ def _form(
     return Form(kind, frozenset(columns.split()), add, frozenset(optional.split()), frozenset(without.split()))
 
 
-# Columns that are in all versions of a data set; more may be there. What tells two forms apart stands in `without`.
+# Data sets: lmms-lab/VQAv2, lmms-lab/OK-VQA and so on, and yerevann/coco-karpathy and nlphuji/flickr30k. Copies under
+# other names have the same columns. Only columns that are needed are listed, because releases differ in the others.
 VQAV2 = _form(
     'parquet_vqav2',
     'question_id image question answers question_type answer_type multiple_choice_answer image_id',
@@ -178,6 +193,7 @@ TEXT_VQA = _form(
     _add_text_vqa,
     optional='ocr_tokens',
 )
+# The columns of many data sets include these five.
 VIZWIZ = _form(
     'parquet_vizwiz', 'question_id image question answers category', _add_vizwiz, without='image_id answer_type'
 )
@@ -188,7 +204,9 @@ POPE = _form('parquet_pope', 'question_id image question answer image_source cat
 NOCAPS = _form('parquet_nocaps', 'image image_id image_open_images_id annotations_captions', _add_nocaps)
 COCO = _form('parquet_coco', 'image question answer id file_name coco_url', _add_coco)
 KARPATHY = _form('parquet_karpathy', 'filepath filename cocoid split sentences', _add_karpathy, without='image')
+# Some releases have a column of splits, in a file whose name says 'test' for all images.
 FLICKR30K = _form('parquet_flickr30k', 'image caption filename', _add_flickr30k, optional='split')
 # Its images lie in a data set of their own.
 GQA = _form('parquet_gqa', 'id imageId question', _add_gqa, optional='answer types')
+# The more columns a form has, the earlier it stands.
 FORMS = (VQAV2, OK_VQA, TEXT_VQA, VIZWIZ, SCIENCE_QA, POPE, NOCAPS, COCO, KARPATHY, FLICKR30K, GQA)

@@ -20,6 +20,7 @@ from sparselora_jax.data import images
 from sparselora_jax.runtime import os_errors
 from sparselora_jax.runtime.errors import DataError
 
+# An image has about 100 kB, so eight take a megabyte; one at a time would cost a call of Arrow each.
 ROWS_AT_A_TIME = 8
 OPEN_GROUPS = 8  # row groups whose reading can go on, for all files together
 
@@ -117,6 +118,7 @@ class ParquetPictures(Sequence):
     def __getitem__(self, index: int) -> ParquetPicture:
         if not 0 <= index < len(self):
             raise IndexError(f'image {index} of {len(self)}')
+        # The first group that ends behind the row.
         number = int(np.searchsorted(self.ends, index, side='right'))
         start = int(self.ends[number - 1]) if number else 0
         path = self.paths[self.files[number]]
@@ -137,6 +139,7 @@ def list_pictures(paths: Sequence[Path], column: str) -> ParquetPictures:
     groups = []
     rows = []
     for number, path in enumerate(paths):
+        # The footer says how many rows each group has, so no page is read.
         metadata = open_file(path).metadata
         files += [number] * metadata.num_row_groups
         groups += range(metadata.num_row_groups)
@@ -204,6 +207,7 @@ class _GroupReader:
     def read(self, row: int) -> bytes | None:
         """Return the bytes of the image in a row; None if it has none."""
         with self.lock:
+            # A group is a stream: rows before the chunk need another start. Benchmarks are read in order.
             if row < self.first or not self.chunk:
                 self.chunks = _read_bytes(self.file, self.path, self.group, self.column)
                 self.chunk = []
@@ -230,6 +234,7 @@ def _read_bytes(file: pq.ParquetFile, path: Path, group: int, column: str) -> It
         is_struct = pa.types.is_struct(kind)
         if not _holds_bytes(kind):
             raise DataError(f'{path}: the column {column!r} holds {kind}, expected the bytes of images')
+        # The path in the struct is that of the machine on which the file was made.
         name = f'{column}.bytes' if is_struct else column
         for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=[name]):
             values = batch.column(0)

@@ -19,11 +19,13 @@ from sparselora_jax.data import images
 from sparselora_jax.runtime import os_errors
 from sparselora_jax.runtime.errors import DataError
 
+# Other files are not listed, so that a folder of features or videos costs no memory.
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 DATA_SUFFIXES = ('.json', '.jsonl', '.parquet')
 MISSING = -1  # folder of an image that was not found
 
 _COCO_NAME = re.compile(r'(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.jpg')
+# Validation images first, which most benchmarks use. The last one is that of 2017.
 _COCO_PREFIXES = ('COCO_val2014_', 'COCO_train2014_', 'COCO_test2015_', 'COCO_test2014_', '')
 
 
@@ -64,6 +66,7 @@ def list_files(root: str | Path) -> FileTree:
     archives = []
     problems = []
     seen: set[tuple[int, int]] = set()
+    # Not `os.walk`: it would list the names of files that nobody asks for, and it does not follow links safely.
     waiting = ['']
     while waiting:
         folder = waiting.pop()
@@ -78,6 +81,7 @@ def list_files(root: str | Path) -> FileTree:
             with os.scandir(root / folder) as listing:
                 for entry in listing:
                     suffix = os.path.splitext(entry.name)[1].lower()
+                    # The kind of an image is not looked up: on some disks that takes a millisecond for each file.
                     if suffix in IMAGE_SUFFIXES:
                         names.append(entry.name)
                     elif suffix in DATA_SUFFIXES and entry.is_file():
@@ -105,7 +109,7 @@ class PictureFile:
 
     @property
     def name(self) -> str:
-        """The path."""
+        """Return the path."""
         return str(self.path)
 
     def read(self) -> UInt8[np.ndarray, 'height width 3']:
@@ -159,7 +163,7 @@ class PictureFiles(Sequence):
 
     @property
     def missing(self) -> np.ndarray:
-        """The numbers of the images that were not found."""
+        """Return the numbers of the images that were not found."""
         return np.flatnonzero(self.folder_numbers == MISSING)
 
 
@@ -197,11 +201,13 @@ def locate(tree: FileTree, names: Sequence[str], usual_folders: Sequence[str] = 
         wanted.update(dict.fromkeys(forms))
     hints = [*dict.fromkeys(str(PurePosixPath(name).parent) for name in names), *usual_folders]
     ranked = _rank(tree, wanted.keys(), hints)
+    # A dict of names, and not a search through the folders for each image: data sets may have thousands of folders.
     # From the worst folder to the best: a better one overwrites what a worse one holds.
     folder_of: dict[str, int] = {}
     for number, folder in reversed(list(enumerate(ranked))):
         folder_of.update(dict.fromkeys(tree.image_folders[folder] & wanted.keys(), number))
     numbers = np.full(len(names), MISSING, np.int32)
+    # Missing images keep the name that the data set gives them, for messages.
     file_names_found = list(names)
     for index, forms in enumerate(alternatives):
         for form in forms:
@@ -231,10 +237,12 @@ def file_names(name: str) -> tuple[str, ...]:
 
 def _rank(tree: FileTree, wanted: KeysView[str], hints: Sequence[str]) -> list[str]:
     """Return the folders that hold wanted images, the best first."""
+    # The intersection of two sets takes the time of the smaller one.
     hits = {folder: len(names & wanted) for folder, names in tree.image_folders.items()}
     places = {hint: place for place, hint in reversed(list(enumerate(hints)))}
 
     def order(folder: str) -> tuple[int, int, str]:
+        # A hint may have several parts, such as 'gqa/images'.
         parts = folder.split('/')
         ends = ['/'.join(parts[first:]) for first in range(len(parts))]
         return min(places.get(end, len(hints)) for end in ends), -hits[folder], folder
@@ -267,6 +275,7 @@ def _common_folder(tree: FileTree, names: Sequence[str]) -> str:
     folders_by_last_part: dict[str, list[str]] = {}
     for folder in tree.image_folders:
         folders_by_last_part.setdefault(PurePosixPath(folder).name, []).append(folder)
+    # Each image votes for the folders under which its path exists.
     votes = Counter()
     for name in names:
         path = PurePosixPath(name)

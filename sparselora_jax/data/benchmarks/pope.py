@@ -16,7 +16,8 @@ from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, facts, subset_
 from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
 from sparselora_jax.runtime.errors import DataError
 
-KIND = 'pope_questions'
+KIND = 'pope_questions'  # see `sniff.FileFacts`
+# In the order in which papers report them.
 CATEGORIES = ('random', 'popular', 'adversarial')
 
 
@@ -77,7 +78,7 @@ def fill(builder: ItemsBuilder, paths: dict[str, Path]) -> None:
       DataError: a file is broken, or a label is neither 'yes' nor 'no'.
     """
     for category, path in paths.items():
-
+        # The category is a default value, because the function outlives its round of the loop.
         def add(entry: Entry, category: str = category) -> None:
             image = records.text(entry.value, 'image')
             builder.add(
@@ -89,6 +90,7 @@ def fill(builder: ItemsBuilder, paths: dict[str, Path]) -> None:
             )
 
         for_each(lines(path), path, add)
+    # One category alone is a result too.
     absent = [category for category in CATEGORIES if category not in paths]
     if absent:
         builder.notes.append(f'no file of the categories {", ".join(absent)}')

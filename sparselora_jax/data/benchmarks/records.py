@@ -1,10 +1,13 @@
 """Read fields of records of JSON and parquet files; an error says what the field holds and what was expected."""
 
+import reprlib
 from collections.abc import Sequence
 
 from sparselora_jax.runtime.errors import DataError
 
 LONGEST_QUOTE = 60  # most characters of a value that a message quotes
+_REPR = reprlib.Repr()
+_REPR.maxstring = LONGEST_QUOTE
 _LARGEST = 2**63  # ids are stored as integers of 64 bits
 
 
@@ -14,13 +17,13 @@ def quote(value: object) -> str:
     Args:
       value: any value of a record.
 
-    >>> quote({'a': 1}), quote('x' * 80)[-4:]
-    ("{'a': 1}", 'x...')
+    >>> quote({'a': 1}), quote(['x'] * 1000)
+    ("{'a': 1}", "['x', 'x', 'x', 'x', 'x', 'x', ...]")
     """
     if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
-        # Python refuses to print an integer of thousands of digits.
         return f'an integer of {value.bit_length()} bits'
-    text = repr(value)
+    # `reprlib` looks at the beginning of long lists only; a record may have megabytes.
+    text = _REPR.repr(value)
     return text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + '...'
 
 

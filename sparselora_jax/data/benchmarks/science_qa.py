@@ -15,6 +15,7 @@ from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, facts
 from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
 from sparselora_jax.runtime.errors import DataError
 
+# Kinds of files, see `sniff.FileFacts`.
 PROBLEMS = 'science_qa_problems'
 SPLITS = 'science_qa_splits'
 LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
@@ -33,7 +34,7 @@ def recognise(head: Head) -> FileFacts | None:
     name, first = next(iter(head.members.items()))
     if isinstance(first.value, dict) and {'question', 'choices', 'answer', 'hint'} <= first.value.keys():
         return facts(head.path, PROBLEMS, first=name)
-    # Other data sets have splits too, but none with these names.
+    # A file of splits holds lists of ids; the small splits have names that no other data set uses.
     if {'minival', 'minitest'} & head.members.keys() and first.is_list and isinstance(first.value, str):
         return facts(head.path, SPLITS, first=name)
     return None
@@ -92,7 +93,7 @@ def fill(builder: ItemsBuilder, problems: Path, subset: str, splits: Path | None
     def add(entry: Entry) -> None:
         if entry.index is not None:
             raise DataError('a list, expected a problem')
-        # Some copies of the problems say the split themselves.
+        # A problem says its split too, which is enough if there is no file of splits.
         is_member = entry.key in members if splits else records.text(entry.value, 'split') == subset
         # What is left at the end names problems that are not there.
         members.pop(entry.key, None)
@@ -100,6 +101,7 @@ def fill(builder: ItemsBuilder, problems: Path, subset: str, splits: Path | None
         if not is_member or image is None:
             return
         choices = records.texts(entry.value, 'choices')
+        # Every image is called image.png, so its folders are part of its name.
         image_path = f'{subset}/{entry.key}/{records.text(entry.value, "image")}'
         builder.add(
             entry.key,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sparselora_jax.data.benchmarks.json_stream import CutError, entries
 from sparselora_jax.runtime.errors import DataError
 
+# Headers of COCO and VQA, and records of GQA, have a few kilobytes.
 HEAD = 2**16  # bytes of a file that are read first
 LONGEST_HEAD = 2**22  # bytes that are read if a first record does not fit
 MOST_RECORDS = 64  # records of the head that are kept
@@ -113,6 +114,7 @@ class Head:
         """
         if key in self.members or self.is_whole or self.form != 'object':
             return self.members.get(key)
+        # Remembered, because several recognisers may ask.
         member = _find_member(self.path, key)
         if member is not None:
             self.members[key] = member
@@ -134,6 +136,7 @@ def read_head(path: Path) -> Head:
         # A first record may be longer than the head.
         if head.records or head.members or head.is_whole or limit >= LONGEST_HEAD:
             return head
+        # By eight, so that a file whose records are all too long is not read many times.
         limit *= 8
 
 
@@ -150,6 +153,7 @@ def _read_head(path: Path, limit: int) -> Head:
                 records.append(entry.value)
             else:
                 form = 'object'
+                # The first element of a list tells the keys of all.
                 members.setdefault(entry.key, Member(entry.value, entry.index is not None))
             if len(records) == MOST_RECORDS or len(members) == MOST_RECORDS:
                 break
@@ -190,6 +194,7 @@ def _find_member(path: Path, key: str) -> Member | None:
             if start < 0:
                 return None
             colon = _KEY_END.match(content, start + len(key.encode()) + 1)
+            # Without a colon, it is a text that looks like the name.
             if colon:
                 break
             start += 1
@@ -237,6 +242,7 @@ def subset_in_name(path: Path, subsets: tuple[str, ...]) -> str:
     >>> subset_in_name(Path('coco_karpathy_test.json'), ('train', 'val', 'test'))
     'test'
     """
+    # Whole words, so that 'testdev' is not 'test', and 'validation_split' is not 'val'.
     words = re.findall(r'[a-z]+', path.stem.lower())
     named = [subset for subset in subsets if subset in words]
     return named[0] if len(named) == 1 else ''

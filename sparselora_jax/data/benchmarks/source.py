@@ -56,6 +56,7 @@ def with_marks(files: Sequence[FileFacts], kind: str, **marks: str) -> list[File
     possible = [
         file for file in files if file.kind == kind and all(file.mark(name) in ('', marks[name]) for name in marks)
     ]
+    # A file that tells less may be meant too, but one that tells more is surely meant.
     counts = [sum(bool(file.mark(name)) for name in marks) for file in possible]
     return [file for file, count in zip(possible, counts, strict=True) if count == max(counts)]
 
@@ -73,6 +74,7 @@ def choose(files: Sequence[FileFacts], what: str) -> FileFacts | None:
     if not files:
         return None
     sizes = {file.path.stat().st_size for file in files}
+    # Sizes and first records are compared, and not contents, which may have gigabytes.
     # Copies lie in several folders if several tools have downloaded the same file.
     if len(sizes) > 1 or len({file.mark('first') for file in files}) > 1:
         names = ', '.join(str(file.path) for file in files[:4])

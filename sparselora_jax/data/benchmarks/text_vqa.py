@@ -14,6 +14,7 @@ from sparselora_jax.data.benchmarks.json_stream import Entry, entries, for_each
 from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, facts, subset_in_name
 from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
 
+# Kinds of files, see `sniff.FileFacts`.
 QUESTIONS = 'text_vqa_questions'
 WORDS = 'text_vqa_words'
 SEPARATOR = ', '  # between the words of an image
@@ -29,6 +30,7 @@ def recognise(head: Head) -> FileFacts | None:
     if not isinstance(record, dict) or 'image_id' not in record:
         return None
     subset = str(record.get('set_name') or head.text('dataset_type'))
+    # Other data sets have this form too, but not these keys.
     if {'question', 'question_id'} <= record.keys() and ('set_name' in record or 'flickr_300k_url' in record):
         return facts(head.path, QUESTIONS, subset=subset, first=str(record['question_id']))
     if 'ocr_tokens' in record:
@@ -98,6 +100,7 @@ def fill(builder: ItemsBuilder, questions: Path, words: Path | None = None) -> N
             context=contexts.get(image_id, ''),
         )
 
+    # First the words: questions need them.
     if words is not None:
         for_each(entries(words), words, read_words)
     for_each(entries(questions), questions, add)

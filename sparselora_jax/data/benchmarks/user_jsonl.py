@@ -54,6 +54,7 @@ def fill(builder: ItemsBuilder, path: Path) -> None:
 
     def add(entry: Entry) -> None:
         record = entry.value
+        # './a.png' and 'a.png' are one image.
         image = PurePosixPath(records.text(record, 'image')).as_posix()
         if record.get('split') == 'train':
             return
@@ -77,9 +78,11 @@ def fill(builder: ItemsBuilder, path: Path) -> None:
 def _take_metric(builder: ItemsBuilder, metric: str) -> None:
     if metric and builder.metric and metric != builder.metric:
         raise DataError(f'metric is {metric!r}, but an earlier line says {builder.metric!r}; use one file for each')
+    # A line without a metric does not take back that of an earlier one.
     builder.metric = metric or builder.metric
 
 
+# Two of these fields may contradict each other, and choosing one silently would change scores.
 def _only_field(record: Mapping, names: tuple[str, ...]) -> str:
     """Return which of several fields a line has; '' if it has none."""
     present = [name for name in names if record.get(name) is not None]
@@ -92,6 +95,7 @@ def _references(record: Mapping) -> tuple[str, ...]:
     name = _only_field(record, _REFERENCES)
     if not name:
         return ()
+    # One text is a list of one.
     return (record[name],) if isinstance(record[name], str) else records.texts(record, name)
 
 

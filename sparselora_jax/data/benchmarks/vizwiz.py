@@ -26,6 +26,7 @@ def recognise(head: Head) -> FileFacts | None:
     record = head.records[0] if head.records else None
     if not isinstance(record, dict) or not {'image', 'question'} <= record.keys() or 'question_id' in record:
         return None
+    # Names of images say the split. A copy with other names must have all the keys of VizWiz.
     image = str(record['image'])
     name = re.search(r'VizWiz_(train|val|test)_', image)
     if not name and not {'answers', 'answer_type', 'answerable'} <= record.keys():
@@ -56,6 +57,7 @@ class VizWiz:
         chosen = choose(with_marks(files, KIND, subset=self.subset), f'questions of VizWiz, {self.subset}')
         if chosen is None:
             return None
+        # A folder `val` alone may be that of another data set.
         folders = (f'vizwiz/{self.subset}', self.subset, 'images')
         return Source((chosen.path,), lambda builder: fill(builder, chosen.path), folders)
 
@@ -77,6 +79,7 @@ def fill(builder: ItemsBuilder, path: Path) -> None:
         groups = {'answer_type': records.optional_text(entry.value, 'answer_type')}
         if entry.value.get('answerable') is not None:
             groups['answerable'] = 'yes' if records.integer(entry.value, 'answerable') else 'no'
+        # Each image has one question, so the name of the image is an id.
         builder.add(
             image,
             builder.image_file(image, image),

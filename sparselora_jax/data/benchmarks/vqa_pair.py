@@ -15,6 +15,7 @@ from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, facts
 from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
 from sparselora_jax.runtime.errors import DataError
 
+# Kinds of files, see `sniff.FileFacts`.
 QUESTIONS = 'vqa_questions'
 ANNOTATIONS = 'vqa_annotations'
 
@@ -66,6 +67,7 @@ def coco_image(image_id: int, subset: str) -> str:
     """
     if not 0 <= image_id < 10**12:
         raise DataError(f'image_id is {image_id}; ids of COCO have at most 12 digits')
+    # Test-dev is a part of the test split, and has no folder of its own.
     folder = subset.replace('test-dev', 'test')
     return f'{folder}/COCO_{folder}_{image_id:012d}.jpg'
 
@@ -76,6 +78,7 @@ def recognise(head: Head) -> FileFacts | None:
     Args:
       head: the beginning of the file.
     """
+    # Only the head is asked for these keys: files of other data sets would be searched to their end.
     for key, kind, needed in (('questions', QUESTIONS, 'question'), ('annotations', ANNOTATIONS, 'answers')):
         member = head.members.get(key)
         if member is None or not member.is_list or not isinstance(member.value, dict):
@@ -100,6 +103,7 @@ def _data_set(annotation: dict) -> str:
     is_raw = isinstance(answers, list) and any('raw_answer' in answer for answer in answers if isinstance(answer, dict))
     if is_raw:
         return 'ok_vqa'
+    # VQA of 2015 has the keys of VQAv2, which replaced it.
     factor = factor_of(annotation['question_id'], annotation['image_id'])
     return 'vqa_of_2015' if factor == str(_FACTORS['ok_vqa']) else 'vqav2'
 
@@ -131,6 +135,7 @@ class VqaPair:
         factor = str(_FACTORS[self.data_set])
         questions = with_marks(files, QUESTIONS, subset=self.subset, factor=factor)
         annotations = None
+        # Annotations are chosen first, since only they tell the data sets apart.
         if self.has_answers:
             annotations = choose(
                 with_marks(files, ANNOTATIONS, subset=self.subset, data_set=self.data_set), f'annotations of {what}'
@@ -171,6 +176,7 @@ def fill(builder: ItemsBuilder, questions: Path, annotations: Path | None = None
     if annotations is not None:
         subset_of_annotations = _read_annotations(annotations, answers)
     subset = subset or next((mark for mark in [subset_of_annotations, _read_subset(questions)] if mark), 'val2014')
+    # Differences are collected and reported together: one may be a slip, but many mean the wrong file.
     without: list[int] = []  # questions that have no annotation
     other_images: list[int] = []  # questions whose annotation is about another image
     subset_of_questions = ''
@@ -183,7 +189,7 @@ def fill(builder: ItemsBuilder, questions: Path, annotations: Path | None = None
             return
         question_id = records.integer(entry.value, 'question_id')
         image_id = records.integer(entry.value, 'image_id')
-        # Taken out, so that what is left has no question, and memory falls as questions are added.
+        # What is left in the end are annotations without a question.
         annotation = answers.pop(question_id, None)
         if annotation is None and annotations is not None and question_id not in builder:
             without.append(question_id)
@@ -198,6 +204,7 @@ def fill(builder: ItemsBuilder, questions: Path, annotations: Path | None = None
         )
 
     for_each(entries(questions), questions, add)
+    # A test split needs no agreement.
     if annotations is None:
         return
     # All differences in one message: one alone may mislead about which file is the wrong one.
@@ -242,7 +249,7 @@ def _read_subset(questions: Path) -> str:
 def _read_annotations(path: Path, answers: dict[int, _Annotation]) -> str:
     """Read the annotations of all questions into a dict, and return the `data_subtype`."""
     subset = ''
-    # Few answers and groups are different, and each is stored once: in all this takes 80 MB, not a gigabyte.
+    # Few answers and groups are different, and each is stored once.
     known_texts: dict[str, str] = {}
     known_groups: dict[tuple[str, str], dict[str, str]] = {}
 
