@@ -9,6 +9,7 @@ the text, and of one of each. A tower that reads only one modality has only that
 as in ECoFLaP (`allocate`), among the blocks of a tower. So each tower keeps its own number of zeros.
 
 Differences from the public code (G-JWLee/TAMP):
+
 - It leaves out all pairs of one modality whose cosine is 0 or below. Here every pair counts, as the paper says.
 - It shares weights out among single kernels, in equal parts for equal importance, so that small kernels stay dense.
   Here a block's part is in proportion to its size times its importance, the mean over its weights.
