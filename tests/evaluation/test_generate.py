@@ -92,9 +92,8 @@ def test_tokens_equal_transformers(name, cases):
     assert len(different) >= 7  # the settings matter
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FAMILIES)
 def test_repeated_tokens_and_other_ends_equal_transformers(name, cases):
     case = cases(name)
     end = case.model.generation.eos[0]

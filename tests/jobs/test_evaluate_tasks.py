@@ -172,6 +172,7 @@ def test_the_script_prints_a_table(root, tmp_path, model_dir, script):
     assert all(f'{name}: ' in out for name in TASKS)
 
 
+@pytest.mark.slow
 def test_the_script_asks_for_the_folders(script):
     code, _, err = script('evaluate.py', '--tasks=gqa')
     assert code == 1

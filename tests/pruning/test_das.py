@@ -57,6 +57,7 @@ def setup():
     return params, {'x': jax.random.normal(jax.random.key(1), (2, 6, 16)), 'valid': valid}
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_first_kernels_outputs_and_do_not_depend_on_chunks():
     params, batch = setup()
     paths = list(pruning.patterns_of(params, RULES))
@@ -73,6 +74,7 @@ def test_scores_are_those_of_the_first_kernels_outputs_and_do_not_depend_on_chun
     assert scores['language/blocks/attn/q/kernel'][0] == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_without_images_has_the_diversity_of_its_text():
     params, batch = setup()
     path = 'language/blocks/attn/q/kernel'
@@ -97,6 +99,7 @@ def test_every_tower_keeps_its_zeros_and_the_more_diverse_block_keeps_more_weigh
     assert max(zeros[path].max() / sizes[path] - uniform[path].max() / sizes[path] for path in uniform) <= 0.1 + 1e-9
 
 
+@pytest.mark.slow
 def test_the_allocation_runs_on_a_model():
     params, batch = setup()
     # All inputs have a common part, and the second layer writes nothing but this part: its outputs are all alike.

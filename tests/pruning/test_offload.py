@@ -54,6 +54,7 @@ def waiting_on_device(live):
     return sum(array.shape[-2:] == (5, WIDTH) and array.sharding.memory_kind != HOST for array in live)
 
 
+@pytest.mark.slow
 def test_chunks_of_a_program_wait_on_the_host():
     params, batches = setup()
     most = {}

@@ -194,6 +194,7 @@ def stacked():
     return forward, params
 
 
+@pytest.mark.slow
 def test_layers_may_be_taken_as_soon_as_they_are_pruned():
     forward, params = stacked()
     batches = [jax.random.normal(jax.random.key(i), (6, 16)) for i in range(2)]
@@ -214,6 +215,7 @@ def test_layers_may_be_taken_as_soon_as_they_are_pruned():
         np.testing.assert_array_equal(mask, want.masks[path][place])
 
 
+@pytest.mark.slow
 def test_layers_of_arrays_of_numpy_may_be_overwritten_as_they_are_pruned():
     forward, params = stacked()
     batches = [jax.random.normal(jax.random.key(0), (6, 16))]

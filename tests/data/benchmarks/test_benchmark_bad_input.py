@@ -500,6 +500,7 @@ def read_all(name, root):
 
 @pytest.mark.parametrize('alterations', [12, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', WRITERS)
+@pytest.mark.slow
 def test_altered_files_are_read_or_refused(tmp_path, name, alterations):
     """Whatever is altered, in bytes or in the structure: the result is a value or a `DataError` of one line."""
     rng = random.Random(f'{name}{alterations}')

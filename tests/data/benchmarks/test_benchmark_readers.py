@@ -56,6 +56,7 @@ def test_a_folder_is_summarised_by_benchmark(all_benchmarks):
     assert rest in lines
 
 
+@pytest.mark.slow
 def test_names_of_files_do_not_matter(all_benchmarks, tmp_path):
     """Published files under other names and in other folders are known by their keys."""
     root, expected = all_benchmarks
@@ -76,6 +77,7 @@ def test_the_annotations_of_boxes_are_not_captions(tmp_path):
     assert_same(load('coco2014_cap_val', tmp_path), expected)
 
 
+@pytest.mark.slow
 def test_keys_may_be_in_any_order(tmp_path):
     """Tools that rewrite JSON sort the keys, so that `images` comes behind all annotations, and `data_subtype` too."""
     expected = {'vqav2_val': mini.vqav2(tmp_path), 'coco2014_cap_val': mini.coco_captions(tmp_path)}

@@ -53,6 +53,7 @@ def test_records_are_those_of_json_load(tmp_path, monkeypatch, window):
 
 @pytest.mark.parametrize('window', [1, 5, 2**20])
 @pytest.mark.parametrize('text', ['[{"a": "\u00e9\u6c34"}, {"b": 12}]', '{"k": [1, "x"], "m": {"n": 3.5}, "o": null}'])
+@pytest.mark.slow
 def test_every_truncation_and_every_changed_byte_is_refused_as_by_json_load(tmp_path, monkeypatch, window, text):
     monkeypatch.setattr(json_stream, 'WINDOW', window)
     path = tmp_path / 'a.json'

@@ -243,6 +243,7 @@ def test_nocaps_leaves_out_a_domain_without_images():
     assert list(scores) == ['in-domain', 'out-domain', 'entire']
 
 
+@pytest.mark.slow
 def test_a_standard_error_of_a_mean_is_the_analytic_one():
     scores = score_captions(*random_captions(7, 400), tokenised=True)
     errors = standard_errors(scores, resamples=400)

@@ -99,6 +99,7 @@ def test_recalls_of_some_images_count_their_texts():
     assert errors['txt_r1'] == pytest.approx(100 * (share * (1 - share) / 60) ** 0.5, rel=0.1)
 
 
+@pytest.mark.slow
 def test_ranks_take_little_memory_besides_the_matrix():
     similarity, owner = problem(5, images=1000, texts=5000)
     similarity = similarity.astype(np.float32)
