@@ -451,8 +451,16 @@ def vizwiz(root: Path, subset: str = 'val', count: int = 3) -> list[Expected]:
     return expected
 
 
-def science_qa(root: Path, subset: str = 'test', *, has_splits: bool = True) -> list[Expected]:
-    """Write ScienceQA with a question without image, and one of another split."""
+def science_qa(root: Path, subset: str = 'test', *, has_splits: bool = True, unused_ids: int = 0) -> list[Expected]:
+    """Write ScienceQA with a question without image, and one of another split.
+
+    Args:
+      root: where to write.
+      subset: the split of the other questions.
+      has_splits: whether to write the file of splits.
+      unused_ids: number of ids of the training split that are not written; the release has thousands of them, so that
+        the later splits are far from the beginning of the file.
+    """
     expected = []
     problems = {}
     splits = {'train': [], 'val': [], 'test': [], 'trainval': [], 'minival': [], 'minitest': []}
@@ -490,6 +498,7 @@ def science_qa(root: Path, subset: str = 'test', *, has_splits: bool = True) -> 
                     groups,
                 )
             )
+    splits['train'] += [str(20_000 + number) for number in range(unused_ids)]
     splits['trainval'] = splits['train'] + splits['val']
     splits['minival'] = splits['val'][:1]
     splits['minitest'] = splits['test'][:1]

@@ -34,8 +34,9 @@ def recognise(head: Head) -> FileFacts | None:
     name, first = next(iter(head.members.items()))
     if isinstance(first.value, dict) and {'question', 'choices', 'answer', 'hint'} <= first.value.keys():
         return facts(head.path, PROBLEMS, first=name)
-    # A file of splits holds lists of ids; the small splits have names that no other data set uses.
-    if {'minival', 'minitest'} & head.members.keys() and first.is_list and isinstance(first.value, str):
+    # A file of splits holds lists of ids; the small splits have names that no other data set uses. They stand behind
+    # the long list of training ids, and so behind the head.
+    if name in ('train', 'val', 'test') and first.is_list and isinstance(first.value, str) and head.first('minival'):
         return facts(head.path, SPLITS, first=name)
     return None
 

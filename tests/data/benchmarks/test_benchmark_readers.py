@@ -8,6 +8,7 @@ import miniature_benchmarks as mini
 import numpy as np
 import pytest
 
+from sparselora_jax.data.benchmarks import sniff
 from sparselora_jax.data.benchmarks.catalog import BENCHMARKS
 from sparselora_jax.data.benchmarks.discover import discover
 from sparselora_jax.data.benchmarks.load import load, summary
@@ -94,6 +95,16 @@ def test_nocaps_without_domains(tmp_path):
 
 def test_text_vqa_without_words(tmp_path):
     assert_loads(mini.text_vqa(tmp_path, has_words=False), 'textvqa_val', tmp_path)
+
+
+def test_science_qa_with_many_ids_in_the_file_of_splits(tmp_path, monkeypatch):
+    """The keys that tell what the file holds are behind its head."""
+    monkeypatch.setattr(sniff, 'HEAD', 1024)
+    expected = mini.science_qa(tmp_path, unused_ids=300)
+    (tmp_path / 'pid_splits.json').rename(tmp_path / 'a.json')
+    assert (tmp_path / 'a.json').stat().st_size > 2048
+    assert_loads(expected, 'scienceqa_img', tmp_path)
+    assert 'scienceqa_img: problems.json, a.json' in summary(discover(tmp_path))
 
 
 def test_science_qa_without_a_file_of_splits(tmp_path):
