@@ -4,7 +4,6 @@ Names are those of lmms-eval. To add a benchmark, register a `Benchmark`, or nam
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from sparselora_jax.data.benchmarks import (
     coco_captions,
@@ -19,6 +18,7 @@ from sparselora_jax.data.benchmarks import (
 )
 from sparselora_jax.data.benchmarks.parquet import ParquetTables
 from sparselora_jax.data.benchmarks.source import Finder
+from sparselora_jax.data.task_format import TaskKind
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.registry import Registry, UnknownNameError
 
@@ -36,7 +36,7 @@ class Benchmark:
     """
 
     title: str
-    task: Literal['answer', 'caption', 'choice', 'yes_no']
+    task: TaskKind
     count: int
     needs: str
     finders: tuple[Finder, ...]

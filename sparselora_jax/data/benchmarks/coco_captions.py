@@ -16,7 +16,7 @@ from sparselora_jax.data.benchmarks.items import ItemsBuilder
 from sparselora_jax.data.benchmarks.json_stream import Entry, entries, for_each
 from sparselora_jax.data.benchmarks.lavis import id_of_image
 from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, facts, subset_in_name
-from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
+from sparselora_jax.data.benchmarks.source import Source, one_file, with_marks
 from sparselora_jax.runtime.errors import DataError
 
 # Kinds of files, see `sniff.FileFacts`.
@@ -102,11 +102,9 @@ class CocoCaptions:
         if self.kind == NOCAPS:
             # The splits also have files without captions, for those who only need the images.
             marks['captions'] = 'yes'
-        chosen = choose(with_marks(files, self.kind, **marks), f'captions of {self.kind}, {self.subset}')
-        if chosen is None:
-            return None
+        candidates = with_marks(files, self.kind, **marks)
         folders = _IMAGE_FOLDERS['nocaps' if self.kind == NOCAPS else self.subset]
-        return Source((chosen.path,), lambda builder: fill(builder, chosen.path), folders)
+        return one_file(candidates, f'captions of {self.kind}, {self.subset}', fill, folders)
 
 
 def fill(builder: ItemsBuilder, path: Path) -> None:
@@ -172,14 +170,12 @@ class KarpathySplit:
         Raises:
           DataError: several files could be meant.
         """
-        chosen = choose(with_marks(files, KARPATHY, data_set=self.data_set), f"Karpathy's splits of {self.data_set}")
-        if chosen is None:
-            return None
-        return Source(
-            (chosen.path,),
-            lambda builder: fill_karpathy(builder, chosen.path, self.subset),
-            _IMAGE_FOLDERS[self.data_set],
-        )
+        candidates = with_marks(files, KARPATHY, data_set=self.data_set)
+
+        def fill_subset(builder: ItemsBuilder, path: Path) -> None:
+            fill_karpathy(builder, path, self.subset)
+
+        return one_file(candidates, f"Karpathy's splits of {self.data_set}", fill_subset, _IMAGE_FOLDERS[self.data_set])
 
 
 def fill_karpathy(builder: ItemsBuilder, path: Path, subset: str) -> None:

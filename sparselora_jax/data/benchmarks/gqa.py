@@ -9,7 +9,7 @@ from sparselora_jax.data.benchmarks import records
 from sparselora_jax.data.benchmarks.items import ItemsBuilder
 from sparselora_jax.data.benchmarks.json_stream import Entry, entries, for_each
 from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, count_bytes, facts, subset_in_name
-from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
+from sparselora_jax.data.benchmarks.source import Source, one_file, with_marks
 
 KIND = 'gqa_questions'
 # Many data sets have a folder `images`, so one of GQA's own is preferred.
@@ -90,10 +90,8 @@ class GqaQuestions:
         candidates = with_marks(files, KIND, subset=self.subset, balance='balanced')
         # The published file tells the types of questions, LAVIS's list does not.
         published = [file for file in candidates if file.mark('form') == 'object']
-        chosen = choose(published or candidates, f'questions of GQA, {self.subset}, balanced')
-        if chosen is None:
-            return None
-        return Source((chosen.path,), lambda builder: fill(builder, chosen.path), IMAGE_FOLDERS)
+        what = f'questions of GQA, {self.subset}, balanced'
+        return one_file(published or candidates, what, fill, IMAGE_FOLDERS)
 
 
 def fill(builder: ItemsBuilder, path: Path) -> None:

@@ -15,7 +15,7 @@ from sparselora_jax.data.benchmarks import records
 from sparselora_jax.data.benchmarks.items import ItemsBuilder
 from sparselora_jax.data.benchmarks.json_stream import Entry, entries, for_each
 from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, count_bytes, facts, subset_in_name
-from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
+from sparselora_jax.data.benchmarks.source import Source, one_file, with_marks
 from sparselora_jax.data.benchmarks.vqa_pair import factor_of
 from sparselora_jax.runtime.errors import DataError
 
@@ -117,10 +117,8 @@ class LavisQuestions:
             # `vqa_val.json` has a part of the questions, and `vqa_val_eval.json` all of them.
             counts = [count_bytes(file.path, b'"question_id"') for file in candidates]
             candidates = [file for file, count in zip(candidates, counts, strict=True) if count == max(counts)]
-        chosen = choose(candidates, f"LAVIS's questions of {self.data_set}, {self.subset}")
-        if chosen is None:
-            return None
-        return Source((chosen.path,), lambda builder: fill_questions(builder, chosen.path), ('val2014', 'val2017'))
+        what = f"LAVIS's questions of {self.data_set}, {self.subset}"
+        return one_file(candidates, what, fill_questions, ('val2014', 'val2017'))
 
 
 def fill_questions(builder: ItemsBuilder, path: Path) -> None:
@@ -136,13 +134,12 @@ def fill_questions(builder: ItemsBuilder, path: Path) -> None:
 
     def add(entry: Entry) -> None:
         image = records.text(entry.value, 'image')
-        # The list of the test split has no answers.
-        has_answers = entry.value.get('answer') is not None
         builder.add(
             records.whole_number(entry.value, 'question_id'),
             builder.image_file(image, id_of_image(image)),
             question=records.text(entry.value, 'question'),
-            references=records.texts(entry.value, 'answer') if has_answers else (),
+            # The list of the test split has no answers.
+            references=records.optional_texts(entry.value, 'answer'),
         )
 
     for_each(entries(path), path, add)
@@ -170,11 +167,8 @@ class LavisCaptions:
           DataError: several files could be meant.
         """
         candidates = with_marks(files, CAPTIONS, data_set=self.data_set, subset=self.subset)
-        chosen = choose(candidates, f"LAVIS's captions of {self.data_set}, {self.subset}")
-        if chosen is None:
-            return None
         folders = ('val2014', 'val2017') if self.data_set == 'coco' else ('flickr30k-images', 'flickr30k_images')
-        return Source((chosen.path,), lambda builder: fill_captions(builder, chosen.path), folders)
+        return one_file(candidates, f"LAVIS's captions of {self.data_set}, {self.subset}", fill_captions, folders)
 
 
 def fill_captions(builder: ItemsBuilder, path: Path) -> None:

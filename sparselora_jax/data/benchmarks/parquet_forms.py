@@ -37,22 +37,13 @@ class Form:
         return IMAGE in self.columns
 
 
-def _texts(row: Row, name: str) -> tuple[str, ...]:
-    """Return a column of lists of texts; () where it is null, as in test splits, or missing."""
-    return () if row.get(name) is None else records.texts(row, name)
-
-
-# Each of these functions adds one row. Where rows hold images, it also appends the id of the image, whose number is the
-# row's: the questions about one image have copies of it.
-
-
 def _add_vqav2(builder: ItemsBuilder, row: Row, number: int) -> None:
     builder.image_ids.append(records.integer(row, 'image_id'))
     builder.add(
         records.whole_number(row, 'question_id'),
         number,
         question=records.text(row, 'question'),
-        references=_texts(row, 'answers'),
+        references=records.optional_texts(row, 'answers'),
         groups=vqa_pair.groups_of(row),
     )
 
@@ -66,7 +57,7 @@ def _add_ok_vqa(builder: ItemsBuilder, row: Row, number: int) -> None:
         question_id,
         number,
         question=records.text(row, 'question'),
-        references=_texts(row, 'answers'),
+        references=records.optional_texts(row, 'answers'),
         groups=vqa_pair.groups_of(row),
     )
 
@@ -77,8 +68,8 @@ def _add_text_vqa(builder: ItemsBuilder, row: Row, number: int) -> None:
         records.integer(row, 'question_id'),
         number,
         question=records.text(row, 'question'),
-        references=_texts(row, 'answers'),
-        context=text_vqa.SEPARATOR.join(_texts(row, 'ocr_tokens')),
+        references=records.optional_texts(row, 'answers'),
+        context=text_vqa.SEPARATOR.join(records.optional_texts(row, 'ocr_tokens')),
     )
 
 
@@ -90,7 +81,7 @@ def _add_vizwiz(builder: ItemsBuilder, row: Row, number: int) -> None:
         question_id,
         number,
         question=records.text(row, 'question'),
-        references=_texts(row, 'answers'),
+        references=records.optional_texts(row, 'answers'),
         groups={'answer_type': records.optional_text(row, 'category')},
     )
 
@@ -99,7 +90,7 @@ def _add_vizwiz(builder: ItemsBuilder, row: Row, number: int) -> None:
 def _add_science_qa(builder: ItemsBuilder, row: Row, number: int) -> None:
     # There is no column of ids. The number of the row among all questions of the split takes their place.
     builder.image_ids.append(number)
-    choices = _texts(row, 'choices')
+    choices = records.optional_texts(row, 'choices')
     builder.add(
         number,
         number,
@@ -129,14 +120,14 @@ def _add_nocaps(builder: ItemsBuilder, row: Row, number: int) -> None:
     # There is no column of domains, so scores by domain need the published file.
     image_id = records.integer(row, 'image_id')
     builder.image_ids.append(image_id)
-    builder.add(image_id, number, references=_texts(row, 'annotations_captions'))
+    builder.add(image_id, number, references=records.optional_texts(row, 'annotations_captions'))
 
 
 def _add_coco(builder: ItemsBuilder, row: Row, number: int) -> None:
     # The column `question` repeats one prompt in every row. It is no part of the benchmark.
     image_id = records.integer(row, 'id')
     builder.image_ids.append(image_id)
-    builder.add(image_id, number, references=_texts(row, 'answer'))
+    builder.add(image_id, number, references=records.optional_texts(row, 'answer'))
 
 
 # These rows name their images, whose files lie beside; the others hold them.
@@ -144,14 +135,14 @@ def _add_karpathy(builder: ItemsBuilder, row: Row, number: int) -> None:
     # Rows hold addresses of the images, not the images, so these must lie in a folder.
     image_id = records.integer(row, 'cocoid')
     name = f'{records.text(row, "filepath")}/{records.text(row, "filename")}'
-    builder.add(image_id, builder.image_file(name, image_id), references=_texts(row, 'sentences'))
+    builder.add(image_id, builder.image_file(name, image_id), references=records.optional_texts(row, 'sentences'))
 
 
 def _add_flickr30k(builder: ItemsBuilder, row: Row, number: int) -> None:
     # The ids in the columns number the rows of one release; the name of the file is the same in all releases.
     image_id = id_of_image(records.text(row, 'filename'))
     builder.image_ids.append(image_id)
-    builder.add(image_id, number, references=_texts(row, 'caption'))
+    builder.add(image_id, number, references=records.optional_texts(row, 'caption'))
 
 
 def _add_gqa(builder: ItemsBuilder, row: Row, number: int) -> None:

@@ -161,6 +161,21 @@ def texts(record: object, name: str) -> tuple[str, ...]:
     return all_texts(items(record, name), name)
 
 
+def optional_texts(record: object, name: str) -> tuple[str, ...]:
+    """Return a field that holds a list of texts, or () if it is missing or null, as answers are in test splits.
+
+    Args:
+      record: a decoded record.
+      name: the field.
+
+    Raises:
+      DataError: the field holds something else.
+    """
+    if isinstance(record, dict) and record.get(name) is None:
+        return ()
+    return texts(record, name)
+
+
 def all_texts(values: Sequence[object], name: str) -> tuple[str, ...]:
     """Return values that must be texts.
 

@@ -80,3 +80,26 @@ def choose(files: Sequence[FileFacts], what: str) -> FileFacts | None:
         names = ', '.join(str(file.path) for file in files[:4])
         raise DataError(f'{what}: {len(files)} files could be meant: {names}; name a folder that holds only one')
     return files[0]
+
+
+def one_file(
+    files: Sequence[FileFacts],
+    what: str,
+    fill: Callable[[ItemsBuilder, Path], None],
+    usual_folders: tuple[str, ...],
+) -> Source | None:
+    """Return the source of a benchmark whose records are in one file; None if there is no file.
+
+    Args:
+      files: the files that could be meant.
+      what: what is looked for, for messages.
+      fill: adds the items of the file to a builder.
+      usual_folders: see `Source`.
+
+    Raises:
+      DataError: several files could be meant.
+    """
+    chosen = choose(files, what)
+    if chosen is None:
+        return None
+    return Source((chosen.path,), lambda builder: fill(builder, chosen.path), usual_folders)

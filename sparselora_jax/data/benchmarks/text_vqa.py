@@ -90,13 +90,12 @@ def fill(builder: ItemsBuilder, questions: Path, words: Path | None = None) -> N
         if entry.key != 'data':
             return
         image_id = records.text(entry.value, 'image_id')
-        # The test split has no answers.
-        has_answers = entry.value.get('answers') is not None
         builder.add(
             records.integer(entry.value, 'question_id'),
             builder.image_file(f'{image_id}.jpg', image_id),
             question=records.text(entry.value, 'question'),
-            references=records.texts(entry.value, 'answers') if has_answers else (),
+            # The test split has no answers.
+            references=records.optional_texts(entry.value, 'answers'),
             context=contexts.get(image_id, ''),
         )
 

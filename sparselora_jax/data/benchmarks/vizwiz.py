@@ -12,7 +12,7 @@ from sparselora_jax.data.benchmarks import records
 from sparselora_jax.data.benchmarks.items import ItemsBuilder
 from sparselora_jax.data.benchmarks.json_stream import Entry, entries, for_each
 from sparselora_jax.data.benchmarks.sniff import FileFacts, Head, facts, subset_in_name
-from sparselora_jax.data.benchmarks.source import Source, choose, with_marks
+from sparselora_jax.data.benchmarks.source import Source, one_file, with_marks
 
 KIND = 'vizwiz_questions'
 
@@ -54,12 +54,10 @@ class VizWiz:
         Raises:
           DataError: several files could be meant.
         """
-        chosen = choose(with_marks(files, KIND, subset=self.subset), f'questions of VizWiz, {self.subset}')
-        if chosen is None:
-            return None
+        candidates = with_marks(files, KIND, subset=self.subset)
         # A folder `val` alone may be that of another data set.
         folders = (f'vizwiz/{self.subset}', self.subset, 'images')
-        return Source((chosen.path,), lambda builder: fill(builder, chosen.path), folders)
+        return one_file(candidates, f'questions of VizWiz, {self.subset}', fill, folders)
 
 
 def fill(builder: ItemsBuilder, path: Path) -> None:
