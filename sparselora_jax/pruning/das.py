@@ -32,13 +32,13 @@ from sparselora_jax.models.runners import Block, valid_rows
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.allocate import allocate, check_left, total
 from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
-from sparselora_jax.pruning.targets import in_blocks
+from sparselora_jax.pruning.targets import check_visited, in_blocks
 from sparselora_jax.pruning.tracing import program as tracing
 from sparselora_jax.pruning.tracing.products import Product
 from sparselora_jax.pruning.walk import in_chunks, joined, naming, walk
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse import sharding
-from sparselora_jax.sparse.rules import RuleError, flatten, stack_of, unflatten
+from sparselora_jax.sparse.rules import flatten, stack_of, unflatten
 
 # Stacks whose rows are the tokens of the prompt, among which those of the image stand.
 READS_PROMPT = ('language', 'language/encoder')
@@ -144,9 +144,7 @@ def diversity_scores(
         return visit
 
     walk(forward, params, samples, enter, chunk=chunk)
-    missed = sorted(paths - scores.keys())
-    if missed:
-        raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
+    check_visited(paths, scores)
     return {path: np.array(of_layers) for path, of_layers in scores.items()}
 
 
@@ -244,13 +242,16 @@ class DAS(Allocation):
         Raises:
           PatternError: see `allocate`.
         """
-        report = inputs.progress('diversity', len({stack_of(path) for path in inputs.uniform}))
-        begun: list[str] = []
+        layers_of = {stack_of(path): of_layers.size for path, of_layers in inputs.uniform.items()}
+        report = inputs.progress('diversity', sum(layers_of.values()))
+        done = 0
 
         def progress(tower, layer, layers):
-            if layer == 0:
-                begun.append(tower)
-            report(len(begun) - 1, f'{tower}, layer {layer} of {layers}')
+            nonlocal done
+            # Towers that stay dense are run too, but nothing is measured there.
+            if tower in layers_of:
+                done += 1
+                report(done, f'{tower} layer {layer + 1} of {layers}')
 
         scores = diversity_scores(
             inputs.forward,

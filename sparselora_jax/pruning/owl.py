@@ -20,11 +20,11 @@ from jaxtyping import Array, Int
 from sparselora_jax.pruning import calibrate
 from sparselora_jax.pruning.allocate import check_left, round_zeros, total
 from sparselora_jax.pruning.allocation import Allocation, AllocationError, AllocationInputs, Zeros
-from sparselora_jax.pruning.targets import in_blocks
+from sparselora_jax.pruning.targets import check_visited, in_blocks
 from sparselora_jax.pruning.walk import block_observer, joined, naming, walk
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.patterns import PatternError
-from sparselora_jax.sparse.rules import RuleError, block_path, stack_of, unflatten
+from sparselora_jax.sparse.rules import block_path, stack_of, unflatten
 
 
 @jax.jit
@@ -100,9 +100,7 @@ def outlier_shares(
         return visit
 
     walk(forward, params, samples, enter, chunk=chunk)
-    missed = sorted(path for path in paths if stack_of(path) not in shares)
-    if missed:
-        raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
+    check_visited(paths, {path for path in paths if stack_of(path) in shares})
     return {tower: np.array(of_layers) for tower, of_layers in shares.items()}
 
 

@@ -29,6 +29,7 @@ from sparselora_jax.pruning.reconstruct import Reconstruct, Targets, block_recon
 from sparselora_jax.pruning.targets import (
     Methods,
     PatternRules,
+    check_visited,
     in_blocks,
     methods_of,
     pattern_zeros,
@@ -40,7 +41,7 @@ from sparselora_jax.pruning.walk import BlockPass, block_observer, joined, namin
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.axes import KernelAxes, matrix_shape
-from sparselora_jax.sparse.rules import RuleError, block_path, flatten, name_in_block, paths_of, unflatten, with_leaves
+from sparselora_jax.sparse.rules import block_path, flatten, name_in_block, paths_of, unflatten, with_leaves
 
 
 class PruneResult(NamedTuple):
@@ -230,10 +231,7 @@ def prune(
         return visit
 
     walk(forward, params, samples, enter, chunk=chunk, offload=offload)
-    # Kernels outside the blocks were never visited. To leave them dense without an error would break the pattern.
-    missed = sorted(patterns.keys() - tokens.keys())
-    if missed:
-        raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
+    check_visited(patterns, tokens)
     flat = flatten(params)
     dead_by_path = {path: np.stack([processes.on_host(count) for count in dead_inputs[path]]) for path in dead_inputs}
     calibrate.warn_about_dead_inputs(dead_by_path, {path: flat[path].shape[-2] for path in dead_by_path})

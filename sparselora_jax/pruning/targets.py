@@ -1,7 +1,7 @@
 """Find the pattern, the method and the number of zeros of each kernel, from ordered rules."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,21 @@ def in_blocks(paths: Iterable[str], tower: str) -> dict[str, str]:
     {'mlp/fc1/kernel': 'vision/blocks/mlp/fc1/kernel'}
     """
     return {name_in_block(path): path for path in paths if is_in_block(path) and stack_of(path) == tower}
+
+
+def check_visited(paths: Iterable[str], visited: Container[str]) -> None:
+    """Check that a walk over the blocks came to all kernels: those outside were never visited.
+
+    Args:
+      paths: paths of the kernels that it should have come to.
+      visited: those that it came to.
+
+    Raises:
+      RuleError: it missed one; to leave it dense without an error would break its pattern.
+    """
+    missed = sorted(path for path in paths if path not in visited)
+    if missed:
+        raise RuleError(f'{missed[0]}: not inside the blocks of a tower that the forward runs; make it dense')
 
 
 def methods_of(params: PyTree, method: Methods, axes: Mapping[str, KernelAxes] | None = None) -> dict[str, Method]:

@@ -109,6 +109,8 @@ def test_the_allocation_runs_on_a_model():
             weights['kernel'] = weights['kernel'].at[1].set(1.0)
     uniform = pruning.uniform_zeros(params, RULES, method=pruning.Wanda())
 
+    shown = []
+
     def unused(*args):
         raise NotImplementedError
 
@@ -122,9 +124,10 @@ def test_the_allocation_runs_on_a_model():
         score_batches=unused,
         is_image=lambda batch: IMAGE,
         key=jax.random.key(0),
-        progress=lambda name, count: lambda done, note: None,
+        progress=lambda name, count: lambda done, note: shown.append((done, count)),
     )
     zeros = run_allocation(DAS(), inputs)
+    assert shown == [(1, 2), (2, 2)]
     assert total(zeros) == total(uniform)
     assert all(first < second for first, second in zeros.values())
 
