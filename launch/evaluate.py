@@ -15,6 +15,7 @@ from pathlib import Path
 import cli
 from absl import flags
 
+from sparselora_jax.checkpoints import embedded
 from sparselora_jax.data import pipeline
 from sparselora_jax.data.checked import load_dataset
 from sparselora_jax.data.dataset import DataRequest
@@ -126,7 +127,7 @@ def score_tasks(names: list[str]) -> None:
         prompt=values.prompt,
     )
     results = evaluate_tasks.evaluate_tasks(
-        request, loaded.model, loaded.params, loaded.processor, name=values.model or 'embedded'
+        request, loaded.model, loaded.params, loaded.processor, name=values.model or embedded.NAME
     )
     print('\n'.join(evaluate_tasks.table(results, headlines)))
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparselora_jax.data.benchmarks.items import Items
+from sparselora_jax.data.benchmarks.items import Item, Items
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.data.processing import Processor
 from sparselora_jax.data.task_format import TaskFormat
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import vqa
-from sparselora_jax.evaluation.metrics.scored import Scored, standard_errors
+from sparselora_jax.evaluation.metrics.scored import Scored, rounded, standard_errors
 from sparselora_jax.evaluation.tasks import Task, expected_items
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.errors import DataError
@@ -54,8 +54,12 @@ class _AskedItems:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         item = self.items[index]
-        question = self.asked.question(item.question, item.choices, item.context)
-        return {'image': item.image.read(), 'question': question, 'answer': ''}
+        return {'image': item.image.read(), 'question': _question(item, self.asked), 'answer': ''}
+
+
+def _question(item: Item, asked: TaskFormat) -> str:
+    """Return what stands in the place of the question in the prompt of an item."""
+    return asked.question(item.question, item.choices, item.context)
 
 
 def prompts_of(items: Items, asked: TaskFormat) -> list[str]:
@@ -65,12 +69,8 @@ def prompts_of(items: Items, asked: TaskFormat) -> list[str]:
       items: the items.
       asked: how the model is asked.
     """
-    prompts = []
     # `items[index]` makes an item from columns and reads no image.
-    for index in range(len(items)):
-        item = items[index]
-        prompts.append(asked.text.write(asked.question(item.question, item.choices, item.context)))
-    return prompts
+    return [asked.text.write(_question(items[index], asked)) for index in range(len(items))]
 
 
 def fitted(text: TextFormat, processor: Processor, prompts: Sequence[str]) -> TextFormat:
@@ -222,10 +222,8 @@ def results_json(results: Mapping[str, TaskResult], *, config: Mapping[str, Any]
     """
     values = {}
     for task, result in results.items():
-        # Two digits, as the official evaluator of VQA gives them.
-        rounded = {name: round(value, 2) for name, value in result.values.items()}
-        errors = {f'{name}_stderr': round(value, 2) for name, value in result.stderr.items()}
-        values[task] = rounded | errors
+        errors = {f'{name}_stderr': value for name, value in result.stderr.items()}
+        values[task] = rounded(result.values | errors)
     return {
         'results': values,
         'n': {task: {'scored': result.scored, 'expected': result.expected} for task, result in results.items()},

@@ -184,21 +184,26 @@ def _caption_entry(item: Item, prediction: str) -> dict[str, Any]:
     return {'image_id': item.image_id, 'caption': prediction}
 
 
+def _register(name: str, headline: str, score: Score, entry: Entry | None = None) -> None:
+    """Register the task of a benchmark, under the same name; the benchmark says its kind."""
+    TASKS.register(name, Task(name, BENCHMARKS.find(name).task, headline, score, entry))
+
+
 for _name in ('vqav2_val', 'vqav2_testdev', 'vqav2_test'):
-    TASKS.register(_name, Task(_name, 'answer', 'accuracy', _vqa(), _answer_entry))
+    _register(_name, 'accuracy', _vqa(), _answer_entry)
 # The paper lemmatises the answers of OK-VQA only.
-TASKS.register('ok_vqa_val2014', Task('ok_vqa_val2014', 'answer', 'accuracy', _vqa(lemmatise=True), _answer_entry))
-TASKS.register('textvqa_val', Task('textvqa_val', 'answer', 'accuracy', _vqa('evalai'), _answer_entry))
-TASKS.register('vizwiz_vqa_val', Task('vizwiz_vqa_val', 'answer', 'accuracy', _vqa('evalai'), _vizwiz_entry))
+_register('ok_vqa_val2014', 'accuracy', _vqa(lemmatise=True), _answer_entry)
+_register('textvqa_val', 'accuracy', _vqa('evalai'), _answer_entry)
+_register('vizwiz_vqa_val', 'accuracy', _vqa('evalai'), _vizwiz_entry)
 for _name in ('gqa', 'gqa_val'):
-    TASKS.register(_name, Task(_name, 'answer', 'accuracy', _gqa, _gqa_entry))
+    _register(_name, 'accuracy', _gqa, _gqa_entry)
 # Letters and yes or no are scored here; their benchmarks have no server.
-TASKS.register('scienceqa_img', Task('scienceqa_img', 'choice', 'accuracy', _science_qa))
-TASKS.register('pope', Task('pope', 'yes_no', 'mean_f1', _pope))
+_register('scienceqa_img', 'accuracy', _science_qa)
+_register('pope', 'mean_f1', _pope)
 # CIDEr is what captioning papers compare.
 for _name in ('coco_karpathy_test', 'coco_karpathy_val', 'coco2014_cap_val', 'coco2017_cap_val', 'flickr30k_test'):
-    TASKS.register(_name, Task(_name, 'caption', 'CIDEr', _captions, _caption_entry))
-TASKS.register('nocaps_val', Task('nocaps_val', 'caption', 'CIDEr', _nocaps, _caption_entry))
+    _register(_name, 'CIDEr', _captions, _caption_entry)
+_register('nocaps_val', 'CIDEr', _nocaps, _caption_entry)
 
 
 def _exact_match(predictions: Sequence[str], items: Items) -> Scored:

@@ -179,7 +179,7 @@ def _format(request: TaskRequest, model: Model, task: Task) -> TaskFormat:
 
 def _owner(request: TaskRequest, name: str, task_name: str, task: Task, asked: TaskFormat) -> str:
     """Return a text that tells whose answers a file has: whatever changes an answer changes it."""
-    # The first answers are the same whatever the limit, so that a limit may be raised later.
+    # The limit does not count: it may be raised later, as long as no new prompt is longer than those before.
     facts = [name, task_name, task.version, asdict(asked.text), asked.instruction, request.offset, request.batch]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

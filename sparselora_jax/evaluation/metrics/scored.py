@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 
 from sparselora_jax.runtime.errors import DataError
 
-# A Protocol and not a base class: POPE's values are not means, so the results share no code.
 RESAMPLES = 1000  # of a bootstrap
 SEED = 0
 
 
+# A Protocol and not a base class: POPE's values are not means, so the results share no code.
 @runtime_checkable
 class Scored(Protocol):
     """The result of a metric.
