@@ -8,9 +8,12 @@ import pytest
 from coco_oracle import by_image, scorer
 from ptb_cases import CASES
 
+from sparselora_jax.evaluation.metric import MetricError
+from sparselora_jax.evaluation.metrics import captions as caption_metrics
 from sparselora_jax.evaluation.metrics.bleu import bleu_counts
 from sparselora_jax.evaluation.metrics.captions import score_captions, score_nocaps
 from sparselora_jax.evaluation.metrics.cider import cider_d
+from sparselora_jax.evaluation.metrics.meteor import Meteor
 from sparselora_jax.evaluation.metrics.ptb_tokenizer import tokenize
 from sparselora_jax.evaluation.metrics.rouge import rouge_l
 from sparselora_jax.evaluation.metrics.scored import Scored, standard_errors
@@ -290,3 +293,28 @@ def test_standard_errors_that_cannot_be_computed_are_refused():
     scores = score_captions(['a'], [['a']])
     with pytest.raises(DataError, match='two resamples'):
         standard_errors(scores, resamples=1)
+
+
+def test_meteor_is_a_value_where_it_can_be_computed(monkeypatch):
+    known = Meteor(25.0, np.array([20.0, 40.0]))
+    asked = []
+    monkeypatch.setattr(caption_metrics, 'meteor', lambda *texts: asked.append(texts) or known)
+    scores = score_captions(['A cat.', 'Two dogs'], [['a cat'], ['dogs', 'two dogs']], with_meteor=True)
+    assert asked == [(['a cat', 'two dogs'], [['a cat'], ['dogs', 'two dogs']])]  # as words
+    assert scores.aggregate()['METEOR'] == 25.0
+    assert scores.per_image()['METEOR'].tolist() == [20.0, 40.0]
+    assert math.isnan(scores.aggregate(np.array([0]))['METEOR'])
+    assert scores.notes == ()
+
+
+def test_a_note_says_that_meteor_is_left_out_and_why(monkeypatch):
+    def fail(*texts):
+        raise MetricError('METEOR needs Java')
+
+    monkeypatch.setattr(caption_metrics, 'meteor', fail)
+    pair = ['a cat'], [['a cat']]
+    scores = score_captions(*pair, with_meteor=True)
+    assert scores.notes == ('METEOR is left out: METEOR needs Java',)
+    assert scores.aggregate() == score_captions(*pair).aggregate()
+    assert score_nocaps(*pair, ['in-domain'], with_meteor=True)['entire'].notes == scores.notes
+    assert score_captions(*pair).notes == ()
