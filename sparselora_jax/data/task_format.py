@@ -42,26 +42,38 @@ class TaskFormat:
       text: the prompt and the arguments of `generate`. Prompts that are longer than its limit raise the limit.
       instruction: what stands in the place of the question where a task has none: captions.
       clean: prepares a question.
+      read_words: line behind a question with the words that an OCR system has read in the image, which stand in the
+        place of {}; '': the words stand before the question, as any context does.
     """
 
     text: TextFormat
     instruction: str = ''
     clean: Callable[[str], str] = _unchanged
+    read_words: str = ''
 
-    def question(self, question: str | None, choices: Sequence[str] = (), context: str = '') -> str:
+    def question(
+        self, question: str | None, choices: Sequence[str] = (), context: str = '', *, has_read_words: bool = False
+    ) -> str:
         """Return what stands in the place of the question: with its context before, and its choices after it.
 
         Args:
           question: the question; None: the instruction.
           choices: texts to choose from; each gets a letter.
           context: text that belongs to the question.
+          has_read_words: whether the context is words that an OCR system has read in the image.
 
         >>> TaskFormat(TextFormat()).question('Which one melts?', ['ice', 'stone']).splitlines()
         ['Which one melts?', 'A. ice', 'B. stone']
+        >>> asked = TaskFormat(TextFormat(), read_words='Reference OCR token: {}')
+        >>> asked.question('Which brand?', context='nokia, 5G', has_read_words=True).splitlines()
+        ['Which brand?', 'Reference OCR token: nokia, 5G']
         """
         if question is None:
             return self.instruction
-        lines = [context] if context else []
-        lines.append(self.clean(question))
+        lines = [self.clean(question)]
+        if context and has_read_words and self.read_words:
+            lines.append(self.read_words.replace('{}', context))
+        elif context:
+            lines.insert(0, context)
         lines += [f'{letter}. {choice}' for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
         return '\n'.join(lines)

@@ -171,7 +171,12 @@ class LlavaFamily(ImageFamily):
         text = TextFormat(
             f'{SYSTEM} USER: <image>\n{{}}{ending} ASSISTANT:', prompt_tokens=96, answer_tokens=8, decoding=decoding
         )
-        return TaskFormat(text, instruction='Provide a one-sentence caption for the provided image.')
+        return TaskFormat(
+            text,
+            instruction='Provide a one-sentence caption for the provided image.',
+            # LLaVA's own evaluation on TextVQA, and lmms-eval's for LLaVA.
+            read_words='Reference OCR token: {}',
+        )
 
     def shapes(self, cfg: LlavaConfig) -> dict:
         """Return the shape of every parameter, as a params tree of tuples.

@@ -74,3 +74,14 @@ def test_a_language_model_has_no_task_of_images():
     cfg = config('llama')
     with pytest.raises(UnsupportedModelError, match='read no images'):
         cfg.family.task_format(cfg, 'answer')
+
+
+def test_words_that_were_read_in_the_image_stand_where_llava_was_evaluated_with_them():
+    cfg = config('llava')
+    asked = cfg.family.task_format(cfg, 'answer')
+    question = asked.question('What brand?', context='nokia, 5{}G', has_read_words=True)
+    assert question == 'What brand?\nReference OCR token: nokia, 5{}G'
+    assert 'nokia, 5{}G\nAnswer the question using a single word or phrase. ASSISTANT:' in asked.text.write(question)
+    # No line for an image without words, and none for a context of another kind.
+    assert asked.question('What brand?', has_read_words=True) == 'What brand?'
+    assert asked.question('What brand?', context='It is cold.') == 'It is cold.\nWhat brand?'

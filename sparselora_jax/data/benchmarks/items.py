@@ -99,6 +99,7 @@ class Items:
       groups: for each kind of group, the code of each row's group; -1 if it has none.
       notes: what a user should know, one line each, such as a number of items other than the benchmark has.
       metric: name of the metric that the data ask for; '' if they name none.
+      has_read_words: whether the contexts are words that an OCR system has read in the images.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Items:
     groups: Mapping[str, Int32[np.ndarray, ' rows']]
     notes: tuple[str, ...] = ()
     metric: str = ''
+    has_read_words: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -192,6 +194,7 @@ class ItemsBuilder:
     def __init__(self, name: str):
         self.name = name
         self.metric = ''
+        self.has_read_words = False
         self.notes: list[str] = []
         self.image_ids: list[int | str] = []
         self._image_numbers: dict[str, int] = {}  # file name -> number of the image
@@ -311,6 +314,7 @@ class ItemsBuilder:
             groups={name: np.array(column, np.int32) for name, column in self._groups.items()},
             notes=tuple(self.notes),
             metric=self.metric,
+            has_read_words=self.has_read_words,
         )
 
 

@@ -63,6 +63,7 @@ def _add_ok_vqa(builder: ItemsBuilder, row: Row, number: int) -> None:
 
 
 def _add_text_vqa(builder: ItemsBuilder, row: Row, number: int) -> None:
+    builder.has_read_words = True
     builder.image_ids.append(records.text(row, 'image_id'))
     builder.add(
         records.integer(row, 'question_id'),

@@ -99,6 +99,7 @@ def fill(builder: ItemsBuilder, questions: Path, words: Path | None = None) -> N
             context=contexts.get(image_id, ''),
         )
 
+    builder.has_read_words = True
     # First the words: questions need them.
     if words is not None:
         for_each(entries(words), words, read_words)
