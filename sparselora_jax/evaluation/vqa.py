@@ -2,10 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -18,6 +20,8 @@ from sparselora_jax.evaluation.metric import EXACT_MATCH, Metric, score
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime import processes
 from sparselora_jax.runtime.files import StorageError, write_text
+
+Batch = TypeVar('Batch')
 
 
 class Answers(NamedTuple):
@@ -125,11 +129,16 @@ def evaluate(
     source = split.source
     # All processes must continue from the same batch, so they use what the first process reads.
     predicted = processes.agreed(lambda: _read_answers(answers_file, batch, answers_owner))
+    # An earlier evaluation may have answered more questions than this one asks.
+    predicted = predicted[: len(indices)]
     # The images of answered questions need not be read again, only their answers.
     texts = split.read_texts() if predicted else []
     true = [texts[index][1] for index in indices[: len(predicted)]]
-    for first in range(len(predicted), len(indices), batch):
-        records = [source[index] for index in indices[first : first + batch]]
+
+    def read(first: int) -> list[Mapping[str, Any]]:
+        return [source[index] for index in indices[first : first + batch]]
+
+    for first, records in _read_ahead(read, range(len(predicted), len(indices), batch)):
         true += [record['answer'] for record in records]
         if shuffle_images:
             half = len(indices) // 2
@@ -157,6 +166,17 @@ def evaluate(
     return Answers(predicted, true)
 
 
+def _read_ahead(read: Callable[[int], Batch], starts: Sequence[int]) -> Iterator[tuple[int, Batch]]:
+    """Yield each start with what is read there; the next is read while the caller works on this one."""
+    # One thread: parquet files are streams, which are read in order. Decoding an image releases Python's lock.
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(read, first) for first in starts[:1]]
+        for place, first in enumerate(starts):
+            records = waiting.pop().result()
+            waiting = [pool.submit(read, following) for following in starts[place + 1 : place + 2]]
+            yield first, records
+
+
 def _answer_lines(answers: Sequence[str], owner: str) -> list[str]:
     """Return the lines of a file of answers: each answer, and a hash of all answers up to it."""
     so_far = hashlib.sha256(owner.encode())
@@ -180,7 +200,11 @@ def _read_answers(answers_file: Path | None, batch: int, owner: str) -> list[str
     if answers_file is None or not answers_file.exists():
         return []
     lines = [line for line in answers_file.read_bytes().splitlines(keepends=True) if line.endswith(b'\n')]
-    lines = lines[: len(lines) // batch * batch]
+    incomplete = len(lines) % batch
+    if incomplete:
+        note = f'{incomplete} answers after the last whole batch are computed again'
+        print(f'note: {answers_file}: {note}', file=sys.stderr, flush=True)
+    lines = lines[: len(lines) - incomplete]
     answers = []
     for line in lines:
         answer = _parse_answer(line)

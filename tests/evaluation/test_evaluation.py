@@ -18,6 +18,7 @@ from sparselora_jax.evaluation import density, intervals, vqa
 from sparselora_jax.evaluation.metric import METRICS, Metric, MetricError
 from sparselora_jax.evaluation.perplexity import perplexity, window_losses
 from sparselora_jax.models import llama
+from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.runtime.registry import UnknownNameError
 
@@ -137,10 +138,11 @@ def evaluate(tiny_blip2, easy_vqa_builder):
     """`evaluate(indices, records=..., **options)` of the tiny model; `evaluate.source` are the test records."""
     model, params = tiny_blip2
     processor, text = embedded.load_processor(model.cfg), TextFormat()
-    source = easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1]).test.source
+    test = easy_vqa.load(Path(easy_vqa_builder.data_dir).parents[1]).test
+    source = test.source
 
     def run(indices, records=source, **options):
-        split = Split(records, lambda: [])
+        split = Split(records, test.read_texts)
         return vqa.evaluate(model, params, processor, text, split, indices, max_new_tokens=4, **options)
 
     run.source = source
@@ -169,6 +171,28 @@ def test_an_evaluation_that_was_cut_off_goes_on_after_its_last_whole_batch(evalu
     assert evaluate(INDICES, batch=2, answers_file=file, progress=done.append) == whole
     assert done == [4, 5]
     assert file.read_text() == ''.join(lines)
+
+
+def test_records_are_read_once_in_order_and_ahead_of_the_answers(evaluate, monkeypatch):
+    read = []
+
+    class Records:
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            if index == 4:
+                raise DataError('image 4 is missing')
+            read.append(index)
+            return {'image': index, 'question': 'q', 'answer': 'a'}
+
+    monkeypatch.setattr(vqa, 'generate_answers', lambda *arguments, **decoding: list(map(str, arguments[4])))
+    assert evaluate([3, 1, 2], Records(), batch=2).predicted == ['3', '1', '2']
+    assert read == [3, 1, 2]
+    done = []
+    with pytest.raises(DataError, match='image 4 is missing'):
+        evaluate([0, 1, 2, 4], Records(), batch=2, progress=done.append)
+    assert done == [2]  # the batch before it is answered
 
 
 def test_shuffled_images_are_those_of_the_questions_half_the_list_on(evaluate):
