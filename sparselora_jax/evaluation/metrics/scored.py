@@ -178,6 +178,28 @@ def standard_errors(scored: Scored, *, resamples: int = RESAMPLES, seed: int = S
     Raises:
       DataError: there are no items, or fewer than two resamples.
     """
+    return spreads(resampled_values(scored, resamples=resamples, seed=seed))
+
+
+def resampled_values(
+    scored: Scored, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> dict[str, Float[np.ndarray, ' resamples']]:
+    """Return the values of data sets that are drawn from the items with replacement.
+
+    The same seed and number of items give the same draws. So the values of two models that answered the same questions
+    are paired, draw by draw.
+
+    Args:
+      scored: the result of a metric.
+      resamples: number of data sets that are drawn, at least 2.
+      seed: of the draws.
+
+    Returns:
+      The values of all draws, by name. A group that a draw misses has NaN there.
+
+    Raises:
+      DataError: there are no items, or fewer than two resamples.
+    """
     count = len(scored.per_item)
     if count < 1:
         raise DataError('a standard error needs at least one item: there is none')
@@ -186,8 +208,18 @@ def standard_errors(scored: Scored, *, resamples: int = RESAMPLES, seed: int = S
     rng = np.random.default_rng(seed)
     # All values of one resample belong together, so items are drawn once for all of them.
     draws = [scored.aggregate(rng.integers(count, size=count)) for _ in range(resamples)]
-    # A group that a resample misses has no value there.
-    return {name: float(np.nanstd([draw[name] for draw in draws], ddof=1)) for name in draws[0]}
+    return {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
+
+
+def spreads(values: Mapping[str, Float[np.ndarray, ' resamples']]) -> dict[str, float]:
+    """Return the standard deviation of each value over the draws of `resampled_values`; NaN with fewer than two values.
+
+    Args:
+      values: the values of all draws, by name.
+    """
+    # A group that a draw misses has no value there. `nanstd` would warn of a group with too few values.
+    present = {name: of_draws[np.isfinite(of_draws)] for name, of_draws in values.items()}
+    return {name: float(np.std(some, ddof=1)) if len(some) > 1 else math.nan for name, some in present.items()}
 
 
 def select(array: np.ndarray, indices: Int[np.ndarray, ' sample'] | None) -> np.ndarray:
