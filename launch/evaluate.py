@@ -10,12 +10,14 @@ data set are written to --output. The same command continues a run that was stop
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cli
 from absl import flags
 
 from sparselora_jax.checkpoints import embedded
+from sparselora_jax.checkpoints.checkpoint_files import settings_files
 from sparselora_jax.data import pipeline
 from sparselora_jax.data.checked import load_dataset
 from sparselora_jax.data.dataset import DataRequest
@@ -97,28 +99,24 @@ def score_tasks(names: list[str]) -> None:
       ConfigError: no task or no folder is given.
     """
     # Imported here, because scripts without jobs do not need it.
-    from sparselora_jax.evaluation.tasks import find_task
+    from sparselora_jax.evaluation.tasks import is_own_data
     from sparselora_jax.jobs import evaluate_tasks
 
     if not names:
         raise ConfigError('--tasks has no value: expected names of tasks, or list')
     # Folders of a user's own need no other files.
-    if DATA_ROOT.value is None and not all(Path(name).is_dir() for name in names):
+    if DATA_ROOT.value is None and not all(is_own_data(name) for name in names):
         raise ConfigError('--tasks needs the folder of their files: add --data_root=DIR')
-    data_root = Path(DATA_ROOT.value or names[0])
+    data_root = None if DATA_ROOT.value is None else Path(DATA_ROOT.value)
     if names == ['list']:
         print('\n'.join(evaluate_tasks.list_tasks(data_root)))
         return
     if OUTPUT.value is None:
         raise ConfigError('--tasks needs a folder for the results: add --output=DIR')
-    headlines = {name: find_task(name).headline for name in names}
-    loaded = cli.load_model()
-    cli.print_header(f'tasks {", ".join(names)}')
     values = flags.FLAGS
     request = evaluate_tasks.TaskRequest(
-        tasks=tuple(names),
+        tasks=tuple(dict.fromkeys(names)),
         data_root=data_root,
-        output=Path(OUTPUT.value),
         batch=BATCH.value,
         limit=LIMIT.value,
         offset=OFFSET.value,
@@ -126,10 +124,42 @@ def score_tasks(names: list[str]) -> None:
         overrides={name: values[name].value for name in cli.DECODING if values[name].value is not None},
         prompt=values.prompt,
     )
+    # Missing files are told before the model is loaded.
+    tasks = evaluate_tasks.load_tasks(request)
+    loaded = cli.load_model()
+    model, params, processor, _ = loaded
+    cli.print_header(f'tasks {", ".join(names)}')
+    prepared = evaluate_tasks.prepare(request, tasks, model, processor)
+    for task in prepared.values():
+        text = replace(task.asked.text, decoding=cli.DECODING | task.asked.text.decoding)
+        cli.check_memory(loaded._replace(text=text), BATCH.value)
+    output = Path(OUTPUT.value)
     results = evaluate_tasks.evaluate_tasks(
-        request, loaded.model, loaded.params, loaded.processor, name=values.model or embedded.NAME
+        request,
+        prepared,
+        model,
+        params,
+        processor,
+        output=output,
+        name=values.model or embedded.NAME,
+        owner=evaluate_tasks.begin(output, model_files(model.source, output), tasks) + values.dtype,
     )
-    print('\n'.join(evaluate_tasks.table(results, headlines)))
+    print('\n'.join(evaluate_tasks.table(results)))
+
+
+def model_files(source: str, output: Path) -> dict[str, Path]:
+    """Return the files that decide what the model of `--model` computes, by name.
+
+    Args:
+      source: its directory.
+      output: folder of the results, whose files do not count if it lies in the directory.
+    """
+    if flags.FLAGS.model is None:
+        return {file.name: file for file in embedded.files()}
+    folder = Path(source)
+    weights = {file.relative_to(folder) for file in folder.glob('*.safetensors')}
+    every = {str(name): folder / name for name in sorted(weights | set(settings_files(folder)))}
+    return {name: file for name, file in every.items() if not file.resolve().is_relative_to(output.resolve())}
 
 
 def choose_data() -> tuple[str, str]:

@@ -267,6 +267,9 @@ WRONG_TEXTS = {
     'lora.targets': ('(', 'no_such_kernel'),
     'restore.base': ('int3', 'no_such_module:Name', 'json:loads'),
     'evaluate.metric': ('bleu', 'no_such_module:Name', 'json:no_such'),
+    # Without a folder of files, a name of a benchmark is wrong too.
+    'evaluate.tasks': ('gqa', 'gqaa', 'no_such_module:Name', 'json:loads', ','),
+    'evaluate.data_root': (),
 }
 
 
@@ -849,6 +852,8 @@ BAD_FLAGS = {
         '--tasks=gqaa --data_root=data --output=out',
         '--tasks=json:loads --data_root=data --output=out',
         '--tasks=list --data_root=no/such',
+        '--tasks=gqa,data --data_root=data --output=out',
+        '--tasks=data,./data --output=out',
         '--tasks=gqa --data_root=data --output=out --limit=0',
         '--tasks=gqa --data_root=data --output=out --offset=-1',
         '--tasks=gqa --data_root=data --output=out --tolerance=2',

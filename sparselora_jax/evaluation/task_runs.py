@@ -5,15 +5,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from sparselora_jax.data.benchmarks.items import Item, Items
 from sparselora_jax.data.dataset import Split
 from sparselora_jax.data.processing import Processor
 from sparselora_jax.data.task_format import TaskFormat
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.evaluation import vqa
-from sparselora_jax.evaluation.metrics.scored import Scored, rounded, standard_errors
+from sparselora_jax.evaluation import intervals, vqa
+from sparselora_jax.evaluation.metrics.scored import Scored, resampled_values, rounded, spreads
 from sparselora_jax.evaluation.tasks import Task, expected_items
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.errors import DataError
@@ -22,24 +24,31 @@ from sparselora_jax.runtime.files import write_text
 RESAMPLES = 200  # of a bootstrap: enough for two digits of a standard error
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
 STEP = 8
+Value = TypeVar('Value')
 
 
 class TaskResult(NamedTuple):
-    """What a model reached in a task.
+    """What a model reached in a task. All fields are values that JSON can hold.
 
     Attributes:
-      values: each value of the metric; empty if no item has references.
-      stderr: its standard error, by bootstrap over the items.
+      headline: name of the value that tables show.
+      values: each value of the metric; None: it has no value, and a note says so. Empty if an item has no references.
+      stderr: the standard error of each value, by bootstrap over the items; None: it is not known.
       scored: number of items that were scored.
       expected: number of items that published scores are about; None: not known.
       notes: what a reader of the values must know.
+      is_right: 1 for each item that is right, otherwise 0; empty unless the headline is the share of right items.
+      draws: the headline in each draw of the bootstrap, which is the same for all models; empty if there is none.
     """
 
-    values: dict[str, float]
-    stderr: dict[str, float]
+    headline: str
+    values: dict[str, float | None]
+    stderr: dict[str, float | None]
     scored: int
     expected: int | None
     notes: tuple[str, ...]
+    is_right: tuple[int, ...] = ()
+    draws: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,12 @@ class _AskedItems:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         item = self.items[index]
-        return {'image': item.image.read(), 'question': _question(item, self.asked), 'answer': ''}
+        return {'image': item.image.read(), 'question': _question(item, self.items, self.asked), 'answer': ''}
 
 
-def _question(item: Item, asked: TaskFormat) -> str:
+def _question(item: Item, items: Items, asked: TaskFormat) -> str:
     """Return what stands in the place of the question in the prompt of an item."""
-    return asked.question(item.question, item.choices, item.context)
+    return asked.question(item.question, item.choices, item.context, has_read_words=items.has_read_words)
 
 
 def prompts_of(items: Items, asked: TaskFormat) -> list[str]:
@@ -70,7 +79,7 @@ def prompts_of(items: Items, asked: TaskFormat) -> list[str]:
       asked: how the model is asked.
     """
     # `items[index]` makes an item from columns and reads no image.
-    return [asked.text.write(_question(items[index], asked)) for index in range(len(items))]
+    return [asked.text.write(_question(items[index], items, asked)) for index in range(len(items))]
 
 
 def fitted(text: TextFormat, processor: Processor, prompts: Sequence[str]) -> TextFormat:
@@ -155,14 +164,61 @@ def score(task: Task, predictions: Sequence[str], items: Items) -> tuple[TaskRes
     notes = items.notes
     if (items.references.lengths[items.rows] == 0).any():
         unknown = 'some items have no references, as in a test split: scores are left out'
-        return TaskResult({}, {}, 0, expected, (*notes, unknown)), None
+        return TaskResult(task.headline, {}, {}, 0, expected, (*notes, unknown)), None
     scored = task.score(predictions, items)
-    values = _named(scored.aggregate(), task)
-    stderr = _named(standard_errors(scored, resamples=RESAMPLES), task)
-    return TaskResult(values, stderr, len(predictions), expected, (*notes, *scored.notes)), scored
+    aggregate = scored.aggregate()
+    resampled = resampled_values(scored, resamples=RESAMPLES)
+    # 'overall' is the mean of all items, which is the headline then. Items that are right or wrong are told, because
+    # their share has a better interval than the bootstrap's.
+    is_share = 'overall' in aggregate and bool(np.isin(scored.per_item, (0.0, 1.0)).all())
+    values = _named(aggregate, task)
+    # POPE has no headline without its categories.
+    draws = _named(resampled, task).get(task.headline, np.zeros(0))
+    without = sorted(name for name, value in values.items() if not math.isfinite(value))
+    if without:
+        notes = (*notes, f'no value, because no scored item has one: {", ".join(without)}')
+    result = TaskResult(
+        task.headline,
+        _finite(values),
+        _finite(_named(spreads(resampled), task)),
+        len(predictions),
+        expected,
+        (*notes, *scored.notes),
+        is_right=tuple(scored.per_item.astype(int).tolist()) if is_share else (),
+        draws=tuple(draws.tolist()) if np.isfinite(draws).all() else (),
+    )
+    return result, scored
 
 
-def _named(values: Mapping[str, float], task: Task) -> dict[str, float]:
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Return values with None in place of NaN and infinity, which JSON cannot hold."""
+    return {name: _finite_or_none(value) for name, value in values.items()}
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def paired_interval(first: TaskResult, second: TaskResult) -> tuple[float, float] | None:
+    """Return the 95 % confidence interval of a task's headline of one model minus that of another.
+
+    Args:
+      first: result of one model.
+      second: result of another model on the same items.
+
+    Returns:
+      The lower and the upper end, in the unit of the headline; None if one of the models has no headline.
+    """
+    if first.is_right and second.is_right:
+        low, high = intervals.paired_interval(np.array(first.is_right, float), np.array(second.is_right, float))
+        return 100 * low, 100 * high
+    if not first.draws or not second.draws:
+        return None
+    difference = first.values[first.headline] - second.values[second.headline]
+    return intervals.normal_interval(difference, np.array(first.draws) - np.array(second.draws))
+
+
+def _named(values: Mapping[str, Value], task: Task) -> dict[str, Value]:
     """Return values under the names that readers know: the mean of all items has the task's headline."""
     named = {}
     for name, value in values.items():
@@ -191,7 +247,7 @@ def write_samples(
     for index, (prompt, prediction) in enumerate(zip(prompts, predictions, strict=True)):
         item = items[index]
         line = {'id': item.id, 'prompt': prompt, 'prediction': prediction, 'references': list(item.references)}
-        line['score'] = None if scored is None else float(scored.per_item[index])
+        line['score'] = None if scored is None else _finite_or_none(float(scored.per_item[index]))
         lines.append(json.dumps(line) + '\n')
     write_text(file, ''.join(lines))
 
@@ -222,8 +278,9 @@ def results_json(results: Mapping[str, TaskResult], *, config: Mapping[str, Any]
     """
     values = {}
     for task, result in results.items():
-        errors = {f'{name}_stderr': value for name, value in result.stderr.items()}
-        values[task] = rounded(result.values | errors)
+        every = result.values | {f'{name}_stderr': value for name, value in result.stderr.items()}
+        known = rounded({name: value for name, value in every.items() if value is not None})
+        values[task] = every | known
     return {
         'results': values,
         'n': {task: {'scored': result.scored, 'expected': result.expected} for task, result in results.items()},

@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from sparselora_jax.data.benchmarks import load, user_jsonl
 from sparselora_jax.data.benchmarks.catalog import BENCHMARKS, find_benchmark
+from sparselora_jax.data.benchmarks.discover import Discovery
 from sparselora_jax.data.benchmarks.items import Item, Items
 from sparselora_jax.data.task_format import TaskKind
 from sparselora_jax.evaluation.metric import EXACT_MATCH
@@ -111,7 +112,7 @@ def _pope(predictions: Sequence[str], items: Items) -> Scored:
 
 
 def _captions(predictions: Sequence[str], items: Items) -> Scored:
-    return score_captions(predictions, references_of(items))
+    return score_captions(predictions, references_of(items), with_meteor=True)
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ class _NoCapsScored:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return nothing: the scores are those of the benchmark."""
-        return ()
+        """Return what is left out, which is the same for all domains."""
+        return self.entire.notes
 
     def aggregate(self, indices: Int[np.ndarray, ' sample'] | None = None) -> dict[str, float]:
         """Return the scores of all images, and of each domain as 'domain/name'; see `Scored`.
@@ -158,8 +159,8 @@ def _nocaps(predictions: Sequence[str], items: Items) -> Scored:
     domains = groups_of(items, ('domain',)).get('domain')
     # Some releases do not say to which domain an image belongs.
     if domains is None:
-        return score_captions(predictions, references_of(items))
-    scores = score_nocaps(predictions, references_of(items), domains)
+        return _captions(predictions, items)
+    scores = score_nocaps(predictions, references_of(items), domains, with_meteor=True)
     rows = {}
     for domain in scores.keys() - {ENTIRE}:
         is_in = np.array([of_image == domain for of_image in domains])
@@ -184,16 +185,17 @@ def _caption_entry(item: Item, prediction: str) -> dict[str, Any]:
     return {'image_id': item.image_id, 'caption': prediction}
 
 
-def _register(name: str, headline: str, score: Score, entry: Entry | None = None) -> None:
+def _register(name: str, headline: str, score: Score, entry: Entry | None = None, *, version: int = 1) -> None:
     """Register the task of a benchmark, under the same name; the benchmark says its kind."""
-    TASKS.register(name, Task(name, BENCHMARKS.find(name).task, headline, score, entry))
+    TASKS.register(name, Task(name, BENCHMARKS.find(name).task, headline, score, entry, version))
 
 
 for _name in ('vqav2_val', 'vqav2_testdev', 'vqav2_test'):
     _register(_name, 'accuracy', _vqa(), _answer_entry)
 # The paper lemmatises the answers of OK-VQA only.
 _register('ok_vqa_val2014', 'accuracy', _vqa(lemmatise=True), _answer_entry)
-_register('textvqa_val', 'accuracy', _vqa('evalai'), _answer_entry)
+# In version 1, the words in the image stood before the question for LLaVA too.
+_register('textvqa_val', 'accuracy', _vqa('evalai'), _answer_entry, version=2)
 _register('vizwiz_vqa_val', 'accuracy', _vqa('evalai'), _vizwiz_entry)
 for _name in ('gqa', 'gqa_val'):
     _register(_name, 'accuracy', _gqa, _gqa_entry)
@@ -225,25 +227,36 @@ USER_METRICS: dict[str, tuple[TaskKind, str, Score]] = {
 }
 
 
-def _user_task(file: Path) -> Task:
-    """Return the task of a user's own data, scored by the metric that they name.
+class LoadedTask(NamedTuple):
+    """A task with its items.
+
+    Attributes:
+      task: the task.
+      items: all of its items.
+    """
+
+    task: Task
+    items: Items
+
+
+def check_name(name: str) -> None:
+    """Check that there is a task of a name; no file of data is read.
+
+    Args:
+      name: a registered name, `package.module:Name`, or a folder with a `data.jsonl`.
 
     Raises:
-      DataError: the file is broken, or names no metric that is known.
+      DataError: there is no such task; the message suggests the nearest name.
     """
-    # Images are found later, with the tolerance that the user gives.
-    metric = load.load_user_file(file, needs_images=False).metric or 'exact_match'
-    if metric not in USER_METRICS:
-        raise DataError(f'{file}: metric {metric!r}: expected one of {", ".join(USER_METRICS)}')
-    kind, headline, score_of_metric = USER_METRICS[metric]
-    return Task(str(file), kind, headline, score_of_metric)
+    if _own_file(name) is None:
+        find_task(name)
 
 
 def find_task(name: str) -> Task:
     """Return a task by its name.
 
     Args:
-      name: a registered name, `package.module:Name`, or a folder with a `data.jsonl`.
+      name: a registered name, or `package.module:Name`.
 
     Raises:
       DataError: there is no such task; the message suggests the nearest name.
@@ -251,9 +264,6 @@ def find_task(name: str) -> Task:
     >>> find_task('gqa').headline
     'accuracy'
     """
-    file = None if name in TASKS else user_jsonl.find_file(name)
-    if file is not None:
-        return _user_task(file)
     try:
         task = TASKS.find(name)
     except UnknownNameError as error:
@@ -261,6 +271,47 @@ def find_task(name: str) -> Task:
     if not isinstance(task, Task):
         raise DataError(f'task {name!r}: expected a tasks.Task, not a {type(task).__name__}')
     return task
+
+
+def load_task(name: str, discovery: Discovery | None, *, tolerance: float = 0.0) -> LoadedTask:
+    """Return a task by its name, with its items; each file is read once.
+
+    Args:
+      name: see `check_name`.
+      discovery: the files of all benchmarks; None: there is no folder of them, only users' own data.
+      tolerance: largest share of images that may be missing; their items are left out.
+
+    Raises:
+      DataError: there is no such task; its files are missing or broken; or a user's file names no known metric.
+    """
+    file = _own_file(name)
+    if file is None:
+        task = find_task(name)
+        if discovery is None:
+            raise DataError(f'{name}: no folder is given that holds its files')
+        return LoadedTask(task, load.load(task.benchmark, discovery, tolerance=tolerance))
+    items = load.load_user_file(file, tolerance=tolerance)
+    # Only the file says by which metric it is scored.
+    metric = items.metric or 'exact_match'
+    if metric not in USER_METRICS:
+        raise DataError(f'{file}: metric {metric!r}: expected one of {", ".join(USER_METRICS)}')
+    kind, headline, score_of_metric = USER_METRICS[metric]
+    return LoadedTask(Task(str(file), kind, headline, score_of_metric), items)
+
+
+def _own_file(name: str) -> Path | None:
+    """Return the file of a user's own data that a name means; None: it means something else."""
+    # A folder that happens to have the name of a task does not hide it.
+    return None if name in TASKS else user_jsonl.find_file(name)
+
+
+def is_own_data(name: str) -> bool:
+    """Return whether a name means a folder of a user's own, which needs no files of benchmarks.
+
+    Args:
+      name: see `check_name`.
+    """
+    return _own_file(name) is not None
 
 
 def expected_items(task: Task) -> int | None:

@@ -7,7 +7,7 @@ import numpy as np
 from sparselora_jax import recipe
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.evaluation.perplexity import held_out_text, window_losses
-from sparselora_jax.jobs import names
+from sparselora_jax.jobs import evaluate_tasks, names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime.progress import Progress
 
@@ -56,6 +56,41 @@ def evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
             windows['window_losses'] = losses  # the report needs each, for an interval
         job.log.scalars(stage, 0, accuracy | scores)
         return {'accuracy': accuracy, 'indices': indices} | scores | windows | answers._asdict()
+
+    return job.stage(stage, compute)
+
+
+def score_on_tasks(job: Job, name: str, load_weights: Callable[[], dict]) -> dict:
+    """Score a model on the tasks of the recipe; the files of the results are in a folder of the stage's name.
+
+    Args:
+      job: the run; nothing happens if its recipe names no task.
+      name: name of the model, one of `names.ALL_MODELS`.
+      load_weights: function that returns its weights; called only if the stage is not done.
+
+    Returns:
+      `tasks`: the `TaskResult` of each task, as a dict; {} if there is none.
+    """
+    if not job.task_request.tasks:
+        return {}
+    stage = names.task_stage(name)
+
+    def compute():
+        results = evaluate_tasks.evaluate_tasks(
+            job.task_request,
+            job.tasks,
+            job.model,
+            load_weights(),
+            job.processor,
+            output=job.stored.writes(stage),
+            name=f'{job.config.model}, {name}',
+            # Of which weights and items this run is, `inputs.json` of the workdir says.
+            owner=f'{job.stored.owner} {name}',
+            label=name,
+        )
+        headlines = {task: result.values.get(result.headline) for task, result in results.items()}
+        job.log.scalars(stage, 0, {task: value for task, value in headlines.items() if value is not None})
+        return {'tasks': {task: result._asdict() for task, result in results.items()}}
 
     return job.stage(stage, compute)
 

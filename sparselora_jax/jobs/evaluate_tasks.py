@@ -1,4 +1,7 @@
-"""Score a model on tasks, and write the results into a folder; resumable after a kill."""
+"""Score a model on tasks, and write the results into a folder; resumable after a kill.
+
+`launch/evaluate.py` scores one model. A job scores the dense, the pruned and the restored model (`task_stages.py`).
+"""
 
 import hashlib
 import json
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparselora_jax.data.benchmarks import load
-from sparselora_jax.data.benchmarks.discover import Discovery, discover
+from sparselora_jax.data.benchmarks.discover import discover
 from sparselora_jax.data.benchmarks.items import Items
 from sparselora_jax.data.processing import Processor
 from sparselora_jax.data.task_format import TaskFormat
@@ -18,25 +21,28 @@ from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import task_runs
 from sparselora_jax.evaluation.generate import GenerationError, check_new_tokens
 from sparselora_jax.evaluation.task_runs import TaskResult
-from sparselora_jax.evaluation.tasks import Task, find_task
+from sparselora_jax.evaluation.tasks import LoadedTask, Task, check_name, is_own_data, load_task
+from sparselora_jax.jobs import inputs
+from sparselora_jax.jobs.inputs import RecordsDigest
 from sparselora_jax.models.model import Model
-from sparselora_jax.runtime import processes
+from sparselora_jax.runtime import digests, processes
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.files import write_text
 from sparselora_jax.runtime.progress import Progress
 
 RESULTS = 'results.json'
+INPUTS = 'inputs.json'  # digests of the model's files and of the items, see `begin`
+REMEDY = 'put them back, or use another folder for the results'
 PACKAGES = ('sparselora-jax', 'jax', 'numpy', 'transformers')
 
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """What to score, and on what.
+    """What to score, and how.
 
     Attributes:
       tasks: names of tasks.
-      data_root: folder under which the files of all benchmarks lie.
-      output: folder for the results.
+      data_root: folder under which the files of all benchmarks lie; None: all tasks are folders of a user's own.
       batch: number of items that are answered at once.
       limit: maximum number of items of each task; None: all.
       offset: number of items of each task to leave out at the beginning.
@@ -46,14 +52,22 @@ class TaskRequest:
     """
 
     tasks: tuple[str, ...]
-    data_root: Path
-    output: Path
+    data_root: Path | None
     batch: int = 50
     limit: int | None = None
     offset: int = 0
     tolerance: float = 0.0
     overrides: Mapping[str, Any] | None = None
     prompt: str | None = None
+
+
+class PreparedTask(NamedTuple):
+    """A task, the items that are asked, how they are asked, and the prompt of each."""
+
+    task: Task
+    items: Items
+    asked: TaskFormat
+    prompts: list[str]
 
 
 def list_tasks(data_root: Path) -> list[str]:
@@ -68,8 +82,109 @@ def list_tasks(data_root: Path) -> list[str]:
     return load.summary(discover(data_root))
 
 
+def load_tasks(request: TaskRequest) -> dict[str, LoadedTask]:
+    """Return the tasks with all of their items, by name; no model is needed.
+
+    Args:
+      request: what to score.
+
+    Raises:
+      DataError: a task is not known; its files are missing or broken; or two tasks would write the same files.
+    """
+    labels: dict[str, str] = {}
+    # All names are checked before any file is read, which may take minutes.
+    for name in request.tasks:
+        check_name(name)
+        other = labels.setdefault(_label(name), name)
+        if other != name:
+            raise DataError(f'tasks {other} and {name}: both write answers_{_label(name)}.jsonl; rename one of them')
+    # All files are listed and recognised once, for all tasks.
+    discovery = None if request.data_root is None else discover(request.data_root)
+    return {name: load_task(name, discovery, tolerance=request.tolerance) for name in request.tasks}
+
+
+def prepare(
+    request: TaskRequest, loaded: Mapping[str, LoadedTask], model: Model, processor: Processor
+) -> dict[str, PreparedTask]:
+    """Choose the items of each task, and write their prompts.
+
+    Lengths are checked before the first question: it may take hours to come to the last task.
+
+    Args:
+      request: what to do.
+      loaded: result of `load_tasks`.
+      model: the model, without its weights.
+      processor: its processor.
+
+    Raises:
+      DataError: no item is left, or a prompt is longer than the model reads.
+    """
+    return {name: _prepare(request, name, task, model, processor) for name, task in loaded.items()}
+
+
+def begin(output: Path, model_files: Mapping[str, Path], loaded: Mapping[str, LoadedTask]) -> str:
+    """Check that an evaluation goes on with the model and the items with which it began, and return whose it is.
+
+    `inputs.json` holds the digests of both. A file of the model is read again only if its size or time has changed.
+
+    Args:
+      output: folder of the results.
+      model_files: the files that decide what the model computes, by name.
+      loaded: result of `load_tasks`.
+
+    Returns:
+      The `owner` of the answers, for `evaluate_tasks`.
+
+    Raises:
+      DataError: the model or the items have changed; the message says what.
+      StorageError: the folder cannot be written, or `inputs.json` is damaged.
+    """
+    file = output / INPUTS
+    begun = digests.read_stamped(file, 'delete this folder of results', INPUTS) if file.exists() else None
+    known = None if begun is None else digests.from_json(begun['model'])
+    model = digests.take(model_files, known)
+    changes = [] if known is None else inputs.changed_files(known, model)
+    if changes:
+        raise DataError(
+            f'{output}: the files of the model are not those that its answers are from '
+            f'({", ".join(changes[: inputs.SHOWN])}); {REMEDY}'
+        )
+    # Another run may have scored other tasks into this folder.
+    records = {} if begun is None else inputs.records_from_json(begun['tasks'])
+    now = digest_items(loaded)
+    for name in now.keys() & records.keys():
+        change = inputs.change_of_items(records[name], now[name])
+        if change:
+            raise DataError(
+                f'{output}: the items of {name} are not those that its answers are for ({change}); {REMEDY}'
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    values = {'model': digests.to_json(model), 'tasks': inputs.records_to_json(records | now)}
+    write_text(file, digests.stamp(values, INPUTS))
+    # The hashes alone: a copy of a file has another time.
+    return json.dumps({name: digest.sha256 for name, digest in model.items()}, sort_keys=True)
+
+
+def digest_items(loaded: Mapping[str, LoadedTask]) -> dict[str, RecordsDigest]:
+    """Return the digest of the items of each task.
+
+    Args:
+      loaded: result of `load_tasks`.
+    """
+    return {name: inputs.digest_items(task.items) for name, task in loaded.items()}
+
+
 def evaluate_tasks(
-    request: TaskRequest, model: Model, weights: dict, processor: Processor, *, name: str
+    request: TaskRequest,
+    prepared: Mapping[str, PreparedTask],
+    model: Model,
+    weights: dict,
+    processor: Processor,
+    *,
+    output: Path,
+    name: str,
+    owner: str,
+    label: str = '',
 ) -> dict[str, TaskResult]:
     """Score a model on tasks; each task's files are written as soon as it is done.
 
@@ -78,28 +193,26 @@ def evaluate_tasks(
 
     Args:
       request: what to do.
+      prepared: result of `prepare`.
       model: the model.
       weights: its params, or the result of `bind`.
       processor: its processor.
+      output: folder for the results.
       name: name of the model in the results.
+      owner: a text that tells the weights and the items from others.
+      label: which model it is, for the lines of progress.
 
     Returns:
       The result of each task.
 
     Raises:
-      DataError: a task is not known; or its files are missing or broken.
+      DataError: an image cannot be read.
+      StorageError: answers in the folder are damaged, or are those of another run.
     """
-    # Names, files and lengths are checked before the first question: it may take hours to come to the last task.
-    tasks = {task_name: find_task(task_name) for task_name in request.tasks}
-    discovery = discover(request.data_root)
-    prepared = {
-        task_name: _prepare(request, task_name, task, discovery, model, processor) for task_name, task in tasks.items()
-    }
-    request.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     # Written again after each task, so that a run that is stopped keeps what it has.
     results: dict[str, TaskResult] = {}
-    for task_name, task in tasks.items():
-        items, asked, prompts = prepared[task_name]
+    for task_name, (task, items, asked, prompts) in prepared.items():
         predictions = task_runs.ask(
             model,
             weights,
@@ -107,49 +220,38 @@ def evaluate_tasks(
             items,
             asked,
             batch=request.batch,
-            answers_file=request.output / f'answers_{_label(task_name)}.jsonl',
-            owner=_owner(request, name, task_name, task, asked),
-            progress=Progress(task_name, len(items)),
+            answers_file=output / f'answers_{_label(task_name)}.jsonl',
+            owner=_owner(request, owner, task_name, task, asked),
+            progress=Progress(f'{task_name} {label}'.rstrip(), len(items)),
         )
         results[task_name], scored = task_runs.score(task, predictions, items)
         # All processes hold the same answers.
         if processes.first():
-            task_runs.write_samples(
-                request.output / f'samples_{_label(task_name)}.jsonl', items, prompts, predictions, scored
-            )
-            task_runs.write_submission(
-                request.output / f'submission_{_label(task_name)}.json', task, items, predictions
-            )
+            task_runs.write_samples(output / f'samples_{_label(task_name)}.jsonl', items, prompts, predictions, scored)
+            task_runs.write_submission(output / f'submission_{_label(task_name)}.json', task, items, predictions)
             formats = {done: asdict(prepared[done].asked.text) for done in results}
-            content = task_runs.results_json(results, config=_config(request, name, formats), versions=_versions(tasks))
-            write_text(request.output / RESULTS, json.dumps(content, indent=1))
+            versions = _versions({done: prepared[done].task for done in results})
+            content = task_runs.results_json(results, config=_config(request, name, formats), versions=versions)
+            # Other programs read this file, and JSON has no NaN.
+            write_text(output / RESULTS, json.dumps(content, indent=1, allow_nan=False))
     return results
 
 
 def _label(task_name: str) -> str:
     """Return a task's name as part of a file name: of a folder of a user's own, its last part."""
-    return Path(task_name).resolve().name if Path(task_name).exists() else task_name
-
-
-class _Prepared(NamedTuple):
-    """What a task asks: its items, how they are asked, and the prompt of each."""
-
-    items: Items
-    asked: TaskFormat
-    prompts: list[str]
+    return Path(task_name).resolve().name if is_own_data(task_name) else task_name
 
 
 def _prepare(
-    request: TaskRequest, task_name: str, task: Task, discovery: Discovery, model: Model, processor: Processor
-) -> _Prepared:
-    """Find the items of a task and write their prompts.
+    request: TaskRequest, task_name: str, loaded: LoadedTask, model: Model, processor: Processor
+) -> PreparedTask:
+    """Choose the items of a task and write their prompts.
 
     Raises:
-      DataError: the files are missing or broken, or a prompt is longer than the model reads.
+      DataError: no item is left, or a prompt is longer than the model reads.
     """
-    # All files were listed and recognised once, for all tasks.
-    items = load.load(task.benchmark, discovery, tolerance=request.tolerance)
-    items = task_runs.select(items, limit=request.limit, offset=request.offset)
+    task, all_items = loaded
+    items = task_runs.select(all_items, limit=request.limit, offset=request.offset)
     asked = _format(request, model, task)
     prompts = task_runs.prompts_of(items, asked)
     # A prompt that is cut would be another question.
@@ -158,7 +260,7 @@ def _prepare(
         check_new_tokens(model, *_lengths(model, processor, text))
     except GenerationError as error:
         raise DataError(f'{task_name}: {error}') from None
-    return _Prepared(items, replace(asked, text=text), prompts)
+    return PreparedTask(task, items, replace(asked, text=text), prompts)
 
 
 def _lengths(model: Model, processor: Processor, text: TextFormat) -> tuple[int, int]:
@@ -177,10 +279,14 @@ def _format(request: TaskRequest, model: Model, task: Task) -> TaskFormat:
     return replace(asked, text=replace(text, decoding={**text.decoding, **(request.overrides or {})}))
 
 
-def _owner(request: TaskRequest, name: str, task_name: str, task: Task, asked: TaskFormat) -> str:
+def _owner(request: TaskRequest, owner: str, task_name: str, task: Task, asked: TaskFormat) -> str:
     """Return a text that tells whose answers a file has: whatever changes an answer changes it."""
-    # The limit does not count: it may be raised later, as long as no new prompt is longer than those before.
-    facts = [name, task_name, task.version, asdict(asked.text), asked.instruction, request.offset, request.batch]
+    # The limit does not count: it may be raised later. Nor does the length that prompts are padded to, which a longer
+    # prompt behind the limit raises: no prompt is cut, so padding changes an answer by rounding at most.
+    text = asdict(asked.text)
+    del text['prompt_tokens']
+    facts = [owner, _label(task_name), task.version, text, asked.instruction, asked.read_words, request.offset]
+    facts.append(request.batch)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -207,21 +313,21 @@ def _version(package: str) -> str:
         return 'not installed'
 
 
-def table(results: Mapping[str, TaskResult], headlines: Mapping[str, str]) -> Sequence[str]:
+def table(results: Mapping[str, TaskResult]) -> Sequence[str]:
     """Return the lines of a table: a task, its headline value with its standard error, and the number of items.
 
     Args:
       results: the result of each task.
-      headlines: name of the value to show, by task.
     """
     lines = []
     for name, result in results.items():
-        headline = headlines[name]
+        value = result.values.get(result.headline)
         # Test splits have no references.
-        if headline not in result.values:
-            lines.append(f'{name:20} not scored: no references')
+        if value is None:
+            lines.append(f'{name:20} not scored: {"; ".join(result.notes)}')
             continue
-        value = f'{result.values[headline]:.2f} +- {result.stderr[headline]:.2f}'
+        stderr = result.stderr[result.headline]
+        spread = '' if stderr is None else f' +- {stderr:.2f}'
         of_all = '' if result.expected is None else f' of {result.expected:,}'
-        lines.append(f'{name:20} {headline:10} {value:18} {result.scored:,}{of_all} items')
+        lines.append(f'{name:20} {result.headline:10} {f"{value:.2f}{spread}":18} {result.scored:,}{of_all} items')
     return lines

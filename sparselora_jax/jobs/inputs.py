@@ -7,13 +7,17 @@ compared by their texts and the names and fingerprints of their images, as readi
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from sparselora_jax.checkpoints.checkpoint_files import settings_files
+from sparselora_jax.checkpoints.layout import Piece
+from sparselora_jax.data.benchmarks.items import Items
 from sparselora_jax.data.dataset import Dataset, Split
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.stored import Stored
+from sparselora_jax.models.model import Model
 from sparselora_jax.recipe import CONFIG_REMEDY, ConfigError
 from sparselora_jax.runtime import digests
 from sparselora_jax.runtime.digests import Digest
@@ -51,11 +55,13 @@ class Inputs(NamedTuple):
       model: digest of each file of the model, by name.
       train: the training records.
       test: the test questions.
+      tasks: the items of each task.
     """
 
     model: dict[str, Digest]
     train: RecordsDigest
     test: RecordsDigest
+    tasks: dict[str, RecordsDigest]
 
     def store(self, stored: Stored) -> None:
         """Write `inputs.json`.
@@ -63,8 +69,8 @@ class Inputs(NamedTuple):
         Args:
           stored: the files of the run.
         """
-        values = {'model': digests.to_json(self.model)}
-        stored.write(names.INPUTS, values | {name: getattr(self, name)._asdict() for name in ('train', 'test')})
+        values = {'model': digests.to_json(self.model), 'tasks': records_to_json(self.tasks)}
+        stored.write(names.INPUTS, values | records_to_json({'train': self.train, 'test': self.test}))
 
 
 def load(stored: Stored) -> Inputs | None:
@@ -79,22 +85,58 @@ def load(stored: Stored) -> Inputs | None:
     values = stored.read(names.INPUTS, CONFIG_REMEDY)
     if values is None:
         return None
-    records = {name: RecordsDigest(**values[name]) for name in ('train', 'test')}
-    return Inputs(digests.from_json(values['model']), **records)
+    records = records_from_json({name: values[name] for name in ('train', 'test')})
+    # Runs of older versions had no tasks.
+    tasks = records_from_json(values.get('tasks', {}))
+    return Inputs(digests.from_json(values['model']), **records, tasks=tasks)
 
 
-def take(model_files: Mapping[str, Path], dataset: Dataset, known: Inputs | None) -> Inputs:
+def records_to_json(records: Mapping[str, RecordsDigest]) -> dict[str, Any]:
+    """Return digests of records as values that JSON can hold.
+
+    Args:
+      records: digests by name.
+    """
+    return {name: digest._asdict() for name, digest in records.items()}
+
+
+def records_from_json(values: Mapping[str, Any]) -> dict[str, RecordsDigest]:
+    """Return the digests of which `records_to_json` made values.
+
+    Args:
+      values: result of `records_to_json`.
+    """
+    return {name: RecordsDigest(**fields) for name, fields in values.items()}
+
+
+def model_files(model: Model, pieces: Iterable[Piece]) -> dict[str, Path]:
+    """Return the files that decide what a model on disk computes, by name.
+
+    Args:
+      model: the model.
+      pieces: where its weights are, see `open_model`.
+    """
+    folder = Path(model.source)
+    weights = {piece.entry.file.relative_to(folder) for piece in pieces}
+    return {str(name): folder / name for name in sorted(weights | set(settings_files(folder)))}
+
+
+def take(
+    model_files: Mapping[str, Path], dataset: Dataset, tasks: Mapping[str, RecordsDigest], known: Inputs | None
+) -> Inputs:
     """Return the digests of the inputs as they are now.
 
     Args:
       model_files: the files of the model, by name.
       dataset: the records.
+      tasks: digest of the items of each task.
       known: the digests when the run began; files that look the same are not read again.
     """
     return Inputs(
         digests.take(model_files, None if known is None else known.model),
         digest_records(dataset.train),
         digest_records(dataset.test),
+        dict(tasks),
     )
 
 
@@ -117,6 +159,32 @@ def digest_records(split: Split) -> RecordsDigest:
     return RecordsDigest(len(texts), whole.hexdigest(), ''.join(digits))
 
 
+def digest_items(items: Items) -> RecordsDigest:
+    """Return the digest of the items of a benchmark. Images count by their ids: their content is published.
+
+    Args:
+      items: the items; no image is read.
+    """
+    texts = []
+    images = []
+    # Only the texts of an item are kept: hundreds of thousands of items take much more memory.
+    for index in range(len(items)):
+        item = items[index]
+        texts.append(('\n'.join([item.context, item.question or '', *item.choices]), '\n'.join(item.references)))
+        images.append(f'{item.id} {item.image_id}')
+    return digest_records(Split(items, lambda: texts, lambda: images))
+
+
+def change_of_items(old: RecordsDigest, new: RecordsDigest) -> str:
+    """Describe how the items of a task have changed; '' if they have not.
+
+    Args:
+      old: their earlier digest.
+      new: their digest now.
+    """
+    return '' if old.sha256 == new.sha256 else describe_change(old.rows(), new.rows(), 'item {}'.format)
+
+
 def refuse_changed(begun: Inputs, now: Inputs, *, workdir: Path, model: str, data: str, dataset: Dataset) -> None:
     """Check that a run still has the inputs with which it began.
 
@@ -131,7 +199,7 @@ def refuse_changed(begun: Inputs, now: Inputs, *, workdir: Path, model: str, dat
     Raises:
       ConfigError: a file or a record has changed; the message names it.
     """
-    changes = _changed_files(begun.model, now.model)
+    changes = changed_files(begun.model, now.model)
     if changes:
         more = f' and {len(changes) - SHOWN} more' if len(changes) > SHOWN else ''
         raise ConfigError(
@@ -147,10 +215,21 @@ def refuse_changed(begun: Inputs, now: Inputs, *, workdir: Path, model: str, dat
             raise ConfigError(
                 f'{workdir}: the {kind} of {data} are not those that this run began with ({change}); {REMEDY}'
             )
+    for task in begun.tasks.keys() & now.tasks.keys():
+        change = change_of_items(begun.tasks[task], now.tasks[task])
+        if change:
+            raise ConfigError(
+                f'{workdir}: the items of {task} are not those that this run began with ({change}); {REMEDY}'
+            )
 
 
-def _changed_files(old: Mapping[str, Digest], new: Mapping[str, Digest]) -> list[str]:
-    """List the files that have changed, each with what has happened to it."""
+def changed_files(old: Mapping[str, Digest], new: Mapping[str, Digest]) -> list[str]:
+    """List the files that have changed, each with what has happened to it.
+
+    Args:
+      old: earlier digests by name.
+      new: the digests now.
+    """
     changes = []
     for name in sorted(old.keys() | new.keys()):
         if name not in new:

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints import embedded, on_disk, streaming, trees
-from sparselora_jax.checkpoints.checkpoint_files import settings_files
 from sparselora_jax.checkpoints.layout import Piece
 from sparselora_jax.checkpoints.load import open_model
 from sparselora_jax.data import pipeline, processing
@@ -21,7 +20,9 @@ from sparselora_jax.data.checked import load_dataset
 from sparselora_jax.data.dataset import DataRequest, Dataset
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.generate import check_new_tokens, check_options
-from sparselora_jax.jobs import environment, inputs, names
+from sparselora_jax.evaluation.tasks import LoadedTask
+from sparselora_jax.jobs import environment, evaluate_tasks, inputs, names
+from sparselora_jax.jobs.evaluate_tasks import PreparedTask, TaskRequest
 from sparselora_jax.jobs.inputs import Inputs
 from sparselora_jax.jobs.log import Log
 from sparselora_jax.jobs.stored import Stored, owner_of
@@ -44,6 +45,7 @@ from sparselora_jax.recipe import (
     prune_rules,
     refuse_other,
     runs_teacher,
+    task_names,
     text_format,
 )
 from sparselora_jax.restoration import teacher
@@ -228,6 +230,7 @@ class Job:
             raise DataError(f'{self.config.data}: the answers of all {len(answers)} training records are empty')
         if self.config.model != embedded.NAME and self._unknown_token:  # the embedded model has its own tokenizer
             raise DataError(self._unknown_token)
+        _ = self.tasks  # raises if their files are missing, or the model cannot read a prompt
 
     def _check_answers(self) -> None:
         """Check that the model can read a prompt with the longest answer that evaluation generates."""
@@ -266,16 +269,14 @@ class Job:
     def _inputs(self) -> Inputs:
         """Return the digests of the model's files and of the records, which take seconds to compute."""
         known = inputs.load(self.stored)
-        return inputs.take(self._model_files(), self.dataset, known)
+        items = evaluate_tasks.digest_items(self._loaded_tasks)
+        return inputs.take(self._model_files(), self.dataset, items, known)
 
     def _model_files(self) -> dict[str, Path]:
         """Return the files that decide what the model computes, by name."""
         if self.config.model == embedded.NAME:
             return {file.name: file for file in embedded.files()}
-        model, pieces = self._opened
-        folder = Path(model.source)
-        weights = {piece.entry.file.relative_to(folder) for piece in pieces}
-        return {str(name): folder / name for name in sorted(weights | set(settings_files(folder)))}
+        return inputs.model_files(*self._opened)
 
     @functools.cached_property
     def log(self) -> Log:
@@ -421,6 +422,32 @@ class Job:
             if line not in self._told and processes.first():
                 print(line, flush=True)
             self._told.add(line)
+
+    # The tasks.
+
+    @property
+    def task_request(self) -> TaskRequest:
+        """Return which tasks the recipe scores the models on; none if it names none."""
+        options = self.config.evaluate
+        return TaskRequest(
+            tasks=task_names(self.config),
+            data_root=Path(options.data_root) if options.data_root else None,
+            batch=options.batch,
+            limit=options.limit or None,
+        )
+
+    @functools.cached_property
+    def _loaded_tasks(self) -> dict[str, LoadedTask]:
+        """Return the tasks with all of their items."""
+        return evaluate_tasks.load_tasks(self.task_request)
+
+    @functools.cached_property
+    def tasks(self) -> dict[str, PreparedTask]:
+        """Return the tasks with their prompts, which are checked: they fit the model."""
+        # Without tasks, the processor need not be read.
+        if not self._loaded_tasks:
+            return {}
+        return evaluate_tasks.prepare(self.task_request, self._loaded_tasks, self.model, self.processor)
 
     # The weights.
 

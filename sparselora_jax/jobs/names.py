@@ -1,5 +1,7 @@
 """Names of the models that a run evaluates, of its stages, and of the files that these write into the workdir."""
 
+import os
+
 # Models that every report compares, in the order of its tables.
 MODELS = ('dense', 'pruned', 'restored')
 # The dense model after the same training, to show the effect of training alone; evaluated only if a recipe asks for it.
@@ -22,6 +24,7 @@ TRAINING = {'restored': 'restore', CONTROL: 'control'}  # model -> the stage tha
 PACKED = ('packed', 'packed_int4', 'packed_lora')  # stages of launch/export.py, and their folders
 STAGES = (
     *(f'evaluate_{model}' for model in ALL_MODELS),
+    *(f'tasks_{model}' for model in ALL_MODELS),  # only if the recipe names tasks
     ZEROS,
     PRUNE,
     ROUND,
@@ -65,6 +68,24 @@ def evaluation_stage(model: str) -> str:
       model: one of `ALL_MODELS`.
     """
     return f'evaluate_{model}'
+
+
+def task_stage(model: str) -> str:
+    """Return the name of the stage that scores a model on tasks, which is also the folder of its results.
+
+    Args:
+      model: one of `ALL_MODELS`.
+    """
+    return f'tasks_{model}'
+
+
+def task_title(task: str) -> str:
+    """Return the name of a task for tables: of a folder of a user's own, its last part.
+
+    Args:
+      task: its name in the recipe, where a folder is an absolute path.
+    """
+    return os.path.basename(task) if os.path.isabs(task) else task
 
 
 def trained_file(stage: str) -> str:

@@ -81,6 +81,17 @@ class Densities:
 
 
 @dataclass(frozen=True)
+class Tasks:
+    """The scores of all models in the tasks of a recipe."""
+
+    scores: Table
+    differences: Table
+    picture: str
+    notes: list[str]
+    values: list[tuple[str, Table]]
+
+
+@dataclass(frozen=True)
 class Command:
     """A command that repeats the run or continues from it."""
 
@@ -106,6 +117,7 @@ def render(job: Job, report: dict) -> str:
         intervals_note=_intervals_note(report),
         metric=_capitalised(metric),
         differences=_differences(report),
+        tasks=_tasks(report),
         by_kind=_scores_by_kind(report),
         sparsity=_sparsity(report),
         merged_density=_merged_density(report),
@@ -247,6 +259,102 @@ def _scores_by_kind(report: dict) -> Table:
     kinds = list(by_model['dense'])
     rows = [[name, *(f'{scores[kind]:.1%}' for kind in kinds)] for name, scores in (by_model | by_baseline).items()]
     return Table(['model', *kinds], rows)
+
+
+def _tasks(report: dict) -> Tasks | None:
+    """Return the part about tasks, or None if the recipe names none."""
+    if not report['tasks']:
+        return None
+    tasks = {names.task_title(name): task for name, task in report['tasks'].items()}
+    models = list(next(iter(tasks.values()))['scores'])
+    scores = [
+        [name, task['headline'], *(_task_score(task, model) for model in models), _items(task)]
+        for name, task in tasks.items()
+    ]
+    notes = [f'{name}: {note}' for name, task in tasks.items() for note in task['notes']]
+    return Tasks(
+        scores=Table(['task', 'value', *models, 'items'], scores),
+        differences=_task_differences(tasks),
+        picture=_task_bars(tasks),
+        notes=notes,
+        values=[(name, _task_values(task)) for name, task in tasks.items() if any(task['values'].values())],
+    )
+
+
+def _task_score(task: dict, model: str) -> str:
+    """Return a model's headline with its standard error."""
+    score = task['scores'][model]
+    if score is None:
+        return 'not scored'
+    stderr = task['stderr'][model]
+    return f'{score:.2f}' if stderr is None else f'{score:.2f} ± {stderr:.2f}'
+
+
+def _items(task: dict) -> str:
+    """Return how many items were scored, and of how many if these are fewer."""
+    expected = task['expected']
+    is_whole = expected is None or expected == task['items']
+    return f'{task["items"]:,}' if is_whole else f'{task["items"]:,} of {expected:,}'
+
+
+def _task_differences(tasks: dict[str, dict]) -> Table:
+    """Return the difference of each pair of models in each task, with its paired interval, and what was won back."""
+    pairs = list(dict.fromkeys(pair for task in tasks.values() for pair in task['intervals']))
+    rows = []
+    for name, task in tasks.items():
+        row = [name]
+        for pair in pairs:
+            if pair not in task['intervals']:
+                row.append('')
+                continue
+            first, second = pair.split(' - ')
+            difference = task['scores'][first] - task['scores'][second]
+            low, high = task['intervals'][pair]
+            row.append(f'{difference:+.2f} ({low:+.2f} to {high:+.2f})')
+        row.append('' if task['won_back'] is None else f'{task["won_back"]:.0%}')
+        rows.append(row)
+    return Table(['task', *(pair.replace(' - ', ' against ') for pair in pairs), 'won back'], rows)
+
+
+def _task_values(task: dict) -> Table:
+    """Return every value of a task, by model."""
+    models = list(task['values'])
+    value_names = dict.fromkeys(name for values in task['values'].values() for name in values)
+    rows = []
+    for name in value_names:
+        values = [task['values'][model].get(name) for model in models]
+        rows.append([name, *('none' if value is None else f'{value:.2f}' for value in values)])
+    return Table(['value', *models], rows)
+
+
+def _task_bars(tasks: dict[str, dict]) -> str:
+    """Plot the headline of each task for each model, with 95 % intervals; '' if nothing is scored."""
+    scored = {name: task for name, task in tasks.items() if any(score is not None for score in task['scores'].values())}
+    if not scored:
+        return ''
+    models = list(next(iter(scored.values()))['scores'])
+    height = 0.8 / len(models)
+    figure = Figure(figsize=(FIGURE[0], 0.9 + 0.22 * len(models) * len(scored)))
+    axes = figure.subplots()
+    for place, model in enumerate(models):
+        # Not every model need have a score in every task.
+        rows = [row for row, task in enumerate(scored.values()) if task['scores'][model] is not None]
+        shown = [list(scored.values())[row] for row in rows]
+        axes.barh(
+            [row + height * (place - (len(models) - 1) / 2) for row in rows],
+            [task['scores'][model] for task in shown],
+            height,
+            xerr=[1.96 * (task['stderr'][model] or 0.0) for task in shown],
+            capsize=2,
+            label=model,
+        )
+    axes.set_yticks(range(len(scored)), [f'{name}\n{task["headline"]}' for name, task in scored.items()])
+    axes.tick_params(axis='y', labelsize='small')
+    axes.invert_yaxis()  # the first task on top
+    axes.grid(axis='x', alpha=0.3)
+    axes.set_axisbelow(True)  # draws the grid behind the bars
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=len(models), fontsize='small', frameon=False)
+    return _svg(figure)
 
 
 def _sparsity(report: dict) -> Table:

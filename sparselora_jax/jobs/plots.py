@@ -50,7 +50,8 @@ def figure(config: ConfigDict, table: list[Row]) -> Figure:
     """
     score = recipe.metric(config.base).title
     drawn = [row for row in table if row.values and row.model not in REFERENCES]
-    quantities = [score]
+    # Each task has a panel of its own, beside the one of the recipe's own questions.
+    quantities = [score, *tasks_of(table)]
     if any(PERPLEXITY in row.values for row in drawn):
         quantities.append(PERPLEXITY)
     # Positions of all rows, including failed ones, so that every point has its place.
@@ -72,7 +73,8 @@ def figure(config: ConfigDict, table: list[Row]) -> Figure:
             axes.set_yscale('log')  # a broken model's value may be a thousand times that of a good one
         else:
             axes.set_ylabel(f'{quantity}, %')
-            axes.set_ylim(0, 105)  # room for a marker at 100 %
+            # Room for a marker at 100 %. CIDEr has no such bound.
+            axes.set_ylim(0, max(105, axes.get_ylim()[1]))
         axes.grid(axis='y', alpha=0.3)
         axes.set_axisbelow(True)  # draws the grid behind the bars
     handles, titles = plot.axes[0].get_legend_handles_labels()
@@ -202,6 +204,15 @@ def _lines(axes: Axes, plot: ConfigDict, drawn: list[Row], positions: list[Label
             marker='o',
             label=_title(series, model, groups),
         )
+
+
+def tasks_of(table: list[Row]) -> list[str]:
+    """Return the columns of the tasks that some model is scored on, in order.
+
+    Args:
+      table: see `table.rows`.
+    """
+    return list(dict.fromkeys(column for row in table for column in row.tasks))
 
 
 def write(config: ConfigDict, table: list[Row], workdir: str | Path) -> None:

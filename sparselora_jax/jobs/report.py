@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float
 
 from sparselora_jax import recipe
-from sparselora_jax.evaluation import intervals, vqa
+from sparselora_jax.evaluation import intervals, task_runs, vqa
+from sparselora_jax.evaluation.task_runs import TaskResult
 from sparselora_jax.jobs import environment, names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.names import PACKED
@@ -48,6 +49,7 @@ def build(job: Job) -> dict:
         },
         'perplexity_intervals': _perplexity_intervals(evaluations),
         'perplexity_ratios': _perplexity_ratios(evaluations),
+        'tasks': compare_tasks(results),
         'baselines': _baselines(results),
         'sparsity': exported['sparsity'],
         'time_s': _times(results),
@@ -59,6 +61,76 @@ def build(job: Job) -> dict:
         'versions': environments[-1]['versions'],
         'environments': environments,
     }
+
+
+def compare_tasks(results: dict[str, dict]) -> dict[str, dict]:
+    """Return what each model reached in each task of a run, and how far the models differ.
+
+    Args:
+      results: result of each stage that is done.
+
+    Returns:
+      Of each task: `headline` (the value that is compared), `items`, `expected` (items of the whole benchmark),
+      `notes`, and by model `scores` (the headline; None: not scored), `stderr` and `values`; `intervals`, the 95 %
+      interval of the difference of each pair of models, in the unit of the headline; and `won_back`.
+    """
+    by_model = {
+        model: results[names.task_stage(model)]['tasks']
+        for model in names.ALL_MODELS
+        if names.task_stage(model) in results
+    }
+    # All models of a run answer the same tasks, so any of them knows their names.
+    tasks = next(iter(by_model.values()), {})
+    return {
+        task: _compare_models({model: TaskResult(**done[task]) for model, done in by_model.items()}) for task in tasks
+    }
+
+
+def _compare_models(results: dict[str, TaskResult]) -> dict:
+    """Return what each model reached in one task; see `compare_tasks`."""
+    any_result = next(iter(results.values()))
+    headline = any_result.headline
+    scores = {model: result.values.get(headline) for model, result in results.items()}
+    pairs = [pair for pair in PAIRS if results.keys() >= set(pair)]
+    differences = {
+        pair_name(first, second): task_runs.paired_interval(results[first], results[second]) for first, second in pairs
+    }
+    has_all = all(scores.get(model) is not None for model in names.MODELS)
+    return {
+        'headline': headline,
+        'items': any_result.scored,
+        'expected': any_result.expected,
+        'notes': list(dict.fromkeys(note for result in results.values() for note in result.notes)),
+        'scores': scores,
+        'stderr': {model: result.stderr.get(headline) for model, result in results.items()},
+        'values': {model: result.values for model, result in results.items()},
+        'intervals': {name: interval for name, interval in differences.items() if interval is not None},
+        'won_back': _won_back(scores) if has_all else None,
+    }
+
+
+def task_lines(tasks: dict[str, dict]) -> list[str]:
+    """Return a line for each task: its headline for each model, for a terminal.
+
+    Args:
+      tasks: see `compare_tasks`.
+    """
+    lines = []
+    for name, task in tasks.items():
+        scores = [f'{model} {score_text(score)}' for model, score in task['scores'].items()]
+        lines.append(
+            f'{names.task_title(name):20} {task["headline"]:10} {"   ".join(scores)}   {task["items"]:,} items'
+        )
+    return lines
+
+
+def score_text(score: float | None) -> str:
+    """Return a task's value as a reader sees it.
+
+    Args:
+      score: the value; None: there is none.
+    """
+    return 'not scored' if score is None else f'{score:.2f}'
 
 
 def _won_back(scores: dict[str, float]) -> float | None:
@@ -137,6 +209,9 @@ def _times(results: dict[str, dict]) -> dict[str, float]:
     stages = (names.ZEROS, names.PRUNE, names.ROUND, names.TEACHER, names.EXPORT)  # some recipes have fewer
     times = {stage: results[stage]['seconds'] for stage in stages if stage in results}
     times['evaluate'] = sum(results[names.evaluation_stage(name)]['seconds'] for name in names.MODELS)
+    scored = [results[names.task_stage(name)]['seconds'] for name in names.MODELS if names.task_stage(name) in results]
+    if scored:
+        times['tasks'] = sum(scored)
     # `steps_s` covers all processes of an interrupted run; `seconds` covers only the last process.
     times['restore'] = results[names.TRAINING['restored']]['steps_s']
     return times
@@ -155,6 +230,7 @@ def summary(report: dict) -> str:
         if name in report['perplexity']:  # only a decoder-only language tower has one
             line += f'   perplexity {report["perplexity"][name]:8.1f}'
         lines.append(line)
+    lines += task_lines(report['tasks'])
     lines.append(tower_lines(report['sparsity']))
     if report['won_back'] is not None:
         lines.append(f'{report["won_back"]:.1%} of the {title} that pruning lost is won back')

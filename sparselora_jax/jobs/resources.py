@@ -25,6 +25,7 @@ REMEDIES = {
     'restore': 'lower restore.batch, raise restore.accumulate, or set restore.remat',
     'merge and export': 'use more devices (mesh.fsdp), or dtype bfloat16',
     'evaluate': 'lower evaluate.batch, evaluate.num_beams or evaluate.max_new_tokens',
+    'tasks': 'lower evaluate.batch',
 }
 PRUNING_ALONE = ('prune',)  # what launch/prune.py runs
 ALL_STAGES = tuple(memory.STAGES)
@@ -165,9 +166,25 @@ def check_job(job: Job, stages: tuple[str, ...] = ALL_STAGES) -> Resources:
         raise ConfigError(
             'lora.rank is 0 in every tower, so restoration would train nothing; raise one, or run launch/prune.py'
         )
-    resources = estimate(memory.recipe(job.model.cfg, config), job.workdir, stages)
+    trees = memory.recipe(job.model.cfg, config)
+    resources = estimate(trees, job.workdir, stages)
+    resources = resources._replace(memory=resources.memory | _memory_of_tasks(job, trees))
     check(resources, job.workdir)
     return resources
+
+
+def _memory_of_tasks(job: Job, trees: memory.Recipe) -> dict[str, int]:
+    """Return the memory that the largest task takes, as the stage `tasks`; {} without tasks.
+
+    Prompts and decoding of tasks are those of the family, so they take another amount than the recipe's own questions.
+    """
+    totals = []
+    for prepared in job.tasks.values():
+        text = prepared.asked.text
+        beams = text.decoding.get('num_beams', 1)
+        stage = memory.answer(trees, text, beams=beams, new_tokens=text.decoding['max_new_tokens'])
+        totals.append(stage.total)
+    return {'tasks': max(totals)} if totals else {}
 
 
 def describe(job: Job, resources: Resources) -> str:
@@ -196,6 +213,8 @@ def describe(job: Job, resources: Resources) -> str:
         lines += job.repeated_records(restore.batch)
         questions = min(config.evaluate.questions, len(job.dataset.test.source))
         lines.append(f'evaluate: {questions} questions, {config.evaluate.num_beams} beams')
+    for name, prepared in job.tasks.items():
+        lines.append(f'task: {name}, {len(prepared.items):,} items')
     lines += [f'memory, {name}: {size / GIB:.2f} GiB' for name, size in resources.memory.items()]
     lines.append(f'memory of a device: {resources.device_memory / GIB:.2f} GiB')
     needed = sum(resources.disk.values())

@@ -13,7 +13,7 @@ import numpy as np
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints import trees
 from sparselora_jax.evaluation.density import block_count
-from sparselora_jax.jobs.evaluate import evaluate, floor
+from sparselora_jax.jobs.evaluate import evaluate, floor, score_on_tasks
 from sparselora_jax.jobs.export import export
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.names import ALL_MODELS, CONTROL, KERNELS, MASKS, MODELS, ROUNDED, TRAINING
@@ -61,20 +61,36 @@ def evaluate_models(job: Job, models: Sequence[str]) -> None:
         raise ValueError(f'models {sorted(unknown)}: expected some of {", ".join(ALL_MODELS)}')
     # Weights are passed as functions, so that a stage that is already done loads none.
     if 'dense' in models:
-        evaluate(job, 'dense', lambda: job.params)
+        _evaluate(job, 'dense', lambda: job.params)
     # Two models need pruning, so it is not part of either evaluation.
     if 'pruned' in models or 'restored' in models:
         prune(job)
     if 'pruned' in models:
-        evaluate(job, 'pruned', job.pruned)
+        _evaluate(job, 'pruned', job.pruned)
     if 'restored' in models:
         round_base(job)
         restore(job, TRAINING['restored'], lambda: job.base)
-        evaluate(job, 'restored', job.merged)
+        _evaluate(job, 'restored', job.merged)
     if CONTROL in models:
         restore(job, TRAINING[CONTROL], lambda: Frozen(job.params, None))
         # Without masks: LoRA is merged into the dense weights as usual.
-        evaluate(job, CONTROL, lambda: merge(job.params, None, job.trained(TRAINING[CONTROL])))
+        _evaluate(job, CONTROL, lambda: merge(job.params, None, job.trained(TRAINING[CONTROL])))
+
+
+def _evaluate(job: Job, name: str, load_weights: Callable[[], dict]) -> None:
+    """Score a model on the questions of the recipe's data, and on its tasks."""
+    evaluate(job, name, load_weights)
+    score_on_tasks(job, name, load_weights)
+
+
+def score_pruned_on_tasks(job: Job) -> None:
+    """Score the dense and the pruned model on the tasks of the recipe, for a run that only prunes.
+
+    Args:
+      job: the run, which is pruned.
+    """
+    score_on_tasks(job, 'dense', lambda: job.params)
+    score_on_tasks(job, 'pruned', job.pruned)
 
 
 def _calibration(job: Job) -> list[dict]:

@@ -35,7 +35,11 @@ from sparselora_jax.runtime.files import read_json, write_text
 from sparselora_jax.runtime.progress import Progress
 
 # Stages that runs may share, and the models that need them.
-SHARED_BY = {names.PRUNE: {'pruned', 'restored'}, names.evaluation_stage('pruned'): {'pruned'}}
+SHARED_BY = {
+    names.PRUNE: {'pruned', 'restored'},
+    names.evaluation_stage('pruned'): {'pruned'},
+    names.task_stage('pruned'): {'pruned'},
+}
 
 
 class SweepError(SparseloraError, RuntimeError):
@@ -206,6 +210,7 @@ def check(planned: list[Run], workdir: Path) -> None:
         config = run.config
         # Which records a model can use depends on the lengths of texts too.
         data = (config.data, config.data_dir, config.model, config.family, config.text.to_json())
+        data += (config.evaluate.tasks, config.evaluate.data_root)
         if data not in checked:
             with _naming(run.point):
                 Job(config, workdir / run.name).check_data()

@@ -23,6 +23,8 @@ from sparselora_jax.runtime.errors import SparseloraError
 SHARED_STAGES = {
     names.PRUNE: (names.ZEROS, names.PRUNE),
     names.evaluation_stage('pruned'): (names.evaluation_stage('pruned'),),
+    # A stage that no run has done is not shared.
+    names.task_stage('pruned'): (names.task_stage('pruned'),),
 }
 STOPPED = 130  # exit code of cli.py for a process that saved its state after a signal
 

@@ -31,6 +31,7 @@ class Row(NamedTuple):
       steps: restoration steps of the point, even if this model was not restored.
       values: column -> one number for each finished seed.
       failed: the missing runs and the reasons; '' if none is missing.
+      tasks: which of the columns are scores in tasks.
     """
 
     labels: dict[str, Any]
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     steps: int
     values: dict[str, list[float]]
     failed: str = ''
+    tasks: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> int:
@@ -75,7 +77,8 @@ def rows(config: ConfigDict, workdir: str | Path) -> list[Row]:
             for result in results:
                 for column, value in _values(result, model, title).items():
                     values.setdefault(column, []).append(float(value))
-            table.append(Row(point.labels, model, point_recipe.restore.steps, values, failed))
+            tasks = tuple(dict.fromkeys(column for result in results for column in _task_scores(result, model)))
+            table.append(Row(point.labels, model, point_recipe.restore.steps, values, failed, tasks))
     return table
 
 
@@ -104,6 +107,7 @@ def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]
     evaluation = result[names.evaluation_stage(model)]
     measured = result[names.MEASURE]
     values = _scores(evaluation, title)
+    values |= _task_scores(result, model)
     if 'perplexity' in evaluation:
         values['perplexity'] = evaluation['perplexity']
     is_pruned = model in ('pruned', 'restored')
@@ -132,6 +136,19 @@ def _values(result: dict[str, dict], model: str, title: str) -> dict[str, float]
 def _scores(stage: dict, title: str) -> dict[str, float]:
     """Return the scores of an evaluation by column: the metric's title, then the kinds of answers."""
     return {title if kind == 'overall' else kind: score for kind, score in stage['accuracy'].items()}
+
+
+def _task_scores(result: dict[str, dict], model: str) -> dict[str, float]:
+    """Return the headline of each task by column, as a share; {} if the model was scored on no task."""
+    scores = {}
+    stage = result.get(names.task_stage(model), {'tasks': {}})
+    for name, values in stage['tasks'].items():
+        headline = values['headline']
+        value = values['values'].get(headline)
+        # Test splits are scored by a server.
+        if value is not None:
+            scores[f'{names.task_title(name)} {headline}'] = value / 100
+    return scores
 
 
 def columns(table: list[Row]) -> tuple[list[str], list[str]]:

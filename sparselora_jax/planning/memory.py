@@ -490,16 +490,27 @@ def evaluate(trees: Recipe) -> Stage:
       trees: trees of the recipe.
     """
     options = trees.config.evaluate
+    return answer(trees, trees.config.text, beams=options.num_beams, new_tokens=options.max_new_tokens)
+
+
+def answer(trees: Recipe, text: Any, *, beams: int, new_tokens: int) -> Stage:
+    """Estimate answering one batch of prompts of any format.
+
+    Args:
+      trees: trees of the recipe.
+      text: has `prompt_tokens` and `answer_tokens`.
+      beams: number of beams of each prompt.
+      new_tokens: maximum number of tokens of an answer.
+    """
+    batch_size = trees.config.evaluate.batch
     # A batch that the axis `data` does not divide is answered by every device.
     parts = trees.config.mesh.data
-    rows = options.batch // parts if options.batch % parts == 0 else options.batch
-    batch = prompts_like(trees.cfg, trees.config.text, rows)
+    rows = batch_size // parts if batch_size % parts == 0 else batch_size
+    batch = prompts_like(trees.cfg, text, rows)
     held = {'params': on_device(trees.params, trees.mesh), 'images and prompts': nbytes(batch)}
     moments = {
         'reading the prompts': {'one block': max(_working(stack) for stack in _traced(trees, rows))},
-        'choosing the next tokens': search(
-            trees.cfg, trees.params, batch, beams=options.num_beams, new_tokens=options.max_new_tokens
-        ),
+        'choosing the next tokens': search(trees.cfg, trees.params, batch, beams=beams, new_tokens=new_tokens),
     }
     return Stage(held, moments)
 

@@ -39,7 +39,7 @@ from sparselora_jax.recipe.methods import (
     prune_methods,
     reconstruction,
 )
-from sparselora_jax.recipe.questions import NO_DECODING, data_loader, decoding, metric, text_format
+from sparselora_jax.recipe.questions import NO_DECODING, data_loader, decoding, metric, task_names, text_format
 from sparselora_jax.recipe.restoring import reads_teacher, restore_program, runs_teacher
 from sparselora_jax.recipe.saved import from_fields
 from sparselora_jax.recipe.workdir import (
@@ -105,6 +105,7 @@ __all__ = [
     'split_alternatives',
     'stored_fields',
     'stores_masks',
+    'task_names',
     'text_format',
     'towers',
     'value_of',

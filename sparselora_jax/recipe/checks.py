@@ -19,7 +19,7 @@ from sparselora_jax.recipe.methods import (
     prune_methods,
     reconstruction,
 )
-from sparselora_jax.recipe.questions import data_loader, metric, text_format
+from sparselora_jax.recipe.questions import data_loader, metric, task_names, text_format
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.sparse.packing import PackingError, find_format
 from sparselora_jax.sparse.patterns import parse_pattern
@@ -49,7 +49,9 @@ def check_values(config: ConfigDict) -> None:
     _check_trained_weights(config)
     _check_text(config)
     _check_shares(config)
-    metric(config)  # also only for its error
+    # Also only for their errors.
+    metric(config)
+    task_names(config)
     if config.stream and config.model == embedded.NAME:
         raise ConfigError('stream True: the embedded model is not read from disk; name a directory, :model=DIRECTORY')
     restore = config.restore

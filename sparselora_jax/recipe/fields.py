@@ -19,6 +19,7 @@ from sparselora_jax import pruning
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.data.loaders import is_folder
 from sparselora_jax.evaluation.metric import METRICS
+from sparselora_jax.evaluation.tasks import is_own_data
 from sparselora_jax.pruning.reconstruct import TARGETS
 from sparselora_jax.recipe.config import ConfigError, value_of
 from sparselora_jax.recipe.kernel_rules import BASES
@@ -59,6 +60,7 @@ class Field:
       legal: its legal values; of a field with a value for each tower, those of each.
       meaning: sentences for the documentation.
       is_path: function that returns whether a legal value is a path of this machine; None: no value is.
+      is_list: whether a value is a list of texts, separated by commas, each of which may be a path.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Field:
     legal: Legal
     meaning: str
     is_path: Callable[[str], bool] | None = None
+    is_list: bool = False
 
     @property
     def is_by_tower(self) -> bool:
@@ -521,6 +524,23 @@ FIELDS = (
         one_of(list(METRICS), others=THIRD_PARTY),
         'Metric of an answer; exact_match ignores case, not punctuation.',
     ),
+    Field(
+        'evaluate.tasks',
+        '',
+        _text('names of tasks, separated by commas', may_be_empty=True),
+        'Tasks that each model is scored on too: benchmarks (docs/guides/tasks.md), or folders with a data.jsonl. '
+        "Prompts and decoding are those of the model's family.",
+        is_path=is_own_data,
+        is_list=True,
+    ),
+    Field(
+        'evaluate.data_root',
+        '',
+        _text('a folder', may_be_empty=True),
+        'Folder under which the files of the tasks lie, in any layout.',
+        is_path=bool,
+    ),
+    Field('evaluate.limit', 0, whole_number(0), 'Maximum number of items of each task; 0: all.'),
     Field('evaluate.num_beams', 1, COUNT, 'Number of beams; 1 is greedy decoding.'),
     Field('evaluate.max_new_tokens', 4, COUNT, 'Maximum number of tokens in an answer.'),
     Field('evaluate.min_length', 0, whole_number(0), 'Minimum number of tokens, including those of the prompt.'),

@@ -8,11 +8,13 @@ from sparselora_jax.data.dataset import Loader
 from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.metric import METRICS, Metric
+from sparselora_jax.evaluation.tasks import check_name, is_own_data
 from sparselora_jax.recipe.config import ConfigError
+from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.registry import UnknownNameError
 
 # Fields of `config.evaluate` that are not arguments of `generate`.
-NO_DECODING = ('questions', 'batch', 'metric')
+NO_DECODING = ('questions', 'batch', 'metric', 'tasks', 'data_root', 'limit')
 
 
 def data_loader(config: ConfigDict) -> Loader:
@@ -71,3 +73,26 @@ def metric(config: ConfigDict) -> Metric:
     if not isinstance(chosen.title, str) or not chosen.title.strip():
         raise ConfigError(f'evaluate.metric: metric {name!r} has the title {chosen.title!r}: expected a text')
     return chosen
+
+
+def task_names(config: ConfigDict) -> tuple[str, ...]:
+    """Return the names of the tasks that a recipe scores its models on.
+
+    Args:
+      config: a recipe.
+
+    Raises:
+      ConfigError: a name is empty, occurs twice or is not known, or a task needs `evaluate.data_root`.
+    """
+    text = config.evaluate.tasks
+    names = tuple(name.strip() for name in text.split(',')) if text else ()
+    if len(set(names)) < len(names):
+        raise ConfigError(f'evaluate.tasks {text!r}: a name occurs twice')
+    for name in names:
+        try:
+            check_name(name)
+        except DataError as error:
+            raise ConfigError(f'evaluate.tasks: {error}') from None
+        if not config.evaluate.data_root and not is_own_data(name):
+            raise ConfigError(f'evaluate.tasks: {name} needs evaluate.data_root, the folder of its files')
+    return names

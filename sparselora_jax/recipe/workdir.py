@@ -36,9 +36,18 @@ def absolute_paths(config: ConfigDict) -> ConfigDict:
 def _make_absolute(config: ConfigDict | dict[str, Any]) -> None:
     """Make the paths of a config absolute, in place; those of a sweep are the ones of its base recipe."""
     for field in FIELDS:
-        value = config.get(field.name)
-        if field.is_path is not None and isinstance(value, str) and field.is_path(value):
-            config[field.name] = str(Path(value).absolute())
+        *groups, name = field.name.split('.')
+        part = config
+        # A sweep has no recipe's fields, and a config of an older version lacks some.
+        for group in groups:
+            part = part.get(group, {})
+        value = part.get(name)
+        if field.is_path is None or not isinstance(value, str):
+            continue
+        parts = [part.strip() for part in value.split(',')] if field.is_list else [value]
+        absolute = [str(Path(part).absolute()) if field.is_path(part) else part for part in parts]
+        if absolute != parts:
+            part[name] = ','.join(absolute)
     base = config.get('base')
     if isinstance(base, ConfigDict | dict):
         _make_absolute(base)

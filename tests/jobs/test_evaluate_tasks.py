@@ -1,6 +1,7 @@
 """Tasks end to end: official files, a tiny random model, scores, the files that others read, resuming."""
 
 import json
+import math
 
 import miniature_benchmarks as miniature
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import tiny_models
 
 import sparselora_jax as sl
-from sparselora_jax.evaluation.tasks import TASKS, find_task
+from sparselora_jax.data.benchmarks import user_jsonl
+from sparselora_jax.evaluation.tasks import TASKS, USER_METRICS, find_task
 from sparselora_jax.jobs import evaluate_tasks
 from sparselora_jax.jobs.evaluate_tasks import TaskRequest
 from sparselora_jax.runtime.errors import DataError
@@ -37,12 +39,17 @@ def root(tmp_path_factory):
 DECODING = {'num_beams': 1, 'max_new_tokens': 3}
 
 
-def request(root, output, tasks, **options):
-    return TaskRequest(tasks=tasks, data_root=root[0], output=output, batch=2, overrides=DECODING, **options)
-
-
-def run(root, output, tasks, loaded, **options):
-    return evaluate_tasks.evaluate_tasks(request(root, output, tasks, **options), *loaded, name='tiny')
+def run(root, output, tasks, loaded, files=None, **options):
+    """Score as launch/evaluate.py does."""
+    options = {'batch': 2, 'overrides': DECODING} | options
+    request = TaskRequest(tasks=tasks, data_root=root[0], **options)
+    known = evaluate_tasks.load_tasks(request)
+    model, params, processor = loaded
+    prepared = evaluate_tasks.prepare(request, known, model, processor)
+    owner = evaluate_tasks.begin(output, files or {}, known)
+    return evaluate_tasks.evaluate_tasks(
+        request, prepared, model, params, processor, output=output, name='tiny', owner=owner
+    )
 
 
 def samples_of(folder, task):
@@ -113,12 +120,126 @@ def test_a_limit_and_an_offset_choose_items_in_their_order(root, tmp_path, loade
         run(root, tmp_path / 'none', ('gqa',), loaded, offset=99)
 
 
+@pytest.fixture
+def spoken(monkeypatch):
+    """A model that answers 'yes' to each question; returns the questions that it was asked."""
+    asked = []
+
+    def answer(model, weights, processor, text, images, questions, **options):
+        asked.extend(questions)
+        return ['yes'] * len(questions)
+
+    monkeypatch.setattr('sparselora_jax.evaluation.vqa.generate_answers', answer)
+    return asked
+
+
+def own_data(folder, questions, **fields):
+    """A folder of a user's own with these questions."""
+    lines = [{'image': '0.png', 'question': each, 'references': ['yes']} | fields for each in questions]
+    miniature.write(folder / '0.png', miniature.image(0, '.png'))
+    miniature.write(folder / 'data.jsonl', lines)
+    return (str(folder),)
+
+
+QUESTIONS = ('a?', 'b?', 'c?', 'd?', 'e ' * 30 + '?', 'f?')
+
+
+def test_weights_that_changed_at_the_same_path_are_noticed_before_any_question(tmp_path, loaded, root, spoken):
+    weights = tmp_path / 'model.safetensors'
+    weights.write_bytes(b'weights')
+    tasks = own_data(tmp_path / 'cats', QUESTIONS)
+    out = tmp_path / 'out'
+    run(root, out, tasks, loaded, {'model.safetensors': weights}, limit=2)
+    before = (out / 'results.json').read_bytes()
+    weights.write_bytes(b'WEIGHTS')
+    with pytest.raises(
+        DataError, match=r'out: the files of the model .* \(model.safetensors has changed\); put them back'
+    ):
+        run(root, out, tasks, loaded, {'model.safetensors': weights})
+    assert len(spoken) == 2
+    assert (out / 'results.json').read_bytes() == before
+    # A copy with another time is the same model.
+    weights.write_bytes(b'weights')
+    run(root, out, tasks, loaded, {'model.safetensors': weights})
+    assert len(spoken) == len(QUESTIONS)
+
+
+def test_items_that_changed_are_noticed_and_the_first_is_named(tmp_path, loaded, root, spoken):
+    tasks = own_data(tmp_path / 'cats', QUESTIONS)
+    run(root, tmp_path / 'out', tasks, loaded)
+    own_data(tmp_path / 'cats', ['a?', 'another?', *QUESTIONS[2:]])
+    with pytest.raises(DataError, match=r'the items of .*cats are not those .*\(1 changed; item 1: its question\)'):
+        run(root, tmp_path / 'out', tasks, loaded)
+
+
+def test_a_limit_may_be_raised_to_a_longer_prompt_and_lowered_again(tmp_path, loaded, root, spoken):
+    tasks = own_data(tmp_path / 'cats', QUESTIONS)
+    run(root, tmp_path / 'out', tasks, loaded, limit=4)
+    assert len(spoken) == 4
+    run(root, tmp_path / 'out', tasks, loaded)
+    assert len(spoken) == len(QUESTIONS)  # the four answers are not asked for again
+    assert len(samples_of(tmp_path / 'out', 'cats')) == len(QUESTIONS)
+    run(root, tmp_path / 'out', tasks, loaded, limit=3)
+    assert len(samples_of(tmp_path / 'out', 'cats')) == 3
+    assert len(spoken) == len(QUESTIONS)
+
+
+def test_answers_of_half_a_batch_are_computed_again_and_a_line_says_so(tmp_path, loaded, root, spoken, capsys):
+    tasks = own_data(tmp_path / 'cats', QUESTIONS)
+    run(root, tmp_path / 'out', tasks, loaded, limit=3)
+    run(root, tmp_path / 'out', tasks, loaded)
+    assert '1 answers after the last whole batch are computed again' in capsys.readouterr().err
+
+
+def test_a_file_of_ones_own_is_read_once(tmp_path, loaded, root, spoken, monkeypatch):
+    reads = []
+    fill = user_jsonl.fill
+    monkeypatch.setattr(user_jsonl, 'fill', lambda builder, path: reads.append(path) or fill(builder, path))
+    run(root, tmp_path / 'out', own_data(tmp_path / 'cats', QUESTIONS), loaded)
+    assert len(reads) == 1
+
+
+def test_two_folders_of_one_name_are_refused(tmp_path):
+    names = own_data(tmp_path / 'a' / 'cats', QUESTIONS) + own_data(tmp_path / 'b' / 'cats', QUESTIONS)
+    with pytest.raises(DataError, match=r'both write answers_cats\.jsonl; rename one'):
+        evaluate_tasks.load_tasks(TaskRequest(tasks=names, data_root=None))
+
+
+class Nothing:
+    """A metric without any value."""
+
+    notes = ()
+    per_item = np.array([math.nan, 0.5])
+
+    def aggregate(self, indices=None):
+        del indices
+        return {'overall': math.nan, 'kind/cats': 50.0, 'kind/dogs': math.inf}
+
+
+def test_a_value_that_is_not_a_number_is_null_and_a_note_says_why(tmp_path, loaded, root, spoken, monkeypatch):
+    known = ('answer', 'accuracy', lambda predictions, items: Nothing())
+    monkeypatch.setitem(USER_METRICS, 'exact_match', known)
+    tasks = own_data(tmp_path / 'cats', QUESTIONS[:2])
+    results = run(root, tmp_path / 'out', tasks, loaded)
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    written = json.loads((tmp_path / 'out' / 'results.json').read_text(), parse_constant=refuse)
+    values = written['results'][tasks[0]]
+    assert values['accuracy'] is None
+    assert values['accuracy/kind/cats'] == 50.0
+    assert values['accuracy_stderr'] is None
+    note = 'no value, because no scored item has one: accuracy, accuracy/kind/dogs'
+    assert note in written['notes'][tasks[0]]
+    assert [line['score'] for line in samples_of(tmp_path / 'out', 'cats')] == [None, 0.5]
+    assert evaluate_tasks.table(results)[0].endswith(f'not scored: {note}')
+
+
 @pytest.mark.slow
-def test_an_unknown_task_is_named_with_the_nearest_before_anything_is_read(tmp_path, loaded):
-    wanted = TaskRequest(tasks=('vqav2_vall',), data_root=tmp_path / 'absent', output=tmp_path / 'out')
+def test_an_unknown_task_is_named_with_the_nearest_before_anything_is_read(tmp_path):
     with pytest.raises(DataError, match='vqav2_val'):
-        evaluate_tasks.evaluate_tasks(wanted, *loaded, name='tiny')
-    assert not (tmp_path / 'out').exists()
+        evaluate_tasks.load_tasks(TaskRequest(tasks=('vqav2_vall',), data_root=tmp_path / 'absent'))
 
 
 @pytest.mark.slow
@@ -137,10 +258,10 @@ def test_a_folder_of_ones_own_is_scored_by_the_metric_that_it_names(root, tmp_pa
     assert [s['score'] for s in samples_of(tmp_path / 'out', 'cats')] == [1.0, 0.0]
     miniature.write(folder / 'data.jsonl', [lines[0] | {'metric': 'vqa'}, lines[1] | {'metric': 'beauty'}])
     with pytest.raises(DataError, match='metric'):
-        find_task(str(folder))
+        run(root, tmp_path / 'out', (str(folder),), loaded)
     miniature.write(folder / 'data.jsonl', [lines[0] | {'metric': 'beauty'}])
     with pytest.raises(DataError, match="metric 'beauty': expected one of exact_match, vqa"):
-        find_task(str(folder))
+        run(root, tmp_path / 'out', (str(folder),), loaded)
 
 
 @pytest.mark.slow

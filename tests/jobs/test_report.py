@@ -11,6 +11,7 @@ from test_job import tiny_config
 import sparselora_jax as sl
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.evaluation import intervals
 from sparselora_jax.jobs import environment, report
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime import files
@@ -175,6 +176,58 @@ def test_the_page_says_what_computed_the_run_and_how_to_repeat_it(finished):
     assert '8 H200 devices' in text
     assert environment.devices(described) in text
     assert f"python launch/train.py --config='{job.workdir}/config.json' --workdir=NEW_FOLDER" in text
+
+
+def task_result(right, **fields):
+    """What a model reached in a task of four items, which it answered rightly or wrongly."""
+    mean = 100 * np.mean(right)
+    values = {'accuracy': mean, 'accuracy/kind/<b>': mean}
+    known = {'headline': 'accuracy', 'values': values, 'stderr': dict.fromkeys(values, 5.0)}
+    return known | {'scored': 4, 'expected': 5046, 'notes': ['a note'], 'is_right': right, 'draws': [mean] * 3} | fields
+
+
+RIGHT = {'dense': [1, 1, 1, 1], 'pruned': [1, 0, 0, 0], 'restored': [1, 1, 1, 0]}
+
+
+def test_tasks_are_compared_side_by_side(finished):
+    job = finished('run', ['yes', 'no', 'circle'])
+    unscored = {'values': {}, 'stderr': {}, 'scored': 0, 'is_right': [], 'draws': []}
+    for model, right in RIGHT.items():
+        # CIDEr is no share of right captions: its interval is that of the paired draws.
+        mean = 60 + 40 * np.mean(right)
+        cider = {'headline': 'CIDEr', 'values': {'CIDEr': mean, 'BLEU-4': None}, 'stderr': {'CIDEr': 2.0}}
+        tasks = {
+            'ok_vqa_val2014': task_result(right),
+            '/data/cats': task_result(right, **cider, is_right=[], draws=[mean - 1, mean, mean + 1]),
+            'vqav2_test': task_result(right, **unscored),
+        }
+        write(job, f'tasks_{model}', {'seconds': 1.0, 'peak_memory_bytes': 2**30, 'tasks': tasks})
+    got = report.write(job)
+    answers = got['tasks']['ok_vqa_val2014']
+    assert answers['scores'] == {'dense': 100.0, 'pruned': 25.0, 'restored': 75.0}
+    assert answers['won_back'] == pytest.approx(2 / 3)
+    paired = intervals.paired_interval(np.array(RIGHT['restored'], float), np.array(RIGHT['dense'], float))
+    np.testing.assert_allclose(answers['intervals']['restored - dense'], 100 * np.array(paired))
+    # Both models have the same draws, so their difference has no spread.
+    np.testing.assert_allclose(got['tasks']['/data/cats']['intervals']['restored - pruned'], (20.0, 20.0))
+    assert got['tasks']['vqav2_test']['intervals'] == {}
+    page = (job.workdir / 'report.html').read_text()
+    text = ' '.join(re.sub(r'<[^>]*>', ' ', page).split())
+    assert 'ok_vqa_val2014 accuracy 100.00 ± 5.00 25.00 ± 5.00 75.00 ± 5.00 4 of 5,046' in text
+    assert 'cats -30.00 (-30.00 to -30.00) -10.00 (-10.00 to -10.00) +20.00 (+20.00 to +20.00) 67%' in text
+    assert 'vqav2_test accuracy not scored not scored not scored' in text
+    assert 'accuracy/kind/&lt;b&gt;' in page
+    assert 'BLEU-4 none none none' in text
+    assert page.count('<svg') == 2  # the losses and the tasks
+    assert report.summary(got).splitlines()[3].split() == [
+        *('ok_vqa_val2014', 'accuracy', 'dense', '100.00', 'pruned', '25.00', 'restored', '75.00', '4', 'items')
+    ]
+
+
+def test_without_tasks_the_page_has_no_part_about_them(finished):
+    job = finished('run', ['yes', 'no', 'circle'])
+    assert report.write(job)['tasks'] == {}
+    assert 'Scores on tasks' not in (job.workdir / 'report.html').read_text()
 
 
 @pytest.mark.slow

@@ -426,6 +426,47 @@ def test_the_title_of_a_metric_is_shown(tmp_path):
         assert {row['seeds'] for row in csv.DictReader(file)} == {'1'}
 
 
+def scored_on_tasks(run, folder):
+    """Writes what the stages of a run with tasks leave: the score of each model, and of a task without references."""
+    pretend(run, folder)
+    for model in run.point.models:
+        value = {'headline': 'CIDEr', 'values': {'CIDEr': 100 * score(run, model) + 60}}
+        tasks = {'nocaps_val': value, '/data/cats': value, 'vqav2_test': {'headline': 'accuracy', 'values': {}}}
+        write(run, folder, f'tasks_{model}', {'seconds': 1.0, 'peak_memory_bytes': 1, 'tasks': tasks})
+
+
+def test_a_task_has_a_column_and_a_panel(tmp_path):
+    config = sweep_config(*POINTS)
+    sweep.run(config, tmp_path, scored_on_tasks)
+    rows = table.write(config, tmp_path)
+    scored = {(row.labels.get('way'), row.model): row.values.get('nocaps_val CIDEr') for row in rows}
+    assert scored[None, 'dense'] == [pytest.approx(0.55 + 0.6)]
+    assert scored['plain', 'restored'] == [pytest.approx(0.55 + 0.6)]
+    assert scored[None, 'image-blind floor'] is None
+    figure = plots.figure(config, rows)
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        *('accuracy, %', 'nocaps_val CIDEr, %', 'cats CIDEr, %', 'perplexity')
+    ]
+    # CIDEr may be above 100.
+    assert max(bar.get_height() for bar in figure.axes[1].patches) < figure.axes[1].get_ylim()[1]
+    with (tmp_path / 'sweep.csv').open() as file:
+        assert {'nocaps_val CIDEr', 'nocaps_val CIDEr ±', 'cats CIDEr'} <= set(csv.DictReader(file).fieldnames)
+
+
+def test_scores_of_the_pruned_model_on_tasks_are_shared_with_their_files(tmp_path):
+    config = sweep_config(*POINTS)
+    giver, taker = (run for run in sweep.runs(config) if run.point.name in 'ab')
+    shared = tmp_path / 'shared'
+    (tmp_path / 'a' / 'tasks_pruned').mkdir(parents=True)
+    stored = Stored(tmp_path / 'a', owner_of(tmp_path / 'a', giver.config))
+    files.write_text(stored.writes('tasks_pruned') / 'results.json', '{}')
+    stored.write_result('tasks_pruned', {'tasks': {}})
+    for run, folder, move in ((giver, 'a', sweep_runs.give_shared), (taker, 'b', sweep_runs.take_shared)):
+        move(run.shared_stages, run.config, tmp_path / folder, shared)
+    assert (tmp_path / 'b' / 'tasks_pruned' / 'results.json').read_text() == '{}'
+    assert Stored(tmp_path / 'b', owner_of(tmp_path / 'b', taker.config)).result('tasks_pruned') == {'tasks': {}}
+
+
 def test_lines_go_through_the_table_in_order(tmp_path):
     plot = {'kind': 'lines', 'x': 'steps', 'series': 'pattern', 'title': 'Steps'}
     shares = {'c': 1.0, 'b': 0.5, 'a': 0.25}
