@@ -1,7 +1,7 @@
 """Parse the arguments of a recipe: the text after the colon in `--config=configs/NAME.py:model=...,data=...`.
 
 - `model`: a Hugging Face directory or hub id.
-- `data`: a folder with a `data.jsonl`.
+- `data`: a file or a folder of images and texts, such as a folder with a `data.jsonl`.
 - `pattern`: the pattern of the towers that the recipe prunes: a sparsity such as 0.5, or N:M such as 2:4.
 - `hardware`: a preset of `configs/hardware.py`.
 

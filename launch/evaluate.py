@@ -15,12 +15,14 @@ from pathlib import Path
 
 import cli
 from absl import flags
+from ml_collections import ConfigDict
 
+from sparselora_jax import recipe
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints.checkpoint_files import settings_files
 from sparselora_jax.data import pipeline
 from sparselora_jax.data.checked import load_dataset
-from sparselora_jax.data.dataset import DataRequest
+from sparselora_jax.data.dataset import DataRequest, Mixture
 from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.evaluation import vqa
 from sparselora_jax.recipe import CONFIG_FILE, LARGEST_COUNT, ConfigError
@@ -37,7 +39,7 @@ SHUFFLE = flags.DEFINE_bool(
     'shuffle_images', False, 'pair each question with the image of another one, to measure how much images matter'
 )
 DATA = flags.DEFINE_string(
-    'data', None, "easy_vqa, or a folder with a data.jsonl; default: the data of the model's run"
+    'data', None, "easy_vqa, files and folders of data, or package.module:Name; default: the data of the model's run"
 )
 DATA_DIR = flags.DEFINE_string(
     'data_dir', None, "folder that easy-VQA is prepared in; default: that of the model's run, otherwise runs/data"
@@ -58,12 +60,12 @@ def main(argv: list[str]) -> None:
     if TASKS.value is not None:
         score_tasks(TASKS.value)
         return
-    data, data_dir = choose_data()
+    request = choose_data()
     loaded = cli.load_model()
     model, params, processor, text = loaded
-    cli.print_header(f'data {data}')
-    misfit = pipeline.misfit(processor, text, answers=False)
-    dataset = load_dataset(find_loader(data), DataRequest(data, Path(data_dir), misfit))
+    cli.print_header(f'data {request.data}')
+    request = replace(request, misfit=pipeline.misfit(processor, text, answers=False))
+    dataset = load_dataset(find_loader(request.data), request)
     train, test = (split.read_texts() for split in (dataset.train, dataset.test))
     indices = vqa.sample(QUESTIONS.value, len(test), seed=SEED.value)
     # A larger batch would be filled with copies of the last question.
@@ -162,8 +164,8 @@ def model_files(source: str, output: Path) -> dict[str, Path]:
     return {name: file for name, file in every.items() if not file.resolve().is_relative_to(output.resolve())}
 
 
-def choose_data() -> tuple[str, str]:
-    """Return the data to score the model on, and the folder that easy-VQA is prepared in.
+def choose_data() -> DataRequest:
+    """Return the data to score the model on, and how they are drawn.
 
     The data are those of `--data`, or those of the run that wrote the model.
 
@@ -173,9 +175,9 @@ def choose_data() -> tuple[str, str]:
     """
     data_dir = DATA_DIR.value or 'runs/data'
     if DATA.value is not None:
-        return DATA.value, data_dir
+        return DataRequest(DATA.value, Path(data_dir))
     if flags.FLAGS.model is None:
-        return 'easy_vqa', data_dir
+        return DataRequest('easy_vqa', Path(data_dir))
     if not Path(flags.FLAGS.model).exists() and flags.FLAGS.model.count('/') != 1:
         raise StorageError(f'--model={flags.FLAGS.model}: no such directory')
     # A run writes its models into folders of its workdir.
@@ -191,7 +193,9 @@ def choose_data() -> tuple[str, str]:
     data_dir = DATA_DIR.value or fields.get('data_dir')
     if not isinstance(data, str) or not isinstance(data_dir, str):
         raise StorageError(f'{file}: not the config of a run; {remedy}')
-    return data, data_dir
+    # Runs of older versions had no sources to draw records from.
+    drawn = recipe.mixture(ConfigDict(fields)) if 'mixture' in fields else Mixture()
+    return DataRequest(data, Path(data_dir), mixture=drawn, seed=fields.get('seed', 0))
 
 
 if __name__ == '__main__':

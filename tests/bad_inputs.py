@@ -256,7 +256,11 @@ WRONG_VALUES = {
 WRONG_TEXTS = {
     'model': ('no/such/directory', 'data', 'recipe.json'),
     'family': ('no_such_module:FAMILY', 'json:loads', 'llava'),
-    'data': ('no/such/folder', 'model', 'recipe.json', 'no_such_module:Name', 'json:loads'),
+    'data': ('no/such/folder', 'model', 'recipe.json', 'no_such_module:Name', 'json:loads', 'data,no/such', 'data::no'),
+    'prune.data': ('no/such/folder', 'model', 'recipe.json', 'no_such_module:Name', 'json:loads'),
+    'prune.order': ('last',),
+    'mixture.captions': ('suffix',),
+    'mixture.weights': ('(1,)', '(1,2)'),
     'data_dir': (),
     'text.prompt': ('no braces', '{} {}'),
     'prune.method': ('wandas', 'no_such_module:Name', 'json:loads', 'json:no_such'),

@@ -72,7 +72,7 @@ class CheckedRecords:
         """Read one record.
 
         Raises:
-          DataError: it cannot be read, lacks a field, or its image is not uint8 [height, width, 3].
+          DataError: it cannot be read, lacks a field, or its image is neither None nor uint8 [height, width, 3].
         """
         place = f'{self.place}, {self.split.name_record(index)}'
         with calling(place, DataError):
@@ -86,6 +86,9 @@ class CheckedRecords:
             if not isinstance(record[name], str):
                 raise DataError(f'{place}: {name} is {record[name]!r}, expected a text')
         image = record['image']
+        # A text without an image.
+        if image is None:
+            return record
         if not isinstance(image, np.ndarray):
             raise DataError(f'{place}: image is a {type(image).__name__}, expected a NumPy array')
         # Floats from 0 to 1 would be read as levels, and the model would train on black images.

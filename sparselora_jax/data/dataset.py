@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from sparselora_jax.data.caption_forms import CaptionForm
 from sparselora_jax.runtime.registry import Registry
 
 
 @runtime_checkable
 class Records(Protocol):
     """Random access to records: `records[i]` is `{'image': uint8 [height, width, 3], 'question': str, 'answer': str}`.
+
+    The image of a training record may be None: it is a text alone.
 
     Reading a record may raise `DataError`, for example where the pixels of an image are corrupt.
     """
@@ -61,6 +64,28 @@ class Dataset(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """How the records of several sources are drawn and written; see `data.mixture`.
+
+    Attributes:
+      samples: number of training records that are drawn; 0: all records are used.
+      weights: share of each source among them; (): the shares are equal.
+      captions: form of the prompts of captions, see `data.caption_forms`.
+      is_clean: whether captions are cleaned as public training code does, `caption_forms.clean_caption`.
+      tolerance: largest share of a source's images that may be missing or unreadable; their records are left out.
+      is_from_start: whether the training records are the first ones of the sources, in their order, and not drawn by
+        the seed.
+    """
+
+    samples: int = 0
+    weights: tuple[int | float, ...] = ()
+    captions: CaptionForm = 'prefix'
+    is_clean: bool = True
+    tolerance: float = 0.0
+    is_from_start: bool = False
+
+
+@dataclass(frozen=True)
 class DataRequest:
     """The facts about a run that a loader needs.
 
@@ -69,11 +94,15 @@ class DataRequest:
       data_dir: folder in which a loader may keep files that it prepares.
       misfit: maps (question, answer) to the reason why the model cannot use them, or ''. A loader skips records with
         a reason.
+      mixture: how records are drawn from sources; loaders of named data sets do not use it.
+      seed: seed of what a loader draws at random.
     """
 
     data: str
     data_dir: Path
     misfit: Callable[[str, str], str] = lambda question, answer: ''
+    mixture: Mixture = Mixture()
+    seed: int = 0
 
 
 # Checkable at run time: if a config names an object that is not a `Loader`, it is refused before any work starts.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from sparselora_jax.data import images
-from sparselora_jax.data.dataset import DATASETS, DataRequest, Dataset, Split
+from sparselora_jax.data.dataset import DATASETS, Dataset, Split
 from sparselora_jax.runtime.errors import DataError
 
 FIELDS = ('image', 'prompt', 'answer')
@@ -305,18 +305,3 @@ def _read_image_names(source: Source) -> list[str]:
     with ThreadPoolExecutor(8) as pool:  # waits for the disk, not for the processor
         prints = dict(zip(names, pool.map(lambda name: images.fingerprint(source.folder / name), names), strict=True))
     return [f'{record.image}, {prints[record.image]}' for record in source.records]
-
-
-class FolderLoader:
-    """The `Loader` of folders: `request.data` is the path of the folder."""
-
-    # Batches are not mixed by kind: a folder may have no answers of some kind, and then no batch could be drawn.
-    kinds = ()
-
-    def __call__(self, request: DataRequest) -> Dataset:
-        """Load a folder, without the records that the model cannot use.
-
-        Args:
-          request: its `data` is the path of the folder.
-        """
-        return load(request.data, request.misfit)

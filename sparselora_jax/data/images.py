@@ -121,6 +121,23 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         yield image
 
 
+def check_bytes(data: bytes, name: str) -> None:
+    """Check that an image in memory can be opened; its pixels are not decoded.
+
+    Args:
+      data: the bytes of an image file.
+      name: where they come from, for messages.
+
+    Raises:
+      DataError: the bytes are not an image, or it has too many pixels.
+    """
+    try:
+        with _open(BytesIO(data)):
+            pass
+    except DataError as error:
+        raise DataError(f'{name}: not a readable image ({error})') from None
+
+
 @contextmanager
 def _open(source: str | Path | BytesIO) -> Iterator[Image.Image]:
     """Open an image; errors of Pillow while it is used become a DataError."""

@@ -3,7 +3,7 @@
 `batches(...)[step]` is the batch of a global step. So a checkpoint stores the position in the data as one integer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import grain
@@ -19,7 +19,7 @@ class ExampleProcessor(Protocol):
     """The methods of `processing.Processor` used here, declared again so that its module is not imported."""
 
     def example(
-        self, image: np.ndarray, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int
+        self, image: np.ndarray | None, prompt: str, answer: str, *, prompt_tokens: int, answer_tokens: int
     ) -> dict[str, np.ndarray]:
         """Return the arrays of one example; see `processing.Processor.example`."""
 
@@ -75,6 +75,7 @@ def batches(
     shares: Sequence[int | float],
     rows: Sequence[int] | None = None,
     augment: Callable[[dict, np.random.Generator], dict] | None = None,
+    augment_image: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
 ) -> grain.MapDataset:
     """Return an endless dataset whose item `step` is the stacked batch of that step.
 
@@ -87,6 +88,7 @@ def batches(
       shares: the weight of each group in a batch, for example (2, 1, 1) for half, a quarter, a quarter.
       rows: indices of the batch rows to produce; records of other rows are not read. None: all rows.
       augment: applied to each example, with a generator that is a function of seed and position.
+      augment_image: applied to the image of each record before `transform`, with such a generator.
 
     Raises:
       DataError: a group is empty.
@@ -100,7 +102,12 @@ def batches(
         for number, group in enumerate(groups)
     ]
     mixed = grain.MapDataset.mix(shuffled, weights=shares)
-    examples = mixed.map(lambda index: transform(source[index]))
+    if augment_image is None:
+        examples = mixed.map(lambda index: transform(source[index]))
+    else:
+        records = mixed.map(lambda index: source[index]).seed(seed)
+        records = records.random_map(lambda record, rng: _with_augmented_image(record, augment_image, rng))
+        examples = records.map(transform)
     # `random_map` derives a generator for each position from this seed, so a resumed run draws the same numbers.
     if augment is not None:
         examples = examples.seed(seed).random_map(augment)
@@ -111,6 +118,15 @@ def batches(
     own_examples = grain.MapDataset.range(len(examples) // batch * len(rows))
     own_examples = own_examples.map(lambda i: examples[i // len(rows) * batch + rows[i % len(rows)]])
     return own_examples.batch(len(rows))
+
+
+def _with_augmented_image(
+    record: Mapping, augment_image: Callable[[np.ndarray, np.random.Generator], np.ndarray], rng: np.random.Generator
+) -> dict:
+    # A text has no image.
+    if record['image'] is None:
+        return dict(record)
+    return {**record, 'image': augment_image(record['image'], rng)}
 
 
 def groups_by_kind(split: Split, dataset: Dataset) -> list[list[int]]:

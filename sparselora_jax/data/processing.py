@@ -29,6 +29,8 @@ from sparselora_jax.runtime.errors import DataError
 if TYPE_CHECKING:
     import transformers
 
+# Stands in for the image of a text that has none.
+_BLANK = np.zeros((9, 9, 3), np.uint8)
 _QFORMER_PROMPT = 'prompt (as the Q-Former reads it)'
 INPUTS = ('pixel_values', 'input_ids', 'attention_mask', 'qformer_input_ids', 'qformer_attention_mask')
 
@@ -96,12 +98,13 @@ class Processor:
         return {name: outputs[name].astype(dtypes.get(name, np.int32)) for name in names if name in outputs}
 
     def example(
-        self, image: Picture, prompt: str, answer: str = '', *, prompt_tokens: int, answer_tokens: int
+        self, image: Picture | None, prompt: str, answer: str = '', *, prompt_tokens: int, answer_tokens: int
     ) -> Inputs:
         """Return one example with fixed shapes: to train on, or to generate from if the answer is ''.
 
         Args:
-          image: a picture of any size.
+          image: a picture of any size; None for a text without an image. Then the positions of the image count as
+            pads, so that the language model reads the text alone; `pixel_values` are zeros.
           prompt: the text before the answer, as in `prompt`.
           answer: the text to learn; '' for an example to generate from.
           prompt_tokens: number of tokens that each prompt is padded to.
@@ -121,7 +124,11 @@ class Processor:
           DataError: a prompt or an answer does not fit, a prompt has no tokens, or as for `prompt`.
         """
         # The processor pads to the longest text of a batch. A single text gets no pads, so they are added here.
-        row = {name: value[0] for name, value in self.prompt([image], [prompt]).items()}
+        inputs = self.prompt([_BLANK if image is None else image], [prompt])
+        row = {name: value[0] for name, value in inputs.items()}
+        if image is None:
+            row['pixel_values'] = np.zeros_like(row['pixel_values'])
+            row['attention_mask'] = row['attention_mask'] * (row['input_ids'] != self._image_id)
         target = [*self._answer_tokens(prompt, answer), self.end] if answer.strip() else []
         words = self._without_image(row['input_ids'].tolist())
         texts = [
@@ -223,8 +230,12 @@ class Processor:
 
     def _without_image(self, tokens: Sequence[int]) -> list[int]:
         """Return the tokens that are words; image tokens stand for an image, and may lie outside the vocabulary."""
-        image = self.hf.tokenizer.convert_tokens_to_ids(str(self.hf.image_token))
+        image = self._image_id
         return [token for token in tokens if token != image]
+
+    @property
+    def _image_id(self) -> int:
+        return self.hf.tokenizer.convert_tokens_to_ids(str(self.hf.image_token))
 
     def _with_image(self, text: str) -> str:
         """Return the text as the transformers processor expects it, with the image token in its place."""

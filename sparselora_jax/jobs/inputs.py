@@ -24,6 +24,7 @@ from sparselora_jax.runtime.digests import Digest
 
 REMEDY = 'use another workdir, or put them back'
 FIELDS = ('question', 'answer', 'image')
+SPLITS = ('train', 'test', 'calibration')
 DIGITS = 6  # hexadecimal digits kept of each field of a record, to name a record that has changed
 SHOWN = 3  # most files that a message names
 
@@ -56,12 +57,14 @@ class Inputs(NamedTuple):
       train: the training records.
       test: the test questions.
       tasks: the items of each task.
+      calibration: the calibration samples; None: they are training records.
     """
 
     model: dict[str, Digest]
     train: RecordsDigest
     test: RecordsDigest
     tasks: dict[str, RecordsDigest]
+    calibration: RecordsDigest | None = None
 
     def store(self, stored: Stored) -> None:
         """Write `inputs.json`.
@@ -69,8 +72,10 @@ class Inputs(NamedTuple):
         Args:
           stored: the files of the run.
         """
-        values = {'model': digests.to_json(self.model), 'tasks': records_to_json(self.tasks)}
-        stored.write(names.INPUTS, values | records_to_json({'train': self.train, 'test': self.test}))
+        splits = {'train': self.train, 'test': self.test, 'calibration': self.calibration}
+        records = records_to_json({name: digest for name, digest in splits.items() if digest is not None})
+        model = digests.to_json(self.model)
+        stored.write(names.INPUTS, {'model': model, 'tasks': records_to_json(self.tasks)} | records)
 
 
 def load(stored: Stored) -> Inputs | None:
@@ -85,7 +90,7 @@ def load(stored: Stored) -> Inputs | None:
     values = stored.read(names.INPUTS, CONFIG_REMEDY)
     if values is None:
         return None
-    records = records_from_json({name: values[name] for name in ('train', 'test')})
+    records = records_from_json({name: values[name] for name in SPLITS if name in values})
     # Runs of older versions had no tasks.
     tasks = records_from_json(values.get('tasks', {}))
     return Inputs(digests.from_json(values['model']), **records, tasks=tasks)
@@ -122,7 +127,12 @@ def model_files(model: Model, pieces: Iterable[Piece]) -> dict[str, Path]:
 
 
 def take(
-    model_files: Mapping[str, Path], dataset: Dataset, tasks: Mapping[str, RecordsDigest], known: Inputs | None
+    model_files: Mapping[str, Path],
+    dataset: Dataset,
+    tasks: Mapping[str, RecordsDigest],
+    known: Inputs | None,
+    *,
+    calibration: Split | None = None,
 ) -> Inputs:
     """Return the digests of the inputs as they are now.
 
@@ -131,12 +141,14 @@ def take(
       dataset: the records.
       tasks: digest of the items of each task.
       known: the digests when the run began; files that look the same are not read again.
+      calibration: the calibration samples; None: they are training records.
     """
     return Inputs(
         digests.take(model_files, None if known is None else known.model),
         digest_records(dataset.train),
         digest_records(dataset.test),
         dict(tasks),
+        None if calibration is None else digest_records(calibration),
     )
 
 
@@ -185,7 +197,16 @@ def change_of_items(old: RecordsDigest, new: RecordsDigest) -> str:
     return '' if old.sha256 == new.sha256 else describe_change(old.rows(), new.rows(), 'item {}'.format)
 
 
-def refuse_changed(begun: Inputs, now: Inputs, *, workdir: Path, model: str, data: str, dataset: Dataset) -> None:
+def refuse_changed(
+    begun: Inputs,
+    now: Inputs,
+    *,
+    workdir: Path,
+    model: str,
+    data: str,
+    dataset: Dataset,
+    calibration: Split | None = None,
+) -> None:
     """Check that a run still has the inputs with which it began.
 
     Args:
@@ -195,6 +216,7 @@ def refuse_changed(begun: Inputs, now: Inputs, *, workdir: Path, model: str, dat
       model: the model, as the recipe names it.
       data: the data set, as the recipe names it.
       dataset: the records now, to name the place of one that has changed.
+      calibration: the calibration samples now; None: they are training records.
 
     Raises:
       ConfigError: a file or a record has changed; the message names it.
@@ -209,7 +231,10 @@ def refuse_changed(begun: Inputs, now: Inputs, *, workdir: Path, model: str, dat
     for kind, old, new, split in (
         ('test questions', begun.test, now.test, dataset.test),
         ('training records', begun.train, now.train, dataset.train),
+        ('calibration samples', begun.calibration, now.calibration, calibration),
     ):
+        if old is None or new is None or split is None:
+            continue
         if old.sha256 != new.sha256:
             change = describe_change(old.rows(), new.rows(), split.name_record)
             raise ConfigError(

@@ -16,8 +16,9 @@ from sparselora_jax.checkpoints import embedded, on_disk, streaming, trees
 from sparselora_jax.checkpoints.layout import Piece
 from sparselora_jax.checkpoints.load import open_model
 from sparselora_jax.data import pipeline, processing
+from sparselora_jax.data.augment import crop_and_flip
 from sparselora_jax.data.checked import load_dataset
-from sparselora_jax.data.dataset import DataRequest, Dataset
+from sparselora_jax.data.dataset import DataRequest, Dataset, Mixture, Split
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.generate import check_new_tokens, check_options
 from sparselora_jax.evaluation.tasks import LoadedTask
@@ -32,6 +33,8 @@ from sparselora_jax.recipe import (
     ConfigError,
     absolute_paths,
     base_formats,
+    calibration_mixture,
+    calibration_samples,
     check_allocation,
     check_batches,
     check_family,
@@ -41,12 +44,14 @@ from sparselora_jax.recipe import (
     claim,
     data_loader,
     lora_rules,
+    mixture,
     prune_methods,
     prune_rules,
     refuse_other,
     runs_teacher,
     task_names,
     text_format,
+    value_of,
 )
 from sparselora_jax.restoration import teacher
 from sparselora_jax.restoration.restore import Frozen, merge_trained
@@ -263,6 +268,7 @@ class Job:
                 model=self.config.model,
                 data=self.config.data,
                 dataset=self.dataset,
+                calibration=self.calibration,
             )
 
     @functools.cached_property
@@ -270,7 +276,7 @@ class Job:
         """Return the digests of the model's files and of the records, which take seconds to compute."""
         known = inputs.load(self.stored)
         items = evaluate_tasks.digest_items(self._loaded_tasks)
-        return inputs.take(self._model_files(), self.dataset, items, known)
+        return inputs.take(self._model_files(), self.dataset, items, known, calibration=self.calibration)
 
     def _model_files(self) -> dict[str, Path]:
         """Return the files that decide what the model computes, by name."""
@@ -349,9 +355,22 @@ class Job:
     @functools.cached_property
     def dataset(self) -> Dataset:
         """Return the data for pruning, training and evaluation."""
+        return self._load_data('data', mixture(self.config))
+
+    @functools.cached_property
+    def calibration(self) -> Split | None:
+        """Return the records of calibration; None: they are drawn from the training records."""
+        prune = self.config.prune
+        if not prune.data and prune.order == 'shuffled':
+            return None
+        return self._load_data('prune.data' if prune.data else 'data', calibration_mixture(self.config)).train
+
+    def _load_data(self, field: str, drawn: Mixture) -> Dataset:
+        """Return the data that a field of the recipe names."""
+        config = self.config
         # `_misfit` is a method of this job, so that loaders do not depend on models.
-        request = DataRequest(self.config.data, Path(self.config.data_dir), self._misfit)
-        return load_dataset(data_loader(self.config), request)
+        request = DataRequest(value_of(config, field), Path(config.data_dir), self._misfit, drawn, config.seed)
+        return load_dataset(data_loader(config, field), request)
 
     def _misfit(self, question: str, answer: str) -> str:
         """Return why the model cannot take a record, '' if it can."""
@@ -366,29 +385,62 @@ class Job:
           seed: seed of the order of records.
           with_teacher: add the logits of the teacher that the stage `teacher` wrote.
         """
-        train = self.dataset.train
-        shares = self.config.restore.shares
-        groups = self._groups
         self._tell_repeated(batch)
-        rows = None if self.mesh is None else sharding.local_rows(self.mesh, batch)
-        batches = pipeline.batches(
-            train.source,
-            pipeline.vqa_transform(self.processor, self.text),
-            batch=batch,
-            seed=seed,
-            groups=groups,
-            shares=shares or (1,),
-            rows=rows,
+        batches = self._batches_of(
+            self.dataset.train, batch, seed, groups=self._groups, shares=self.config.restore.shares or (1,)
         )
         # Indexed by step, like the teacher's files, so that batch and logits match at whatever step a run is resumed.
         if with_teacher:
             folder = self.workdir / names.TEACHER
+            rows = self._rows(batch)
             batches = batches.map_with_index(
                 lambda step, arrays: arrays | {'teacher': teacher.read(folder, step, rows)}
             )
         if self.mesh is not None:
             batches = batches.map(lambda local: sharding.shard_batch(local, self.mesh))
         return batches
+
+    def calibration_batches(self, batch: int) -> grain.MapDataset:
+        """Return batches of calibration samples; the first batch holds each sample once if they are enough.
+
+        Args:
+          batch: number of rows over all processes.
+        """
+        seed = self.config.seed + 1
+        if self.calibration is None:
+            return self.batches(batch, seed)
+        count = len(self.calibration.source)
+        if self.config.prune.order == 'first':
+            count = min(count, calibration_samples(self.config))
+        batches = self._batches_of(self.calibration, batch, seed, groups=[range(count)], shares=(1,))
+        if self.mesh is not None:
+            batches = batches.map(lambda local: sharding.shard_batch(local, self.mesh))
+        return batches
+
+    def _batches_of(
+        self,
+        split: Split,
+        batch: int,
+        seed: int,
+        *,
+        groups: Sequence[Sequence[int]],
+        shares: Sequence[int | float],
+    ) -> grain.MapDataset:
+        """Return the rows of this process of batches of a split, by step; see `pipeline.batches`."""
+        return pipeline.batches(
+            split.source,
+            pipeline.vqa_transform(self.processor, self.text),
+            batch=batch,
+            seed=seed,
+            groups=groups,
+            shares=shares,
+            rows=self._rows(batch),
+            augment_image=crop_and_flip if self.config.mixture.augment else None,
+        )
+
+    def _rows(self, batch: int) -> Sequence[int] | None:
+        """Return the rows of a batch that this process reads; None: all of them."""
+        return None if self.mesh is None else sharding.local_rows(self.mesh, batch)
 
     @functools.cached_property
     def _groups(self) -> list[Sequence[int]]:
@@ -415,6 +467,16 @@ class Job:
                 of_kind = kind and f' of kind {kind}'
                 lines.append(f'{rows} training samples are drawn from {size} records{of_kind}: records repeat')
         return lines
+
+    def repeated_samples(self) -> list[str]:
+        """Return a line if calibration needs more records than there are, as `repeated_records` does for a batch."""
+        samples = self.config.prune.samples
+        if self.calibration is None:
+            return self.repeated_records(samples)
+        size = len(self.calibration.source)
+        if samples <= size:
+            return []
+        return [f'{samples} calibration samples are drawn from {size} records: records repeat']
 
     def _tell_repeated(self, batch: int) -> None:
         """Print a line, once, if a batch needs more records than there are."""

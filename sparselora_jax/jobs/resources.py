@@ -205,7 +205,7 @@ def describe(job: Job, resources: Resources) -> str:
         'records',
         f'prune: {_towers(trees.masks)} by {config.prune.method}, {config.prune.samples} samples{training}',
     ]
-    lines += job.repeated_records(config.prune.samples)
+    lines += job.repeated_samples()
     if 'restore' in resources.memory:
         restore = config.restore
         trained = 'the pruned kernels' if restore.trained == 'weights' else f'LoRA in {_towers(trees.lora)}'

@@ -21,6 +21,7 @@ from sparselora_jax.jobs.restore import restore
 from sparselora_jax.pruning.allocate import run_allocation
 from sparselora_jax.recipe import (
     allocation_of,
+    calibration_samples,
     edited_kernels,
     prune_methods,
     prune_rules,
@@ -94,17 +95,13 @@ def score_pruned_on_tasks(job: Job) -> None:
 
 
 def _calibration(job: Job) -> list[dict]:
-    """Return the training samples that pruning is calibrated on, as one batch."""
-    config = job.config
-    # The walk finds the kernels of a block by running it. So if no method has a statistic, and the recipe asks for no
-    # samples, one for each part of a batch runs, and its statistics are not used.
-    samples = config.prune.samples or config.mesh.data * config.mesh.fsdp
-    return [job.batches(samples, config.seed + 1)[0]]
+    """Return the samples that pruning is calibrated on, as one batch."""
+    return [job.calibration_batches(calibration_samples(job.config))[0]]
 
 
 def _score_batches(job: Job, samples: int, batch: int) -> list[dict]:
-    """Return the training batches on which an allocation scores layers."""
-    drawn = job.batches(batch, job.config.seed + 1)
+    """Return the batches of calibration samples on which an allocation scores layers."""
+    drawn = job.calibration_batches(batch)
     return [drawn[index] for index in range(samples // batch)]
 
 

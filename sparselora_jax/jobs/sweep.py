@@ -209,7 +209,8 @@ def check(planned: list[Run], workdir: Path) -> None:
     for run in planned:
         config = run.config
         # Which records a model can use depends on the lengths of texts too.
-        data = (config.data, config.data_dir, config.model, config.family, config.text.to_json())
+        texts = (config.text.to_json(), config.mixture.to_json())
+        data = (config.data, config.data_dir, config.model, config.family, *texts)
         data += (config.evaluate.tasks, config.evaluate.data_root)
         if data not in checked:
             with _naming(run.point):

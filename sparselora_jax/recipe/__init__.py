@@ -39,7 +39,17 @@ from sparselora_jax.recipe.methods import (
     prune_methods,
     reconstruction,
 )
-from sparselora_jax.recipe.questions import NO_DECODING, data_loader, decoding, metric, task_names, text_format
+from sparselora_jax.recipe.questions import (
+    NO_DECODING,
+    calibration_mixture,
+    calibration_samples,
+    data_loader,
+    decoding,
+    metric,
+    mixture,
+    task_names,
+    text_format,
+)
 from sparselora_jax.recipe.restoring import reads_teacher, restore_program, runs_teacher
 from sparselora_jax.recipe.saved import from_fields
 from sparselora_jax.recipe.workdir import (
@@ -69,6 +79,8 @@ __all__ = [
     'add_options',
     'allocation_of',
     'base_formats',
+    'calibration_mixture',
+    'calibration_samples',
     'check_allocation',
     'check_batches',
     'check_family',
@@ -89,6 +101,7 @@ __all__ = [
     'from_fields',
     'lora_rules',
     'metric',
+    'mixture',
     'nearest',
     'option_fields',
     'override',

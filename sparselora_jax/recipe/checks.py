@@ -6,6 +6,8 @@ import re
 from ml_collections import ConfigDict
 
 from sparselora_jax.checkpoints import embedded
+from sparselora_jax.data.loaders import is_path
+from sparselora_jax.data.sources.place import split_names
 from sparselora_jax.models.config import FamilyConfig
 from sparselora_jax.models.family import other_family, use_recipe_of
 from sparselora_jax.pruning.reconstruct import ReconstructError, check_reconstruct
@@ -49,6 +51,7 @@ def check_values(config: ConfigDict) -> None:
     _check_trained_weights(config)
     _check_text(config)
     _check_shares(config)
+    _check_mixture(config)
     # Also only for their errors.
     metric(config)
     task_names(config)
@@ -161,6 +164,8 @@ def _check_shares(config: ConfigDict) -> None:
     shares = config.restore.shares
     # The loader is always looked up, so that an unknown data set is an error even without shares.
     kinds = data_loader(config).kinds
+    if config.prune.data:
+        data_loader(config, 'prune.data')
     if not shares:
         return
     if not kinds:
@@ -171,6 +176,25 @@ def _check_shares(config: ConfigDict) -> None:
         )
     if len(shares) != len(kinds) or sum(shares) == 0:
         raise ConfigError(f'restore.shares {shares}: expected a share of each kind: {", ".join(kinds)}')
+
+
+def _check_mixture(config: ConfigDict) -> None:
+    """Check that records are drawn from sources, and that each source has a weight."""
+    samples = config.mixture.samples
+    weights = config.mixture.weights
+    if not is_path(config.data):
+        if samples or weights:
+            field = 'samples' if samples else 'weights'
+            raise ConfigError(
+                f'mixture.{field} {config.mixture[field]}: expected {0 if samples else ()}, because {config.data!r} is '
+                'not read from files of your own'
+            )
+        return
+    sources = len(split_names(config.data))
+    if weights and len(weights) != sources:
+        raise ConfigError(f'mixture.weights {weights}: expected a weight for each of the {sources} sources of data')
+    if weights and not samples:
+        raise ConfigError(f'mixture.weights {weights}: expected (), or a number of records as mixture.samples')
 
 
 def check_family(config: ConfigDict, cfg: FamilyConfig) -> None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from ml_collections import ConfigDict
 
 from sparselora_jax import pruning
 from sparselora_jax.checkpoints import embedded
-from sparselora_jax.data.loaders import is_folder
+from sparselora_jax.data.caption_forms import FORMS
+from sparselora_jax.data.loaders import absolute_data
 from sparselora_jax.evaluation.metric import METRICS
 from sparselora_jax.evaluation.tasks import is_own_data
 from sparselora_jax.pruning.reconstruct import TARGETS
@@ -30,6 +32,7 @@ from sparselora_jax.sparse.packing import FORMATS
 from sparselora_jax.sparse.weights import GRADIENTS
 
 TEACHERS = ('model', 'top_k')
+ORDERS = ('shuffled', 'first')
 DTYPES = ('float32', 'bfloat16', 'float16')
 # JAX counts steps, tokens and indices in 32 bits, and numbers of a schedule or a loss become float32.
 LARGEST_COUNT = 2**31 - 1
@@ -59,16 +62,14 @@ class Field:
       default: its default; a dict holds one for each tower.
       legal: its legal values; of a field with a value for each tower, those of each.
       meaning: sentences for the documentation.
-      is_path: function that returns whether a legal value is a path of this machine; None: no value is.
-      is_list: whether a value is a list of texts, separated by commas, each of which may be a path.
+      absolute: function that returns a legal value with absolute paths of this machine; None: no value has a path.
     """
 
     name: str
     default: Any
     legal: Legal
     meaning: str
-    is_path: Callable[[str], bool] | None = None
-    is_list: bool = False
+    absolute: Callable[[str], str] | None = None
 
     @property
     def is_by_tower(self) -> bool:
@@ -150,13 +151,37 @@ SHARES = Legal(
     'numbers of 0 or more, one for each kind of answer, or ()',
     lambda value: isinstance(value, tuple | list) and all(is_number(share) and share >= 0 for share in value),
 )
+WEIGHTS = Legal(
+    'positive numbers, one for each source, or ()',
+    lambda value: isinstance(value, tuple | list) and all(is_number(weight) and weight > 0 for weight in value),
+)
 A_FOLDER = _text('a folder')
 REGEX = _text('a regular expression')
 
 
-def _is_directory(model: str) -> bool:
-    """Return whether a recipe's model is a path: what does not exist may be a hub id."""
-    return model != embedded.NAME and os.path.exists(model)
+# Links are not resolved: a path may be one because its target moves, or differs from machine to machine.
+def _absolute_path(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def _absolute_model(model: str) -> str:
+    """Return a recipe's model with an absolute path; what does not exist may be a hub id."""
+    is_directory = model != embedded.NAME and os.path.exists(model)
+    return _absolute_path(model) if is_directory else model
+
+
+def _absolute_if_named(path: str) -> str:
+    return _absolute_path(path) if path else path
+
+
+def _absolute_tasks(tasks: str) -> str:
+    """Return names of tasks, of which those of folders have absolute paths."""
+    names = [name.strip() for name in tasks.split(',')]
+    return ','.join(_absolute_path(name) if is_own_data(name) else name for name in names)
+
+
+def _absolute_other_data(data: str) -> str:
+    return absolute_data(data) if data else data
 
 
 FIELDS = (
@@ -166,7 +191,7 @@ FIELDS = (
         embedded.NAME,
         _text(f'{embedded.NAME}, a directory or a hub id'),
         'Model to prune: the embedded one (docs/guides/install.md), a Hugging Face directory, or a hub id.',
-        is_path=_is_directory,
+        absolute=_absolute_model,
     ),
     Field(
         'family',
@@ -178,16 +203,17 @@ FIELDS = (
     Field(
         'data',
         'easy_vqa',
-        _text('easy_vqa, a folder, or package.module:Name'),
-        'Data: easy-VQA, a folder of images with a data.jsonl, or a loader of your own.',
-        is_path=is_folder,
+        _text('easy_vqa, paths separated by commas, or package.module:Name'),
+        'Data: easy-VQA; files and folders of images and texts (docs/guides/restoration_data.md), such as a folder '
+        'with a data.jsonl; or a loader of your own.',
+        absolute=absolute_data,
     ),
     Field(
         'data_dir',
         'runs/data',
         A_FOLDER,
-        'Folder for the prepared easy-VQA data, which all runs share.',
-        is_path=lambda folder: True,
+        'Folder for the prepared easy-VQA data and the indices of tar files, which all runs share.',
+        absolute=_absolute_path,
     ),
     Field(
         'seed',
@@ -217,6 +243,46 @@ FIELDS = (
         False,
         SWITCH,
         'Prune block by block from disk, for a model that does not fit in memory. Not for the embedded model.',
+    ),
+    # How records are drawn from files of captions, conversations and texts.
+    Field(
+        'mixture.samples',
+        0,
+        whole_number(0, note=' (all)'),
+        'Number of training records drawn from the sources of `data`, by the seed; 0: all records are used.',
+    ),
+    Field(
+        'mixture.weights',
+        (),
+        WEIGHTS,
+        'Share of each source of `data` in mixture.samples, for example (2, 1). (): equal shares.',
+    ),
+    # The paper uses the first for BLIP-2, and the second for InstructBLIP.
+    Field(
+        'mixture.captions',
+        'prefix',
+        one_of(FORMS),
+        'Prompt of a caption. prefix: its beginning, cut at a random character. instruct: a short request for a '
+        'caption (`caption_forms.INSTRUCTIONS`).',
+    ),
+    Field(
+        'mixture.clean',
+        True,
+        SWITCH,
+        'Clean captions as the public code of BLIP-2 does: lower case, less punctuation, at most 50 words.',
+    ),
+    Field(
+        'mixture.tolerance',
+        0.0,
+        number(lambda value: 0 <= value < 1, 'a share from 0 to below 1'),
+        "Largest share of a source's images that may be missing or unreadable; their records are left out.",
+    ),
+    Field(
+        'mixture.augment',
+        False,
+        SWITCH,
+        'Crop training images at random to half of their area or more, and mirror half of them; calibration samples '
+        'too. Otherwise images are only resized.',
     ),
     # How questions and answers become tokens.
     Field(
@@ -254,7 +320,21 @@ FIELDS = (
         'prune.samples',
         128,
         whole_number(0),
-        'Number of calibration samples, from the training set. 0 is for methods without a statistic.',
+        'Number of calibration samples. 0 is for methods without a statistic.',
+    ),
+    Field(
+        'prune.data',
+        '',
+        _text("'', or as `data`", may_be_empty=True),
+        "Data of the calibration samples, in the form of `data`. '': the training records.",
+        absolute=_absolute_other_data,
+    ),
+    # The public code of the paper calibrates on the first records of a file.
+    Field(
+        'prune.order',
+        'shuffled',
+        one_of(ORDERS),
+        'Calibration samples. shuffled: drawn by the seed. first: the first ones, in the order of the files.',
     ),
     Field(
         'prune.chunk',
@@ -530,15 +610,14 @@ FIELDS = (
         _text('names of tasks, separated by commas', may_be_empty=True),
         'Tasks that each model is scored on too: benchmarks (docs/guides/tasks.md), or folders with a data.jsonl. '
         "Prompts and decoding are those of the model's family.",
-        is_path=is_own_data,
-        is_list=True,
+        absolute=_absolute_tasks,
     ),
     Field(
         'evaluate.data_root',
         '',
         _text('a folder', may_be_empty=True),
         'Folder under which the files of the tasks lie, in any layout.',
-        is_path=bool,
+        absolute=_absolute_if_named,
     ),
     Field('evaluate.limit', 0, whole_number(0), 'Maximum number of items of each task; 0: all.'),
     Field('evaluate.num_beams', 1, COUNT, 'Number of beams; 1 is greedy decoding.'),

@@ -1,15 +1,16 @@
 """Turn the fields about data and answers into a loader, a text format, decoding arguments and a metric."""
 
+from dataclasses import replace
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparselora_jax.data.dataset import Loader
+from sparselora_jax.data.dataset import Loader, Mixture
 from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.metric import METRICS, Metric
 from sparselora_jax.evaluation.tasks import check_name, is_own_data
-from sparselora_jax.recipe.config import ConfigError
+from sparselora_jax.recipe.config import ConfigError, value_of
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.registry import UnknownNameError
 
@@ -17,19 +18,64 @@ from sparselora_jax.runtime.registry import UnknownNameError
 NO_DECODING = ('questions', 'batch', 'metric', 'tasks', 'data_root', 'limit')
 
 
-def data_loader(config: ConfigDict) -> Loader:
+def data_loader(config: ConfigDict, field: str = 'data') -> Loader:
     """Return the loader of the data set that a recipe names.
 
     Args:
       config: a recipe.
+      field: the field with the name: `data`, or `prune.data`.
 
     Raises:
-      ConfigError: `data` is `package.module:Name`, and that loader does not exist.
+      ConfigError: the field is `package.module:Name`, and that loader does not exist.
     """
     try:
-        return find_loader(config.data)
+        return find_loader(value_of(config, field))
     except UnknownNameError as error:
-        raise ConfigError(f'data: {error}') from None
+        raise ConfigError(f'{field}: {error}') from None
+
+
+def mixture(config: ConfigDict) -> Mixture:
+    """Return how training records are drawn from the sources of the data.
+
+    Args:
+      config: a recipe.
+    """
+    fields = config.mixture
+    return Mixture(
+        samples=fields.samples,
+        weights=tuple(fields.weights),
+        captions=fields.captions,
+        is_clean=fields.clean,
+        tolerance=fields.tolerance,
+    )
+
+
+def calibration_mixture(config: ConfigDict) -> Mixture:
+    """Return how calibration samples are drawn, where they are not drawn from the training records.
+
+    Args:
+      config: a recipe.
+    """
+    # Weights are those of the sources of `data`, and calibration may have other sources.
+    weights = () if config.prune.data else tuple(config.mixture.weights)
+    return replace(
+        mixture(config),
+        samples=calibration_samples(config),
+        weights=weights,
+        is_from_start=config.prune.order == 'first',
+    )
+
+
+def calibration_samples(config: ConfigDict) -> int:
+    """Return the number of calibration samples.
+
+    The walk finds the kernels of a block by running it. So if no method has a statistic, and the recipe asks for no
+    samples, one for each part of a batch runs, and its statistics are not used.
+
+    Args:
+      config: a recipe.
+    """
+    return config.prune.samples or config.mesh.data * config.mesh.fsdp
 
 
 def text_format(config: ConfigDict) -> TextFormat:

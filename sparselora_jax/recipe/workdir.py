@@ -23,8 +23,6 @@ SHOWN = 5  # most differences that a message names
 def absolute_paths(config: ConfigDict) -> ConfigDict:
     """Return a copy of a config in which every path is absolute, so that it means the same in every folder.
 
-    Links are not resolved: a path may be one because its target moves, or differs from machine to machine.
-
     Args:
       config: a recipe, a sweep or a pretraining.
     """
@@ -36,18 +34,16 @@ def absolute_paths(config: ConfigDict) -> ConfigDict:
 def _make_absolute(config: ConfigDict | dict[str, Any]) -> None:
     """Make the paths of a config absolute, in place; those of a sweep are the ones of its base recipe."""
     for field in FIELDS:
-        *groups, name = field.name.split('.')
-        part = config
-        # A sweep has no recipe's fields, and a config of an older version lacks some.
-        for group in groups:
-            part = part.get(group, {})
-        value = part.get(name)
-        if field.is_path is None or not isinstance(value, str):
+        if field.absolute is None:
             continue
-        parts = [part.strip() for part in value.split(',')] if field.is_list else [value]
-        absolute = [str(Path(part).absolute()) if field.is_path(part) else part for part in parts]
-        if absolute != parts:
-            part[name] = ','.join(absolute)
+        *parents, name = field.name.split('.')
+        part = config
+        for parent in parents:
+            # A sweep has the fields of a recipe in its base only.
+            part = part.get(parent, {})
+        value = part.get(name)
+        if isinstance(value, str):
+            part[name] = field.absolute(value)
     base = config.get('base')
     if isinstance(base, ConfigDict | dict):
         _make_absolute(base)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sparselora_jax.data import easy_vqa, folder
+from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import DATASETS, DataRequest, Dataset, Loader, Split
 from sparselora_jax.data.loaders import find_loader
+from sparselora_jax.data.mixture import MixtureLoader
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.registry import UnknownNameError
 
@@ -44,10 +45,10 @@ def test_an_object_of_another_module_is_imported():
 
 
 def test_a_folder_is_one_even_with_a_colon_in_its_name(tmp_path):
-    assert isinstance(find_loader(str(tmp_path)), folder.FolderLoader)
+    assert isinstance(find_loader(str(tmp_path)), MixtureLoader)
     path = tmp_path / 'json:dumps'
     path.mkdir()
-    assert isinstance(find_loader(str(path)), folder.FolderLoader)
+    assert isinstance(find_loader(str(path)), MixtureLoader)
     with pytest.raises(DataError, match=r'absent: no such folder; expected a folder, .* or one of easy_vqa'):
         find_loader('absent')(DataRequest('absent', tmp_path))
 

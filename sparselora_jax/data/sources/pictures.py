@@ -1,0 +1,203 @@
+"""Images of sources that are not read yet: files, and parts of tar files."""
+
+import functools
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from sparselora_jax.data import images
+from sparselora_jax.data.benchmarks.picture_files import FileTree, PictureFiles, locate, locate_by_path
+from sparselora_jax.data.sources.place import IMAGES_MARK
+from sparselora_jax.runtime import os_errors
+from sparselora_jax.runtime.errors import DataError
+
+SHOWN = 3  # missing images that a message names
+OPEN_FILES = 64  # tar files that stay open in a process
+
+
+@runtime_checkable
+class StoredImage(Protocol):
+    """An image that is not read yet.
+
+    Attributes:
+      name: where it is, for messages.
+    """
+
+    name: str
+
+    def read(self) -> UInt8[np.ndarray, 'height width 3']:
+        """Read the image as RGB, as public training code does: not turned by EXIF, alpha dropped.
+
+        Raises:
+          DataError: the image is missing or damaged; the message names it.
+        """
+
+    def check(self) -> None:
+        """Check that the image can be opened; its pixels are not decoded.
+
+        Raises:
+          DataError: it cannot; the message names it.
+        """
+
+    def fingerprint(self) -> str:
+        """Return a text that changes with the image."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image in a file of its own; see `StoredImage`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Return the path."""
+        return str(self.path)
+
+    def read(self) -> UInt8[np.ndarray, 'height width 3']:
+        """Read the file as RGB.
+
+        Raises:
+          DataError: the file is missing or damaged.
+        """
+        return images.read_image(self.path, is_benchmark=True)
+
+    def check(self) -> None:
+        """Check that the file can be opened as an image.
+
+        Raises:
+          DataError: it cannot.
+        """
+        try:
+            with images.open_image(self.path):
+                pass
+        except FileNotFoundError:
+            raise DataError(f'{self.path}: no such file') from None
+        except DataError as error:
+            raise DataError(f'{self.path}: not a readable image ({error})') from None
+
+    def fingerprint(self) -> str:
+        """Return a hash of its size and of some of its blocks."""
+        return images.fingerprint(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """Bytes of a file, such as a member of a tar file.
+
+    Attributes:
+      path: the file.
+      offset: where the bytes begin.
+      size: number of bytes.
+    """
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Read the bytes.
+
+        Raises:
+          DataError: the file is shorter, or cannot be read.
+        """
+        try:
+            # `pread` moves no position, so threads can share the file.
+            data = os.pread(_open_file(self.path).fileno(), self.size, self.offset)
+        except OSError as error:
+            raise DataError(os_errors.describe(error)) from None
+        if len(data) < self.size:
+            raise DataError(f'{self.path}: the file ends before byte {self.offset + self.size:,}; download it again')
+        return data
+
+
+# Cached for each process: a file that is open cannot be sent to another process.
+@functools.lru_cache(maxsize=OPEN_FILES)
+def _open_file(path: Path):
+    return path.open('rb', buffering=0)
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """An image that is a part of a file; see `StoredImage`.
+
+    Attributes:
+      part: its bytes.
+      name: where it is, for messages.
+    """
+
+    part: FilePart
+    name: str
+
+    def read(self) -> UInt8[np.ndarray, 'height width 3']:
+        """Read the image as RGB.
+
+        Raises:
+          DataError: it is damaged.
+        """
+        return images.decode_image(self.part.read(), self.name, is_benchmark=True)
+
+    def check(self) -> None:
+        """Check that the bytes can be opened as an image.
+
+        Raises:
+          DataError: they cannot.
+        """
+        images.check_bytes(self.part.read(), self.name)
+
+    def fingerprint(self) -> str:
+        """Return a hash of its bytes."""
+        return sha256(self.part.read()).hexdigest()
+
+
+def find_images(trees: Iterable[FileTree], names: Sequence[str], usual_folders: Sequence[str] = ()) -> PictureFiles:
+    """Find images in the first of some folders that holds any of them: by their paths, or by the names of their files.
+
+    Args:
+      trees: the folders, the best first.
+      names: names of the images, possibly with folders, as the data set writes them.
+      usual_folders: names of the folders in which users usually keep these images, the best first.
+    """
+    pictures = None
+    for tree in trees:
+        # Different data sets use the same numbers as names, so names count only where no path is right.
+        if any('/' in name for name in names):
+            pictures = locate_by_path(tree, names)
+            if len(pictures.missing) < len(names):
+                return pictures
+        pictures = locate(tree, names, usual_folders)
+        if len(pictures.missing) < len(names):
+            return pictures
+    return pictures
+
+
+def check_missing(path: Path, pictures: PictureFiles, tolerance: float) -> tuple[str, ...]:
+    """Return a note about missing images; nothing if there are none.
+
+    Args:
+      path: the annotations, for messages.
+      pictures: the images.
+      tolerance: largest share of them that may be missing.
+
+    Raises:
+      DataError: more are missing.
+    """
+    missing = pictures.missing
+    if not len(missing):
+        return ()
+    names = ', '.join(pictures.names[number] for number in missing[:SHOWN])
+    images = f'{len(missing):,} of {len(pictures):,} images are missing under {pictures.root}, such as {names}'
+    if len(missing) == len(pictures):
+        raise DataError(f'{path}: {images}; name their folder: {path}{IMAGES_MARK}FOLDER')
+    if len(missing) > tolerance * len(pictures):
+        # Rounded up, so that the tolerance that the message names is enough.
+        share = math.ceil(1000 * len(missing) / len(pictures)) / 1000
+        raise DataError(f'{path}: {images}; put them there, or leave them out by mixture.tolerance={share}')
+    return (f'{images}: their records are left out',)

@@ -1,0 +1,237 @@
+"""Data drawn from several sources: which records, how often, in which order, and what is left out."""
+
+import collections
+import dataclasses
+import os
+import tarfile
+from pathlib import Path
+
+import miniature_sources as miniature
+import numpy as np
+import pytest
+from miniature_benchmarks import image, write
+from PIL import Image
+
+from sparselora_jax.data import pipeline
+from sparselora_jax.data.augment import crop_and_flip
+from sparselora_jax.data.caption_forms import INSTRUCTIONS, clean_caption
+from sparselora_jax.data.checked import load_dataset
+from sparselora_jax.data.dataset import DataRequest, Mixture
+from sparselora_jax.data.mixture import MixtureLoader, apportion, is_test_image
+from sparselora_jax.runtime.errors import DataError
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Two sources of captions with 60 and 40 images, and one of 30 texts."""
+    root = tmp_path_factory.mktemp('data')
+    miniature.tar_shards(root / 'cc3m', (30, 30))
+    rows = [{'image': f'{number}.jpg', 'caption': f'region {number}'} for number in range(40)]
+    for row in rows:
+        write(root / 'vg' / row['image'], image(int(row['image'][:-4])))
+    write(root / 'vg' / 'vg_caption.json', rows)
+    write(root / 'texts' / 'a.txt', '\n\n'.join(f'paragraph {number}' for number in range(30)).encode())
+    return root
+
+
+def load(data, names, tmp_path=None, seed=3, misfit=lambda question, answer: '', **mixture):
+    names = ','.join(str(data / name) for name in names)
+    request = DataRequest(names, Path(tmp_path or data / 'kept'), misfit, Mixture(**mixture), seed)
+    return load_dataset(MixtureLoader(), request)
+
+
+def sources_of(split):
+    return collections.Counter(
+        Path(split.name_record(index).partition(',')[0]).parent.name for index in range(len(split.source))
+    )
+
+
+def test_all_records_but_those_for_tests_are_drawn_without_a_number(data):
+    dataset = load(data, ['cc3m', 'vg', 'texts'])
+    train, test = sources_of(dataset.train), sources_of(dataset.test)
+    assert train['cc3m'] + test['cc3m'] == 60
+    assert train['vg'] + test['vg'] == 40
+    assert train['texts'] == 30
+    # A text has no image to ask about.
+    assert test['texts'] == 0
+    assert test['cc3m'] > 0
+    assert not set(dataset.train.read_image_names()) & set(dataset.test.read_image_names())
+
+
+@pytest.mark.parametrize(('weights', 'counts'), [((), (8, 8, 8)), ((2, 1, 1), (12, 6, 6)), ((2.5, 1, 0.5), (15, 6, 3))])
+def test_a_number_of_records_is_drawn_evenly_or_by_weights(weights, counts, data):
+    train = load(data, ['cc3m', 'vg', 'texts'], samples=24, weights=weights).train
+    assert tuple(sources_of(train).values()) == counts
+    places = [train.name_record(index) for index in range(24)]
+    assert len(set(places)) == 24
+
+
+def test_what_is_drawn_is_a_function_of_the_seed(data):
+    texts = load(data, ['cc3m', 'vg'], samples=20).train.read_texts()
+    assert load(data, ['cc3m', 'vg'], samples=20).train.read_texts() == texts
+    other = load(data, ['cc3m', 'vg'], samples=20, seed=4).train
+    assert other.read_texts() != texts
+    # The test images stay the same, since hashes of names choose them.
+    assert load(data, ['cc3m'], seed=4).test.read_image_names() == load(data, ['cc3m']).test.read_image_names()
+
+
+def test_shares_add_up():
+    for count in range(50):
+        shares = apportion(count, (3, 0.1, 1))
+        assert sum(shares) == count
+        assert all(abs(share - count * weight / 4.1) < 1 for share, weight in zip(shares, (3, 0.1, 1), strict=True))
+
+
+def test_a_record_has_its_image_and_a_caption_that_is_cut(data):
+    train = load(data, ['cc3m'], samples=10).train
+    for index in range(10):
+        record = train.source[index]
+        key = train.name_record(index).rpartition(' ')[2]
+        number = 100 * int(key[:5]) + int(key[5:])
+        want = clean_caption(miniature.caption_of(number))
+        assert record['question'] + record['answer'] == want
+        assert (record['question'], record['answer']) == train.read_texts()[index]
+        np.testing.assert_array_equal(record['image'], miniature.Expected(image(number), '').pixels)
+
+
+def test_captions_are_asked_for_by_instructions_and_left_as_they_are_if_asked(data):
+    train = load(data, ['cc3m', 'texts'], samples=20, captions='instruct', is_clean=False).train
+    for place, (question, answer) in enumerate(train.read_texts()):
+        record = train.source[place]
+        if record['image'] is None:
+            assert (question + answer).startswith('paragraph')
+        else:
+            assert question in INSTRUCTIONS
+            assert answer.endswith(', \u00e9t\u00e9')
+
+
+def test_the_first_records_are_those_of_the_first_file(data):
+    train = load(data, ['cc3m', 'vg'], samples=7, is_from_start=True).train
+    assert [train.name_record(index).rpartition(' ')[2] for index in range(7)] == [f'00000{n:04d}' for n in range(7)]
+    train = load(data, ['texts', 'vg'], samples=40, is_from_start=True).train
+    assert tuple(sources_of(train).values()) == (30, 10)
+
+
+def test_records_that_do_not_fit_are_left_out_and_counted(data, capsys):
+    def misfit(question, answer):
+        return 'it is even' if answer[-1] in '02468' else ''
+
+    train = load(data, ['vg'], samples=15, misfit=misfit).train
+    assert {answer[-1] for _, answer in train.read_texts()} <= set('13579')
+    assert len(train.source) == 15
+    assert 'records left out: ' in capsys.readouterr().err
+    with pytest.raises(DataError, match=r'no record can be used for training: .*vg_caption\.json.*: never'):
+        load(data, ['vg'], samples=15, misfit=lambda question, answer: 'never')
+
+
+def test_images_that_cannot_be_read_are_refused_or_left_out(tmp_path, capsys):
+    root = tmp_path / 'data'
+    with tarfile.open(root.with_suffix('.tar'), 'w') as archive:
+        for number in range(20):
+            miniature.add_member(archive, f'{number:02d}.jpg', b'broken' if number == 7 else image(number))
+            miniature.add_member(archive, f'{number:02d}.txt', b'a caption')
+    with pytest.raises(DataError, match=r'1 of \d+ images cannot be read: .*image 07: not a readable image') as error:
+        load(tmp_path, ['data.tar'], tmp_path)
+    needed = float(str(error.value).rpartition('=')[2])
+    dataset = load(tmp_path, ['data.tar'], tmp_path, tolerance=needed)
+    assert len(dataset.train.source) + len(dataset.test.source) == 19
+    assert '1 left out: ' in capsys.readouterr().err
+
+
+def test_an_image_that_is_cut_off_is_named_when_it_is_read(tmp_path):
+    rows = [{'image': f'{number}.jpg', 'caption': 'a cat'} for number in range(8)]
+    for row in rows:
+        path = tmp_path / row['image']
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+        # The head is whole, and half of the pixels are gone.
+        os.truncate(path, path.stat().st_size // 2)
+    write(tmp_path / 'a.json', rows)
+    train = load(tmp_path, ['a.json'], tmp_path).train
+    with pytest.raises(DataError, match=r'a\.json, caption of \d\.jpg: .*\d\.jpg: not a readable image'):
+        train.source[0]
+
+
+def test_a_tenth_of_the_images_is_for_tests():
+    shares = sum(is_test_image(f'{number}.jpg') for number in range(5000)) / 5000
+    assert 0.08 < shares < 0.12
+    assert not is_test_image('')
+
+
+# The order of batches.
+
+
+def batches(data, rows=None, augment=None):
+    train = load(data, ['cc3m', 'vg', 'texts'], samples=40).train
+    return pipeline.batches(
+        train.source,
+        as_arrays,
+        batch=8,
+        seed=1,
+        groups=[range(40)],
+        shares=(1,),
+        rows=rows,
+        augment_image=augment,
+    )
+
+
+def as_arrays(record):
+    """Stand in for a model's processor: the sum of an image's levels, and the texts as bytes."""
+    text = f'{record["question"]}|{record["answer"]}'.encode()
+    pixels = record['image']
+    return {
+        'sum': np.int64(0 if pixels is None else pixels.sum()),
+        'shape': np.int64([0, 0] if pixels is None else pixels.shape[:2]),
+        'text': np.frombuffer(text.ljust(99), np.uint8),
+    }
+
+
+def assert_equal_batches(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize('augment', [None, crop_and_flip])
+def test_a_run_that_resumes_at_a_step_reads_the_same_batches(augment, data):
+    straight = [batches(data, augment=augment)[step] for step in range(12)]
+    resumed = batches(data, augment=augment)
+    for step in (9, 4, 11):
+        assert_equal_batches(resumed[step], straight[step])
+    assert not np.array_equal(straight[0]['text'], straight[1]['text'])
+
+
+@pytest.mark.parametrize('augment', [None, crop_and_flip])
+@pytest.mark.parametrize('processes', [2, 4])
+def test_processes_together_read_the_rows_of_one(processes, augment, data):
+    whole = batches(data, augment=augment)
+    parts = [batches(data, rows=range(first, 8, processes), augment=augment) for first in range(processes)]
+    for step in (0, 5, 13):
+        for first, part in enumerate(parts):
+            own = {name: values[first::processes] for name, values in whole[step].items()}
+            assert_equal_batches(part[step], own)
+
+
+def test_every_record_comes_once_in_an_epoch(data):
+    read = [bytes(row) for step in range(5) for row in batches(data)[step]['text']]
+    assert len(set(read)) == 40
+
+
+def test_crops_change_from_epoch_to_epoch_and_texts_stay(data):
+    augmented = batches(data, augment=crop_and_flip)
+    shapes = collections.defaultdict(set)
+    for step in range(25):
+        for row, shape in zip(augmented[step]['text'], augmented[step]['shape'], strict=True):
+            shapes[bytes(row)].add(tuple(shape.tolist()))
+    assert len(shapes) == 40
+    assert sum(len(of_record) > 1 for of_record in shapes.values()) >= 15
+    assert {(0, 0)} in shapes.values()
+
+
+def test_a_request_without_a_mixture_reads_a_folder_as_before(tmp_path):
+    miniature.user_folder(tmp_path / 'data')
+    request = DataRequest(str(tmp_path / 'data'), tmp_path)
+    # Hashes put one of the three images into the test split, as `data.folder` says.
+    dataset = MixtureLoader()(request)
+    assert (len(dataset.train.source), len(dataset.test.source)) == (2, 1)
+    drawn = MixtureLoader()(dataclasses.replace(request, mixture=Mixture(samples=2, is_from_start=True)))
+    assert drawn.train.read_texts() == [('what is it?', 'a cat 0'), ('what is it?', 'a cat 1')]
