@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -697,6 +698,53 @@ BAD_DATA = {
     'no test lines': each_line(split='train'),
     'no training lines': each_line(split='test'),
 }
+
+
+def tar_file(members: dict[str, bytes], *, size: int | None = None) -> Callable[[Path], None]:
+    """Return a change that adds a tar file of samples, which may be cut off."""
+
+    def change(folder: Path) -> None:
+        (folder / 'more').mkdir()
+        with tarfile.open(folder / 'more/00000.tar', 'w') as archive:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        if size is not None:
+            os.truncate(folder / 'more/00000.tar', size)
+
+    return change
+
+
+SAMPLE = {'0.jpg': image_bytes('JPEG'), '0.txt': b'a red circle'}
+LLAVA_ROW = '{"id": "0", "conversations": [{"from": "human", "value": "is it?"}, {"from": "gpt", "value": "no"}]}'
+# Data of other layouts, as the second source of a recipe.
+BAD_SOURCES = {
+    'empty': make_folder('more'),
+    'a file of nothing known': write('more/a.bin', 'x'),
+    'a pipe': pipe('more'),
+    'tar no tar': write('more/0.tar', 'x' * 2000),
+    'tar empty': write('more/0.tar', ''),
+    'tar without samples': tar_file({'a.bin': b'x'}),
+    'tar cut in a header': tar_file(SAMPLE, size=1600),
+    'tar cut in an image': tar_file(SAMPLE, size=700),
+    'tar of broken images': tar_file({'0.jpg': b'x', '0.txt': b'a red circle'}),
+    'tar captions no text': tar_file({**SAMPLE, '0.txt': b'\xff'}),
+    'json cut': write('more/a.json', f'[{LLAVA_ROW}, {LLAVA_ROW[:40]}'),
+    'json of other records': write('more/a.json', '[{"a": 1}]'),
+    'json deep': write('more/a.json', '[' * 100_000),
+    'conversations of nobody': write('more/a.json', f'[{LLAVA_ROW.replace("human", "nobody")}]'),
+    'conversation no list': write('more/a.json', f'[{LLAVA_ROW}, {{"conversations": 3}}]'),
+    'captions without images': write('more/a.json', '[{"image": "a.jpg", "caption": "a"}]'),
+    'two files': both(write('more/a.json', f'[{LLAVA_ROW}]'), write('more/b.json', f'[{LLAVA_ROW}]')),
+    'table of other columns': write('more/a.tsv', 'a\tb\n'),
+    'table cut': write('more/a.tsv', 'a\thttp://b/c\nd\n'),
+    'table not text': write('more/a.tsv', b'\xff\n'),
+    'table no gzip': write('more/a.tsv.gz', 'caption\tpath\n'),
+    'text not text': write('more/a.txt', b'\xff\xfe'),
+    'text blank': write('more/a.txt', ' \n'),
+    'prepared data broken': both(write('more/features.json', '{'), write('more/dataset_info.json', '{')),
+}
 BAD_IMAGES = {
     'cut': image_bytes('PNG')[:60],
     'empty': b'',
@@ -726,6 +774,10 @@ def data() -> Iterator[Case]:
             if script == 'evaluate.py' and name.startswith(('answer too', 'no training')):
                 script = 'train.py'
             yield Case('data', name, script, SCRIPTS_OF_MODELS[script], change)
+    for name, change in BAD_SOURCES.items():
+        script = next(scripts)
+        flag = '--data' if script == 'evaluate.py' else '--config.data'
+        yield Case('source', name, script, (*SCRIPTS_OF_MODELS[script], f'{flag}=data,more'), change)
     for name, content in BAD_IMAGES.items():
         script = next(scripts)
         # Only the header of an image is read before it is used.

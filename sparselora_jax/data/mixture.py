@@ -223,7 +223,8 @@ class _Draw:
         """Yield the records of one split of a source in the order of the seed."""
         source = self.sources[number]
         rng = np.random.default_rng((self.request.seed, number))
-        for index in rng.permutation(len(source)).tolist():
+        # As an array: a list of millions of Python's integers would take a hundred megabytes.
+        for index in map(int, rng.permutation(len(source))):
             if is_test_image(source.image_name(index)) == is_test:
                 yield index
 

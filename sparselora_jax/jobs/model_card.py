@@ -7,6 +7,8 @@ import jinja2
 from sparselora_jax import __version__, recipe
 from sparselora_jax.checkpoints import embedded
 from sparselora_jax.checkpoints.checkpoint_files import CONFIG
+from sparselora_jax.data.loaders import is_path
+from sparselora_jax.data.sources.place import split_names
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.runtime.files import read_json
@@ -69,7 +71,7 @@ def write_card(job: Job, folder: str, sparsity: dict[str, dict]) -> str:
         score_head=['model', metric, 'perplexity'] if has_perplexity else ['model', metric],
         has_perplexity=has_perplexity,
         questions=_questions(job),
-        data=_last_part(config.data),
+        data=_data_name(config.data),
         decoding='greedily' if beams == 1 else f'with {beams} beams',
         architecture=_architecture(job) if is_dense else '',
         prompt=job.text.prompt,
@@ -87,6 +89,13 @@ def _questions(job: Job) -> int:
 def _last_part(path: str) -> str:
     """Return the last part of a path: a card must not tell where its writer keeps files."""
     return Path(path).name
+
+
+def _data_name(data: str) -> str:
+    """Return the names of data without the folders in which they are."""
+    if not is_path(data):
+        return _last_part(data)
+    return ', '.join(_last_part(source.path) for source in split_names(data))
 
 
 def _base_model(job: Job) -> str:
@@ -126,7 +135,9 @@ def _pruning(job: Job) -> list[Row]:
     methods = dict.fromkeys(f'`{method}`' for (_, pattern), (_, method) in rules if not pattern.dense)
     rows: list[Row] = [['method', ', '.join(methods)], ['zeros per layer', f'`{prune.allocation}`']]
     if prune.samples > 0:
-        rows.append(['calibration', f'{prune.samples} training samples of {_last_part(job.config.data)}'])
+        data = _data_name(prune.data or job.config.data)
+        order = 'the first' if prune.order == 'first' else 'random'
+        rows.append(['calibration', f'{prune.samples} samples of {data}, {order} ones'])
     if options := recipe.reconstruction(job.config):
         rows.append(['reconstruction', f'`{options}`'])
     rows.append(['seed', job.config.seed])
@@ -142,7 +153,7 @@ def _restoration(job: Job) -> list[Row]:
         rows.append(['trained', f'LoRA under the masks, of rank {ranks}'])
     else:
         rows.append(['trained', 'the kept weights of pruned kernels'])
-    rows.append(['data', f'{restore.steps} steps of {restore.batch} samples of {_last_part(config.data)}'])
+    rows.append(['data', f'{restore.steps} steps of {restore.batch} samples of {_data_name(config.data)}'])
     rows.append(['loss', f'{1 - restore.kd:g} x cross-entropy + {restore.kd:g} x KL to the dense model'])
     rows.append(['peak learning rate', f'{restore.peak:g}'])
     rows.append(['gradient', f'`{restore.gradient}`'])

@@ -24,9 +24,12 @@ def folder(tmp_path_factory):
 
 
 def make_job(folder, workdir, data, **fields):
-    texts = {'text.prompt': '{}', 'text.prompt_tokens': 64, 'text.answer_tokens': 64, 'evaluate.max_new_tokens': 63}
+    texts = {'text.prompt': '{}', 'text.prompt_tokens': 64, 'text.answer_tokens': 50, 'evaluate.max_new_tokens': 49}
     fields = texts | {'data_dir': str(workdir.parent / 'prepared')} | fields
-    return Job(small_config('blip2-opt', folder / 'model', data, **fields), workdir)
+    # Several sources cannot be named in the argument of a recipe, which commas divide.
+    config = small_config('blip2-opt', folder / 'model', 'replaced', **fields)
+    config.data = data
+    return Job(config, workdir)
 
 
 @pytest.mark.slow
@@ -35,15 +38,18 @@ def test_each_layout_calibrates_and_restores(layout, folder, tmp_path):
     name, expected = LAYOUTS[layout](tmp_path / 'data')
     # Few records have no test image among them, so the questions of another source are added.
     data = f'{name},{folder / "questions"}'
-    fields = {'prune.data': name, 'prune.order': 'first', 'prune.samples': 2, 'mixture.augment': True}
+    fields = {'prune.data': name, 'prune.order': 'first', 'prune.samples': 2}
+    fields |= {'mixture.augment': True, 'mixture.clean': False}
     job = make_job(folder, tmp_path / 'run', data, **fields)
     stages.prune(job)
     restored = stages.restore(job, 'restore', lambda: job.base)
     assert restored['step_s'] > 0
     calibrated = job.calibration.read_texts()
     for (question, answer), want in zip(calibrated, expected, strict=False):
-        assert answer in want.answer.lower() or answer in want.answer
-        assert want.question is None or question == want.question
+        if want.question is None:
+            assert question + answer == want.answer
+        else:
+            assert (question, answer) == (want.question, want.answer)
     assert len(calibrated) == 2
     losses = [value for _, value in job.log.curve('restore', 'loss')]
     assert np.isfinite(losses).all()

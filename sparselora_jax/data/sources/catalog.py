@@ -41,6 +41,9 @@ def open_source(name: SourceName, *, index_dir: Path | None = None, tolerance: f
         raise DataError(f'{path}: not a path ({getattr(error, "strerror", None) or error})') from None
     if not exists:
         raise DataError(f'{path}: no such file or folder')
+    # A pipe or a device is neither: it would be read for ever.
+    if not path.is_file() and not path.is_dir():
+        raise DataError(f'{path}: neither a file nor a folder')
     images = Path(name.images) if name.images else None
     if images is not None and not images.is_dir():
         raise DataError(f'{images}: no such folder; name the folder of the images after {IMAGES_MARK}')
@@ -53,4 +56,9 @@ def open_source(name: SourceName, *, index_dir: Path | None = None, tolerance: f
         if source is not None:
             return source
     titles = '; '.join(known.title for known in formats)
+    # Reading one image of a parquet file means to read all before it in its row group, which is too slow to train from.
+    tables = [file for file in place.tree.data_files if file.suffix.lower() == '.parquet'] if path.is_dir() else []
+    if tables or path.suffix.lower() == '.parquet':
+        file = tables[0] if tables else path
+        raise DataError(f'{file}: parquet files are read for benchmarks only; write tar shards')
     raise DataError(f'{path}: no data of a layout that is known: {titles}')

@@ -40,6 +40,9 @@ class ImageTextFiles:
 
     def __getitem__(self, index: int) -> SourceRecord:
         path = self.root / self._names[index]
+        # A pipe would be waited for, for ever.
+        if not path.with_suffix(SUFFIX).is_file():
+            raise DataError(f'{path.with_suffix(SUFFIX)}: no such file, or no file')
         try:
             text = path.with_suffix(SUFFIX).read_bytes().decode('utf-8-sig')
         except UnicodeDecodeError:

@@ -171,6 +171,10 @@ def open_table(path: Path, place: Place) -> Table:
     return table
 
 
+def _is_table(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES) and path.is_file()
+
+
 class TableFormat:
     """Opens tables; see `source.SourceFormat`."""
 
@@ -187,8 +191,8 @@ class TableFormat:
           DataError: the table is broken or has other columns, or a folder holds several.
         """
         if place.path.is_file():
-            return open_table(place.path, place) if place.path.name.lower().endswith(SUFFIXES) else None
-        paths = sorted(path for path in place.path.iterdir() if path.name.lower().endswith(SUFFIXES))
+            return open_table(place.path, place) if _is_table(place.path) else None
+        paths = sorted(path for path in place.path.iterdir() if _is_table(path))
         if len(paths) > 1:
             names = ', '.join(str(path) for path in paths)
             raise DataError(f'{place.path}: {len(paths)} tables could be meant: {names}; name one of them')

@@ -237,7 +237,8 @@ class TarFormat:
         if place.path.is_file():
             paths = [place.path] if place.path.suffix.lower() == SUFFIX else []
         else:
-            paths = sorted([*place.path.glob(f'*{SUFFIX}'), *place.path.glob(f'*/*{SUFFIX}')])
+            found = [*place.path.glob(f'*{SUFFIX}'), *place.path.glob(f'*/*{SUFFIX}')]
+            paths = sorted(path for path in found if path.is_file())
         if not paths:
             return None
         index_dir = place.index_dir and place.index_dir / 'tar_index'

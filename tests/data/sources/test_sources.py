@@ -322,3 +322,12 @@ def test_prepared_data_sets_with_other_fields_or_files_are_refused(tmp_path):
     other = miniature._prepare(tmp_path / 'three', 'NoTrain', features, {'val': rows})
     with pytest.raises(DataError, match='the splits are val; expected train'):
         opened(other)
+
+
+def test_parquet_files_are_named_with_what_to_do(tmp_path):
+    path = write(tmp_path / 'a.parquet', b'PAR1')
+    for name in (path, tmp_path):
+        with pytest.raises(
+            DataError, match=r'a\.parquet: parquet files are read for benchmarks only; write tar shards'
+        ):
+            opened(name)
