@@ -62,7 +62,7 @@ from sparselora_jax import recipe
 from sparselora_jax.checkpoints import embedded, load
 from sparselora_jax.data import text_format
 from sparselora_jax.models.config import FamilyConfig
-from sparselora_jax.models.model import Model
+from sparselora_jax.models.model import Model, check_language
 from sparselora_jax.planning import published
 from sparselora_jax.recipe import DTYPES, ConfigError
 from sparselora_jax.restoration.train import Interrupted
@@ -294,8 +294,15 @@ def define_model() -> None:
     )
 
 
-def load_model() -> LoadedModel:
-    """Load the model of `--model`; given flags override its text format."""
+def load_model(*, generates: bool = True) -> LoadedModel:
+    """Load the model of `--model`; given flags override its text format.
+
+    Args:
+      generates: the script generates text, so the model needs a language tower.
+
+    Raises:
+      UnsupportedModelError: it has none.
+    """
     # Imported here, because transformers' processors take seconds to import. An error in the image or the question is
     # reported before that.
     from sparselora_jax.data import processing
@@ -307,6 +314,8 @@ def load_model() -> LoadedModel:
         text = text_format.TextFormat()
     else:
         model, params = load.load_model(values.model, dtype=values.dtype, family=values.family)
+        if generates:
+            check_language(model.cfg)
         processor = processing.load_processor(model.source, model.family.processor)
         text = text_format.load(model.source, processor.spec.text)
     if values.prompt is not None:
@@ -395,6 +404,16 @@ def family_recipe(cfg: FamilyConfig) -> ConfigDict | None:
     """
     name = f'{cfg.family.name}_lang_only'
     return files.read(name) if name in files.recipes() else None
+
+
+def no_recipe(cfg: FamilyConfig) -> str:
+    """Return that a model's family has no recipe, and what to do.
+
+    Args:
+      cfg: our config of the model.
+    """
+    family = 'a language model alone' if set(cfg.family.tower_names) == {'language'} else f'{cfg.family.name} models'
+    return f'no recipe for {family}; pass one with --config=...'
 
 
 def run(main: Callable[[list[str]], None], positional: str = '') -> NoReturn:

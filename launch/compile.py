@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     model = cli.find_model(argv, config)
     config = config or cli.family_recipe(model.cfg)
     if config is None:
-        raise recipe.ConfigError(f'{model.name}: no recipe for a language model alone; pass one with --config=...')
+        raise recipe.ConfigError(f'{model.name}: {cli.no_recipe(model.cfg)}')
     recipe.check_values(config)
     recipe.check_family(config, model.cfg)
     if PROGRAM.value == 'calibrate' and config.prune.samples == 0:

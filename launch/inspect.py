@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     # Without a recipe, the defaults of the family show what one would do.
     config = config or cli.family_recipe(model.cfg)
     if config is None:
-        print('\nno recipe for a language model alone; pass one with --config=...')
+        print(f'\n{cli.no_recipe(model.cfg)}')
         return
     recipe.check_values(config)
     recipe.check_family(config, model.cfg)

@@ -178,6 +178,8 @@ def embed_names(family: Family, cfg: Any) -> list[str]:
     Returns:
       Names in the order in which torch looks for them.
     """
+    if not family.has_language:
+        return []
     table = family.keys(untied(cfg))
     own = table[EMBED]
     copies = cfg.language.tower.embed_copies(own)
@@ -197,6 +199,8 @@ def follow_head(family: Family, cfg: Any, checkpoint: Checkpoint) -> Any:
     Raises:
       StorageError: another copy of the word embeddings differs from them.
     """
+    if not family.has_language:
+        return cfg
     entries = modules(family, checkpoint)
     untied_cfg = untied(cfg)
     head_name = family.keys(untied_cfg)[HEAD]

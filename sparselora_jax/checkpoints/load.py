@@ -65,7 +65,7 @@ def load_model(
         if mesh is not None:
             raise StorageError(f'{folder}: packed weights lie on one device; load them without a mesh')
         hf = read_config(folder, family)
-        known_family = find_family(hf.model_type, family)
+        known_family = find_family(hf.model_type, family, hf.architectures)
         model = Model(config_of(known_family, hf), read_generation(folder, hf, known_family), str(folder))
         return packed.load_packed(folder, model, dtype=dtype)
     model, pieces = open_model(folder, family)
@@ -91,8 +91,10 @@ def load_processor(dir_or_hub_id: str | Path, *, family: str = '') -> processing
         return embedded.load_processor(embedded.load_config())
     folder = find_directory(dir_or_hub_id)
     # Without a family, the directory's own `model_type` decides; `processing` reads it.
-    spec = find_family(read_config(folder, family).model_type, family).processor if family else None
-    return processing.load_processor(folder, spec)
+    if not family:
+        return processing.load_processor(folder)
+    hf = read_config(folder, family)
+    return processing.load_processor(folder, find_family(hf.model_type, family, hf.architectures).processor)
 
 
 def _refuse_family(family: str) -> None:
@@ -119,7 +121,7 @@ def open_model(dir_or_hub_id: str | Path, family: str = '') -> tuple[Model, list
     checkpoint = checkpoint_files.open_checkpoint(folder)
     _tell_ignored(checkpoint)  # not where the checkpoint is opened, since an export opens its source again
     hf = read_config(folder, family)
-    known_family = find_family(hf.model_type, family)
+    known_family = find_family(hf.model_type, family, hf.architectures)
     cfg = layout.follow_head(known_family, config_of(known_family, hf), checkpoint)
     model = Model(cfg, read_generation(folder, hf, known_family), str(folder))
     return model, layout.pieces(known_family, cfg, checkpoint)
@@ -195,7 +197,7 @@ def read_config(folder: Path, family: str = '') -> Any:
     path = folder / checkpoint_files.CONFIG
     fields = model_config.read_fields(folder)
     try:
-        find_family(fields['model_type'], family)
+        find_family(fields['model_type'], family, fields.get('architectures'))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f'{path}: {error}') from None
     # Such tensors are in the quantiser's own format, with separate scales.

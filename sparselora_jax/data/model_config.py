@@ -116,7 +116,8 @@ VALUES = (
         'hidden_size|d_model|intermediate_size|d_ff|ffn_dim|vocab_size|image_size|patch_size|num_channels|'
         'num_attention_heads|num_heads|num_key_value_heads|head_dim|d_kv|num_query_tokens|max_position_embeddings|'
         'original_max_position_embeddings|word_embed_proj_dim|encoder_hidden_size|projection_dim|sliding_window|'
-        'cross_attention_frequency|relative_attention_num_buckets|relative_attention_max_distance',
+        'cross_attention_frequency|relative_attention_num_buckets|relative_attention_max_distance|'
+        'image_text_hidden_size',
         is_count,
         f'a whole number from 1 to {_LARGEST_SIZE}',
     ),

@@ -6,9 +6,10 @@ order of tokens:
   BLIP-2, InstructBLIP   [image][pads][prompt][answer]           the processor pads the text alone
   LLaVA, PaliGemma       [pads][prompt, image in it][answer]
   with T5                [image][prompt][pads], [start][answer]  relative positions, so no pads between image and prompt
+  BLIP-2's retrieval     [text][pads]                            image and text are compared, and no answer follows
 
 `image` stands for `Processor.image_tokens` placeholders; `prompt_tokens` and `answer_tokens` count text alone. The
-`ProcessorSpec` of a family selects one of the three layouts.
+`ProcessorSpec` of a family selects one of the layouts.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 # Stands in for the image of a text that has none.
 _BLANK = np.zeros((9, 9, 3), np.uint8)
 _QFORMER_PROMPT = 'prompt (as the Q-Former reads it)'
+# Without a data format, transformers may read an array with few rows as channels-first. Without the conversion,
+# PaliGemma's settings leave grey images grey.
+_FOR_IMAGES = {'do_convert_rgb': True, 'input_data_format': 'channels_last'}
 INPUTS = ('pixel_values', 'input_ids', 'attention_mask', 'qformer_input_ids', 'qformer_attention_mask')
 
 # [height, width] or [height, width, 1, 3 or 4]; anonymous axes, since images of one batch differ in size.
@@ -51,7 +55,8 @@ class Processor:
       image_tokens: number of placeholder tokens for one image.
       end: the end token: generation stops at it, and training answers end with it.
       start: the decoder's first token; None unless the language model is an encoder-decoder.
-      vocab: number of tokens that the language model knows. A tokenizer may have more, which the model cannot read.
+      vocab: number of tokens that the language model knows (or the Q-Former, where there is no language model). A
+        tokenizer may have more, which the model cannot read.
       qformer_vocab: number of tokens that the Q-Former knows; None: it reads no text.
     """
 
@@ -83,19 +88,61 @@ class Processor:
         """
         if not texts or len(images) != len(texts):
             raise DataError(f'{len(images)} images for {len(texts)} texts: one image a text is needed')
+        if self.spec.image_place is ImagePlace.APART:
+            return self.read_images(images) | self.read_texts(texts)
         texts = [self._with_image(text) for text in texts]
         # Image processors expect a channel axis, also of grey images.
         arrays = [_as_8_bits(image) for image in images]
-        # Without a data format, transformers may read an array with few rows as channels-first. Without the conversion,
-        # PaliGemma's settings leave grey images grey.
-        settings = {'do_convert_rgb': True, 'input_data_format': 'channels_last'}
         try:
-            outputs = self.hf(images=arrays, text=texts, padding=True, return_tensors='np', images_kwargs=settings)
+            outputs = self.hf(images=arrays, text=texts, padding=True, return_tensors='np', images_kwargs=_FOR_IMAGES)
         except (ValueError, TypeError, OSError) as error:
             raise DataError(f'an image or a text that cannot be processed: {error}') from error
         names = (*INPUTS, 'token_type_ids') if self.spec.has_token_types else INPUTS
         dtypes = {'pixel_values': np.float32}
         return {name: outputs[name].astype(dtypes.get(name, np.int32)) for name in names if name in outputs}
+
+    def read_images(self, images: Sequence[Picture]) -> Inputs:
+        """Return a batch of images without texts.
+
+        Args:
+          images: pictures of any size.
+
+        Returns:
+          `pixel_values` float32 [batch, 3, height, width].
+
+        Raises:
+          DataError: an image is unreadable.
+        """
+        arrays = [_as_8_bits(image) for image in images]
+        try:
+            outputs = self.hf.image_processor(arrays, return_tensors='np', **_FOR_IMAGES)
+        except (ValueError, TypeError, OSError) as error:
+            raise DataError(f'an image that cannot be processed: {error}') from error
+        return {'pixel_values': outputs['pixel_values'].astype(np.float32)}
+
+    def read_texts(self, texts: Sequence[str], length: int | None = None) -> Inputs:
+        """Return a batch of texts without images; pads come last.
+
+        Args:
+          texts: the texts, which need no image token.
+          length: number of tokens that each text is padded or cut to, special tokens included; None: the longest.
+
+        Returns:
+          `input_ids` and `attention_mask`, int32 [batch, length].
+
+        Raises:
+          DataError: a token is not in the model's vocabulary.
+        """
+        padding = 'longest' if length is None else 'max_length'
+        is_cut = length is not None
+        outputs = self.hf.tokenizer(
+            list(texts), padding=padding, truncation=is_cut, max_length=length, return_tensors='np'
+        )
+        tokens = outputs['input_ids'].astype(np.int32)
+        # All rows have the length that was asked for, so only an unknown token is a misfit.
+        if reason := _first_misfit([_Words('text', row, row.size, self.vocab) for row in tokens]):
+            raise DataError(reason)
+        return {'input_ids': tokens, 'attention_mask': outputs['attention_mask'].astype(np.int32)}
 
     def example(
         self, image: Picture | None, prompt: str, answer: str = '', *, prompt_tokens: int, answer_tokens: int
@@ -328,20 +375,22 @@ def load_processor(folder: str | Path, spec: ProcessorSpec | None = None) -> Pro
         raise DataError(f'{folder}: no {CONFIG}; a model directory as transformers saves it is needed')
     config = model_config.parse(folder)
     if spec is None:
-        spec = processor_files.find_spec(folder, config.model_type)
+        spec = processor_files.find_spec(folder, config.model_type, config.architectures)
     hf = processor_files.read_processor(folder, config, spec)
     end = processor_files.find_end_token(folder, config, spec)
     if end is None:
         end = hf.tokenizer.eos_token_id
     # A directory may mix files of several models. Its processor then runs, but does not fit the model.
     qformer = getattr(config, 'qformer_config', None)
+    is_apart = spec.image_place is ImagePlace.APART
     processor = Processor(
         spec,
         hf,
         spec.count_image_tokens(config),
         end,
         _start_token(config.text_config),
-        vocab=config.text_config.vocab_size,
+        # Without a language model, the Q-Former reads the text.
+        vocab=qformer.vocab_size if is_apart else config.text_config.vocab_size,
         qformer_vocab=None if qformer is None else qformer.vocab_size,
     )
     _check_on_an_image(folder, processor, config.vision_config.image_size)

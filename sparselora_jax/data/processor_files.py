@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselora_jax.data.model_config import REMEDY, Rule, is_count, is_positive
-from sparselora_jax.data.processor_spec import PROCESSORS, ProcessorSpec
+from sparselora_jax.data.processor_spec import PROCESSORS, ImagePlace, ProcessorSpec, kind_of_model
 from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
 from sparselora_jax.runtime.files import StorageError, read_json
 
@@ -39,12 +39,13 @@ def _is_colour(value: object, is_legal: Callable[[Any], bool]) -> bool:
     return all(isinstance(number, int | float) and is_legal(number) for number in value)
 
 
-def find_spec(folder: Path, model_type: str) -> ProcessorSpec:
-    """Return the registered processor description for a `model_type`.
+def find_spec(folder: Path, model_type: str, architectures: object = None) -> ProcessorSpec:
+    """Return the registered processor description for a kind of model.
 
     Args:
       folder: the model directory, for error messages.
       model_type: the `model_type` in config.json.
+      architectures: the `architectures` in config.json.
 
     Returns:
       The description that a family registered.
@@ -52,10 +53,11 @@ def find_spec(folder: Path, model_type: str) -> ProcessorSpec:
     Raises:
       UnsupportedModelError: no family registered one for this `model_type`.
     """
-    if model_type not in PROCESSORS:
+    kind = kind_of_model(PROCESSORS, model_type, architectures)
+    if kind not in PROCESSORS:
         known = ', '.join(PROCESSORS)
         raise UnsupportedModelError(f'{folder}: no image processing for model_type {model_type!r}; known: {known}')
-    return PROCESSORS.find(model_type)
+    return PROCESSORS.find(kind)
 
 
 def find_end_token(folder: Path, config: 'transformers.PretrainedConfig', spec: ProcessorSpec) -> int | None:
@@ -110,18 +112,32 @@ def read_processor(
     _set_padding_sides(processor, config, spec)
 
     tokenizer = processor.tokenizer
-    token = str(processor.image_token)
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    if token_id is None or token_id == tokenizer.unk_token_id:
-        raise DataError(f'{folder}: no image token: the tokenizer does not know {token}')
-    if config.image_token_id not in (None, token_id):
-        raise DataError(f'{folder}: {token} has id {token_id} in the tokenizer, {config.image_token_id} in config.json')
+    # A text that is apart from its image has no image token.
+    if spec.image_place is not ImagePlace.APART:
+        _check_image_token(folder, processor, config)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise DataError(f'{folder}: the tokenizer has neither a pad nor an end token; see tokenizer_config.json')
         # LLaMA's tokenizers name no pad token. Any token will do, since the attention mask hides pads.
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def _check_image_token(
+    folder: Path, processor: 'transformers.ProcessorMixin', config: 'transformers.PretrainedConfig'
+) -> None:
+    """Check that the tokenizer has the model's image token.
+
+    Raises:
+      DataError: it has none, or config.json names another one.
+    """
+    tokenizer = processor.tokenizer
+    token = str(processor.image_token)
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise DataError(f'{folder}: no image token: the tokenizer does not know {token}')
+    if config.image_token_id not in (None, token_id):
+        raise DataError(f'{folder}: {token} has id {token_id} in the tokenizer, {config.image_token_id} in config.json')
 
 
 def _check_files(folder: Path, spec: ProcessorSpec) -> None:
@@ -172,6 +188,7 @@ def _set_padding_sides(
 ) -> None:
     # An encoder and a Q-Former count positions from the left, including pads, so their pads must come last. A decoder
     # continues where its prompt ends, so its pads must come first.
-    processor.tokenizer.padding_side = 'right' if config.text_config.is_encoder_decoder else 'left'
+    is_read_by_encoder = config.text_config.is_encoder_decoder or spec.image_place is ImagePlace.APART
+    processor.tokenizer.padding_side = 'right' if is_read_by_encoder else 'left'
     if spec.has_instruction:
         processor.qformer_tokenizer.padding_side = 'right'

@@ -6,7 +6,7 @@ transformers' `model_type`.
 
 import enum
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ class ImagePlace(enum.Enum):
     BEFORE_PADS = '[image][pads][text]: the text is padded alone and never mentions the image'
     BEFORE_TEXT = '[pads][image][text]: the image comes first, and the prompt is padded as a whole'
     IN_TEXT = '[pads][text, with the image in it]: the text says once where the image belongs'
+    APART = '[text][pads]: image and text are inputs of their own, and the text has no placeholder'
 
 
 def _change_nothing(processor: 'transformers.ProcessorMixin', config: 'transformers.PretrainedConfig') -> None:
@@ -63,7 +64,7 @@ class ProcessorSpec:
     @property
     def pads_whole_prompt(self) -> bool:
         """Return whether the pads of a batch come before the image."""
-        return self.image_place is not ImagePlace.BEFORE_PADS
+        return self.image_place in (ImagePlace.BEFORE_TEXT, ImagePlace.IN_TEXT)
 
     def find_class(self) -> type:
         """Return the processor's class, a subclass of `transformers.ProcessorMixin`."""
@@ -72,5 +73,25 @@ class ProcessorSpec:
         return getattr(importlib.import_module(module or 'transformers'), name)
 
 
-# Keys are transformers' `model_type`. The string begins the error message for an unknown key.
+# Keys are transformers' `model_type`, see `kind_of_model`. The string begins the error message for an unknown key.
 PROCESSORS: Registry[ProcessorSpec] = Registry('image processing of model_type')
+
+
+def kind_of_model(known: Container[str], model_type: str, architectures: object) -> str:
+    """Return the key under which a kind of model is registered: `model_type`, or `model_type/architecture`.
+
+    Some classes of transformers share a `model_type`, though one generates text and another compares images with texts.
+
+    Args:
+      known: the registered keys.
+      model_type: the `model_type` in config.json.
+      architectures: the `architectures` in config.json, the names of classes; files may lack them.
+
+    >>> kind_of_model({'blip', 'blip/Matcher'}, 'blip', ['Matcher'])
+    'blip/Matcher'
+    >>> kind_of_model({'blip', 'blip/Matcher'}, 'blip', None)
+    'blip'
+    """
+    names = architectures if isinstance(architectures, list | tuple) else ()
+    keys = (f'{model_type}/{name}' for name in names)
+    return next((key for key in keys if key in known), model_type)

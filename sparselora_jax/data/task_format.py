@@ -7,11 +7,14 @@ from typing import Literal
 
 from sparselora_jax.data.text_format import TextFormat
 
-# Free text about an image, a description of it, the letter of a choice, yes or no.
-TaskKind = Literal['answer', 'caption', 'choice', 'yes_no']
+# Free text about an image, a description of it, the letter of a choice, yes or no; or which texts and images belong
+# together.
+TaskKind = Literal['answer', 'caption', 'choice', 'yes_no', 'retrieval']
 
 # Characters that LAVIS's processors of BLIP-2 remove from a question; '?' and ',' stay.
-_REMOVED = str.maketrans('', '', '.!"()*#:;~')
+_PUNCTUATION = '.!"()*#:;~'
+_REMOVED = str.maketrans('', '', _PUNCTUATION)
+_SPACED = str.maketrans(dict.fromkeys(_PUNCTUATION, ' '))
 LAVIS_WORDS = 50  # words of a question that LAVIS keeps
 
 
@@ -32,6 +35,20 @@ def clean_question(question: str) -> str:
     # Two spaces enclose an empty word, which counts, as in LAVIS.
     words = cleaned.split(' ')
     return cleaned if len(words) <= LAVIS_WORDS else ' '.join(words[:LAVIS_WORDS])
+
+
+def clean_caption(caption: str) -> str:
+    """Return a caption as LAVIS prepares it for BLIP-2 (`blip_caption`): lower case, less punctuation, 50 words.
+
+    Args:
+      caption: the caption of a data set.
+
+    >>> clean_caption('Two dogs (brown)  run.')
+    'two dogs brown run'
+    """
+    # Unlike in a question, a space takes the place of punctuation, and runs of white space become one space.
+    words = caption.lower().translate(_SPACED).split()
+    return ' '.join(words[:LAVIS_WORDS])
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,8 @@ class FamilyConfig(Protocol):
     """The fields of every family's config; families add their own."""
 
     @property
-    def language(self) -> LanguageConfig:
-        """Return the language tower's config."""
+    def language(self) -> LanguageConfig | None:
+        """Return the language tower's config; None: the models compare images with texts, and generate no text."""
 
     @property
     def family(self) -> 'Family':

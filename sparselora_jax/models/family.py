@@ -22,9 +22,9 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from sparselora_jax.data.processor_spec import PROCESSORS, ProcessorSpec
+from sparselora_jax.data.processor_spec import PROCESSORS, ProcessorSpec, kind_of_model
 from sparselora_jax.data.task_format import TaskFormat, TaskKind
 from sparselora_jax.models import prompts
 from sparselora_jax.models.config import FamilyConfig, HfConfig, ImageConfig
@@ -59,6 +59,11 @@ class Family(Protocol):
     processor: ProcessorSpec | None = None
     reads_generation_config: bool = True
     is_prompted_by_image: bool = False
+
+    @property
+    def has_language(self) -> bool:
+        """Return whether its models generate text, by a language tower."""
+        return 'language' in self.tower_names
 
     @abc.abstractmethod
     def from_hf(self, hf: HfConfig) -> FamilyConfig:
@@ -206,6 +211,93 @@ class ImageFamily(Family):
         return prompts.embed_words_and_image(w, cfg, batch, lambda batch: self.soft_words(w, cfg, batch, run))
 
 
+class RetrievalFamily(Family):
+    """A family whose models compare images with texts, and generate no text: there is no language tower.
+
+    Images and texts are first compared by embeddings, which each has by itself. That is cheap, so a search compares all
+    of them. The best candidates are then compared by a pass that reads image and text together.
+    """
+
+    @abc.abstractmethod
+    def image_features(
+        self, w: dict, cfg: FamilyConfig, images: Float[Array, 'batch 3 height width'], run: Runner = scan_blocks
+    ) -> Float[Array, 'batch patches dim']:
+        """Return what both comparisons read of an image."""
+
+    @abc.abstractmethod
+    def image_embeddings(
+        self, w: dict, cfg: FamilyConfig, features: Float[Array, 'batch patches dim'], run: Runner = scan_blocks
+    ) -> Float[Array, 'batch queries embedding']:
+        """Return the embeddings of each image, of length 1; the one nearest to a text counts."""
+
+    @abc.abstractmethod
+    def text_embeddings(
+        self,
+        w: dict,
+        cfg: FamilyConfig,
+        tokens: Int[Array, 'batch tokens'],
+        valid: Bool[Array, 'batch tokens'],
+        run: Runner = scan_blocks,
+    ) -> Float[Array, 'batch embedding']:
+        """Return the embedding of each text, of length 1."""
+
+    @abc.abstractmethod
+    def match_logits(
+        self,
+        w: dict,
+        cfg: FamilyConfig,
+        features: Float[Array, '#batch patches dim'],
+        tokens: Int[Array, 'batch tokens'],
+        valid: Bool[Array, 'batch tokens'],
+        run: Runner = scan_blocks,
+    ) -> Float[Array, 'batch 2']:
+        """Return the logits of "no match" and "match" of each text with its image, or with the one that all share."""
+
+    @abc.abstractmethod
+    def hidden(
+        self, w: dict, cfg: FamilyConfig, batch: dict, run: Runner = scan_blocks
+    ) -> Float[Array, 'batch queries dim']:
+        """Return the input of the matching head; this pass calibrates the kernels of all towers."""
+
+    def prompt(self, w: dict, cfg: FamilyConfig, batch: dict, run: Runner = scan_blocks) -> Prompt:
+        """Refuse: there is no language tower that could read a prompt.
+
+        Args:
+          w: params, or the weights from `bind`.
+          cfg: the family's config.
+          batch: JAX arrays.
+          run: executes the towers' blocks.
+
+        Raises:
+          UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(no_language(self))
+
+    def check_kind(self, kind: TaskKind) -> None:
+        """Check that a task is one of retrieval.
+
+        Args:
+          kind: kind of task.
+
+        Raises:
+          UnsupportedModelError: it is not.
+        """
+        if kind != 'retrieval':
+            raise UnsupportedModelError(no_language(self))
+
+
+def no_language(family: Family) -> str:
+    """Return why a model of this family generates no text, and what to do.
+
+    Args:
+      family: a family without a language tower.
+    """
+    return (
+        f'{family.name} models compare images with texts and generate no text: score them on tasks of retrieval, or '
+        'give a model with a language tower'
+    )
+
+
 FAMILIES: Registry[Family] = Registry('family')
 
 
@@ -214,7 +306,8 @@ def register_family(family: Family, *model_types: str) -> Family:
 
     Args:
       family: the family; it may serve several model types.
-      model_types: the `model_type` values of its models in transformers.
+      model_types: the `model_type` values of its models in transformers; `model_type/architecture` for a class of
+        transformers that shares its `model_type` with models of another family.
 
     Returns:
       The family.
@@ -230,13 +323,14 @@ def register_family(family: Family, *model_types: str) -> Family:
     return family
 
 
-def find_family(model_type: str, name: str = '') -> Family:
+def find_family(model_type: str, name: str = '', architectures: object = None) -> Family:
     """Return the family of a model.
 
     Args:
       model_type: the model's `model_type` in transformers.
       name: the family that the caller expects, as a registered model type; or another family to use, as
         `package.module:FAMILY`; '' for the model's own.
+      architectures: the `architectures` of the model's config, see `kind_of_model`.
 
     Returns:
       The family.
@@ -247,14 +341,16 @@ def find_family(model_type: str, name: str = '') -> Family:
         expected one, or `name` is not a family.
     """
     if not name or name in FAMILIES:
-        if model_type not in FAMILIES:
-            known = ', '.join(sorted(FAMILIES))
+        kind = kind_of_model(FAMILIES, model_type, architectures)
+        if kind not in FAMILIES:
+            # Without those that are told apart by an architecture: the model type is what is unknown.
+            known = ', '.join(sorted(key for key in FAMILIES if '/' not in key))
             raise UnsupportedModelError(
                 f'model_type {model_type!r}: expected one of {known}, or a family of your own as package.module:FAMILY'
             )
-        own = FAMILIES.find(model_type)
+        own = FAMILIES.find(kind)
         if problem := other_family(own, name):
-            raise UnsupportedModelError(f'model_type {model_type!r} is {problem}')
+            raise UnsupportedModelError(f'model_type {kind!r} is {problem}')
         return own
     family = FAMILIES.find(name)
     # An import by name may return any object. Raise here, not where a missing method is first used.
@@ -283,10 +379,9 @@ def use_recipe_of(family: Family) -> str:
     Args:
       family: the family of the model.
     """
-    # A recipe lays out images and texts by the family's processor.
-    recipes = (
-        f'such as configs/{family.name}_lang_only.py' if family.processor else f'and {family.name} models have none'
-    )
+    # A recipe lays out images and texts by the family's processor, and trains the language tower's answers.
+    has_recipes = family.processor is not None and family.has_language
+    recipes = f'such as configs/{family.name}_lang_only.py' if has_recipes else f'and {family.name} models have none'
     return f'use a recipe of the same family, {recipes}'
 
 

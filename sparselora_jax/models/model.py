@@ -16,9 +16,10 @@ from jaxtyping import Array, Bool, Float
 
 from sparselora_jax.models import prompts
 from sparselora_jax.models.config import FamilyConfig, HfConfig
-from sparselora_jax.models.family import Family, config_of, find_family
+from sparselora_jax.models.family import Family, config_of, find_family, no_language
 from sparselora_jax.models.runners import Runner, scan_blocks
 from sparselora_jax.models.towers import LanguageTower
+from sparselora_jax.runtime.errors import UnsupportedModelError
 from sparselora_jax.sparse.rules import flatten, unflatten
 
 
@@ -35,7 +36,7 @@ def from_hf(hf: HfConfig, family: str = '') -> FamilyConfig:
     Raises:
       UnsupportedModelError: no family supports the model; or see `family.config_of`.
     """
-    return config_of(find_family(hf.model_type, family), hf)
+    return config_of(find_family(hf.model_type, family, getattr(hf, 'architectures', None)), hf)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,12 @@ class Model:
 
     @property
     def language(self) -> LanguageTower:
-        """Return the model's language tower."""
+        """Return the model's language tower.
+
+        Raises:
+          UnsupportedModelError: the model has none.
+        """
+        check_language(self.cfg)
         return self.cfg.language.tower
 
     @property
@@ -116,6 +122,8 @@ class Model:
     def hidden(self, weights: dict, batch: dict, run: Runner = scan_blocks) -> Float[Array, 'batch tokens dim']:
         """Return the hidden states before the head, of every token (for an encoder-decoder, of the decoder's tokens).
 
+        Those of a retrieval model are of the queries that have read image and text (`RetrievalFamily.hidden`).
+
         Args:
           weights: params, or the weights from `bind`.
           batch: see the module docstring; arrays of NumPy or JAX.
@@ -125,6 +133,9 @@ class Model:
           BatchError: see `prompt`.
         """
         batch = _to_jax(batch)
+        if not self.family.has_language:
+            prompts.check_ids(self.cfg, batch)
+            return self.family.hidden(weights, self.cfg, batch, run)
         prompt = self.prompt(weights, batch, run)
         w = weights['language']
         cfg = self.cfg.language
@@ -186,6 +197,19 @@ class Model:
 
 def _to_jax(batch: dict) -> dict[str, Array]:
     return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
+def check_language(cfg: FamilyConfig) -> None:
+    """Check that a model generates text.
+
+    Args:
+      cfg: its family's config.
+
+    Raises:
+      UnsupportedModelError: it has no language tower.
+    """
+    if cfg.language is None:
+        raise UnsupportedModelError(no_language(cfg.family))
 
 
 def abstract_model(cfg: FamilyConfig) -> Model:

@@ -1,13 +1,14 @@
 """Q-Former of BLIP-2 (arXiv 2301.12597): learned queries in a BERT that attends to the image in every other layer.
 
 The stacked unit is a *pair* of layers: the first attends to the image, the second does not. InstructBLIP's Q-Former
-(arXiv 2305.06500) reads the instruction too: queries and text attend to each other, and each has its own MLP.
+(arXiv 2305.06500) reads the instruction too: queries and text attend to each other, and each has its own MLP. So does
+that of BLIP-2's first training stage, which compares images with texts; it also reads images and texts alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparselora_jax.models import key_table, layers
 from sparselora_jax.models.config import HfConfig
@@ -29,8 +30,8 @@ class QFormerConfig:
       image_width: size of the vision tower's hidden states.
       norm_eps: epsilon of the norms.
       activation: activation of the MLPs, a name in `layers.ACTIVATIONS`.
-      vocab: vocabulary size of the instruction; 0: the Q-Former reads no text.
-      max_positions: maximum number of tokens in an instruction.
+      vocab: vocabulary size of the text, such as an instruction; 0: the Q-Former reads no text.
+      max_positions: maximum number of tokens in a text.
     """
 
     queries: int
@@ -46,14 +47,14 @@ class QFormerConfig:
 
 
 def embed(
-    w: dict, cfg: QFormerConfig, image: Float[Array, 'batch patches image_dim'], batch: dict
+    w: dict, cfg: QFormerConfig, image: Float[Array, '#batch patches image_dim'], batch: dict
 ) -> tuple[Float[Array, 'batch rows dim'], dict]:
     """Return the learned queries for each image, followed by the instruction's embeddings if there is one.
 
     Args:
       w: params of the Q-Former.
       cfg: its config.
-      image: the vision tower's output.
+      image: the vision tower's output; one image may serve all texts.
       batch: `qformer_input_ids` and `qformer_attention_mask`, if `cfg.vocab` is not 0.
 
     Returns:
@@ -62,36 +63,45 @@ def embed(
     Raises:
       BatchError: the instruction is missing or too long.
     """
-    # The same learned queries are used for every image.
-    x = jnp.broadcast_to(w['queries'], (image.shape[0], *w['queries'].shape[1:]))
     ctx = {'cross': image}
-    if cfg.vocab:
-        tokens = batch.get('qformer_input_ids')
-        if tokens is None or tokens.shape[1] > cfg.max_positions:
-            have = 'are absent' if tokens is None else f'have {tokens.shape[1]} columns'
-            raise BatchError(f'qformer_input_ids {have}: the Q-Former reads an instruction of 1 to {cfg.max_positions}')
-        # Text has positions. Queries have none, since they are a set.
-        x = jnp.concatenate([x, w['embed'][tokens] + w['positions'][None, : tokens.shape[1]]], axis=1)
-        mask = batch.get('qformer_attention_mask')
-        text = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
-        queries = jnp.ones((image.shape[0], cfg.queries), bool)
-        valid = jnp.concatenate([queries, text], axis=1)  # in the order of x
-        # Calibration needs the rows that each kernel reads, see `runners.valid_rows`.
-        ctx |= {'mask': valid[:, None], 'valid': valid, 'query_valid': queries, 'text_valid': text}
+    # The same learned queries are used for every image.
+    if not cfg.vocab:
+        x = jnp.broadcast_to(w['queries'], (image.shape[0], *w['queries'].shape[1:]))
+        return layers.layer_norm(w['norm'], x, cfg.norm_eps).astype(image.dtype), ctx
+    tokens = batch.get('qformer_input_ids')
+    if tokens is None or tokens.shape[1] > cfg.max_positions:
+        have = 'are absent' if tokens is None else f'have {tokens.shape[1]} columns'
+        raise BatchError(f'qformer_input_ids {have}: the Q-Former reads an instruction of 1 to {cfg.max_positions}')
+    rows = tokens.shape[0]
+    x = jnp.broadcast_to(w['queries'], (rows, *w['queries'].shape[1:]))
+    # Text has positions. Queries have none, since they are a set.
+    x = jnp.concatenate([x, _embed_text(w, tokens)], axis=1)
+    mask = batch.get('qformer_attention_mask')
+    text = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
+    queries = jnp.ones((rows, cfg.queries), bool)
+    valid = jnp.concatenate([queries, text], axis=1)  # in the order of x
+    # Calibration needs the rows that each kernel reads, see `runners.valid_rows`.
+    ctx |= {'mask': valid[:, None], 'valid': valid, 'query_valid': queries, 'text_valid': text}
     # BERT normalises its embeddings. The blocks run in the dtype of the vision tower's output.
     return layers.layer_norm(w['norm'], x, cfg.norm_eps).astype(image.dtype), ctx
+
+
+def _embed_text(w: dict, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens dim']:
+    return w['embed'][tokens] + w['positions'][None, : tokens.shape[1]]
 
 
 def _attention(
     w: dict,
     cfg: QFormerConfig,
     x: Float[Array, 'batch rows dim'],
-    source: Float[Array, 'batch sources source_dim'],
+    source: Float[Array, '#batch sources source_dim'],
     mask: Bool[Array, 'batch 1 sources'] | None = None,
 ) -> Float[Array, 'batch rows dim']:
     """Return `x` after attention to `source`, the residual sum and its norm."""
     q = layers.split_heads(layers.dense(w['q'], x), cfg.heads)
+    # Computed once for an image that several texts share, and only then repeated.
     k, v = (layers.split_heads(layers.dense(w[name], source), cfg.heads) for name in 'kv')
+    k, v = (jnp.broadcast_to(heads, (q.shape[0], *heads.shape[1:])) for heads in (k, v))
     return layers.layer_norm(w['norm'], x + layers.dense(w['o'], layers.attend(q, k, v, mask)), cfg.norm_eps)
 
 
@@ -147,7 +157,7 @@ def finish(w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim']) -> Fl
 
 
 def forward(
-    w: dict, cfg: QFormerConfig, image: Float[Array, 'batch patches image_dim'], batch: dict, run: Runner = scan_blocks
+    w: dict, cfg: QFormerConfig, image: Float[Array, '#batch patches image_dim'], batch: dict, run: Runner = scan_blocks
 ) -> Float[Array, 'batch queries dim']:
     """Return the queries' hidden states, given the image (and the instruction, if `cfg.vocab` is not 0).
 
@@ -164,6 +174,68 @@ def forward(
     x, ctx = embed(w, cfg, image, batch)
     x, _ = run('qformer', lambda w, x, ctx, cache: block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
     return finish(w, cfg, x)
+
+
+def forward_image(
+    w: dict, cfg: QFormerConfig, image: Float[Array, 'batch patches image_dim'], run: Runner = scan_blocks
+) -> Float[Array, 'batch queries dim']:
+    """Return the queries' hidden states, given the image alone: a text, if the Q-Former reads any, is left out.
+
+    Args:
+      w: params of the Q-Former, or its weights from `bind`.
+      cfg: its config.
+      image: the vision tower's output.
+      run: executes the pairs.
+    """
+    return forward(w, replace(cfg, vocab=0), image, {}, run)
+
+
+def forward_text(
+    w: dict,
+    cfg: QFormerConfig,
+    tokens: Int[Array, 'batch tokens'],
+    valid: Bool[Array, 'batch tokens'],
+    run: Runner = scan_blocks,
+) -> Float[Array, 'batch tokens dim']:
+    """Return the text's hidden states, given the text alone: there are no queries and no image, as in a BERT.
+
+    Args:
+      w: params of the Q-Former, or its weights from `bind`.
+      cfg: its config; `cfg.vocab` is not 0.
+      tokens: the text.
+      valid: False marks a pad.
+      run: executes the pairs.
+
+    Raises:
+      BatchError: the text is too long.
+    """
+    if tokens.shape[1] > cfg.max_positions:
+        raise BatchError(f'a text of {tokens.shape[1]} tokens: the Q-Former reads 1 to {cfg.max_positions}')
+    x = layers.layer_norm(w['norm'], _embed_text(w, tokens), cfg.norm_eps)
+    ctx = {'mask': valid[:, None], 'valid': valid}
+    x, _ = run('qformer', lambda w, x, ctx, cache: text_block(w, cfg, x, ctx, cache), w['blocks'], x, ctx)
+    return x
+
+
+def text_block(
+    w: dict, cfg: QFormerConfig, x: Float[Array, 'batch rows dim'], ctx: dict, cache: None
+) -> tuple[Float[Array, 'batch rows dim'], None]:
+    """Run a pair of layers on text alone: self-attention and the MLP of the text, twice.
+
+    Args:
+      w: weights of one pair.
+      cfg: the Q-Former's config.
+      x: the text.
+      ctx: `mask`, False at pads.
+      cache: None, since this tower does not decode token by token.
+
+    Returns:
+      The new `x` and the cache.
+    """
+    for name in ('first', 'second'):
+        x = _attention(w[name]['self'], cfg, x, x, ctx['mask'])
+        x = _mlp(w[name]['text_mlp'], cfg, x)
+    return x, cache
 
 
 def shapes(cfg: QFormerConfig) -> dict:
@@ -247,12 +319,13 @@ def _mlp_keys(ours: str, suffix: str) -> Keys:
     return table | key_table.norm(f'{ours}/norm', f'output{suffix}.LayerNorm')
 
 
-def from_hf(hf: HfConfig, queries: int) -> QFormerConfig:
+def from_hf(hf: HfConfig, queries: int, *, compares_texts: bool = False) -> QFormerConfig:
     """Convert a transformers `Blip2QFormerConfig` or `InstructBlipQFormerConfig`.
 
     Args:
       hf: the transformers config of the Q-Former.
       queries: `num_query_tokens` of the whole model's config.
+      compares_texts: whether it is that of a retrieval model, which reads texts.
 
     Returns:
       Our config.
@@ -265,12 +338,12 @@ def from_hf(hf: HfConfig, queries: int) -> QFormerConfig:
             f'cross_attention_frequency {hf.cross_attention_frequency}, num_hidden_layers {hf.num_hidden_layers} of '
             f'{hf.model_type}: expected 2 and an even number'
         )
-    if getattr(hf, 'use_qformer_text_input', False):
-        raise UnsupportedModelError(f'use_qformer_text_input of {hf.model_type}: only retrieval models read text there')
     if getattr(hf, 'position_embedding_type', 'absolute') != 'absolute':
         raise UnsupportedModelError(f"position_embedding_type {hf.position_embedding_type!r}: expected 'absolute'")
-    # BLIP-2's config has a vocabulary too, but its Q-Former does not use it.
-    reads_text = hf.model_type == 'instructblip_qformer'
+    if getattr(hf, 'use_qformer_text_input', False) and not compares_texts:
+        raise UnsupportedModelError(f'use_qformer_text_input of {hf.model_type}: only retrieval models read text there')
+    # BLIP-2's config has a vocabulary too, but its Q-Former does not use it, unless it compares texts with images.
+    reads_text = compares_texts or hf.model_type == 'instructblip_qformer'
     return QFormerConfig(
         queries=queries,
         width=hf.hidden_size,

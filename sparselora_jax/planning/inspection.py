@@ -70,9 +70,11 @@ def towers(cfg: ModelConfig, params: dict) -> list[Tower]:
         sizes[stack] = sizes.get(stack, 0) + count(leaf)
 
     def width(name: str) -> int:
-        # A projection has the width of the language tower that it projects to.
-        tower = getattr(cfg, name.split('/')[0], cfg.language)
-        return tower.width
+        tower = getattr(cfg, name.split('/')[0], None)
+        if tower is not None:
+            return tower.width
+        # A part between towers has the width that its kernels project to.
+        return max(leaf.shape[-1] for path, leaf in flat.items() if path.startswith(f'{name}/'))
 
     return [Tower(name, depths.get(name, 0), width(name), size, size / total) for name, size in sizes.items()]
 

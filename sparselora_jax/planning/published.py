@@ -231,5 +231,7 @@ def model_config(hf: transformers.PretrainedConfig, family: str = '') -> FamilyC
       UnsupportedModelError: no family supports the model, or a field's value.
     """
     cfg = from_hf(hf, family)
+    if cfg.language is None:
+        return cfg
     tied = cfg.language.tower.likely_tied(cfg.language)
     return replace(cfg, language=replace(cfg.language, tied=tied))

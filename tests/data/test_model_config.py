@@ -89,7 +89,7 @@ def test_the_image_token_may_lie_behind_the_vocabulary(tmp_path):
     assert model_config.parse(write(tmp_path, fields)).image_token_id == 40
 
 
-@pytest.mark.parametrize('name', list(family.FAMILIES))
+@pytest.mark.parametrize('name', sorted({name.partition('/')[0] for name in family.FAMILIES}))
 def test_the_defaults_of_every_model_type_are_possible(tmp_path, name):
     config = transformers.AutoConfig.for_model(name)
     config.save_pretrained(tmp_path)
