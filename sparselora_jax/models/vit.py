@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sparselora_jax.models import key_table, layers
@@ -236,6 +237,49 @@ def keys(cfg: ViTConfig) -> Keys:
         else:
             layer |= key_table.dense(f'attn/{name}', f'self_attn.{name}_proj', bias=cfg.qkv_bias)
     return table | key_table.nested(layer, 'blocks/', 'encoder.layers.{i}.')
+
+
+# Of cubic convolution (Keys 1981, equation 4); torch's value, while jax.image has -0.5.
+_CUBIC = -0.75
+
+
+def resize_positions(
+    positions: Float[Array, '1 tokens dim'], cfg: ViTConfig, new_cfg: ViTConfig
+) -> Float[Array, '1 new_tokens dim']:
+    """Return the positions of a tower for images of another size, by bicubic interpolation over the grid of patches.
+
+    As LAVIS does it with torch's `interpolate`: pixels beyond the border are those of the border, and the class token's
+    position stays.
+
+    Args:
+      positions: the positions of the tower.
+      cfg: its config.
+      new_cfg: the config with the other size of images.
+    """
+    if cfg.grid == new_cfg.grid:
+        return positions
+    first = int(cfg.class_token)
+    grid = positions[0, first:].astype(jnp.float32).reshape(cfg.grid, cfg.grid, -1)
+    weights = jnp.asarray(_cubic_weights(cfg.grid, new_cfg.grid), jnp.float32)
+    # One axis after the other, since the interpolation is separable.
+    grid = jnp.einsum('yr,xc,rcd->yxd', weights, weights, grid, precision='highest')
+    patches = grid.reshape(1, new_cfg.grid**2, -1).astype(positions.dtype)
+    return jnp.concatenate([positions[:, :first], patches], axis=1)
+
+
+def _cubic_weights(inputs: int, outputs: int) -> Float[np.ndarray, 'outputs inputs']:
+    """Return the weight of each input in each output of a cubic interpolation."""
+    centres = (np.arange(outputs) + 0.5) * inputs / outputs - 0.5
+    nearest = np.floor(centres).astype(int)
+    weights = np.zeros((outputs, inputs))
+    for offset in (-1, 0, 1, 2):
+        distance = np.abs(centres - (nearest + offset))
+        near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
+        far = ((_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC) * distance - 4 * _CUBIC
+        # Beyond the border there is no input; the one at the border takes the weight.
+        place = np.clip(nearest + offset, 0, inputs - 1)
+        np.add.at(weights, (np.arange(outputs), place), np.where(distance <= 1, near, far))
+    return weights
 
 
 @dataclass(frozen=True)

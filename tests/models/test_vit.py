@@ -1,5 +1,7 @@
 """Parity of the vision towers of BLIP-2, CLIP and SigLIP with torch transformers; what is refused."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,3 +125,15 @@ def test_images_of_another_size_are_named():
 def test_what_is_not_known_is_refused(hf, layer, message):
     with pytest.raises(UnsupportedModelError, match=message):
         vit.from_hf(hf, layer=layer)
+
+
+@pytest.mark.parametrize(('side', 'new_side'), [(16, 26), (4, 7), (6, 3)])
+def test_positions_are_interpolated_as_torch_does(side, new_side):
+    cfg = vit.ViTConfig(image_size=14 * side, patch_size=14, width=3, depth=1, heads=1, mlp_width=4)
+    positions = np.random.default_rng(0).normal(size=(1, side**2 + 1, 3)).astype(np.float32)
+    grid = torch.asarray(positions[0, 1:].reshape(side, side, 3)).permute(2, 0, 1)[None]
+    want = torch.nn.functional.interpolate(grid, size=(new_side, new_side), mode='bicubic', align_corners=False)
+    got = vit.resize_positions(jnp.asarray(positions), cfg, replace(cfg, image_size=14 * new_side))
+    np.testing.assert_allclose(got[0, 1:], want[0].permute(1, 2, 0).reshape(-1, 3).numpy(), atol=1e-5)
+    np.testing.assert_array_equal(got[0, 0], positions[0, 0])
+    np.testing.assert_array_equal(vit.resize_positions(jnp.asarray(positions), cfg, cfg), positions)
