@@ -6,7 +6,8 @@ python launch/evaluate.py --tasks=list --data_root=DIR
 
 Without --data, a model in the workdir of a run is scored on the data of this run, and the embedded model on easy-VQA.
 A task is a benchmark whose official files lie under --data_root. Its scores, answers and the file for the server of the
-data set are written to --output. The same command continues a run that was stopped.
+data set are written to --output. Tasks of retrieval need a retrieval model of BLIP-2. The same command continues a run
+that was stopped.
 """
 
 import json
@@ -18,13 +19,14 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from sparselora_jax import recipe
-from sparselora_jax.checkpoints import embedded
+from sparselora_jax.checkpoints import embedded, graft, load
 from sparselora_jax.checkpoints.checkpoint_files import settings_files
 from sparselora_jax.data import pipeline
 from sparselora_jax.data.checked import load_dataset
 from sparselora_jax.data.dataset import DataRequest, Mixture
 from sparselora_jax.data.loaders import find_loader
-from sparselora_jax.evaluation import vqa
+from sparselora_jax.evaluation import retrieval, vqa
+from sparselora_jax.evaluation.tasks import RETRIEVAL
 from sparselora_jax.recipe import CONFIG_FILE, LARGEST_COUNT, ConfigError
 from sparselora_jax.runtime.files import StorageError, read_json
 from sparselora_jax.runtime.progress import Progress
@@ -49,9 +51,19 @@ DATA_ROOT = flags.DEFINE_string('data_root', None, 'folder under which the files
 OUTPUT = flags.DEFINE_string('output', None, 'folder for the results of tasks')
 LIMIT = flags.DEFINE_integer('limit', None, 'maximum number of items of each task; default: all', lower_bound=1)
 OFFSET = flags.DEFINE_integer('offset', 0, 'number of items of each task to leave out at first', lower_bound=0)
+CANDIDATES = flags.DEFINE_integer(
+    'candidates',
+    retrieval.CANDIDATES,
+    'of retrieval: number of candidates of each search that are scored again',
+    lower_bound=1,
+)
+VISION_FROM = flags.DEFINE_string(
+    'vision_from', None, 'a BLIP-2 whose vision tower replaces that of the retrieval model, as in the paper'
+)
 TOLERANCE = flags.DEFINE_float(
     'tolerance', 0.0, 'largest share of images that may be missing', lower_bound=0.0, upper_bound=1.0
 )
+_VISION_FROM_NEEDS = '--vision_from is for tasks of retrieval: name only these, as --tasks=flickr30k_test_retrieval'
 
 
 def main(argv: list[str]) -> None:
@@ -60,6 +72,8 @@ def main(argv: list[str]) -> None:
     if TASKS.value is not None:
         score_tasks(TASKS.value)
         return
+    if VISION_FROM.value is not None:
+        raise ConfigError(_VISION_FROM_NEEDS)
     request = choose_data()
     loaded = cli.load_model()
     model, params, processor, text = loaded
@@ -125,17 +139,27 @@ def score_tasks(names: list[str]) -> None:
         tolerance=TOLERANCE.value,
         overrides={name: values[name].value for name in cli.DECODING if values[name].value is not None},
         prompt=values.prompt,
+        candidates=CANDIDATES.value,
+        vision_from=VISION_FROM.value,
     )
     # Missing files are told before the model is loaded.
     tasks = evaluate_tasks.load_tasks(request)
-    loaded = cli.load_model()
+    if VISION_FROM.value is not None and any(loaded.task.kind != RETRIEVAL for loaded in tasks.values()):
+        raise ConfigError(_VISION_FROM_NEEDS)
+    loaded = cli.load_model(generates=False)
     model, params, processor, _ = loaded
     cli.print_header(f'tasks {", ".join(names)}')
     prepared = evaluate_tasks.prepare(request, tasks, model, processor)
     for task in prepared.values():
-        text = replace(task.asked.text, decoding=cli.DECODING | task.asked.text.decoding)
-        cli.check_memory(loaded._replace(text=text), BATCH.value)
+        # A search generates no text, and the check counts the memory of generation.
+        if task.task.kind != RETRIEVAL:
+            text = replace(task.asked.text, decoding=cli.DECODING | task.asked.text.decoding)
+            cli.check_memory(loaded._replace(text=text), BATCH.value)
     output = Path(OUTPUT.value)
+    files = model_files(model.source, output)
+    if VISION_FROM.value is not None:
+        params = graft.with_vision_from(model, params, VISION_FROM.value, dtype=values.dtype)
+        files |= files_of_tower(VISION_FROM.value)
     results = evaluate_tasks.evaluate_tasks(
         request,
         prepared,
@@ -144,7 +168,7 @@ def score_tasks(names: list[str]) -> None:
         processor,
         output=output,
         name=values.model or embedded.NAME,
-        owner=evaluate_tasks.begin(output, model_files(model.source, output), tasks) + values.dtype,
+        owner=evaluate_tasks.begin(output, files, tasks) + values.dtype,
     )
     print('\n'.join(evaluate_tasks.table(results)))
 
@@ -158,10 +182,28 @@ def model_files(source: str, output: Path) -> dict[str, Path]:
     """
     if flags.FLAGS.model is None:
         return {file.name: file for file in embedded.files()}
-    folder = Path(source)
-    weights = {file.relative_to(folder) for file in folder.glob('*.safetensors')}
-    every = {str(name): folder / name for name in sorted(weights | set(settings_files(folder)))}
+    every = files_of_directory(Path(source))
     return {name: file for name, file in every.items() if not file.resolve().is_relative_to(output.resolve())}
+
+
+def files_of_tower(vision_from: str) -> dict[str, Path]:
+    """Return the files of the model of `--vision_from`, by name.
+
+    Args:
+      vision_from: the model.
+    """
+    files = files_of_directory(load.find_directory(vision_from))
+    return {f'vision_from/{name}': file for name, file in files.items()}
+
+
+def files_of_directory(folder: Path) -> dict[str, Path]:
+    """Return the files of a model's directory that decide what it computes, by name.
+
+    Args:
+      folder: the directory.
+    """
+    weights = {file.relative_to(folder) for file in folder.glob('*.safetensors')}
+    return {str(name): folder / name for name in sorted(weights | set(settings_files(folder)))}
 
 
 def choose_data() -> DataRequest:

@@ -913,6 +913,11 @@ BAD_FLAGS = {
         '--tasks=gqa --data_root=data --output=out --limit=0',
         '--tasks=gqa --data_root=data --output=out --offset=-1',
         '--tasks=gqa --data_root=data --output=out --tolerance=2',
+        '--tasks=flickr30k_test_retrieval --data_root=data --output=out',
+        '--tasks=flickr30k_test_retrieval --data_root=data --output=out --candidates=0',
+        '--tasks=flickr30k_test_retrieval --data_root=data --output=out --vision_from=no/such',
+        '--tasks=gqa --data_root=data --output=out --vision_from=model',
+        '--vision_from=model',
     ),
     'generate.py': (
         '--dtype=floaty',

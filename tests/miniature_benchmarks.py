@@ -807,6 +807,8 @@ def everything(root: Path) -> dict[str, list[Expected]]:
         'coco2014_cap_val': coco_captions(coco),
         'coco2017_cap_val': coco_captions(coco, 'val2017', first_image=397133),
         'flickr30k_test': karpathy_flickr['test'],
+        'flickr30k_test_retrieval': karpathy_flickr['test'],
+        'coco_karpathy_test_retrieval': karpathy_coco['test'],
         'textvqa_val': text_vqa(root / 'textvqa'),
         'vizwiz_vqa_val': vizwiz(root / 'vizwiz'),
         'scienceqa_img': science_qa(root / 'scienceqa'),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Float32
 
 from sparselora_jax.data.benchmarks.items import Item, Items
 from sparselora_jax.data.dataset import Split
@@ -16,12 +17,14 @@ from sparselora_jax.data.task_format import TaskFormat
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation import intervals, vqa
 from sparselora_jax.evaluation.metrics.scored import Scored, resampled_values, rounded, spreads
-from sparselora_jax.evaluation.tasks import Task, expected_items
+from sparselora_jax.evaluation.retrieval import Search
+from sparselora_jax.evaluation.tasks import Predictions, Task, expected_items
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.files import write_text
 
 RESAMPLES = 200  # of a bootstrap: enough for two digits of a standard error
+SHOWN = 10  # best candidates of a search that are written, as many as the recalls look at
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
 STEP = 8
 Value = TypeVar('Value')
@@ -146,12 +149,12 @@ def ask(
     return answers.predicted
 
 
-def score(task: Task, predictions: Sequence[str], items: Items) -> tuple[TaskResult, Scored | None]:
+def score(task: Task, predictions: Predictions, items: Items) -> tuple[TaskResult, Scored | None]:
     """Return the values of a task with their standard errors, and the scores of the items.
 
     Args:
       task: the task.
-      predictions: an answer for each item.
+      predictions: an answer for each item, or the result of a search.
       items: the items.
 
     Returns:
@@ -181,7 +184,7 @@ def score(task: Task, predictions: Sequence[str], items: Items) -> tuple[TaskRes
         task.headline,
         _finite(values),
         _finite(_named(spreads(resampled), task)),
-        len(predictions),
+        len(items),
         expected,
         (*notes, *scored.notes),
         is_right=tuple(scored.per_item.astype(int).tolist()) if is_share else (),
@@ -250,6 +253,38 @@ def write_samples(
         line['score'] = None if scored is None else _finite_or_none(float(scored.per_item[index]))
         lines.append(json.dumps(line) + '\n')
     write_text(file, ''.join(lines))
+
+
+def write_searches(file: Path, items: Items, found: Search, scored: Scored) -> None:
+    """Write a line of JSON for each image: its best texts, its own texts, and the images found for these.
+
+    Args:
+      file: the file.
+      items: the images.
+      found: the scores of all images and texts.
+      scored: the scores of the images.
+    """
+    lines = []
+    for index in range(len(items)):
+        item = items[index]
+        # For each text of this image, the images that its search finds.
+        own_texts = np.flatnonzero(found.image_of_text == index)
+        images = [[items[image].image_id for image in _best(found.of_texts[text])] for text in own_texts]
+        line = {
+            'id': item.id,
+            'predictions': [found.texts[text] for text in _best(found.of_images[index])],
+            'references': list(item.references),
+            'score': float(scored.per_item[index]),
+            'images_of_references': images,
+        }
+        lines.append(json.dumps(line) + '\n')
+    write_text(file, ''.join(lines))
+
+
+def _best(scores: Float32[np.ndarray, ' candidates']) -> list[int]:
+    """Return the candidates with the highest scores, the best first."""
+    order = np.argsort(-scores, kind='stable')[:SHOWN]
+    return [int(place) for place in order if np.isfinite(scores[place])]
 
 
 def write_submission(file: Path, task: Task, items: Items, predictions: Sequence[str]) -> None:

@@ -23,14 +23,20 @@ from sparselora_jax.evaluation.metric import score as score_answer
 from sparselora_jax.evaluation.metrics.captions import ENTIRE, CaptionScores, score_captions, score_nocaps
 from sparselora_jax.evaluation.metrics.gqa import gqa_accuracy
 from sparselora_jax.evaluation.metrics.pope import pope
+from sparselora_jax.evaluation.metrics.retrieval import RetrievalRanks, retrieval_ranks
 from sparselora_jax.evaluation.metrics.science_qa import science_qa_accuracy
 from sparselora_jax.evaluation.metrics.scored import Scored, grouped_means
 from sparselora_jax.evaluation.metrics.vqa_accuracy import vqa_accuracy
+from sparselora_jax.evaluation.retrieval import Search
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.registry import Registry, UnknownNameError
 
+RETRIEVAL = 'retrieval'  # the kind of tasks that compare images with texts
+
+# What a model predicts: an answer to each item, or for retrieval the scores of all images and texts.
+Predictions = Sequence[str] | Search
 # Scores predictions of items whose references are known.
-Score = Callable[[Sequence[str], Items], Scored]
+Score = Callable[[Predictions, Items], Scored]
 # One entry of the file for the data set's server.
 Entry = Callable[[Item, str], dict[str, Any]]
 
@@ -168,6 +174,55 @@ def _nocaps(predictions: Sequence[str], items: Items) -> Scored:
     return _NoCapsScored(scores[ENTIRE], {name: scores[name] for name in sorted(rows)}, rows)
 
 
+# The names that tables of papers use, by those of LAVIS.
+_RECALLS = {
+    'txt_r1': 'text_R@1',
+    'txt_r5': 'text_R@5',
+    'txt_r10': 'text_R@10',
+    'img_r1': 'image_R@1',
+    'img_r5': 'image_R@5',
+    'img_r10': 'image_R@10',
+    'txt_r_mean': 'text_R_mean',
+    'img_r_mean': 'image_R_mean',
+    'r_mean': 'R_mean',
+}
+
+
+@dataclass(frozen=True)
+class _Recalls:
+    """The recalls of both directions of a search.
+
+    Attributes:
+      ranks: the rank of each right answer.
+    """
+
+    ranks: RetrievalRanks
+
+    @property
+    def per_item(self) -> Float[np.ndarray, ' images']:
+        """Return 1 for each image whose best text is its own, otherwise 0."""
+        return self.ranks.per_item
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return nothing: the scores are those of the benchmark."""
+        return ()
+
+    def aggregate(self, indices: Int[np.ndarray, ' sample'] | None = None) -> dict[str, float]:
+        """Return recalls at 1, 5 and 10 in percent, and their means; see `RetrievalRanks.aggregate`.
+
+        Args:
+          indices: the images, with their texts; None: all.
+        """
+        values = self.ranks.aggregate(indices)
+        return {name: values[of_lavis] for of_lavis, name in _RECALLS.items()}
+
+
+def _retrieval(found: Search, items: Items) -> Scored:
+    del items
+    return _Recalls(retrieval_ranks(found.of_images, found.image_of_text, text_similarity=found.of_texts))
+
+
 def _answer_entry(item: Item, prediction: str) -> dict[str, Any]:
     return {'question_id': item.id, 'answer': prediction}
 
@@ -206,6 +261,8 @@ _register('pope', 'mean_f1', _pope)
 for _name in ('coco_karpathy_test', 'coco_karpathy_val', 'coco2014_cap_val', 'coco2017_cap_val', 'flickr30k_test'):
     _register(_name, 'CIDEr', _captions, _caption_entry)
 _register('nocaps_val', 'CIDEr', _nocaps, _caption_entry)
+for _name in ('flickr30k_test_retrieval', 'coco_karpathy_test_retrieval'):
+    _register(_name, 'text_R@1', _retrieval)
 
 
 def _exact_match(predictions: Sequence[str], items: Items) -> Scored:

@@ -18,15 +18,24 @@ from sparselora_jax.data.benchmarks.items import Items
 from sparselora_jax.data.processing import Processor
 from sparselora_jax.data.task_format import TaskFormat
 from sparselora_jax.data.text_format import TextFormat
-from sparselora_jax.evaluation import task_runs
+from sparselora_jax.evaluation import retrieval, task_runs
 from sparselora_jax.evaluation.generate import GenerationError, check_new_tokens
 from sparselora_jax.evaluation.task_runs import TaskResult
-from sparselora_jax.evaluation.tasks import LoadedTask, Task, check_name, is_own_data, load_task
+from sparselora_jax.evaluation.tasks import (
+    RETRIEVAL,
+    LoadedTask,
+    Predictions,
+    Task,
+    check_name,
+    is_own_data,
+    load_task,
+)
 from sparselora_jax.jobs import inputs
 from sparselora_jax.jobs.inputs import RecordsDigest
+from sparselora_jax.models.family import Family, RetrievalFamily, no_language
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime import digests, processes
-from sparselora_jax.runtime.errors import DataError
+from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
 from sparselora_jax.runtime.files import write_text
 from sparselora_jax.runtime.progress import Progress
 
@@ -49,6 +58,9 @@ class TaskRequest:
       tolerance: largest share of images that may be missing; their items are left out.
       overrides: arguments of `generate` that replace those of the family.
       prompt: a template that replaces that of the family; None: that of the family.
+      candidates: of retrieval, number of candidates of each search that are scored again by reading image and text
+        together.
+      vision_from: the model whose vision tower is in the place of the model's own (`checkpoints.graft`); None: its own.
     """
 
     tasks: tuple[str, ...]
@@ -59,6 +71,8 @@ class TaskRequest:
     tolerance: float = 0.0
     overrides: Mapping[str, Any] | None = None
     prompt: str | None = None
+    candidates: int = retrieval.CANDIDATES
+    vision_from: str | None = None
 
 
 class PreparedTask(NamedTuple):
@@ -118,7 +132,9 @@ def prepare(
 
     Raises:
       DataError: no item is left, or a prompt is longer than the model reads.
+      UnsupportedModelError: the model cannot do a task.
     """
+    check_kinds({name: task.task for name, task in loaded.items()}, model.family)
     return {name: _prepare(request, name, task, model, processor) for name, task in loaded.items()}
 
 
@@ -212,29 +228,109 @@ def evaluate_tasks(
     output.mkdir(parents=True, exist_ok=True)
     # Written again after each task, so that a run that is stopped keeps what it has.
     results: dict[str, TaskResult] = {}
-    for task_name, (task, items, asked, prompts) in prepared.items():
-        predictions = task_runs.ask(
-            model,
-            weights,
-            processor,
-            items,
-            asked,
-            batch=request.batch,
-            answers_file=output / f'answers_{_label(task_name)}.jsonl',
-            owner=_owner(request, owner, task_name, task, asked),
-            progress=Progress(f'{task_name} {label}'.rstrip(), len(items)),
+    for task_name, task in prepared.items():
+        predictions = _predict(
+            request, task_name, task, model, weights, processor, output=output, owner=owner, label=label
         )
-        results[task_name], scored = task_runs.score(task, predictions, items)
+        results[task_name], scored = task_runs.score(task.task, predictions, task.items)
+        if request.vision_from is not None:
+            results[task_name] = _with_note(results[task_name], grafted(name, request.vision_from))
         # All processes hold the same answers.
         if processes.first():
-            task_runs.write_samples(output / f'samples_{_label(task_name)}.jsonl', items, prompts, predictions, scored)
-            task_runs.write_submission(output / f'submission_{_label(task_name)}.json', task, items, predictions)
+            samples_file = output / f'samples_{_label(task_name)}.jsonl'
+            if task.task.kind == RETRIEVAL:
+                task_runs.write_searches(samples_file, task.items, predictions, scored)
+            else:
+                task_runs.write_samples(samples_file, task.items, task.prompts, predictions, scored)
+                submission_file = output / f'submission_{_label(task_name)}.json'
+                task_runs.write_submission(submission_file, task.task, task.items, predictions)
             formats = {done: asdict(prepared[done].asked.text) for done in results}
             versions = _versions({done: prepared[done].task for done in results})
             content = task_runs.results_json(results, config=_config(request, name, formats), versions=versions)
             # Other programs read this file, and JSON has no NaN.
             write_text(output / RESULTS, json.dumps(content, indent=1, allow_nan=False))
     return results
+
+
+def check_kinds(tasks: Mapping[str, Task], family: Family) -> None:
+    """Check that a model can do all tasks: retrieval, or those that ask for text.
+
+    Args:
+      tasks: the tasks, by name.
+      family: the family of the model.
+
+    Raises:
+      UnsupportedModelError: it cannot do one; names it, and a model or tasks that fit.
+    """
+    compares = isinstance(family, RetrievalFamily)
+    for task_name, task in tasks.items():
+        if task.kind == RETRIEVAL and not compares:
+            raise UnsupportedModelError(
+                f'{task_name}: {family.name} models answer in text; this task compares images with texts: give a '
+                'retrieval model, such as Salesforce/blip2-itm-vit-g-coco, or leave the task out'
+            )
+        if task.kind != RETRIEVAL and compares:
+            raise UnsupportedModelError(f'{task_name}: {no_language(family)}')
+
+
+def _predict(
+    request: TaskRequest,
+    task_name: str,
+    prepared: PreparedTask,
+    model: Model,
+    weights: dict,
+    processor: Processor,
+    *,
+    output: Path,
+    owner: str,
+    label: str,
+) -> Predictions:
+    """Return the answers of the model to a task, or the result of its search."""
+    answers_file = output / f'answers_{_label(task_name)}.jsonl'
+    owner = _owner(request, owner, task_name, prepared.task, prepared.asked)
+    full_label = f'{task_name} {label}'.rstrip()
+    if prepared.task.kind != RETRIEVAL:
+        return task_runs.ask(
+            model,
+            weights,
+            processor,
+            prepared.items,
+            prepared.asked,
+            batch=request.batch,
+            answers_file=answers_file,
+            owner=owner,
+            progress=Progress(full_label, len(prepared.items)),
+        )
+    return retrieval.search(
+        model,
+        weights,
+        processor,
+        prepared.items,
+        prepared.asked,
+        batch=request.batch,
+        answers_file=answers_file,
+        # Unlike answers to questions, scores depend on which other items there are.
+        owner=json.dumps([owner, request.candidates, len(prepared.items)]),
+        candidates=request.candidates,
+        name=full_label,
+    )
+
+
+def grafted(name: str, vision_from: str) -> str:
+    """Return what a reader must know of a score with the vision tower of another model.
+
+    Args:
+      name: the model.
+      vision_from: the model whose vision tower is in its place.
+    """
+    return (
+        f'the vision tower is that of {vision_from}, all else is {name}: so this is no score of {vision_from} as a '
+        'whole, and pruning its language tower cannot change it'
+    )
+
+
+def _with_note(result: TaskResult, note: str) -> TaskResult:
+    return result._replace(notes=(*result.notes, note))
 
 
 def _label(task_name: str) -> str:
@@ -253,6 +349,10 @@ def _prepare(
     task, all_items = loaded
     items = task_runs.select(all_items, limit=request.limit, offset=request.offset)
     asked = _format(request, model, task)
+    # Texts of all items are compared, and none is an answer.
+    if task.kind == RETRIEVAL:
+        _check_retrieval(task_name, request, items)
+        return PreparedTask(task, items, asked, [])
     prompts = task_runs.prompts_of(items, asked)
     # A prompt that is cut would be another question.
     text = task_runs.fitted(asked.text, processor, prompts)
@@ -261,6 +361,18 @@ def _prepare(
     except GenerationError as error:
         raise DataError(f'{task_name}: {error}') from None
     return PreparedTask(task, items, replace(asked, text=text), prompts)
+
+
+def _check_retrieval(task_name: str, request: TaskRequest, items: Items) -> None:
+    """Check that nothing is asked for that a search does not have.
+
+    Raises:
+      DataError: there is a prompt or an argument of `generate`; or an image has no caption.
+    """
+    given = list(request.overrides or {}) + (['prompt'] if request.prompt is not None else [])
+    if given:
+        raise DataError(f'{task_name}: {given[0]} is for models that answer in text, and a search has no use for it')
+    retrieval.texts_of(items)
 
 
 def _lengths(model: Model, processor: Processor, text: TextFormat) -> tuple[int, int]:
@@ -296,6 +408,8 @@ def _config(request: TaskRequest, name: str, formats: Mapping[str, Any]) -> dict
         'limit': request.limit,
         'offset': request.offset,
         'batch': request.batch,
+        'candidates': request.candidates,
+        'vision_from': request.vision_from,
         'formats': dict(formats),
     }
 

@@ -95,7 +95,7 @@ def test_the_architecture_tells_it_from_a_model_that_answers():
     hf = tiny_retrieval.config(VOCAB, architectures=['Blip2ForImageTextRetrieval'])
     assert from_hf(hf).family is FAMILY
     assert from_hf(hf, 'blip-2/Blip2ForImageTextRetrieval').family is FAMILY
-    with pytest.raises(UnsupportedModelError, match='of the family blip2_retrieval, not blip2: .* models have none'):
+    with pytest.raises(UnsupportedModelError, match=r'of the family blip2_retrieval, not blip2: .* models have none'):
         from_hf(hf, 'blip-2')
     # Damaged files have anything there.
     for architectures in (['Blip2ForConditionalGeneration'], None, [], 3):

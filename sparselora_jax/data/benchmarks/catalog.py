@@ -3,7 +3,7 @@
 Names are those of lmms-eval. To add a benchmark, register a `Benchmark`, or name one as `package.module:Name`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparselora_jax.data.benchmarks import (
     coco_captions,
@@ -29,7 +29,8 @@ class Benchmark:
 
     Attributes:
       title: its name in words.
-      task: the kind of answer: free text, a caption, the letter of a choice, or yes or no.
+      task: the kind of answer: free text, a caption, the letter of a choice, yes or no, or the images and texts that
+        belong together.
       count: number of items that published scores are about.
       needs: the files to download, for messages.
       finders: find its records in the formats that exist, the best first.
@@ -193,6 +194,12 @@ BENCHMARKS.register(
         ),
     ),
 )
+# Retrieval: the same files; every image is searched for among all captions, and every caption among all images.
+for _name in ('flickr30k_test', 'coco_karpathy_test'):
+    _captions = BENCHMARKS.find(_name)
+    BENCHMARKS.register(
+        f'{_name}_retrieval', replace(_captions, title=f'{_captions.title}, retrieval', task='retrieval')
+    )
 # The answers of the test split are secret, so papers report the validation split.
 BENCHMARKS.register(
     'textvqa_val',
