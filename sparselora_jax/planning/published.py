@@ -128,6 +128,15 @@ def _blip2(text: dict, image_token: int) -> _Published:
     return 'Blip2Config', {'text_config': text, 'image_token_index': image_token}
 
 
+def _blip2_retrieval(image_size: int) -> _Published:
+    fields = {
+        'architectures': ['Blip2ForImageTextRetrieval'],
+        'vision_config': {'image_size': image_size},
+        'qformer_config': _QFORMER | {'use_qformer_text_input': True},
+    }
+    return 'Blip2Config', fields
+
+
 def _instructblip(text: dict, image_token: int) -> _Published:
     fields = {'text_config': text, 'image_token_index': image_token, 'qformer_config': _QFORMER}
     return 'InstructBlipConfig', fields
@@ -145,6 +154,8 @@ CONFIGS: dict[str, _Published] = {
     'Salesforce/blip2-opt-6.7b': _blip2(_OPT_6_7B, 50265),
     'Salesforce/blip2-flan-t5-xl': _blip2(_T5_XL, 32100),
     'Salesforce/blip2-flan-t5-xxl': _blip2(_T5_XXL, 32100),
+    'Salesforce/blip2-itm-vit-g': _blip2_retrieval(224),
+    'Salesforce/blip2-itm-vit-g-coco': _blip2_retrieval(364),
     'Salesforce/instructblip-flan-t5-xl': _instructblip(_T5_XL, 32100),
     'Salesforce/instructblip-flan-t5-xxl': _instructblip(_T5_XXL, 32100),
     'Salesforce/instructblip-vicuna-7b': _instructblip(_LLAMA_7B | _VICUNA, 32000),

@@ -22,7 +22,8 @@ from sparselora_jax.sparse.weights import init_lora
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ('blip2', 'instructblip', 'llava', 'paligemma')
-MULTIMODAL = [name for name in published.CONFIGS if '/' in name and not name.startswith(('meta', 'HuggingFaceTB'))]
+OTHERS = ('meta', 'HuggingFaceTB', 'Salesforce/blip2-itm')  # without recipes: of language alone, or for retrieval
+MULTIMODAL = [name for name in published.CONFIGS if '/' in name and not name.startswith(OTHERS)]
 
 # Unique parameters; FlanT5 with a head of its own. A token of InstructBLIP's Q-Former (BERT's 30522 and one) is 768.
 COUNTS = {
@@ -49,8 +50,10 @@ VARIANTS = [
 def torch_count(hf, kind):
     """Unique parameters of torch's model, which takes no memory."""
     tail = 'ForCausalLM' if kind == 'LlamaConfig' else 'ForConditionalGeneration'
+    # Where classes share a config, it names its own.
+    name = hf.architectures[0] if hf.architectures else kind.replace('Config', tail)
     with torch.device('meta'):
-        model = getattr(transformers, kind.replace('Config', tail))(hf)
+        model = getattr(transformers, name)(hf)
     return sum({id(p): p.numel() for p in model.parameters()}.values())
 
 
