@@ -69,6 +69,11 @@ def test_recalls_and_searches_are_written(folder, tmp_path, loaded):
     assert again[NAMES[0]].values == results[NAMES[0]].values
     with pytest.raises(sl.StorageError, match='of another run'):
         run(folder, tmp_path, loaded, candidates=2)
+    # A limit leaves images out, and with them their captions.
+    limited = run(folder, tmp_path / 'limited', loaded, NAMES[:1], limit=2, offset=1)
+    assert limited[NAMES[0]].scored == 2
+    lines = (tmp_path / 'limited' / f'samples_{NAMES[0]}.jsonl').read_text().splitlines()
+    assert [len(json.loads(line)['predictions']) for line in lines] == [10, 10]
 
 
 def test_a_model_that_cannot_do_a_task_is_refused():
