@@ -367,6 +367,7 @@ def combinations() -> Iterator[Case]:
         'restore.shares=(2,1,1)',
         'restore.top_k=328',
         'restore.trained=weights restore.base=packed restore.teacher=model',
+        'restore.trained=weights prune.pattern.language=2:4 lora.dropout=0.1',
         'restore.trained=weights restore.control=True prune.pattern.language=dense prune.pattern.vision=dense',
         'text.answer_tokens=99',
         'text.prompt_tokens=1',

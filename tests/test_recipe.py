@@ -206,10 +206,11 @@ def test_every_field_refuses_other_types_and_numbers_out_of_its_range(field):
         ('prune.highest', 1.5, r'prune.highest 1.5: expected a sparsity in \(0, 1\]'),
         ('prune.group.language', 'row', "prune.group.language 'row': expected 'output' or 'matrix'"),
         ('lora.alpha.language', 0.0, 'lora.alpha.language 0.0: expected a positive number'),
+        ('lora.dropout', 1.0, 'lora.dropout 1.0: expected a number from 0 to below 1'),
         ('restore.kd', 2.0, 'restore.kd 2.0: expected a number from 0 to 1'),
         ('restore.temperature', 0.0, 'restore.temperature 0.0: expected a positive number'),
         ('restore.peak', float('nan'), 'restore.peak nan: expected a positive number'),
-        ('restore.clip', 0.0, 'restore.clip 0.0: expected a positive number'),
+        ('restore.clip', -1.0, r'restore.clip -1.0: expected 0 \(no limit\) or more'),
         ('restore.accumulate', 0, 'restore.accumulate 0: expected 1 or more'),
         ('restore.shares', (1, -2, 1), r'restore.shares \(1, -2, 1\): expected numbers of 0 or more'),
         ('seed', 99999999999999, 'seed 99999999999999: expected at most 2147483647'),
@@ -247,7 +248,7 @@ def test_a_field_that_does_not_exist_or_is_missing_is_named():
     config = blip2_lang_only.get_config()
     del config.restore.clip
     with pytest.raises(
-        ConfigError, match=r"config has no field 'restore.clip': expected a positive number; begin with b"
+        ConfigError, match=r"config has no field 'restore.clip': expected 0 \(no limit\) or more; begin with b"
     ):
         check_values(config)
     config = blip2_lang_only.get_config()

@@ -151,6 +151,8 @@ def _restoration(job: Job) -> list[Row]:
     if restore.trained == 'lora':
         ranks = ', '.join(f'{tower} {rank}' for tower, rank in config.lora.rank.items() if rank)
         rows.append(['trained', f'LoRA under the masks, of rank {ranks}'])
+        if config.lora.dropout:
+            rows.append(['dropout of inputs of LoRA', f'{config.lora.dropout:g}'])
     else:
         rows.append(['trained', 'the kept weights of pruned kernels'])
     rows.append(['data', f'{restore.steps} steps of {restore.batch} samples of {_data_name(config.data)}'])

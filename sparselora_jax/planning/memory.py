@@ -417,6 +417,10 @@ def restore(trees: Recipe) -> Stage:
         ),
         'the largest combined kernel and its gradient, float32': 3 * largest_kernel,
     }
+    if trees.config.lora.dropout and config.trained == 'lora':
+        # The base and the update are two kernels. The update reads an input of its own, which has a gradient.
+        inputs = (nbytes(array) for stack in in_backward for array in stack.inputs.values())
+        backward['dropout: one more kernel, float32, and input'] = largest_kernel + 2 * max(inputs, default=0)
     # Logits are computed only at the positions of the answer.
     logits = DISTILLED * micro_batch * trees.config.text.answer_tokens * trees.cfg.language.vocab * FLOAT
     return Stage(held, {'backward through a block': backward, 'loss': {'logits (float32)': logits}})

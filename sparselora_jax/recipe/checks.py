@@ -139,6 +139,8 @@ def _check_trained_weights(config: ConfigDict) -> None:
         raise ConfigError("restore.trained 'weights' trains pruned kernels: prune.pattern leaves every tower dense")
     if restore.base != 'dense':
         raise ConfigError(f"restore.base {restore.base!r} is frozen under LoRA; set restore.trained to 'lora'")
+    if config.lora.dropout:
+        raise ConfigError(f"lora.dropout {config.lora.dropout} drops inputs of LoRA; set restore.trained to 'lora'")
     if restore.control:
         raise ConfigError("restore.control trains LoRA on the dense model; set restore.trained to 'lora'")
 

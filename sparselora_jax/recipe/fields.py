@@ -492,7 +492,15 @@ FIELDS = (
         REGEX,
         "Regex of the kernels that get LoRA, matched to the path below a tower's blocks, e.g. attn/[qv]/kernel.",
     ),
-    # Restoration. The paper trains one epoch of 25k pairs at batch 32, with 1000 warm-up steps to 1e-4.
+    # The paper's scripts pass 0.05. The layer that its code then runs, LoRA under the mask, does not apply it.
+    Field(
+        'lora.dropout',
+        0.0,
+        number(lambda value: 0 <= value < 1, 'a number from 0 to below 1'),
+        "Probability that a kernel's LoRA does not see an entry of its input in a training step; the base sees all. "
+        'Above 0, a pruned kernel takes one more matmul in the forward and one more in the backward.',
+    ),
+    # Restoration. The paper's code runs one epoch of 25k pairs at batch 64 and a constant 1e-4, see configs/paper.
     Field('restore.steps', 100, COUNT, 'Number of optimizer steps.'),
     Field('restore.batch', 8, COUNT, 'Number of samples in a step, in total over all devices and micro-batches.'),
     Field(
@@ -513,7 +521,10 @@ FIELDS = (
     Field('restore.end', 1e-5, NOT_NEGATIVE, 'Learning rate of the last step.'),
     Field('restore.weight_decay', 0.05, NOT_NEGATIVE, "AdamW's decoupled weight decay."),
     Field(
-        'restore.clip', 1.0, POSITIVE, 'Maximum global norm of the gradient; a larger gradient is scaled down to it.'
+        'restore.clip',
+        1.0,
+        number(lambda value: value >= 0, '0 (no limit) or more'),
+        'Maximum global norm of the gradient; a larger gradient is scaled down to it.',
     ),
     Field(
         'restore.kd',

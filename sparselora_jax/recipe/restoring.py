@@ -51,7 +51,7 @@ def restore_program(
         start=restore.start,
         end=restore.end,
         weight_decay=restore.weight_decay,
-        clip=restore.clip,
+        clip=restore.clip or None,
     )
     # Only the wrapper can recognise a spike, whether the step is then skipped or the run ends.
     if restore.on_bad_step == 'skip' or restore.spike:
@@ -76,5 +76,7 @@ def restore_program(
         accumulate=restore.accumulate,
         trained=restore.trained,
         parts=sharding.row_parts(mesh),
+        dropout=config.lora.dropout,
+        seed=config.seed,
     )
     return step, tx

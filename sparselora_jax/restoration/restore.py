@@ -29,6 +29,7 @@ from sparselora_jax.restoration.train import Step, make_step
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse.axes import AxesByPath
 from sparselora_jax.sparse.dense import unpack
+from sparselora_jax.sparse.dropout import Dropout, row_keys
 from sparselora_jax.sparse.packing import is_reduced, reduce_kernels
 from sparselora_jax.sparse.rules import flatten, paths_of, unflatten, with_leaves
 from sparselora_jax.sparse.weights import GRADIENTS, bind, merge
@@ -122,7 +123,9 @@ def paper_optimizer(
     weight_decay: float = 0.05,
     clip: float | None = None,
 ) -> optax.GradientTransformation:
-    """Return AdamW with linear warm-up and cosine decay; the defaults are those of arXiv 2404.02424.
+    """Return AdamW with linear warm-up and cosine decay; the defaults are those of the YAML files of arXiv 2404.02424.
+
+    The scripts of its code override them; `configs/paper/base.py` has what they run.
 
     Args:
       steps: number of steps of the whole run; the learning rate reaches `end` at the last step.
@@ -164,6 +167,8 @@ def make_train_step(
     trained: str = 'lora',
     combine: str = 'bind',
     parts: int = 1,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> Step:
     """Return the jitted step of SparseLoRA (arXiv 2404.02424), `(state, frozen, batch) -> (state, metrics)`.
 
@@ -183,6 +188,10 @@ def make_train_step(
         `merge`, so any model will do. If it scans its layers, memory holds the merged kernels of all layers, and their
         gradients.
       parts: row blocks of the gradient's products, see `weights.Adapted`.
+      dropout: probability that the low-rank update of a kernel does not see an entry of its input; the base sees all.
+        The forward's inputs must begin with the axis of rows. The teacher, `merge` and `bind` drop nothing.
+      seed: seed of what is dropped. It also depends on the step, the row of the batch, the kernel and the layer, and on
+        nothing else: a resumed run, another mesh and micro-batches drop the same.
 
     Returns:
       The step; `state` is donated. `frozen` is a `Frozen`. `batch` holds `targets` and `answer` of shape `[batch,
@@ -198,6 +207,8 @@ def make_train_step(
     _check_number('temperature', temperature, low=0, excludes_low=True)
     _check_number('accumulate', accumulate, low=1, is_integer=True)
     _check_number('parts', parts, low=1, is_integer=True)
+    _check_number('dropout', dropout, low=0, high=1, excludes_high=True)
+    _check_number('seed', seed, low=0, is_integer=True)
     _check_choice('kl_reduction', kl_reduction, KL_REDUCTIONS)
     _check_choice('gradient', gradient, GRADIENTS)
     _check_choice('trained', trained, TRAINED)
@@ -205,8 +216,12 @@ def make_train_step(
     # A merge is differentiated as it is: its gradient is the exact one, and the compiler splits its products.
     if combine == 'merge' and (gradient != 'exact' or parts != 1):
         raise RestoreError("gradient and parts are options of linear, which combine='merge' does not use: leave them")
+    if dropout and (combine == 'merge' or trained != 'lora'):
+        raise RestoreError(
+            f"dropout {dropout!r}: linear drops inputs of LoRA, so it needs combine='bind' and trained='lora'"
+        )
 
-    def prepare(batch):
+    def prepare(batch, steps_done):
         missing = [name for name in ('targets', 'answer') if name not in batch]
         if missing:
             raise RestoreError(f'the batch has no {missing[0]!r}: expected `targets` and `answer` of [batch, tokens]')
@@ -215,9 +230,13 @@ def make_train_step(
             raise RestoreError(f'accumulate {accumulate} does not divide the batch of {rows}')
         # The weight of a token depends on how many answer tokens the whole batch has, so it is computed before the
         # batch is split into micro-batches.
-        return batch | {'weights': token_weights(batch['answer'], kl_reduction=kl_reduction)}
+        prepared = batch | {'weights': token_weights(batch['answer'], kl_reduction=kl_reduction)}
+        if dropout:
+            # A row keeps its key when the batch is split, so micro-batches drop what the whole batch would.
+            prepared['dropout_keys'] = row_keys(seed, steps_done, rows)
+        return prepared
 
-    def student_weights(tree, frozen):
+    def student_weights(tree, frozen, keys):
         # Trained kernels take the place of those of the base, and have no factors.
         is_lora = trained == 'lora'
         params = frozen.params if is_lora else with_leaves(frozen.params, flatten(tree))
@@ -225,7 +244,8 @@ def make_train_step(
         if combine == 'merge':
             # Packed kernels without factors stay packed in a merge.
             return unpack(merge(params, frozen.masks, lora))
-        return bind(params, frozen.masks, lora, gradient=gradient, parts=parts)
+        dropped = None if keys is None else Dropout(dropout, keys)
+        return bind(params, frozen.masks, lora, gradient=gradient, parts=parts, dropout=dropped)
 
     def teacher_logits(frozen: Frozen, batch: dict, inputs: dict) -> Array | TopK | None:
         if not kd:
@@ -234,9 +254,10 @@ def make_train_step(
         return forward(_teacher_weights(frozen), inputs) if likeliest is None else likeliest
 
     def loss(tree, frozen, batch):
-        # The teacher's tokens and the weights of the loss are not inputs of the model.
-        inputs = {name: array for name, array in batch.items() if name not in ('teacher', 'weights')}
-        student = forward(student_weights(tree, frozen), inputs)
+        # The teacher's tokens, the weights of the loss and the keys are not inputs of the model.
+        not_inputs = ('teacher', 'weights', 'dropout_keys')
+        inputs = {name: array for name, array in batch.items() if name not in not_inputs}
+        student = forward(student_weights(tree, frozen, batch.get('dropout_keys')), inputs)
         # `frozen` is not differentiated, so the teacher has no gradient and its activations are not stored.
         teacher = teacher_logits(frozen, batch, inputs)
         return distillation_loss(student, teacher, batch['targets'], batch['weights'], kd=kd, temperature=temperature)
@@ -252,6 +273,7 @@ def _check_number(
     high: int | float = math.inf,
     is_integer: bool = False,
     excludes_low: bool = False,
+    excludes_high: bool = False,
 ) -> None:
     """Check that an option is a number of a range.
 
@@ -260,8 +282,14 @@ def _check_number(
     """
     kind = Integral if is_integer else Real
     is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (excludes_low and value == low):
-        bound = f'above {low}' if excludes_low else f'from {low} to {high}' if high < math.inf else f'of at least {low}'
+    is_excluded = (excludes_low and value == low) or (excludes_high and value == high)
+    if not is_number or not low <= value <= high or is_excluded:
+        if excludes_low:
+            bound = f'above {low}'
+        elif high < math.inf:
+            bound = f'from {low} to {"below " if excludes_high else ""}{high}'
+        else:
+            bound = f'of at least {low}'
         raise RestoreError(f'{name} {value!r}: expected {"an integer" if is_integer else "a number"} {bound}')
 
 

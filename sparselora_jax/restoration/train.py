@@ -83,7 +83,7 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    prepare: Callable[[PyTree], PyTree] = lambda batch: batch,
+    prepare: Callable[[PyTree, Array], PyTree] = lambda batch, step: batch,
 ) -> Step:
     """Return the jitted step, `(state, frozen, batch) -> (state, metrics)`.
 
@@ -95,8 +95,9 @@ def make_step(
       tx: the optimizer. Under `guard.skip_bad_steps` the metrics have the number of bad steps in a row as `skipped`.
       accumulate: micro-batches of a step; must divide the batch. Their losses, metrics and gradients are *added*, so
         the loss of a part must be its share of the loss of the whole batch.
-      prepare: applied to the whole batch before it is split. It can add values that such a loss needs, e.g. the weight
-        of each token, which depends on the number of tokens.
+      prepare: `prepare(batch, steps_done)`, applied to the whole batch before it is split. It can add values that such
+        a loss needs, e.g. the weight of each token, which depends on the number of tokens. Random numbers that it
+        derives from `steps_done` are the same in a resumed run.
 
     Returns:
       The step. `state` is donated: its buffers are gone after the call. `frozen` is an argument rather than a constant
@@ -140,7 +141,7 @@ def make_step(
         return jax.lax.scan(add, zeros, parts)[0]
 
     def step(state, frozen, batch):
-        (value, metrics), grads = accumulated(state.trained, frozen, prepare(batch))
+        (value, metrics), grads = accumulated(state.trained, frozen, prepare(batch, state.step))
         with jax.numpy_dtype_promotion('standard'):  # optax's Adam multiplies its integer counter with floats
             updates, optimizer = tx.update(grads, state.optimizer, state.trained, value=value)
         # A loss of parts may report its sum itself.

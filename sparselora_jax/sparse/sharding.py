@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse.axes import KernelAxes
+from sparselora_jax.sparse.dropout import Dropout
 from sparselora_jax.sparse.rules import (
     SHOWN,
     block_path,
@@ -128,7 +129,11 @@ def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULE
       RuleError: a path that no rule matches.
     """
 
-    def shard_array(spec: PartitionSpec, part: Any) -> NamedSharding | Lora:
+    def shard_array(spec: PartitionSpec, part: Any) -> NamedSharding | Lora | Dropout:
+        if isinstance(part, Dropout):
+            # The keys are those of the rows of a batch, so they are where their rows are.
+            of_rows = PartitionSpec(*[None] * (part.keys.ndim - 1), *BATCH)
+            return dataclasses.replace(part, keys=fitting(mesh, of_rows, part.keys.shape))
         if not isinstance(part, Lora):
             return fitting(mesh, spec, part.shape)
         # A is [*layers, in, rank] and B [*layers, rank, out]: each is split along its kernel's axis only.
@@ -143,7 +148,9 @@ def shardings(tree: dict, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULE
 
     def shard_leaf(path: str, leaf: Any) -> PyTree:
         spec = first_match(rules, path)
-        return jax.tree.map(lambda part: shard_array(spec, part), leaf, is_leaf=lambda part: isinstance(part, Lora))
+        return jax.tree.map(
+            lambda part: shard_array(spec, part), leaf, is_leaf=lambda part: isinstance(part, Lora | Dropout)
+        )
 
     return unflatten({path: shard_leaf(path, leaf) for path, leaf in flatten(tree).items()})
 

@@ -21,6 +21,7 @@ from qwix import QArray
 from sparselora_jax.runtime.errors import SparseloraError
 from sparselora_jax.sparse.axes import AxesByPath, KernelAxes, kernels_of, matrix_shape, roles_by_path, unusual_roles
 from sparselora_jax.sparse.dense import check_floating, dense_kernel, dense_mask
+from sparselora_jax.sparse.dropout import Dropout
 from sparselora_jax.sparse.packing import PackedKernel, PackedMask, ReducedMatrix, is_reduced
 from sparselora_jax.sparse.rules import (
     RuleError,
@@ -105,6 +106,7 @@ class Adapted(ReadByLinear):
         LoRA, `where(mask, W, 0) + s*A*B`, whose merge is dense (for comparison only).
       parts: number of parts into which the batch is split over devices. Each part's exact gradient is masked and
         contracted to gradients of A and B before the parts are summed. So devices exchange factors, not kernels.
+      dropout: which entries of the input the low-rank update does not see; the base sees all. None: it sees all too.
     """
 
     kernel: Any
@@ -112,6 +114,7 @@ class Adapted(ReadByLinear):
     lora: Any
     gradient: str = field(default='exact', metadata={'static': True})
     parts: int = field(default=1, metadata={'static': True})
+    dropout: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -155,12 +158,33 @@ def effective_weight(
     mask = dense_mask(mask, kernel)
     weight = dense_kernel(kernel, dtype if lora is None else jnp.float32)
     if lora is not None:
-        a = lora.a.astype(jnp.float32)
-        b = lora.b.astype(jnp.float32)
-        weight = weight + lora.scale * jnp.matmul(a, b, precision='highest')
+        weight = weight + _update(lora)
     if mask is not None:
         weight = jnp.where(mask, weight, jnp.zeros((), weight.dtype))
     return weight.astype(dtype)
+
+
+def masked_update(kernel: Kernel, mask: Mask | None, lora: Lora, *, dtype: DTypeLike) -> Float[Array, 'inputs outputs']:
+    """Return `where(mask, scale * a @ b, 0)`: what LoRA adds to the pruned kernel in `effective_weight`.
+
+    Args:
+      kernel: a kernel of any kind; only its mask is read, if it stores one.
+      mask: True where a weight is kept; None: all, or those that a packed kernel keeps.
+      lora: the low-rank update.
+      dtype: dtype of the result; the product is computed in fp32.
+    """
+    update = _update(lora)
+    mask = dense_mask(mask, kernel)
+    if mask is not None:
+        update = jnp.where(mask, update, 0.0)
+    return update.astype(dtype)
+
+
+def _update(lora: Lora) -> Float[Array, '*layers inputs outputs']:
+    """Return `scale * a @ b` in fp32."""
+    a = lora.a.astype(jnp.float32)
+    b = lora.b.astype(jnp.float32)
+    return lora.scale * jnp.matmul(a, b, precision='highest')
 
 
 def _axes_of(kernel: object, lora: Lora | None) -> KernelAxes | None:
@@ -254,7 +278,13 @@ def _checked_spec(path: str, spec: object) -> tuple[int, int | float]:
 
 
 def bind(
-    params: PyTree, masks: dict | None = None, lora: dict | None = None, *, gradient: str = 'exact', parts: int = 1
+    params: PyTree,
+    masks: dict | None = None,
+    lora: dict | None = None,
+    *,
+    gradient: str = 'exact',
+    parts: int = 1,
+    dropout: Dropout | None = None,
 ) -> PyTree:
     """Return the weights that a model reads: params in which kernels with a mask or LoRA are `Masked` or `Adapted`.
 
@@ -267,6 +297,7 @@ def bind(
       lora: the lora tree; None: nothing is adapted.
       gradient: see `Adapted`.
       parts: see `Adapted`.
+      dropout: that of the model in one training step, with a key for each row of the batch; None: nothing is dropped.
 
     Raises:
       RuleError: the path or shape of a mask or factor is not that of a kernel, a kernel is not `[*layers, inputs,
@@ -287,7 +318,8 @@ def bind(
     for path in flat_masks.keys() - flat_lora.keys():
         bound[path] = Masked(leaves[path], flat_masks[path])
     for path, factors in flat_lora.items():
-        bound[path] = Adapted(leaves[path], flat_masks.get(path), factors, gradient, parts)
+        own_dropout = None if dropout is None else dropout.of_kernel(path, factors.a.shape[:-2])
+        bound[path] = Adapted(leaves[path], flat_masks.get(path), factors, gradient, parts, own_dropout)
     return with_leaves(params, bound)
 
 

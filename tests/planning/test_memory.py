@@ -59,10 +59,13 @@ def test_params_masks_and_lora_are_exact_on_every_mesh(config, axes):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(('remat', 'trained'), [(False, 'lora'), (True, 'lora'), (True, 'weights')])
-def test_a_step_is_estimated_close_to_the_compilers_count(optimised, config, remat, trained):
+@pytest.mark.parametrize(
+    ('remat', 'trained', 'dropout'),
+    [(False, 'lora', 0.0), (True, 'lora', 0.0), (True, 'weights', 0.0), (False, 'lora', 0.1), (True, 'lora', 0.1)],
+)
+def test_a_step_is_estimated_close_to_the_compilers_count(optimised, config, remat, trained, dropout):
     """In float32: on a CPU XLA computes bfloat16 in float32, and takes twice the temporary memory."""
-    config.restore.remat, config.restore.trained = remat, trained
+    config.restore.remat, config.restore.trained, config.lora.dropout = remat, trained, dropout
     made = memory.recipe(CFG, config)
     stage, (step, (state, frozen, batch)) = memory.restore(made), programs.restore_step(made)
     found = step.lower(state, frozen, batch).compile().memory_analysis()
