@@ -5,13 +5,14 @@
 Every case runs once before it is timed, so compilation is left out; a figure is that of the fastest of `--rounds`
 rounds. Each part waits for its results, which a run without a stopwatch does not. The bound is what the products alone
 would take, those of one forward and of the Hessians, at the better of the two matmul rates printed, taken in the same
-run. FLOPs are counted from the programs (`planning.flops`).
+run. FLOPs are counted from the programs (`planning.flops`). For comparison, the forward alone is timed too, with a block
+as one program that is neither cut nor observed; it is what a machine that is busy with other work slows down as well.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ class TimedPass(OnePass):
         self.seconds[part] = self.seconds.get(part, 0.0) + took
 
 
+def _rate(run: Callable[[], Any], flops: float, rounds: int) -> float:
+    """Return the operations per second of the fastest of some rounds; the first one is not timed."""
+    jax.block_until_ready(run())
+    return flops / min(seconds(lambda: jax.block_until_ready(run())) for _ in range(rounds))
+
+
 def main() -> None:
     """Print a row a case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -71,10 +78,10 @@ def main() -> None:
     shapes = [(2048, 2048, 2048), (CHUNK * LENGTH, 576, 1536)]
     rates = []
     for shape in shapes:
-        run, flops = matmul_runs(shape)['jax']
-        jax.block_until_ready(run())
-        rates.append(flops / min(seconds(lambda run=run: jax.block_until_ready(run())) for _ in range(rounds)))
-    print(', '.join(f'{rate / 1e9:.0f} GFLOP/s at {shape}' for rate, shape in zip(rates, shapes, strict=True)))
+        # llm-compressor multiplies by torch.
+        rate = {name: _rate(*run, rounds) for name, run in matmul_runs(shape).items()}
+        rates.append(rate['jax'])
+        print(f'{shape}: ' + ', '.join(f'{name} {value / 1e9:.0f} GFLOP/s' for name, value in rate.items()))
 
     cfg, language = gguf.load_llama(embedded.language_model_file())
     w = rules.flatten(jax.tree.map(lambda leaf: leaf[0], language['blocks']))
@@ -88,6 +95,16 @@ def main() -> None:
         return llama.block(w, cfg, x, ctx, cache)
 
     forward = len(chunks) * matmul_flops(lambda w, chunk: block(w, *chunk, None), rules.unflatten(w), chunks[0])
+    uncut = jax.jit(lambda w, chunk: block(w, *chunk, None)[0])
+
+    def run_uncut():
+        for chunk in chunks:
+            jax.block_until_ready(uncut(rules.unflatten(w), chunk))
+
+    run_uncut()
+    alone = min(seconds(run_uncut) for _ in range(rounds))
+    share = forward / max(rates) / alone
+    print(f'forward alone, uncut: {cfg.depth * alone:.2f} s, the bound of its products is {share:.0%} of that')
     # q, k and v read one array, and so do gate and up.
     inputs = [w[name].shape[0] for name in ('attn/q/kernel', 'attn/o/kernel', 'mlp/up/kernel', 'mlp/down/kernel')]
     rows = SEQUENCES * LENGTH
