@@ -233,6 +233,9 @@ class Job:
         answers = [answer for _, answer in self.dataset.train.read_texts()]
         if answers and not any(answer.strip() for answer in answers):
             raise DataError(f'{self.config.data}: the answers of all {len(answers)} training records are empty')
+        # Pruning comes after the evaluation of the dense model, which takes long.
+        if self.calibration is not None and len(self.calibration.source) == 0:
+            raise DataError(f'{self.config.prune.data or self.config.data}: there is no calibration sample')
         if self.config.model != embedded.NAME and self._unknown_token:  # the embedded model has its own tokenizer
             raise DataError(self._unknown_token)
         _ = self.tasks  # raises if their files are missing, or the model cannot read a prompt

@@ -210,7 +210,8 @@ def check(planned: list[Run], workdir: Path) -> None:
         config = run.config
         # Which records a model can use depends on the lengths of texts too.
         texts = (config.text.to_json(), config.mixture.to_json())
-        data = (config.data, config.data_dir, config.model, config.family, *texts)
+        samples = (config.prune.data, config.prune.order, str(config.prune.samples))
+        data = (config.data, config.data_dir, config.model, config.family, *texts, *samples)
         data += (config.evaluate.tasks, config.evaluate.data_root)
         if data not in checked:
             with _naming(run.point):

@@ -331,3 +331,12 @@ def test_parquet_files_are_named_with_what_to_do(tmp_path):
             DataError, match=r'a\.parquet: parquet files are read for benchmarks only; write tar shards'
         ):
             opened(name)
+
+
+def test_prepared_data_sets_in_files_of_tensorflow_are_refused(tmp_path):
+    name, _ = miniature.tfds_questions(tmp_path)
+    (file,) = tmp_path.rglob('dataset_info.json')
+    file.write_text(file.read_text().replace('array_record', 'tfrecord'))
+    message = r"cannot be read without TensorFlow .*; prepare it with file_format='array_record'"
+    with pytest.raises(DataError, match=message):
+        opened(name)
