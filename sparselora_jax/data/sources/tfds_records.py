@@ -79,7 +79,8 @@ class TfdsRecords:
         """
         self.folder = folder
         self.notes = ()
-        fields = list(builder.info.features)
+        # Sorted, because TFDS gives them in another order in each process.
+        fields = sorted(builder.info.features)
         self._question = _first(QUESTIONS, fields)
         self._answer = _first(ANSWERS if self._question else CAPTIONS, fields)
         if 'image' not in fields or not self._answer:
