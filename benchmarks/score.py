@@ -7,8 +7,9 @@ pass through JSON, because a reader of annotation files creates a new string for
 million additions in Python: divide by it to compare machines. `without memory` is the time of the official rule if each
 text is normalised whenever it occurs, estimated from a tenth of the questions.
 
-Two slow, busy cores, two runs: plain loop 2.4 and 3.4 s; official 7.3 and 11.1 s (3.0 and 3.2 plain loops), lavis 4.3
-and 9.4 s, evalai 3.9 and 6.5 s; official without memory 66 and 67 s; the means of a bootstrap sample 36 and 35 ms.
+Two busy cores: plain loop 2.3 s; official 7.5 s (3.3 plain loops), lavis 3.6 s, evalai 2.5 s. Two slow, busy cores, two
+runs: plain loop 2.4 and 3.4 s; official 7.3 and 11.1 s (3.0 and 3.2 plain loops), lavis 4.3 and 9.4 s, evalai 3.9 and
+6.5 s; official without memory 66 and 67 s; the means of a bootstrap sample 36 and 35 ms.
 """
 
 import argparse

@@ -99,7 +99,7 @@ def test_a_regex_is_split_where_no_bracket_is_open(regex, alternatives):
     [
         ('restore.stepz', 3, r'config has no field \'restore.stepz\'; did you mean "steps" instead of "stepz"\?$'),
         ('restores.steps', 3, r'no field \'restores.steps\'; did you mean "restore" instead of "restores"\?$'),
-        ('evaluate.qqqq', 3, r"config has no field 'evaluate.qqqq'; evaluate has batch, length_penalty, "),
+        ('evaluate.qqqq', 3, r"config has no field 'evaluate.qqqq'; evaluate has batch, data_root, length_penalty, "),
         ('seed.x', 3, r"config has no field 'seed.x'; seed has no fields$"),
         ('restore.steps', 'many', r"config: restore.steps cannot be 'many'"),
     ],

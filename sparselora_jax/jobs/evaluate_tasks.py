@@ -225,7 +225,9 @@ def evaluate_tasks(
       DataError: an image cannot be read.
       StorageError: answers in the folder are damaged, or are those of another run.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    # Only the first process writes: the others may not see its disk.
+    if processes.first():
+        output.mkdir(parents=True, exist_ok=True)
     # Written again after each task, so that a run that is stopped keeps what it has.
     results: dict[str, TaskResult] = {}
     for task_name, task in prepared.items():
