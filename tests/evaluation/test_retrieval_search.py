@@ -1,5 +1,7 @@
 """A search among images and texts, against a loop over torch's model that does as LAVIS does; resuming; programs."""
 
+import jax
+import jax.numpy as jnp
 import miniature_benchmarks as miniature
 import numpy as np
 import pytest
@@ -115,6 +117,17 @@ def test_each_program_is_compiled_once(setting, tmp_path):
     # The numbers of candidates and of pairs change no shape.
     search(setting, tmp_path / 'more.jsonl', candidates=4)
     assert [program._cache_size() for program in programs] == [1] * len(programs)
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_give_nearly_the_same(setting, tmp_path):
+    module, (model, params, processor), items = setting
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    everything = {'candidates': 99}
+    want = search(setting, tmp_path / 'whole.jsonl', **everything)
+    got = search((module, (model, rounded, processor), items), tmp_path / 'rounded.jsonl', **everything)
+    # Eight bits: the logits of "match" are of the order of 1.
+    np.testing.assert_allclose(got.of_images, want.of_images, atol=0.1)
 
 
 def test_the_best_are_marked_in_each_row():
