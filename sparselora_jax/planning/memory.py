@@ -38,6 +38,7 @@ from sparselora_jax.sparse.weights import init_lora
 
 FLOAT = 4  # bytes of float32
 DISTILLED = 3  # arrays of logits in the loss: the student's, the teacher's and the gradient
+DRAWN = 4  # numbers of 32 bits for each entry of an input that dropout draws
 
 
 class Stage(NamedTuple):
@@ -418,9 +419,12 @@ def restore(trees: Recipe) -> Stage:
         'the largest combined kernel and its gradient, float32': 3 * largest_kernel,
     }
     if trees.config.lora.dropout and config.trained == 'lora':
-        # The base and the update are two kernels. The update reads an input of its own, which has a gradient.
-        inputs = (nbytes(array) for stack in in_backward for array in stack.inputs.values())
-        backward['dropout: one more kernel, float32, and input'] = largest_kernel + 2 * max(inputs, default=0)
+        # Draws depend on keys alone, so a compiler may make those of all kernels of a block first. It then holds about
+        # four 32-bit numbers for each entry of their inputs. The update is a kernel beside the base.
+        drawn = (sum(math.prod(array.shape) for array in stack.inputs.values()) for stack in in_backward)
+        backward['dropout: draws of a block, and the largest update, float32'] = (
+            DRAWN * FLOAT * max(drawn, default=0) + largest_kernel
+        )
     # Logits are computed only at the positions of the answer.
     logits = DISTILLED * micro_batch * trees.config.text.answer_tokens * trees.cfg.language.vocab * FLOAT
     return Stage(held, {'backward through a block': backward, 'loss': {'logits (float32)': logits}})
