@@ -124,7 +124,9 @@ def main() -> None:
         count = arguments.shards * arguments.samples
         print(f'{arguments.shards} shards, {count:,} samples, {size / 1e6:,.0f} MB')
         shards = SourceName(str(folder / 'shards'))
+        source = open_source(shards, index_dir=folder / 'kept')
         first = seconds(lambda: open_source(shards, index_dir=folder / 'kept'))
+        source.keep_index()
         again = seconds(lambda: open_source(shards, index_dir=folder / 'kept'))
         print(f'index    {first:6.2f} s ({count / first:,.0f} samples/s); kept index {again:.2f} s')
         drawn = {}

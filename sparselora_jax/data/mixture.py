@@ -23,8 +23,7 @@ from sparselora_jax.data.dataset import DataRequest, Dataset, Split
 from sparselora_jax.data.sources.catalog import open_source
 from sparselora_jax.data.sources.columns import TextColumn
 from sparselora_jax.data.sources.place import SourceName, split_names
-from sparselora_jax.data.sources.source import Source, SourceRecord
-from sparselora_jax.runtime import processes
+from sparselora_jax.data.sources.source import IndexedSource, Source, SourceRecord
 from sparselora_jax.runtime.errors import DataError
 
 TEST_SHARE = 0.1  # share of the images that are for testing
@@ -132,12 +131,7 @@ class MixtureLoader:
         mixture = request.mixture
         if _is_user_folder(names) and not mixture.samples:
             return folder.load(names[0].path, request.misfit)
-
-        def open_all() -> list[Source]:
-            return [open_source(name, index_dir=Path(request.data_dir), tolerance=mixture.tolerance) for name in names]
-
-        # The first process writes the index of tar files, which the others read.
-        sources = processes.first_then_others(open_all)
+        sources = [open_source(name, index_dir=Path(request.data_dir), tolerance=mixture.tolerance) for name in names]
         draw = _Draw(names, sources, request)
         train = draw.training()
         test = draw.testing()
@@ -146,6 +140,9 @@ class MixtureLoader:
             print(line, file=sys.stderr)
         if not len(train):
             raise DataError(f'{request.data}: no record can be used for training: {draw.reasons() or "it is empty"}')
+        for source in sources:
+            if isinstance(source, IndexedSource):
+                source.keep_index()
         return Dataset(train.as_split(), test.as_split(), folder.KINDS, folder.kind_of)
 
 

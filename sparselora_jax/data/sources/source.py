@@ -59,6 +59,14 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class IndexedSource(Protocol):
+    """A source that opens faster the next time if its index is kept."""
+
+    def keep_index(self) -> None:
+        """Write the index; called once the records have been drawn, so that data that are refused leave nothing."""
+
+
+@runtime_checkable
 class SourceFormat(Protocol):
     """Opens sources of one layout.
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import numpy as np
 from jaxtyping import Int64
 
@@ -53,13 +54,15 @@ class Shard:
 class TarShards:
     """The samples of tar files, in their order; see `source.Source`."""
 
-    def __init__(self, shards: Sequence[Shard]):
+    def __init__(self, shards: Sequence[Shard], index_dir: Path | None):
         """Take indexed files together.
 
         Args:
           shards: the files, in order.
+          index_dir: folder in which their indices are kept; None: they are not kept.
         """
         self.shards = shards
+        self.index_dir = index_dir
         self.notes = _notes(shards)
         self._ends = np.cumsum([len(shard.rows) for shard in shards])
 
@@ -77,6 +80,20 @@ class TarShards:
             member = '.json' if is_json else '.txt'
             raise DataError(f'{self.name_record(index)}: no caption in its {member} ({error})') from None
         return SourceRecord(image, caption.strip())
+
+    def keep_index(self) -> None:
+        """Write the index of each file that has none, for the next run."""
+        if self.index_dir is None:
+            return
+        try:
+            self.index_dir.mkdir(parents=True, exist_ok=True)
+            # Other processes and runs may keep the same indices.
+            with filelock.FileLock(self.index_dir / 'lock'):
+                for shard in self.shards:
+                    _save_index(_index_file(self.index_dir, shard.path), shard)
+        except OSError:
+            # A folder that cannot be written to costs time in the next run, and nothing else.
+            return
 
     def _find(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):
@@ -175,21 +192,19 @@ def _has_end_mark(path: Path, offset: int) -> bool:
 
 
 def _load_or_index(path: Path, index_dir: Path | None) -> Shard:
-    """Return the index of a tar file: read it from the folder of prepared data, or read the headers and write it."""
-    if index_dir is None:
-        return index_shard(path)
+    """Return the index of a tar file: the one that was kept, or what the headers say."""
+    kept = None if index_dir is None else _load_index(_index_file(index_dir, path), path)
+    return index_shard(path) if kept is None else kept
+
+
+def _index_file(index_dir: Path, path: Path) -> Path:
+    """Return the file of an index, whose name changes with the tar file, so that it never belongs to another one."""
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(os_errors.describe(error)) from None
-    # The file is a part of the name, so an index never belongs to another file.
     stamp = f'{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}'
-    file = index_dir / f'{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.npz'
-    shard = _load_index(file, path)
-    if shard is None:
-        shard = index_shard(path)
-        _save_index(file, shard)
-    return shard
+    return index_dir / f'{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.npz'
 
 
 def _load_index(file: Path, path: Path) -> Shard | None:
@@ -208,15 +223,12 @@ def _load_index(file: Path, path: Path) -> Shard | None:
 
 
 def _save_index(file: Path, shard: Shard) -> None:
+    if _load_index(file, shard.path) is not None:
+        return
     # JSON, because names in a tar file may hold line breaks, and bytes that are not UTF-8.
     names = json.dumps({'keys': shard.keys, 'incomplete': shard.incomplete}).encode()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(file) as partial, partial.open('wb') as target:
-            np.savez_compressed(target, rows=shard.rows, names=np.frombuffer(names, np.uint8))
-    except OSError:
-        # A folder that cannot be written to costs time in the next run, and nothing else.
-        return
+    with files.whole(file) as partial, partial.open('wb') as target:
+        np.savez_compressed(target, rows=shard.rows, names=np.frombuffer(names, np.uint8))
 
 
 class TarFormat:
@@ -245,4 +257,4 @@ class TarFormat:
         shards = [_load_or_index(path, index_dir) for path in paths]
         if not any(len(shard.rows) for shard in shards):
             raise DataError(f'{place.path}: no sample with an image and a caption (.txt or .json) in its tar files')
-        return TarShards(shards)
+        return TarShards(shards, index_dir)

@@ -75,6 +75,8 @@ def test_names_are_split_and_made_absolute(tmp_path, monkeypatch):
 def test_the_index_of_a_tar_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
     name, expected = miniature.tar_shards(tmp_path / 'data')
     first = opened(name, index_dir=tmp_path / 'kept')
+    assert not (tmp_path / 'kept').exists()
+    first.keep_index()
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, 'open', lambda *args: pytest.fail('the headers were read again'))
         again = opened(name, index_dir=tmp_path / 'kept')
@@ -83,9 +85,11 @@ def test_the_index_of_a_tar_file_is_kept_until_the_file_changes(tmp_path, monkey
     miniature.tar_shards(tmp_path / 'data', (6, 4))
     assert len(opened(name, index_dir=tmp_path / 'kept')) == 10
     # A damaged index is written again.
-    for file in (tmp_path / 'kept' / 'tar_index').iterdir():
+    for file in (tmp_path / 'kept' / 'tar_index').glob('*.npz'):
         file.write_bytes(b'nothing')
     assert len(opened(name, index_dir=tmp_path / 'kept')) == 10
+    # A folder that cannot be written to is no error.
+    opened(name, index_dir=tmp_path / 'data' / '00000.tar').keep_index()
 
 
 def test_records_can_be_sent_to_another_process(tmp_path):
