@@ -22,6 +22,7 @@ def test_the_bridge_fits_the_repository():
     assert embedded.BRIDGE.stat().st_size <= 15e6
 
 
+@pytest.mark.slow
 def test_the_model_loads_whole_and_fits_its_config():
     model, params = sl.load_model('embedded')
     cfg = model.cfg

@@ -116,6 +116,7 @@ def test_unread_tensors_stay_and_read_ones_change(saved, tmp_path):
     assert same == {name for name in before if 'tower.encoder.layers.1.' in name or 'post_layernorm' in name}
 
 
+@pytest.mark.slow
 def test_a_sharded_model_is_exported_as_one_that_is_not(saved, tmp_path):
     from sparselora_jax.sparse.sharding import make_mesh
 

@@ -195,6 +195,7 @@ def test_records_are_read_once_in_order_and_ahead_of_the_answers(evaluate, monke
     assert done == [2]  # the batch before it is answered
 
 
+@pytest.mark.slow
 def test_shuffled_images_are_those_of_the_questions_half_the_list_on(evaluate):
     source, others = evaluate.source, INDICES[2:] + INDICES[:2]
     moved = [source[a] | {'image': source[b]['image']} for a, b in zip(INDICES, others, strict=True)]

@@ -152,6 +152,7 @@ def test_defaults_and_options(cases):
         setattr(config, name, None)
 
 
+@pytest.mark.slow
 def test_pads_are_told_without_a_mask(cases):
     """A language model alone tells pads by their id; pads may come last, strange as that is."""
     case = cases('llama')
@@ -226,6 +227,7 @@ def test_refused_options_and_batches(cases):
         generate(case.model, case.params, {'attention_mask': case.batch['attention_mask']})
 
 
+@pytest.mark.slow
 def test_refused_image_tokens_and_positions(cases):
     """Inside jit a missing image token would shift the image, a position beyond the table repeat its last row."""
     case = cases('llava')

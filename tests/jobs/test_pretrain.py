@@ -38,6 +38,7 @@ def test_facts_that_the_questions_do_not_tell_do_not_count():
     np.testing.assert_allclose(loss, metrics['colour'] + metrics['shape'], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_caption_names_colour_and_shape_and_fills_every_query(tokenizer):
     words = pretrain.caption_words(tokenizer, (4, 1), queries=12)
     assert words.shape == (12,)

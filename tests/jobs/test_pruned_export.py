@@ -118,6 +118,7 @@ def test_an_adapter_that_was_there_before_is_given_its_base(directories, tmp_pat
         stage(Job(job.config, job.workdir))
 
 
+@pytest.mark.slow
 def test_the_card_keeps_that_of_the_base_byte_for_byte(pruned):
     card = (pruned.workdir / 'pruned' / 'README.md').read_bytes()
     head, body = BASE_CARD.split(b'---\n')[1:]

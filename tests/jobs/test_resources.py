@@ -207,6 +207,7 @@ def test_a_dry_run_refuses_a_workdir_that_another_run_uses(script, job, tmp_path
     assert err.startswith(f'error: {workdir}: another run is in it')
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_the_files_of_finished_stages(script, job, tmp_path):
     run = job()
     workdir = tmp_path / 'run'

@@ -144,6 +144,7 @@ def test_a_real_sweep_shares_pruning_and_leaves_results_but_no_weights(
 # Its order of things, on runs that only pretend.
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_marked_the_others_finish_and_a_rerun_tries_it_alone(tmp_path):
     config, ran = sweep_config(*POINTS), []
 
@@ -483,7 +484,7 @@ def test_lines_go_through_the_table_in_order(tmp_path):
 
 # The sweeps of the paper.
 
-SWEEPS = {'modality': 15, 'split': 16, 'restore': 15, 'methods': 26, 'rank': 12, 'steps': 10, 'base': 10}
+SWEEPS = {'modality': 15, 'split': 16, 'restore': 15, 'methods': 34, 'rank': 12, 'steps': 10, 'base': 10}
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ def refused(script, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_shell_sees_one_line_and_the_code(tmp_path):
     command = [sys.executable, ROOT / 'launch/train.py', '--config.restore.stepz=3', '--workdir=run']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -127,6 +127,7 @@ def test_the_stacks_of_an_encoder_decoder_and_what_they_read(config):
     assert found['language/decoder'].leaders['cross/v/kernel'] == 'cross/k/kernel'
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_before_the_first_lora_keeps_nothing(config):
     whole = memory.restore(memory.recipe(CFG, config)).held["linears' outputs"]
     config.lora.rank.vision = 0
@@ -186,6 +187,7 @@ def test_a_base_in_fewer_bytes_is_counted_as_it_is_held(config, base):
     assert with_teacher[f'kernels of the dense teacher (the base is {base})'] == 2 * weights
 
 
+@pytest.mark.slow
 def test_one_pass_holds_an_input_of_all_samples_beside_the_hidden_states(config):
     name = 'input of a kernel for the calibration set'
     by_layer = memory.prune(memory.recipe(CFG, config)).held
@@ -198,6 +200,7 @@ def test_one_pass_holds_an_input_of_all_samples_beside_the_hidden_states(config)
     assert held[name] == config.prune.samples * tokens * LLAMA.mlp_width * 4
 
 
+@pytest.mark.slow
 def test_activations_that_wait_on_the_host_do_not_count(config):
     config.prune.sequential = 'kernel'
     config.prune.reconstruct.passes = 1

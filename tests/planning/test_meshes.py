@@ -24,6 +24,7 @@ def test_a_base_is_gathered_only_where_it_does_not_fit_whole(config):
     assert not axes(config)
 
 
+@pytest.mark.slow
 def test_what_is_gathered_follows_micro_batches(config):
     config.mesh.fsdp = 4
     made = memory.recipe(CFG, config)

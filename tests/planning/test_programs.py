@@ -36,6 +36,7 @@ def test_the_step_of_a_recipe_keeps_its_state(config, fields):
     assert ('teacher' in batch) == ('teacher' in fields)
 
 
+@pytest.mark.slow
 def test_arguments_lie_where_arrays_would(config):
     config.restore.base, config.restore.teacher, config.mesh.fsdp, config.mesh.data = 'packed', 'top_k', 2, 2
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=1)

@@ -84,6 +84,7 @@ def test_equals_numpy_in_float64(pattern, options):
     assert not violations(jnp.asarray(mask), pattern, method.group)
 
 
+@pytest.mark.slow
 def test_in_fp32_it_agrees_with_float64():
     kernel, x = correlated(inputs=128, outputs=64, tokens=1000)
     for pattern in map(parse_pattern, ('2:4', '0.5')):
@@ -106,6 +107,7 @@ def test_the_error_is_below_that_of_wanda_and_of_sparsegpt(pattern, seed):
     assert error(ours, kernel, x) < error(sparsegpt, kernel, x) < error(wanda, kernel, x)
 
 
+@pytest.mark.slow
 def test_a_growing_mask_is_better_than_wandas():
     kernel, x = correlated(inputs=64, outputs=48, tokens=600)
     for pattern in map(parse_pattern, ('2:4', '0.5', '0.7')):

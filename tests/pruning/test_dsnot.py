@@ -291,6 +291,7 @@ def _flat(result, params):
     return masks, *({path: rules.flatten(tree)[path] for path in masks} for tree in (params, result.params))
 
 
+@pytest.mark.slow
 def test_calibration_hands_on_means_over_valid_tokens():
     params, batch = setup()
     stat = pruning.DSnoT(pruning.SparseGPT()).statistic

@@ -92,6 +92,7 @@ def test_a_block_is_calibrated_on_the_output_of_the_pruned_ones():
     assert jnp.array_equal(mask, rules.flatten(result.masks)[path][-1])
 
 
+@pytest.mark.slow
 def test_chunks_and_batches_change_nothing():
     params, batch = setup()
     halves = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 2], batch) for i in (0, 2)]
@@ -168,6 +169,7 @@ def test_kernels_that_share_an_input_are_pruned_as_if_alone(method, pattern):
         assert jnp.allclose(joint, rules.flatten(alone)[path], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rules_choose_a_method_for_each_kernel():
     params, batch = setup()
     methods = [('.*/attn/.*', pruning.Wanda()), ('.*/mlp/.*', pruning.SparseGPT(block=8)), ('.*', pruning.Magnitude())]

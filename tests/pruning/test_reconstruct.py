@@ -216,6 +216,7 @@ def test_layers_that_are_taken_as_they_are_pruned_are_those_of_the_whole_result(
         np.testing.assert_array_equal(arrays[path], leaf)
 
 
+@pytest.mark.slow
 def test_kernels_in_bfloat16_are_trained_in_float32_and_returned_in_bfloat16():
     params, batch = setup(jnp.bfloat16)
     plain = prune(params, batch)

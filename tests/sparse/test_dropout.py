@@ -74,6 +74,7 @@ def test_straight_through_has_the_same_values_and_ignores_the_mask_in_the_factor
     np.testing.assert_allclose(grads.a, want @ lora.b.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_draw_depends_on_step_row_kernel_and_layer_and_on_nothing_else():
     shape = (ROWS, 50, 16)
     kept = kept_entries(of_kernel(), shape)

@@ -301,6 +301,7 @@ def test_the_tpu_kernels_stay_within_their_arrays(four_bits):
     check(dx, g, weights.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('platform', 'dtype'), [('cuda', 'float16'), ('tpu', 'float16'), ('rocm', 'float32'), ('metal', 'float32')]
 )
