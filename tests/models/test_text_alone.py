@@ -12,7 +12,8 @@ from sparselora_jax.data import processing
 PROMPTS = {'blip2-opt': '{}', 'llava-default': '<image>\n{}'}
 
 
-@pytest.mark.parametrize('kind', ['blip2-opt', pytest.param('llava-default', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', list(PROMPTS))
 def test_the_logits_of_a_text_are_those_of_the_text_alone(kind, tmp_path):
     theirs = save(kind, tmp_path)
     model, params = load_model(tmp_path)
