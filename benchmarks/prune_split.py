@@ -5,8 +5,8 @@
 Every case runs once before it is timed, so compilation is left out; a figure is that of the fastest of `--rounds`
 rounds. Each part waits for its results, which a run without a stopwatch does not. The bound is what the products alone
 would take, those of one forward and of the Hessians, at the better of the two matmul rates printed, taken in the same
-run. FLOPs are counted from the programs (`planning.flops`). For comparison, the forward alone is timed too, each block as
-one program that is neither cut nor observed.
+run. FLOPs are counted from the programs (`planning.flops`). For comparison, the forward alone is timed too, where each
+block is one program, neither cut nor observed.
 """
 
 import argparse
