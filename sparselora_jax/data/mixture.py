@@ -23,7 +23,7 @@ from sparselora_jax.data.dataset import DataRequest, Dataset, Split
 from sparselora_jax.data.sources.catalog import open_source
 from sparselora_jax.data.sources.columns import TextColumn
 from sparselora_jax.data.sources.place import SourceName, split_names
-from sparselora_jax.data.sources.source import IndexedSource, Source, SourceRecord
+from sparselora_jax.data.sources.source import IndexedSource, OpenedSource, SourceRecord
 from sparselora_jax.runtime.errors import DataError
 
 TEST_SHARE = 0.1  # share of the images that are for testing
@@ -44,7 +44,7 @@ class DrawnRecords:
       answers: its text to learn.
     """
 
-    sources: Sequence[Source]
+    sources: Sequence[OpenedSource]
     numbers: list[int] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     questions: TextColumn = field(default_factory=TextColumn)
@@ -184,7 +184,7 @@ def is_test_image(name: str) -> bool:
 class _Draw:
     """Draws records from sources, and counts those that cannot be used."""
 
-    def __init__(self, names: Sequence[SourceName], sources: Sequence[Source], request: DataRequest):
+    def __init__(self, names: Sequence[SourceName], sources: Sequence[OpenedSource], request: DataRequest):
         self.names = names
         self.sources = sources
         self.request = request

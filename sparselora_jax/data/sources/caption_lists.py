@@ -35,7 +35,7 @@ _FOLDERS = {
 
 
 class CaptionItems:
-    """The captions of a file, whose images are files; see `source.Source`."""
+    """The captions of a file, whose images are files; see `source.OpenedSource`."""
 
     def __init__(self, path: Path, items: Items, pictures: PictureFiles, notes: tuple[str, ...]):
         """Take items with their captions, each of which becomes a record.

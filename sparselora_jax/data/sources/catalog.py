@@ -5,7 +5,7 @@ from pathlib import Path
 from sparselora_jax.data.sources.image_text_files import ImageTextFormat
 from sparselora_jax.data.sources.json_files import JsonFormat
 from sparselora_jax.data.sources.place import IMAGES_MARK, Place, SourceName
-from sparselora_jax.data.sources.source import SOURCES, Source
+from sparselora_jax.data.sources.source import SOURCES, OpenedSource
 from sparselora_jax.data.sources.tables import TableFormat
 from sparselora_jax.data.sources.tar_shards import TarFormat
 from sparselora_jax.data.sources.text_files import TextFilesFormat
@@ -23,7 +23,7 @@ SOURCES.register('files', ImageTextFormat())
 SOURCES.register('text', TextFilesFormat())
 
 
-def open_source(name: SourceName, *, index_dir: Path | None = None, tolerance: float = 0.0) -> Source:
+def open_source(name: SourceName, *, index_dir: Path | None = None, tolerance: float = 0.0) -> OpenedSource:
     """Return the source that a name names; its layout is recognised by its files and their keys.
 
     Args:

@@ -32,7 +32,7 @@ _FOLDERS = ('train2017', 'train2014', 'images')
 
 
 class Conversations:
-    """The turns of a file of conversations; see `source.Source`."""
+    """The turns of a file of conversations; see `source.OpenedSource`."""
 
     def __init__(self, path: Path, place: Place):
         """Read a file, and find its images.

@@ -18,7 +18,7 @@ SHOWN = 3  # images that a note names
 
 
 class ImageTextFiles:
-    """Pairs of files; see `source.Source`."""
+    """Pairs of files; see `source.OpenedSource`."""
 
     def __init__(self, root: Path, names: Sequence[str], without_text: Sequence[str] = ()):
         """Take the pairs of a folder.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sparselora_jax.data.benchmarks.sniff import FileFacts, Head
 from sparselora_jax.data.sources import caption_lists, conversations
 from sparselora_jax.data.sources.place import Place
-from sparselora_jax.data.sources.source import Source
+from sparselora_jax.data.sources.source import OpenedSource
 from sparselora_jax.runtime.errors import DataError
 
 SHOWN = 4  # files that a message names
@@ -26,7 +26,7 @@ class JsonFormat:
     title = 'captions of COCO, Flickr30k, Visual Genome or a list of LAVIS, or conversations of LLaVA, in a JSON file'
     takes_images = True
 
-    def open(self, place: Place) -> Source | None:
+    def open(self, place: Place) -> OpenedSource | None:
         """Return the records of the file; None if no file has this form.
 
         Args:

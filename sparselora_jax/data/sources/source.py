@@ -24,7 +24,7 @@ class SourceRecord:
 
 
 @runtime_checkable
-class Source(Protocol):
+class OpenedSource(Protocol):
     """Random access to the records of a source, in the order of its files.
 
     Attributes:
@@ -78,7 +78,7 @@ class SourceFormat(Protocol):
     title: str
     takes_images: bool
 
-    def open(self, place: Place) -> Source | None:
+    def open(self, place: Place) -> OpenedSource | None:
         """Return the source at a place; None if its files have another layout.
 
         Args:

@@ -54,7 +54,7 @@ def _of_flickr(number: int, cells: list[str]) -> tuple[str, str]:
 
 
 class Table:
-    """The rows of a table; see `source.Source`."""
+    """The rows of a table; see `source.OpenedSource`."""
 
     def __init__(self, path: Path, trees: list[FileTree], parse: Parser, *, has_head: bool):
         """Read the rows, and find their images.

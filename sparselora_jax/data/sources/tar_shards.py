@@ -52,7 +52,7 @@ class Shard:
 
 
 class TarShards:
-    """The samples of tar files, in their order; see `source.Source`."""
+    """The samples of tar files, in their order; see `source.OpenedSource`."""
 
     def __init__(self, shards: Sequence[Shard], index_dir: Path | None):
         """Take indexed files together.

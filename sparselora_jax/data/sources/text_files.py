@@ -24,7 +24,7 @@ _PARAGRAPH_END = re.compile(r'\n[ \t]*\n')
 
 
 class TextFiles:
-    """Parts of texts, in the order of the files; see `source.Source`."""
+    """Parts of texts, in the order of the files; see `source.OpenedSource`."""
 
     def __init__(self, paths: Sequence[Path]):
         """Read the files.

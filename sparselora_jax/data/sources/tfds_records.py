@@ -65,7 +65,7 @@ class StoredBytes:
 
 
 class TfdsRecords:
-    """The records of the training splits of a prepared data set; see `source.Source`."""
+    """The records of the training splits of a prepared data set; see `source.OpenedSource`."""
 
     def __init__(self, folder: Path, builder: tfds.core.DatasetBuilder):
         """Open the records.

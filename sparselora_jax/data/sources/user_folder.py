@@ -9,7 +9,7 @@ FILE = 'data.jsonl'
 
 
 class UserFolder:
-    """The usable lines of a folder; see `source.Source`."""
+    """The usable lines of a folder; see `source.OpenedSource`."""
 
     def __init__(self, folder: Folder):
         """Take a folder that has been read.

@@ -14,7 +14,7 @@ from miniature_sources import LAYOUTS, add_member
 from sparselora_jax.data.sources.catalog import open_source
 from sparselora_jax.data.sources.pictures import StoredImage
 from sparselora_jax.data.sources.place import SourceName, absolute_names, split_names
-from sparselora_jax.data.sources.source import SOURCES, Source, SourceFormat
+from sparselora_jax.data.sources.source import SOURCES, OpenedSource, SourceFormat
 from sparselora_jax.runtime.errors import DataError
 
 
@@ -27,7 +27,7 @@ def opened(name, **options):
 def test_records_are_those_of_the_layout_in_its_order(layout, tmp_path):
     name, expected = LAYOUTS[layout](tmp_path / 'data')
     source = opened(name)
-    assert isinstance(source, Source)
+    assert isinstance(source, OpenedSource)
     assert len(source) == len(expected)
     assert source.notes == ()
     for index, want in enumerate(expected):
