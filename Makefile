@@ -34,10 +34,15 @@ $(VENV)/compilers/installed: $(VENV)/installed-test requirements-tpu.txt require
 demo: $(VENV)/installed
 	$(VENV)/bin/python launch/train.py --config=configs/blip2_lang_only.py --workdir=runs/demo
 
+# XLA's older emitters compile in half the time, and fewer optimisations save some of the rest. Tutorials are compiled so
+# too. Tests marked `compiled` run without these flags, because they check the programs that users get.
+QUICK_XLA := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 \
+	--xla_backend_optimization_level=1
+
 # The site, docs/_build/html/index.html. The build runs the tutorials; a warning, such as a broken link, is an error. -E:
 # pages are read anew, because the docstrings that they show may have changed.
 docs: $(VENV)/installed-docs
-	$(VENV)/bin/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
+	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
@@ -45,11 +50,6 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/codespell
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python .ci/measure_code.py --check
-
-# XLA's older emitters compile in half the time, and fewer optimisations save a seventh of the rest. Tests marked
-# `compiled` run without these flags, because they check the programs that users get.
-QUICK_XLA := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 \
-	--xla_backend_optimization_level=1
 
 test: lint
 	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
