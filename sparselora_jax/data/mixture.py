@@ -22,6 +22,7 @@ from sparselora_jax.data.caption_forms import clean_caption, divide
 from sparselora_jax.data.dataset import DataRequest, Dataset, Split
 from sparselora_jax.data.sources.catalog import open_source
 from sparselora_jax.data.sources.columns import TextColumn
+from sparselora_jax.data.sources.pictures import same_image_name
 from sparselora_jax.data.sources.place import SourceName, split_names
 from sparselora_jax.data.sources.source import IndexedSource, OpenedSource, SourceRecord
 from sparselora_jax.runtime.errors import DataError
@@ -174,10 +175,12 @@ def apportion(count: int, weights: Sequence[int | float]) -> list[int]:
 def is_test_image(name: str) -> bool:
     """Return whether an image is for testing: by a hash of its name, so that more images change nothing for others.
 
+    An image that several data sets name differently is for the same use in all of them, see `same_image_name`.
+
     Args:
       name: name of the image; '' for a text, which is never for testing.
     """
-    digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()
+    digest = hashlib.sha256(same_image_name(name).encode('utf-8', 'surrogateescape')).digest()
     return bool(name) and int.from_bytes(digest[:8]) < TEST_SHARE * 2**64
 
 

@@ -157,6 +157,49 @@ def test_a_tenth_of_the_images_is_for_tests():
     assert not is_test_image('')
 
 
+@pytest.mark.parametrize(
+    'names',
+    [
+        # An image of COCO, as both releases, LAVIS and LLaVA name it.
+        ('COCO_train2014_{:012d}.jpg', '{:012d}.jpg', 'val2014/COCO_val2014_{:012d}.jpg', 'coco/train2017/{:012d}.jpg'),
+        ('{}.jpg', 'VG_100K/{}.jpg', 'VG_100K_2/{}.jpg', 'vg/VG_100K/{}.jpg', 'gqa/images/{}.jpg'),
+        ('{}.jpg', 'flickr30k-images/{}.jpg', 'flickr30k/flickr30k_images/{}.jpg'),
+    ],
+)
+def test_all_names_of_an_image_are_for_the_same_use(names):
+    uses = [[is_test_image(name.format(number)) for number in range(60)] for name in names]
+    assert any(uses[0])
+    assert all(of_name == uses[0] for of_name in uses)
+    # Other folders are different images.
+    assert [is_test_image(f'cats/{number}.jpg') for number in range(60)] != uses[0]
+
+
+def test_a_test_image_of_one_source_is_no_training_image_of_another(tmp_path):
+    names = [f'COCO_train2014_{number:012d}.jpg' for number in range(40)]
+    for number, name in enumerate(names):
+        write(tmp_path / 'train2014' / name, image(number))
+    write(tmp_path / 'lavis.json', [{'image': f'train2014/{name}', 'caption': 'a cat'} for name in names])
+    turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'A cat.'}]
+    rows = [{'id': name, 'image': f'coco/train2017/{name[-16:]}', 'conversations': turns} for name in names]
+    write(tmp_path / 'llava.json', rows)
+    dataset = load(tmp_path, ['lavis.json', 'llava.json'], tmp_path)
+    assert len(dataset.test.source) >= 2
+    assert not set(dataset.train.read_image_names()) & set(dataset.test.read_image_names())
+
+
+def test_the_test_images_do_not_depend_on_the_folders_in_which_images_are_found(tmp_path):
+    rows = [{'image': f'parrots/{number}.jpg', 'caption': f'parrot {number}'} for number in range(40)]
+    answers = []
+    for folder in ('parrots', 'downloads'):
+        for number in range(40):
+            write(tmp_path / folder / 'all' / folder / f'{number}.jpg', image(number))
+        write(tmp_path / folder / 'rows.json', rows)
+        test = load(tmp_path / folder, ['rows.json'], tmp_path, is_clean=False).test
+        answers.append([question + answer for question, answer in test.read_texts()])
+    assert answers[0] == answers[1]
+    assert answers[0]
+
+
 # The order of batches.
 
 

@@ -7,7 +7,7 @@
 Each caption is a record: an image with five captions is five records, as in the lists of LAVIS for training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +37,21 @@ _FOLDERS = {
 class CaptionItems:
     """The captions of a file, whose images are files; see `source.OpenedSource`."""
 
-    def __init__(self, path: Path, items: Items, pictures: PictureFiles, notes: tuple[str, ...]):
+    def __init__(self, path: Path, items: Items, names: Sequence[str], pictures: PictureFiles, notes: tuple[str, ...]):
         """Take items with their captions, each of which becomes a record.
 
         Args:
           path: the file.
           items: its items; their references are the captions.
+          names: names of the images as the file has them.
           pictures: their images.
           notes: what a user should know.
         """
         self.path = path
         self.notes = notes
         self._items = items
+        # Not those of `pictures`, which depend on the folders in which the images were found.
+        self._names = names
         self._pictures = pictures
         is_missing = np.zeros(len(pictures), bool)
         is_missing[pictures.missing] = True
@@ -74,7 +77,7 @@ class CaptionItems:
         Args:
           index: which record.
         """
-        return self._pictures.names[self._image(index)]
+        return self._names[self._image(index)]
 
     def name_record(self, index: int) -> str:
         """Return the file and the image of a record.
@@ -120,9 +123,10 @@ def open_captions(chosen: FileFacts, place: Place) -> CaptionItems:
     """
     builder = ItemsBuilder(str(chosen.path))
     _FILLERS[chosen.kind](builder, chosen.path)
-    pictures = find_images(place.image_trees(), builder.image_names, _FOLDERS[chosen.kind])
+    names = builder.image_names
+    pictures = find_images(place.image_trees(), names, _FOLDERS[chosen.kind])
     notes = check_missing(chosen.path, pictures, place.tolerance)
-    source = CaptionItems(chosen.path, builder.build(pictures), pictures, notes)
+    source = CaptionItems(chosen.path, builder.build(pictures), names, pictures, notes)
     if not len(source):
         raise DataError(f'{chosen.path}: no captions')
     return source

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,6 +21,11 @@ from sparselora_jax.runtime.errors import DataError
 
 SHOWN = 3  # missing images that a message names
 OPEN_FILES = 64  # tar files that stay open in a process
+
+# Names under which data sets refer to images of the same collection: a number of 12 digits in COCO, and a file in these
+# folders of Visual Genome (whose images GQA uses) and Flickr30k.
+_COCO_IMAGE = re.compile(r'(?:.*/)?(?:COCO_(?:train|val|test)20\d\d_)?(\d{12}\.jpg)', re.DOTALL)
+_KNOWN_FOLDER = re.compile(r'(?:.*/)?(?:VG_100K(?:_2)?|gqa/images|flickr30k[-_]images)/([^/]+)', re.DOTALL)
 
 
 @runtime_checkable
@@ -155,6 +161,19 @@ class ImagePart:
     def fingerprint(self) -> str:
         """Return a hash of its bytes."""
         return sha256(self.part.read()).hexdigest()
+
+
+def same_image_name(name: str) -> str:
+    """Return one name for all names that data sets give an image of COCO, Visual Genome or Flickr30k.
+
+    Args:
+      name: name of an image, as a data set writes it. Other names are returned as they are.
+
+    >>> same_image_name('val2014/COCO_val2014_000000000042.jpg'), same_image_name('vg/VG_100K_2/7.jpg')
+    ('000000000042.jpg', '7.jpg')
+    """
+    match = _COCO_IMAGE.fullmatch(name) or _KNOWN_FOLDER.fullmatch(name)
+    return match[1] if match else name
 
 
 def find_images(trees: Iterable[FileTree], names: Sequence[str], usual_folders: Sequence[str] = ()) -> PictureFiles:

@@ -91,7 +91,8 @@ class Table:
         if not numbers:
             raise DataError(f'{path}: no row')
         self._images = np.array(images, np.int32)
-        self.pictures: PictureFiles = find_images(trees, list(numbers), _USUAL_FOLDERS)
+        self._names = list(numbers)
+        self.pictures: PictureFiles = find_images(trees, self._names, _USUAL_FOLDERS)
         is_missing = np.zeros(len(numbers), bool)
         is_missing[self.pictures.missing] = True
         self._usable = np.flatnonzero(~is_missing[self._images])
@@ -104,12 +105,12 @@ class Table:
         return SourceRecord(ImageFile(self.pictures[int(self._images[row])].path), self._captions[row])
 
     def image_name(self, index: int) -> str:
-        """Return the name of an image.
+        """Return the name of an image as the file has it.
 
         Args:
           index: which record.
         """
-        return self.pictures.names[self._images[self._usable[index]]]
+        return self._names[self._images[self._usable[index]]]
 
     def name_record(self, index: int) -> str:
         """Return the file and the line of a record.
