@@ -5,7 +5,7 @@ import os
 from sparselora_jax.data import easy_vqa
 from sparselora_jax.data.dataset import DATASETS, Loader
 from sparselora_jax.data.mixture import MixtureLoader
-from sparselora_jax.data.sources.place import IMAGES_MARK, absolute_names
+from sparselora_jax.data.sources.place import IMAGES_MARK, absolute_names, split_names
 from sparselora_jax.runtime.registry import UnknownNameError
 
 DATASETS.register('easy_vqa', easy_vqa.EasyVqaLoader())
@@ -21,7 +21,9 @@ def is_path(data: str) -> bool:
     (False, False, True, True)
     """
     # A folder may have a colon in its name, so an existing path takes precedence over an import.
-    is_import = ':' in data.replace(IMAGES_MARK, '') and not os.path.exists(data)
+    is_import = ':' in data.replace(IMAGES_MARK, '') and not any(
+        os.path.exists(name.path) for name in split_names(data)
+    )
     return data not in DATASETS and not is_import
 
 

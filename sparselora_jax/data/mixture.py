@@ -8,10 +8,12 @@ restart.
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -150,7 +152,7 @@ class MixtureLoader:
 def _is_user_folder(names: Sequence[SourceName]) -> bool:
     """Return whether the data are one folder with a data.jsonl, or do not exist."""
     path = Path(names[0].path)
-    return len(names) == 1 and not names[0].images and (not path.exists() or (path / 'data.jsonl').exists())
+    return len(names) == 1 and not names[0].images and (not os.path.exists(path) or (path / 'data.jsonl').exists())
 
 
 def apportion(count: int, weights: Sequence[int | float]) -> list[int]:
@@ -163,7 +165,9 @@ def apportion(count: int, weights: Sequence[int | float]) -> list[int]:
     >>> apportion(25_000, (1, 1, 1)), apportion(10, (3, 1))
     ([8334, 8333, 8333], [8, 2])
     """
-    exact = [count * weight / sum(weights) for weight in weights]
+    # As fractions: the sum of large floats is infinite.
+    total = sum(map(Fraction, weights))
+    exact = [count * Fraction(weight) / total for weight in weights]
     shares = [int(share) for share in exact]
     # Sorting is stable: of equal remainders, the first source gets one more.
     by_remainder = sorted(range(len(weights)), key=lambda number: shares[number] - exact[number])

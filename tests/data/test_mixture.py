@@ -82,6 +82,11 @@ def test_shares_add_up():
         assert all(abs(share - count * weight / 4.1) < 1 for share, weight in zip(shares, (3, 0.1, 1), strict=True))
 
 
+@pytest.mark.parametrize('weights', [(1e308, 1e308, 1e308), (5e-324, 5e-324, 5e-324), (10**400, 10**400, 10**400)])
+def test_shares_of_extreme_weights_add_up(weights):
+    assert apportion(10, weights) == [4, 3, 3]
+
+
 def test_a_record_has_its_image_and_a_caption_that_is_cut(data):
     train = load(data, ['cc3m'], samples=10).train
     for index in range(10):

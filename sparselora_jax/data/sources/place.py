@@ -1,7 +1,8 @@
 """The name of a source, `PATH` or `ANNOTATIONS::IMAGES`, and what lies there."""
 
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -36,14 +37,39 @@ def split_names(data: str) -> list[SourceName]:
     >>> split_names('coco/captions_train2014.json::coco, vg')
     [SourceName(path='coco/captions_train2014.json', images='coco'), SourceName(path='vg', images='')]
     """
-    # A path may have any characters; one that exists is meant as it is.
-    if Path(data).exists():
-        return [SourceName(data)]
+    parts = data.split(SEPARATOR)
     names = []
-    for part in data.split(SEPARATOR):
-        path, _, images = part.strip().partition(IMAGES_MARK)
-        names.append(SourceName(path, images))
+    while parts:
+        name, count = _first_name(parts)
+        names.append(name)
+        parts = parts[count:]
     return names
+
+
+def _first_name(parts: Sequence[str]) -> tuple[SourceName, int]:
+    """Return the source that the first parts of a text name, and how many parts its name has."""
+    # A path may hold the marks, so the longest name that exists is meant as it is.
+    for count in range(len(parts), 0, -1):
+        text = SEPARATOR.join(parts[:count])
+        for candidate in dict.fromkeys((text, text.strip())):
+            name = _existing(candidate)
+            if name is not None:
+                return name, count
+    path, _, images = parts[0].strip().partition(IMAGES_MARK)
+    return SourceName(path, images), 1
+
+
+def _existing(text: str) -> SourceName | None:
+    """Return the source that a text names if its paths exist."""
+    # `os.path.exists` is False for names that are too long, where `Path.exists` raises an error.
+    if os.path.exists(text):
+        return SourceName(text)
+    pieces = text.split(IMAGES_MARK)
+    for place in range(1, len(pieces)):
+        name = SourceName(IMAGES_MARK.join(pieces[:place]), IMAGES_MARK.join(pieces[place:]))
+        if all(map(os.path.exists, name)):
+            return name
+    return None
 
 
 def absolute_names(data: str) -> str:

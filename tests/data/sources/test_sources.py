@@ -11,6 +11,7 @@ import pytest
 from miniature_benchmarks import image, write
 from miniature_sources import LAYOUTS, add_member
 
+from sparselora_jax.data.loaders import is_path
 from sparselora_jax.data.sources.catalog import open_source
 from sparselora_jax.data.sources.pictures import StoredImage
 from sparselora_jax.data.sources.place import SourceName, absolute_names, split_names
@@ -67,6 +68,30 @@ def test_names_are_split_and_made_absolute(tmp_path, monkeypatch):
     (tmp_path / 'a,b').mkdir()
     assert split_names('a,b') == [SourceName('a,b')]
     assert absolute_names('a,b') == f'{tmp_path}/a,b'
+
+
+@pytest.mark.parametrize('folder', ['a,b', 'a::b', 'a:b', 'a b', 'a,b::c, d'])
+def test_paths_with_any_characters_are_among_several_sources(folder, tmp_path, monkeypatch):
+    (tmp_path / folder / 'x').mkdir(parents=True)
+    (tmp_path / 'y').mkdir()
+    for root in ('', f'{tmp_path}/'):
+        monkeypatch.chdir(tmp_path)
+        x = f'{root}{folder}/x'
+        assert split_names(f'{x},{root}y') == [SourceName(x), SourceName(f'{root}y')]
+        assert split_names(f'{root}y, {x}::{root}y') == [SourceName(f'{root}y'), SourceName(x, f'{root}y')]
+        assert is_path(f'{x},{root}y')
+        # The folder of a run may have such a name too.
+        monkeypatch.chdir(tmp_path / folder)
+        absolute = absolute_names('x,nothing')
+        assert split_names(absolute)[0] == SourceName(f'{tmp_path}/{folder}/x')
+
+
+def test_names_of_sources_may_be_longer_together_than_the_name_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f'part_{number:03d}.tar' for number in range(40)]
+    assert [name.path for name in split_names(','.join(names))] == names
+    with pytest.raises(DataError, match='File name too long'):
+        opened('a' * 300)
 
 
 # Tar files.
