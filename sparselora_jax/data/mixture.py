@@ -7,7 +7,6 @@ restart.
 """
 
 import hashlib
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,8 +22,8 @@ from sparselora_jax.data import folder
 from sparselora_jax.data.caption_forms import clean_caption, divide
 from sparselora_jax.data.dataset import DataRequest, Dataset, Split
 from sparselora_jax.data.sources.catalog import open_source
-from sparselora_jax.data.sources.columns import TextColumn
-from sparselora_jax.data.sources.pictures import same_image_name
+from sparselora_jax.data.sources.columns import TextColumn, check_text
+from sparselora_jax.data.sources.pictures import needed_tolerance, same_image_name
 from sparselora_jax.data.sources.place import SourceName, split_names
 from sparselora_jax.data.sources.source import IndexedSource, OpenedSource, SourceRecord
 from sparselora_jax.runtime.errors import DataError
@@ -257,18 +256,25 @@ class _Draw:
             tried = len(problems) + train.numbers.count(number) + test.numbers.count(number)
             if len(problems) <= self.request.mixture.tolerance * tried:
                 continue
-            # Rounded up, so that the tolerance that the message names is enough.
-            needed = math.ceil(1000 * len(problems) / tried) / 1000
             raise DataError(
                 f'{self.names[number].path}: {len(problems):,} of {tried:,} images cannot be read: '
-                f'{"; ".join(problems[:SHOWN])}; leave them out by mixture.tolerance={needed}'
+                f'{"; ".join(problems[:SHOWN])}; {needed_tolerance(len(problems), tried)}'
             )
 
     def _usable(self, number: int, index: int) -> tuple[str, str] | None:
-        """Return the texts of a record; None if it cannot be used."""
+        """Return the texts of a record; None if it cannot be used.
+
+        Raises:
+          DataError: its text cannot be read, or written as UTF-8; the message names the record.
+        """
         source = self.sources[number]
         record = source[index]
         question, answer = self._write(number, index, record)
+        try:
+            check_text(question)
+            check_text(answer)
+        except DataError as error:
+            raise DataError(f'{source.name_record(index)}: {error}') from None
         reason = 'there is no text to learn'
         if answer.strip():
             reason = self.request.misfit(question, answer)
@@ -299,7 +305,8 @@ class _Draw:
 
     def reasons(self) -> str:
         """Return why records are left out, the first few by name."""
-        return '; '.join([*self.first_misfits, *(problem for problems in self.image_problems for problem in problems)])
+        problems = [problem for of_source in self.image_problems for problem in of_source]
+        return '; '.join([*self.first_misfits, *problems[:SHOWN]])
 
     def summary(self, train: DrawnRecords, test: DrawnRecords) -> list[str]:
         """Return a line for each source, and one for records that are left out."""

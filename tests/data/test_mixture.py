@@ -143,6 +143,25 @@ def test_images_that_cannot_be_read_are_refused_or_left_out(tmp_path, capsys):
     assert '1 left out: ' in capsys.readouterr().err
 
 
+def test_a_summary_of_what_is_left_out_stays_short(tmp_path):
+    with tarfile.open(tmp_path / 'a.tar', 'w') as archive:
+        for number in range(40):
+            miniature.add_member(archive, f'{number:02d}.jpg', b'broken')
+            miniature.add_member(archive, f'{number:02d}.txt', b'a caption')
+    with pytest.raises(DataError, match='no record can be used for training') as error:
+        load(tmp_path, ['a.tar'], tmp_path, tolerance=1.0)
+    assert str(error.value).count('not a readable image') == 3
+
+
+def test_a_text_that_cannot_be_written_is_named(tmp_path):
+    with tarfile.open(tmp_path / 'a.tar', 'w') as archive:
+        miniature.add_member(archive, '07.jpg', image(0))
+        miniature.add_member(archive, '07.json', b'{"caption": "a \\ud800 cat"}')
+    # Tokenizers refuse such a text, each with an error of its own.
+    with pytest.raises(DataError, match=r'a\.tar, sample 07: .* holds half of a surrogate pair'):
+        load(tmp_path, ['a.tar'], tmp_path, is_from_start=True, samples=1, misfit=lambda q, a: a.encode() and '')
+
+
 def test_an_image_that_is_cut_off_is_named_when_it_is_read(tmp_path):
     rows = [{'image': f'{number}.jpg', 'caption': 'a cat'} for number in range(8)]
     for row in rows:

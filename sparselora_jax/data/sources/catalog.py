@@ -7,7 +7,7 @@ from sparselora_jax.data.sources.json_files import JsonFormat
 from sparselora_jax.data.sources.place import IMAGES_MARK, Place, SourceName
 from sparselora_jax.data.sources.source import SOURCES, OpenedSource
 from sparselora_jax.data.sources.tables import TableFormat
-from sparselora_jax.data.sources.tar_shards import TarFormat
+from sparselora_jax.data.sources.tar_shards import TarFormat, is_compressed
 from sparselora_jax.data.sources.text_files import TextFilesFormat
 from sparselora_jax.data.sources.tfds_records import TfdsFormat
 from sparselora_jax.data.sources.user_folder import UserFolderFormat
@@ -61,4 +61,7 @@ def open_source(name: SourceName, *, index_dir: Path | None = None, tolerance: f
     if tables or path.suffix.lower() == '.parquet':
         file = tables[0] if tables else path
         raise DataError(f'{file}: parquet files are read for benchmarks only; write tar shards')
+    compressed = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if is_compressed(file)]
+    if compressed:
+        raise DataError(f'{compressed[0]}: a compressed tar file, whose members have no places; unpack it')
     raise DataError(f'{path}: no data of a layout that is known: {titles}')

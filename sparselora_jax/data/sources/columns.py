@@ -6,6 +6,22 @@ from collections.abc import Iterable
 from sparselora_jax.runtime.errors import DataError
 
 
+def check_text(text: str) -> None:
+    """Check that a text can be written as UTF-8.
+
+    Args:
+      text: the text.
+
+    Raises:
+      DataError: it cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # JSON can encode half of a surrogate pair, but files and tokenizers cannot represent it.
+        raise DataError(f'{text[:60]!r} holds half of a surrogate pair') from None
+
+
 class TextColumn:
     """A list of texts that only grows.
 
@@ -42,10 +58,6 @@ class TextColumn:
         Raises:
           DataError: it cannot be written as UTF-8.
         """
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError:
-            # JSON can encode half of a surrogate pair, but files and tokenizers cannot represent it.
-            raise DataError(f'{text[:60]!r} holds half of a surrogate pair') from None
-        self._bytes += encoded
+        check_text(text)
+        self._bytes += text.encode()
         self._ends.append(len(self._bytes))

@@ -197,6 +197,20 @@ def find_images(trees: Iterable[FileTree], names: Sequence[str], usual_folders: 
     return pictures
 
 
+def needed_tolerance(count: int, total: int) -> str:
+    """Return what a user can do to leave some images out.
+
+    Args:
+      count: number of images that cannot be used.
+      total: number of images.
+    """
+    if count == total:
+        return 'none is left'
+    # Rounded up, so that the tolerance is enough; with more digits where it would be 1, which is not legal.
+    shares = (math.ceil(10**digits * count / total) / 10**digits for digits in (3, 6, 9))
+    return f'leave them out by mixture.tolerance={next(share for share in shares if share < 1)}'
+
+
 def check_missing(path: Path, pictures: PictureFiles, tolerance: float) -> tuple[str, ...]:
     """Return a note about missing images; nothing if there are none.
 
@@ -216,7 +230,5 @@ def check_missing(path: Path, pictures: PictureFiles, tolerance: float) -> tuple
     if len(missing) == len(pictures):
         raise DataError(f'{path}: {images}; name their folder: {path}{IMAGES_MARK}FOLDER')
     if len(missing) > tolerance * len(pictures):
-        # Rounded up, so that the tolerance that the message names is enough.
-        share = math.ceil(1000 * len(missing) / len(pictures)) / 1000
-        raise DataError(f'{path}: {images}; put them there, or leave them out by mixture.tolerance={share}')
+        raise DataError(f'{path}: {images}; put them there, or {needed_tolerance(len(missing), len(pictures))}')
     return (f'{images}: their records are left out',)

@@ -8,6 +8,7 @@
 Files may be compressed by gzip. Images of rows that could not be downloaded are missing, see `mixture.tolerance`.
 """
 
+import codecs
 import gzip
 import re
 import zlib
@@ -74,13 +75,15 @@ class Table:
         self._lines = array('i')
         images = array('i')
         numbers: dict[str, int] = {}  # name of an image -> its number
+        rows = _read_rows(path)
         width = 0
-        for line, cells in _read_rows(path):
+        if has_head:
+            _, head = next(rows)
+            width = len(head)
+        for line, cells in rows:
             width = width or len(cells)
             if len(cells) != width:
                 raise DataError(f'{path}, line {line}: {len(cells)} columns, and {width} in the first line')
-            if has_head and line == 1:
-                continue
             try:
                 name, caption = parse(line - 1, cells)
             except DataError as error:
@@ -127,10 +130,12 @@ def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         with open_file(path, 'rb') as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b''), start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if not line.strip():
                     continue
                 try:
-                    text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
+                    text = line.decode()
                 except UnicodeDecodeError:
                     raise DataError(f'{path}, line {number}: not UTF-8; convert the file') from None
                 yield number, text.rstrip('\r\n').split('\t')

@@ -1,7 +1,8 @@
 """Tar files of images and captions, as img2dataset writes them: a sample is a few members with the same key.
 
 A shard `00000.tar` holds `000000000.jpg`, `000000000.txt` and `000000000.json` for each sample. The caption is the
-text of the `.txt`; without one, the field `caption` of the `.json`. Other members are ignored.
+text of the `.txt`; without one, the field `caption` of the `.json`. Other members are ignored, and so are those whose
+names begin with `._`, which archives made on a Mac have beside each file.
 
 Only the headers of a tar file are read to index it; images and captions are then read by their place. The index of a
 file is kept in the folder of prepared data, and used again as long as the file has the same size and time.
@@ -30,6 +31,9 @@ from sparselora_jax.runtime.errors import DataError
 SUFFIX = '.tar'
 CAPTION_FIELD = 'caption'
 SHOWN = 3  # samples that a note names
+_COMPRESSED_SUFFIXES = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
+# The first bytes of files of gzip, bzip2, xz and zstandard.
+_COMPRESSED_STARTS = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')
 # Columns of an index: where the image begins and its bytes, then those of the caption, and whether it is JSON.
 _COLUMNS = 5
 
@@ -156,7 +160,7 @@ def index_shard(path: Path) -> Shard:
                 count += 1
                 key, suffix = os.path.splitext(member.name)
                 places = by_suffix.get(suffix.lower())
-                if places is None or not member.isreg():
+                if places is None or not member.isreg() or os.path.basename(key).startswith('._'):
                     continue
                 if key in places:
                     raise DataError(f'{path}: two members {member.name}; each sample needs its own key')
@@ -168,6 +172,8 @@ def index_shard(path: Path) -> Shard:
             if not _has_end_mark(path, archive.offset):
                 raise tarfile.ReadError('no end mark')
     except tarfile.ReadError as error:
+        if _begins_compressed(path):
+            raise DataError(f'{path}: a compressed tar file, whose members have no places; unpack it') from None
         reason = str(error)
         cut = f' behind {count:,} members' if count else ''
         raise DataError(f'{path}: not a tar file, or cut off{cut} ({reason}); download it again') from None
@@ -182,6 +188,21 @@ def index_shard(path: Path) -> Shard:
             complete.append(key)
     incomplete = tuple(key for key in keys if key not in set(complete)) if len(complete) < len(keys) else ()
     return Shard(path, np.array(rows, np.int64).reshape(-1, _COLUMNS), complete, incomplete)
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether the name of a file is that of a compressed tar file.
+
+    Args:
+      path: the file.
+    """
+    return path.name.lower().endswith(_COMPRESSED_SUFFIXES)
+
+
+def _begins_compressed(path: Path) -> bool:
+    """Return whether a file begins as compressed files do."""
+    with path.open('rb') as file:
+        return file.read(8).startswith(_COMPRESSED_STARTS)
 
 
 def _has_end_mark(path: Path, offset: int) -> bool:

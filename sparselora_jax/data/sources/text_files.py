@@ -1,7 +1,7 @@
 """Text without images: a text file, or a folder of text files. A record is a paragraph, or a part of a long one.
 
 Paragraphs are separated by blank lines. A long paragraph is cut at spaces into parts of at most `LONGEST` characters,
-so that no text is lost to the limits of tokens. The files are UTF-8.
+so that no text is lost to the limits of tokens; a longer word is cut anywhere. The files are UTF-8.
 """
 
 import re
@@ -84,7 +84,7 @@ def _parts(text: str) -> Iterator[str]:
     """Yield the paragraphs of a text, long ones in parts."""
     for paragraph in _PARAGRAPH_END.split(text.replace('\r\n', '\n')):
         part = ''
-        for word in paragraph.split():
+        for word in _cut_words(paragraph):
             if part and len(part) + 1 + len(word) > LONGEST:
                 yield part
                 part = word
@@ -92,6 +92,14 @@ def _parts(text: str) -> Iterator[str]:
                 part = f'{part} {word}' if part else word
         if len(part) >= SHORTEST:
             yield part
+
+
+def _cut_words(paragraph: str) -> Iterator[str]:
+    """Yield the words of a paragraph, those that are too long in pieces."""
+    for word in paragraph.split():
+        # Chinese and Japanese have no spaces.
+        for start in range(0, len(word), LONGEST):
+            yield word[start : start + LONGEST]
 
 
 class TextFilesFormat:

@@ -1,8 +1,10 @@
 """Every layout of data: its records in order, with their own images; what is missing or broken is named."""
 
+import gzip
 import json
 import os
 import pickle
+import re
 import tarfile
 
 import miniature_sources as miniature
@@ -13,7 +15,7 @@ from miniature_sources import LAYOUTS, add_member
 
 from sparselora_jax.data.loaders import is_path
 from sparselora_jax.data.sources.catalog import open_source
-from sparselora_jax.data.sources.pictures import StoredImage
+from sparselora_jax.data.sources.pictures import StoredImage, needed_tolerance
 from sparselora_jax.data.sources.place import SourceName, absolute_names, split_names
 from sparselora_jax.data.sources.source import SOURCES, OpenedSource, SourceFormat
 from sparselora_jax.runtime.errors import DataError
@@ -155,6 +157,13 @@ def test_samples_without_image_or_caption_are_counted(tmp_path):
     assert source.notes == ('2 samples without image or caption are left out, such as b of 0.tar, c of 0.tar',)
 
 
+def test_files_that_a_mac_adds_to_an_archive_are_no_samples(tmp_path):
+    members = [('./._a.jpg', b'\0\x05\xff'), ('./a.jpg', image(0)), ('./._a.txt', b'\0\x05\xff'), ('./a.txt', b'a cat')]
+    source = opened(tar(tmp_path / '0.tar', members))
+    assert [source[index].answer for index in range(len(source))] == ['a cat']
+    assert source.notes == ()
+
+
 def test_a_caption_may_be_in_json_alone(tmp_path):
     source = opened(tar(tmp_path / '0.tar', [('a.png', image(0, '.png')), ('a.json', b'{"caption": "a cat"}')]))
     assert source[0].answer == 'a cat'
@@ -210,6 +219,13 @@ def test_missing_images_are_counted_and_left_out_if_asked(layout, tmp_path):
     left = [want for want in expected if want.image != expected[0].image]
     assert [source[index].answer for index in range(len(source))] == [want.answer for want in left]
     assert 'images are missing' in source.notes[0]
+
+
+@pytest.mark.parametrize(('count', 'total', 'share'), [(1, 3, 0.334), (1, 1000, 0.001), (99_999, 100_000, 0.99999)])
+def test_the_tolerance_that_a_message_names_is_enough_and_legal(count, total, share):
+    assert needed_tolerance(count, total) == f'leave them out by mixture.tolerance={share}'
+    assert count / total <= share < 1
+    assert needed_tolerance(total, total) == 'none is left'
 
 
 def test_if_all_images_are_missing_their_folder_is_asked_for(tmp_path):
@@ -292,6 +308,13 @@ def test_broken_tables_are_named(content, message, tmp_path):
         opened(write(tmp_path / 'a.tsv', content))
 
 
+@pytest.mark.parametrize('start', [b'', b'\n', b'\xef\xbb\xbf', b'\xef\xbb\xbf\r\n \n'])
+def test_a_head_is_the_first_line_that_is_not_blank(start, tmp_path):
+    write(tmp_path / '0.jpg', image(0))
+    source = opened(write(tmp_path / 'a.tsv', start + b'image\tcaption\n\n0.jpg\ta cat\n'))
+    assert [source[index].answer for index in range(len(source))] == ['a cat']
+
+
 def test_a_compressed_table_that_is_cut_off_is_named(tmp_path):
     miniature.table_with_head(tmp_path)
     path = tmp_path / 'downloaded_cc3m_report.tsv.gz'
@@ -319,6 +342,23 @@ def test_texts_are_cut_at_spaces_and_lose_nothing(tmp_path):
         opened(write(tmp_path / 'b.txt', b'abc\xff'))
     with pytest.raises(DataError, match='no text of 2 characters'):
         opened(write(tmp_path / 'c.txt', b' \n'))
+
+
+def test_long_words_are_cut_too(tmp_path):
+    # Chinese and Japanese have no spaces.
+    text = '\u4e2d\u6587' * 500
+    source = opened(write(tmp_path / 'a.txt', f'a b {text} cd'.encode()))
+    parts = [source[index].answer for index in range(len(source))]
+    assert max(map(len, parts)) <= 200
+    assert ''.join(parts).replace(' ', '') == f'ab{text}cd'
+
+
+@pytest.mark.parametrize('name', ['0.tar.gz', '0.tgz', '0.tar.zst', '0.tar'])
+def test_compressed_tar_files_are_named_with_what_to_do(name, tmp_path):
+    write(tmp_path / name, gzip.compress(tar(tmp_path / 'whole', [('a.jpg', image(0))]).read_bytes()))
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=rf'{re.escape(name)}: .*unpack it'):
+            opened(place)
 
 
 @pytest.mark.parametrize(
