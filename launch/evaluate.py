@@ -28,6 +28,7 @@ from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.evaluation import retrieval, vqa
 from sparselora_jax.evaluation.tasks import RETRIEVAL
 from sparselora_jax.recipe import CONFIG_FILE, LARGEST_COUNT, ConfigError
+from sparselora_jax.runtime import files, processes
 from sparselora_jax.runtime.files import StorageError, read_json
 from sparselora_jax.runtime.progress import Progress
 
@@ -144,6 +145,8 @@ def score_tasks(names: list[str]) -> None:
     )
     # Missing files are told before the model is loaded.
     tasks = evaluate_tasks.load_tasks(request)
+    output = Path(OUTPUT.value)
+    files.refuse_held(output)
     if VISION_FROM.value is not None and any(loaded.task.kind != RETRIEVAL for loaded in tasks.values()):
         raise ConfigError(_VISION_FROM_NEEDS)
     loaded = cli.load_model(generates=False)
@@ -155,11 +158,13 @@ def score_tasks(names: list[str]) -> None:
         if task.task.kind != RETRIEVAL:
             text = replace(task.asked.text, decoding=cli.DECODING | task.asked.text.decoding)
             cli.check_memory(loaded._replace(text=text), BATCH.value)
-    output = Path(OUTPUT.value)
-    files = model_files(model.source, output)
+    sources = model_files(model.source, output)
     if VISION_FROM.value is not None:
         params = graft.with_vision_from(model, params, VISION_FROM.value, dtype=values.dtype)
-        files |= files_of_tower(VISION_FROM.value)
+        sources |= files_of_tower(VISION_FROM.value)
+    # Two runs would write their answers between each other. Other processes of this run write nothing.
+    if processes.first():
+        files.hold(output)
     results = evaluate_tasks.evaluate_tasks(
         request,
         prepared,
@@ -168,7 +173,7 @@ def score_tasks(names: list[str]) -> None:
         processor,
         output=output,
         name=values.model or embedded.NAME,
-        owner=evaluate_tasks.begin(output, files, tasks) + values.dtype,
+        owner=evaluate_tasks.begin(output, sources, tasks) + values.dtype,
     )
     print('\n'.join(evaluate_tasks.table(results)))
 
@@ -192,8 +197,8 @@ def files_of_tower(vision_from: str) -> dict[str, Path]:
     Args:
       vision_from: the model.
     """
-    files = files_of_directory(load.find_directory(vision_from))
-    return {f'vision_from/{name}': file for name, file in files.items()}
+    named = files_of_directory(load.find_directory(vision_from))
+    return {f'vision_from/{name}': file for name, file in named.items()}
 
 
 def files_of_directory(folder: Path) -> dict[str, Path]:

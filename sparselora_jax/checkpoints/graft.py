@@ -6,6 +6,7 @@ positions are interpolated, and the norm after the tower stays that of the retri
 the tower). So only the sparsity of the vision tower moves that score.
 """
 
+import dataclasses
 from pathlib import Path
 
 from jax.typing import DTypeLike
@@ -18,6 +19,8 @@ from sparselora_jax.sparse import rules
 
 VISION = 'vision'
 POSITIONS = 'positions'
+# Fields of a tower's config that may differ: the size of images, and the names in its files.
+_OWN_FIELDS = ('image_size', 'fused_qkv')
 NORM = 'norm'
 
 
@@ -71,6 +74,16 @@ def with_vision_from(model: Model, params: dict, dir_or_hub_id: str | Path, *, d
       UnsupportedModelError: see `load_tower`; or the towers differ in more than the size of their images.
     """
     other, tower = load_tower(dir_or_hub_id, VISION, dtype=dtype)
+    _check_same_tower(model, other, dir_or_hub_id)
+    positions = vit.resize_positions(tower[POSITIONS], other.cfg.vision, model.cfg.vision)
+    kept = {NORM: params[VISION][NORM]} if NORM in params[VISION] else {}
+    return params | {VISION: tower | {POSITIONS: positions} | kept}
+
+
+def _check_same_tower(model: Model, other: Model, dir_or_hub_id: str | Path) -> None:
+    """Raise `UnsupportedModelError` if the vision towers of two models differ in more than the size of their images."""
+    name = model.source or model.family.name
+    remedy = 'give a model with the same vision tower, such as a BLIP-2 or InstructBLIP'
     own = rules.flatten(model.shapes()[VISION])
     theirs = rules.flatten(other.shapes()[VISION])
     # Their number depends on the size of images.
@@ -80,9 +93,14 @@ def with_vision_from(model: Model, params: dict, dir_or_hub_id: str | Path, *, d
         if own.get(path) != theirs.get(path):
             raise UnsupportedModelError(
                 f'{dir_or_hub_id}: its {VISION}/{path} has the shape {theirs.get(path)}, and that of '
-                f'{model.source or model.family.name} {own.get(path)}: give a model with the same vision tower, such '
-                'as a BLIP-2 or InstructBLIP'
+                f'{name} {own.get(path)}: {remedy}'
             )
-    positions = vit.resize_positions(tower[POSITIONS], other.cfg.vision, model.cfg.vision)
-    kept = {NORM: params[VISION][NORM]} if NORM in params[VISION] else {}
-    return params | {VISION: tower | {POSITIONS: positions} | kept}
+    # Weights of the same shapes may be for other heads, norms or activations.
+    for field in dataclasses.fields(model.cfg.vision):
+        their_value = getattr(other.cfg.vision, field.name, None)
+        own_value = getattr(model.cfg.vision, field.name)
+        if field.name not in _OWN_FIELDS and their_value != own_value:
+            raise UnsupportedModelError(
+                f'{dir_or_hub_id}: its vision tower has {field.name} {their_value!r}, and that of {name} '
+                f'{own_value!r}: {remedy}'
+            )

@@ -195,7 +195,7 @@ def refuse_held(folder: Path) -> None:
 
 def _held(folder: Path, path: Path) -> StorageError:
     """Return the error of a folder that another process has locked."""
-    return StorageError(f'{folder}: another run is in it ({path.read_text().strip()}); use another workdir')
+    return StorageError(f'{folder}: another run is in it ({path.read_text().strip()}); use another folder')
 
 
 def _write_holder(descriptor: int) -> None:

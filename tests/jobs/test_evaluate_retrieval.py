@@ -1,6 +1,9 @@
 """Tasks of retrieval end to end: what they write, which models can do them, and the paper's vision tower."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import miniature_benchmarks as miniature
@@ -41,8 +44,15 @@ def loaded(folder):
 
 
 def run(folder, output, loaded, tasks=NAMES, **options):
-    request = TaskRequest(tasks=tasks, data_root=folder / 'data', output=output, batch=2, **options)
-    return evaluate_tasks.evaluate_tasks(request, *loaded, name='tiny')
+    """Score as launch/evaluate.py does."""
+    request = TaskRequest(tasks=tasks, data_root=folder / 'data', batch=2, **options)
+    known = evaluate_tasks.load_tasks(request)
+    model, params, processor = loaded
+    prepared = evaluate_tasks.prepare(request, known, model, processor)
+    owner = evaluate_tasks.begin(output, {}, known)
+    return evaluate_tasks.evaluate_tasks(
+        request, prepared, model, params, processor, output=output, name='tiny', owner=owner
+    )
 
 
 @pytest.mark.slow
@@ -63,7 +73,7 @@ def test_recalls_and_searches_are_written(folder, tmp_path, loaded):
         assert [sample['score'] for sample in samples] == found
         best = [(row[0], sample['id']) for sample in samples for row in sample['images_of_references']]
         assert results[name].values['image_R@1'] == pytest.approx(100 * np.mean([image == own for image, own in best]))
-    assert evaluate_tasks.table(results, {name: find_task(name).headline for name in NAMES})[0].split()[1] == 'text_R@1'
+    assert evaluate_tasks.table(results)[0].split()[1] == 'text_R@1'
     # The same command reads what is there; with another number of candidates, the file is of another run.
     again = run(folder, tmp_path, loaded, candidates=3)
     assert again[NAMES[0]].values == results[NAMES[0]].values
@@ -115,6 +125,42 @@ def test_a_vision_tower_that_does_not_fit_is_named(folder, tmp_path, loaded):
         graft.with_vision_from(model, params, tmp_path / 'llava')
     with pytest.raises(UnsupportedModelError, match='blip2: blip2 models have no audio tower'):
         graft.load_tower(folder / 'blip2', 'audio')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('layer_norm_eps', 1e-3, 'norm_eps 0.001'),
+        ('hidden_act', 'relu', "activation 'relu'"),
+        ('num_attention_heads', 1, 'heads 1'),
+    ],
+)
+def test_a_vision_tower_that_computes_otherwise_is_named(field, value, message, folder, tmp_path, loaded):
+    model, params, _ = loaded
+    shutil.copytree(folder / 'blip2', tmp_path / 'other')
+    config = json.loads((tmp_path / 'other' / 'config.json').read_text())
+    assert config['vision_config'][field] != value
+    config['vision_config'][field] = value
+    (tmp_path / 'other' / 'config.json').write_text(json.dumps(config))
+    # The weights have the same shapes, so nothing else would tell.
+    with pytest.raises(UnsupportedModelError, match=f'other: its vision tower has {message}, and that of .*: give'):
+        graft.with_vision_from(model, params, tmp_path / 'other')
+
+
+@pytest.mark.slow
+def test_two_scripts_cannot_write_one_folder_of_results(folder, tmp_path, script):
+    arguments = [f'--model={folder / "model"}', f'--tasks={NAMES[0]}', f'--data_root={folder / "data"}', '--batch=2']
+    command = 'import sys; from pathlib import Path; from sparselora_jax.runtime import files; '
+    command += 'files.hold(Path(sys.argv[1])); print(1, flush=True); sys.stdin.read()'
+    other = [sys.executable, '-c', command, str(tmp_path)]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b'1\n'
+        code, _, err = script('evaluate.py', *arguments, f'--output={tmp_path}')
+        holder.kill()
+    assert code == 1
+    assert f'error: {tmp_path}: another run is in it (process {holder.pid} on ' in err
+    assert not list(tmp_path.glob('*.json*'))
 
 
 @pytest.mark.slow
