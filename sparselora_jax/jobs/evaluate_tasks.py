@@ -187,7 +187,7 @@ def digest_items(loaded: Mapping[str, LoadedTask]) -> dict[str, RecordsDigest]:
     Args:
       loaded: result of `load_tasks`.
     """
-    return {name: inputs.digest_items(task.items) for name, task in loaded.items()}
+    return {name: inputs.digest_items(task.items, is_published=not is_own_data(name)) for name, task in loaded.items()}
 
 
 def evaluate_tasks(

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from sparselora_jax.checkpoints.checkpoint_files import settings_files
 from sparselora_jax.checkpoints.layout import Piece
-from sparselora_jax.data.benchmarks.items import Items
+from sparselora_jax.data.benchmarks.items import Items, Picture
+from sparselora_jax.data.benchmarks.picture_files import PictureFile
 from sparselora_jax.data.dataset import Dataset, Split
+from sparselora_jax.data.images import fingerprint
 from sparselora_jax.jobs import names
 from sparselora_jax.jobs.stored import Stored
 from sparselora_jax.models.model import Model
@@ -171,11 +173,12 @@ def digest_records(split: Split) -> RecordsDigest:
     return RecordsDigest(len(texts), whole.hexdigest(), ''.join(digits))
 
 
-def digest_items(items: Items) -> RecordsDigest:
-    """Return the digest of the items of a benchmark. Images count by their ids: their content is published.
+def digest_items(items: Items, *, is_published: bool) -> RecordsDigest:
+    """Return the digest of the items of a benchmark.
 
     Args:
-      items: the items; no image is read.
+      items: the items.
+      is_published: images count by their ids alone, since their content is published. Otherwise, their files count too.
     """
     texts = []
     images = []
@@ -183,8 +186,14 @@ def digest_items(items: Items) -> RecordsDigest:
     for index in range(len(items)):
         item = items[index]
         texts.append(('\n'.join([item.context, item.question or '', *item.choices]), '\n'.join(item.references)))
-        images.append(f'{item.id} {item.image_id}')
+        of_file = '' if is_published else _fingerprint(item.image)
+        images.append(f'{item.id} {item.image_id} {of_file}'.rstrip())
     return digest_records(Split(items, lambda: texts, lambda: images))
+
+
+def _fingerprint(picture: Picture) -> str:
+    """Return the fingerprint of an image that is a file and is not missing, otherwise ''."""
+    return fingerprint(picture.path) if isinstance(picture, PictureFile) else ''
 
 
 def change_of_items(old: RecordsDigest, new: RecordsDigest) -> str:

@@ -164,6 +164,15 @@ def test_weights_that_changed_at_the_same_path_are_noticed_before_any_question(t
     assert len(spoken) == len(QUESTIONS)
 
 
+def test_an_image_of_a_user_that_changed_is_noticed(tmp_path, loaded, root, spoken):
+    tasks = own_data(tmp_path / 'cats', QUESTIONS)
+    run(root, tmp_path / 'out', tasks, loaded)
+    picture = next((tmp_path / 'cats').rglob('*.png'))
+    picture.write_bytes(miniature.image(77, '.png'))
+    with pytest.raises(DataError, match=r'the items of .*cats are not those .*its image'):
+        run(root, tmp_path / 'out', tasks, loaded)
+
+
 def test_items_that_changed_are_noticed_and_the_first_is_named(tmp_path, loaded, root, spoken):
     tasks = own_data(tmp_path / 'cats', QUESTIONS)
     run(root, tmp_path / 'out', tasks, loaded)

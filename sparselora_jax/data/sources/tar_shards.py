@@ -91,12 +91,13 @@ class TarShards:
             return
         try:
             self.index_dir.mkdir(parents=True, exist_ok=True)
-            # Other processes and runs may keep the same indices.
-            with filelock.FileLock(self.index_dir / 'lock'):
+            # Other processes and runs may keep the same indices. They are not waited for: where a file system has no
+            # locks, the lock of a process that was killed stays.
+            with filelock.FileLock(self.index_dir / 'lock', blocking=False):
                 for shard in self.shards:
                     _save_index(_index_file(self.index_dir, shard.path), shard)
-        except OSError:
-            # A folder that cannot be written to costs time in the next run, and nothing else.
+        except (OSError, files.StorageError):
+            # A folder that cannot be written to, or is locked, costs time in the next run, and nothing else.
             return
 
     def _find(self, index: int) -> tuple[Shard, int]:

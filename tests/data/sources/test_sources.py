@@ -1,5 +1,7 @@
 """Every layout of data: its records in order, with their own images; what is missing or broken is named."""
 
+import contextlib
+import fcntl
 import gzip
 import json
 import os
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from miniature_benchmarks import image, write
 from miniature_sources import LAYOUTS, add_member
+from small_disk import files_of_at_most
 
 from sparselora_jax.data.loaders import is_path
 from sparselora_jax.data.sources.catalog import open_source
@@ -117,6 +120,25 @@ def test_the_index_of_a_tar_file_is_kept_until_the_file_changes(tmp_path, monkey
     assert len(opened(name, index_dir=tmp_path / 'kept')) == 10
     # A folder that cannot be written to is no error.
     opened(name, index_dir=tmp_path / 'data' / '00000.tar').keep_index()
+
+
+@pytest.mark.parametrize('problem', ['disk full', 'locked', 'a file'])
+def test_an_index_that_cannot_be_kept_costs_only_time(problem, tmp_path):
+    source = opened(miniature.tar_shards(tmp_path / 'data')[0], index_dir=tmp_path / 'kept')
+    index_dir = tmp_path / 'kept' / 'tar_index'
+    if problem == 'a file':
+        write(index_dir, b'')
+    else:
+        index_dir.mkdir(parents=True)
+    with files_of_at_most(100) if problem == 'disk full' else contextlib.nullcontext():
+        if problem == 'locked':
+            with (index_dir / 'lock').open('w') as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                source.keep_index()
+        else:
+            source.keep_index()
+    assert not list(tmp_path.glob('kept/*/*.npz'))
+    assert source[0].answer
 
 
 def test_records_can_be_sent_to_another_process(tmp_path):
