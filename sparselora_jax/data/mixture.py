@@ -197,6 +197,7 @@ class _Draw:
         self.misfits = [0] * len(sources)
         self.image_problems: list[list[str]] = [[] for _ in sources]
         self.first_misfits: list[str] = []
+        self.shares = [0] * len(sources)  # training records that a recipe asks for; 0: all that there are
 
     def training(self) -> DrawnRecords:
         """Draw the training records."""
@@ -209,6 +210,7 @@ class _Draw:
         shares = [len(source) for source in self.sources]
         if mixture.samples:
             shares = apportion(mixture.samples, mixture.weights or [1] * len(self.sources))
+            self.shares = shares
         for number, share in enumerate(shares):
             self._take(drawn, number, self._in_random_order(number, is_test=False), share)
         return drawn
@@ -316,6 +318,10 @@ class _Draw:
                 f'{name.path}: {train.numbers.count(number):,} training and {test.numbers.count(number):,} test '
                 f'records of {len(source):,}'
             )
+            count = train.numbers.count(number)
+            if count < self.shares[number]:
+                share = f'the {self.shares[number]:,} of its share'
+                lines.append(f'{name.path}: {count:,} training records, fewer than {share}: it has no more')
             lines += [f'{name.path}: {note}' for note in source.notes]
             if self.image_problems[number]:
                 problems = '; '.join(self.image_problems[number][:SHOWN])

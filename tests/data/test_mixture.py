@@ -66,6 +66,15 @@ def test_a_number_of_records_is_drawn_evenly_or_by_weights(weights, counts, data
     assert len(set(places)) == 24
 
 
+def test_a_source_with_too_few_records_is_told(data, capsys):
+    train = load(data, ['cc3m', 'vg'], samples=60, weights=(1, 9)).train
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if 'fewer' in line]
+    drawn = sources_of(train)['vg']
+    assert line == f'{data / "vg"}: {drawn} training records, fewer than the 54 of its share: it has no more'
+    load(data, ['cc3m', 'vg'], samples=30)
+    assert 'fewer' not in capsys.readouterr().err
+
+
 def test_what_is_drawn_is_a_function_of_the_seed(data):
     texts = load(data, ['cc3m', 'vg'], samples=20).train.read_texts()
     assert load(data, ['cc3m', 'vg'], samples=20).train.read_texts() == texts

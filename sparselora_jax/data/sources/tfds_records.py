@@ -110,11 +110,9 @@ class TfdsRecords:
         # Readers of array_record raise errors of several classes for damaged files.
         except Exception as error:
             raise DataError(f'{name}: {(str(error).splitlines() or [type(error).__name__])[0]}') from None
-        texts = _texts(record[self._answer])
-        if not texts:
-            raise DataError(f'{name}: {self._answer} is empty')
+        texts = _texts(record[self._answer], f'{name}: {self._answer}')
         answer = texts[_hash(name) % len(texts)]
-        question = _texts(record[self._question])[0] if self._question else None
+        question = _texts(record[self._question], f'{name}: {self._question}')[0] if self._question else None
         return SourceRecord(StoredBytes(bytes(record['image']), name), answer, question)
 
     def _find(self, index: int) -> tuple[int, int]:
@@ -145,11 +143,19 @@ def _first(names: Sequence[str], fields: Sequence[str]) -> str:
     return next((name for name in names if name in fields), '')
 
 
-def _texts(value: Any) -> list[str]:
-    """Return the texts of a field: one text, a list of them, or a list of objects with a field `text`."""
+def _texts(value: Any, name: str) -> list[str]:
+    """Return the texts of a field: one text, a list of them, or a list of objects with a field `text`.
+
+    Raises:
+      DataError: there is none.
+    """
     if isinstance(value, Mapping):
+        if 'text' not in value:
+            raise DataError(f'{name} has the fields {", ".join(value)}; expected text')
         value = value['text']
     values = [value] if isinstance(value, bytes | str) else list(value)
+    if not values:
+        raise DataError(f'{name} is empty')
     return [text.decode(errors='replace') if isinstance(text, bytes) else str(text) for text in values]
 
 

@@ -415,6 +415,24 @@ def test_prepared_data_sets_with_other_fields_or_files_are_refused(tmp_path):
         opened(other)
 
 
+@pytest.mark.parametrize(
+    ('question', 'captions', 'message'),
+    [([], 'a', 'train 0: question is empty'), (None, {'raw': ['a']}, 'train 0: captions has the fields raw; expected')],
+)
+def test_texts_of_prepared_data_sets_that_are_not_there_are_named(question, captions, message, tmp_path):
+    texts = miniature.tfds.features.Sequence(miniature.tfds.features.Text())
+    features = {'image': miniature.tfds.features.Image(encoding_format='jpeg')}
+    if question is None:
+        features['captions'] = miniature.tfds.features.Sequence({'raw': miniature.tfds.features.Text()})
+        row = {'image': image(0), 'captions': captions}
+    else:
+        features |= {'question': texts, 'answer': miniature.tfds.features.Text()}
+        row = {'image': image(0), 'question': question, 'answer': captions}
+    source = opened(miniature._prepare(tmp_path, 'TextsLike', features, {'train': [row]}))
+    with pytest.raises(DataError, match=message):
+        source[0]
+
+
 def test_parquet_files_are_named_with_what_to_do(tmp_path):
     path = write(tmp_path / 'a.parquet', b'PAR1')
     for name in (path, tmp_path):
