@@ -10,11 +10,16 @@ data set are written to --output. Tasks of retrieval need a retrieval model of B
 that was stopped.
 """
 
+# `cli` comes first: it puts the folder of the scripts last on `sys.path`. `dataclasses` imports the standard library's
+# `inspect`, and would find `launch/inspect.py`.
+import cli
+
+# isort: split
+
 import json
 from dataclasses import replace
 from pathlib import Path
 
-import cli
 from absl import flags
 from ml_collections import ConfigDict
 

@@ -272,6 +272,16 @@ def test_help_lists_the_scripts_own_flags_and_nothing_else(script, name):
     assert f'python launch/{name}' in out.partition('usage:')[0], 'an example'
 
 
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_no_import_before_cli_finds_the_inspect_of_the_scripts(name):
+    before, cli_import, _ = (ROOT / 'launch' / name).read_text().partition('import cli\n')
+    assert cli_import
+    # The other tests call scripts in this process, where `inspect` is imported already. `-S` leaves out the installed
+    # packages, since some of them import it at the start of Python.
+    setup = f'import sys; sys.path.insert(0, {str(ROOT / "launch")!r})\n'
+    subprocess.run([sys.executable, '-S', '-c', setup + before], check=True, timeout=60)
+
+
 def test_help_shows_defaults_and_the_values_of_an_enumeration(script):
     _, out, _ = script('evaluate.py', '--help')
     assert '  --questions=INT: number of test questions (default: 1000)\n' in out
