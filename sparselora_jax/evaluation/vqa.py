@@ -215,7 +215,7 @@ def _read_answers(answers_file: Path | None, batch: int, owner: str) -> list[str
     expected = zip_longest(lines, _answer_lines(answers, owner), fillvalue='')
     for number, (line, of_answer) in enumerate(expected, start=1):
         if line != of_answer.encode():
-            what = 'damaged, or an answer of another run'
+            what = 'damaged, or an answer of another run, with another batch, prompt or decoding'
             raise StorageError(f'{answers_file}, line {number}: {what}; delete the file to answer all again')
     write_text(answers_file, b''.join(lines).decode())
     return answers

@@ -36,7 +36,7 @@ from sparselora_jax.models.family import Family, RetrievalFamily, no_language
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime import digests, processes
 from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
-from sparselora_jax.runtime.files import write_text
+from sparselora_jax.runtime.files import hold, write_text
 from sparselora_jax.runtime.progress import Progress
 
 RESULTS = 'results.json'
@@ -153,8 +153,10 @@ def begin(output: Path, model_files: Mapping[str, Path], loaded: Mapping[str, Lo
 
     Raises:
       DataError: the model or the items have changed; the message says what.
-      StorageError: the folder cannot be written, or `inputs.json` is damaged.
+      StorageError: another process writes into the folder, it cannot be written, or `inputs.json` is damaged.
     """
+    # Two processes would append their answers to the same files.
+    hold(output)
     file = output / INPUTS
     begun = digests.read_stamped(file, 'delete this folder of results', INPUTS) if file.exists() else None
     known = None if begun is None else digests.from_json(begun['model'])
@@ -174,7 +176,6 @@ def begin(output: Path, model_files: Mapping[str, Path], loaded: Mapping[str, Lo
             raise DataError(
                 f'{output}: the items of {name} are not those that its answers are for ({change}); {REMEDY}'
             )
-    output.mkdir(parents=True, exist_ok=True)
     values = {'model': digests.to_json(model), 'tasks': inputs.records_to_json(records | now)}
     write_text(file, digests.stamp(values, INPUTS))
     # The hashes alone: a copy of a file has another time.

@@ -315,7 +315,8 @@ def test_a_damaged_file_of_answers_is_named_and_kept(tmp_path, line):
     lines = [line.encode() for line in vqa._answer_lines(list('abcd'), 'me')]
     before = b''.join([lines[0], line + b'\n', *lines[2:]])
     file.write_bytes(before)
-    with pytest.raises(StorageError, match=r'answers.jsonl, line 2: damaged, or an answer of another run; delete the'):
+    message = 'damaged, or an answer of another run, with another batch, prompt or decoding; delete the'
+    with pytest.raises(StorageError, match=f'answers.jsonl, line 2: {message}'):
         vqa._read_answers(file, 2, 'me')
     assert file.read_bytes() == before
 

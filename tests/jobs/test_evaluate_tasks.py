@@ -1,5 +1,6 @@
 """Tasks end to end: official files, a tiny random model, scores, the files that others read, resuming."""
 
+import fcntl
 import json
 import math
 
@@ -110,6 +111,14 @@ def test_a_run_that_was_stopped_continues_and_gives_the_same(root, tmp_path, loa
     # Answers to another prompt are no answers to this one.
     with pytest.raises(StorageError, match='answer of another run'):
         run(root, whole, ('gqa',), loaded, prompt='{}?')
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(tmp_path):
+    with (tmp_path / 'lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match='another run is in it'):
+            evaluate_tasks.begin(tmp_path, {}, {})
+    evaluate_tasks.begin(tmp_path, {}, {})
 
 
 @pytest.mark.slow
