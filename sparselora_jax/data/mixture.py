@@ -32,6 +32,7 @@ TEST_SHARE = 0.1  # share of the images that are for testing
 MOST_TEST = 1000  # records for testing: as many questions as a recipe evaluates on by default
 MOST_PROBLEMS = 10_000  # images of a source that are tried and cannot be read
 SHOWN = 3  # records left out that a summary names
+LENGTHS = 'text.prompt_tokens and text.answer_tokens say how many tokens fit'
 
 
 @dataclass
@@ -307,8 +308,9 @@ class _Draw:
 
     def reasons(self) -> str:
         """Return why records are left out, the first few by name."""
+        lengths = [LENGTHS] if self.first_misfits else []
         problems = [problem for of_source in self.image_problems for problem in of_source]
-        return '; '.join([*self.first_misfits, *problems[:SHOWN]])
+        return '; '.join([*self.first_misfits, *lengths, *problems[:SHOWN]])
 
     def summary(self, train: DrawnRecords, test: DrawnRecords) -> list[str]:
         """Return a line for each source, and one for records that are left out."""
@@ -327,5 +329,5 @@ class _Draw:
                 problems = '; '.join(self.image_problems[number][:SHOWN])
                 lines.append(f'{name.path}: {len(self.image_problems[number]):,} left out: {problems}')
         if any(self.misfits):
-            lines.append(f'{sum(self.misfits):,} records left out: {"; ".join(self.first_misfits)}')
+            lines.append(f'{sum(self.misfits):,} records left out: {"; ".join([*self.first_misfits, LENGTHS])}')
         return lines

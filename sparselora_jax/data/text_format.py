@@ -36,6 +36,9 @@ class TextFormat:
     def __post_init__(self):
         if self.prompt.count('{}') != 1:
             raise DataError(f'prompt {self.prompt!r}: expected {{}} once, in the place of the question')
+        # A shell passes on a backslash and an n as they are.
+        if r'\n' in self.prompt:
+            raise DataError(rf"prompt {self.prompt!r}: a backslash and an n are no new line; in a shell, write $'\n'")
         for name in ('prompt_tokens', 'answer_tokens'):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -133,8 +133,11 @@ def test_records_that_do_not_fit_are_left_out_and_counted(data, capsys):
     train = load(data, ['vg'], samples=15, misfit=misfit).train
     assert {answer[-1] for _, answer in train.read_texts()} <= set('13579')
     assert len(train.source) == 15
-    assert 'records left out: ' in capsys.readouterr().err
-    with pytest.raises(DataError, match=r'no record can be used for training: .*vg_caption\.json.*: never'):
+    err = capsys.readouterr().err
+    assert 'records left out: ' in err
+    assert 'text.prompt_tokens and text.answer_tokens say how many tokens fit' in err
+    message = r'no record can be used for training: .*vg_caption\.json.*: never; text\.prompt_tokens and text\.answer'
+    with pytest.raises(DataError, match=message):
         load(data, ['vg'], samples=15, misfit=lambda question, answer: 'never')
 
 

@@ -9,6 +9,12 @@ from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.files import StorageError
 
 
+def test_a_backslash_and_an_n_are_no_new_line():
+    with pytest.raises(DataError, match='a backslash and an n are no new line'):
+        TextFormat(r'<image>\n{}')
+    assert TextFormat('<image>\n{}').write('a') == '<image>\na'
+
+
 def test_a_question_goes_into_its_place_and_braces_stay():
     assert TextFormat('a {x} {}?').write('{b} {}') == 'a {x} {b} {}?'
     for prompt in ('no place', '{} and {}'):
