@@ -328,6 +328,9 @@ class _Draw:
             if self.image_problems[number]:
                 problems = '; '.join(self.image_problems[number][:SHOWN])
                 lines.append(f'{name.path}: {len(self.image_problems[number]):,} left out: {problems}')
+        asked = self.request.mixture.samples
+        if len(train) < asked:
+            lines.append(f'{asked:,} records are asked for, and {len(train):,} can be drawn')
         if any(self.misfits):
             lines.append(f'{sum(self.misfits):,} records left out: {"; ".join([*self.first_misfits, LENGTHS])}')
         return lines

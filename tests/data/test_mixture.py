@@ -134,11 +134,17 @@ def test_records_that_do_not_fit_are_left_out_and_counted(data, capsys):
     assert {answer[-1] for _, answer in train.read_texts()} <= set('13579')
     assert len(train.source) == 15
     err = capsys.readouterr().err
+    assert 'records are asked for' not in err
     assert 'records left out: ' in err
     assert 'text.prompt_tokens and text.answer_tokens say how many tokens fit' in err
     message = r'no record can be used for training: .*vg_caption\.json.*: never; text\.prompt_tokens and text\.answer'
     with pytest.raises(DataError, match=message):
         load(data, ['vg'], samples=15, misfit=lambda question, answer: 'never')
+
+
+def test_a_source_that_has_fewer_records_than_are_asked_for_is_told(data, capsys):
+    train = load(data, ['vg'], samples=25_000).train
+    assert f'25,000 records are asked for, and {len(train.source):,} can be drawn' in capsys.readouterr().err
 
 
 def test_images_that_cannot_be_read_are_refused_or_left_out(tmp_path, capsys):
