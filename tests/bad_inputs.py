@@ -257,7 +257,16 @@ WRONG_VALUES = {
 WRONG_TEXTS = {
     'model': ('no/such/directory', 'data', 'recipe.json'),
     'family': ('no_such_module:FAMILY', 'json:loads', 'llava'),
-    'data': ('no/such/folder', 'model', 'recipe.json', 'no_such_module:Name', 'json:loads', 'data,no/such', 'data::no'),
+    'data': (
+        'no/such/folder',
+        'model',
+        'recipe.json',
+        'no_such_module:Name',
+        'json:loads',
+        'data,no/such',
+        'data::no',
+        'data,,data',
+    ),
     'prune.data': ('no/such/folder', 'model', 'recipe.json', 'no_such_module:Name', 'json:loads'),
     'prune.order': ('last',),
     'mixture.captions': ('suffix',),

@@ -34,6 +34,9 @@ def split_names(data: str) -> list[SourceName]:
     Args:
       data: names of sources, separated by commas.
 
+    Raises:
+      DataError: a name is empty.
+
     >>> split_names('coco/captions_train2014.json::coco, vg')
     [SourceName(path='coco/captions_train2014.json', images='coco'), SourceName(path='vg', images='')]
     """
@@ -41,6 +44,9 @@ def split_names(data: str) -> list[SourceName]:
     names = []
     while parts:
         name, count = _first_name(parts)
+        # An empty path would be the current folder.
+        if not name.path:
+            raise DataError(f'{data}: expected the name of a file or folder on each side of a comma')
         names.append(name)
         parts = parts[count:]
     return names

@@ -69,6 +69,9 @@ def test_every_format_fits_the_protocol():
 def test_names_are_split_and_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split_names('a, b::c') == [SourceName('a'), SourceName('b', 'c')]
+    for text in ('a,,b', 'a,', '::c'):
+        with pytest.raises(DataError, match='on each side of a comma'):
+            split_names(text)
     assert absolute_names('a,b::c') == f'{tmp_path}/a,{tmp_path}/b::{tmp_path}/c'
     (tmp_path / 'a,b').mkdir()
     assert split_names('a,b') == [SourceName('a,b')]
