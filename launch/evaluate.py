@@ -33,7 +33,7 @@ from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.evaluation import retrieval, vqa
 from sparselora_jax.evaluation.tasks import RETRIEVAL
 from sparselora_jax.recipe import CONFIG_FILE, LARGEST_COUNT, ConfigError
-from sparselora_jax.runtime import files, processes
+from sparselora_jax.runtime import files
 from sparselora_jax.runtime.files import StorageError, read_json
 from sparselora_jax.runtime.progress import Progress
 
@@ -167,9 +167,6 @@ def score_tasks(names: list[str]) -> None:
     if VISION_FROM.value is not None:
         params = graft.with_vision_from(model, params, VISION_FROM.value, dtype=values.dtype)
         sources |= files_of_tower(VISION_FROM.value)
-    # Two runs would write their answers between each other. Other processes of this run write nothing.
-    if processes.first():
-        files.hold(output)
     results = evaluate_tasks.evaluate_tasks(
         request,
         prepared,

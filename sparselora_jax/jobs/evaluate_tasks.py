@@ -155,8 +155,9 @@ def begin(output: Path, model_files: Mapping[str, Path], loaded: Mapping[str, Lo
       DataError: the model or the items have changed; the message says what.
       StorageError: another process writes into the folder, it cannot be written, or `inputs.json` is damaged.
     """
-    # Two processes would append their answers to the same files.
-    hold(output)
+    # Two runs would append their answers to the same files. Other processes of this run write nothing.
+    if processes.first():
+        hold(output)
     file = output / INPUTS
     begun = digests.read_stamped(file, 'delete this folder of results', INPUTS) if file.exists() else None
     known = None if begun is None else digests.from_json(begun['model'])

@@ -14,7 +14,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sparselora_jax.data import images
-from sparselora_jax.data.benchmarks.picture_files import FileTree, PictureFiles, locate, locate_by_path
+from sparselora_jax.data.benchmarks.items import Picture
+from sparselora_jax.data.benchmarks.picture_files import (
+    FileTree,
+    PictureFile,
+    PictureFiles,
+    locate,
+    locate_by_path,
+)
 from sparselora_jax.data.sources.place import IMAGES_MARK
 from sparselora_jax.runtime import os_errors
 from sparselora_jax.runtime.errors import DataError
@@ -29,21 +36,8 @@ _KNOWN_FOLDER = re.compile(r'(?:.*/)?(?:VG_100K(?:_2)?|gqa/images|flickr30k[-_]i
 
 
 @runtime_checkable
-class StoredImage(Protocol):
-    """An image that is not read yet.
-
-    Attributes:
-      name: where it is, for messages.
-    """
-
-    name: str
-
-    def read(self) -> UInt8[np.ndarray, 'height width 3']:
-        """Read the image as RGB, as public training code does: not turned by EXIF, alpha dropped.
-
-        Raises:
-          DataError: the image is missing or damaged; the message names it.
-        """
+class StoredImage(Picture, Protocol):
+    """An image that is not read yet, which can be checked and compared without reading its pixels."""
 
     def check(self) -> None:
         """Check that the image can be opened; its pixels are not decoded.
@@ -56,24 +50,8 @@ class StoredImage(Protocol):
         """Return a text that changes with the image."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFile:
+class ImageFile(PictureFile):
     """An image in a file of its own; see `StoredImage`."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """Return the path."""
-        return str(self.path)
-
-    def read(self) -> UInt8[np.ndarray, 'height width 3']:
-        """Read the file as RGB.
-
-        Raises:
-          DataError: the file is missing or damaged.
-        """
-        return images.read_image(self.path, is_benchmark=True)
 
     def check(self) -> None:
         """Check that the file can be opened as an image.
