@@ -329,7 +329,8 @@ class _Draw:
                 problems = '; '.join(self.image_problems[number][:SHOWN])
                 lines.append(f'{name.path}: {len(self.image_problems[number]):,} left out: {problems}')
         asked = self.request.mixture.samples
-        if len(train) < asked:
+        # Without shares, no source has too few records by itself.
+        if self.request.mixture.is_from_start and len(train) < asked:
             lines.append(f'{asked:,} records are asked for, and {len(train):,} can be drawn')
         if any(self.misfits):
             lines.append(f'{sum(self.misfits):,} records left out: {"; ".join([*self.first_misfits, LENGTHS])}')

@@ -134,7 +134,7 @@ def test_records_that_do_not_fit_are_left_out_and_counted(data, capsys):
     assert {answer[-1] for _, answer in train.read_texts()} <= set('13579')
     assert len(train.source) == 15
     err = capsys.readouterr().err
-    assert 'records are asked for' not in err
+    assert 'fewer than' not in err
     assert 'records left out: ' in err
     assert 'text.prompt_tokens and text.answer_tokens say how many tokens fit' in err
     message = r'no record can be used for training: .*vg_caption\.json.*: never; text\.prompt_tokens and text\.answer'
@@ -144,6 +144,9 @@ def test_records_that_do_not_fit_are_left_out_and_counted(data, capsys):
 
 def test_a_source_that_has_fewer_records_than_are_asked_for_is_told(data, capsys):
     train = load(data, ['vg'], samples=25_000).train
+    err = capsys.readouterr().err
+    assert f'{len(train.source):,} training records, fewer than the 25,000 of its share: it has no more' in err
+    train = load(data, ['vg'], samples=25_000, is_from_start=True).train
     assert f'25,000 records are asked for, and {len(train.source):,} can be drawn' in capsys.readouterr().err
 
 
