@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 
 from sparselora_jax.data import images
+from sparselora_jax.data.parts import find_part
 from sparselora_jax.runtime import os_errors
 from sparselora_jax.runtime.errors import DataError
 
@@ -116,13 +117,9 @@ class ParquetPictures(Sequence):
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, index: int) -> ParquetPicture:
-        if not 0 <= index < len(self):
-            raise IndexError(f'image {index} of {len(self)}')
-        # The first group that ends behind the row.
-        number = int(np.searchsorted(self.ends, index, side='right'))
-        start = int(self.ends[number - 1]) if number else 0
+        number, row = find_part(self.ends, index)
         path = self.paths[self.files[number]]
-        return ParquetPicture(path, int(self.groups[number]), int(index) - start, self.column)
+        return ParquetPicture(path, int(self.groups[number]), row, self.column)
 
 
 def list_pictures(paths: Sequence[Path], column: str) -> ParquetPictures:

@@ -22,6 +22,7 @@ from jaxtyping import Int64
 
 from sparselora_jax.data.benchmarks import records
 from sparselora_jax.data.benchmarks.picture_files import IMAGE_SUFFIXES
+from sparselora_jax.data.parts import find_part
 from sparselora_jax.data.sources.pictures import FilePart, ImagePart
 from sparselora_jax.data.sources.place import Place
 from sparselora_jax.data.sources.source import SourceRecord
@@ -101,11 +102,8 @@ class TarShards:
             return
 
     def _find(self, index: int) -> tuple[Shard, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f'sample {index} of {len(self)}')
-        number = int(np.searchsorted(self._ends, index, side='right'))
-        first = int(self._ends[number - 1]) if number else 0
-        return self.shards[number], int(index) - first
+        number, row = find_part(self._ends, index)
+        return self.shards[number], row
 
     def image_name(self, index: int) -> str:
         """Return the name of the file and the key of a sample.

@@ -6,10 +6,10 @@ so that no text is lost to the limits of tokens; a longer word is cut anywhere. 
 
 import re
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sparselora_jax.data.parts import find_part
 from sparselora_jax.data.sources.columns import TextColumn
 from sparselora_jax.data.sources.place import Place
 from sparselora_jax.data.sources.source import SourceRecord
@@ -66,9 +66,8 @@ class TextFiles:
         Args:
           index: which record.
         """
-        file = bisect_right(self._ends, index)
-        first = self._ends[file - 1] if file else 0
-        return f'{self.paths[file]}, part {index - first + 1}'
+        file, part = find_part(self._ends, index)
+        return f'{self.paths[file]}, part {part + 1}'
 
 
 def _read(path: Path) -> str:

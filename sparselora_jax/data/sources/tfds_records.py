@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from sparselora_jax.data import images
+from sparselora_jax.data.parts import find_part
 from sparselora_jax.data.sources.place import Place
 from sparselora_jax.data.sources.source import SourceRecord
 from sparselora_jax.runtime.errors import DataError
@@ -103,7 +104,7 @@ class TfdsRecords:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> SourceRecord:
-        split, place = self._find(index)
+        split, place = find_part(self._ends, index)
         name = self.name_record(index)
         try:
             record = self._sources[split][place]
@@ -115,11 +116,6 @@ class TfdsRecords:
         question = _texts(record[self._question], f'{name}: {self._question}')[0] if self._question else None
         return SourceRecord(StoredBytes(bytes(record['image']), name), answer, question)
 
-    def _find(self, index: int) -> tuple[int, int]:
-        split = int(np.searchsorted(self._ends, index, side='right'))
-        first = int(self._ends[split - 1]) if split else 0
-        return split, int(index) - first
-
     def image_name(self, index: int) -> str:
         """Return the split and the number of a record.
 
@@ -127,7 +123,7 @@ class TfdsRecords:
           index: which record.
         """
         # Names of images would have to be read with the images.
-        split, place = self._find(index)
+        split, place = find_part(self._ends, index)
         return f'{self._splits[split]} {place}'
 
     def name_record(self, index: int) -> str:
