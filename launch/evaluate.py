@@ -25,13 +25,12 @@ from ml_collections import ConfigDict
 
 from sparselora_jax import recipe
 from sparselora_jax.checkpoints import embedded, graft, load
-from sparselora_jax.checkpoints.checkpoint_files import settings_files
 from sparselora_jax.data import pipeline
 from sparselora_jax.data.checked import load_dataset
 from sparselora_jax.data.dataset import DataRequest, Mixture
 from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.evaluation import retrieval, vqa
-from sparselora_jax.evaluation.tasks import RETRIEVAL
+from sparselora_jax.evaluation.tasks import RETRIEVAL, is_own_data
 from sparselora_jax.recipe import CONFIG_FILE, LARGEST_COUNT, ConfigError
 from sparselora_jax.runtime import files
 from sparselora_jax.runtime.files import StorageError, read_json
@@ -121,7 +120,6 @@ def score_tasks(names: list[str]) -> None:
       ConfigError: no task or no folder is given.
     """
     # Imported here, because scripts without jobs do not need it.
-    from sparselora_jax.evaluation.tasks import is_own_data
     from sparselora_jax.jobs import evaluate_tasks
 
     if not names:
@@ -148,10 +146,10 @@ def score_tasks(names: list[str]) -> None:
         candidates=CANDIDATES.value,
         vision_from=VISION_FROM.value,
     )
-    # Missing files are told before the model is loaded.
-    tasks = evaluate_tasks.load_tasks(request)
+    # What is wrong is told before the files are read, which may take minutes, and missing files before the model is.
     output = Path(OUTPUT.value)
     files.refuse_held(output)
+    tasks = evaluate_tasks.load_tasks(request)
     if VISION_FROM.value is not None and any(loaded.task.kind != RETRIEVAL for loaded in tasks.values()):
         raise ConfigError(_VISION_FROM_NEEDS)
     loaded = cli.load_model(generates=False)
@@ -189,7 +187,7 @@ def model_files(source: str, output: Path) -> dict[str, Path]:
     """
     if flags.FLAGS.model is None:
         return {file.name: file for file in embedded.files()}
-    every = files_of_directory(Path(source))
+    every = _files_of_directory(Path(source))
     return {name: file for name, file in every.items() if not file.resolve().is_relative_to(output.resolve())}
 
 
@@ -199,18 +197,16 @@ def files_of_tower(vision_from: str) -> dict[str, Path]:
     Args:
       vision_from: the model.
     """
-    named = files_of_directory(load.find_directory(vision_from))
+    named = _files_of_directory(load.find_directory(vision_from))
     return {f'vision_from/{name}': file for name, file in named.items()}
 
 
-def files_of_directory(folder: Path) -> dict[str, Path]:
-    """Return the files of a model's directory that decide what it computes, by name.
+def _files_of_directory(folder: Path) -> dict[str, Path]:
+    # Imported here, because scripts without jobs do not need it.
+    from sparselora_jax.jobs import inputs
 
-    Args:
-      folder: the directory.
-    """
-    weights = {file.relative_to(folder) for file in folder.glob('*.safetensors')}
-    return {str(name): folder / name for name in sorted(weights | set(settings_files(folder)))}
+    # Of a packed directory too, whose weights `open_model` does not list.
+    return inputs.files_of_directory(folder, folder.glob('*.safetensors'))
 
 
 def choose_data() -> DataRequest:

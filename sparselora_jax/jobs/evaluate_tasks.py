@@ -1,6 +1,6 @@
 """Score a model on tasks, and write the results into a folder; resumable after a kill.
 
-`launch/evaluate.py` scores one model. A job scores the dense, the pruned and the restored model (`task_stages.py`).
+`launch/evaluate.py` scores one model. A job scores each of its models (`evaluate.score_on_tasks`).
 """
 
 import hashlib

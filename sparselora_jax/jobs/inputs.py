@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
         Args:
           stored: the files of the run.
         """
-        splits = {'train': self.train, 'test': self.test, 'calibration': self.calibration}
+        splits = {name: getattr(self, name) for name in SPLITS}
         records = records_to_json({name: digest for name, digest in splits.items() if digest is not None})
         model = digests.to_json(self.model)
         stored.write(names.INPUTS, {'model': model, 'tasks': records_to_json(self.tasks)} | records)
@@ -123,9 +123,18 @@ def model_files(model: Model, pieces: Iterable[Piece]) -> dict[str, Path]:
       model: the model.
       pieces: where its weights are, see `open_model`.
     """
-    folder = Path(model.source)
-    weights = {piece.entry.file.relative_to(folder) for piece in pieces}
-    return {str(name): folder / name for name in sorted(weights | set(settings_files(folder)))}
+    return files_of_directory(Path(model.source), {piece.entry.file for piece in pieces})
+
+
+def files_of_directory(folder: Path, weights: Iterable[Path]) -> dict[str, Path]:
+    """Return the files of a directory that decide what its model computes, by name: weights and settings.
+
+    Args:
+      folder: the directory.
+      weights: its files of weights.
+    """
+    relative = {file.relative_to(folder) for file in weights}
+    return {str(name): folder / name for name in sorted(relative | set(settings_files(folder)))}
 
 
 def take(

@@ -170,18 +170,15 @@ def _absolute_model(model: str) -> str:
     return _absolute_path(model) if is_directory else model
 
 
-def _absolute_if_named(path: str) -> str:
-    return _absolute_path(path) if path else path
+def _if_named(absolute: Callable[[str], str]) -> Callable[[str], str]:
+    """Return a function that leaves '' as it is, which names nothing."""
+    return lambda value: absolute(value) if value else value
 
 
 def _absolute_tasks(tasks: str) -> str:
     """Return names of tasks, of which those of folders have absolute paths."""
     names = [name.strip() for name in tasks.split(',')]
     return ','.join(_absolute_path(name) if is_own_data(name) else name for name in names)
-
-
-def _absolute_other_data(data: str) -> str:
-    return absolute_data(data) if data else data
 
 
 FIELDS = (
@@ -327,7 +324,7 @@ FIELDS = (
         '',
         _text("'', or as `data`", may_be_empty=True),
         "Data of the calibration samples, in the form of `data`. '': the training records.",
-        absolute=_absolute_other_data,
+        absolute=_if_named(absolute_data),
     ),
     # The public code of the paper calibrates on the first records of a file.
     Field(
@@ -628,7 +625,7 @@ FIELDS = (
         '',
         _text('a folder', may_be_empty=True),
         'Folder under which the files of the tasks lie, in any layout.',
-        absolute=_absolute_if_named,
+        absolute=_if_named(_absolute_path),
     ),
     Field('evaluate.limit', 0, whole_number(0), 'Maximum number of items of each task; 0: all.'),
     Field('evaluate.num_beams', 1, COUNT, 'Number of beams; 1 is greedy decoding.'),
