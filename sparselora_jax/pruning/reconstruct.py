@@ -201,11 +201,12 @@ class _Programs(NamedTuple):
 
     Attributes:
       error: `error(w, samples)` returns the squared error of a chunk, summed over all devices.
-      step: `step(trained, layer, samples, first, scale, rate, size=, like=)` returns what is trained after a step.
+      step: `step(trained, layer, samples, first, scale, rate, size=, like=)` returns what is trained after a step, and
+        the squared error of its samples before it.
     """
 
     error: Callable[..., Array]
-    step: Callable[..., _Trained]
+    step: Callable[..., tuple[_Trained, Array]]
 
 
 class _Layer(NamedTuple):
@@ -237,17 +238,17 @@ def _programs(block: Block, mesh: Mesh | None) -> _Programs:
         *,
         size: int,
         like: tuple[tuple[str, _Like], ...],
-    ) -> _Trained:
+    ) -> tuple[_Trained, Float[Array, '']]:
         """Train on `size` samples of each device, from its sample `first` on; `scale` multiplies the loss."""
 
         def gradient_on_device(weights, samples):
             kernels, fixed, first = weights
             batch = part(samples, first, size=size, mesh=None)
-            gradient = jax.grad(lambda kernels: error(fixed | _cast(kernels, dict(like)), batch))(kernels)
-            return jax.tree.map(lambda leaf: leaf[None], gradient)
+            error_and_gradient = jax.value_and_grad(lambda kernels: error(fixed | _cast(kernels, dict(like)), batch))
+            return jax.tree.map(lambda leaf: leaf[None], error_and_gradient(kernels))
 
         on_devices = sharding.on_own_rows(gradient_on_device, mesh)
-        of_devices = on_devices((trained.kernels, layer.fixed, first), samples)
+        errors, of_devices = on_devices((trained.kernels, layer.fixed, first), samples)
         gradient = {}
         for name, kind in like:
             # The gradient of a pruned weight is 0, so its moments and its updates are exactly 0.
@@ -256,9 +257,33 @@ def _programs(block: Block, mesh: Mesh | None) -> _Programs:
         with jax.numpy_dtype_promotion('standard'):  # optax multiplies its integer counter with floats
             updates, adam = _ADAM.update(gradient, trained.adam)
         kernels = {name: kernel - rate * updates[name] for name, kernel in trained.kernels.items()}
-        return _Trained(kernels, adam)
+        return _Trained(kernels, adam), jnp.sum(errors)
 
     return _Programs(error_of_chunk, step)
+
+
+class _Errors(NamedTuple):
+    """Squared errors of one block over all samples.
+
+    Attributes:
+      as_pruned: of the pruned kernels.
+      of_passes: of each pass, summed over its steps.
+      of_best: of the kernels after the pass with the lowest error.
+    """
+
+    as_pruned: float
+    of_passes: list[float]
+    of_best: float
+
+    @property
+    def best(self) -> int:
+        """Number of the pass with the lowest error."""
+        return self.of_passes.index(min(error for error in self.of_passes if math.isfinite(error)))
+
+    @property
+    def fell(self) -> bool:
+        """Whether the best kernels have a lower error than the pruned ones; False if theirs is NaN."""
+        return self.of_best < self.as_pruned
 
 
 def block_reconstructor(block: Block, options: Reconstruct, mesh: Mesh | None = None) -> Callable[..., Weights]:
@@ -275,8 +300,10 @@ def block_reconstructor(block: Block, options: Reconstruct, mesh: Mesh | None = 
     Returns:
       A function of the layer's weights by name, of which only those that are not pruned are read; its pruned kernels;
       their masks; its inputs `[(x, ctx), ...]`; the target of each of these chunks (see `Targets`); and the block's
-      name for the log. It computes the error over all samples at first and after each pass, and returns the kernels
-      with the lowest one. So the result is never worse than the pruned kernels. It has their dtype and their zeros.
+      name for the log. The error of a pass is the sum over its steps, each taken before the step changes the kernels.
+      Of the kernels after each pass, it chooses those of the pass with the lowest error, and returns them if their
+      error over all samples is lower than that of the pruned kernels. So the result is never worse than these. It has
+      their dtype and their zeros.
     """
     programs = _programs(block, mesh)
     parts = sharding.row_parts(mesh)
@@ -296,37 +323,40 @@ def block_reconstructor(block: Block, options: Reconstruct, mesh: Mesh | None = 
             errors = [programs.error(layer.fixed | kernels, samples_of(index)) for index in range(len(chunks))]
             return sum(float(processes.on_host(error)) for error in errors)
 
-        errors = [error_of(pruned)]
-        if not math.isfinite(errors[0]):
-            _warn(place, f'not reconstructed: its squared error is {errors[0]} as pruned')
+        as_pruned = error_of(pruned)
+        if not math.isfinite(as_pruned):
+            _warn(place, f'not reconstructed: its squared error is {as_pruned} as pruned')
             return pruned
         # Nothing is wrong, so there is nothing to train.
-        if errors[0] == 0:
+        if as_pruned == 0:
             return pruned
-        best = pruned
         rows = [samples_of(index)[0].shape[0] // parts for index in range(len(chunks))]
         batches = _batches(rows, options.batch // parts)
         steps = options.passes * len(batches)
         # The loss of a step is then about 1 at first, whatever the size of hidden states: Adam's epsilon is absolute.
-        scale = np.float32(len(batches) / errors[0])
+        scale = np.float32(len(batches) / as_pruned)
         kernels = _copied(pruned, jnp.float32)
         trained = _Trained(kernels, _ADAM.init(kernels))
-        for done in range(steps):
-            index, first, size = batches[done % len(batches)]
-            rate = np.float32(options.rate * (1 + math.cos(math.pi * done / steps)) / 2)
-            samples = samples_of(index)
-            trained = programs.step(trained, layer, samples, first, scale, rate, size=size, like=tuple(like.items()))
-            if (done + 1) % len(batches):
-                continue
-            # The end of a pass. The error is that of the kernels in the dtype in which they are returned.
-            kernels = _cast(trained.kernels, like)
-            errors.append(error_of(kernels))
-            if not math.isfinite(errors[-1]):
+        best = pruned
+        of_passes = []
+        for number in range(options.passes):
+            of_steps = []
+            for done, (index, first, size) in enumerate(batches, start=number * len(batches)):
+                rate = np.float32(options.rate * (1 + math.cos(math.pi * done / steps)) / 2)
+                samples = samples_of(index)
+                trained, error = programs.step(
+                    trained, layer, samples, first, scale, rate, size=size, like=tuple(like.items())
+                )
+                of_steps.append(error)
+            # Read after the pass: a step need not wait until the error of the one before is on the host.
+            of_passes.append(sum(float(processes.on_host(error)) for error in of_steps))
+            if not math.isfinite(of_passes[-1]):
                 break
-            if errors[-1] < min(errors[:-1]):
-                best = _copied(kernels)
+            if of_passes[-1] == min(of_passes):
+                best = _copied(_cast(trained.kernels, like))
+        errors = _Errors(as_pruned, of_passes, as_pruned if best is pruned else error_of(best))
         _warn_if_diverged(errors, place)
-        return best
+        return best if errors.fell else pruned
 
     return reconstruct
 
@@ -344,23 +374,22 @@ def _batches(rows: Sequence[int], size: int) -> list[tuple[int, int, int]]:
     return batches
 
 
-def _warn_if_diverged(errors: list[float], place: str) -> None:
-    """Log one line if the error was above the initial one, or not finite, after a pass.
+def _warn_if_diverged(errors: _Errors, place: str) -> None:
+    """Log one line if the error of a pass was above the initial one, or not finite, or did not fall in the end.
 
     Args:
-      errors: errors before the first pass and after each pass.
+      errors: the errors of the block.
       place: name of the block.
     """
-    finite = {index: error for index, error in enumerate(errors) if math.isfinite(error)}
-    bad = [index for index in range(len(errors)) if index not in finite or finite[index] > errors[0]]
-    if not bad:
+    bad = [index for index, error in enumerate(errors.of_passes) if not error <= errors.as_pruned]
+    if errors.fell and not bad:
         return
-    best = min(finite, key=finite.get)
-    kept = f'those after pass {best}' if best else 'as pruned'
+    found = f'{errors.of_passes[bad[0]]:.3g} in pass {bad[0] + 1}' if bad else f'{errors.of_best:.3g} at the end'
+    kept = f'those after pass {errors.best + 1}' if errors.fell else 'as pruned'
     _warn(
         place,
-        f'reconstruction diverged: squared error {errors[0]:.3g} as pruned, {errors[bad[0]]:.3g} after pass {bad[0]}; '
-        f'its weights are {kept}; lower reconstruct.rate',
+        f'reconstruction diverged: squared error {errors.as_pruned:.3g} as pruned, {found}; its weights are {kept}; '
+        'lower reconstruct.rate',
     )
 
 

@@ -161,20 +161,24 @@ def test_any_rate_returns_the_best_kernels_seen_and_a_huge_one_is_logged(one_lay
 
 def test_a_later_pass_that_diverges_keeps_the_best_pass(one_layer, monkeypatch, caplog):
     w, pruned, masks, x, target = one_layer
+    # A pass of one step, so its error is that of the kernels after the pass before it.
+    options = sl.Reconstruct(passes=4, rate=1e-2, batch=8)
     seen = []
 
-    # With one chunk, one error is read before the first pass and one after each pass.
+    # With one chunk, one error is read before the first pass, one in each pass, and one at the end.
     def read(error):
         seen.append(float(error))
-        return float('nan') if len(seen) == 4 else seen[-1]
+        return float('nan') if len(seen) == 5 else seen[-1]
 
     monkeypatch.setattr('sparselora_jax.runtime.processes.on_host', read)
-    train = block_reconstructor(mlp_block, sl.Reconstruct(passes=4, rate=1e-2, batch=8))
+    train = block_reconstructor(mlp_block, options)
     got = train(w, pruned, masks, [(x, {})], [target], 'here')
-    assert len(seen) == 4  # no pass follows one whose error is not finite
-    assert seen[2] < seen[1] < seen[0]
-    assert block_error(w | got, x, target) == pytest.approx(seen[2], rel=1e-4)
-    assert 'nan after pass 3; its weights are those after pass 2' in caplog.text
+    assert len(seen) == 6  # the initial error, four passes, and the error of the kernels after the third
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
+    assert seen[3] < seen[2] < seen[1]
+    assert block_error(w | got, x, target) == pytest.approx(seen[5], rel=1e-4)
+    assert seen[5] == pytest.approx(seen[4], rel=1e-4)  # of the fourth pass, before the value was replaced
+    assert 'nan in pass 4; its weights are those after pass 3' in caplog.text
 
 
 def test_a_block_without_an_error_stays(one_layer):
