@@ -1,7 +1,7 @@
 """What pruning costs: Wanda, SparseGPT and ADMM, 2:4 and 50 %, over SmolLM2-135M, and the first two by llm-compressor.
 
     python benchmarks/prune.py [--llmcompressor=/path/to/its/venv/bin/python]
-    python benchmarks/prune.py --passes=4 [--text=FILE --rate=RATE --batch=SAMPLES --target=dense]
+    python benchmarks/prune.py --passes=4 [--method=admm --text=FILE --score=FILE --rate=RATE --batch=SAMPLES]
 
 Both prune SmolLM2's weights in fp32 (llm-compressor reads the Hugging Face directory that we wrote of them) on
 the same tokens: 128 sequences of 128 from the topics of Python's own help (`pydoc_data`, PSF licence). Every run is a
@@ -13,7 +13,8 @@ resident when it began (llm-compressor's weights are mapped files until they are
 results are written as Hugging Face directories and read by our code: zeros of the blocks' kernels (`broken`: N:M groups
 with too few), and perplexity on `sparselora_jax/evaluation/heldout.txt` (public domain).
 
-With `--passes`, only Wanda 2:4 runs, without and with block-wise reconstruction. `--text` calibrates on another text.
+With `--passes`, only one method at 2:4 runs, without and with block-wise reconstruction. `--text` calibrates on another
+text, with sequences spread evenly over it, `--score` also measures perplexity on the first 2,048 tokens of one.
 """
 
 import argparse
@@ -32,10 +33,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from memory import PeakMemory
 
-CASES = [(method, pattern) for method in ('wanda', 'sparsegpt', 'admm') for pattern in ('2:4', '0.5')]
+METHODS = ('wanda', 'sparsegpt', 'admm')
+CASES = [(method, pattern) for method in METHODS for pattern in ('2:4', '0.5')]
 GOALS = {'wanda': 5.0, 'sparsegpt': 3.0}  # llm-compressor has no ADMM
 CHUNK = 8  # sequences a forward, of both
 BLOCK, DAMP = 128, 0.01
+SCORED = 2048  # tokens of another text
 THREADS = len(os.sched_getaffinity(0))
 NUMBERS = f'{"seconds":>8} {"cpu":>6} {"MiB":>6} {"above":>6} {"perplexity":>10} density'
 
@@ -61,7 +64,7 @@ def write_model(folder: Path, model: Any, params: dict) -> None:
 
 
 def write_tokens(file: Path, sequences: int, length: int, text: Path | None = None) -> None:
-    """Calibration tokens: those of a text, or of the topics of Python's help, one after the other."""
+    """Calibration tokens: sequences spread evenly over a text, or the first ones of the topics of Python's help."""
     from pydoc_data.topics import topics
 
     from sparselora_jax.checkpoints import embedded, gguf
@@ -71,7 +74,10 @@ def write_tokens(file: Path, sequences: int, length: int, text: Path | None = No
     tokens = np.asarray(tokenizer(words)['input_ids'], np.int32)
     if tokens.size < sequences * length:
         raise SystemExit(f'{sequences} sequences of {length}: the text has only {tokens.size} tokens')
-    np.save(file, tokens[: sequences * length].reshape(sequences, length))
+    windows = tokens[: tokens.size // length * length].reshape(-1, length)
+    # The start of a text may be about one subject only.
+    chosen = np.linspace(0, len(windows) - 1, sequences).astype(int) if text else np.arange(sequences)
+    np.save(file, windows[chosen])
 
 
 def prune_ours(
@@ -125,15 +131,23 @@ def prune_ours(
     return figures | {'compiled': len(compiling), 'compiling': sum(compiling)}
 
 
-def check(folder: Path, pattern: str) -> dict[str, Any]:
-    """Perplexity on held-out text, density of the blocks' kernels, and N:M groups with fewer zeros than promised."""
+def check(folder: Path, pattern: str, text: Path | None = None) -> dict[str, Any]:
+    """Perplexity on held-out text and on the start of another one, density of the blocks' kernels, and broken groups.
+
+    A group of M weights is broken if it has fewer zeros than N:M promises.
+    """
     import sparselora_jax as sl
     from sparselora_jax.checkpoints import embedded, gguf
     from sparselora_jax.evaluation.perplexity import held_out_text, perplexity
     from sparselora_jax.sparse import rules
 
     model, params = sl.load_model(folder, dtype='float32')
-    held_out = gguf.load_tokenizer(embedded.language_model_file())(held_out_text())['input_ids']
+    tokenizer = gguf.load_tokenizer(embedded.language_model_file())
+
+    def perplexity_on(words: str, length: int | None = None) -> float:
+        tokens = np.asarray(tokenizer(words)['input_ids'])[:length]
+        return perplexity(params['language'], model.cfg.language, tokens)
+
     found = {path: np.asarray(leaf) for path, leaf in rules.kernels(params).items() if '/blocks/' in path}
     kept, wanted = sum(np.count_nonzero(leaf) for leaf in found.values()), sl.parse_pattern(pattern)
     broken = None
@@ -141,7 +155,8 @@ def check(folder: Path, pattern: str) -> dict[str, Any]:
         groups = (leaf.reshape(len(leaf), -1, wanted.m, leaf.shape[-1]) for leaf in found.values())
         broken = sum(int(np.sum(np.count_nonzero(group, axis=2) > wanted.n)) for group in groups)
     return {
-        'perplexity': perplexity(params['language'], model.cfg.language, np.asarray(held_out)),
+        'perplexity': perplexity_on(held_out_text()),
+        'of_text': perplexity_on(text.read_text(), SCORED) if text else None,
         'density': kept / sum(leaf.size for leaf in found.values()),
         'broken': broken,
     }
@@ -154,12 +169,17 @@ def _apart(function: Any, *args: Any) -> Any:
 
 
 def _measure(
-    tokens: Path, method: str, pattern: str, sequential: str = 'kernel', reconstruct: dict[str, Any] | None = None
+    tokens: Path,
+    method: str,
+    pattern: str,
+    sequential: str = 'kernel',
+    reconstruct: dict[str, Any] | None = None,
+    text: Path | None = None,
 ) -> dict[str, Any]:
     """Prune by our code, check the result and print its row."""
     with tempfile.TemporaryDirectory() as out:
         ours = _apart(prune_ours, tokens, method, pattern, sequential, Path(out), reconstruct)
-        ours |= _apart(check, Path(out), pattern)
+        ours |= _apart(check, Path(out), pattern, text)
     compiled = f'; compiled {ours["compiled"]} programs in {ours["compiling"]:.1f} s'
     by = f'ours, {reconstruct["passes"]} passes' if reconstruct else f'ours, by {sequential}'
     print(_row(method, pattern, by, ours) + compiled, flush=True)
@@ -170,7 +190,8 @@ def _row(method: str, pattern: str, by: str, got: dict[str, Any]) -> str:
     peak, above = (size / 2**20 for size in (got['peak'], got['peak'] - got['loaded']))
     broken = '' if got['broken'] is None else f', {got["broken"]} broken'
     figures = f'{got["seconds"]:8.1f} {got["cpu"]:6.0f} {peak:6.0f} {above:6.0f} {got["perplexity"]:10.1f}'
-    return f'{method:10} {pattern:7} {by:22} {figures} {got["density"]:.6f}{broken}'
+    of_text = '' if got['of_text'] is None else f', {got["of_text"]:.1f} on the other text'
+    return f'{method:10} {pattern:7} {by:22} {figures} {got["density"]:.6f}{broken}{of_text}'
 
 
 def main() -> None:
@@ -179,6 +200,8 @@ def main() -> None:
     parser.add_argument('--sequences', type=int, default=128)
     parser.add_argument('--length', type=int, default=128)
     parser.add_argument('--text', type=Path, help='a text to calibrate on')
+    parser.add_argument('--score', type=Path, help='another text to measure perplexity on')
+    parser.add_argument('--method', choices=METHODS, default='wanda', help='that reconstruction follows')
     parser.add_argument('--passes', type=int, help='of reconstruction')
     parser.add_argument('--rate', type=float, help='of reconstruction')
     parser.add_argument('--batch', type=int, help='of reconstruction')
@@ -190,15 +213,17 @@ def main() -> None:
         write_model(model, *smollm2())
         write_tokens(tokens, arguments.sequences, arguments.length, arguments.text)
         print(f'{arguments.sequences} sequences of {arguments.length} tokens, {THREADS} threads, fp32')
-        print(f'dense model: perplexity {_apart(check, model, "dense")["perplexity"]:.1f}')
+        dense = _apart(check, model, 'dense', arguments.score)
+        of_text = f', {dense["of_text"]:.1f} on the other text' if arguments.score else ''
+        print(f'dense model: perplexity {dense["perplexity"]:.1f}{of_text}')
         print(f'{"method":10} {"pattern":7} {"by":22} {NUMBERS}', flush=True)
         if arguments.passes:
             given = {name: getattr(arguments, name) for name in ('passes', 'rate', 'batch', 'target')}
             # An option that is not given has the default of the library.
             options = {name: value for name, value in given.items() if value is not None}
             print(f'reconstruction: {options}')
-            _measure(tokens, 'wanda', '2:4')
-            _measure(tokens, 'wanda', '2:4', reconstruct=options)
+            _measure(tokens, arguments.method, '2:4', text=arguments.score)
+            _measure(tokens, arguments.method, '2:4', reconstruct=options, text=arguments.score)
             return
         for method, pattern in CASES:
             ours = _measure(tokens, method, pattern)
