@@ -5,8 +5,7 @@ piece, the host reads the next one.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Shaped
 from sparselora_jax.checkpoints import layout, safetensors_format
 from sparselora_jax.checkpoints.layout import Piece
 from sparselora_jax.models import towers
+from sparselora_jax.runtime.ahead import map_ahead
 from sparselora_jax.runtime.files import StorageError
 from sparselora_jax.sparse import rules, sharding
 
@@ -46,7 +46,8 @@ def read_params(
     if mesh is not None:
         targets = rules.flatten(sharding.shardings(rules.unflatten(structs), mesh))
     flat = {path: jnp.zeros(leaf.shape, leaf.dtype, device=targets.get(path)) for path, leaf in structs.items()}
-    for piece, host_array in _read_ahead(pieces):
+    # One piece ahead: the host holds two pieces at most.
+    for piece, host_array in map_ahead(_read_piece, pieces, ahead=1):
         path = piece.path
         target = targets.get(path)
         block = jax.device_put(host_array, None if target is None else _source_sharding(target, piece))
@@ -107,18 +108,9 @@ def _file_dtypes(pieces: Iterable[Piece]) -> dict[str, np.dtype]:
     return dtypes
 
 
-def _read_ahead(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Yield pieces and their tensors' rows; the next piece is read while the current one is used."""
-    # One thread, so one piece ahead: the host holds two pieces at most.
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for piece in pieces:
-            following = piece, pool.submit(safetensors_format.read, piece.entry, piece.rows)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+def _read_piece(piece: Piece) -> tuple[Piece, np.ndarray]:
+    """Return a piece and its tensor's rows."""
+    return piece, safetensors_format.read(piece.entry, piece.rows)
 
 
 def _source_sharding(target: NamedSharding, piece: Piece) -> NamedSharding:

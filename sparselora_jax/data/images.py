@@ -188,7 +188,7 @@ def to_rgb(image: Image.Image, *, is_benchmark: bool = False) -> UInt8[np.ndarra
     """
     image.load()
     if is_benchmark and not is_deep(image):
-        return np.asarray(image.convert('RGB'))
+        return np.asarray(_as_rgb(image))
     upright = _upright(image)
     if is_deep(upright):
         grey = scale_to_8_bits(np.asarray(upright))
@@ -201,7 +201,12 @@ def to_rgb(image: Image.Image, *, is_benchmark: bool = False) -> UInt8[np.ndarra
         # `convert('RGB')` alone would drop alpha and show the arbitrary colour stored in transparent pixels.
         upright = upright.convert('RGBA')
         upright = Image.alpha_composite(Image.new('RGBA', upright.size, 'white'), upright)
-    return np.asarray(upright.convert('RGB'))
+    return np.asarray(_as_rgb(upright))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    # `convert` would copy an image that is RGB already.
+    return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def is_deep(image: Image.Image) -> bool:

@@ -99,7 +99,7 @@ class Processor:
             raise DataError(f'an image or a text that cannot be processed: {error}') from error
         names = (*INPUTS, 'token_type_ids') if self.spec.has_token_types else INPUTS
         dtypes = {'pixel_values': np.float32}
-        return {name: outputs[name].astype(dtypes.get(name, np.int32)) for name in names if name in outputs}
+        return {name: outputs[name].astype(dtypes.get(name, np.int32), copy=False) for name in names if name in outputs}
 
     def read_images(self, images: Sequence[Picture]) -> Inputs:
         """Return a batch of images without texts.
@@ -118,7 +118,7 @@ class Processor:
             outputs = self.hf.image_processor(arrays, return_tensors='np', **_FOR_IMAGES)
         except (ValueError, TypeError, OSError) as error:
             raise DataError(f'an image that cannot be processed: {error}') from error
-        return {'pixel_values': outputs['pixel_values'].astype(np.float32)}
+        return {'pixel_values': outputs['pixel_values'].astype(np.float32, copy=False)}
 
     def read_texts(self, texts: Sequence[str], length: int | None = None) -> Inputs:
         """Return a batch of texts without images; pads come last.

@@ -18,13 +18,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 
 from sparselora_jax.data.benchmarks.items import Items
 from sparselora_jax.data.processing import Inputs, Processor
 from sparselora_jax.data.task_format import TaskFormat
 from sparselora_jax.evaluation.saved_arrays import SavedArrays
 from sparselora_jax.models.model import Model
+from sparselora_jax.runtime.ahead import READING_THREADS, map_ahead
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.progress import Progress
 
@@ -279,10 +280,13 @@ class _Run:
 
     def _read_pixels(self, indices: Sequence[int]) -> Float32[np.ndarray, 'batch 3 height width']:
         # An index that fills the batch occurs again; its image is read once.
-        pictures = {index: self.items[index].image.read() for index in dict.fromkeys(indices)}
-        pixels = self.processor.read_images(list(pictures.values()))['pixel_values']
-        places = {index: place for place, index in enumerate(pictures)}
+        places = {index: place for place, index in enumerate(dict.fromkeys(indices))}
+        pictures = map_ahead(self._read_picture, places, ahead=len(places), threads=READING_THREADS)
+        pixels = self.processor.read_images(list(pictures))['pixel_values']
         return pixels[[places[index] for index in indices]]
+
+    def _read_picture(self, index: int) -> UInt8[np.ndarray, 'height width 3']:
+        return self.items[index].image.read()
 
     def _read_tokens(
         self, indices: Sequence[int] | Int[np.ndarray, ' batch']

@@ -20,6 +20,7 @@ from sparselora_jax.evaluation.metrics.scored import Scored, resampled_values, r
 from sparselora_jax.evaluation.retrieval import Search
 from sparselora_jax.evaluation.tasks import Predictions, Task, expected_items
 from sparselora_jax.models.model import Model
+from sparselora_jax.runtime.ahead import READING_THREADS
 from sparselora_jax.runtime.errors import DataError
 from sparselora_jax.runtime.files import write_text
 
@@ -143,6 +144,7 @@ def ask(
         batch=min(batch, len(items)),
         answers_file=answers_file,
         answers_owner=owner,
+        threads=READING_THREADS,
         progress=progress,
         **asked.text.decoding,
     )

@@ -1,27 +1,26 @@
 """Score answers to visual questions: generate them in batches, then compare them as text with the true answers."""
 
+import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from sparselora_jax.data.dataset import Split
-from sparselora_jax.data.processing import Processor
+from sparselora_jax.data.processing import Inputs, Picture, Processor
 from sparselora_jax.data.text_format import TextFormat
 from sparselora_jax.evaluation.generate import generate
 from sparselora_jax.evaluation.metric import EXACT_MATCH, Metric, score
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime import processes
+from sparselora_jax.runtime.ahead import map_ahead
 from sparselora_jax.runtime.files import StorageError, write_text
-
-Batch = TypeVar('Batch')
 
 
 class Answers(NamedTuple):
@@ -79,14 +78,45 @@ def generate_answers(
     Returns:
       One answer per question.
     """
-    rows = [
-        # `answer_tokens=1` leaves no room for an answer behind the prompt, since the answer is generated.
-        processor.example(image, text.write(question), prompt_tokens=text.prompt_tokens, answer_tokens=1)
-        for image, question in zip(images, questions, strict=True)
-    ]
+    pairs = zip(images, questions, strict=True)
+    examples = [question_example(processor, text, image, question) for image, question in pairs]
+    return answer_examples(model, weights, processor, examples, **decoding)
+
+
+def question_example(processor: Processor, text: TextFormat, image: Picture, question: str) -> Inputs:
+    """Return the arrays of a question about an image, for `answer_examples`.
+
+    Args:
+      processor: see `generate_answers`.
+      text: format of a question.
+      image: the image.
+      question: the question.
+
+    Raises:
+      DataError: the prompt does not fit, or the image cannot be processed.
+    """
+    # `answer_tokens=1` leaves no room for an answer behind the prompt, since the answer is generated.
+    return processor.example(image, text.write(question), prompt_tokens=text.prompt_tokens, answer_tokens=1)
+
+
+def answer_examples(
+    model: Model, weights: dict, processor: Processor, examples: Sequence[Inputs], **decoding: Any
+) -> list[str]:
+    """Answer a batch of questions.
+
+    Args:
+      model: the model.
+      weights: see `generate_answers`.
+      processor: turns tokens into text.
+      examples: results of `question_example`.
+      **decoding: arguments of `generate`.
+
+    Returns:
+      One answer per question.
+    """
     # These arrays hold the answer to train on. Generation begins without one.
-    names = rows[0].keys() - {'targets', 'answer', 'decoder_input_ids'}
-    batch = {name: np.stack([row[name] for row in rows]) for name in names}
+    names = examples[0].keys() - {'targets', 'answer', 'decoder_input_ids'}
+    batch = {name: np.stack([example[name] for example in examples]) for name in names}
     tokens = generate(model, weights, batch, **decoding)
     # The output repeats the prompt: all of `input_ids`, or the start token of an encoder-decoder.
     prompt_length = 1 if model.is_encoder_decoder else batch['input_ids'].shape[1]
@@ -105,6 +135,7 @@ def evaluate(
     shuffle_images: bool = False,
     answers_file: Path | None = None,
     answers_owner: str = '',
+    threads: int = 1,
     progress: Callable[[int], None] = lambda done: None,
     **decoding: Any,
 ) -> Answers:
@@ -123,6 +154,8 @@ def evaluate(
       answers_file: file to which each answer is appended as a line of JSON. If it exists, the evaluation continues
         after the answers in it.
       answers_owner: whose answers these are; part of the hash in each line, so that a file of another run is noticed.
+      threads: number of threads that read records and prepare questions. More than one ask the source for several
+        records at once.
       progress: called with the number of answered questions after each batch.
       **decoding: arguments of `generate`.
     """
@@ -135,57 +168,48 @@ def evaluate(
     texts = split.read_texts() if predicted else []
     true = [texts[index][1] for index in indices[: len(predicted)]]
 
-    def read(first: int) -> list[Mapping[str, Any]]:
-        return [source[index] for index in indices[first : first + batch]]
-
-    for first, records in _read_ahead(read, range(len(predicted), len(indices), batch)):
-        true += [record['answer'] for record in records]
+    def read(place: int) -> tuple[Inputs, str]:
+        record = source[indices[place]]
+        image = record['image']
         if shuffle_images:
-            half = len(indices) // 2
-            others = [indices[(first + row + half) % len(indices)] for row in range(len(records))]
-            records = [
-                record | {'image': source[other]['image']} for record, other in zip(records, others, strict=True)
-            ]
-        # The last batch is padded with its last question, so that one shape is compiled.
-        padded = records + records[-1:] * (batch - len(records))
-        answers = generate_answers(
-            model,
-            weights,
-            processor,
-            text,
-            [record['image'] for record in padded],
-            [record['question'] for record in padded],
-            **decoding,
-        )[: len(records)]
-        predicted += answers
-        # Written after each batch, so that a killed process loses no more than one.
-        if answers_file is not None and processes.first():
-            with answers_file.open('a') as file:
-                file.writelines(_answer_lines(predicted, answers_owner)[-len(answers) :])
-        progress(len(predicted))
+            image = source[indices[(place + len(indices) // 2) % len(indices)]]['image']
+        return question_example(processor, text, image, record['question']), record['answer']
+
+    lines = _AnswerLines(answers_owner)
+    lines.following(predicted)
+    remaining = range(len(predicted), len(indices))
+    # While the model answers a batch, the next one is read and prepared, and no more: images are large.
+    questions = map_ahead(read, remaining, ahead=batch, threads=threads)
+    with contextlib.closing(questions):
+        while len(predicted) < len(indices):
+            examples, true_answers = zip(*islice(questions, batch), strict=True)
+            true += true_answers
+            # The last batch is padded with its last question, so that one shape is compiled.
+            padded = examples + examples[-1:] * (batch - len(examples))
+            answers = answer_examples(model, weights, processor, padded, **decoding)[: len(examples)]
+            predicted += answers
+            # Written after each batch, so that a killed process loses no more than one.
+            if answers_file is not None and processes.first():
+                with answers_file.open('a') as file:
+                    file.writelines(lines.following(answers))
+            progress(len(predicted))
     return Answers(predicted, true)
 
 
-def _read_ahead(read: Callable[[int], Batch], starts: Sequence[int]) -> Iterator[tuple[int, Batch]]:
-    """Yield each start with what is read there; the next is read while the caller works on this one."""
-    # One thread: parquet files are streams, which are read in order. Decoding an image releases Python's lock.
-    with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(read, first) for first in starts[:1]]
-        for place, first in enumerate(starts):
-            records = waiting.pop().result()
-            waiting = [pool.submit(read, following) for following in starts[place + 1 : place + 2]]
-            yield first, records
+class _AnswerLines:
+    """Writes the lines of a file of answers: each answer, and a hash of all answers up to it."""
 
+    def __init__(self, owner: str):
+        self._so_far = hashlib.sha256(owner.encode())
 
-def _answer_lines(answers: Sequence[str], owner: str) -> list[str]:
-    """Return the lines of a file of answers: each answer, and a hash of all answers up to it."""
-    so_far = hashlib.sha256(owner.encode())
-    lines = []
-    for answer in answers:
-        # As JSON, since a model may answer with half of a surrogate pair, and so that 'ab', 'c' is not 'a', 'bc'.
-        so_far.update(json.dumps(answer).encode())
-        lines.append(json.dumps([answer, so_far.hexdigest()[:16]]) + '\n')
-    return lines
+    def following(self, answers: Sequence[str]) -> list[str]:
+        """Return the lines of the next answers."""
+        lines = []
+        for answer in answers:
+            # As JSON, since a model may answer with half of a surrogate pair, and so that 'ab', 'c' is not 'a', 'bc'.
+            self._so_far.update(json.dumps(answer).encode())
+            lines.append(json.dumps([answer, self._so_far.hexdigest()[:16]]) + '\n')
+        return lines
 
 
 def _read_answers(answers_file: Path | None, batch: int, owner: str) -> list[str]:
@@ -212,7 +236,7 @@ def _read_answers(answers_file: Path | None, batch: int, owner: str) -> list[str
             break
         answers.append(answer)
     # After the last answer there may be a line that is none.
-    expected = zip_longest(lines, _answer_lines(answers, owner), fillvalue='')
+    expected = zip_longest(lines, _AnswerLines(owner).following(answers), fillvalue='')
     for number, (line, of_answer) in enumerate(expected, start=1):
         if line != of_answer.encode():
             what = 'damaged, or an answer of another run, with another batch, prompt or decoding'

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,27 @@ def test_a_caption_needs_no_prompt_but_an_example_needs_a_token_before_the_answe
     processor.hf.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single='$A')
     with pytest.raises(DataError, match='the prompt is empty'):
         processor.example(PICTURES[0], '', 'teal', **LAYOUT)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_threads_share_a_processor(made, kind):
+    """transformers switches the padding of a tokenizer on and off, while other threads read and decode with it."""
+    processor = load_processor(made[kind][0])
+    texts = [text for text in prompts(kind) for _ in range(30)]
+    images = [np.full((8 + number % 9, 12, 3), number, np.uint8) for number in range(len(texts))]
+
+    def convert(number):
+        example = processor.example(images[number], texts[number], prompt_tokens=64, answer_tokens=1)
+        return example, processor.decode(example['input_ids'][None])
+
+    numbers = range(len(texts))
+    want = [convert(number) for number in numbers]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(convert, numbers))
+    for (example, decoded), (want_example, want_decoded) in zip(got, want, strict=True):
+        assert decoded == want_decoded
+        for name, array in want_example.items():
+            np.testing.assert_array_equal(example[name], array)
 
 
 def test_a_processor_can_be_sent_to_a_data_worker(made):

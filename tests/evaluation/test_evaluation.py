@@ -173,7 +173,9 @@ def test_an_evaluation_that_was_cut_off_goes_on_after_its_last_whole_batch(evalu
     assert file.read_text() == ''.join(lines)
 
 
-def test_records_are_read_once_in_order_and_ahead_of_the_answers(evaluate, monkeypatch):
+@pytest.mark.parametrize('threads', [1, 4])
+def test_records_are_read_once_in_order_and_ahead_of_the_answers(evaluate, monkeypatch, threads):
+    """Several threads may begin records in another order; their answers are in that of the questions."""
     read = []
 
     class Records:
@@ -186,12 +188,17 @@ def test_records_are_read_once_in_order_and_ahead_of_the_answers(evaluate, monke
             read.append(index)
             return {'image': index, 'question': 'q', 'answer': 'a'}
 
-    monkeypatch.setattr(vqa, 'generate_answers', lambda *arguments, **decoding: list(map(str, arguments[4])))
-    assert evaluate([3, 1, 2], Records(), batch=2).predicted == ['3', '1', '2']
-    assert read == [3, 1, 2]
+    monkeypatch.setattr(vqa, 'question_example', lambda processor, text, image, question: {'i': np.int32([image])})
+    monkeypatch.setattr(
+        vqa, 'answer_examples', lambda *arguments, **decoding: [str(example['i'][0]) for example in arguments[3]]
+    )
+    assert evaluate([3, 1, 2], Records(), batch=2, threads=threads).predicted == ['3', '1', '2']
+    assert sorted(read) == [1, 2, 3]
+    if threads == 1:
+        assert read == [3, 1, 2]
     done = []
     with pytest.raises(DataError, match='image 4 is missing'):
-        evaluate([0, 1, 2, 4], Records(), batch=2, progress=done.append)
+        evaluate([0, 1, 2, 4], Records(), batch=2, threads=threads, progress=done.append)
     assert done == [2]  # the batch before it is answered
 
 
@@ -312,7 +319,7 @@ def test_a_score_that_is_none_is_refused():
 )
 def test_a_damaged_file_of_answers_is_named_and_kept(tmp_path, line):
     file = tmp_path / 'answers.jsonl'
-    lines = [line.encode() for line in vqa._answer_lines(list('abcd'), 'me')]
+    lines = [line.encode() for line in vqa._AnswerLines('me').following(list('abcd'))]
     before = b''.join([lines[0], line + b'\n', *lines[2:]])
     file.write_bytes(before)
     message = 'damaged, or an answer of another run, with another batch, prompt or decoding; delete the'
@@ -323,10 +330,10 @@ def test_a_damaged_file_of_answers_is_named_and_kept(tmp_path, line):
 
 def test_answers_that_were_changed_swapped_or_are_of_another_run_are_named(tmp_path):
     file = tmp_path / 'answers.jsonl'
-    lines = vqa._answer_lines(list('abcd'), 'me')
+    lines = vqa._AnswerLines('me').following(list('abcd'))
     file.write_text(''.join(lines))
     assert vqa._read_answers(file, 2, 'me') == list('abcd')
-    for other, number in ((vqa._answer_lines(list('abcd'), 'you'), 1), ([lines[1], lines[0], *lines[2:]], 1)):
+    for other, number in ((vqa._AnswerLines('you').following(list('abcd')), 1), ([lines[1], lines[0], *lines[2:]], 1)):
         file.write_text(''.join(other))
         with pytest.raises(StorageError, match=f'line {number}: '):
             vqa._read_answers(file, 2, 'me')

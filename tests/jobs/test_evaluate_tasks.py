@@ -100,8 +100,8 @@ def test_a_run_that_was_stopped_continues_and_gives_the_same(root, tmp_path, loa
     (stopped / 'answers_gqa.jsonl').write_text(''.join(first) + '["ye')
     asked = []
     monkeypatch.setattr(
-        'sparselora_jax.evaluation.vqa.generate_answers',
-        lambda model, weights, processor, text, images, questions, **options: asked.extend(questions) or ['x'] * 2,
+        'sparselora_jax.evaluation.vqa.answer_examples',
+        lambda model, weights, processor, examples, **options: asked.extend(examples) or ['x'] * 2,
     )
     run(root, stopped, ('gqa',), loaded)
     assert len(asked) == len(root[1]['gqa']) - 2
@@ -131,14 +131,14 @@ def test_a_limit_and_an_offset_choose_items_in_their_order(root, tmp_path, loade
 
 @pytest.fixture
 def spoken(monkeypatch):
-    """A model that answers 'yes' to each question; returns the questions that it was asked."""
+    """A model that answers 'yes' to each question; returns the examples that it was asked."""
     asked = []
 
-    def answer(model, weights, processor, text, images, questions, **options):
-        asked.extend(questions)
-        return ['yes'] * len(questions)
+    def answer(model, weights, processor, examples, **options):
+        asked.extend(examples)
+        return ['yes'] * len(examples)
 
-    monkeypatch.setattr('sparselora_jax.evaluation.vqa.generate_answers', answer)
+    monkeypatch.setattr('sparselora_jax.evaluation.vqa.answer_examples', answer)
     return asked
 
 
@@ -269,7 +269,7 @@ def test_a_folder_of_ones_own_is_scored_by_the_metric_that_it_names(root, tmp_pa
     ]
     miniature.write(folder / '0.png', miniature.image(0, '.png'))
     miniature.write(folder / 'data.jsonl', lines)
-    monkeypatch.setattr('sparselora_jax.evaluation.vqa.generate_answers', lambda *args, **options: ['yeah', 'blue'])
+    monkeypatch.setattr('sparselora_jax.evaluation.vqa.answer_examples', lambda *args, **options: ['yeah', 'blue'])
     results = run(root, tmp_path / 'out', (str(folder),), loaded)
     values = results[str(folder)].values
     assert values == {'accuracy': 50.0, 'accuracy/kind/yes/no': 100.0, 'accuracy/kind/colour': 0.0}

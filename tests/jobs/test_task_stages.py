@@ -86,13 +86,13 @@ def test_a_run_that_was_stopped_in_a_task_goes_on_after_its_last_batch(workdir, 
     asked = []
     from sparselora_jax.evaluation import vqa
 
-    generate = vqa.generate_answers
+    answer = vqa.answer_examples
 
     def count(*args, **options):
-        asked.append(args[5])
-        return generate(*args, **options)
+        asked.append(args[3])
+        return answer(*args, **options)
 
-    monkeypatch.setattr(vqa, 'generate_answers', count)
+    monkeypatch.setattr(vqa, 'answer_examples', count)
     job = Job(config_of(world), stopped)
     stages.run(job)
     report.write(job)

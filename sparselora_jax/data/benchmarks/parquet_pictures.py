@@ -198,23 +198,28 @@ class _GroupReader:
         # Threads that load data share the reader.
         self.lock = threading.Lock()
         self.chunks: Iterator[list[bytes | None]] = iter(())
+        # The chunk before stays too: of threads that read rows in order, one may be a few rows behind the others.
+        self.previous: list[bytes | None] = []
         self.chunk: list[bytes | None] = []
         self.first = 0  # number of the row at which `chunk` begins
 
     def read(self, row: int) -> bytes | None:
         """Return the bytes of the image in a row; None if it has none."""
         with self.lock:
-            # A group is a stream: rows before the chunk need another start. Benchmarks are read in order.
-            if row < self.first or not self.chunk:
+            # A group is a stream: rows before the two chunks need another start. Benchmarks are read in order.
+            if row < self.first - len(self.previous) or not self.chunk:
                 self.chunks = _read_bytes(self.file, self.path, self.group, self.column)
+                self.previous = []
                 self.chunk = []
                 self.first = 0
             while row >= self.first + len(self.chunk):
                 self.first += len(self.chunk)
+                self.previous = self.chunk
                 self.chunk = next(self.chunks, None) or []
                 if not self.chunk:
                     raise DataError(f'{self.path}, row group {self.group}: no row {row}; download the file again')
-            return self.chunk[row - self.first]
+            place = row - self.first
+            return self.chunk[place] if place >= 0 else self.previous[place]
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

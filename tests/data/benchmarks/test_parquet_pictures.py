@@ -62,6 +62,19 @@ def test_threads_share_a_reader(files):
     assert wrong == []
 
 
+def test_a_row_group_is_read_once_by_threads_that_are_a_few_rows_apart(tmp_path, monkeypatch):
+    images = [mini.image(number) for number in range(40)]
+    pq.write_table(pa.table({'image': pa.array(images, pa.binary())}), tmp_path / 'a.parquet')
+    pictures = list_pictures([tmp_path / 'a.parquet'], 'image')
+    starts = []
+    read = parquet_pictures._read_bytes
+    monkeypatch.setattr(parquet_pictures, '_read_bytes', lambda *arguments: starts.append(0) or read(*arguments))
+    # Each row after one that is seven rows further on.
+    indices = [index for row in range(33) for index in (row + 7, row)]
+    assert [read_bytes(pictures[index]) for index in indices] == [images[index] for index in indices]
+    assert len(starts) == 1
+
+
 def test_a_column_may_hold_plain_bytes(tmp_path):
     data = mini.image(3)
     pq.write_table(pa.table({'image': pa.array([data], pa.binary())}), tmp_path / 'a.parquet')
