@@ -54,6 +54,7 @@ import jax
 import transformers
 from absl import flags
 from absl import logging as absl_logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 import sparselora_jax
@@ -69,11 +70,14 @@ from sparselora_jax.restoration.train import Interrupted
 from sparselora_jax.runtime import files as runtime_files
 from sparselora_jax.runtime import os_errors, processes
 from sparselora_jax.runtime.errors import SparseloraError
+from sparselora_jax.sparse import sharding
 
 CONFIG_HELP = 'Python file with a get_config, optionally with :ARGUMENTS; config.json of a run; or YAML with fields'
 
 # Flags that absl takes in every script, although they are not among `flags.FLAGS`.
 ABSL_FLAGS = ('flagfile', 'undefok')
+
+KEPT = 'finished stages are kept; run the same command to continue'
 
 # Arguments of `generate` for a model that has no text_format.json.
 DECODING = {'num_beams': 1, 'max_new_tokens': 10, 'min_length': 0, 'length_penalty': 1.0, 'repetition_penalty': 1.0}
@@ -113,11 +117,16 @@ def define_config(
       kind: what the config must be, a key of `files.KINDS`.
     """
     config = define_recipe(default, kind=kind)
+    define_processes()
+    return config, flags.DEFINE_string('workdir', workdir, 'folder for results, logs and checkpoints')
+
+
+def define_processes() -> None:
+    """Define the flags of a run on several processes."""
     flags.DEFINE_bool('distributed', False, 'run as one of several processes, which JAX finds from the environment')
     flags.DEFINE_string('coordinator', None, 'host:port of process 0, if the environment does not tell it')
     flags.DEFINE_integer('num_processes', None, 'number of processes, with --coordinator', lower_bound=1)
     flags.DEFINE_integer('process_id', None, 'index of this process, with --coordinator; 0 is the first', lower_bound=0)
-    return config, flags.DEFINE_string('workdir', workdir, 'folder for results, logs and checkpoints')
 
 
 def define_recipe(default: str | None, *, kind: str = 'recipe') -> flags.FlagHolder:
@@ -294,11 +303,12 @@ def define_model() -> None:
     )
 
 
-def load_model(*, generates: bool = True) -> LoadedModel:
+def load_model(*, generates: bool = True, mesh: Mesh | None = None) -> LoadedModel:
     """Load the model of `--model`; given flags override its text format.
 
     Args:
       generates: the script generates text, so the model needs a language tower.
+      mesh: devices that the model is split over; None: one device.
 
     Raises:
       UnsupportedModelError: it has none.
@@ -309,11 +319,11 @@ def load_model(*, generates: bool = True) -> LoadedModel:
 
     values = flags.FLAGS
     if values.model is None:
-        model, params = embedded.load(dtype=values.dtype)
+        model, params = load.load_model(embedded.NAME, dtype=values.dtype, mesh=mesh)
         processor = embedded.load_processor(model.cfg)
         text = text_format.TextFormat()
     else:
-        model, params = load.load_model(values.model, dtype=values.dtype, family=values.family)
+        model, params = load.load_model(values.model, dtype=values.dtype, mesh=mesh, family=values.family)
         if generates:
             check_language(model.cfg)
         processor = processing.load_processor(model.source, model.family.processor)
@@ -341,15 +351,20 @@ def check_memory(loaded: LoadedModel, rows: int) -> None:
     from sparselora_jax.runtime import machine
 
     decoding = loaded.text.decoding
+    mesh = sharding.mesh_of(loaded.params)
+    split = 1 if mesh is None else mesh.shape['data']  # decoding splits rows along data alone
     parts = memory.search(
         loaded.model.cfg,
         loaded.params,
-        memory.prompts_like(loaded.model.cfg, loaded.text, rows),
+        # Rows that cannot be split evenly are all read by every device.
+        memory.prompts_like(loaded.model.cfg, loaded.text, rows if rows % split else rows // split),
         beams=decoding['num_beams'],
         new_tokens=decoding['max_new_tokens'],
     )
-    needed = sum(parts.values()) + sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
-    available = machine.device_memory(1)
+    # Of weights that are split, each device holds a share.
+    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(loaded.params))
+    needed = sum(parts.values()) + weights
+    available = machine.device_memory(1 if mesh is None else mesh.size)
     if needed > available:
         raise OutOfMemoryError(
             f'answering takes at least {needed / 2**30:,.1f} GiB of memory, and a device has '
@@ -358,11 +373,13 @@ def check_memory(loaded: LoadedModel, rows: int) -> None:
 
 
 def print_header(*details: str) -> None:
-    """Print a line about the run on stderr: version, device, dtype, model.
+    """Print a line about the run on stderr, in the first process: version, device, dtype, model.
 
     Args:
       details: further things to say.
     """
+    if not processes.first():
+        return
     values = flags.FLAGS
     device = jax.devices()[0]
     parts = [f'sparselora-jax {sparselora_jax.__version__}', f'device {device.device_kind}', values.dtype]
@@ -430,14 +447,19 @@ def run(main: Callable[[list[str]], None], positional: str = '') -> NoReturn:
     logging.getLogger('sparselora_jax').setLevel(logging.WARNING)
     # A scheduler's SIGTERM ends a run like Ctrl-C: finished stages are kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    has_begun = False
     try:
         _answer_questions(sys.argv[1:], main.__globals__['__doc__'], positional)
         arguments = _parse(positional)
         _connect()
         _warn_of_hardware()
         # If another process is lost, the error says so.
+        has_begun = True
         with processes.joint():
             main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _leave_unread(stops_job=has_begun and _leaves_stages())
     except (SparseloraError, OSError) as error:
         _fail(error)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -446,10 +468,26 @@ def run(main: Callable[[list[str]], None], positional: str = '') -> NoReturn:
         first_line = str(error).splitlines()[0] if str(error) else 'MemoryError'
         _fail(OutOfMemoryError(f'out of memory ({first_line}); use smaller batches, fewer samples or fewer beams'))
     except KeyboardInterrupt:
-        leaves_stages = 'workdir' in flags.FLAGS and not ('dry_run' in flags.FLAGS and flags.FLAGS['dry_run'].value)
-        kept = 'finished stages are kept; run the same command to continue'
-        _fail(Interrupted(kept if leaves_stages else 'by a signal'))
+        _fail(Interrupted(KEPT if _leaves_stages() else 'by a signal'))
     sys.exit(0)
+
+
+def _leaves_stages() -> bool:
+    """Return whether the script runs a job, whose finished stages stay in its workdir."""
+    return 'workdir' in flags.FLAGS and not ('dry_run' in flags.FLAGS and flags.FLAGS['dry_run'].value)
+
+
+def _leave_unread(*, stops_job: bool) -> NoReturn:
+    """End the script because the program that read its output has ended, as `head` does.
+
+    Args:
+      stops_job: a job ends here, and the user must know that it has work left. A list may end without a word.
+    """
+    # Python would write the rest at its end, and complain that it cannot.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if stops_job:
+        _fail(Interrupted(f'the program that read the output has ended; {KEPT}'))
+    sys.exit(128 + signal.SIGPIPE)  # as the shell says it of programs that the signal ends
 
 
 class OutOfMemoryError(SparseloraError, MemoryError):
@@ -466,6 +504,8 @@ def _answer_questions(argv: Sequence[str], description: str, positional: str) ->
         print(help_text(description, positional))
     else:
         return
+    # While a closed pipe can still be caught.
+    sys.stdout.flush()
     sys.exit(0)
 
 
@@ -602,7 +642,7 @@ def _connect() -> None:
 
 def _warn_of_hardware() -> None:
     """Print a line if the recipe is for other hardware than this machine has."""
-    # Only scripts that run a job have this flag; others describe hardware that is elsewhere.
+    # Only scripts that compute have this flag; others describe hardware that is elsewhere.
     if 'distributed' not in flags.FLAGS:
         return
     name, _ = split_config(sys.argv[1:], '')

@@ -17,10 +17,13 @@ import cli
 # isort: split
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparselora_jax import recipe
@@ -32,11 +35,19 @@ from sparselora_jax.data.loaders import find_loader
 from sparselora_jax.evaluation import retrieval, vqa
 from sparselora_jax.evaluation.tasks import RETRIEVAL, is_own_data
 from sparselora_jax.recipe import CONFIG_FILE, LARGEST_COUNT, ConfigError
-from sparselora_jax.runtime import files
+from sparselora_jax.runtime import files, processes
 from sparselora_jax.runtime.files import StorageError, read_json
 from sparselora_jax.runtime.progress import Progress
+from sparselora_jax.sparse import sharding
 
 cli.define_model()
+cli.define_processes()
+MESH = flags.DEFINE_list(
+    'mesh',
+    None,
+    'devices that the model and its batches are split over, as data=4,fsdp=2,tensor=1; default: one device, or with '
+    'several processes all devices as data',
+)
 QUESTIONS = flags.DEFINE_integer('questions', 1000, 'number of test questions', lower_bound=1)
 BATCH = flags.DEFINE_integer('batch', 50, 'number of questions answered at a time', lower_bound=1)
 SEED = flags.DEFINE_integer(
@@ -80,7 +91,7 @@ def main(argv: list[str]) -> None:
     if VISION_FROM.value is not None:
         raise ConfigError(_VISION_FROM_NEEDS)
     request = choose_data()
-    loaded = cli.load_model()
+    loaded = cli.load_model(mesh=make_mesh())
     model, params, processor, text = loaded
     cli.print_header(f'data {request.data}')
     request = replace(request, misfit=pipeline.misfit(processor, text, answers=False))
@@ -107,7 +118,28 @@ def main(argv: list[str]) -> None:
     scores = {'accuracy': answers, 'image_blind_floor': floor}
     means = {name: score.accuracy(dataset.kind_of) for name, score in scores.items()}
     # The data may have fewer questions than were asked for.
-    print(json.dumps({'questions': len(indices)} | means, indent=1))
+    if processes.first():
+        print(json.dumps({'questions': len(indices)} | means, indent=1))
+
+
+def make_mesh() -> Mesh | None:
+    """Return the mesh of `--mesh`; None: one device.
+
+    Raises:
+      UsageError: it is no list of axes with their sizes.
+      MeshError: the product of the axes is not the number of devices.
+    """
+    axes = {}
+    for part in MESH.value or ():
+        name, _, size = part.partition('=')
+        if name not in sharding.AXES or name in axes or not re.fullmatch(r'[1-9]\d{0,5}', size):
+            raise cli.UsageError(f'--mesh: {part!r} is no axis with its size: expected for example data=4,fsdp=2')
+        axes[name] = int(size)
+    if not axes:
+        if jax.process_count() == 1:
+            return None
+        axes = {'data': jax.device_count()}
+    return sharding.make_mesh(**axes)
 
 
 def score_tasks(names: list[str]) -> None:
@@ -148,11 +180,13 @@ def score_tasks(names: list[str]) -> None:
     )
     # What is wrong is told before the files are read, which may take minutes, and missing files before the model is.
     output = Path(OUTPUT.value)
-    files.refuse_held(output)
+    # The first process holds the folder later, when another one may not have come here yet.
+    processes.agreed(lambda: files.refuse_held(output))
     tasks = evaluate_tasks.load_tasks(request)
     if VISION_FROM.value is not None and any(loaded.task.kind != RETRIEVAL for loaded in tasks.values()):
         raise ConfigError(_VISION_FROM_NEEDS)
-    loaded = cli.load_model(generates=False)
+    mesh = make_mesh()
+    loaded = cli.load_model(generates=False, mesh=mesh)
     model, params, processor, _ = loaded
     cli.print_header(f'tasks {", ".join(names)}')
     prepared = evaluate_tasks.prepare(request, tasks, model, processor)
@@ -164,7 +198,11 @@ def score_tasks(names: list[str]) -> None:
     sources = model_files(model.source, output)
     if VISION_FROM.value is not None:
         params = graft.with_vision_from(model, params, VISION_FROM.value, dtype=values.dtype)
+        if mesh is not None:
+            params = sharding.shard(params, mesh)
         sources |= files_of_tower(VISION_FROM.value)
+    # One process reads the files of the model, and writes.
+    owner = processes.agreed(lambda: evaluate_tasks.begin(output, sources, tasks))
     results = evaluate_tasks.evaluate_tasks(
         request,
         prepared,
@@ -173,9 +211,10 @@ def score_tasks(names: list[str]) -> None:
         processor,
         output=output,
         name=values.model or embedded.NAME,
-        owner=evaluate_tasks.begin(output, sources, tasks) + values.dtype,
+        owner=owner + values.dtype,
     )
-    print('\n'.join(evaluate_tasks.table(results)))
+    if processes.first():
+        print('\n'.join(evaluate_tasks.table(results)))
 
 
 def model_files(source: str, output: Path) -> dict[str, Path]:

@@ -141,7 +141,8 @@ def prepare(
 def begin(output: Path, model_files: Mapping[str, Path], loaded: Mapping[str, LoadedTask]) -> str:
     """Check that an evaluation goes on with the model and the items with which it began, and return whose it is.
 
-    `inputs.json` holds the digests of both. A file of the model is read again only if its size or time has changed.
+    `inputs.json` holds the digests of both. A file of the model is read again only if its size or time has changed. Of
+    several processes, the first one calls this.
 
     Args:
       output: folder of the results.
@@ -155,9 +156,8 @@ def begin(output: Path, model_files: Mapping[str, Path], loaded: Mapping[str, Lo
       DataError: the model or the items have changed; the message says what.
       StorageError: another process writes into the folder, it cannot be written, or `inputs.json` is damaged.
     """
-    # Two runs would append their answers to the same files. Other processes of this run write nothing.
-    if processes.first():
-        hold(output)
+    # Two runs would append their answers to the same files.
+    hold(output)
     file = output / INPUTS
     begun = digests.read_stamped(file, 'delete this folder of results', INPUTS) if file.exists() else None
     known = None if begun is None else digests.from_json(begun['model'])

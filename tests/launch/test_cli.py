@@ -55,6 +55,33 @@ def test_a_shell_sees_one_line_and_the_code(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('arguments', [['evaluate.py', '--tasks=list', '--data_root=.'], ['train.py', '--help']])
+def test_a_list_whose_reader_has_ended_ends_quietly(arguments):
+    """As `head` ends after its lines."""
+    name, *others = arguments
+    command = [sys.executable, ROOT / 'launch' / name, *others]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.stderr == ''
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_job_whose_reader_has_ended_says_that_it_stopped(script, monkeypatch, tmp_path):
+    def tell(job, stage):
+        raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+    monkeypatch.setattr(Job, 'read_result', tell)
+    monkeypatch.setattr(os, 'dup2', lambda *descriptors: None)
+    monkeypatch.setattr(sys, 'stdout', sys.__stdout__)
+    code, _, err = script('train.py', f'--workdir={tmp_path / "run"}')
+    assert code == 130
+    told = 'stopped: the program that read the output has ended; finished stages are kept; run the same command'
+    assert err.startswith(told)
+
+
+@pytest.mark.slow
 def test_scripts_do_without_torch_and_leave_no_none_where_others_look_for_it():
     has = 'from transformers.utils import is_torch_available'
     check = "assert not is_torch_available() and 'torch' not in sys.modules"
@@ -445,3 +472,13 @@ def test_memory_that_runs_out_is_one_line(refused, tiny_model, monkeypatch):
 
     monkeypatch.setattr(Job, 'check', fail)
     assert 'out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 41 GB)' in refused('prune.py')
+
+
+@pytest.mark.parametrize('mesh', ['fast=2', 'data', 'data=0', 'data=2,data=2', 'data=x'])
+def test_a_mesh_that_is_none_is_refused(refused, mesh):
+    part = mesh.split(',')[-1]
+    assert f'--mesh: {part!r} is no axis with its size' in refused('evaluate.py', f'--mesh={mesh}')
+
+
+def test_a_mesh_of_other_devices_than_there_are_is_refused(refused):
+    assert 'a mesh of data=64, fsdp=1, tensor=1 needs 64 devices' in refused('evaluate.py', '--mesh=data=64')
