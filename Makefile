@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo docs test test-slow test-processes test-compilers soak lint clean
+.PHONY: demo docs test test-slow test-processes test-compilers test-oracles soak lint clean
 
 # --no-compile: Python compiles a module when it is first imported. To compile all modules of all packages, of which a run
 # imports a small part, takes almost half the time of the installation.
@@ -61,6 +61,19 @@ test-slow: $(VENV)/installed-test
 # Tests that start processes: several for one run, the points of a sweep, the pretraining script.
 test-processes: $(VENV)/installed-test
 	XLA_FLAGS="$(QUICK_XLA)" $(VENV)/bin/python -m pytest -n auto --dist loadfile -m processes $(shell grep -rl mark.processes tests)
+
+# Tests that compare metrics with their reference tools, which have an environment of their own. `--no-deps`: two of them
+# ask for torch and a hundred other packages, which nothing here needs. COCO's tokenizer and METEOR need Java too; without
+# it their tests are skipped, and pytest says so.
+ORACLES := salesforce-lavis==1.0.2 pycocoevalcap==1.2 eccv-caption==0.1.0
+$(VENV)/oracles/installed: $(VENV)/installed-test
+	$(PYTHON) -m venv $(VENV)/oracles
+	$(VENV)/bin/python $(PACKAGES) > $$($(VENV)/oracles/bin/python $(PACKAGES))/below.pth
+	$(VENV)/oracles/bin/pip install --quiet --no-deps $(ORACLES)
+	touch $@
+
+test-oracles: $(VENV)/oracles/installed
+	$(VENV)/oracles/bin/python -m pytest -n auto --dist loadfile -rs -m 'slow or not slow' tests/evaluation/metrics
 
 # Tests that compile programs for TPUs and GPUs that this machine does not have.
 test-compilers: $(VENV)/compilers/installed

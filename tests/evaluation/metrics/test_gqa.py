@@ -26,9 +26,10 @@ def test_answers_are_compared_by_rule(prediction, reference, exact, lavis):
     assert gqa_accuracy([prediction], [reference], rule='lavis').per_item.tolist() == [lavis]
 
 
-def test_scores_are_those_of_lavis():
+@pytest.mark.parametrize('count', [1000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_scores_are_those_of_lavis(count):
     """The steps of LAVIS's `GQATask`, on its evaluator."""
-    pairs = answer_pairs.pairs(1000, seed=5)
+    pairs = answer_pairs.pairs(count, seed=5)
     references = [answers[0] for answers in pairs.references]
     tool = lavis_evaluator.evaluator()
     want = []

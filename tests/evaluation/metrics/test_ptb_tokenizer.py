@@ -1,6 +1,8 @@
 """The words of a caption are those of Stanford's PTBTokenizer after COCO's removal of punctuation."""
 
 import random
+import re
+from pydoc_data.topics import topics
 
 import pytest
 from coco_oracle import needs_java, scorer
@@ -79,3 +81,21 @@ def test_random_texts_have_the_words_of_the_program(monkeypatch):
         if tokenize(caption) != words
     ]
     assert len(different) <= len(captions) / 1000, different
+
+
+def sentences_of_pythons_help():
+    """English prose that many people wrote, and that no rule here was written for."""
+    text = ' '.join(' '.join(topics[name].split()) for name in sorted(topics))
+    sentences = (sentence.strip() for sentence in re.split(r'(?<=[.!?])\s+', text))
+    return list(dict.fromkeys(sentence for sentence in sentences if 20 < len(sentence) < 200))
+
+
+@needs_java
+@pytest.mark.slow
+def test_sentences_that_were_set_aside_have_the_words_of_the_program(monkeypatch):
+    monkeypatch.setenv('JAVA_TOOL_OPTIONS', '-Dfile.encoding=UTF-8')
+    sentences = sentences_of_pythons_help()
+    assert len(sentences) > 2000
+    words = stanford_words(sentences)
+    different = [pair for pair in zip(sentences, words, strict=True) if tokenize(pair[0]) != pair[1]]
+    assert len(different) <= len(sentences) / 1000, different
