@@ -35,6 +35,7 @@ from sparselora_jax.jobs.inputs import RecordsDigest
 from sparselora_jax.models.family import Family, RetrievalFamily, no_language
 from sparselora_jax.models.model import Model
 from sparselora_jax.runtime import digests, processes
+from sparselora_jax.runtime.digests import Digest
 from sparselora_jax.runtime.errors import DataError, UnsupportedModelError
 from sparselora_jax.runtime.files import hold, write_text
 from sparselora_jax.runtime.progress import Progress
@@ -160,7 +161,7 @@ def begin(output: Path, model_files: Mapping[str, Path], loaded: Mapping[str, Lo
     hold(output)
     file = output / INPUTS
     begun = digests.read_stamped(file, 'delete this folder of results', INPUTS) if file.exists() else None
-    known = None if begun is None else digests.from_json(begun['model'])
+    known = None if begun is None else digests.from_json(begun['model'], Digest)
     model = digests.take(model_files, known)
     changes = [] if known is None else inputs.changed_files(known, model)
     if changes:
@@ -169,7 +170,7 @@ def begin(output: Path, model_files: Mapping[str, Path], loaded: Mapping[str, Lo
             f'({", ".join(changes[: inputs.SHOWN])}); {REMEDY}'
         )
     # Another run may have scored other tasks into this folder.
-    records = {} if begun is None else inputs.records_from_json(begun['tasks'])
+    records = {} if begun is None else digests.from_json(begun['tasks'], RecordsDigest)
     now = digest_items(loaded)
     for name in now.keys() & records.keys():
         change = inputs.change_of_items(records[name], now[name])
@@ -177,7 +178,7 @@ def begin(output: Path, model_files: Mapping[str, Path], loaded: Mapping[str, Lo
             raise DataError(
                 f'{output}: the items of {name} are not those that its answers are for ({change}); {REMEDY}'
             )
-    values = {'model': digests.to_json(model), 'tasks': inputs.records_to_json(records | now)}
+    values = {'model': digests.to_json(model), 'tasks': digests.to_json(records | now)}
     write_text(file, digests.stamp(values, INPUTS))
     # The hashes alone: a copy of a file has another time.
     return json.dumps({name: digest.sha256 for name, digest in model.items()}, sort_keys=True)

@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sparselora_jax.checkpoints.checkpoint_files import settings_files
 from sparselora_jax.checkpoints.layout import Piece
@@ -75,9 +75,9 @@ class Inputs(NamedTuple):
           stored: the files of the run.
         """
         splits = {name: getattr(self, name) for name in SPLITS}
-        records = records_to_json({name: digest for name, digest in splits.items() if digest is not None})
+        records = digests.to_json({name: digest for name, digest in splits.items() if digest is not None})
         model = digests.to_json(self.model)
-        stored.write(names.INPUTS, {'model': model, 'tasks': records_to_json(self.tasks)} | records)
+        stored.write(names.INPUTS, {'model': model, 'tasks': digests.to_json(self.tasks)} | records)
 
 
 def load(stored: Stored) -> Inputs | None:
@@ -92,28 +92,10 @@ def load(stored: Stored) -> Inputs | None:
     values = stored.read(names.INPUTS, CONFIG_REMEDY)
     if values is None:
         return None
-    records = records_from_json({name: values[name] for name in SPLITS if name in values})
+    records = digests.from_json({name: values[name] for name in SPLITS if name in values}, RecordsDigest)
     # Runs of older versions had no tasks.
-    tasks = records_from_json(values.get('tasks', {}))
-    return Inputs(digests.from_json(values['model']), **records, tasks=tasks)
-
-
-def records_to_json(records: Mapping[str, RecordsDigest]) -> dict[str, Any]:
-    """Return digests of records as values that JSON can hold.
-
-    Args:
-      records: digests by name.
-    """
-    return {name: digest._asdict() for name, digest in records.items()}
-
-
-def records_from_json(values: Mapping[str, Any]) -> dict[str, RecordsDigest]:
-    """Return the digests of which `records_to_json` made values.
-
-    Args:
-      values: result of `records_to_json`.
-    """
-    return {name: RecordsDigest(**fields) for name, fields in values.items()}
+    tasks = digests.from_json(values.get('tasks', {}), RecordsDigest)
+    return Inputs(digests.from_json(values['model'], Digest), **records, tasks=tasks)
 
 
 def model_files(model: Model, pieces: Iterable[Piece]) -> dict[str, Path]:

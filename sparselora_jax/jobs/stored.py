@@ -210,7 +210,7 @@ class Stored:
         if values is None:
             return file
         if name in values[_OUTPUTS]:
-            self._refuse_changed(stage, file, digests.from_json(values[_OUTPUTS])[name], reads=True)
+            self._refuse_changed(stage, file, digests.from_json(values[_OUTPUTS], Digest)[name], reads=True)
         elif file.exists():
             raise StorageError(f'{file}: the stage {stage} did not write it; delete it')
         return file
@@ -229,7 +229,7 @@ class Stored:
         if outputs and self.read(names.INPUTS, CONFIG_REMEDY) is None:
             raise StorageError(f'{self.workdir / names.INPUTS} is missing, and stages are done; {CONFIG_REMEDY}')
         for stage, recorded in outputs:
-            for name, digest in digests.from_json(recorded).items():
+            for name, digest in digests.from_json(recorded, Digest).items():
                 self._refuse_changed(stage, self.workdir / name, digest, reads=reads)
 
     def _outputs(self) -> Iterator[tuple[str, dict[str, Any]]]:

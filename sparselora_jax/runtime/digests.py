@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sparselora_jax.runtime.files import StorageError, read_json
 
 STAMP = 'sha256'  # the field of a stamped JSON file that holds the hash of all other fields
+DigestKind = TypeVar('DigestKind')  # `Digest`, or another class of named tuples
 LARGE = 2**30  # bytes to hash above which a line says that this takes time
 
 
@@ -82,22 +83,23 @@ def difference(file: Path, digest: Digest, *, reads: bool) -> str:
     return ''
 
 
-def to_json(digests: Mapping[str, Digest]) -> dict[str, Any]:
+def to_json(digests: Mapping[str, tuple]) -> dict[str, Any]:
     """Return digests as values that JSON can hold.
 
     Args:
-      digests: digests by name.
+      digests: digests by name, named tuples of any class.
     """
     return {name: digest._asdict() for name, digest in digests.items()}
 
 
-def from_json(values: Mapping[str, Any]) -> dict[str, Digest]:
+def from_json(values: Mapping[str, Any], kind: type[DigestKind]) -> dict[str, DigestKind]:
     """Return the digests of which `to_json` made values.
 
     Args:
       values: result of `to_json`.
+      kind: the class of the digests.
     """
-    return {name: Digest(**fields) for name, fields in values.items()}
+    return {name: kind(**fields) for name, fields in values.items()}
 
 
 def stamp(values: Mapping[str, Any], owner: str) -> str:
