@@ -30,7 +30,7 @@ from sparselora_jax.evaluation.tasks import (
     is_own_data,
     load_task,
 )
-from sparselora_jax.jobs import inputs
+from sparselora_jax.jobs import inputs, names
 from sparselora_jax.jobs.inputs import RecordsDigest
 from sparselora_jax.models.family import Family, RetrievalFamily, no_language
 from sparselora_jax.models.model import Model
@@ -106,13 +106,14 @@ def load_tasks(request: TaskRequest) -> dict[str, LoadedTask]:
     Raises:
       DataError: a task is not known; its files are missing or broken; or two tasks would write the same files.
     """
-    labels: dict[str, str] = {}
+    by_title: dict[str, str] = {}
     # All names are checked before any file is read, which may take minutes.
     for name in request.tasks:
         check_name(name)
-        other = labels.setdefault(_label(name), name)
+        title = names.task_title(name)
+        other = by_title.setdefault(title, name)
         if other != name:
-            raise DataError(f'tasks {other} and {name}: both write answers_{_label(name)}.jsonl; rename one of them')
+            raise DataError(f'tasks {other} and {name}: both write answers_{title}.jsonl; rename one of them')
     # All files are listed and recognised once, for all tasks.
     discovery = None if request.data_root is None else discover(request.data_root)
     return {name: load_task(name, discovery, tolerance=request.tolerance) for name in request.tasks}
@@ -242,12 +243,12 @@ def evaluate_tasks(
             results[task_name] = _with_note(results[task_name], grafted(name, request.vision_from))
         # All processes hold the same answers.
         if processes.first():
-            samples_file = output / f'samples_{_label(task_name)}.jsonl'
+            samples_file = output / f'samples_{names.task_title(task_name)}.jsonl'
             if task.task.kind == RETRIEVAL:
                 task_runs.write_searches(samples_file, task.items, predictions, scored)
             else:
                 task_runs.write_samples(samples_file, task.items, task.prompts, predictions, scored)
-                submission_file = output / f'submission_{_label(task_name)}.json'
+                submission_file = output / f'submission_{names.task_title(task_name)}.json'
                 task_runs.write_submission(submission_file, task.task, task.items, predictions)
             formats = {done: asdict(prepared[done].asked.text) for done in results}
             versions = _versions({done: prepared[done].task for done in results})
@@ -291,7 +292,7 @@ def _predict(
     label: str,
 ) -> Predictions:
     """Return the answers of the model to a task, or the result of its search."""
-    answers_file = output / f'answers_{_label(task_name)}.jsonl'
+    answers_file = output / f'answers_{names.task_title(task_name)}.jsonl'
     owner = _owner(request, owner, task_name, prepared.task, prepared.asked)
     full_label = f'{task_name} {label}'.rstrip()
     if prepared.task.kind != RETRIEVAL:
@@ -336,11 +337,6 @@ def grafted(name: str, vision_from: str) -> str:
 
 def _with_note(result: TaskResult, note: str) -> TaskResult:
     return result._replace(notes=(*result.notes, note))
-
-
-def _label(task_name: str) -> str:
-    """Return a task's name as part of a file name: of a folder of a user's own, its last part."""
-    return Path(task_name).resolve().name if is_own_data(task_name) else task_name
 
 
 def _prepare(
@@ -402,8 +398,8 @@ def _owner(request: TaskRequest, owner: str, task_name: str, task: Task, asked: 
     # prompt behind the limit raises: no prompt is cut, so padding changes an answer by rounding at most.
     text = asdict(asked.text)
     del text['prompt_tokens']
-    facts = [owner, _label(task_name), task.version, text, asked.instruction, asked.read_words, request.offset]
-    facts.append(request.batch)
+    title = names.task_title(task_name)
+    facts = [owner, title, task.version, text, asked.instruction, asked.read_words, request.offset, request.batch]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
