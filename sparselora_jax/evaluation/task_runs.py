@@ -195,6 +195,21 @@ def score(task: Task, predictions: Predictions, items: Items) -> tuple[TaskResul
     return result, scored
 
 
+def score_text(score: float | None, stderr: float | None = None) -> str:
+    """Return a task's value as a reader sees it, with its standard error.
+
+    Args:
+      score: the value; None: there is none.
+      stderr: its standard error; None: it is not known, or not shown.
+
+    >>> score_text(61.234, 0.5), score_text(61.234), score_text(None)
+    ('61.23 ± 0.50', '61.23', 'not scored')
+    """
+    if score is None:
+        return 'not scored'
+    return f'{score:.2f}' if stderr is None else f'{score:.2f} ± {stderr:.2f}'
+
+
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     """Return values with None in place of NaN and infinity, which JSON cannot hold."""
     return {name: _finite_or_none(value) for name, value in values.items()}

@@ -441,8 +441,7 @@ def table(results: Mapping[str, TaskResult]) -> Sequence[str]:
         if value is None:
             lines.append(f'{name:20} not scored: {"; ".join(result.notes)}')
             continue
-        stderr = result.stderr[result.headline]
-        spread = '' if stderr is None else f' +- {stderr:.2f}'
+        score = task_runs.score_text(value, result.stderr[result.headline])
         of_all = '' if result.expected is None else f' of {result.expected:,}'
-        lines.append(f'{name:20} {result.headline:10} {f"{value:.2f}{spread}":18} {result.scored:,}{of_all} items')
+        lines.append(f'{name:20} {result.headline:10} {score:18} {result.scored:,}{of_all} items')
     return lines

@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from sparselora_jax import recipe
+from sparselora_jax.evaluation import task_runs
 from sparselora_jax.jobs import environment, names
 from sparselora_jax.jobs.job import Job
 from sparselora_jax.jobs.names import PACKED
@@ -283,11 +284,7 @@ def _tasks(report: dict) -> Tasks | None:
 
 def _task_score(task: dict, model: str) -> str:
     """Return a model's headline with its standard error."""
-    score = task['scores'][model]
-    if score is None:
-        return 'not scored'
-    stderr = task['stderr'][model]
-    return f'{score:.2f}' if stderr is None else f'{score:.2f} ± {stderr:.2f}'
+    return task_runs.score_text(task['scores'][model], task['stderr'][model])
 
 
 def _items(task: dict) -> str:

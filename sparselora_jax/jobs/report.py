@@ -117,20 +117,11 @@ def task_lines(tasks: dict[str, dict]) -> list[str]:
     """
     lines = []
     for name, task in tasks.items():
-        scores = [f'{model} {score_text(score)}' for model, score in task['scores'].items()]
+        scores = [f'{model} {task_runs.score_text(score)}' for model, score in task['scores'].items()]
         lines.append(
             f'{names.task_title(name):20} {task["headline"]:10} {"   ".join(scores)}   {task["items"]:,} items'
         )
     return lines
-
-
-def score_text(score: float | None) -> str:
-    """Return a task's value as a reader sees it.
-
-    Args:
-      score: the value; None: there is none.
-    """
-    return 'not scored' if score is None else f'{score:.2f}'
 
 
 def _won_back(scores: dict[str, float]) -> float | None:
