@@ -399,9 +399,7 @@ class Job:
             batches = batches.map_with_index(
                 lambda step, arrays: arrays | {'teacher': teacher.read(folder, step, rows)}
             )
-        if self.mesh is not None:
-            batches = batches.map(lambda local: sharding.shard_batch(local, self.mesh))
-        return batches
+        return self._on_mesh(batches)
 
     def calibration_batches(self, batch: int) -> grain.MapDataset:
         """Return batches of calibration samples; the first batch holds each sample once if they are enough.
@@ -415,10 +413,12 @@ class Job:
         count = len(self.calibration.source)
         if self.config.prune.order == 'first':
             count = min(count, calibration_samples(self.config))
-        batches = self._batches_of(self.calibration, batch, seed, groups=[range(count)], shares=(1,))
-        if self.mesh is not None:
-            batches = batches.map(lambda local: sharding.shard_batch(local, self.mesh))
-        return batches
+        return self._on_mesh(self._batches_of(self.calibration, batch, seed, groups=[range(count)], shares=(1,)))
+
+    def _on_mesh(self, batches: grain.MapDataset) -> grain.MapDataset:
+        """Return batches whose rows, those of this process, are put on the mesh; as they are if there is none."""
+        mesh = self.mesh
+        return batches if mesh is None else batches.map(lambda local: sharding.shard_batch(local, mesh))
 
     def _batches_of(
         self,
