@@ -93,12 +93,16 @@ def write_beside(
       folder: the directory.
       hf_config: see `write_new`.
       model: see `write_new`.
-      params: see `write_new`; the dtype of the word embeddings becomes the config's.
+      params: see `write_new`; the dtype of the language tower's word embeddings becomes the config's, or that of the
+        first array where there is none.
       processor: see `write_new`.
       texts: see `write_new`.
     """
     hf_config = copy.deepcopy(hf_config)  # the caller's config stays unchanged
-    hf_config.dtype = jnp.dtype(rules.flatten(params)[layout.EMBED].dtype).name
+    flat = rules.flatten(params)
+    # A retrieval model has no language tower, and so no word embeddings of one.
+    representative = flat[layout.EMBED] if layout.EMBED in flat else next(iter(flat.values()))
+    hf_config.dtype = jnp.dtype(representative.dtype).name
     write_texts(folder, texts or {})
     # transformers would write into existing files; from a temporary directory each file is moved when complete.
     with tempfile.TemporaryDirectory() as apart:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+import tiny_retrieval
 import torch
 import torch_models
 from safetensors.numpy import load_file, save_file
+from transformers import Blip2ForImageTextRetrieval
 
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import hf_configs, layout, streaming
@@ -18,7 +20,7 @@ from sparselora_jax.checkpoints.export import check_export, export_model
 from sparselora_jax.checkpoints.load import load_model
 from sparselora_jax.checkpoints.write_new import write_new
 from sparselora_jax.models import blip2, causal, llama, qformer, vit
-from sparselora_jax.models.model import Generation, Model
+from sparselora_jax.models.model import Generation, Model, from_hf
 from sparselora_jax.sparse import rules
 
 LOGITS = jax.jit(Model.logits, static_argnums=0)
@@ -267,6 +269,22 @@ def test_a_model_without_a_directory_gets_one(cfg, config, dtype, random_params,
     if dtype == jnp.float32:
         given = torch_models.batch(model)
         np.testing.assert_allclose(LOGITS(model, params, given), torch_models.logits(module, given), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_retrieval_model_without_a_directory_gets_one(random_params, tmp_path):
+    config = tiny_retrieval.config(30, architectures=['Blip2ForImageTextRetrieval'])
+    model = Model(from_hf(config), Generation(eos=(1,), pad=0))
+    # It has no language tower, whose word embeddings tell the config's dtype of other models.
+    params = random_params(model.shapes())
+    write_new(tmp_path, config, model, params)
+    check_export(tmp_path, model, params)
+    again, read = load_model(tmp_path)
+    assert again.cfg == model.cfg
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    module, notes = Blip2ForImageTextRetrieval.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(notes.values()), notes
+    assert module.dtype == torch.float32
 
 
 def test_a_new_directory_does_not_mix_with_other_weights(random_params, tmp_path):
