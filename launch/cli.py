@@ -287,7 +287,7 @@ def dry_run(config: ConfigDict, workdir: str, stages: tuple[str, ...]) -> None:
 def define_model() -> None:
     """Define the flags of scripts that load a model and decode with it."""
     own = "default: the model's text_format.json, otherwise"
-    flags.DEFINE_string('model', None, 'a Hugging Face directory or hub id; default: the embedded dense model')
+    flags.DEFINE_string('model', embedded.NAME, "a Hugging Face directory or hub id; embedded: the demo's, dense")
     flags.DEFINE_string('family', '', 'family of the model, as package.module:FAMILY; default: by its model_type')
     flags.DEFINE_string('prompt', None, f'prompt template, with {{}} for the question; {own} that of its family')
     flags.DEFINE_integer(
@@ -318,7 +318,7 @@ def load_model(*, generates: bool = True, mesh: Mesh | None = None) -> LoadedMod
     from sparselora_jax.data import processing
 
     values = flags.FLAGS
-    if values.model is None:
+    if values.model == embedded.NAME:
         model, params = load.load_model(embedded.NAME, dtype=values.dtype, mesh=mesh)
         processor = embedded.load_processor(model.cfg)
         text = text_format.TextFormat()
@@ -384,7 +384,7 @@ def print_header(*details: str) -> None:
     device = jax.devices()[0]
     parts = [f'sparselora-jax {sparselora_jax.__version__}', f'device {device.device_kind}', values.dtype]
     # stdout is reserved for the result.
-    print(', '.join([*parts, f'model {values.model or embedded.NAME}', *details]), file=sys.stderr)
+    print(', '.join([*parts, f'model {values.model}', *details]), file=sys.stderr)
 
 
 def find_model(argv: Sequence[str], config: ConfigDict | None) -> ModelConfig:

@@ -210,7 +210,7 @@ def score_tasks(names: list[str]) -> None:
         params,
         processor,
         output=output,
-        name=values.model or embedded.NAME,
+        name=values.model,
         owner=owner + values.dtype,
     )
     if processes.first():
@@ -224,7 +224,7 @@ def model_files(source: str, output: Path) -> dict[str, Path]:
       source: its directory.
       output: folder of the results, whose files do not count if it lies in the directory.
     """
-    if flags.FLAGS.model is None:
+    if flags.FLAGS.model == embedded.NAME:
         return {file.name: file for file in embedded.files()}
     every = _files_of_directory(Path(source))
     return {name: file for name, file in every.items() if not file.resolve().is_relative_to(output.resolve())}
@@ -260,7 +260,7 @@ def choose_data() -> DataRequest:
     data_dir = DATA_DIR.value or 'runs/data'
     if DATA.value is not None:
         return DataRequest(DATA.value, Path(data_dir))
-    if flags.FLAGS.model is None:
+    if flags.FLAGS.model == embedded.NAME:
         return DataRequest('easy_vqa', Path(data_dir))
     if not Path(flags.FLAGS.model).exists() and flags.FLAGS.model.count('/') != 1:
         raise StorageError(f'--model={flags.FLAGS.model}: no such directory')

@@ -281,6 +281,7 @@ USER_METRICS: dict[str, tuple[TaskKind, str, Score]] = {
     'vqa_lavis': ('answer', 'accuracy', _vqa('lavis')),
     'vqa_evalai': ('answer', 'accuracy', _vqa('evalai')),
     'captions': ('caption', 'CIDEr', _captions),
+    'retrieval': (RETRIEVAL, 'text_R@1', _retrieval),
 }
 
 

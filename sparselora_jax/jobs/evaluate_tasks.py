@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sparselora_jax.data.benchmarks import load
 from sparselora_jax.data.benchmarks.discover import discover
 from sparselora_jax.data.benchmarks.items import Items
@@ -368,12 +370,17 @@ def _check_retrieval(task_name: str, request: TaskRequest, items: Items) -> None
     """Check that nothing is asked for that a search does not have.
 
     Raises:
-      DataError: there is a prompt or an argument of `generate`; or an image has no caption.
+      DataError: there is a prompt or an argument of `generate`; or an image has no caption, or is in two items.
     """
     given = list(request.overrides or {}) + (['prompt'] if request.prompt is not None else [])
     if given:
         raise DataError(f'{task_name}: {given[0]} is for models that answer in text, and a search has no use for it')
     retrieval.texts_of(items)
+    # A search counts each item as an image of its own, and would take a caption of the other item for a wrong one.
+    images, counts = np.unique(items.images[items.rows], return_counts=True)
+    if counts.max() > 1:
+        twice = items.image_ids[images[counts.argmax()]]
+        raise DataError(f'{task_name}: image {twice} is in {counts.max()} lines; put all its captions into one')
 
 
 def _lengths(model: Model, processor: Processor, text: TextFormat) -> tuple[int, int]:
@@ -389,7 +396,12 @@ def _format(request: TaskRequest, model: Model, task: Task) -> TaskFormat:
     text = asked.text
     if request.prompt is not None:
         text = replace(text, prompt=request.prompt)
-    return replace(asked, text=replace(text, decoding={**text.decoding, **(request.overrides or {})}))
+    overrides = request.overrides or {}
+    decoding = dict(text.decoding)
+    # `generate` prefers this minimum of the family, so the user's would have no effect.
+    if 'min_length' in overrides:
+        decoding.pop('min_new_tokens', None)
+    return replace(asked, text=replace(text, decoding={**decoding, **overrides}))
 
 
 def _owner(request: TaskRequest, owner: str, task_name: str, task: Task, asked: TaskFormat) -> str:

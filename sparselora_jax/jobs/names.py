@@ -80,16 +80,16 @@ def task_stage(model: str) -> str:
 
 
 def task_title(task: str) -> str:
-    """Return the name of a task for tables and names of files: of a folder of a user's own, its last part.
+    """Return the name of a task for tables and names of files: of a user's own data, their last part.
 
     Args:
-      task: a registered name, `package.module:Name`, or a folder. The folder need not be on this machine.
+      task: a registered name, `package.module:Name`, a folder, or a `.jsonl` file. These need not be on this machine.
 
-    >>> task_title('gqa'), task_title('my.tasks:CATS'), task_title('data/cats/')
-    ('gqa', 'my.tasks:CATS', 'cats')
+    >>> task_title('gqa'), task_title('my.tasks:CATS'), task_title('data/cats/'), task_title('data/dogs.jsonl')
+    ('gqa', 'my.tasks:CATS', 'cats', 'dogs')
     """
     # Names that are no folders have no slash, so they are the last part themselves. Absolute, since '.' has no name.
-    return os.path.basename(os.path.abspath(task))
+    return os.path.basename(os.path.abspath(task)).removesuffix('.jsonl')
 
 
 def trained_file(stage: str) -> str:

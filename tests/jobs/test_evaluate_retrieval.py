@@ -1,6 +1,7 @@
 """Tasks of retrieval end to end: what they write, which models can do them, and the paper's vision tower."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tiny_retrieval
 
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import graft
+from sparselora_jax.data.benchmarks.load import load
 from sparselora_jax.evaluation.tasks import TASKS, find_task
 from sparselora_jax.jobs import evaluate_tasks
 from sparselora_jax.jobs.evaluate_tasks import TaskRequest
@@ -92,6 +94,28 @@ def test_a_model_that_cannot_do_a_task_is_refused():
         evaluate_tasks.check_kinds(tasks, blip2.BLIP2)
     with pytest.raises(UnsupportedModelError, match='gqa: blip2_retrieval models compare images with texts'):
         evaluate_tasks.check_kinds({'gqa': find_task('gqa')}, blip2_retrieval.FAMILY)
+
+
+@pytest.mark.slow
+def test_a_file_of_ones_own_gives_the_recalls_of_the_benchmark(folder, tmp_path, loaded):
+    published = run(folder, tmp_path / 'published', loaded, NAMES[:1])[NAMES[0]]
+    items = load(find_task(NAMES[0]).benchmark, folder / 'data')
+    lines = []
+    for item in items:
+        image = os.path.relpath(item.image.name, folder / 'data')
+        lines.append({'image': image, 'references': list(item.references), 'metric': 'retrieval'})
+    file = folder / 'data' / 'mine.jsonl'
+    try:
+        miniature.write(file, lines)
+        own = run(folder, tmp_path / 'own', loaded, (str(file),))[str(file)]
+        assert own.headline == 'text_R@1'
+        assert own.values == published.values
+        # An item is an image of its own, so the captions of the other line would count as wrong.
+        miniature.write(file, [*lines, lines[1]])
+        with pytest.raises(DataError, match=r'mine\.jsonl: image .* is in 2 lines; put all its captions into one'):
+            run(folder, tmp_path / 'twice', loaded, (str(file),))
+    finally:
+        file.unlink()
 
 
 @pytest.mark.slow

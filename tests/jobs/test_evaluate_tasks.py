@@ -217,6 +217,14 @@ def test_a_file_of_ones_own_is_read_once(tmp_path, loaded, root, spoken, monkeyp
     assert len(reads) == 1
 
 
+def test_results_of_a_file_of_ones_own_have_its_name_without_the_suffix(tmp_path, loaded, root, spoken):
+    own_data(tmp_path / 'cats', QUESTIONS)
+    file = (tmp_path / 'cats' / 'data.jsonl').rename(tmp_path / 'cats' / 'asleep.jsonl')
+    run(root, tmp_path / 'out', (str(file),), loaded)
+    names = {path.name for path in (tmp_path / 'out').glob('*asleep*')}
+    assert names == {'answers_asleep.jsonl', 'samples_asleep.jsonl'}
+
+
 def test_two_folders_of_one_name_are_refused(tmp_path):
     names = own_data(tmp_path / 'a' / 'cats', QUESTIONS) + own_data(tmp_path / 'b' / 'cats', QUESTIONS)
     with pytest.raises(DataError, match=r'both write answers_cats\.jsonl; rename one'):
@@ -293,6 +301,26 @@ def test_a_prompt_that_the_model_cannot_read_is_named_before_any_question(root, 
 
 
 @pytest.mark.slow
+def test_a_minimum_length_replaces_that_of_the_family(tmp_path):
+    tiny_models.save('blip2-opt', tmp_path / 'model')
+    model, _ = sl.load_model(tmp_path / 'model', dtype='float32')
+    processor = sl.load_processor(tmp_path / 'model')
+    tasks = own_data(tmp_path / 'cats', ('what is this?',), metric='captions')
+
+    def decoding(**overrides):
+        request = TaskRequest(tasks=tasks, data_root=None, overrides=overrides)
+        loaded_tasks = evaluate_tasks.load_tasks(request)
+        (prepared,) = evaluate_tasks.prepare(request, loaded_tasks, model, processor).values()
+        return prepared.asked.text.decoding
+
+    assert decoding(num_beams=1)['min_new_tokens'] == 7
+    # `generate` would prefer the family's `min_new_tokens`, and captions of three words could not be given.
+    without = decoding(min_length=0)
+    assert 'min_new_tokens' not in without
+    assert without['min_length'] == 0
+
+
+@pytest.mark.slow
 def test_the_script_prints_a_table(root, tmp_path, model_dir, script):
     options = [f'--{name}={value}' for name, value in {'num_beams': 1, 'max_new_tokens': 3}.items()]
     code, out, err = script(
@@ -309,6 +337,16 @@ def test_the_script_prints_a_table(root, tmp_path, model_dir, script):
     code, out, err = script('evaluate.py', '--tasks=list', f'--data_root={root[0]}')
     assert code == 0, err
     assert all(f'{name}: ' in out for name in TASKS)
+
+
+@pytest.mark.slow
+def test_the_script_scores_the_embedded_model_by_its_name(tmp_path, script):
+    (folder,) = own_data(tmp_path / 'cats', QUESTIONS[:1])
+    options = (f'--tasks={folder}', f'--output={tmp_path / "out"}', '--num_beams=1', '--max_new_tokens=2')
+    code, out, err = script('evaluate.py', '--model=embedded', *options)
+    assert code == 0, err
+    assert 'accuracy' in out
+    assert json.loads((tmp_path / 'out' / 'results.json').read_text())['config']['model'] == 'embedded'
 
 
 @pytest.mark.slow
