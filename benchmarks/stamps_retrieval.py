@@ -7,16 +7,18 @@ the embedded model, which knows shapes and colours, and a new Q-Former that read
 DATA is a folder that `stamps.py` has written. OUTPUT gets the Hugging Face directories `dense`, `pruned` and
 `restored`, which `launch/evaluate.py --tasks=DATA/retrieval.jsonl` scores.
 
-The losses are BLIP-2's. Contrast: each picture of a batch has to find its caption, and the reverse. Matching: a head
-tells a picture with its caption from a picture with the most similar wrong caption. Restoration trains LoRA with the
-same losses; it has no teacher.
+The losses are two of BLIP-2's three. Contrast: each picture of a batch has to find its caption, and the reverse.
+Matching: a head tells a picture with its caption from a picture with the most similar wrong caption of the batch;
+BLIP-2 draws the wrong caption at random, the similar ones more often. Restoration trains LoRA with the same losses; it
+has no teacher.
 """
 
 import argparse
 import functools
-import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -28,13 +30,13 @@ import numpy as np
 import optax
 import transformers
 from jaxtyping import Array
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from stamps import CAPTION_QUESTION
+from tokenizers import normalizers, pre_tokenizers
 
 import sparselora_jax as sl
 from sparselora_jax.checkpoints import embedded, hf_configs
 from sparselora_jax.checkpoints.write_new import write_new
-from sparselora_jax.data.benchmarks.user_jsonl import FILE
-from sparselora_jax.data.images import read_image
+from sparselora_jax.data.folder import read_folder
 from sparselora_jax.data.processing import Processor
 from sparselora_jax.data.task_format import clean_caption
 from sparselora_jax.models import blip2_retrieval, qformer
@@ -44,7 +46,6 @@ from sparselora_jax.runtime.errors import DataError, SparseloraError
 from sparselora_jax.runtime.progress import Progress
 
 TEMPERATURE = 0.07  # of the contrast, as at the start of BLIP-2's training
-LARGEST_VOCABULARY = 2000
 RULES = [('(vision|qformer)/blocks/.*', '2:4'), ('.*', 'dense')]
 RANK = sl.LoraSpec(rank=8, alpha=16.0)
 CALIBRATION = 128  # pairs, as many as recipes draw
@@ -54,32 +55,31 @@ def read_pairs(data: Path) -> tuple[list[np.ndarray], list[str]]:
     """Return the pictures and captions of the training split.
 
     Raises:
-      DataError: there are none.
+      DataError: there are none; or a picture cannot be read.
     """
-    file = data / FILE
-    if not file.is_file():
-        raise DataError(f'{file}: no such file; write it by benchmarks/stamps.py')
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    # Questions are answered with yes or no.
-    chosen = [r for r in records if r['split'] == 'train' and r['answer'] not in ('yes', 'no')]
-    if not chosen:
-        raise DataError(f'{file}: no caption to train on')
-    return [read_image(data / r['image']) for r in chosen], [clean_caption(r['answer']) for r in chosen]
+    records = read_folder(data).as_data_source('train')
+    described = [record for record in records if record['question'] == CAPTION_QUESTION]
+    if not described:
+        raise DataError(f'{data}/data.jsonl: no caption to train on; write it by benchmarks/stamps.py')
+    return [record['image'] for record in described], [clean_caption(record['answer']) for record in described]
 
 
-def train_tokenizer(captions: list[str]) -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer like BERT's, whose words and parts of words are those of the captions."""
-    special = ['[PAD]', '[CLS]', '[SEP]', '[UNK]']
-    tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=LARGEST_VOCABULARY, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 1), ('[SEP]', 2)]
-    )
-    names = dict(zip(('pad_token', 'cls_token', 'sep_token', 'unk_token'), special, strict=True))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side='right', **names)
+def make_tokenizer(captions: list[str]) -> transformers.BertTokenizer:
+    """Return a tokenizer like BERT's, which knows the words of the captions; it spells other words.
+
+    The vocabulary is not learned: the trainers of tokenizers break ties at random, so two runs would give two models.
+    """
+    normalizer = normalizers.BertNormalizer()
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = set()
+    for caption in captions:
+        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    letters = sorted(set(''.join(words)))
+    insides = [f'##{letter}' for letter in letters]
+    # Some words are a letter; each piece is there once.
+    pieces = dict.fromkeys(['[PAD]', '[CLS]', '[SEP]', '[UNK]', *letters, *insides, *sorted(words)])
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    return transformers.BertTokenizer(vocab=vocabulary, mask_token=None)
 
 
 def build(vocabulary: int, seed: int) -> tuple[Model, dict]:
@@ -109,27 +109,14 @@ def build(vocabulary: int, seed: int) -> tuple[Model, dict]:
 def hf_config(model: Model) -> transformers.Blip2Config:
     """Return transformers' config of the model."""
     cfg = model.cfg
-    # Of the embedded model, whose vision tower this is.
-    whole = hf_configs.blip2_config(embedded.load_config(), embedded.GENERATION)
-    text = transformers.Blip2QFormerConfig(
-        hidden_size=cfg.qformer.width,
-        num_hidden_layers=2 * cfg.qformer.pairs,
-        num_attention_heads=cfg.qformer.heads,
-        intermediate_size=cfg.qformer.mlp_width,
-        encoder_hidden_size=cfg.qformer.image_width,
-        hidden_act=cfg.qformer.activation,
-        layer_norm_eps=cfg.qformer.norm_eps,
-        vocab_size=cfg.qformer.vocab,
-        max_position_embeddings=cfg.qformer.max_positions,
-        use_qformer_text_input=True,
-    )
-    return transformers.Blip2Config(
-        architectures=['Blip2ForImageTextRetrieval'],
-        vision_config=whole.vision_config.to_dict(),
-        qformer_config=text.to_dict(),
-        num_query_tokens=cfg.qformer.queries,
-        image_text_hidden_size=cfg.embedding_width,
-    )
+    # The vision tower is the embedded model's. So is the language tower here, which retrieval models do not have.
+    config = hf_configs.blip2_config(replace(embedded.load_config(), qformer=cfg.qformer), embedded.GENERATION)
+    config.architectures = ['Blip2ForImageTextRetrieval']
+    config.image_text_hidden_size = cfg.embedding_width
+    config.qformer_config.use_qformer_text_input = True
+    config.qformer_config.vocab_size = cfg.qformer.vocab
+    config.qformer_config.max_position_embeddings = cfg.qformer.max_positions
+    return config
 
 
 def losses(params: dict, batch: dict, model: Model) -> tuple[Array, dict]:
@@ -154,7 +141,17 @@ def losses(params: dict, batch: dict, model: Model) -> tuple[Array, dict]:
     return contrast + match, {'contrast': contrast, 'match': match}
 
 
-def train(name: str, loss, trained: dict, frozen, pairs: dict, *, steps: int, batch: int, seed: int) -> dict:
+def train(
+    name: str,
+    loss: Callable[[dict, sl.Frozen | None, dict], tuple[Array, dict]],
+    trained: dict,
+    frozen: sl.Frozen | None,
+    pairs: dict,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> dict:
     """Return what is trained after so many steps; each batch is drawn anew, and half of its pictures are mirrored."""
     tx = sl.paper_optimizer(steps, peak=1e-3, warmup=20, start=0.0, end=1e-5, clip=1.0)
     step = sl.make_step(loss, tx)
@@ -189,7 +186,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, prune and restore; write a directory after each."""
     pictures, captions = read_pairs(arguments.data)
-    tokenizer = train_tokenizer(captions)
+    tokenizer = make_tokenizer(captions)
     model, params = build(len(tokenizer), arguments.seed)
     images = embedded.load_processor(embedded.load_config()).hf.image_processor
     hf = transformers.Blip2Processor(images, tokenizer, num_query_tokens=model.cfg.qformer.queries)
