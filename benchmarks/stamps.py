@@ -125,6 +125,15 @@ def read_caption(file: Path) -> str:
         raise DataError(f'{file}: not UTF-8; unpack the package again') from None
 
 
+def split_stamps(stamps: list[Stamp], test_share: float, rng: np.random.Generator) -> dict[str, list[Stamp]]:
+    """Return the stamps of each split, in their order."""
+    test_indices = set(rng.permutation(len(stamps))[: round(test_share * len(stamps))].tolist())
+    return {
+        'train': [stamp for index, stamp in enumerate(stamps) if index not in test_indices],
+        'test': [stamp for index, stamp in enumerate(stamps) if index in test_indices],
+    }
+
+
 def questions_of(stamps: list[Stamp], rng: np.random.Generator) -> list[dict[str, str]]:
     """Return questions about the stamps of one split: for each, as many with yes as with no."""
     records = []
@@ -136,6 +145,23 @@ def questions_of(stamps: list[Stamp], rng: np.random.Generator) -> list[dict[str
             chosen = [candidates[index] for index in sorted(rng.permutation(len(candidates))[:count])]
             records += [{'image': stamp.picture, 'question': question, 'answer': answer} for stamp in chosen]
     return records
+
+
+def training_records(split: str, stamps: list[Stamp], questions: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the records of one split in the form that recipes read: captions, then questions."""
+    asked = [(stamp.picture, CAPTION_QUESTION, stamp.caption) for stamp in stamps]
+    asked += [(record['image'], record['question'], record['answer']) for record in questions]
+    return [{'image': image, 'prompt': prompt, 'answer': answer, 'split': split} for image, prompt, answer in asked]
+
+
+def write_tasks(output: Path, stamps: list[Stamp], questions: list[dict[str, str]]) -> None:
+    """Write the test split as three tasks."""
+    groups = [record | {'metric': 'exact_match', 'groups': {'question': record['question']}} for record in questions]
+    write_lines(output / 'questions.jsonl', groups)
+    pairs = [{'image': stamp.picture, 'references': [stamp.caption]} for stamp in stamps]
+    captions = [pair | {'question': CAPTION_QUESTION, 'metric': 'captions'} for pair in pairs]
+    write_lines(output / 'captions.jsonl', captions)
+    write_lines(output / 'retrieval.jsonl', [pair | {'metric': 'retrieval'} for pair in pairs])
 
 
 def write_lines(file: Path, records: list[dict]) -> None:
@@ -159,39 +185,25 @@ def write_data(package: Path, output: Path, *, test_share: float, seed: int) -> 
     left_out = Counter()
     stamps = list(read_stamps(root, left_out))
     rng = np.random.default_rng(seed)
-    is_test = np.zeros(len(stamps), bool)
-    is_test[rng.permutation(len(stamps))[: round(test_share * len(stamps))]] = True
-    splits = {
-        'train': [stamp for stamp, is_chosen in zip(stamps, is_test, strict=True) if not is_chosen],
-        'test': [stamp for stamp, is_chosen in zip(stamps, is_test, strict=True) if is_chosen],
-    }
+    splits = split_stamps(stamps, test_share, rng)
     if not all(splits.values()):
-        raise DataError(f'{root}: {len(stamps)} stamps with captions, too few for two splits')
+        raise DataError(
+            f'{root}: {len(stamps)} stamps with captions, too few for two splits at --test_share={test_share}'
+        )
+    questions = {split: questions_of(members, rng) for split, members in splits.items()}
     for stamp in stamps:
         file = output / stamp.picture
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(stamp.pixels).save(file)
-
     records = []
     for split, members in splits.items():
-        questions = questions_of(members, rng)
-        asked = [(stamp.picture, CAPTION_QUESTION, stamp.caption) for stamp in members]
-        asked += [(record['image'], record['question'], record['answer']) for record in questions]
-        records += [
-            {'image': image, 'prompt': prompt, 'answer': answer, 'split': split} for image, prompt, answer in asked
-        ]
+        records += training_records(split, members, questions[split])
     write_lines(output / 'data.jsonl', records)
-    # `questions` are those of the last split, the test split.
-    groups = [record | {'metric': 'exact_match', 'groups': {'question': record['question']}} for record in questions]
-    write_lines(output / 'questions.jsonl', groups)
-    pairs = [{'image': stamp.picture, 'references': [stamp.caption]} for stamp in splits['test']]
-    captions = [pair | {'question': CAPTION_QUESTION, 'metric': 'captions'} for pair in pairs]
-    write_lines(output / 'captions.jsonl', captions)
-    write_lines(output / 'retrieval.jsonl', [pair | {'metric': 'retrieval'} for pair in pairs])
+    write_tasks(output, splits['test'], questions['test'])
     counts = ', '.join(f'{count} {reason}' for reason, count in left_out.items())
     return (
         f'{output}: {len(splits["train"])} stamps to train on, {len(splits["test"])} to test with, '
-        f'{len(questions)} test questions; left out: {counts or "none"}'
+        f'{len(questions["test"])} test questions; left out: {counts or "none"}'
     )
 
 

@@ -143,6 +143,18 @@ def test_what_cannot_be_read_is_one_line(package, tmp_path, benchmark_script):
     assert not (tmp_path / 'data').exists()
 
 
+def test_the_tokenizer_knows_the_words_of_captions_and_spells_others(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    make_tokenizer = runpy.run_path(str(ROOT / 'benchmarks' / 'stamps_retrieval.py'))['make_tokenizer']
+    captions = ['a badger', 'a red fig, and a pear']
+    tokenizer = make_tokenizer(captions)
+    assert tokenizer.tokenize('A badger, a fig') == ['a', 'badger', ',', 'a', 'fig']
+    assert tokenizer.tokenize('bread') == ['b', '##r', '##e', '##a', '##d']
+    assert tokenizer.convert_ids_to_tokens(tokenizer('a pear')['input_ids']) == ['[CLS]', 'a', 'pear', '[SEP]']
+    # Ties are not broken at random, nor by the order of the captions.
+    assert make_tokenizer(captions[::-1]).get_vocab() == tokenizer.get_vocab()
+
+
 @pytest.mark.slow
 def test_each_model_of_a_job_is_scored_on_captions_and_questions(package, tmp_path, benchmark_script):
     data = tmp_path / 'data'
