@@ -173,14 +173,15 @@ class CheckedBatches:
     weights: TokenWeights
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the batches; a `WeightedBatch` each if there are weights.
+        """Iterate over the batches, whose numbers are arrays then; a `WeightedBatch` each if there are weights.
 
         Raises:
           CalibrationError: a batch holds no arrays, or its weights are none.
         """
         for number, batch in enumerate(self.batches):
             _check_batch(number, batch)
-            yield batch if self.weights is None else WeightedBatch(batch, self._weights_of(number, batch))
+            arrays = jax.tree.map(_as_array, batch)
+            yield arrays if self.weights is None else WeightedBatch(arrays, self._weights_of(number, batch))
 
     def _weights_of(self, number: int, batch: Any) -> Shaped[Array | np.ndarray, '...'] | None:
         if not isinstance(self.weights, str):
@@ -236,6 +237,11 @@ def _holds_numbers(leaf: object) -> bool:
     except TypeError:
         return False
     return not isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _as_array(leaf: Any) -> Any:
+    """Return a leaf of a batch as an array: a program must read each batch's own numbers, not those of the first."""
+    return leaf if is_array(leaf) else jnp.asarray(leaf)
 
 
 def _is_hashable(leaf: object) -> bool:

@@ -286,7 +286,9 @@ def _prune_program(
     keys = []
     for batch in batches:
         leaves, structure = jax.tree.flatten(batch)
-        keys.append((structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)))
+        # A number of Python has the dtype of an array, but does not change that of other arrays.
+        kinds = tuple((np.shape(leaf), jnp.result_type(leaf), getattr(leaf, 'weak_type', False)) for leaf in leaves)
+        keys.append((structure, kinds))
         if keys[-1] not in programs:
             programs[keys[-1]] = tracing.trace(forward, params, batch, followed.__contains__)
             calibrate.check_found(programs[keys[-1]])

@@ -313,3 +313,12 @@ def test_a_stack_that_is_read_as_a_whole_and_by_layer_is_named():
 
     with pytest.raises(CalibrationError, match=r'w: .*make it dense'):
         sl.prune(forward, params, [jnp.ones((2, 4, 16))], PATTERN, method=sl.Wanda())
+
+
+def test_numbers_in_a_batch_are_those_of_each_batch():
+    params = {'w': jax.random.normal(jax.random.key(0), (16, 8))}
+    batches = [(jax.random.normal(jax.random.key(i), (4, 16)), 10.0 ** (3 * i)) for i in range(2)]
+    got = sl.prune(lambda p, batch: jnp.tanh(batch[0] * batch[1]) @ p['w'], params, batches, PATTERN, method=sl.Wanda())
+    inputs = np.concatenate([np.tanh(np.asarray(x, np.float64) * scale) for x, scale in batches])
+    scores = np.abs(np.asarray(params['w'], np.float64)) * np.linalg.norm(inputs, axis=0)[:, None]
+    np.testing.assert_array_equal(got.masks['w'], np.argsort(np.argsort(scores, axis=0), axis=0) >= 8)
