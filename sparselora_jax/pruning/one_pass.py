@@ -45,14 +45,24 @@ class Place(NamedTuple):
     Attributes:
       path: path of the leaf.
       index: {axis of the leaf: index} of the axes that the kernel is one index of.
-      axes: the other axes of the leaf, in order.
+      axes: for each axis of the kernel the axes of the leaf that it consists of.
       layouts: origins that lead back to the leaf, from the inside out.
     """
 
     path: str
     index: dict[int, int]
-    axes: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
     layouts: tuple[Origin, ...] = ()
+
+    @classmethod
+    def of_leaf(cls, path: str, shape: Sequence[int]) -> 'Place':
+        """Return the place of a whole leaf.
+
+        Args:
+          path: path of the leaf.
+          shape: its shape.
+        """
+        return cls(path, {}, tuple((axis,) for axis in range(len(shape))))
 
     def of_part(self, origin: Origin) -> 'Place':
         """Return the place of a value within the kernel.
@@ -62,9 +72,9 @@ class Place(NamedTuple):
         """
         index = dict(self.index)
         for pin in origin.pins:
-            index[self.axes[pin.axis]] = int(pin.index)
-        pinned = {pin.axis for pin in origin.pins}
-        axes = tuple(axis for number, axis in enumerate(self.axes) if number not in pinned)
+            index.update(dict.fromkeys(self.axes[pin.axis], int(pin.index)))
+        # A transposed stack has its axes in another order than the leaf.
+        axes = tuple(tuple(axis for part in parts for axis in self.axes[part.axis]) for parts in origin.axes)
         return Place(self.path, index, axes, (origin, *self.layouts))
 
     def to_leaf(self, array: Array) -> Array:
@@ -76,7 +86,7 @@ class Place(NamedTuple):
         # A layer of a layer was cut out in two steps, which are undone one after the other.
         for origin in self.layouts:
             array = origin.to_leaf(array)
-        return array
+        return jnp.squeeze(array, tuple(self.index))
 
     def __str__(self) -> str:
         layers = ', '.join(str(self.index[axis]) for axis in sorted(self.index))
@@ -319,8 +329,8 @@ class OnePass:
             for unit, name in names.items():
                 kernel = pruned[str(place_of[name])]
                 level.shared[cut.kernels[unit]] = kernel
-                for copy in cut.copies.get(unit, []):
-                    level.shared[copy] = kernel.reshape(copy.aval.shape)
+                for copy, origin in cut.copies[unit].items():
+                    level.shared[copy] = origin.from_leaf(cuts[0].origins[unit].to_leaf(kernel))
 
     def _batch(
         self, level: Level, cut: Cut, chunk: Chunk, place_of: Mapping[str, Place]
@@ -351,16 +361,21 @@ class OnePass:
             name: self.method_of(place.path).statistic or calibrate.squares
             for name, place in place_of.items()
         }
+        layouts = {name: cuts[0].origins[unit].layout for unit, name in names.items()}
         # The observer gets the inputs of a chunk and finds its program by their shapes.
         programs = {}
         for level, cut in zip(levels, cuts, strict=True):
-            held = [(variable, names[unit]) for unit, variable in cut.kernels.items()]
-            held += [(copy, names[unit]) for unit, copies in cut.copies.items() for copy in copies]
+            held = [(variable, names[unit], cut.origins[unit].layout) for unit, variable in cut.kernels.items()]
+            held += [
+                (copy, names[unit], origin.layout)
+                for unit, copies in cut.copies.items()
+                for copy, origin in copies.items()
+            ]
             results = [variable for equation in cut.equations for variable in equation.outvars]
-            arguments = [*[variable for variable, _ in held], *cut.inputs]
+            arguments = [*[variable for variable, _, _ in held], *cut.inputs]
             program = function_of(cut.equations, arguments, results, level.schedule.program)
             shapes = tuple((variable.aval.shape, variable.aval.dtype) for variable in cut.inputs)
-            programs[shapes] = program, [(variable.aval.shape, name) for variable, name in held]
+            programs[shapes] = program, [(name, layout) for _, name, layout in held]
         programs_as_keys = tuple((identity(program), str(held)) for program, held in programs.values())
         key = programs_as_keys, tuple(stats.items())
         if key not in self._observers:
@@ -368,7 +383,12 @@ class OnePass:
             def forward(kernels, batch):
                 inputs, _ = self._of_device(batch)
                 program, held = programs[tuple((np.shape(leaf), leaf.dtype) for leaf in inputs)]
-                return core.jaxpr_as_fun(program)(*[kernels[name].reshape(shape) for shape, name in held], *inputs)
+                # Equal layouts need no operations.
+                of_cut = [
+                    kernels[name] if layout == layouts[name] else layout.from_leaf(layouts[name].to_leaf(kernels[name]))
+                    for name, layout in held
+                ]
+                return core.jaxpr_as_fun(program)(*of_cut, *inputs)
 
             def token_weights(name, batch):
                 return self._of_device(batch)[1].get(name)

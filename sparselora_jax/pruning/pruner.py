@@ -332,7 +332,7 @@ def _prune_program(
     for key, (batch, of_tokens) in zip(keys, weighted, strict=True):
         values = levels[numbers[key]].values_of_chunk(tracing.arrays_of(batch))
         chunks.append(Chunk(numbers[key], values, lambda path, of_tokens=of_tokens: of_tokens))
-    places = {path: Place(path, {}, tuple(range(len(leaves[path].shape)))) for path in patterns}
+    places = {path: Place.of_leaf(path, leaves[path].shape) for path in patterns}
     one_pass = OnePass(methods.__getitem__, offload=offload)
     one_pass.prune = prune_cut
     one_pass.run(levels, chunks, places)

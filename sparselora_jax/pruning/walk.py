@@ -206,7 +206,7 @@ class BlockPass:
             values = levels[number].values_of_chunk(tracing.arrays_of(inputs))
             samples.append(OnePassChunk(number, values, functools.partial(valid_rows, ctx=inputs[1])))
         # In the stack of all layers, the axes of a layer's kernel come after that of the layers.
-        places = {name: Place(path, {0: layer}, (1, 2)) for name, path in self._paths.items()}
+        places = {name: Place(path, {0: layer}, ((1,), (2,))) for name, path in self._paths.items()}
         one_pass.run(levels, samples, places)
         outputs = [levels[chunk.level].schedule.program.jaxpr.outvars[0] for chunk in samples]
         results = (

@@ -26,6 +26,12 @@ def prune_group_by_group(forward, params, batches, order, method):
     return params, masks
 
 
+def half_of_wanda(kernel, rows):
+    """The mask of Wanda at a sparsity of 0.5, from the rows that the kernel reads."""
+    scores = np.abs(np.asarray(kernel, np.float64)) * np.linalg.norm(np.asarray(rows, np.float64), axis=0)[:, None]
+    return np.argsort(np.argsort(scores, axis=0), axis=0) >= len(kernel) // 2
+
+
 def two_layers(seed=0):
     """(forward, params, the groups of kernels in order): gate and up share an input, and `w` is read transposed."""
     shapes = {'gate': (16, 24), 'up': (16, 24), 'down': (24, 16), 'w': (8, 16)}
@@ -320,5 +326,66 @@ def test_numbers_in_a_batch_are_those_of_each_batch():
     batches = [(jax.random.normal(jax.random.key(i), (4, 16)), 10.0 ** (3 * i)) for i in range(2)]
     got = sl.prune(lambda p, batch: jnp.tanh(batch[0] * batch[1]) @ p['w'], params, batches, PATTERN, method=sl.Wanda())
     inputs = np.concatenate([np.tanh(np.asarray(x, np.float64) * scale) for x, scale in batches])
-    scores = np.abs(np.asarray(params['w'], np.float64)) * np.linalg.norm(inputs, axis=0)[:, None]
-    np.testing.assert_array_equal(got.masks['w'], np.argsort(np.argsort(scores, axis=0), axis=0) >= 8)
+    np.testing.assert_array_equal(got.masks['w'], half_of_wanda(params['w'], inputs))
+
+
+def stacks_of_stacks(w, x):
+    def run_group(x, group):
+        return jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer), None), x, group)[0], None
+
+    return jax.lax.scan(run_group, x, w)[0]
+
+
+def stacks_of_parts(w, x):
+    def run_group(x, group):
+        for layer in range(3):
+            x = jnp.tanh(jnp.concatenate([x @ group[layer, :, :3], x @ group[layer, :, 3:]], axis=-1))
+        return x, None
+
+    return jax.lax.scan(run_group, x, w)[0]
+
+
+@pytest.mark.parametrize('form', [stacks_of_stacks, stacks_of_parts])
+@pytest.mark.parametrize('order', [(0, 1, 2, 3), (2, 1, 3, 0)])
+def test_layers_of_layers_are_put_back_into_the_leaf(form, order):
+    w = jax.random.normal(jax.random.key(0), (2, 3, 8, 8)) / 2
+    x = np.asarray(jax.random.normal(jax.random.key(1), (9, 8)))
+    leaf = w.transpose(order)
+    inverse = np.argsort(order)
+    got = sl.prune(lambda p, x: form(p['w'].transpose(inverse), x), {'w': leaf}, [x], PATTERN, method=sl.Wanda())
+    np.testing.assert_array_equal(got.params['w'], jnp.where(got.masks['w'], leaf, 0.0))
+    masks = np.asarray(got.masks['w']).transpose(inverse).reshape(6, 8, 8)
+    for kernel, mask in zip(w.reshape(6, 8, 8), masks, strict=True):
+        np.testing.assert_array_equal(mask, half_of_wanda(kernel, x))
+        x = np.tanh(x @ np.where(mask, kernel, 0.0))
+
+
+def test_parts_that_are_sliced_out_of_a_layer_at_once_are_one_kernel():
+    params = {'w': jax.random.normal(jax.random.key(0), (2, 8, 16))}
+
+    def forward(params, x):
+        for layer in range(2):
+            x = jnp.tanh((x @ params['w'][layer, :, :8]) * (x @ params['w'][layer, :, 8:]))
+        return x
+
+    x = np.asarray(jax.random.normal(jax.random.key(1), (9, 8)))
+    got = sl.prune(forward, params, [x], PATTERN, method=sl.Wanda())
+    for kernel, mask in zip(params['w'], got.masks['w'], strict=True):
+        np.testing.assert_array_equal(mask, half_of_wanda(kernel, x))
+        gate, up = np.split(x @ np.where(mask, kernel, 0.0), 2, axis=1)
+        x = np.tanh(gate * up)
+
+
+def test_a_layer_that_is_read_again_in_another_layout_is_the_pruned_one():
+    params = {'w': jax.random.normal(jax.random.key(0), (2, 8, 8)), 'z': jax.random.normal(jax.random.key(1), (8, 8))}
+
+    def forward(params, x):
+        x = jnp.tanh(x @ params['w'][0])
+        x = jnp.tanh(jnp.einsum('ti,oi->to', x, params['w'].transpose(0, 2, 1)[0]))
+        return x @ params['z'] + x @ params['w'][1]
+
+    x = np.asarray(jax.random.normal(jax.random.key(2), (9, 8)))
+    got = sl.prune(forward, params, [x], PATTERN, method=sl.Wanda())
+    for _ in range(2):
+        x = np.tanh(x @ np.asarray(got.params['w'][0]))
+    np.testing.assert_array_equal(got.masks['z'], half_of_wanda(params['z'], x))

@@ -83,17 +83,41 @@ class Origin:
         size = math.prod(size for axis, size in enumerate(self.shape) if axis not in pinned)
         return math.prod(part.size for parts in self.axes for part in parts) == size
 
+    @property
+    def layout(self) -> 'Origin':
+        """What `to_leaf` and `from_leaf` need: the same for equal layouts of different leaves, or of other layers."""
+        return replace(self, path='', pins=tuple(pin._replace(index=0) for pin in self.pins))
+
     def to_leaf(self, array: Any) -> Any:
-        """Return an array of the value's layout in the layout of the leaf, without the pinned axes.
+        """Return an array of the value's layout in the layout of the leaf; its pinned axes have length 1.
 
         Args:
-          array: an array of the value's shape, which must be whole.
+          array: an array of the value's shape, which must be whole. It may hold one index, instead of all, of an axis
+            that is an axis of the leaf.
         """
+        sizes = [
+            part.size if size > 1 else 1 for parts, size in zip(self.axes, array.shape, strict=True) for part in parts
+        ]
         parts = [part for parts in self.axes for part in parts]
-        order = sorted(range(len(parts)), key=lambda index: (parts[index].axis, -parts[index].stride))
-        pinned = {pin.axis for pin in self.pins}
-        shape = [size for axis, size in enumerate(self.shape) if axis not in pinned]
-        return array.reshape([part.size for part in parts]).transpose(order).reshape(shape)
+        shape = [math.prod(s for p, s in zip(parts, sizes, strict=True) if p.axis == a) for a in range(len(self.shape))]
+        return array.reshape(sizes).transpose(self._order_in_leaf()).reshape(shape)
+
+    def from_leaf(self, array: Any) -> Any:
+        """Return an array of the leaf's layout in that of the value: the inverse of `to_leaf`.
+
+        Args:
+          array: an array of the leaf's shape, in which pinned axes have length 1.
+        """
+        order = self._order_in_leaf()
+        parts = [part for parts in self.axes for part in parts]
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        shape = [math.prod(part.size for part in parts) for parts in self.axes]
+        return array.reshape([parts[index].size for index in order]).transpose(inverse).reshape(shape)
+
+    def _order_in_leaf(self) -> list[int]:
+        """Return the numbers of the parts, in the order in which they are in the leaf."""
+        parts = [part for parts in self.axes for part in parts]
+        return sorted(range(len(parts)), key=lambda index: (parts[index].axis, -parts[index].stride))
 
     @classmethod
     def of_leaf(cls, path: str, shape: Sequence[int]) -> 'Origin':

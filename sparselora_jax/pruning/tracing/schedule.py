@@ -57,14 +57,14 @@ class Cut:
       equations: the products, or loops and branches that contain them, and what leads from the kernels to them.
       kernels: {unit: the value that holds it}.
       origins: {unit: the origin of that value}.
-      copies: other values that hold the same unit.
+      copies: {unit: {other value that holds it: its origin}}.
       inputs: values that the equations read apart from the kernels.
     """
 
     equations: list[core.JaxprEqn]
     kernels: dict[Unit, core.Var]
     origins: dict[Unit, Origin]
-    copies: dict[Unit, list[core.Var]]
+    copies: dict[Unit, dict[core.Var, Origin]]
     inputs: list[core.Var]
 
 
@@ -150,6 +150,8 @@ def without_calls(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
             name = equation.primitive.name
             if name in CALLS:
                 results = inline(closed(equation.params[CALLS[name]]), operands)
+            elif steps := _steps_of_slice(equation):
+                results = inline(steps, operands)
             else:
                 # A program may be called twice, so each call needs variables of its own.
                 results = [core.Var(variable.aval) for variable in equation.outvars]
@@ -161,6 +163,30 @@ def without_calls(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
     results = inline(program, arguments)
     jaxpr = core.Jaxpr(list(constants), arguments, results, equations, program.jaxpr.effects, program.jaxpr.debug_info)
     return core.ClosedJaxpr(jaxpr, list(constants.values()))
+
+
+def _steps_of_slice(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Return a slice `x[3, :, :8]` as `x[3]`, which is the layer to prune, and a part of it; None: it is one step.
+
+    Args:
+      equation: any operation.
+    """
+    if equation.primitive.name != 'slice' or equation.params['strides'] is not None:
+        return None
+    (x,) = (variable.aval for variable in equation.invars)
+    bounds = list(zip(equation.params['start_indices'], equation.params['limit_indices'], strict=True))
+    whole = [(0, size) for size in x.shape]
+    of_layer = [
+        of_axis if of_axis[1] - of_axis[0] == 1 else all_of_it for of_axis, all_of_it in zip(bounds, whole, strict=True)
+    ]
+    if of_layer in (whole, bounds):
+        return None
+    of_part = [(0, 1) if end - start == 1 else (start, end) for start, end in bounds]
+
+    def slice_twice(x):
+        return jax.lax.slice(jax.lax.slice(x, *zip(*of_layer, strict=True)), *zip(*of_part, strict=True))
+
+    return jax.make_jaxpr(slice_twice)(jax.ShapeDtypeStruct(x.shape, x.dtype))
 
 
 def make_schedule(
@@ -316,7 +342,8 @@ class _Scheduler:
             if before is None:
                 break
             # An index that only the running program knows says nothing here; then the whole stack is the kernel.
-            is_known = all(pin.index is not None for pin in self.known[variable].origin.pins)
+            # Nor does one that was taken together with a part of another axis.
+            is_known = origin.is_whole and all(pin.index is not None for pin in origin.pins)
             if is_known and len(self.known[before].origin.pins) != len(origin.pins):
                 break
             variable = before
@@ -412,8 +439,9 @@ class _Scheduler:
             cut = Cut(products, {}, {}, {}, [])
             for unit in sorted(units):
                 # Values that hold the same kernel, also those that later operations read, become the pruned one.
-                cut.kernels[unit], *cut.copies[unit] = self.holders[unit]
+                cut.kernels[unit], *others = self.holders[unit]
                 cut.origins[unit] = self.known[cut.kernels[unit]].origin
+                cut.copies[unit] = {variable: self.known[variable].origin for variable in others}
             pruned.update(units)
             steps.append(cut)
         return steps, later

@@ -84,6 +84,16 @@ def test_an_origin_names_the_elements_of_the_leaf(operations):
     np.testing.assert_array_equal(elements(origin, value.shape), value)
 
 
+@pytest.mark.parametrize('operations', OPERATIONS[:5])
+def test_a_value_is_put_back_into_its_leaf_and_taken_out_again(operations):
+    leaf = np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    origin, value = Origin.of_leaf('w', SHAPE), leaf
+    for operation in operations:
+        origin, value = operation(origin, value)
+    np.testing.assert_array_equal(origin.to_leaf(value), leaf)
+    np.testing.assert_array_equal(origin.from_leaf(leaf), value)
+
+
 @pytest.mark.parametrize('seed', range(40))
 def test_random_operations_are_followed_or_given_up(seed):
     rng = np.random.default_rng(seed)
