@@ -28,6 +28,7 @@ from sparselora_jax.pruning.tracing.schedule import (
     Loop,
     Schedule,
     Segment,
+    Step,
     Unit,
     free_variables,
     function_of,
@@ -218,7 +219,7 @@ class OnePass:
         """
         schedules = [level.schedule for level in levels]
         # A forward may look at sizes: what it does with a small batch need not be what it does with a large one.
-        if len({tuple(type(step) for step in schedule.steps) for schedule in schedules}) > 1:
+        if len({tuple(map(_kernels_of_step, schedule.steps)) for schedule in schedules}) > 1:
             raise CalibrationError(
                 'the forward is another program for batches of another size: use batches of one size'
             )
@@ -334,8 +335,8 @@ class OnePass:
 
     def _batch(
         self, level: Level, cut: Cut, chunk: Chunk, place_of: Mapping[str, Place]
-    ) -> tuple[list[Any], dict[str, Array]]:
-        """Return what the products of a cut read, and the weights of the tokens for each kernel."""
+    ) -> tuple[dict[int, list[Any]], dict[str, Array]]:
+        """Return what the products of a cut read, by the number of its level, and the weights of the tokens."""
         inputs = [
             self.on_device(chunk.values[variable])
             if variable in chunk.values
@@ -343,7 +344,7 @@ class OnePass:
             for variable in cut.inputs
         ]
         weights = self.on_device({name: chunk.weights(place.path) for name, place in place_of.items()})
-        return inputs, {name: of_kernel for name, of_kernel in weights.items() if of_kernel is not None}
+        return {chunk.level: inputs}, {name: of_kernel for name, of_kernel in weights.items() if of_kernel is not None}
 
     def _for_each_device(self, value: Any) -> Any:
         """Return a value with an axis of devices, each of which gets the same."""
@@ -362,8 +363,7 @@ class OnePass:
             for name, place in place_of.items()
         }
         layouts = {name: cuts[0].origins[unit].layout for unit, name in names.items()}
-        # The observer gets the inputs of a chunk and finds its program by their shapes.
-        programs = {}
+        programs = []
         for level, cut in zip(levels, cuts, strict=True):
             held = [(variable, names[unit], cut.origins[unit].layout) for unit, variable in cut.kernels.items()]
             held += [
@@ -374,15 +374,15 @@ class OnePass:
             results = [variable for equation in cut.equations for variable in equation.outvars]
             arguments = [*[variable for variable, _, _ in held], *cut.inputs]
             program = function_of(cut.equations, arguments, results, level.schedule.program)
-            shapes = tuple((variable.aval.shape, variable.aval.dtype) for variable in cut.inputs)
-            programs[shapes] = program, [(name, layout) for _, name, layout in held]
-        programs_as_keys = tuple((identity(program), str(held)) for program, held in programs.values())
+            programs.append((program, [(name, layout) for _, name, layout in held]))
+        programs_as_keys = tuple((identity(program), str(held)) for program, held in programs)
         key = programs_as_keys, tuple(stats.items())
         if key not in self._observers:
             # The products need not run: only their inputs are observed, and the compiler drops the rest.
             def forward(kernels, batch):
-                inputs, _ = self._of_device(batch)
-                program, held = programs[tuple((np.shape(leaf), leaf.dtype) for leaf in inputs)]
+                # Two levels may read arrays of equal shapes here, and differ in the rounds of a loop.
+                ((number, inputs),) = self._of_device(batch)[0].items()
+                program, held = programs[number]
                 # Equal layouts need no operations.
                 of_cut = [
                     kernels[name] if layout == layouts[name] else layout.from_leaf(layouts[name].to_leaf(kernels[name]))
@@ -470,6 +470,18 @@ class OnePass:
             for index, atom in enumerate(equation.invars)
             if isinstance(atom, core.Literal) or atom not in varying
         }
+
+
+def _kernels_of_step(step: Step) -> tuple:
+    """Return what steps of two programs must share to be one step: its kind and, in order, what it prunes."""
+    if isinstance(step, Segment):
+        return (Segment,)
+    if isinstance(step, Cut):
+        return (Cut, *sorted(step.kernels))
+    # The rounds of a loop go through these, and the body of each is compared when it runs.
+    params = step.equation.params
+    rounds = [params[name] for name in ('length', 'reverse', 'num_consts', 'num_carry')]
+    return (Loop, *rounds, *[(origin.path, origin.axes, origin.pins) for origin in step.kernels.values()])
 
 
 class _OneByOne(Sequence):

@@ -389,3 +389,47 @@ def test_a_layer_that_is_read_again_in_another_layout_is_the_pruned_one():
     for _ in range(2):
         x = np.tanh(x @ np.asarray(got.params['w'][0]))
     np.testing.assert_array_equal(got.masks['z'], half_of_wanda(params['z'], x))
+
+
+def test_batches_of_several_sizes_may_run_a_loop_for_different_rounds():
+    params = {'w': jax.random.normal(jax.random.key(0), (8, 8))}
+    x = [np.asarray(scale * jax.random.normal(jax.random.key(i), (5, 8))) for i, scale in ((1, 1.0), (2, 10.0))]
+    batches = [{'x': x[0], 'rounds': jnp.zeros(1)}, {'x': x[1], 'rounds': jnp.zeros(3)}]
+
+    def forward(params, batch):
+        rounds = batch['rounds'].shape[0]
+        return jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ params['w']), batch['x'])
+
+    got = sl.prune(forward, params, batches, PATTERN, method=sl.Wanda())
+    rows = [x[0], x[1], np.tanh(x[1] @ params['w']), np.tanh(np.tanh(x[1] @ params['w']) @ params['w'])]
+    assert got.tokens == {'w': 4 * 5}
+    np.testing.assert_array_equal(got.masks['w'], half_of_wanda(params['w'], np.concatenate(rows)))
+
+
+def test_batches_that_read_kernels_in_another_order_are_refused():
+    params = {'a': jnp.ones((8, 8)), 'b': jnp.ones((8, 8))}
+
+    def forward(params, x):
+        for name in sorted(params, reverse=len(x) > 5):
+            x = jnp.tanh(x @ params[name])
+        return x
+
+    with pytest.raises(CalibrationError, match='another program for batches of another size'):
+        sl.prune(forward, params, [jnp.ones((5, 8)), jnp.ones((6, 8))], PATTERN, method=sl.Wanda())
+
+
+def test_parts_that_differ_in_a_function_of_python_are_not_one_program():
+    params = {name: jax.random.normal(jax.random.key(i), (8, 8)) for i, name in enumerate('abc')}
+    functions = [np.tanh, np.cos, np.sin]
+
+    def forward(params, x):
+        for name, function in zip('abc', functions, strict=True):
+            x = jax.pure_callback(lambda x, function=function: function(np.asarray(x)), x, x) @ params[name]
+        return x
+
+    x = np.asarray(jax.random.normal(jax.random.key(3), (9, 8)))
+    got = sl.prune(forward, params, [x], PATTERN, method=sl.Wanda())
+    for name, function in zip('abc', functions, strict=True):
+        x = function(x)
+        np.testing.assert_array_equal(got.masks[name], half_of_wanda(params[name], x))
+        x = x @ np.asarray(got.params[name])

@@ -518,15 +518,20 @@ def identity(program: core.ClosedJaxpr) -> tuple[str, tuple[int, ...]]:
       program: a program without constants of its own.
     """
     # The text names values in the order in which they appear, so it does not depend on their identity. It leaves out
-    # the constants of programs within programs, such as the branches of a `cond`.
+    # the constants of programs within programs, such as the branches of a `cond`, and which function a callback is.
     constants = []
-    inner = [value for equation in program.jaxpr.eqns for value in jax.tree.leaves(equation.params)]
-    while inner:
-        value = inner.pop()
-        if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
-            program_within = closed(value)
-            constants += map(id, program_within.consts)
-            inner += [leaf for equation in program_within.jaxpr.eqns for leaf in jax.tree.leaves(equation.params)]
+    within = [program.jaxpr]
+    while within:
+        for equation in within.pop().eqns:
+            called = CALLS.get(equation.primitive.name)
+            # Rules of differentiation are functions too, and a new one for each call.
+            params = equation.params[called] if called else equation.params
+            for value in jax.tree.leaves(params):
+                if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
+                    constants += map(id, closed(value).consts)
+                    within.append(closed(value).jaxpr)
+                elif callable(value):
+                    constants.append(id(value))
     return str(program.jaxpr), tuple(constants)
 
 
