@@ -423,7 +423,13 @@ def make_sums(
 
         @functools.partial(jax.jit, donate_argnums=0)  # a Hessian is added to in place
         def add_statistics(sums, arrays, batch):
-            return jax.tree.map(lambda total, parts: _add_in_order(total, parts, mesh), sums, on_rows(arrays, batch))
+            of_batch = on_rows(arrays, batch)
+            totals = {}
+            for path, total in sums.items():
+                parts = _with_extra_weight(of_batch[path], total)
+                total = _with_extra_weight(total, parts)
+                totals[path] = jax.tree.map(lambda total, parts: _add_in_order(total, parts, mesh), total, parts)
+            return totals
 
         return on_rows, add_statistics
 
@@ -438,6 +444,13 @@ def make_sums(
         return programs(rest)[1](sums, arrays, batch)
 
     return Sums(zeros, add, leaders, axes, other_rows, unfollowed)
+
+
+def _with_extra_weight(sums: KernelSums, others: KernelSums) -> KernelSums:
+    """Return sums that can be added to others: the weights of one batch may be numbers, and those of the next a mask."""
+    if sums.extra_weight is not None or others.extra_weight is None:
+        return sums
+    return sums._replace(extra_weight=jnp.zeros(sums.tokens.shape, jnp.float32))
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -642,10 +655,15 @@ def kernel_paths(params: PyTree) -> set[str]:
     Args:
       params: any tree.
     """
-    matrices = {path for path, leaf in rules.leaves_by_path(params).items() if getattr(leaf, 'ndim', 0) >= 2}
+    matrices = {path for path, leaf in rules.leaves_by_path(params).items() if _is_matrix(leaf)}
     # In such a tree, embeddings and tables of positions have other names, and nobody means to prune them.
     named = {path for path in matrices if rules.named_kernel(path)}
     return named or matrices
+
+
+def _is_matrix(leaf: object) -> bool:
+    # Nothing of an array without elements can be pruned, and no token can reach it.
+    return getattr(leaf, 'ndim', 0) >= 2 and math.prod(leaf.shape) > 0
 
 
 def check_found(program: tracing.Program, is_required: Callable[[str], bool] = rules.named_kernel) -> None:

@@ -90,8 +90,16 @@ class Place(NamedTuple):
         return jnp.squeeze(array, tuple(self.index))
 
     def __str__(self) -> str:
-        layers = ', '.join(str(self.index[axis]) for axis in sorted(self.index))
-        return f'{self.path}, layer {layers}' if layers else self.path
+        return self.name_of(None)
+
+    def name_of(self, layer: int | None) -> str:
+        """Return the name of the kernel for messages.
+
+        Args:
+          layer: number of the layer within the kernel; None: all of it.
+        """
+        numbers = [self.index[axis] for axis in sorted(self.index)] + ([] if layer is None else [layer])
+        return f'{self.path}, layer {", ".join(map(str, numbers))}' if numbers else self.path
 
 
 class Level(NamedTuple):
@@ -320,7 +328,7 @@ class OnePass:
             if id(cuts[0]) not in self._of_cut:
                 self._of_cut[id(cuts[0])] = cuts[0], self._observer(levels, cuts, names, place_of)
             _, observe = self._of_cut[id(cuts[0])]
-            statistics = observe(kernels, batches, lambda name, layer: str(place_of[name]))
+            statistics = observe(kernels, batches, lambda name, layer: place_of[name].name_of(layer))
         targets = {
             str(place): Target(place.path, place, kernels[name], statistics[name]) for name, place in place_of.items()
         }
@@ -540,8 +548,9 @@ def _naming(place_of: Mapping[str, Place]) -> Iterator[None]:
     try:
         yield
     except (CalibrationError, MethodError) as error:
-        name, colon, message = str(error).partition(':')
+        place, colon, message = str(error).partition(':')
+        name, _, layer = place.partition(', layer ')
         # Not every message begins with a kernel.
         if name not in place_of:
             raise
-        raise type(error)(f'{place_of[name]}{colon}{message}') from None
+        raise type(error)(f'{place_of[name].name_of(int(layer) if layer else None)}{colon}{message}') from None

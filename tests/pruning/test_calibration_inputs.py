@@ -293,3 +293,17 @@ def test_a_sum_that_is_too_large_is_told_from_bad_activations():
         PARAMS,
         [jnp.full((1, 8), 1.5e19)] * 2,
     )
+
+
+@pytest.mark.parametrize('shape', [(0, 8), (8, 0), (0, 8, 8)])
+def test_an_array_without_elements_is_no_kernel(shape):
+    params = {'w': jnp.zeros(shape), 'v': jnp.ones((8, 8))}
+
+    def forward(params, x):
+        of_none = [x[:, : w.shape[0]] @ w for w in params['w'].reshape(*shape[:-2] or (1,), *shape[-2:])]
+        return of_none, x @ params['v']
+
+    assert set(sl.collect(forward, params, [jnp.ones((5, 8))])) == {'v'}
+    result = sl.prune(forward, params, [jnp.ones((5, 8))], [('.*', 0.5)], method=sl.Wanda())
+    assert set(result.masks) == {'v'}
+    assert result.params['w'].shape == shape

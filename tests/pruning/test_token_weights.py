@@ -216,3 +216,26 @@ def test_the_batch_of_wrong_weights_is_named():
         sl.collect(forward, W, iter(wrong), weights='importance')
     with pytest.raises(CalibrationError, match=r"^weights='importance': batch 1 is a .*Array.*, not a dict"):
         sl.collect(lambda params, batch: batch['x'] @ params['w'], W, [wrong[0], jnp.ones(3)], weights='importance')
+
+
+@pytest.mark.parametrize('first', [None, np.array([True, False, True, True])], ids=['none', 'mask'])
+def test_weights_may_be_numbers_in_some_batches_only(first):
+    params = {'w': jax.random.normal(jax.random.key(0), (8, 8))}
+    x = np.asarray(jax.random.normal(jax.random.key(1), (2, 4, 8)))
+    numbers = np.array([1.0, 2.0, 0.0, 0.5], np.float32)
+    batches = [{'x': x[0], 'weights': first}, {'x': x[1], 'weights': numbers}]
+    got = {}
+    for name, given in (('in order', batches), ('reversed', batches[::-1])):
+        got[name] = sl.collect(
+            lambda p, batch: batch['x'] @ p['w'],
+            params,
+            given,
+            stat=calibrate.Mean(calibrate.squares),
+            weights=lambda b: b['weights'],
+        )['w']
+    counts = np.ones(4) if first is None else first
+    weights = np.concatenate([counts, numbers])
+    want = weights @ np.square(x.reshape(8, 8)) / weights.sum()
+    for statistic in got.values():
+        np.testing.assert_allclose(statistic.total, want, rtol=1e-5)
+        assert int(statistic.tokens) == counts.sum() + 3

@@ -50,7 +50,7 @@ class Arrangement:
         # Where shardings are explicit, JAX reshapes no array whose axes are divided.
         if any(jax.typeof(x).sharding.spec):
             x = jax.sharding.reshard(x, PartitionSpec())
-        return x.reshape(self.shape).transpose(self.order).reshape(self.layers, -1, self.inputs)
+        return x.reshape(self.shape).transpose(self.order).reshape(self.layers, math.prod(self.tokens), self.inputs)
 
     def weights_of_rows(self, weights: Shaped[Array, '...']) -> Shaped[Array, ' tokens'] | None:
         """Return the weight of each row, if the axes of the weights are the first axes of the tokens.
