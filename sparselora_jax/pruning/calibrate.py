@@ -447,7 +447,7 @@ def make_sums(
 
 
 def _with_extra_weight(sums: KernelSums, others: KernelSums) -> KernelSums:
-    """Return sums that can be added to others: the weights of one batch may be numbers, and those of the next a mask."""
+    """Return sums that can be added to others: weights may be a mask in one batch, and numbers in the next."""
     if sums.extra_weight is not None or others.extra_weight is None:
         return sums
     return sums._replace(extra_weight=jnp.zeros(sums.tokens.shape, jnp.float32))

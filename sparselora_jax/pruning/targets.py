@@ -4,6 +4,7 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -166,6 +167,7 @@ def pattern_zeros(
     for path, pattern in patterns.items():
         *layers, inputs, outputs = flat[path].shape
         # Checked here, where shapes are known and nothing is computed yet, so that an error comes early.
+        _check_numbers(path, flat[path], methods[path])
         try:
             with calling(f'check of pruning method {type(methods[path]).__name__}', MethodError):
                 methods[path].check(pattern, inputs)
@@ -184,6 +186,25 @@ def pattern_zeros(
         else:
             zeros[path] = np.full(layers, _zeros_of_kernel(path, pattern, methods[path], inputs, outputs))
     return zeros
+
+
+def _check_numbers(path: str, kernel: Any, method: Method) -> None:
+    """Check that a kernel holds numbers that its method can return.
+
+    Raises:
+      MethodError: they are complex; or integers, and the method changes the weights that it keeps.
+    """
+    # Weights on disk need not say what they are.
+    dtype = getattr(kernel, 'dtype', None)
+    if dtype is None or jnp.issubdtype(dtype, jnp.floating):
+        return
+    name = type(method).__name__
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise MethodError(f'{path}: {name} cannot prune an array of {dtype}: expected real numbers')
+    if method.edits_kept_weights:
+        raise MethodError(
+            f'{path}: {name} changes the weights that it keeps, and would cut them to {dtype}: use floats'
+        )
 
 
 def _zeros_of_kernel(path: str, pattern: Pattern, method: Method, inputs: int, outputs: int) -> int:

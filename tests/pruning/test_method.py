@@ -10,7 +10,7 @@ import sparselora_jax as sl
 from configs import blip2_lang_only
 from sparselora_jax import pruning
 from sparselora_jax.pruning import calibrate
-from sparselora_jax.pruning.method import check_method
+from sparselora_jax.pruning.method import MethodError, check_method
 from sparselora_jax.recipe import ConfigError, allocation_of, check_allocation, metric, prune_methods
 
 
@@ -276,3 +276,19 @@ def test_a_metric_without_a_title_is_named(name):
     config.evaluate.metric = f'test_method:{name}'
     with pytest.raises(ConfigError, match=f"metric 'test_method:{name}' has the title .*: expected a text"):
         metric(config)
+
+
+def test_numbers_that_a_method_cannot_return_are_refused():
+    params = {'w': {'kernel': jnp.ones((8, 8), jnp.complex64)}}
+    with pytest.raises(MethodError, match=r'^w/kernel: Magnitude cannot prune an array of complex64: expected real'):
+        sl.prune_tree(params, None, [('.*', 0.5)], method=sl.Magnitude())
+    integers = {'w': jnp.arange(64, dtype=jnp.int8).reshape(8, 8)}
+    batches = [jnp.eye(8)]
+    with pytest.raises(
+        MethodError, match=r'^w: SparseGPT changes the weights that it keeps, and would cut them to int8'
+    ):
+        sl.prune(dequantised, integers, batches, [('.*', 0.5)], method=sl.SparseGPT())
+
+
+def dequantised(params, x):
+    return x @ (params['w'].astype(jnp.float32) * 0.01)

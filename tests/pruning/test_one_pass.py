@@ -438,5 +438,5 @@ def test_parts_that_differ_in_a_function_of_python_are_not_one_program():
 def test_an_expert_that_is_not_finite_is_named():
     params = {'w': jnp.ones((3, 8, 8))}
     batch = jnp.ones((3, 4, 8)).at[1, 2, 3].set(jnp.nan)
-    with pytest.raises(CalibrationError, match='^w, layer 1: activations are not finite'):
+    with pytest.raises(CalibrationError, match=r'^w, layer 1: activations are not finite'):
         sl.prune(lambda p, x: jnp.einsum('eti,eio->eto', x, p['w']), params, [batch], PATTERN, method=sl.Wanda())

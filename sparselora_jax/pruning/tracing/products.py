@@ -166,12 +166,15 @@ def find_product(equation: core.JaxprEqn, operands: Sequence[Operand], mesh_axes
       mesh_axes: within `shard_map`, the axes of the mesh whose devices run the product.
 
     Raises:
-      UnfollowedError: both operands are leaves, or the axes of the leaf have no clear roles.
+      UnfollowedError: both operands are leaves, one is complex, or the axes of the leaf have no clear roles.
     """
     followed = [index for index, operand in enumerate(operands[:2]) if operand.origin is not None]
     # Of two weights neither is the input of the other: their product is a weight itself.
     if len(followed) != 1:
         raise UnfollowedError('two leaves are multiplied with each other, or a leaf says where groups begin')
+    # Statistics are sums of real numbers; a part of each product would be left out of them.
+    if any(jnp.issubdtype(variable.aval.dtype, jnp.complexfloating) for variable in equation.invars):
+        raise UnfollowedError('it is a product of complex numbers')
     (kernel,) = followed
     product = PRODUCTS[equation.primitive.name](equation, operands, kernel)
     # Along these axes devices hold rows of their own, unless they read other layers or inputs of the kernel there.

@@ -276,6 +276,10 @@ UNFOLLOWED = {
     'both axes': (lambda p, x: x @ p['kernel'] @ p['kernel'].T, 'contract different axes'),
     'never': (lambda p, x: x, 'the forward never multiplies with it'),
     'nothing': (lambda p, x: None, 'the forward never multiplies with it'),
+    'complex': (
+        lambda p, x: x.astype(jnp.complex64) @ p['kernel'].astype(jnp.complex64),
+        'a product of complex numbers',
+    ),
     'diagonal': (lambda p, x: jnp.sum(x * p['kernel'][0]), 'depend on the batch'),
 }
 
