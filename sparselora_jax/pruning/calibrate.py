@@ -576,7 +576,7 @@ def make_observer(
         _warn_about_rows({place(path, None): rows for path, rows in unnamed.items()})
         named.update(unnamed)
         unfollowed = {path: reason for path, reason in programs.unfollowed.items() if path not in named}
-        _warn_about_unfollowed({place(path, None): reason for path, reason in unfollowed.items()})
+        warn_about_unfollowed({place(path, None): reason for path, reason in unfollowed.items()})
         named.update(unfollowed)
         leaves = rules.leaves_by_path(params)
         sizes = {path: programs.axes[path].sizes(leaves[path].shape) for path in sums}
@@ -910,7 +910,7 @@ def _finish(layer_sizes: tuple[int, ...], stat: Statistic, sums: KernelSums) -> 
     return jax.tree.map(lambda leaf: leaf.reshape(*layer_sizes, *leaf.shape[1:]), (total, tokens))
 
 
-def _warn_about_unfollowed(reasons: Mapping[str, str]) -> None:
+def warn_about_unfollowed(reasons: Mapping[str, str]) -> None:
     """Log one line that names the arrays that a forward multiplies, and that get no statistic.
 
     Args:

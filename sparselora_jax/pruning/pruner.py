@@ -41,7 +41,16 @@ from sparselora_jax.pruning.walk import BlockPass, block_observer, joined, namin
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse import sharding
 from sparselora_jax.sparse.axes import KernelAxes, matrix_shape
-from sparselora_jax.sparse.rules import block_path, flatten, name_in_block, paths_of, unflatten, with_leaves
+from sparselora_jax.sparse.patterns import parse_pattern
+from sparselora_jax.sparse.rules import (
+    block_path,
+    first_match,
+    flatten,
+    name_in_block,
+    paths_of,
+    unflatten,
+    with_leaves,
+)
 
 
 class PruneResult(NamedTuple):
@@ -298,6 +307,7 @@ def _prune_program(
     methods = methods_of(params, method, axes)
     shapes = {path: matrix_shape(leaves[path].shape, axes[path]) for path in patterns}
     dtypes = {path: jax.ShapeDtypeStruct(shape, leaves[path].dtype) for path, shape in shapes.items()}
+    calibrate.warn_about_unfollowed(_passed_over(programs.values(), rules))
     totals = pattern_zeros(dtypes, patterns, methods, zeros)
     num_kernels = sum(total.size for total in totals.values())
     # The layers of a stack are pruned one by one, and joined at the end unless `keep` takes them.
@@ -346,6 +356,15 @@ def _prune_program(
         {path: int(parts[path][-1].target.statistic.tokens.min()) for path in patterns},
         dict(axes),
     )
+
+
+def _passed_over(programs: Iterable[tracing.Program], rules: PatternRules) -> dict[str, str]:
+    """Return {path: why} of the arrays that a forward multiplies and rules prune, but that cannot be followed."""
+    reasons = {path: reason for program in programs for path, reason in program.unfollowed.items()}
+    dense = ('.*', 'dense')
+    return {
+        path: reason for path, reason in reasons.items() if not parse_pattern(first_match([*rules, dense], path)).dense
+    }
 
 
 class _Pruned(NamedTuple):

@@ -21,12 +21,14 @@ class Operand(NamedTuple):
       value: the array; None while the program is only analysed.
       origin: where it comes from, if it is a leaf of params in another layout.
       varies: what it varies with: `BATCH` if it depends on the batch, and within `shard_map` the axes of the mesh along
-        which devices may have different values.
+        along which devices may have different values.
+      lost: paths of leaves from which it was computed in ways that cannot be followed, other than by products.
     """
 
     value: Any
     origin: Origin | None = None
     varies: frozenset[Hashable] = frozenset()
+    lost: frozenset[str] = frozenset()
 
 
 class UnfollowedError(Exception):
@@ -174,8 +176,9 @@ def _gather(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin
     is_whole = all(size == length for i, (size, length) in enumerate(zip(sizes, shape, strict=True)) if i != axis)
     if operands[0].origin is None or not is_one_index or not is_whole:
         raise UnfollowedError('it looks up several rows (an embedding?)')
-    index, _, varies = operands[1]
-    return [operands[0].origin.pin(axis, None if index is None else index[0], varies - {BATCH})]
+    index = operands[1]
+    position = None if index.value is None else index.value[0]
+    return [operands[0].origin.pin(axis, position, index.varies - {BATCH})]
 
 
 def _split(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:

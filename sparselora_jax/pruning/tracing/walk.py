@@ -38,7 +38,7 @@ class Walk:
 
     Attributes:
       lost: {path: what lost the leaf}, of all leaves that reached an operation that cannot be followed.
-      unfollowed: the same, of leaves that reached a product.
+      unfollowed: the same, of leaves that reached a product, or were lost on the way to one.
     """
 
     def __init__(self, visit: Visit, *, has_values: bool, sums: PyTree = (), mesh_axes: tuple[Hashable, ...] = ()):
@@ -87,7 +87,8 @@ class Walk:
         followed = [operand.origin for operand in operands if operand.origin is not None]
         name = equation.primitive.name
         # What varies between devices is known only after every operation within has been seen.
-        is_entered = bool(followed or self._mesh_axes)
+        lost = frozenset().union(*[operand.lost for operand in operands])
+        is_entered = bool(followed or self._mesh_axes or (lost and not self.has_values))
         if is_entered and name in CALLS:
             self._callers.append(equation)
             results = self.run(closed(equation.params[CALLS[name]]), operands)
@@ -103,6 +104,7 @@ class Walk:
                     origins = origins_after(equation, operands)
             except UnfollowedError as reason:
                 place = f'{name} ({self._line_of(equation)})'
+                lost = lost.union(origin.path for origin in followed)
                 for origin in followed:
                     # The first operation that lost a leaf is the one to name.
                     self.lost.setdefault(origin.path, f'{place}: {reason}')
@@ -110,7 +112,20 @@ class Walk:
                         self.unfollowed.setdefault(origin.path, f'{place}: {reason}')
         values = self._noted(equation, operands) if name in NOTES else self._bind(equation, operands)
         varies = varies_after(equation, frozenset().union(*[operand.varies for operand in operands]))
-        return [Operand(value, origin, varies) for value, origin in zip(values, origins, strict=True)]
+        if name in PRODUCTS:
+            self._note_lost_kernels(operands, varies)
+            # What a product returns is no weight any more.
+            lost = frozenset()
+        return [Operand(value, origin, varies, lost) for value, origin in zip(values, origins, strict=True)]
+
+    def _note_lost_kernels(self, operands: Sequence[Operand], varies: frozenset[Hashable]) -> None:
+        """Note the leaves that a product multiplies with data, after another operation has lost them."""
+        # A value that varies with the batch is an input itself, such as what an embedding has looked up.
+        weights = [operand for operand in operands if BATCH in varies and BATCH not in operand.varies]
+        for path in sorted(frozenset().union(*[operand.lost for operand in weights])):
+            # What an analysis of a part has lost, the walk over the whole names.
+            if path in self.lost:
+                self.unfollowed.setdefault(path, self.lost[path])
 
     def _visit_product(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> None:
         # An exchange that only some devices reach would never end; the analysis has found that the kernel is lost.
@@ -177,26 +192,32 @@ class Walk:
         return analysis.run(program, _without_values(operands))
 
     def _invariant(
-        self, program: core.ClosedJaxpr, before: Sequence[Operand], carry: Sequence[Operand], after: Sequence[Operand]
+        self,
+        equation: core.JaxprEqn,
+        body: core.ClosedJaxpr,
+        before: Sequence[Operand],
+        carry: Sequence[Operand],
+        after: Sequence[Operand],
     ) -> list[Operand]:
         """Return what is known of a loop's carry in every round, without values.
 
         Weights may pass through a loop unchanged, in its carry. What changes from round to round loses its origin.
 
         Args:
-          program: the body of the loop; its first results are the next carry.
+          equation: the loop.
+          body: its body, whose first results are the next carry.
           before: arguments before the carry.
           carry: the first carry.
           after: arguments after the carry.
         """
-        known = [Operand(None, operand.origin, operand.varies) for operand in carry]
+        known = _without_values(carry)
         # Each round can only lose origins, so this ends.
         while True:
-            results = self._analyse(program, [*before, *known, *after])[: len(known)]
-            weaker = [
-                Operand(None, _common_origin([old, new]), old.varies | new.varies)
-                for old, new in zip(known, results, strict=True)
-            ]
+            results = self._analyse(body, [*before, *known, *after])[: len(known)]
+            weaker = []
+            for old, new in zip(known, results, strict=True):
+                operand = self._followed(equation, old, _common_origin([old, new]))
+                weaker.append(operand._replace(varies=old.varies | new.varies, lost=operand.lost | new.lost))
             if [_summary(operand) for operand in weaker] == [_summary(operand) for operand in known]:
                 return known
             known = weaker
@@ -215,10 +236,10 @@ class Walk:
             if operand.origin and not layer.origin:
                 reason = 'its layers are no axis of the leaf'
                 self.lost.setdefault(operand.origin.path, f'scan ({self._line_of(equation)}): {reason}')
-        known = self._invariant(body, consts, carry, slices)
+        known = self._invariant(equation, body, consts, carry, slices)
         if not self.has_values:
             results = self.run(body, [*consts, *known, *slices])
-            return [*known, *[Operand(None, None, result.varies) for result in results[num_carry:]]]
+            return [*known, *[self._followed(equation, result, None) for result in results[num_carry:]]]
         # The stacked results have no origin, but what varies in them is needed.
         results = self._analyse(body, [*consts, *known, *slices])
 
@@ -254,7 +275,7 @@ class Walk:
         body_consts = operands[num_cond:num_consts]
         carry = operands[num_consts:]
         body = params['body_jaxpr']
-        known = self._invariant(body, body_consts, carry, [])
+        known = self._invariant(equation, body, body_consts, carry, [])
         (condition,) = self._analyse(params['cond_jaxpr'], [*cond_consts, *known])
         # What a loop changes varies between devices that run another number of rounds.
         uneven = condition.varies - {BATCH}
@@ -286,7 +307,9 @@ class Walk:
             origin = _outside(_common_origin(results), arguments)
             # Where devices take different branches, even equal results of a branch differ.
             varies = index.varies.union(*[result.varies for result in results])
-            known.append(self._followed(equation, results[0], origin)._replace(value=None, varies=varies))
+            result = self._followed(equation, results[0], origin)
+            lost = result.lost.union(*[other.lost for other in results])
+            known.append(Operand(None, origin, varies, lost))
         if not self.has_values:
             for branch in branches:
                 self._run_body(branch, arguments, index.varies)
@@ -340,7 +363,7 @@ class Walk:
         for result, variable, spec, value in zip(results, body.jaxpr.outvars, params['out_specs'], values, strict=True):
             origin = join(result.origin, spec, mesh, own_axes, variable.aval.shape)
             outside = self._followed(equation, result, _outside(origin, operands))
-            joined.append(Operand(value, outside.origin, result.varies - own_axes))
+            joined.append(outside._replace(value=value, varies=result.varies - own_axes))
         return joined
 
     def _followed(self, equation: core.JaxprEqn, operand: Operand, origin: Origin | None) -> Operand:
@@ -348,11 +371,14 @@ class Walk:
         if operand.origin and not origin:
             place = f'{equation.primitive.name} ({self._line_of(equation)})'
             self.lost.setdefault(operand.origin.path, f'{place}: {_CHANGED[equation.primitive.name]}')
+            return operand._replace(origin=None, lost=operand.lost | {operand.origin.path})
         return operand._replace(origin=origin)
 
 
 # Why a leaf is lost where it enters or leaves a body.
 _CHANGED = {
+    'scan': 'the loop changes it from round to round, or returns it once for each round',
+    'while': 'the loop changes it from round to round',
     'cond': 'its branches return different parts of the leaf, or an index that is known only within',
     'shard_map': 'a device holds no part of whole axes of the leaf, or an index that is known only within',
 }
@@ -385,12 +411,13 @@ def _outside(origin: Origin | None, operands: Sequence[Operand]) -> Origin | Non
     return origin if is_known else None
 
 
-def _summary(operand: Operand) -> tuple[bool, frozenset[Hashable]]:
+def _summary(operand: Operand) -> tuple[bool, frozenset[Hashable], frozenset[str]]:
     """Return what may change of an operand while a loop is analysed."""
-    return operand.origin is None, operand.varies
+    return operand.origin is None, operand.varies, operand.lost
 
 
 def _slice_of(operand: Operand, value: Any, index: Any) -> Operand:
     """Return one layer of a stack that a scan goes through."""
     origin = operand.origin and operand.origin.pin(0, index)
-    return Operand(value, origin, operand.varies)
+    lost = operand.lost | {operand.origin.path} if operand.origin and not origin else operand.lost
+    return Operand(value, origin, operand.varies, lost)

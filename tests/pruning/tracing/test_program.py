@@ -1,5 +1,7 @@
 """Every way of writing a product gives the statistic of the same rows; what cannot be followed is named."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -313,6 +315,47 @@ def test_an_array_that_is_multiplied_but_not_followed_is_logged(caplog):
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith('arrays that are multiplied, but get no statistic: depthwise: conv_general_dilated (')
     assert line.endswith('a convolution of several groups of channels has no single input')
+
+
+def swapped_in_a_loop(w, other, x):
+    return jax.lax.scan(lambda carry, _: ((carry[1], carry[0], x @ carry[0]), None), (w, other, x), length=3)[0][2]
+
+
+MULTIPLIED_AFTER = {
+    'concatenate': lambda w, other, x: x @ jnp.concatenate([w, other], axis=1),
+    'stack': lambda w, other, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([w, other]))[0],
+    'gather': lambda w, other, x: x @ w[jnp.arange(WIDTH)[::-1]],
+    'tanh': lambda w, other, x: jax.jit(jnp.matmul)(x, jnp.tanh(w)),
+    'scan': swapped_in_a_loop,
+}
+
+
+@pytest.mark.parametrize('operation', MULTIPLIED_AFTER)
+def test_an_array_that_is_lost_before_its_product_is_logged(operation, caplog):
+    params = {'w': W['w'][0], 'other': W['w'][1], 'last': W['w'][2]}
+
+    def forward(params, x):
+        return MULTIPLIED_AFTER[operation](params['w'], params['other'], x).sum(-1, keepdims=True) * x @ params['last']
+
+    assert set(sl.collect(forward, params, [X])) == {'last'}
+    assert set(sl.prune(forward, params, [X], [('.*', 0.5)], method=sl.Wanda()).masks) == {'last'}
+    for line in (record.getMessage() for record in caplog.records):
+        assert re.search(rf'get no statistic: .*\bw: {operation} \(', line)
+    assert len(caplog.records) == 2
+    # Nobody is told of what is to stay dense.
+    sl.prune(forward, params, [X], [('last', 0.5), ('.*', 'dense')], method=sl.Wanda())
+    assert len(caplog.records) == 2
+
+
+def test_tables_and_learned_inputs_are_not_logged(caplog):
+    params = {'table': jnp.ones((11, WIDTH)), 'places': jnp.ones((5, WIDTH)), 'queries': W['w'][1], 'w': W['w'][0]}
+
+    def forward(params, tokens):
+        keys = params['table'][tokens] + jnp.flip(params['places'])[: tokens.shape[1]]
+        return jnp.tanh(params['queries']) @ params['w'] @ keys.swapaxes(1, 2)
+
+    assert set(sl.collect(forward, params, [jnp.array([[1, 2, 3]])])) == {'w'}
+    assert not caplog.records
 
 
 def test_a_layer_that_no_product_reads_is_named():
