@@ -22,6 +22,7 @@ from sparselora_jax.pruning.calibration_inputs import (
     CalibrationError,
     CheckedBatches,
     TokenWeights,
+    WeightedBatch,
     check_batches,
     check_forward,
     check_params,
@@ -681,6 +682,26 @@ def check_found(program: tracing.Program, is_required: Callable[[str], bool] = r
     for path, reason in lost.items():
         remedy = '; leave it out of select' if program.axes else ''
         raise CalibrationError(f'{path}: no product of the forward reads it: {reason}{remedy}')
+
+
+def check_weights_fit(forward: Forward, params: PyTree, weighted: WeightedBatch) -> None:
+    """Check that the weights of a batch fit the rows of some kernel; nothing is computed.
+
+    Args:
+      forward: `forward(params, batch)`.
+      params: see `collect`.
+      weighted: a batch, and the weights of its tokens.
+
+    Raises:
+      CalibrationError: they fit none, so they are wrong.
+    """
+    sums = make_sums(
+        lambda params, weighted: forward(params, weighted.batch),
+        stats=lambda path: squares,
+        token_weights=lambda path, weighted: weighted.weights,
+        is_required=lambda path: False,
+    )
+    sums.zeros(params, weighted)
 
 
 def collect(

@@ -143,6 +143,9 @@ def prune(
     # Checked before the forward is looked at, since a misspelt word says nothing about it.
     if sequential not in SEQUENTIAL:
         raise CalibrationError(f'sequential {sequential!r}: expected one of {", ".join(SEQUENTIAL)}')
+    for name, function in {'keep': keep, 'progress': progress}.items():
+        if not (callable(function) or (function is None and name == 'keep')):
+            raise CalibrationError(f'{name} is a {type(function).__name__}: expected a function, see sl.prune')
     if not _takes_runner(forward):
         asked = {"sequential='layer'": sequential == 'layer', 'reconstruct': reconstruct}
         for name in (name for name, is_asked in asked.items() if is_asked):
@@ -301,6 +304,9 @@ def _prune_program(
         if keys[-1] not in programs:
             programs[keys[-1]] = tracing.trace(forward, params, batch, followed.__contains__)
             calibrate.check_found(programs[keys[-1]])
+            # A cut sees its own kernels only, so this is checked beforehand.
+            if weights is not None:
+                calibrate.check_weights_fit(forward, params, checked[len(keys) - 1])
     axes = programs[keys[0]].axes
     leaves = paths_of(params)
     patterns = patterns_of(params, rules, axes)

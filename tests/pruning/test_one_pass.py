@@ -440,3 +440,16 @@ def test_an_expert_that_is_not_finite_is_named():
     batch = jnp.ones((3, 4, 8)).at[1, 2, 3].set(jnp.nan)
     with pytest.raises(CalibrationError, match=r'^w, layer 1: activations are not finite'):
         sl.prune(lambda p, x: jnp.einsum('eti,eio->eto', x, p['w']), params, [batch], PATTERN, method=sl.Wanda())
+
+
+def test_weights_that_fit_no_kernel_are_refused():
+    params = {'w': jnp.ones((8, 8))}
+    with pytest.raises(CalibrationError, match=r'^weights of tokens \[7\] fit the rows of no kernel: w \[5\]'):
+        sl.prune(
+            lambda p, x: x @ p['w'],
+            params,
+            [jnp.ones((5, 8))],
+            PATTERN,
+            method=sl.Wanda(),
+            weights=lambda batch: jnp.ones(7),
+        )
