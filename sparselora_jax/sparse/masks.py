@@ -243,6 +243,8 @@ def check_masks(
     >>> check_masks(masks, [('q', '1:2')], axes={'q': KernelAxes(layers=(), inputs=(1,), outputs=(0,))})
     """
     flat = flatten(masks)
+    for path, mask in flat.items():
+        _check_is_mask(path, mask)
     # Dense kernels have axes too, but no mask.
     roles = unusual_roles(flat, {path: roles for path, roles in roles_by_path(axes).items() if path in flat})
     for path, mask in flat.items():
@@ -261,6 +263,12 @@ def check_masks(
             raise PatternError(f'{path}, layer {layer}: {count[tuple(layer)]} groups break pattern {pattern}')
 
 
+def _check_is_mask(path: str, mask: object) -> None:
+    if getattr(mask, 'dtype', None) != np.bool_:
+        kind = getattr(mask, 'dtype', type(mask).__name__)
+        raise PatternError(f'{path}: the mask is {kind}, expected an array of booleans')
+
+
 def check_sparse(params: PyTree, masks: dict) -> None:
     """Check that no weight is non-zero where its mask is False.
 
@@ -275,9 +283,7 @@ def check_sparse(params: PyTree, masks: dict) -> None:
     for path, mask in flatten(masks).items():
         if path not in flat:
             raise PatternError(f'{path}: has a mask but no kernel')
-        if getattr(mask, 'dtype', None) != np.bool_:
-            kind = getattr(mask, 'dtype', type(mask).__name__)
-            raise PatternError(f'{path}: the mask is {kind}, expected an array of booleans')
+        _check_is_mask(path, mask)
         # Other shapes could broadcast.
         if np.shape(mask) != flat[path].shape:
             raise PatternError(f'{path}: a mask of shape {np.shape(mask)} for a kernel of shape {flat[path].shape}')

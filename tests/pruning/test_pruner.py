@@ -368,9 +368,3 @@ def test_zeros_that_are_no_integers_are_refused(monkeypatch):
 def test_options_that_cannot_work_are_refused():
     with pytest.raises(sparsity.PatternError, match='SparseGPT block 0: expected a number of inputs, 1 or more'):
         pruning.SparseGPT(block=0).check(sparsity.parse_pattern('2:4'), 8)
-
-
-@pytest.mark.parametrize('argument', ['keep', 'progress'])
-def test_what_is_called_must_be_a_function(argument):
-    with pytest.raises(calibrate.CalibrationError, match=rf'^{argument} is a int: expected a function'):
-        pruning.prune(lambda params, x: x @ params['w'], {}, [], [], method=pruning.Wanda(), **{argument: 3})

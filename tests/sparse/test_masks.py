@@ -132,3 +132,9 @@ def test_a_pattern_is_checked_however_it_is_made():
     for fields in [*wrong, {'sparsity': 2.0}, {'sparsity': float('nan')}]:
         with pytest.raises(PatternError):
             sl.Pattern(**fields)
+
+
+@pytest.mark.parametrize('mask', [np.ones((8, 8), np.float32), None, 'mask'])
+def test_what_is_no_mask_is_named(mask):
+    with pytest.raises(PatternError, match=r'^q: the mask is .*, expected an array of booleans$'):
+        sparsity.check_masks({'q': mask}, [('.*', 0.5)], axes={'q': sl.KernelAxes((), (0,), (1,))})
