@@ -7,7 +7,7 @@ with the noise of a photograph, a caption, and a JSON of fields. Measured are
 
 - `index`: the headers of all shards are read; then again from the index that was kept
 - `draw`: 2,500 records are drawn and their images opened
-- `read`: images of the shards and of files in folders are read and decoded, in random order
+- `read`: images of the shards, of files in folders and of a parquet file are read and decoded, in random order
 - `batches`: batches by step, with and without crops, as a run reads them (without a model's processor)
 - `resume`: the first batch of a new pipeline at step 10,000
 """
@@ -26,6 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from sparselora_jax.data import pipeline
@@ -38,11 +40,12 @@ from sparselora_jax.data.sources.place import SourceName
 DIFFERENT_IMAGES = 64  # images that are made; samples repeat them
 DRAWN = 2500
 READ = 500  # images that are read one by one
+ROW_GROUP = 100  # rows of a row group in data sets with images, as Hugging Face writes them
 STEPS = 20
 
 
 def write(folder: Path, shards: int, samples: int) -> int:
-    """Write the shards and a folder of files, and return the bytes of the shards.
+    """Write the shards, a folder of files and a parquet file, and return the bytes of the shards.
 
     Args:
       folder: where to write them.
@@ -78,6 +81,12 @@ def write(folder: Path, shards: int, samples: int) -> int:
     for number in range(DRAWN):
         (folder / 'files' / f'{number:06d}.jpg').write_bytes(images[number % DIFFERENT_IMAGES])
         (folder / 'files' / f'{number:06d}.txt').write_text(f'a river has burst its banks near picture {number}')
+    (folder / 'parquet').mkdir()
+    pairs = {
+        'image': [{'bytes': images[number % DIFFERENT_IMAGES], 'path': f'{number}.jpg'} for number in range(DRAWN)],
+        'caption': [f'a river has burst its banks near picture {number}' for number in range(DRAWN)],
+    }
+    pq.write_table(pa.table(pairs), folder / 'parquet' / 'train.parquet', row_group_size=ROW_GROUP)
     return sum(path.stat().st_size for path in (folder / 'shards').iterdir())
 
 
@@ -130,7 +139,7 @@ def main() -> None:
         again = seconds(lambda: open_source(shards, index_dir=folder / 'kept'))
         print(f'index    {first:6.2f} s ({count / first:,.0f} samples/s); kept index {again:.2f} s')
         drawn = {}
-        for kind in ('shards', 'files'):
+        for kind in ('shards', 'files', 'parquet'):
             spent = seconds(lambda kind=kind: drawn.update({kind: load(folder, kind, DRAWN)}))
             print(f'draw     {spent:6.2f} s for {DRAWN:,} records of {kind}')
         order = np.random.default_rng(0).permutation(len(drawn['files'].train.source))[:READ]

@@ -269,6 +269,75 @@ def user_folder(root: Path) -> Layout:
     return str(root), expected
 
 
+def parquet_cc3m(root: Path) -> Layout:
+    """Write shards of pairs as Hugging Face does, whose images have no names, with a split that is not for training."""
+    expected = [Expected(image(number), caption_of(number)) for number in range(7)]
+    rows = [{'image': {'bytes': want.image, 'path': None}, 'caption': want.answer} for want in expected]
+    benchmarks.table(root / 'data', 'train', rows, shards=3)
+    benchmarks.table(root / 'data', 'validation', rows[:2], shards=1)
+    # The card of a data set is a JSON file of others.
+    write(root / 'dataset_infos.json', {'default': {'features': {}}})
+    return str(root), expected
+
+
+def parquet_coco(root: Path) -> Layout:
+    """Write COCO's captions with one row for each, so that several rows have the image."""
+    rows = []
+    expected = []
+    for number in range(3):
+        for caption in captions_of(number, 2):
+            picture = {'bytes': image(number), 'path': f'COCO_train2014_{number:012d}.jpg'}
+            rows.append({'cocoid': number, 'image': picture, 'sentences': {'raw': caption, 'sentid': 1}})
+            expected.append(Expected(image(number), caption))
+    benchmarks.table(root, 'train', rows)
+    return str(root), expected
+
+
+def parquet_flickr(root: Path) -> Layout:
+    """Write Flickr30k as on Hugging Face: one split 'test', whose column has the split, and all captions in a row."""
+    rows = []
+    expected = []
+    for number, split in enumerate(('test', 'train', 'val', 'train')):
+        captions = captions_of(number)
+        picture = {'bytes': image(number), 'path': None}
+        rows.append({'image': picture, 'caption': captions, 'split': split, 'filename': f'{number}.jpg'})
+        if split == 'train':
+            expected += [Expected(image(number), caption) for caption in captions]
+    benchmarks.table(root / 'data', 'test', rows)
+    return str(root), expected
+
+
+def parquet_conversations(root: Path) -> Layout:
+    """Write LLaVA's conversations as one file; a row has no image."""
+    rows = [
+        {
+            'id': str(number),
+            'image': None if number == 1 else {'bytes': image(number), 'path': 'image.jpg'},
+            'conversations': conversation('<image>\nWhat?', f'A cat {number}.', 'Where?', 'Here.'),
+        }
+        for number in range(3)
+    ]
+    (path,) = benchmarks.table(root, 'train', rows, shards=1)
+    expected = []
+    for number in range(3):
+        file = None if number == 1 else image(number)
+        expected += [Expected(file, f'A cat {number}.', 'What?'), Expected(file, 'Here.', 'Where?')]
+    return str(path.rename(root / 'chat.parquet')), expected
+
+
+def parquet_questions(root: Path) -> Layout:
+    """Write questions with ten answers, of which the one that most people gave is learned."""
+    rows = []
+    for number in range(3):
+        answers = [{'answer': answer, 'answer_id': place} for place, answer in enumerate(['no', 'yes', 'yes'])]
+        picture = {'bytes': image(number), 'path': None}
+        rows.append({'image': picture, 'image_id': number, 'question': f'is it {number}?', 'answers': answers})
+    for path in benchmarks.table(root, 'train', rows):
+        # Users give files other names; together they are one data set.
+        path.rename(root / f'part_{path.name[6:11]}.parquet')
+    return str(root), [Expected(image(number), 'yes', f'is it {number}?') for number in range(3)]
+
+
 class _Prepared(tfds.core.GeneratorBasedBuilder):
     """A builder whose records the tests give; like that of easy-VQA, it needs no TensorFlow."""
 
@@ -371,6 +440,11 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
         text_file,
         text_folder,
         user_folder,
+        parquet_cc3m,
+        parquet_coco,
+        parquet_flickr,
+        parquet_conversations,
+        parquet_questions,
         tfds_captions,
         tfds_questions,
     )

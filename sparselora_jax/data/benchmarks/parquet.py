@@ -54,12 +54,7 @@ def recognise(paths: Sequence[Path]) -> tuple[list[FileFacts], list[str]]:
             problems.append(f'{path}: a parquet with other columns than those of any known data set: {names}')
             continue
         # Shards of one split in one folder belong together; a file of another name is a set of its own.
-        shard = _SHARD.fullmatch(path.name)
-        if shard:
-            split = shard['split']
-        else:
-            split = path.parent.name if _CONVERTED.fullmatch(path.name) else path.stem
-        sets.setdefault((kind, path.parent, split), []).append(path)
+        sets.setdefault((kind, path.parent, split_of(path)), []).append(path)
     found = []
     for (kind, folder, split), shards in sets.items():
         first, *more = sorted(shards)
@@ -71,6 +66,21 @@ def recognise(paths: Sequence[Path]) -> tuple[list[FileFacts], list[str]]:
         marks = facts(first, kind, split=split, folder=folder.name, subset=subset).marks
         found.append(FileFacts(first, kind, marks, tuple(more)))
     return found, problems
+
+
+def split_of(path: Path) -> str:
+    """Return the split that a file belongs to by its name; of a file of another name, its stem.
+
+    Args:
+      path: the file.
+
+    >>> split_of(Path('data/train-00003-of-00068.parquet')), split_of(Path('validation/0003.parquet'))
+    ('train', 'validation')
+    """
+    shard = _SHARD.fullmatch(path.name)
+    if shard:
+        return shard['split']
+    return path.parent.name if _CONVERTED.fullmatch(path.name) else path.stem
 
 
 def _kind_of(columns: set[str]) -> str:
@@ -126,7 +136,8 @@ def read_rows(path: Path, columns: Iterable[str]) -> Iterator[dict[str, object]]
 
 def _values(column: pa.Array) -> list:
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if not is_list or not pa.types.is_struct(column.type.value_type):
+    has_answers = is_list and pa.types.is_struct(column.type.value_type)
+    if not has_answers or column.type.value_type.get_field_index('answer') < 0:
         return column.to_pylist()
     # Only the texts of the answers become Python objects; a dict for each answer would take most of the time.
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_pylist()
@@ -165,11 +176,11 @@ class ParquetTables:
         if chosen is None:
             return None
         paths = (chosen.path, *chosen.more)
-        _check_shards(paths)
+        check_shards(paths)
         # Without files of images, images are looked for in folders.
         image_set = self._of_split(images) if self.form is GQA else None
         image_paths = (image_set.path, *image_set.more) if image_set else ()
-        _check_shards(image_paths)
+        check_shards(image_paths)
         return Source(
             paths + image_paths,
             lambda builder: fill(builder, self.form, paths, image_paths, self.column_split),
@@ -199,8 +210,11 @@ def _is_split(file: FileFacts, splits: Sequence[str]) -> bool:
     return file.mark('split') in splits
 
 
-def _check_shards(paths: Sequence[Path]) -> None:
+def check_shards(paths: Sequence[Path]) -> None:
     """Check that all shards of a set are there.
+
+    Args:
+      paths: the files of the set.
 
     Raises:
       DataError: some are missing.

@@ -83,16 +83,24 @@ class ParquetPicture:
         """The place of the image, for messages."""
         return f'{self.path}, row group {self.group}, row {self.row}'
 
+    def read_bytes(self) -> bytes:
+        """Read the bytes of the image file.
+
+        Raises:
+          DataError: the row has no image, or the parquet file is damaged.
+        """
+        data = _open_group(self.path, self.group, self.column).read(self.row)
+        if data is None:
+            raise DataError(f'{self.name}: no bytes in the column {self.column!r}; download the files with images')
+        return data
+
     def read(self) -> UInt8[np.ndarray, 'height width 3']:
         """Read the image as RGB, as public evaluation code does.
 
         Raises:
           DataError: the row has no image, or a damaged one.
         """
-        data = _open_group(self.path, self.group, self.column).read(self.row)
-        if data is None:
-            raise DataError(f'{self.name}: no bytes in the column {self.column!r}; download the files with images')
-        return images.decode_image(data, self.name, is_benchmark=True)
+        return images.decode_image(self.read_bytes(), self.name, is_benchmark=True)
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,27 @@ def rows_without_image(path: Path, column: str) -> Int64[np.ndarray, ' rows']:
     return np.array(missing, np.int64)
 
 
+def read_paths(path: Path, column: str) -> Iterator[str | None]:
+    """Yield the path that stands with each image: the name of its file where the parquet file was made.
+
+    Args:
+      path: the file.
+      column: name of the column of images.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+    file = open_file(path)
+    with damage_named(str(path)):
+        kind = file.schema_arrow.field(column).type
+        if not pa.types.is_struct(kind) or kind.get_field_index('path') < 0:
+            yield from [None] * file.metadata.num_rows
+            return
+        # Columns of structs are stored by their fields, so the bytes of the images are not read.
+        for batch in file.iter_batches(columns=[f'{column}.path']):
+            yield from (value and value['path'] for value in batch.column(0).to_pylist())
+
+
 def _count_missing(group: pq.RowGroupMetaData, column: str) -> int | None:
     """Return how many rows of a group have no image; None if the footer does not say."""
     for index in range(group.num_columns):
@@ -222,10 +251,14 @@ class _GroupReader:
             return self.chunk[place] if place >= 0 else self.previous[place]
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
-    """Return whether a column is of bytes, or of structs with a field `bytes`."""
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Return whether a column is of bytes, or of structs with a field `bytes`.
+
+    Args:
+      kind: the type of the column.
+    """
     if pa.types.is_struct(kind):
-        return kind.get_field_index('bytes') >= 0 and _holds_bytes(kind.field('bytes').type)
+        return kind.get_field_index('bytes') >= 0 and holds_bytes(kind.field('bytes').type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
@@ -234,7 +267,7 @@ def _read_bytes(file: pq.ParquetFile, path: Path, group: int, column: str) -> It
     with damage_named(f'{path}, row group {group}'):
         kind = file.schema_arrow.field(column).type
         is_struct = pa.types.is_struct(kind)
-        if not _holds_bytes(kind):
+        if not holds_bytes(kind):
             raise DataError(f'{path}: the column {column!r} holds {kind}, expected the bytes of images')
         # The path in the struct is that of the machine on which the file was made.
         name = f'{column}.bytes' if is_struct else column

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from sparselora_jax.data.sources.image_text_files import ImageTextFormat
 from sparselora_jax.data.sources.json_files import JsonFormat
+from sparselora_jax.data.sources.parquet_rows import SUFFIX as PARQUET_SUFFIX
+from sparselora_jax.data.sources.parquet_rows import ParquetFormat, unknown_columns
 from sparselora_jax.data.sources.place import IMAGES_MARK, Place, SourceName
 from sparselora_jax.data.sources.source import SOURCES, OpenedSource
 from sparselora_jax.data.sources.tables import TableFormat
@@ -19,6 +21,7 @@ SOURCES.register('tfds', TfdsFormat())
 SOURCES.register('tar', TarFormat())
 SOURCES.register('json', JsonFormat())
 SOURCES.register('table', TableFormat())
+SOURCES.register('parquet', ParquetFormat())
 SOURCES.register('files', ImageTextFormat())
 SOURCES.register('text', TextFilesFormat())
 
@@ -56,11 +59,9 @@ def open_source(name: SourceName, *, index_dir: Path | None = None, tolerance: f
         if source is not None:
             return source
     titles = '; '.join(known.title for known in formats)
-    # Reading one image of a parquet file means to read all before it in its row group, which is too slow to train from.
-    tables = [file for file in place.tree.data_files if file.suffix.lower() == '.parquet'] if path.is_dir() else []
-    if tables or path.suffix.lower() == '.parquet':
-        file = tables[0] if tables else path
-        raise DataError(f'{file}: parquet files are read for benchmarks only; write tar shards')
+    tables = [file for file in place.tree.data_files if file.suffix.lower() == PARQUET_SUFFIX] if path.is_dir() else []
+    if tables:
+        raise unknown_columns(tables[0])
     compressed = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if is_compressed(file)]
     if compressed:
         raise DataError(f'{compressed[0]}: a compressed tar file, whose members have no places; unpack it')

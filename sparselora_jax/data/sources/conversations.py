@@ -55,7 +55,7 @@ class Conversations:
             image = NO_IMAGE
             if records.optional_text(entry.value, 'image'):
                 image = names.setdefault(entry.value['image'], len(names))
-            for question, answer in _turns(entry.value):
+            for question, answer in turns_of(entry.value):
                 self._questions.append(question)
                 self._answers.append(answer)
                 self._rows.append(entry.index)
@@ -103,8 +103,11 @@ class Conversations:
         return f'{self.path}, element [{self._rows[self._turns[index]]}]'
 
 
-def _turns(row: object) -> Iterator[tuple[str, str]]:
+def turns_of(row: object) -> Iterator[tuple[str, str]]:
     """Yield the pairs of a person's turn and the model's answer.
+
+    Args:
+      row: a decoded row, with a field `conversations`.
 
     Raises:
       DataError: the turns have another form.

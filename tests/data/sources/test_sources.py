@@ -436,13 +436,123 @@ def test_texts_of_prepared_data_sets_that_are_not_there_are_named(question, capt
         source[0]
 
 
-def test_parquet_files_are_named_with_what_to_do(tmp_path):
+# Parquet files.
+
+
+def parquet(path, rows, **columns):
+    """Write one file, with rows whose images are structs of bytes and path."""
+    (written,) = miniature.benchmarks.table(path.parent, 'x', [row | columns for row in rows], shards=1)
+    return written.rename(path)
+
+
+PAIR = {'image': {'bytes': image(0), 'path': 'a.jpg'}, 'caption': 'a cat'}
+
+
+@pytest.mark.parametrize('order', ['backwards', 'shuffled'])
+def test_images_of_parquet_files_are_read_in_any_order(order, tmp_path):
+    name, expected = miniature.parquet_cc3m(tmp_path)
+    # Records are sent to the processes that load data.
+    source = pickle.loads(pickle.dumps(opened(name)))
+    indices = np.arange(len(expected))[::-1]
+    if order == 'shuffled':
+        indices = np.random.default_rng(0).permutation(len(expected))
+    for index in map(int, indices):
+        np.testing.assert_array_equal(source[index].image.read(), expected[index].pixels)
+
+
+def test_images_of_parquet_files_have_the_names_that_other_data_sets_give_them(tmp_path):
+    source = opened(miniature.parquet_coco(tmp_path / 'coco')[0])
+    assert source.image_name(3) == 'COCO_train2014_000000000001.jpg'
+    rows = [PAIR | {'image': {'bytes': image(number), 'path': None}, 'cocoid': number} for number in range(2)]
+    assert opened(parquet(tmp_path / 'a.parquet', rows)).image_name(1) == '000000000001.jpg'
+    # One path for all images names none.
+    source = opened(parquet(tmp_path / 'b.parquet', [PAIR, PAIR]))
+    assert source.image_name(0) != source.image_name(1)
+
+
+def test_a_changed_parquet_file_has_other_fingerprints(tmp_path):
+    path = parquet(tmp_path / 'a.parquet', [PAIR])
+    before = opened(path)[0].image.fingerprint()
+    assert opened(path)[0].image.fingerprint() == before
+    parquet(path, [PAIR | {'image': {'bytes': image(5), 'path': 'a.jpg'}}])
+    assert opened(path)[0].image.fingerprint() != before
+
+
+def test_rows_of_parquet_files_without_image_are_counted(tmp_path):
+    source = opened(parquet(tmp_path / 'a.parquet', [PAIR, PAIR | {'image': None, 'caption': 'a dog'}, PAIR]))
+    assert [source[index].answer for index in range(len(source))] == ['a cat', 'a cat']
+    assert source.notes == ('1 rows without an image are left out',)
+
+
+def test_answers_of_one_prompt_are_captions(tmp_path):
+    columns = dict.fromkeys(('question_id', 'id', 'file_name', 'coco_url'), 'a.jpg')
+    row = {'image': PAIR['image'], 'question': 'Describe the image.', 'answer': ['a cat', 'a pet']}
+    source = opened(parquet(tmp_path / 'a.parquet', [row], **columns))
+    assert [(source[index].question, source[index].answer) for index in range(2)] == [(None, 'a cat'), (None, 'a pet')]
+
+
+@pytest.mark.parametrize(
+    ('rows', 'message'),
+    [
+        ([{'image': PAIR['image'], 'label': 3}], 'the columns are image, label; expected image with bytes, and'),
+        ([{'url': 'http://a/b', 'caption': 'a cat'}], 'the columns are url, caption; expected image with bytes, and'),
+        ([PAIR, PAIR | {'caption': None}, PAIR | {'image': None}], None),
+        ([PAIR | {'image': None}], 'no row with an image and a text, for training'),
+        ([PAIR | {'split': 'test'}], 'no row with an image and a text, for training'),
+        ([PAIR | {'caption': 3}], r'row 0: caption holds 3, which is not a text'),
+        ([{'image': PAIR['image'], 'conversations': [{'from': 'bot', 'value': 'a'}]}], "row 0: from is 'bot', expect"),
+        ([{'image': PAIR['image'], 'conversations': 'a'}], "row 0: conversations is 'a', not a list"),
+        ([{'image': PAIR['image'], 'question': None, 'answer': 'a'}], 'row 0: question is '),
+    ],
+)
+def test_parquet_files_with_other_columns_or_rows_are_named(rows, message, tmp_path):
+    path = parquet(tmp_path / 'a.parquet', rows)
+    if message is None:
+        assert len(opened(path)) == 1
+        return
+    with pytest.raises(DataError, match=rf'^{re.escape(str(path))}.*{message}') as error:
+        opened(path)
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path)
+
+
+def test_damaged_parquet_files_are_named(tmp_path):
     path = write(tmp_path / 'a.parquet', b'PAR1')
     for name in (path, tmp_path):
-        with pytest.raises(
-            DataError, match=r'a\.parquet: parquet files are read for benchmarks only; write tar shards'
-        ):
+        with pytest.raises(DataError, match=r'a\.parquet: not a parquet file, or damaged; download it again'):
             opened(name)
+    parquet(path, [PAIR | {'image': {'bytes': b'no image', 'path': None}}])
+    with pytest.raises(DataError, match=r'a\.parquet, row group 0, row 0: not a readable image'):
+        opened(path)[0].image.check()
+
+
+def test_parquet_files_of_which_a_shard_is_missing_are_refused(tmp_path):
+    name, _ = miniature.parquet_cc3m(tmp_path)
+    (tmp_path / 'data' / 'train-00001-of-00003.parquet').unlink()
+    with pytest.raises(DataError, match='train: 1 of 3 files are missing, such as number 1; download them'):
+        opened(name)
+
+
+def test_shards_with_other_columns_are_named(tmp_path):
+    parquet(tmp_path / 'a.parquet', [PAIR])
+    parquet(tmp_path / 'b.parquet', [{'image': PAIR['image'], 'label': 3}])
+    with pytest.raises(DataError, match=r'b\.parquet: no column caption; its columns are image, label'):
+        opened(tmp_path)
+
+
+def test_parquet_files_for_training_are_chosen_or_asked_for(tmp_path):
+    parquet(tmp_path / 'validation.parquet', [PAIR])
+    with pytest.raises(DataError, match=r'no files for training, only .*validation\*; name a file if it is meant'):
+        opened(tmp_path)
+    assert len(opened(tmp_path / 'validation.parquet')) == 1
+    parquet(tmp_path / 'train.parquet', [PAIR, PAIR])
+    assert len(opened(tmp_path)) == 2
+    (tmp_path / 'more').mkdir()
+    parquet(tmp_path / 'more' / 'train.parquet', [PAIR])
+    with pytest.raises(DataError, match=r'2 sets of files could be meant: .*; name one of their folders'):
+        opened(tmp_path)
+    assert len(opened(tmp_path / 'more')) == 1
 
 
 def test_prepared_data_sets_in_files_of_tensorflow_are_refused(tmp_path):
