@@ -1,9 +1,10 @@
 """Turn a caption or a text into a prompt and the text to learn: the two forms of the paper's restoration data.
 
 - prefix: the caption is cut at a random character of its first half; the beginning is the prompt, the rest is learned.
-  The public code of ECoFLaP cuts like this, in words too. It draws a new place in each epoch; here the place belongs to
-  the record, so that a record is the same whenever it is read.
+  The public code of ECoFLaP cuts like this, in words too.
 - instruct: the prompt is one of `INSTRUCTIONS`, and the caption is learned. Those of the public code are not published.
+
+As there, another cut or instruction is drawn each time that a record is read in training (`mixture`).
 """
 
 import re
@@ -14,7 +15,7 @@ import numpy as np
 CaptionForm = Literal['prefix', 'instruct']
 FORMS: tuple[CaptionForm, ...] = ('prefix', 'instruct')
 
-# Short requests for a caption, in our own words. One is drawn for each record.
+# Short requests for a caption, in our own words. One is drawn each time.
 INSTRUCTIONS = (
     'A short image caption:',
     'Write a short caption for the image.',

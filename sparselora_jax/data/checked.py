@@ -49,7 +49,26 @@ def _checked_split(place: str, split: Split) -> Split:
         _checked_reader(place, 'read_texts', split.read_texts, split.source, _is_pair),
         read_image_names,
         split.name_record,
+        _checked_draw(place, split),
     )
+
+
+def _checked_draw(place: str, split: Split) -> Callable[[int, np.random.Generator], tuple[str, str]] | None:
+    """Return `split.draw_texts`, whose results are checked."""
+    draw_texts = split.draw_texts
+    if draw_texts is None:
+        return None
+
+    def draw_checked(index, rng):
+        of_record = f'{place}, {split.name_record(index)}'
+        with calling(of_record, DataError):
+            texts = draw_texts(index, rng)
+        if not _is_pair(texts):
+            raise DataError(f'{of_record}: draw_texts returned {texts!r}, expected (question, answer)')
+        question, answer = texts
+        return question, answer
+
+    return draw_checked
 
 
 @dataclass(frozen=True)

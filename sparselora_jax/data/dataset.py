@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 from sparselora_jax.data.caption_forms import CaptionForm
 from sparselora_jax.runtime.registry import Registry
 
@@ -39,12 +41,15 @@ class Split:
       read_image_names: returns a text for the image of every record that changes with the image, such as its path and
         `images.fingerprint`, without decoding images. None: changed images are not noticed when a run resumes.
       name_record: returns the place of a record for messages, such as a file and a line.
+      draw_texts: returns (question, answer) of a record as drawn for one place in the order of training, by a generator
+        that belongs to the place. None: the texts are those of `source` in each epoch.
     """
 
     source: Records | Sequence  # a list has the methods of `Records`, but wider types
     read_texts: Callable[[], list[tuple[str, str]]]
     read_image_names: Callable[[], list[str]] | None = None
     name_record: Callable[[int], str] = 'record {}'.format
+    draw_texts: Callable[[int, np.random.Generator], tuple[str, str]] | None = None
 
 
 class Dataset(NamedTuple):

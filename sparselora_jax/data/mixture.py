@@ -1,15 +1,16 @@
 """Files of captions, conversations and texts as a data set: draws records of one or several sources by a seed.
 
 A recipe names the sources by their paths, separated by commas, see `sources.place`. A tenth of the images, chosen by a
-hash of their names, is for testing, and the others are for training. Which records are drawn, how captions are divided
-and which instruction each gets are functions of the seed alone, so they are the same in each process and after each
-restart.
+hash of their names, is for testing, and the others are for training. Which records are drawn is a function of the seed
+alone. How a caption is divided, or which instruction it gets, is a function of the seed and of the place in the order
+of training. So both are the same in each process and after each restart.
 """
 
+import functools
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -43,8 +44,8 @@ class DrawnRecords:
       sources: the sources.
       numbers: which source each record is from.
       indices: its place in that source.
-      questions: its prompt.
-      answers: its text to learn.
+      questions: its prompt, as it was drawn when the record was checked.
+      answers: its text to learn, drawn with the prompt.
     """
 
     sources: Sequence[OpenedSource]
@@ -64,14 +65,19 @@ class DrawnRecords:
           DataError: the pixels of the image are corrupt; the message names the record.
         """
         place = index.__index__()
-        image = self._stored(place).image
+        image = self.stored(place).image
         try:
             pixels = None if image is None else image.read()
         except DataError as error:
             raise DataError(f'{self.name_record(place)}: {error}') from error
         return {'image': pixels, 'question': self.questions[place], 'answer': self.answers[place]}
 
-    def _stored(self, place: int) -> SourceRecord:
+    def stored(self, place: int) -> SourceRecord:
+        """Return a record as its source has it.
+
+        Args:
+          place: which record.
+        """
         return self.sources[self.numbers[place]][self.indices[place]]
 
     def add(self, number: int, index: int, question: str, answer: str) -> None:
@@ -104,15 +110,19 @@ class DrawnRecords:
         """Return the name of each record's image, with a fingerprint of it."""
 
         def describe(place: int) -> str:
-            image = self._stored(place).image
+            image = self.stored(place).image
             return '' if image is None else f'{image.name}, {image.fingerprint()}'
 
         with ThreadPoolExecutor(8) as pool:  # waits for the disk, not for the processor
             return list(pool.map(describe, range(len(self))))
 
-    def as_split(self) -> Split:
-        """Return the records as a split of a data set."""
-        return Split(self, self.read_texts, self.read_image_names, self.name_record)
+    def as_split(self, draw_texts: Callable[[int, np.random.Generator], tuple[str, str]] | None = None) -> Split:
+        """Return the records as a split of a data set.
+
+        Args:
+          draw_texts: draws the texts of a record for one place in the order of training; see `dataset.Split`.
+        """
+        return Split(self, self.read_texts, self.read_image_names, self.name_record, draw_texts)
 
 
 class MixtureLoader:
@@ -146,7 +156,8 @@ class MixtureLoader:
         for source in sources:
             if isinstance(source, IndexedSource):
                 source.keep_index()
-        return Dataset(train.as_split(), test.as_split(), folder.KINDS, folder.kind_of)
+        draw_texts = functools.partial(draw.draw_texts, train)
+        return Dataset(train.as_split(draw_texts), test.as_split(), folder.KINDS, folder.kind_of)
 
 
 def _is_user_folder(names: Sequence[SourceName]) -> bool:
@@ -272,7 +283,7 @@ class _Draw:
         """
         source = self.sources[number]
         record = source[index]
-        question, answer = self._write(number, index, record)
+        question, answer = self._write(record, np.random.default_rng((self.request.seed, number, index)))
         try:
             check_text(question)
             check_text(answer)
@@ -294,12 +305,29 @@ class _Draw:
             return None
         return question, answer
 
-    def _write(self, number: int, index: int, record: SourceRecord) -> tuple[str, str]:
-        """Return the prompt and the text to learn of a record."""
+    def draw_texts(self, drawn: DrawnRecords, place: int, rng: np.random.Generator) -> tuple[str, str]:
+        """Return the prompt and the text to learn of a record for one place in the order of training.
+
+        Args:
+          drawn: the records.
+          place: which of them.
+          rng: draws the place of the cut, or the instruction.
+        """
+        first = drawn.questions[place], drawn.answers[place]
+        record = drawn.stored(place)
+        if record.question is not None:
+            return first
+        question, answer = self._write(record, rng)
+        # Only the first texts are known to fit. A cut in a word can need more tokens than others.
+        if not answer.strip() or self.request.misfit(question, answer):
+            return first
+        return question, answer
+
+    def _write(self, record: SourceRecord, rng: np.random.Generator) -> tuple[str, str]:
+        """Return the prompt and the text to learn of a record; `rng` draws the cut, or the instruction."""
         if record.question is not None:
             return record.question, record.answer
         mixture = self.request.mixture
-        rng = np.random.default_rng((self.request.seed, number, index))
         # A text without an image has nothing to describe, so only its own beginning can be its prompt.
         if record.image is None:
             return divide(record.answer, 'prefix', rng)

@@ -3,7 +3,7 @@
 `batches(...)[step]` is the batch of a global step. So a checkpoint stores the position in the data as one integer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import grain
@@ -76,6 +76,7 @@ def batches(
     rows: Sequence[int] | None = None,
     augment: Callable[[dict, np.random.Generator], dict] | None = None,
     augment_image: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    draw_texts: Callable[[int, np.random.Generator], tuple[str, str]] | None = None,
 ) -> grain.MapDataset:
     """Return an endless dataset whose item `step` is the stacked batch of that step.
 
@@ -89,6 +90,7 @@ def batches(
       rows: indices of the batch rows to produce; records of other rows are not read. None: all rows.
       augment: applied to each example, with a generator that is a function of seed and position.
       augment_image: applied to the image of each record before `transform`, with such a generator.
+      draw_texts: returns the question and the answer of a record, with such a generator; see `dataset.Split`.
 
     Raises:
       DataError: a group is empty.
@@ -102,13 +104,12 @@ def batches(
         for number, group in enumerate(groups)
     ]
     mixed = grain.MapDataset.mix(shuffled, weights=shares)
-    if augment_image is None:
+    # `random_map` derives a generator for each position from its seed, so a resumed run draws the same numbers.
+    if augment_image is None and draw_texts is None:
         examples = mixed.map(lambda index: transform(source[index]))
     else:
-        records = mixed.map(lambda index: source[index]).seed(seed)
-        records = records.random_map(lambda record, rng: _with_augmented_image(record, augment_image, rng))
+        records = mixed.seed(seed).random_map(lambda index, rng: _vary(source, index, augment_image, draw_texts, rng))
         examples = records.map(transform)
-    # `random_map` derives a generator for each position from this seed, so a resumed run draws the same numbers.
     if augment is not None:
         examples = examples.seed(seed).random_map(augment)
     # `examples` is endless, and its item i depends on i only, so batches can be requested in any order.
@@ -120,13 +121,22 @@ def batches(
     return own_examples.batch(len(rows))
 
 
-def _with_augmented_image(
-    record: Mapping, augment_image: Callable[[np.ndarray, np.random.Generator], np.ndarray], rng: np.random.Generator
+def _vary(
+    source: Records | Sequence,
+    index: int,
+    augment_image: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None,
+    draw_texts: Callable[[int, np.random.Generator], tuple[str, str]] | None,
+    rng: np.random.Generator,
 ) -> dict:
+    """Return a record with the image and the texts that are drawn for one place in the order of training."""
+    record = dict(source[index])
     # A text has no image.
-    if record['image'] is None:
-        return dict(record)
-    return {**record, 'image': augment_image(record['image'], rng)}
+    if augment_image is not None and record['image'] is not None:
+        record['image'] = augment_image(record['image'], rng)
+    # One generator draws both, one after the other, so that crop and text are independent.
+    if draw_texts is not None:
+        record['question'], record['answer'] = draw_texts(index, rng)
+    return record
 
 
 def groups_by_kind(split: Split, dataset: Dataset) -> list[list[int]]:

@@ -439,6 +439,7 @@ class Job:
             shares=shares,
             rows=self._rows(batch),
             augment_image=crop_and_flip if self.config.mixture.augment else None,
+            draw_texts=split.draw_texts,
         )
 
     def _rows(self, batch: int) -> Sequence[int] | None:

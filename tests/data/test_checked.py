@@ -1,5 +1,6 @@
 """What a loader returns wrongly is named with the split and the record, before a model reads it."""
 
+import dataclasses
 from pathlib import Path
 
 import jaxtyping
@@ -105,6 +106,17 @@ def test_texts_of_a_wrong_form_are_named(texts, message):
     data = load(dataset(split_of([RECORD, RECORD], texts)))
     with pytest.raises(DataError, match=f'data set mine:LOADER, train: {message}'):
         data.train.read_texts()
+
+
+def test_texts_that_are_drawn_are_checked():
+    split = split_of([RECORD, RECORD, RECORD])
+    data = load(dataset(dataclasses.replace(split, draw_texts=lambda index, rng: ('q', 'a') if index == 0 else 'q')))
+    assert data.train.draw_texts(0, np.random.default_rng(0)) == ('q', 'a')
+    with pytest.raises(DataError, match=r"train, record 1: draw_texts returned 'q', expected \(question, answer\)"):
+        data.train.draw_texts(1, np.random.default_rng(0))
+    data = load(dataset(dataclasses.replace(split, draw_texts=lambda index, rng: fail())))
+    with pytest.raises(DataError, match="train, record 0 fails: KeyError: 'no such key'"):
+        data.train.draw_texts(0, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

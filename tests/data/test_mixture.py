@@ -299,6 +299,68 @@ def test_processes_together_read_the_rows_of_one(processes, augment, data):
             assert_equal_batches(part[step], own)
 
 
+@pytest.mark.parametrize('captions', ['prefix', 'instruct'])
+def test_prompts_change_from_epoch_to_epoch(captions, data):
+    train = load(data, ['cc3m'], samples=20, captions=captions).train
+    whole = {clean_caption(source_caption(train, index)): index for index in range(20)}
+    read = collections.defaultdict(list)
+    for step in range(30):
+        for question, answer in drawn_texts(train, step):
+            read[whole[answer if captions == 'instruct' else question + answer]].append(question)
+    assert {len(prompts) for prompts in read.values()} == {6}
+    assert len(read) == 20
+    assert sum(len(set(prompts)) > 2 for prompts in read.values()) >= 18
+
+
+def source_caption(train, index):
+    key = train.name_record(index).rpartition(' ')[2]
+    return miniature.caption_of(100 * int(key[:5]) + int(key[5:]))
+
+
+def drawn_texts(train, step, augment=None):
+    """Return the texts in a batch of four."""
+    batch = pipeline.batches(
+        train.source,
+        as_arrays,
+        batch=4,
+        seed=1,
+        groups=[range(20)],
+        shares=(1,),
+        augment_image=augment,
+        draw_texts=train.draw_texts,
+    )[step]
+    return [tuple(bytes(row).decode().rstrip().split('|')) for row in batch['text']]
+
+
+def test_prompts_are_a_function_of_the_seed_and_the_step(data):
+    train = load(data, ['cc3m', 'texts'], samples=20).train
+    again = load(data, ['cc3m', 'texts'], samples=20).train
+    straight = [drawn_texts(train, step) for step in range(12)]
+    for step in (9, 4, 11):
+        assert drawn_texts(again, step) == straight[step]
+
+
+def test_a_prompt_that_does_not_fit_is_replaced_by_the_one_that_was_checked(data):
+    def misfit(question, answer):
+        return 'too long' if len(question) > 5 else ''
+
+    train = load(data, ['cc3m'], samples=20, misfit=misfit).train
+    checked = train.read_texts()
+    for index in range(len(checked)):
+        texts = [train.draw_texts(index, np.random.default_rng(seed)) for seed in range(20)]
+        assert all(len(question) <= 5 for question, _ in texts)
+        assert checked[index] in texts
+
+
+def test_questions_are_the_same_in_each_epoch(tmp_path):
+    _, expected = miniature.llava_pretrain(tmp_path / 'data')
+    train = load(tmp_path, ['data'], tmp_path, samples=3, is_from_start=True).train
+    for index, want in enumerate(expected):
+        assert train.draw_texts(index, np.random.default_rng(index)) == (want.question, want.answer)
+    # Test questions are drawn once.
+    assert load(tmp_path, ['data'], tmp_path).test.draw_texts is None
+
+
 def test_every_record_comes_once_in_an_epoch(data):
     read = [bytes(row) for step in range(5) for row in batches(data)[step]['text']]
     assert len(set(read)) == 40
