@@ -180,14 +180,14 @@ def to_rgb(image: Image.Image, *, is_benchmark: bool = False) -> UInt8[np.ndarra
 
     Args:
       image: an image of any mode; it is decoded here.
-      is_benchmark: leave EXIF orientation and alpha alone. The public evaluation code of benchmarks only calls
-        `convert('RGB')`, so its scores are those of images that are neither turned nor put on white.
+      is_benchmark: leave EXIF orientation and alpha alone, and clip levels above 255. The public code of benchmarks
+        only calls `convert('RGB')`, so its scores are those of images that are neither turned, put on white nor scaled.
 
     Raises:
       DataError: a float is not finite.
     """
     image.load()
-    if is_benchmark and not is_deep(image):
+    if is_benchmark:
         return np.asarray(_as_rgb(image))
     upright = _upright(image)
     if is_deep(upright):

@@ -36,6 +36,45 @@ def test_an_image_is_turned_as_the_camera_says_and_lies_on_white(tmp_path):
     assert (images.read_image(tmp_path / 'clear.png') == 255).all()
 
 
+LEVELS = np.random.default_rng(0).integers(0, 256, (7, 9, 4), np.uint8)
+COLOURS = Image.fromarray(LEVELS[..., :3])
+PALETTE = COLOURS.quantize(8)
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
+# A kind of image: the image, the format of its file, and options of the format.
+KINDS = {
+    'RGB': (COLOURS, 'PNG', {}),
+    'CMYK of JPEG': (COLOURS.convert('CMYK'), 'JPEG', {}),
+    'CMYK of TIFF': (COLOURS.convert('CMYK'), 'TIFF', {}),
+    'YCbCr': (COLOURS.convert('YCbCr'), 'TIFF', {}),
+    'LAB': (Image.frombytes('LAB', COLOURS.size, COLOURS.tobytes()), 'TIFF', {}),
+    'EXIF orientation': (COLOURS, 'JPEG', {'exif': ROTATED}),
+    'palette': (PALETTE, 'PNG', {}),
+    'palette with a transparent colour': (PALETTE, 'GIF', {'transparency': 2}),
+    'palette with alpha': (PALETTE, 'PNG', {'transparency': bytes([0, 100, 255])}),
+    'grey with alpha': (Image.merge('LA', COLOURS.split()[:2]), 'PNG', {}),
+    'grey with a transparent level': (COLOURS.getchannel(0), 'PNG', {'transparency': 100}),
+    'RGB with alpha': (Image.fromarray(LEVELS), 'PNG', {}),
+    'black and white': (COLOURS.convert('1'), 'PNG', {}),
+    '16 bits': (Image.fromarray(LEVELS[..., 0].astype(np.uint16) * 257), 'PNG', {}),
+    '16 bits, few of them used': (Image.fromarray(LEVELS[..., 0].astype(np.uint16)), 'TIFF', {}),
+    '32 bits': (Image.fromarray(LEVELS[..., 0].astype(np.int32) * 257), 'TIFF', {}),
+    'floats': (Image.fromarray(LEVELS[..., 0].astype(np.float32) / 128), 'TIFF', {}),
+}
+
+
+@pytest.mark.filterwarnings('ignore:Palette images with Transparency')
+@pytest.mark.parametrize('kind', KINDS)
+def test_an_image_of_a_benchmark_is_what_pillow_converts(kind, tmp_path):
+    image, file_format, options = KINDS[kind]
+    path = tmp_path / 'image'
+    image.save(path, file_format, **options)
+    with Image.open(path) as read:
+        want = np.asarray(read.convert('RGB'))
+    np.testing.assert_array_equal(images.read_image(path, is_benchmark=True), want)
+    np.testing.assert_array_equal(images.decode_image(path.read_bytes(), 'image', is_benchmark=True), want)
+
+
 def test_a_file_that_is_no_image_is_named(tmp_path):
     with pytest.raises(DataError, match=r'absent.png: no such file'):
         images.read_image(tmp_path / 'absent.png')
