@@ -1,11 +1,27 @@
 """A folder of images with a `data.jsonl`, see `data.folder`, as one source of several. All lines are its records."""
 
+import numpy as np
+from jaxtyping import UInt8
+
+from sparselora_jax.data import images
 from sparselora_jax.data.folder import Folder, read_folder
 from sparselora_jax.data.sources.pictures import ImageFile
 from sparselora_jax.data.sources.place import Place
 from sparselora_jax.data.sources.source import SourceRecord
 
 FILE = 'data.jsonl'
+
+
+class UserImage(ImageFile):
+    """An image of a user; see `pictures.StoredImage`."""
+
+    def read(self) -> UInt8[np.ndarray, 'height width 3']:
+        """Read the file as RGB, as `data.folder` does: upright, on white, and with its levels scaled.
+
+        Raises:
+          DataError: the file is missing or damaged.
+        """
+        return images.read_image(self.path)
 
 
 class UserFolder:
@@ -26,7 +42,7 @@ class UserFolder:
 
     def __getitem__(self, index: int) -> SourceRecord:
         record = self.folder.records[index]
-        return SourceRecord(ImageFile(self.folder.path / record.image), record.answer, record.prompt)
+        return SourceRecord(UserImage(self.folder.path / record.image), record.answer, record.prompt)
 
     def image_name(self, index: int) -> str:
         """Return the path of an image, as the line has it.

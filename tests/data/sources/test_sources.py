@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from miniature_benchmarks import image, write
 from miniature_sources import LAYOUTS, add_member
+from PIL import Image
 from small_disk import files_of_at_most
 
+from sparselora_jax.data.images import read_image
 from sparselora_jax.data.loaders import is_path
 from sparselora_jax.data.sources.catalog import open_source
 from sparselora_jax.data.sources.pictures import StoredImage, needed_tolerance
@@ -434,6 +436,17 @@ def test_texts_of_prepared_data_sets_that_are_not_there_are_named(question, capt
     source = opened(miniature._prepare(tmp_path, 'TextsLike', features, {'train': [row]}))
     with pytest.raises(DataError, match=message):
         source[0]
+
+
+def test_images_of_a_users_folder_are_read_as_if_it_were_the_only_source(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 2**16, (5, 6), np.uint16)
+    Image.fromarray(levels).save(tmp_path / '0.png')
+    Image.fromarray(levels.view(np.uint8).reshape(5, 3, 4)).save(tmp_path / '1.png')
+    lines = [{'image': f'{number}.png', 'prompt': 'what?', 'answer': 'a cat'} for number in range(2)]
+    write(tmp_path / 'data.jsonl', lines)
+    source = opened(tmp_path)
+    for number in range(2):
+        np.testing.assert_array_equal(source[number].image.read(), read_image(tmp_path / f'{number}.png'))
 
 
 # Parquet files.
