@@ -2,10 +2,11 @@
 
   python launch/train.py --config=configs/paper/instructblip_flan_t5_xl.py:pattern=2:4,hardware=8gpu --workdir=runs/xl
 
-`docs/reproduce.md` says which files are needed, and where these recipes and the code differ. The scripts of the code
-override its YAML files and its defaults; the values here are those of the scripts. Arguments: `arguments.py`. Both the
-vision and the language tower get the pattern; `0.5`, `2:4` (the default) and `4:8` are in the paper's tables. To prune
-the language tower alone, add `--config.prune.pattern.vision=dense`.
+`docs/reproduce.md` says which files are needed, where these recipes and the code differ, which scores the paper has,
+and what was compiled at which cost. The scripts of the code override its YAML files and its defaults; the values here
+are those of the scripts. Arguments: `arguments.py`. Both the vision and the language tower get the pattern; `0.5`,
+`2:4` (the default) and `4:8` are in the paper's tables. To prune the language tower alone, add
+`--config.prune.pattern.vision=dense`.
 
 Paths are below the current folder: the files of a data set may lie elsewhere if a link leads there. Name other paths
 with `--config.data=`, `--config.prune.data=` and `--config.evaluate.data_root=`.

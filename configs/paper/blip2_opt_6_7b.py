@@ -1,16 +1,11 @@
-"""Prune vision and language of BLIP-2 OPT-6.7B by Wanda, then restore both (arXiv 2404.02424).
+"""Prune vision and language of BLIP-2 OPT-6.7B by Wanda, then restore both; see `base.py`.
 
   python launch/train.py --config=configs/paper/blip2_opt_6_7b.py:pattern=2:4,hardware=8gpu --workdir=runs/2-4
 
-Files (docs/reproduce.md): `data/coco` and `data/vg`, for restoration and calibration; and those of the benchmarks.
-The run has 390 steps of 64 pairs.
+Restored and calibrated on `data/coco` and `data/vg`: 390 steps of 64 pairs.
 
-docs/reproduce.md has no score of the paper for this model.
-
-The public code has no script that restores OPT: the data are those of its YAML file for OPT, and all other values are
-those of the other models.
-
-Not compiled here; `launch/compile.py` with this recipe gives its memory, time and cost, as in docs/reproduce.md.
+The public code has no script that restores OPT: the data are those of its YAML file, and all other values are those of
+the other models.
 """
 
 from ml_collections import ConfigDict

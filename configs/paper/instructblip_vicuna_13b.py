@@ -1,13 +1,8 @@
-"""Prune vision and language of InstructBLIP Vicuna-13B by Wanda, then restore both (arXiv 2404.02424).
+"""Prune vision and language of InstructBLIP Vicuna-13B by Wanda, then restore both; see `base.py`.
 
   python launch/train.py --config=configs/paper/instructblip_vicuna_13b.py:pattern=2:4,hardware=8gpu --workdir=runs/2-4
 
-Files (docs/reproduce.md): `data/coco` and `data/cc3m` for restoration, `data/coco` and `data/vg` for calibration; and
-those of the benchmarks. The run has 3,125 steps of 8 pairs.
-
-docs/reproduce.md has no score of the paper for this model.
-
-Not compiled here; `launch/compile.py` with this recipe gives its memory, time and cost, as in docs/reproduce.md.
+Restored on `data/coco` and `data/cc3m`, calibrated on `data/coco` and `data/vg`: 3,125 steps of 8 pairs.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,8 @@
-"""Prune vision and language of InstructBLIP Vicuna-7B by Wanda, then restore both (arXiv 2404.02424).
+"""Prune vision and language of InstructBLIP Vicuna-7B by Wanda, then restore both; see `base.py`.
 
   python launch/train.py --config=configs/paper/instructblip_vicuna_7b.py:pattern=2:4,hardware=8gpu --workdir=runs/2-4
 
-Files (docs/reproduce.md): `data/coco` and `data/cc3m` for restoration, `data/coco` and `data/vg` for calibration; and
-those of the benchmarks. The run has 781 steps of 32 pairs.
-
-Average score in the paper at 50 %, 2:4 and 4:8, Wanda alone -> restored: 66.1 -> 69.6, 52.8 -> 65.9, 59.5 -> 67.5.
-
-Restoring on 16 TPU v5e takes at least 0.29 s a step and 1.20 dollars, and 4.5 of the 16 GiB of a chip (command in
-docs/reproduce.md).
+Restored on `data/coco` and `data/cc3m`, calibrated on `data/coco` and `data/vg`: 781 steps of 32 pairs.
 """
 
 from ml_collections import ConfigDict
