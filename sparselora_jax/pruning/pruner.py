@@ -36,7 +36,7 @@ from sparselora_jax.pruning.targets import (
     patterns_of,
 )
 from sparselora_jax.pruning.tracing import program as tracing
-from sparselora_jax.pruning.tracing.schedule import make_schedule
+from sparselora_jax.pruning.tracing.schedule import Schedule, layer_axes, make_schedule
 from sparselora_jax.pruning.walk import BlockPass, block_observer, joined, naming, walk
 from sparselora_jax.runtime import processes
 from sparselora_jax.sparse import sharding
@@ -344,6 +344,8 @@ def _prune_program(
         Level.of_arguments(make_schedule(program, is_pruned=patterns.__contains__), arrays)
         for program in programs.values()
     ]
+    for level in levels:
+        _check_layer_axes(level.schedule)
     chunks = []
     for key, (batch, of_tokens) in zip(keys, weighted, strict=True):
         values = levels[numbers[key]].values_of_chunk(tracing.arrays_of(batch))
@@ -401,19 +403,31 @@ def _warn_about_dead_inputs(
         statistic = methods[path].statistic
         if statistic is not None:
             dead = [calibrate.count_dead_inputs(statistic, part.target.statistic.total) for part in of_path]
-            counts[path] = np.stack([processes.on_host(count) for count in dead])
+            # Some layers may have been read alone, and others in a stack that holds several or one.
+            counts[path] = np.concatenate([np.reshape(processes.on_host(count), -1) for count in dead])
     calibrate.warn_about_dead_inputs(counts, inputs)
 
 
-def _check_layers(path: str, shape: Sequence[int], parts: Sequence[_Pruned]) -> None:
-    """Check that every layer of a leaf was pruned, and none twice.
+def _check_layer_axes(schedule: Schedule) -> None:
+    """Check that no layer of a leaf would be pruned twice: alone, and together with the others.
 
     Raises:
-      CalibrationError: a layer is missing, or was pruned alone and with the others.
+      CalibrationError: one would.
     """
-    # Products may read a stack as a whole and a layer of it alone, which would prune it twice.
-    if len({tuple(sorted(part.target.place.index)) for part in parts}) > 1:
-        raise CalibrationError(f'{path}: some products read all of its layers and others a single one; make it dense')
+    for path, axes in layer_axes(schedule).items():
+        if len(axes) > 1:
+            raise CalibrationError(
+                f'{path}: some products read one layer, whose number is written in the program, and others read all of '
+                'them, or one whose number is known only when it runs; write all in one way, or make it dense'
+            )
+
+
+def _check_layers(path: str, shape: Sequence[int], parts: Sequence[_Pruned]) -> None:
+    """Check that every layer of a leaf was pruned.
+
+    Raises:
+      CalibrationError: a layer is missing.
+    """
     pruned = {tuple(sorted(part.target.place.index.items())) for part in parts}
     missing = [index for index in _indices(shape, parts) if index not in pruned]
     if missing:

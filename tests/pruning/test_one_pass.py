@@ -453,3 +453,73 @@ def test_weights_that_fit_no_kernel_are_refused():
             method=sl.Wanda(),
             weights=lambda batch: jnp.ones(7),
         )
+
+
+def at_an_index(params, batch):
+    return jnp.tanh(batch['x'] @ params['w'][batch['i']]) @ params['z']
+
+
+def transposed_behind_a_layer(params, batch):
+    x = batch['x'] @ jnp.swapaxes(params['w'], 1, 2)[batch['i'] + 0].T
+    return jnp.tanh(x) @ params['z']
+
+
+def in_a_branch(params, batch):
+    w = jax.lax.cond(batch['i'] > 0, lambda w: 2.0 * w, lambda w: 2.0 * w, params['w'] / 2.0)
+    return jnp.tanh(batch['x'] @ w[batch['i']]) @ params['z']
+
+
+@pytest.mark.parametrize('form', [at_an_index, transposed_behind_a_layer, in_a_branch])
+def test_a_batch_may_say_which_layer_it_reads(form):
+    params = {'w': jax.random.normal(jax.random.key(0), (3, 8, 8)), 'z': jax.random.normal(jax.random.key(1), (8, 8))}
+    x = np.asarray(jax.random.normal(jax.random.key(2), (3, 9, 8)))
+    batches = [{'x': x[i], 'i': jnp.int32(i)} for i in (2, 0, 1)]
+    got = sl.prune(form, params, batches, PATTERN, method=sl.Wanda())
+    hidden = []
+    for i, (kernel, mask) in enumerate(zip(params['w'], got.masks['w'], strict=True)):
+        np.testing.assert_array_equal(mask, half_of_wanda(kernel, x[i]))
+        hidden.append(np.tanh(x[i] @ np.where(mask, kernel, 0.0)))
+    # What comes after it reads the outputs of the pruned layers.
+    np.testing.assert_array_equal(got.masks['z'], half_of_wanda(params['z'], np.concatenate(hidden)))
+
+
+def test_a_kernel_may_say_which_layer_a_batch_reads():
+    """A router is pruned first, and its pruned kernel picks the expert."""
+    params = {'w': jax.random.normal(jax.random.key(0), (2, 8, 8)), 'r': jax.random.normal(jax.random.key(1), (8, 2))}
+    x = np.asarray(jax.random.normal(jax.random.key(2), (6, 9, 8)))
+
+    def forward(params, x):
+        expert = jnp.argmax((x @ params['r']).sum(axis=0))
+        # The layer that is read says something besides its product.
+        return (x + params['w'][expert].sum()) @ params['w'][expert]
+
+    got = sl.prune(forward, params, list(x), PATTERN, method=sl.Wanda())
+    np.testing.assert_array_equal(got.masks['r'], half_of_wanda(params['r'], np.concatenate(x)))
+    experts = [int(np.argmax((rows @ np.asarray(got.params['r'])).sum(axis=0))) for rows in x]
+    assert set(experts) == {0, 1}
+    for i, kernel in enumerate(np.asarray(params['w'])):
+        read = [rows + kernel.sum() for rows, expert in zip(x, experts, strict=True) if expert == i]
+        np.testing.assert_array_equal(got.masks['w'][i], half_of_wanda(kernel, np.concatenate(read)))
+
+
+def test_layers_at_literal_and_at_traced_indices_are_named():
+    def forward(params, x):
+        x = jnp.tanh(x @ params['w'][0])
+        return jax.lax.fori_loop(1, 3, lambda i, x: jnp.tanh(x @ params['w'][i]), x)
+
+    with pytest.raises(CalibrationError, match=r'^w: .*number is known only when it runs; write all in one way'):
+        sl.prune(forward, {'w': jnp.ones((3, 8, 8))}, [jnp.ones((4, 8))], PATTERN, method=sl.Wanda())
+
+
+def test_a_layer_alone_and_the_others_in_a_scan():
+    params = {'w': jax.random.normal(jax.random.key(0), (3, 8, 8))}
+    x = np.asarray(jax.random.normal(jax.random.key(1), (9, 8)))
+
+    def forward(params, x):
+        x = jnp.tanh(x @ params['w'][0])
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params['w'][1:])[0]
+
+    got = sl.prune(forward, params, [x], PATTERN, method=sl.Wanda())
+    for kernel, mask in zip(params['w'], got.masks['w'], strict=True):
+        np.testing.assert_array_equal(mask, half_of_wanda(kernel, x))
+        x = np.tanh(x @ np.where(mask, kernel, 0.0))

@@ -4,11 +4,12 @@ A schedule is a list of steps. A `Segment` runs operations. A `Cut` names produc
 their kernels can be pruned; the products themselves belong to a later segment, which reads the pruned kernels. A `Loop`
 is a scan over layers, whose body has a schedule of its own. So every product runs once, on pruned inputs.
 
-Operations on weights alone belong to no segment: each segment computes them from the weights of its time.
+Operations on weights alone belong to no segment: each segment computes them from the weights of its time. So does each
+with what takes weights out of a leaf at an index that depends on the samples.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ class Schedule:
       steps: what happens, in order.
       live: for each step, the values that later steps read.
       varying: values that depend on the samples.
-      weight_operations: {value: the operation that computes it from weights alone}.
+      weight_operations: {value: the operation that computes it from weights alone, or that takes it out of a kernel at
+        an index which depends on the samples}.
     """
 
     program: core.ClosedJaxpr
@@ -122,8 +124,36 @@ class Schedule:
                 continue
             found.add(id(equation))
             missing += _variables(equation.invars)
-        # A program defines each value before it is read, so its own order is a valid one.
-        return [equation for equation in self.program.jaxpr.eqns if id(equation) in found]
+        return self.in_order(found)
+
+    def in_order(self, equations: Collection[int]) -> list[core.JaxprEqn]:
+        """Return operations in the order of the program, which defines each value before it is read.
+
+        Args:
+          equations: their identities.
+        """
+        return [equation for equation in self.program.jaxpr.eqns if id(equation) in equations]
+
+
+def layer_axes(schedule: Schedule) -> dict[str, set[frozenset[int]]]:
+    """Return {path: for each kernel of the leaf the axes along which it is one layer}.
+
+    Args:
+      schedule: a schedule.
+    """
+    axes: dict[str, set[frozenset[int]]] = {}
+    for step in schedule.steps:
+        if isinstance(step, Cut):
+            for unit in step.kernels:
+                axes.setdefault(unit.path, set()).add(frozenset(axis for axis, _ in unit.pins))
+        elif isinstance(step, Loop):
+            # In the body a layer is a kernel of its own, whose axes have other numbers than those of the leaf.
+            for name, of_layer in layer_axes(step.body).items():
+                layer = step.kernels[name].pin(0, None)
+                pinned = {pin.axis for pin in layer.pins}
+                in_leaf = [{part.axis for axis in of_kernel for part in layer.axes[axis]} for of_kernel in of_layer]
+                axes.setdefault(layer.path, set()).update(frozenset(pinned | inner) for inner in in_leaf)
+    return axes
 
 
 def without_calls(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
@@ -286,7 +316,7 @@ class _Scheduler:
             self.known[variable] = Operand(None, origin, OF_BATCH if varies else frozenset())
             self.producer[variable] = equation
             # Computed anew where it is needed: a value that was kept would be that of an unpruned kernel.
-            if not varies:
+            if not varies or origin:
                 self.weight_operations[variable] = equation
         if varies:
             self.ordinary.append(equation)
@@ -343,7 +373,7 @@ class _Scheduler:
                 break
             # An index that only the running program knows says nothing here; then the whole stack is the kernel.
             # Nor does one that was taken together with a part of another axis.
-            is_known = origin.is_whole and all(pin.index is not None for pin in origin.pins)
+            is_known = origin.is_whole and _has_known_indices(origin) and not self.known[variable].varies
             if is_known and len(self.known[before].origin.pins) != len(origin.pins):
                 break
             variable = before
@@ -367,8 +397,9 @@ class _Scheduler:
         for operand, variable in zip(operands[num_outer:], body.jaxpr.invars[num_outer:], strict=True):
             origin = operand.origin
             of_layer = origin and origin.pin(0, None)
-            # A layer that is pruned must be put back into the leaf.
-            if origin and not (of_layer and of_layer.is_whole):
+            # A layer that is pruned must be put back into the leaf, at a place that is known.
+            has_place = of_layer and of_layer.is_whole and _has_known_indices(origin) and not operand.varies
+            if origin and not has_place:
                 return None
             # In the body, a layer is a kernel of its own. A second name keeps two parts of one leaf apart.
             name = origin and f'{origin.path}#{len(kernels)}'
@@ -463,7 +494,7 @@ class _Scheduler:
                 stop = holders
             read = [variable for equation in step.equations for variable in _variables(equation.invars)]
             needed = schedule.needed(read, stop)
-            step.equations[:0] = needed
+            step.equations[:] = schedule.in_order({id(equation) for equation in (*needed, *step.equations)})
             step.inputs[:] = free_variables(step.equations)
             if isinstance(step, Cut):
                 holders |= holders_of_step
@@ -491,6 +522,11 @@ class _Scheduler:
             live.append(set(read))
             read |= self._read_by(step)
         return live[::-1]
+
+
+def _has_known_indices(origin: Origin) -> bool:
+    """Return whether the program says which layers were taken."""
+    return all(pin.index is not None for pin in origin.pins)
 
 
 def _variables(atoms: Sequence[Any]) -> list[core.Var]:
