@@ -582,7 +582,7 @@ def make_observer(
         leaves = rules.leaves_by_path(params)
         sizes = {path: programs.axes[path].sizes(leaves[path].shape) for path in sums}
         stacked = {path: bool(layers) for path, (layers, _, _) in sizes.items()}
-        _check_tokens(sums, stacked)
+        _check_tokens(sums, stacked, programs.axes)
 
         def first_bad(largest):
             return _first_not_finite(largest, programs.axes, stacked)
@@ -790,7 +790,7 @@ def _selected(params: PyTree, select: object) -> set[str]:
     return selected
 
 
-def _check_tokens(sums: Mapping[str, KernelSums], stacked: Mapping[str, bool]) -> None:
+def _check_tokens(sums: Mapping[str, KernelSums], stacked: Mapping[str, bool], axes: Mapping[str, KernelAxes]) -> None:
     """Check that every kernel was read.
 
     Raises:
@@ -800,7 +800,13 @@ def _check_tokens(sums: Mapping[str, KernelSums], stacked: Mapping[str, bool]) -
         is_unread = processes.on_host(sums_of_kernel.tokens) == 0
         if is_unread.any():
             place = _place_in_params(path, int(is_unread.argmax()) if stacked[path] else None)
-            raise CalibrationError(f'{place}: no token reached it during calibration (one of weight 0 does not count)')
+            # A matrix is more often read by columns than a stack of vectors is.
+            is_column = not axes[path].outputs
+            reason = f'; products read single indices of axis {axes[path].layers[-1]}, each of which is a layer then'
+            raise CalibrationError(
+                f'{place}: no token reached it during calibration (one of weight 0 does not count)'
+                f'{reason if is_column else ""}'
+            )
 
 
 def _first_not_finite(

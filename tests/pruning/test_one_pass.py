@@ -360,6 +360,31 @@ def test_layers_of_layers_are_put_back_into_the_leaf(form, order):
         x = np.tanh(x @ np.where(mask, kernel, 0.0))
 
 
+def in_a_row(block, w, x):
+    for layer in range(len(w)):
+        x = block(x, w[layer])
+    return x
+
+
+def in_a_scan(block, w, x):
+    return jax.lax.scan(lambda x, w: (block(x, w), None), x, w)[0]
+
+
+@pytest.mark.parametrize('form', [in_a_row, in_a_scan])
+def test_one_column_of_a_fused_kernel_is_a_part_of_it(form):
+    params = {'w': jax.random.normal(jax.random.key(0), (2, 8, 9))}
+    x = np.asarray(jax.random.normal(jax.random.key(1), (9, 8)))
+
+    def block(x, w):
+        return jnp.tanh((x @ w[:, :8]) * (x @ w[:, 8:]))
+
+    got = sl.prune(lambda p, x: form(block, p['w'], x), params, [x], PATTERN, method=sl.Wanda())
+    for kernel, mask in zip(params['w'], got.masks['w'], strict=True):
+        np.testing.assert_array_equal(mask, half_of_wanda(kernel, x))
+        product = x @ np.where(mask, kernel, 0.0)
+        x = np.tanh(product[:, :8] * product[:, 8:])
+
+
 def test_parts_that_are_sliced_out_of_a_layer_at_once_are_one_kernel():
     params = {'w': jax.random.normal(jax.random.key(0), (2, 8, 16))}
 

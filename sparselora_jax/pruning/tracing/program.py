@@ -1,6 +1,7 @@
 """Trace any forward to a program, and find the products in it that read a leaf of params."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +52,7 @@ class Program(NamedTuple):
 
         def visit_kernel(product, sums):
             if product.path in self.axes:
-                visit(product, sums)
+                visit(replace(product, axes=self.axes[product.path]), sums)
 
         walk = Walk(visit_kernel, has_values=True, sums=sums)
         walk.run(self.jaxpr, self._arguments(arrays_of((params, batch))))
@@ -124,21 +125,36 @@ def _analysis(program: Program) -> dict[str, dict]:
     axes = {}
     for path, of_kernel in products.items():
         # Products that need different statistics cannot share one.
-        conflict = _conflict(of_kernel)
+        common = _common_axes(of_kernel)
+        conflict = _conflict(of_kernel) if common else 'products contract different axes of it'
         if conflict:
             lost[path] = conflict
             walk.unfollowed[path] = conflict
         else:
-            axes[path] = of_kernel[0].axes
+            axes[path] = common
     unfollowed = {path: reason for path, reason in walk.unfollowed.items() if path in lost}
     return {'axes': axes, 'lost': lost, 'unfollowed': unfollowed}
 
 
-def _conflict(products: Sequence[Product]) -> str | None:
-    """Return why the products of a kernel have no common statistic; None: they have one."""
+def _common_axes(products: Sequence[Product]) -> KernelAxes | None:
+    """Return the roles that all products of a kernel give to its axes; None: they need different statistics."""
+    outputs = {axis for product in products for axis in product.axes.outputs}
+    common = set()
+    for product in products:
+        # One column of a matrix looks like a layer, until another product reads several columns.
+        columns = outputs.intersection(product.axes.layers)
+        is_one_index = columns <= {pin.axis for pin in product.origin.pins}
+        # Where devices read columns of their own, their rows are placed as those of layers.
+        if columns and (not is_one_index or product.placement.layers):
+            return None
+        layers = tuple(axis for axis in product.axes.layers if axis not in columns)
+        common.add(KernelAxes(layers, product.axes.inputs, tuple(sorted(outputs))))
     # One statistic cannot serve a matrix and its transpose.
-    if len({product.axes for product in products}) > 1:
-        return 'products contract different axes of it'
+    return common.pop() if len(common) == 1 and not outputs.intersection(products[0].axes.inputs) else None
+
+
+def _conflict(products: Sequence[Product]) -> str | None:
+    """Return why the products of a kernel have no common statistic, though its axes have the same roles in them."""
     # Devices exchange what they have summed, which needs all of them.
     if any(product.placement.some_devices for product in products):
         return 'only some devices of a shard_map run a product with it'

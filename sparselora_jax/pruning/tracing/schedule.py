@@ -9,7 +9,7 @@ with what takes weights out of a leaf at an index that depends on the samples.
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -198,6 +198,8 @@ def without_calls(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
 def _steps_of_slice(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """Return a slice `x[3, :, :8]` as `x[3]`, which is the layer to prune, and a part of it; None: it is one step.
 
+    One index is taken at a time: of `x[3, :, 8]` the layer is `x[3]` if 8 is a column.
+
     Args:
       equation: any operation.
     """
@@ -205,18 +207,21 @@ def _steps_of_slice(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
         return None
     (x,) = (variable.aval for variable in equation.invars)
     bounds = list(zip(equation.params['start_indices'], equation.params['limit_indices'], strict=True))
-    whole = [(0, size) for size in x.shape]
-    of_layer = [
-        of_axis if of_axis[1] - of_axis[0] == 1 else all_of_it for of_axis, all_of_it in zip(bounds, whole, strict=True)
-    ]
-    if of_layer in (whole, bounds):
+    is_index = [end - start == 1 < size for (start, end), size in zip(bounds, x.shape, strict=True)]
+    steps = [{axis: bounds[axis]} for axis, of_axis in enumerate(is_index) if of_axis]
+    parts = {axis: bound for axis, bound in enumerate(bounds) if not is_index[axis] and bound != (0, x.shape[axis])}
+    if parts:
+        steps.append(parts)
+    if len(steps) < 2:
         return None
-    of_part = [(0, 1) if end - start == 1 else (start, end) for start, end in bounds]
 
-    def slice_twice(x):
-        return jax.lax.slice(jax.lax.slice(x, *zip(*of_layer, strict=True)), *zip(*of_part, strict=True))
+    def slice_by_steps(x):
+        for step in steps:
+            starts, ends = zip(*[step.get(axis, (0, size)) for axis, size in enumerate(x.shape)], strict=True)
+            x = jax.lax.slice(x, starts, ends)
+        return x
 
-    return jax.make_jaxpr(slice_twice)(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return jax.make_jaxpr(slice_by_steps)(jax.ShapeDtypeStruct(x.shape, x.dtype))
 
 
 def make_schedule(
@@ -234,7 +239,8 @@ def make_schedule(
     varies = [index >= program.num_params for index in range(len(origins))]
     # What follows the last kernel, such as a head that stays dense, is not run for results that nobody reads.
     results = _variables(flat.jaxpr.outvars) if needs_results else []
-    return _Scheduler(flat, origins, varies, results=results).schedule()
+    outputs = {path: frozenset(axes.outputs) for path, axes in program.axes.items()}
+    return _Scheduler(flat, origins, varies, outputs, results=results).schedule()
 
 
 @dataclass
@@ -258,6 +264,7 @@ class _Scheduler:
         flat: core.ClosedJaxpr,
         origins: Sequence[Origin | None],
         varies: Sequence[bool],
+        outputs: Mapping[str, Collection[int]],
         *,
         results: Sequence[core.Var],
     ):
@@ -267,9 +274,11 @@ class _Scheduler:
           flat: the program, without calls.
           origins: see `make_schedule`.
           varies: see `make_schedule`.
+          outputs: {path: axes of outputs} of the kernels; what is sliced out of them is no layer.
           results: values that are needed in the end.
         """
         self.flat = flat
+        self.outputs = outputs
         self.results = set(results)
         jaxpr = flat.jaxpr
         self.known: dict[core.Var, Operand] = {}
@@ -372,9 +381,10 @@ class _Scheduler:
             if before is None:
                 break
             # An index that only the running program knows says nothing here; then the whole stack is the kernel.
-            # Nor does one that was taken together with a part of another axis.
+            # Nor does one that was taken together with a part of another axis, or one column.
+            has_column = any(pin.axis in self.outputs.get(origin.path, ()) for pin in origin.pins)
             is_known = origin.is_whole and _has_known_indices(origin) and not self.known[variable].varies
-            if is_known and len(self.known[before].origin.pins) != len(origin.pins):
+            if is_known and not has_column and len(self.known[before].origin.pins) != len(origin.pins):
                 break
             variable = before
             origin = self.known[variable].origin
@@ -394,6 +404,7 @@ class _Scheduler:
         body = without_calls(params['jaxpr'])
         origins: list[Origin | None] = [None] * num_outer
         kernels: dict[str, Origin] = {}
+        outputs: dict[str, set[int]] = {}
         for operand, variable in zip(operands[num_outer:], body.jaxpr.invars[num_outer:], strict=True):
             origin = operand.origin
             of_layer = origin and origin.pin(0, None)
@@ -406,11 +417,15 @@ class _Scheduler:
             origins.append(origin and Origin.of_leaf(name, variable.aval.shape))
             if origin:
                 kernels[name] = origin
+                in_leaf = self.outputs.get(origin.path, ())
+                outputs[name] = {
+                    axis for axis, parts in enumerate(of_layer.axes) if any(part.axis in in_leaf for part in parts)
+                }
         varies = [bool(operand.varies) for operand in operands]
         # The carry varies if any round makes it vary; to call it varying is always right.
         first_carry = params['num_consts']
         varies[first_carry:num_outer] = [True] * params['num_carry']
-        schedule = _Scheduler(body, origins, varies, results=_variables(body.jaxpr.outvars)).schedule()
+        schedule = _Scheduler(body, origins, varies, outputs, results=_variables(body.jaxpr.outvars)).schedule()
         # A loop without a kernel to prune runs as a whole.
         if not any(isinstance(step, Cut | Loop) for step in schedule.steps):
             return None

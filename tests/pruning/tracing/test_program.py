@@ -144,6 +144,20 @@ def with_integers_of_numpy(params, x):
     return x
 
 
+def one_column(params, x):
+    for i in range(LAYERS):
+        w = params['w'][i]
+        x = jnp.tanh(jnp.concatenate([x @ w[:, :1], x @ w[:, 1:-1], (x @ w[:, -1])[..., None]], axis=-1))
+    return x
+
+
+def columns_of_layers(params, x):
+    for i in range(LAYERS):
+        parts = [x @ params['w'][i, :, :-1], x @ params['w'][i, :, -1:]]
+        x = jnp.tanh(jnp.concatenate(parts, axis=-1))
+    return x
+
+
 def vmapped_rows(params, x):
     for i in range(LAYERS):
         x = jnp.tanh(jax.vmap(lambda row, w: row @ w, (0, None))(x, params['w'][i]))
@@ -173,6 +187,8 @@ FORMS = [
     contracted_in_heads,
     sliced_outputs,
     interleaved_outputs,
+    one_column,
+    columns_of_layers,
     with_integers_of_numpy,
     vmapped_rows,
     cast_masked_and_scaled,
@@ -361,6 +377,11 @@ def test_tables_and_learned_inputs_are_not_logged(caplog):
 def test_a_layer_that_no_product_reads_is_named():
     with pytest.raises(CalibrationError, match=r'^w, layer 2: no token reached it'):
         sl.collect(lambda p, x: x @ p['w'][0] @ p['w'][1] @ p['w'][3], W, [X])
+
+
+def test_a_matrix_of_which_only_one_column_is_read_is_named():
+    with pytest.raises(CalibrationError, match=r'^w, layer 0: no token .*; products read single indices of axis 1'):
+        sl.collect(lambda p, x: x @ p['w'][:, 3], {'w': W['w'][0]}, [X])
 
 
 def test_a_batch_of_another_shape_is_traced_again():
