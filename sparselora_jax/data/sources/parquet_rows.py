@@ -118,6 +118,8 @@ class ParquetRows:
         Raises:
           DataError: a file is damaged or lacks columns, a row is unusable, or there is no record.
         """
+        for path in paths:
+            _check_columns(path, form)
         self.paths = paths
         self._pictures = list_pictures(paths, IMAGE)
         self._ends: list[int] = []  # number of rows up to the end of each file
@@ -189,17 +191,29 @@ class ParquetRows:
         return f'{self.paths[file]}, row {row}'
 
 
+def _check_columns(path: Path, form: RowForm) -> None:
+    """Check that a file has the columns of its set: the form was found in the first file alone.
+
+    Raises:
+      DataError: the file is damaged, lacks a column, or has no bytes of images.
+    """
+    known = column_names(path)
+    missing = [column for column in (IMAGE, *form.columns) if column not in known]
+    if missing:
+        raise DataError(f'{path}: no column {", ".join(missing)}; its columns are {", ".join(known[:SHOWN])}')
+    with damage_named(str(path)):
+        kind = open_file(path).schema_arrow.field(IMAGE).type
+    if not holds_bytes(kind):
+        raise DataError(f'{path}: the column {IMAGE!r} holds {kind}, expected the bytes of images')
+
+
 def _rows_of(path: Path, form: RowForm) -> Iterator[Row]:
     """Yield the texts of the rows of a file.
 
     Raises:
-      DataError: the file is damaged, or lacks a column.
+      DataError: the file is damaged.
     """
-    known = column_names(path)
-    missing = [column for column in form.columns if column not in known]
-    if missing:
-        raise DataError(f'{path}: no column {", ".join(missing)}; its columns are {", ".join(known[:SHOWN])}')
-    yield from read_rows(path, (*form.columns, SPLIT))
+    return read_rows(path, (*form.columns, SPLIT))
 
 
 def _image_names(path: Path) -> Iterator[str]:

@@ -547,10 +547,18 @@ def test_parquet_files_of_which_a_shard_is_missing_are_refused(tmp_path):
         opened(name)
 
 
-def test_shards_with_other_columns_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ('row', 'message'),
+    [
+        ({'image': PAIR['image'], 'label': 3}, 'no column caption; its columns are image, label'),
+        ({'caption': 'a cat'}, 'no column image; its columns are caption'),
+        ({'image': '1.jpg', 'caption': 'a cat'}, "the column 'image' holds string, expected the bytes of images"),
+    ],
+)
+def test_shards_with_other_columns_are_named(row, message, tmp_path):
     parquet(tmp_path / 'a.parquet', [PAIR])
-    parquet(tmp_path / 'b.parquet', [{'image': PAIR['image'], 'label': 3}])
-    with pytest.raises(DataError, match=r'b\.parquet: no column caption; its columns are image, label'):
+    parquet(tmp_path / 'b.parquet', [row])
+    with pytest.raises(DataError, match=rf'b\.parquet: {message}'):
         opened(tmp_path)
 
 
