@@ -1,6 +1,8 @@
 """What each layout operation of a program does to the origin of its operand."""
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +25,15 @@ class Operand(NamedTuple):
       varies: what it varies with: `BATCH` if it depends on the batch, and within `shard_map` the axes of the mesh along
         along which devices may have different values.
       lost: paths of leaves from which it was computed in ways that cannot be followed, other than by products.
+      looked_up: origin of matrices that an index of several elements has looked up, as if they were a leaf; the axes of
+        the index are broadcast ones.
     """
 
     value: Any
     origin: Origin | None = None
     varies: frozenset[Hashable] = frozenset()
     lost: frozenset[str] = frozenset()
+    looked_up: Origin | None = None
 
 
 class UnfollowedError(Exception):
@@ -78,6 +83,25 @@ def origins_after(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[
     if None in origins and name not in ELEMENTWISE:
         raise UnfollowedError('its result is no slice or arrangement of whole axes')
     return origins
+
+
+def looked_up_after(equation: core.JaxprEqn, operands: Sequence[Operand]) -> Origin | None:
+    """Return the `looked_up` of an operation's result; None: it holds no matrices that were looked up.
+
+    Args:
+      equation: the operation.
+      operands: its operands.
+    """
+    name = equation.primitive.name
+    if name == 'gather' and operands[0].origin and _looks_up_matrices(equation):
+        whole = Origin.of_leaf(operands[0].origin.path, equation.outvars[0].aval.shape)
+        of_matrix = equation.params['dimension_numbers'].offset_dims
+        return replace(whole, axes=tuple(parts if i in of_matrix else () for i, parts in enumerate(whole.axes)))
+    if name not in _RULES or len(operands) != 1 or operands[0].looked_up is None:
+        return None
+    with contextlib.suppress(UnfollowedError):
+        return _RULES[name](equation, [Operand(None, operands[0].looked_up)])[0]
+    return None
 
 
 def shape_of(equation: core.JaxprEqn, index: int) -> tuple[int, ...]:
@@ -166,6 +190,11 @@ def _sliced(
     return origin
 
 
+def _looks_up_matrices(equation: core.JaxprEqn) -> bool:
+    """Return whether a gather returns a matrix, or more, for each index."""
+    return len(equation.params['dimension_numbers'].offset_dims) > 1
+
+
 def _gather(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin | None]:
     """Follow `leaf[index]` for one index, which JAX may write as a gather."""
     numbers = equation.params['dimension_numbers']
@@ -175,7 +204,11 @@ def _gather(equation: core.JaxprEqn, operands: Sequence[Operand]) -> list[Origin
     is_one_index = shape_of(equation, 1) == (1,) and not other_axes and numbers.collapsed_slice_dims == (axis,)
     is_whole = all(size == length for i, (size, length) in enumerate(zip(sizes, shape, strict=True)) if i != axis)
     if operands[0].origin is None or not is_one_index or not is_whole:
-        raise UnfollowedError('it looks up several rows (an embedding?)')
+        raise UnfollowedError(
+            'it looks up several matrices (experts of tokens?); sort tokens by expert, as jax.lax.ragged_dot does'
+            if _looks_up_matrices(equation)
+            else 'it looks up several rows (an embedding?)'
+        )
     index = operands[1]
     position = None if index.value is None else index.value[0]
     return [operands[0].origin.pin(axis, position, index.varies - {BATCH})]

@@ -12,7 +12,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
 from sparselora_jax.pruning.tracing.devices import NOTES, divide, join, mesh_axes_by_axis, mesh_axes_of, varies_after
-from sparselora_jax.pruning.tracing.operations import BATCH, Operand, UnfollowedError, origins_after
+from sparselora_jax.pruning.tracing.operations import (
+    BATCH,
+    Operand,
+    UnfollowedError,
+    looked_up_after,
+    origins_after,
+)
 from sparselora_jax.pruning.tracing.origin import Origin
 from sparselora_jax.pruning.tracing.products import PRODUCTS, Product, find_product
 
@@ -87,7 +93,9 @@ class Walk:
         followed = [operand.origin for operand in operands if operand.origin is not None]
         name = equation.primitive.name
         # What varies between devices is known only after every operation within has been seen.
-        lost = frozenset().union(*[operand.lost for operand in operands])
+        # What is taken from an array at an index is no value of the index.
+        sources = operands[:1] if name in ('dynamic_slice', 'gather') else operands
+        lost = frozenset().union(*[operand.lost for operand in sources])
         is_entered = bool(followed or self._mesh_axes or (lost and not self.has_values))
         if is_entered and name in CALLS:
             self._callers.append(equation)
@@ -114,9 +122,11 @@ class Walk:
         varies = varies_after(equation, frozenset().union(*[operand.varies for operand in operands]))
         if name in PRODUCTS:
             self._note_lost_kernels(operands, varies)
+            self._note_looked_up_kernels(equation, operands)
             # What a product returns is no weight any more.
             lost = frozenset()
-        return [Operand(value, origin, varies, lost) for value, origin in zip(values, origins, strict=True)]
+        looked_up = looked_up_after(equation, operands)
+        return [Operand(value, origin, varies, lost, looked_up) for value, origin in zip(values, origins, strict=True)]
 
     def _note_lost_kernels(self, operands: Sequence[Operand], varies: frozenset[Hashable]) -> None:
         """Note the leaves that a product multiplies with data, after another operation has lost them."""
@@ -125,6 +135,22 @@ class Walk:
         for path in sorted(frozenset().union(*[operand.lost for operand in weights])):
             # What an analysis of a part has lost, the walk over the whole names.
             if path in self.lost:
+                self.unfollowed.setdefault(path, self.lost[path])
+
+    def _note_looked_up_kernels(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> None:
+        """Note the leaves of which a product multiplies each token with a matrix of its own, such as its expert."""
+        if equation.primitive.name != 'dot_general':
+            return
+        contracted, batch = equation.params['dimension_numbers']
+        for index, (operand, other) in enumerate(zip(operands, operands[::-1], strict=True)):
+            # Two weights make another weight, or the input of a kernel.
+            if operand.looked_up is None or BATCH not in other.varies:
+                continue
+            path = operand.looked_up.path
+            of_matrix = {axis for axis, parts in enumerate(operand.looked_up.axes) if parts}
+            inputs = of_matrix.intersection(contracted[index])
+            # Without outputs it is a vector for each token, such as what an embedding has in heads.
+            if inputs and of_matrix.difference(inputs, batch[index]) and path in self.lost:
                 self.unfollowed.setdefault(path, self.lost[path])
 
     def _visit_product(self, equation: core.JaxprEqn, operands: Sequence[Operand]) -> None:

@@ -363,6 +363,49 @@ def test_an_array_that_is_lost_before_its_product_is_logged(operation, caplog):
     assert len(caplog.records) == 2
 
 
+def einsum_of_looked_up(experts, x, chosen):
+    return jnp.einsum('bti,btio->bto', x, experts[chosen])
+
+
+def vmap_of_looked_up(experts, x, chosen):
+    return jax.vmap(jax.vmap(lambda row, expert: row @ experts[expert]))(x, chosen)
+
+
+def transposed_and_looked_up(experts, x, chosen):
+    of_token = jnp.take(experts.swapaxes(1, 2), chosen, axis=0).astype(x.dtype)
+    return jax.jit(lambda w: jnp.einsum('btoi,bti->bto', w, x))(of_token)
+
+
+@pytest.mark.parametrize('form', [einsum_of_looked_up, vmap_of_looked_up, transposed_and_looked_up])
+def test_experts_that_are_looked_up_by_token_are_logged(form, caplog):
+    params = {'experts': W['w'][:3], 'router': W['w'][3][:, :3]}
+    assert set(sl.collect(lambda p, x: form(p['experts'], x, jnp.argmax(x @ p['router'], -1)), params, [X])) == {
+        'router'
+    }
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.search(
+        r'get no statistic: experts: gather \(.*: it looks up several matrices .*sort tokens by expert', line
+    )
+
+
+def test_tables_of_heads_are_not_logged(caplog):
+    params = {'table': jnp.ones((11, 2, 4)), 'w': W['w'][0]}
+
+    def forward(params, tokens):
+        x = params['table'][tokens]
+        keys = (x.reshape(*tokens.shape, WIDTH) @ params['w']).reshape(x.shape)
+        return jnp.einsum('bqhd,bkhd->bhqk', x, keys)
+
+    assert set(sl.collect(forward, params, [jnp.array([[1, 2, 3]])])) == {'w'}
+    assert not caplog.records
+
+
+def test_what_only_says_which_layer_is_read_is_not_logged(caplog):
+    params = {'w': W['w'][:1], 'places': jnp.eye(3)}
+    assert set(sl.collect(lambda p, x: x @ p['w'][jnp.argmax(p['places'][0])], params, [X])) == {'w'}
+    assert not caplog.records
+
+
 def test_tables_and_learned_inputs_are_not_logged(caplog):
     params = {'table': jnp.ones((11, WIDTH)), 'places': jnp.ones((5, WIDTH)), 'queries': W['w'][1], 'w': W['w'][0]}
 
