@@ -800,12 +800,13 @@ def _check_tokens(sums: Mapping[str, KernelSums], stacked: Mapping[str, bool], a
         is_unread = processes.on_host(sums_of_kernel.tokens) == 0
         if is_unread.any():
             place = _place_in_params(path, int(is_unread.argmax()) if stacked[path] else None)
+            roles = axes[path]
+            reason = ''
             # A matrix is more often read by columns than a stack of vectors is.
-            is_column = not axes[path].outputs
-            reason = f'; products read single indices of axis {axes[path].layers[-1]}, each of which is a layer then'
+            if roles.layers and not roles.outputs:
+                reason = f'; products read single indices of axis {roles.layers[-1]}, each of which is a layer then'
             raise CalibrationError(
-                f'{place}: no token reached it during calibration (one of weight 0 does not count)'
-                f'{reason if is_column else ""}'
+                f'{place}: no token reached it during calibration (one of weight 0 does not count){reason}'
             )
 
 
