@@ -185,9 +185,12 @@ def _error_of(block: Block) -> Callable[[Weights, Samples], Float[Array, '']]:
 
     def error(w, samples):
         x, (ctx, target) = samples
+        valid = valid_rows('', ctx)
+        # No other row reads padding, but NaN in it would reach the gradient of every kernel as 0 times NaN.
+        if valid is not None:
+            x = jnp.where(valid[..., None] | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
         output = block(unflatten(w), x, ctx, None)[0]
         difference = output.astype(jnp.float32) - target.astype(jnp.float32)
-        valid = valid_rows('', ctx)
         # Chosen before the square, which may overflow on padding.
         if valid is not None:
             difference = jnp.where(valid[..., None], difference, 0.0)

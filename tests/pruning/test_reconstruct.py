@@ -198,9 +198,10 @@ def test_a_block_whose_error_is_not_finite_stays_and_is_logged(one_layer, caplog
     assert caplog.messages == ['tower/blocks, layer 7: not reconstructed: its squared error is inf as pruned']
 
 
-def test_padding_rows_change_nothing():
+@pytest.mark.parametrize('padding', [7.0, np.nan])
+def test_padding_rows_change_nothing(padding):
     params, batch = setup()
-    other = batch | {'x': jnp.where(batch['valid'][..., None], batch['x'], 7.0)}
+    other = batch | {'x': jnp.where(batch['valid'][..., None], batch['x'], padding)}
     options = sl.Reconstruct(passes=2, rate=0.02, batch=8)
     results = [prune(params, one, reconstruct=options) for one in (batch, other)]
     assert jax.tree.all(jax.tree.map(jnp.array_equal, results[0].params, results[1].params))
