@@ -32,7 +32,8 @@ class Block(Protocol):
           w: the weights of one layer.
           x: hidden states, which the block changes.
           ctx: arrays that the block only reads: masks, position tables, an encoder's output. The leading axis of each
-            is the batch or 1, so a runner may split a large batch into parts.
+            is the batch or 1, so a runner may split a large batch into parts. `valid`, `[batch, rows]`, is False at
+            pads, which pruning leaves out (`valid_rows`).
           cache: the layer's cached keys and values; None: no cache.
 
         Returns:

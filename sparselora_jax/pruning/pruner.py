@@ -1,5 +1,6 @@
 """Prune a model kernel by kernel: each kernel is calibrated on what the pruned kernels before it compute."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -103,7 +104,8 @@ def prune(
     is compiled once for all its layers, or twice if `chunk` does not divide the number of samples.
 
     Args:
-      forward: `forward(params, batch)`, or `forward(params, batch, run)`, which passes its blocks to `run`.
+      forward: `forward(params, batch)`, or `forward(params, batch, run)`, which passes its blocks to `run`. A third
+        argument with a default is a runner only if it is called `run`.
       params: any tree of arrays. With `run`, a tree whose stacked blocks are at `<tower>/blocks`, where `<tower>` is
         the name that `forward` passes to `run`. The leaves of blocks may be weights on disk: any object with a shape
         whose `leaf[layer]` is a layer's array.
@@ -111,7 +113,7 @@ def prune(
       rules: `(regex, pattern)`; with `run`, only kernels inside blocks can be pruned.
       method: see `prune_tree`.
       zeros: see `prune_tree`.
-      weights: a weight for each token, see `collect`. Models of this package know their pads.
+      weights: a weight for each token, see `collect`. With `run`, pads are known by `ctx['valid']`, see `Block`.
       sequential: `'kernel'`: as above. `'layer'`: all kernels of a block are calibrated on the block before any of them
         is pruned, as the code of Wanda and SparseGPT does; the block then runs twice. It needs a forward with `run`.
       chunk: with `run`, number of samples processed at a time on each device that has its own samples (docs/scaling.md
@@ -163,7 +165,9 @@ def prune(
             progress=progress,
         )
     if weights is not None:
-        raise CalibrationError('weights: expected a forward without blocks; a block says in ctx which rows are pads')
+        raise CalibrationError(
+            "weights: expected a forward without blocks; blocks are given ctx['valid'], True where a row is no pad"
+        )
     samples = joined(batches, chunk)
     mesh = sharding.mesh_of_rows(samples)
     parts = sharding.row_parts(mesh)
@@ -255,18 +259,24 @@ def prune(
 
 
 def _takes_runner(forward: object) -> bool:
-    """Return whether a forward has a third argument, which runs its blocks.
+    """Return whether a forward has a third argument that runs its blocks: one called `run`, or one without a default.
 
     Raises:
       CalibrationError: it is no function of params and a batch.
     """
-    # The signature tells: a runner is the third argument.
     try:
-        check_forward(forward, 'params', 'batch', 'run')
-    except CalibrationError:
-        check_forward(forward, 'params', 'batch')
-        return False
-    return True
+        arguments = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):  # no function, or one that is not written in Python
+        arguments = []
+    third = arguments[2] if len(arguments) > 2 else None
+    # Others are options of the user's model, such as `train=False`, or the `*args` that `apply` of Flax has.
+    takes = (
+        third is not None
+        and third.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        and (third.name == 'run' or third.default is inspect.Parameter.empty)
+    )
+    check_forward(forward, 'params', 'batch', *(['run'] if takes else []))
+    return takes
 
 
 def _prune_program(

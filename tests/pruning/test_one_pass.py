@@ -1,5 +1,6 @@
 """One pass gives the kernels of the definition: each is pruned on the inputs that the pruned kernels before it make."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -548,3 +549,19 @@ def test_a_layer_alone_and_the_others_in_a_scan():
     for kernel, mask in zip(params['w'], got.masks['w'], strict=True):
         np.testing.assert_array_equal(mask, half_of_wanda(kernel, x))
         x = np.tanh(x @ np.where(mask, kernel, 0.0))
+
+
+def test_only_a_third_argument_that_is_a_runner_makes_a_forward_one_with_blocks():
+    model = nn.Dense(4)
+    x = jax.random.normal(jax.random.key(0), (8, 8))
+    params = model.init(jax.random.key(1), x)
+
+    def with_option(params, x, train=False):
+        assert train is False
+        return model.apply(params, x)
+
+    want = sl.prune(lambda params, x: model.apply(params, x), params, [x], [('.*', '2:4')], method=sl.Wanda())
+    # `apply` of Flax takes any number of arguments.
+    for forward in (model.apply, with_option):
+        got = sl.prune(forward, params, [x], [('.*', '2:4')], method=sl.Wanda())
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, got.masks, want.masks))

@@ -287,3 +287,9 @@ def test_what_does_not_fit_the_samples_is_refused_before_any_work():
     split = sharding.shard_batch(batch, sharding.make_mesh(data=4))
     with pytest.raises(ReconstructError, match=r'reconstruct.batch 2: expected a multiple of 4, the devices'):
         prune(params, split, reconstruct=sl.Reconstruct(batch=2))
+
+
+def test_weights_of_a_forward_with_blocks_are_refused_and_the_name_of_its_pads_is_given():
+    params, batch = setup()
+    with pytest.raises(sl.CalibrationError, match=r"ctx\['valid'\]"):
+        prune(params, batch, weights='valid')
