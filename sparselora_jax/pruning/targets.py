@@ -23,6 +23,7 @@ from sparselora_jax.sparse.rules import (
     is_in_block,
     match,
     name_in_block,
+    named_kernel,
     paths_of,
     stack_of,
 )
@@ -85,9 +86,14 @@ def _check_read(rules: PatternRules, all_kernels: Mapping[str, Any], params: PyT
         # Rules that match nothing at all are typos, which `rules.match` names.
         matched = [path for path in matrices if re.fullmatch(regex, path)]
         if matched and not all_kernels.keys() & set(matched):
+            if any(map(named_kernel, matrices)) and not any(map(named_kernel, matched)):
+                raise RuleError(
+                    f'rule {regex!r} matches {matched[0]}, which is no kernel: in a tree with matrices called '
+                    f'{KERNEL!r}, no others are pruned; leave the rule out'
+                )
             raise RuleError(
                 f'rule {regex!r} matches {matched[0]}, which has no statistic: no product of the forward that '
-                '`collect` ran reads it'
+                '`collect` ran reads it, or `select` left it out'
             )
 
 

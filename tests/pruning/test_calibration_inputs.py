@@ -154,6 +154,17 @@ def test_a_rule_for_a_matrix_that_the_forward_never_reads_says_so():
         sl.prune_tree(TWO, stats, [('b/weight', '2:4'), ('.*', 'dense')], method=sl.Wanda())
 
 
+def test_a_rule_for_a_matrix_that_is_left_out_for_its_name_says_so():
+    params = {'embed': jnp.ones((8, 8)), 'q': {'kernel': jnp.ones((8, 4))}}
+
+    def forward(params, x):
+        return x @ params['embed'] @ params['q']['kernel']
+
+    message = r"^rule 'embed' matches embed, which is no kernel: in a tree with matrices called 'kernel', no others"
+    with pytest.raises(sl.RuleError, match=message):
+        sl.prune(forward, params, [X], [('embed', 'dense'), ('.*', '2:4')], method=sl.Wanda())
+
+
 def test_batches_of_several_shapes_are_summed():
     parts = [X, X[:1], X[0], X[:, :2]]
     found = sl.collect(product, PARAMS, parts, stat=calibrate.hessian)['q/kernel']
