@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -31,18 +31,20 @@ _ROW = 1021
 WriteLayer = Callable[[str, int, Any], None]
 
 
-def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] | None = None) -> None:
+def save_safetensors(path: str | Path, tree: PyTree, *, metadata: dict[str, str] | None = None) -> None:
     """Write params (packed or not), masks or lora; the file appears either complete or not at all.
 
     Every process of a run must call this. The first process writes, and all have the file afterwards.
 
     Args:
       path: the file.
-      tree: params, masks or lora. An `Adapted` kernel must be a packed one, which carries its mask.
+      tree: params, masks or lora, as nested dicts with string keys. An `Adapted` kernel must be a packed one, which
+        carries its mask. The state of an NNX model or an Equinox module is no nested dict: store it with the serialiser
+        of its library, or store masks and lora, and merge them again (docs/concepts.md).
       metadata: strings kept in the header, e.g. the config that made the tree.
 
     Raises:
-      StorageError: a leaf has an unsupported type.
+      StorageError: the tree is no nested dict, or a leaf has an unsupported type.
     """
     path = Path(path)
     arrays: dict[str, Any] = {}
@@ -50,7 +52,12 @@ def save_safetensors(path: str | Path, tree: dict, *, metadata: dict[str, str] |
     scales: dict[str, float] = {}
     axes: dict[str, list[tuple[int, ...]]] = {}
     packed: dict[str, Any] = {}
-    for name, leaf in _leaves(tree):
+    try:
+        leaves = list(_leaves(tree))
+    except rules.RuleError as error:
+        remedy = 'store other trees with the serialiser of their library'
+        raise StorageError(f'{path}: {error}; {remedy}') from None
+    for name, leaf in leaves:
         if isinstance(leaf, Lora):
             arrays[f'{name}/a'] = leaf.a
             arrays[f'{name}/b'] = leaf.b
@@ -99,7 +106,7 @@ def _sort_metadata(path: Path) -> None:
         file.write(data.ljust(size))
 
 
-def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
     """Yield (path, leaf); a packed kernel and its factors are yielded one after the other, with the same path."""
     for name, leaf in rules.flatten(tree).items():
         # With another gradient the factors would mean other weights, and the file cannot store that.

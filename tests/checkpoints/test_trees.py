@@ -82,6 +82,14 @@ def test_what_no_file_holds_is_named(tmp_path):
             sl.save_safetensors(tmp_path / 'w.safetensors', {'q': {'kernel': leaf}})
 
 
+def test_a_tree_without_paths_of_strings_is_refused_with_a_way_out(tmp_path):
+    path = tmp_path / 'w.safetensors'
+    for tree in ([jnp.ones(4)], {'blocks': {0: jnp.ones(4)}}):
+        with pytest.raises(sl.StorageError, match=r'w.safetensors: .* nested dicts with string keys.*serialiser'):
+            sl.save_safetensors(path, tree)
+    assert not path.exists()
+
+
 def test_where_there_is_no_room_the_old_file_stays(tmp_path):
     tree, text, layers = (tmp_path / name for name in ('w.safetensors', 'text.json', 'masks.safetensors'))
     like = {'a': jnp.zeros((2, 1000))}
