@@ -1,8 +1,10 @@
 """Block-wise reconstruction: after a block is pruned, train its kept weights to give the dense block's output.
 
 EBFT (arXiv 2402.12419) and Wanda++ (arXiv 2503.04992). The loss is the squared error of the block's output on the
-calibration samples. It needs no labels, and memory holds one block at a time. Masks stay as they are, so reconstruction
-follows any method and any pattern. Norms, biases and kernels that are not pruned stay as they are too.
+calibration samples, relative to the dense output of each token. The papers do not divide; then a few tokens with very
+large hidden states make up most of the sum. The loss needs no labels, and memory holds one block at a time. Masks stay
+as they are, so reconstruction follows any method and any pattern. Norms, biases and kernels that are not pruned stay as
+they are too.
 """
 
 import functools
@@ -181,7 +183,7 @@ def _cast(kernels: Weights, like: dict[str, _Like]) -> Weights:
 
 
 def _error_of(block: Block) -> Callable[[Weights, Samples], Float[Array, '']]:
-    """Return `(w, samples) -> error`: the sum of squared errors over all rows that are not padding, in fp32."""
+    """Return `(w, samples) -> error`: the sum of relative squared errors over rows that are not padding, in fp32."""
 
     def error(w, samples):
         x, (ctx, target) = samples
@@ -190,11 +192,15 @@ def _error_of(block: Block) -> Callable[[Weights, Samples], Float[Array, '']]:
         if valid is not None:
             x = jnp.where(valid[..., None] | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
         output = block(unflatten(w), x, ctx, None)[0]
-        difference = output.astype(jnp.float32) - target.astype(jnp.float32)
-        # Chosen before the square, which may overflow on padding.
+        target = target.astype(jnp.float32)
+        difference = output.astype(jnp.float32) - target
+        # Chosen before the squares, which may overflow on padding.
         if valid is not None:
             difference = jnp.where(valid[..., None], difference, 0.0)
-        return jnp.sum(jnp.square(difference))
+            target = jnp.where(valid[..., None], target, 0.0)
+        size = jnp.sum(jnp.square(target), axis=-1)
+        # Nothing is relative to 0: padding adds nothing, and a row of zeros its squared error as it is.
+        return jnp.sum(jnp.sum(jnp.square(difference), axis=-1) / jnp.where(size == 0, 1.0, size))
 
     return error
 
@@ -266,7 +272,7 @@ def _programs(block: Block, mesh: Mesh | None) -> _Programs:
 
 
 class _Errors(NamedTuple):
-    """Squared errors of one block over all samples.
+    """Relative squared errors of one block, summed over the rows of all samples.
 
     Attributes:
       as_pruned: of the pruned kernels.
@@ -328,7 +334,7 @@ def block_reconstructor(block: Block, options: Reconstruct, mesh: Mesh | None = 
 
         as_pruned = error_of(pruned)
         if not math.isfinite(as_pruned):
-            _warn(place, f'not reconstructed: its squared error is {as_pruned} as pruned')
+            _warn(place, f'not reconstructed: its relative squared error is {as_pruned} as pruned')
             return pruned
         # Nothing is wrong, so there is nothing to train.
         if as_pruned == 0:
@@ -391,8 +397,8 @@ def _warn_if_diverged(errors: _Errors, place: str) -> None:
     kept = f'those after pass {errors.best + 1}' if errors.fell else 'as pruned'
     _warn(
         place,
-        f'reconstruction diverged: squared error {errors.as_pruned:.3g} as pruned, {found}; its weights are {kept}; '
-        'lower reconstruct.rate',
+        f'reconstruction diverged: relative squared error {errors.as_pruned:.3g} as pruned, {found}; its weights are '
+        f'{kept}; lower reconstruct.rate',
     )
 
 
